@@ -1,0 +1,37 @@
+"""mimir_fast: fast adversarial masked pre-training of robust vision transformers.
+
+`import mimir_fast` is cheap and needs only torch; the public names load on first use:
+
+    from mimir_fast import hsic, nhsic, renyi_mi, linf_step
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "hsic": "mimir_fast.ops.hsic",
+    "nhsic": "mimir_fast.ops.nhsic",
+    "renyi_mi": "mimir_fast.ops.renyi_mi",
+    "linf_step": "mimir_fast.ops.linf_step",
+    "random_masks": "mimir_fast.ops.random_masks",
+}
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from mimir_fast.ops.hsic import hsic as hsic
+    from mimir_fast.ops.linf_step import linf_step as linf_step
+    from mimir_fast.ops.nhsic import nhsic as nhsic
+    from mimir_fast.ops.random_masks import random_masks as random_masks
+    from mimir_fast.ops.renyi_mi import renyi_mi as renyi_mi
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'mimir_fast' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
