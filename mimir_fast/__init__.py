@@ -17,7 +17,7 @@ _HOME = {
     "linf_step": "mimir_fast.ops.linf_step",
     "random_masks": "mimir_fast.ops.random_masks",
 }
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from mimir_fast.ops.hsic import hsic as hsic

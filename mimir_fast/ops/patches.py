@@ -84,5 +84,5 @@ def normalize_patches(patches_BMP: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def masked_targets(images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, *, norm_pix: bool = True) -> Tensor:
-    """(B, M, P) float targets of the reconstruction at the patches named by `ids_BM`, normalised per patch on demand."""
+    """(B, M, P) float targets of the reconstruction at the patches `ids_BM`, normalised per patch on demand."""
     return masked_targets_reference(images_BCHW, ids_BM, patch_size, norm_pix)
