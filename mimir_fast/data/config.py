@@ -1,0 +1,85 @@
+"""What data to read and how: the typed configuration of the data room.
+
+Plain Python on purpose: importing it loads neither numpy nor an image library.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+LOADERS = ("auto", "resident", "torch", "dali")
+AUGMENTATIONS = ("pad_crop", "resized_crop", "none")
+
+
+@dataclass
+class DataConfig:
+    """One data set and the way it reaches the model."""
+
+    source: str = "digits"
+    """digits, fashion_mnist, idx, cifar10, cifar100, tiny_imagenet, imagenet, folder or webdataset"""
+    root: str | None = None
+    """where the files lie; a brace pattern of tar shards for webdataset; not needed for digits and fashion_mnist"""
+    image_size: int = 32
+    """height and width of the images a batch holds, in pixels"""
+    channels: int = 3
+    """1 or 3; grey is repeated to colour, colour is weighed to luminance"""
+    loader: Literal["auto", "resident", "torch", "dali"] = "auto"
+    """auto: resident when the decoded data set fits resident_gib, else DALI when installed (GPU), else torch workers"""
+    num_workers: int = 4
+    """processes of a rank that read files (torch) or read and parse them (dali); 0 works in the main process"""
+    augment: Literal["pad_crop", "resized_crop", "none"] = "pad_crop"
+    """pad_crop: shift by up to crop_padding, zeros outside; resized_crop: random area and ratio, bicubic"""
+    crop_padding: int = 4
+    """largest shift of pad_crop in pixels"""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """area of a resized_crop as a part of the image's area"""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """width / height of a resized_crop"""
+    flip: bool = True
+    """mirror half of the images; turn it off for digits and letters"""
+    generated: str | None = None
+    """npz of generated images (EDM: arrays `image` and `label`) mixed into the training split"""
+    generated_ratio: float = 0.7
+    """part of each batch that is generated, 0.7 means 7 generated to 3 real"""
+    max_bad_files: int = 50
+    """unreadable files that are skipped and reported before the run stops"""
+    limit: int | None = None
+    """use n samples only, evenly spaced so that a folder sorted by class keeps its classes"""
+    resident_gib: float = 4.0
+    """`auto` keeps a data set on the device up to this size in GiB"""
+    hw_decoder_load: float = 0.75
+    """part of the JPEG files DALI gives to the GPU's hardware decoder, the rest go to its CUDA decoder"""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {self.channels}")
+        if self.loader not in LOADERS:
+            raise ValueError(f"loader must be one of {', '.join(LOADERS)}, got {self.loader!r}")
+        if self.augment not in AUGMENTATIONS:
+            raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or more, got {self.num_workers}")
+        if self.crop_padding < 0:
+            raise ValueError(f"crop_padding must be 0 or more pixels, got {self.crop_padding}")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"crop_scale must satisfy 0 < low <= high <= 1, got {self.crop_scale}; MAE uses (0.2, 1.0)"
+            )
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ValueError(f"crop_ratio must satisfy 0 < low <= high, got {self.crop_ratio}")
+        if not 0 < self.generated_ratio < 1:
+            raise ValueError(
+                f"generated_ratio must lie strictly between 0 and 1, got {self.generated_ratio}; "
+                "leave `generated` unset to train on real images only"
+            )
+        if self.max_bad_files < 0:
+            raise ValueError(f"max_bad_files must be 0 or more, got {self.max_bad_files}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1 sample, got {self.limit}; leave it unset for all")
+        if self.resident_gib < 0:
+            raise ValueError(f"resident_gib must be 0 or more, got {self.resident_gib}")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ValueError(f"hw_decoder_load must lie in [0, 1], got {self.hw_decoder_load}")

@@ -1,0 +1,99 @@
+"""Resident: the whole uint8 data set on the device, batches cut out by a handful of tensor ops.
+
+The host's part, order and augmentation numbers, is done for many batches at a time (a window), so that a step costs a
+few slices, one row gather and one pixel gather: no Python a sample, no host sync.
+
+Shapes: N samples in the set, M in a window, B in a micro-batch, C channels, H = W pixels.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimir_fast.data.batch import Batch
+from mimir_fast.data.config import DataConfig
+from mimir_fast.data.geometry import draw_mirror, draw_shift
+from mimir_fast.data.loaders.base import Loader, to_channels
+from mimir_fast.data.order import BatchPlan, Cursor, MixedOrder, SampleOrder
+
+_WINDOW = 16384  # samples whose numbers are drawn at a time: about 10 ms of host work
+
+
+class ResidentLoader(Loader):
+    """Batches of a data set that lies on the device.
+
+    Args:
+        images_NCHW: uint8; moved to `device` if it is not there.
+        labels_N: int64.
+        augment: shift (`config.augment == "pad_crop"`) and mirror.
+    """
+
+    def __init__(
+        self,
+        images_NCHW: Tensor,
+        labels_N: Tensor,
+        config: DataConfig,
+        plan: BatchPlan,
+        order: SampleOrder | MixedOrder,
+        device: torch.device,
+        augment: bool,
+    ) -> None:
+        super().__init__(plan, order)
+        if augment and config.augment == "resized_crop":
+            raise ValueError("the resident loader cannot do resized_crop; use augment=pad_crop or loader=torch")
+        self.config, self.device, self.augment = config, device, augment
+        self.images, self.labels = images_NCHW.to(device), labels_N.to(device)
+
+    def _batches(self, cursor: Cursor) -> Iterator[Batch]:
+        spans = self.spans(cursor)
+        while window := list(islice(spans, max(1, _WINDOW // self.plan.batch_size))):
+            columns = self._draw(window)
+            start = 0
+            for span in window:
+                stop = start + span[1] - span[0]
+                yield self._cut(columns[:, start:stop])
+                start = stop
+
+    def _draw(self, window: list[tuple[int, int]]) -> Tensor:
+        """(5, M) int64 on the device: sample, epoch, shift y, shift x, mirror."""
+        pieces = [self.order.at(*span) for span in window]
+        samples, epochs = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        columns = np.zeros((5, len(samples)), np.int64)
+        columns[0], columns[1] = samples, epochs
+        if self.augment and self.config.augment == "pad_crop":
+            columns[2:4] = draw_shift(self.order.seed, samples, epochs, self.config.crop_padding).T
+        if self.augment and self.config.flip:
+            columns[4] = draw_mirror(self.order.seed, samples, epochs)
+        host = torch.from_numpy(columns)
+        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
+
+    def _cut(self, columns_5B: Tensor) -> Batch:
+        samples, epochs, shift_y, shift_x, mirror = columns_5B.unbind()
+        images = self.images.index_select(0, samples)
+        if self.augment:
+            images = shift_and_mirror(images, shift_y, shift_x, mirror)
+        return Batch(to_channels(images, self.config.channels), self.labels[samples], samples, epochs)
+
+    def close(self) -> None:
+        self.images = self.images.new_empty((0, *self.images.shape[1:]))
+
+
+def shift_and_mirror(images_BCHW: Tensor, shift_y_B: Tensor, shift_x_B: Tensor, mirror_B: Tensor) -> Tensor:
+    """Each image moved by its shift, zeros where it comes from outside, then mirrored where `mirror_B` is 1.
+
+    y[b, :, i, j] = x[b, :, i + shift_y[b], j' + shift_x[b]],   j' = W - 1 - j where mirrored, else j.
+    The same as padding with zeros and cropping at (padding + shift), without ever making the padded image.
+    """
+    batch, channels, height, width = images_BCHW.shape
+    rows_BH = torch.arange(height, device=images_BCHW.device) + shift_y_B[:, None]
+    columns = torch.arange(width, device=images_BCHW.device)
+    columns_BW = torch.where(mirror_B[:, None] > 0, columns.flip(0), columns) + shift_x_B[:, None]
+    row_inside, column_inside = (rows_BH >= 0) & (rows_BH < height), (columns_BW >= 0) & (columns_BW < width)
+    inside = row_inside[:, :, None] & column_inside[:, None, :]
+    pixels_BHW = rows_BH.clamp(0, height - 1)[:, :, None] * width + columns_BW.clamp(0, width - 1)[:, None, :]
+    ids = pixels_BHW.view(batch, 1, -1).expand(-1, channels, -1)
+    moved = torch.gather(images_BCHW.flatten(2), 2, ids).view_as(images_BCHW)
+    return moved * inside[:, None]

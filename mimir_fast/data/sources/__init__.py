@@ -1,0 +1,36 @@
+"""The registry of sources: one name, one builder, one file a format."""
+
+import difflib
+from collections.abc import Callable
+
+from mimir_fast.data.config import DataConfig
+from mimir_fast.data.sources import digits, idx
+from mimir_fast.data.sources.base import ArraySource, EncodedSource, ImageSource, MissingDataError, take_evenly
+
+Builder = Callable[[DataConfig, str], ImageSource]
+
+SOURCES: dict[str, Builder] = {
+    "digits": digits.build,
+    "fashion_mnist": idx.build_fashion_mnist,
+    "idx": idx.build,
+}
+SPLITS = ("train", "test")
+
+__all__ = ["SOURCES", "ArraySource", "EncodedSource", "ImageSource", "MissingDataError", "build_source"]
+
+
+def build_source(config: DataConfig, split: str) -> ImageSource:
+    """The named source's split ("train" or "test"; "val" is another name of "test").
+
+    Raises:
+        ValueError: unknown source or split, or damaged files.
+        MissingDataError: the files are not there; the message says how to get them.
+    """
+    split = "test" if split == "val" else split
+    if split not in SPLITS:
+        raise ValueError(f"split must be 'train' or 'test' (or 'val'), got {split!r}")
+    if config.source not in SOURCES:
+        near = difflib.get_close_matches(config.source, SOURCES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown source {config.source!r}{hint} Known: {', '.join(SOURCES)}")
+    return take_evenly(SOURCES[config.source](config, split), config.limit)

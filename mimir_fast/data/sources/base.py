@@ -1,0 +1,123 @@
+"""What a source is: numbered images with labels, either decoded in memory or encoded in files.
+
+A source knows nothing of order, batches, augmentation or devices.
+Shapes: N samples, C channels, H x W pixels; pixels are uint8 in [0, 255].
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+class MissingDataError(FileNotFoundError):
+    """The files of a data set are not where they were looked for; the message says how to get them."""
+
+
+class ImageSource(ABC):
+    """Numbered images with labels.
+
+    Attributes:
+        name: the data set's name.
+        classes: one name a class.
+        labels: (N,) int64; -1 where a sample has no label.
+        image_size: height and width when all images share them and are square, else None.
+    """
+
+    def __init__(self, name: str, classes: Sequence[str], labels: np.ndarray, image_size: int | None = None) -> None:
+        self.name, self.classes, self.image_size = name, tuple(classes), image_size
+        self.labels = np.asarray(labels, dtype=np.int64)
+        if len(self.labels) == 0:
+            raise ValueError(f"{name} has no samples")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @abstractmethod
+    def pixels(self, index: int) -> np.ndarray:
+        """One image, (H, W, C) uint8 with C = 1 or 3.
+
+        Raises:
+            UnreadableImageError: the file is no image or is cut short.
+        """
+
+    def where(self, index: int) -> str:
+        """Where the sample comes from, for messages."""
+        return f"{self.name}[{index}]"
+
+
+class ArraySource(ImageSource):
+    """Decoded images of one size: an array in memory or mapped from a file.
+
+    Args:
+        images: (N, C, H, W) uint8, C = 1 or 3, H = W; any strides.
+    """
+
+    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
+        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"{name}: images must be uint8 of shape (N, 1 or 3, H, W), got {images.dtype} {images.shape}"
+            )
+        if images.shape[2] != images.shape[3]:
+            raise ValueError(f"{name}: images must be square, got {images.shape[2]} x {images.shape[3]} pixels")
+        if len(images) != len(labels):
+            raise ValueError(f"{name}: {len(images)} images but {len(labels)} labels")
+        super().__init__(name, classes, labels, image_size=images.shape[2])
+        self.images = images
+
+    def pixels(self, index: int) -> np.ndarray:
+        return np.ascontiguousarray(self.images[index].transpose(1, 2, 0))
+
+
+class EncodedSource(ImageSource):
+    """Encoded images, read one at a time."""
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The encoded file."""
+
+    def pixels(self, index: int) -> np.ndarray:
+        from mimir_fast.data.decode import decode
+
+        return decode(self.read(index), self.where(index))
+
+
+class SubsetSource(EncodedSource):
+    """Some samples of an encoded source, renumbered."""
+
+    def __init__(self, source: EncodedSource, indices: np.ndarray) -> None:
+        super().__init__(source.name, source.classes, source.labels[indices], source.image_size)
+        self.source, self.indices = source, indices
+
+    def read(self, index: int) -> bytes:
+        return self.source.read(int(self.indices[index]))
+
+    def where(self, index: int) -> str:
+        return self.source.where(int(self.indices[index]))
+
+
+def take_evenly(source: ImageSource, limit: int | None) -> ImageSource:
+    """`limit` samples at equal distances, or the source itself when it is no longer than that."""
+    if limit is None or limit >= len(source):
+        return source
+    indices = np.arange(limit, dtype=np.int64) * len(source) // limit
+    if isinstance(source, ArraySource):
+        return ArraySource(source.name, source.images[indices], source.labels[indices], source.classes)
+    if isinstance(source, EncodedSource):
+        return SubsetSource(source, indices)
+    raise TypeError(f"cannot take a part of a {type(source).__name__}")
+
+
+def existing_root(root: str | None, source: str, advice: str) -> Path:
+    """The root as a path, or an error that says where the data can be had."""
+    if root is None:
+        raise MissingDataError(f"source {source!r} needs root (--data.root FOLDER): {advice}")
+    path = Path(root).expanduser()
+    if not path.exists():
+        raise MissingDataError(f"{path} does not exist; source {source!r} is read from there: {advice}")
+    return path
