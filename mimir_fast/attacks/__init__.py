@@ -1,0 +1,1 @@
+"""Attacks: they look for a perturbation and leave no trace in the model."""

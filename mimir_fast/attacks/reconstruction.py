@@ -1,0 +1,84 @@
+"""The attack of MIMIR's pre-training: make the masked patches hard to reconstruct from the visible ones.
+
+A signed-gradient ascent on the reconstruction loss, in patch space (MIMIR, arXiv 2312.04960, Algorithm 1). Two axes, by
+name, because the paper and the authors' code differ:
+
+    mask     `shared`: the mask of the training step; only visible patches can matter, so only they are perturbed.
+             `fresh`: a mask of the attack's own, as in the authors' code.
+    target   `clean`: the clean image. `adversarial`: the perturbed image itself, through which the gradient also flows,
+             so that masked patches move too (the authors' code).
+
+The loss is summed, not averaged: only the sign of its gradient is used, and a mean over a large batch underflows in
+half precision. Shapes: B images, N patches, K kept, M masked, P numbers a patch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.no_trace import borrowed
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.ops.linf_step import linf_step
+from mimir_fast.ops.patches import gather_patches, normalize_patches
+
+
+@dataclass
+class ReconstructionAttackConfig(LinfThreat):
+    """The perturbation of the pre-training images."""
+
+    mask: Literal["shared", "fresh"] = "shared"
+    """`shared` with the training step (paper) or a `fresh` one of the attack's own (authors' code)."""
+    target: Literal["clean", "adversarial"] = "clean"
+    """What the attacked loss compares with: the `clean` image (paper) or the `adversarial` one (authors' code)."""
+
+    @property
+    def visible_only(self) -> bool:
+        """True when no patch outside the training mask's visible ones can matter."""
+        return self.mask == "shared" and self.target == "clean"
+
+
+def attack_visible(
+    model: nn.Module, visible_BKP: Tensor, start_BKP: Tensor, ids_keep_BK: Tensor, ids_masked_BM: Tensor,
+    target_BMP: Tensor, threat: LinfThreat,
+) -> Tensor:  # fmt: skip
+    """Adversarial visible patches (B, K, P), for a shared mask and a clean target.
+
+    Args:
+        visible_BKP: clean visible patches in [0, 1].
+        start_BKP: where the ascent starts, inside the ball.
+        target_BMP: what the masked patches should have been.
+    """
+
+    def loss_of(patches_BKP: Tensor, module: nn.Module) -> Tensor:
+        prediction = module(patches_BKP, ids_keep_BK, ids_masked_BM)[1]
+        return (prediction.float() - target_BMP).square().sum()
+
+    return _ascend(model, visible_BKP, start_BKP, loss_of, threat)
+
+
+def attack_all(
+    model: nn.Module, patches_BNP: Tensor, start_BNP: Tensor, ids_keep_BK: Tensor, ids_masked_BM: Tensor,
+    target: Literal["clean", "adversarial"], norm_pix: bool, threat: LinfThreat,
+) -> Tensor:  # fmt: skip
+    """Adversarial patches (B, N, P) of the whole image; arguments as for `attack_visible`."""
+
+    def loss_of(patches: Tensor, module: nn.Module) -> Tensor:
+        prediction = module(gather_patches(patches, ids_keep_BK), ids_keep_BK, ids_masked_BM)[1]
+        wanted = gather_patches(patches if target == "adversarial" else patches_BNP, ids_masked_BM)
+        if norm_pix:
+            wanted = normalize_patches(wanted)
+        return (prediction.float() - wanted).square().sum()
+
+    return _ascend(model, patches_BNP, start_BNP, loss_of, threat)
+
+
+def _ascend(model: nn.Module, clean: Tensor, start: Tensor, loss_of, threat: LinfThreat) -> Tensor:  # type: ignore[no-untyped-def]
+    x_adv = start
+    with borrowed(model) as module, torch.enable_grad():
+        for _ in range(threat.num_steps):
+            x_adv = x_adv.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(loss_of(x_adv, module), x_adv)
+            x_adv = linf_step(x_adv.detach(), grad, clean, alpha=threat.alpha, eps=threat.eps)
+    return x_adv.detach()

@@ -1,0 +1,27 @@
+"""What the adversary may do: an L∞ ball of radius eps around images in [0, 1]."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class LinfThreat:
+    """Radius, step size and number of steps of an L∞ attack."""
+
+    eps: float = 8 / 255
+    """Radius of the ball, in units of images in [0, 1]: 8/255, not 8."""
+    alpha: float = 10 / 255
+    """Step size, same units."""
+    num_steps: int = 1
+    """Signed-gradient steps."""
+    random_start: bool = True
+    """Start uniformly in the ball (otherwise at the clean image)."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("eps", self.eps), ("alpha", self.alpha)):
+            if not 0 <= value <= 1:
+                raise ValueError(
+                    f"{name}={value:g}, but images live in [0, 1] and {name} with them: wanted 0 <= {name} <= 1. "
+                    f"If you meant {value:g} grey levels, type {value:g}/255"
+                )
+        if self.num_steps < 0:
+            raise ValueError(f"num_steps={self.num_steps}, wanted 0 or more")

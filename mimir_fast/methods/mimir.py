@@ -1,0 +1,82 @@
+"""MIMIR: adversarial masked autoencoding that pays for I(x + δ, z) (arXiv 2312.04960).
+
+    loss = MSE(clean masked patches, reconstruction) + λ·I(adversarial image, latent)
+
+Two presets set everything in which paper and authors' code differ: `paper` and `official`.
+Shapes: B images, N patches, K kept, P numbers a patch, T = 1 + K tokens, D width.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor, nn
+
+from mimir_fast.attacks.no_trace import unwrap
+from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig, Adversarial, Draws
+from mimir_fast.methods.mutual_information import MutualInformationConfig, mutual_information
+from mimir_fast.ops.patches import patchify
+
+
+@dataclass
+class MimirConfig(AdvMaeConfig):
+    """adv-MAE's options and the penalty."""
+
+    mi: MutualInformationConfig = field(default_factory=MutualInformationConfig)
+
+
+PresetName = Literal["paper", "official"]
+
+
+def apply_preset(config: MimirConfig, preset: PresetName) -> MimirConfig:
+    """`config` with the points in which paper and authors' code differ set as the preset says."""
+    if preset == "paper":
+        return replace(
+            config,
+            attack=replace(config.attack, mask="shared", target="clean"),
+            mi=replace(config.mi, estimator="hsic", inputs="adversarial", tokens="sorted"),
+        )
+    if preset == "official":
+        return replace(
+            config,
+            attack=replace(config.attack, mask="fresh", target="adversarial"),
+            mi=replace(
+                config.mi, estimator="nhsic", bandwidth="reference", sigma=5.0, inputs="adversarial", tokens="shuffled"
+            ),
+        )
+    raise ValueError(f"unknown preset {preset!r}: wanted paper or official")
+
+
+class Mimir(AdvMae):
+    """adv-MAE with the mutual-information penalty."""
+
+    config: MimirConfig
+
+    def __init__(self, config: MimirConfig) -> None:
+        super().__init__(config)
+        self.token_order = "shuffled" if config.mi.tokens == "shuffled" else "sorted"
+
+    def combine(
+        self, model: nn.Module, images: Tensor, draws: Draws, adversarial: Adversarial, latent_BTD: Tensor,
+        reconstruction: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """{"loss": total, "reconstruction": …, "mi": the estimate before λ}."""
+        if self.config.mi.estimator == "none":
+            return {"loss": reconstruction}
+        image = self._image(unwrap(model).patch_size, images, draws, adversarial)
+        mi = mutual_information(self.config.mi, image, latent_BTD)
+        return {
+            "loss": reconstruction + self.config.mi.weight * mi,
+            "reconstruction": reconstruction.detach(),
+            "mi": mi.detach(),
+        }
+
+    def _image(self, patch_size: int, images: Tensor, draws: Draws, adversarial: Adversarial) -> Tensor:
+        """(B, N, P), the image side of the estimate: positions aligned between images, as distances demand."""
+        clean = patchify(images, patch_size)
+        if self.config.mi.inputs == "clean":
+            return clean
+        if self.config.mi.inputs == "adversarial" and adversarial.patches is not None:
+            return adversarial.patches
+        background = clean if self.config.mi.inputs == "adversarial" else clean.new_zeros(()).expand_as(clean)
+        ids = draws.mask.keep.unsqueeze(-1).expand_as(adversarial.visible)
+        return background.scatter(1, ids, adversarial.visible)

@@ -1,0 +1,69 @@
+"""The mutual-information penalty λ·I(x + δ, z) between the adversarial image and the latent.
+
+Which estimator, what enters it and over which batch are options, because the paper and the authors' code differ
+(paper: biased HSIC; code: nHSIC) and λ does not carry over between them.
+Shapes: B images, N patches, K kept, P numbers a patch, T = 1 + K tokens, D width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mimir_fast.ops.global_batch import gather_batch
+from mimir_fast.ops.hsic import hsic
+from mimir_fast.ops.nhsic import nhsic
+from mimir_fast.ops.renyi_mi import renyi_mi
+
+
+@dataclass
+class MutualInformationConfig:
+    """The penalty of `mimir`."""
+
+    estimator: Literal["hsic", "nhsic", "renyi", "none"] = "hsic"
+    """`hsic` (paper), `nhsic` (authors' code), `renyi` matrix-based Rényi entropy, or `none`."""
+    weight: float = 1e-5
+    """λ, the factor of the penalty."""
+    sigma: float = 5.0
+    """Width of the RBF kernels; not used by the `median` rule."""
+    bandwidth: Literal["reference", "paper", "median"] = "reference"
+    """`reference` exp(-d²/(2σ²D)) (authors' code), `paper` exp(-d²/(2σ²)), `median` heuristic."""
+    alpha: float = 2.0
+    """Order of the Rényi entropy (2 has a closed form; the authors use 1.01)."""
+    inputs: Literal["adversarial", "clean", "visible"] = "adversarial"
+    """Image side: whole `adversarial` image, whole `clean` image, or adversarial with masked patches zeroed."""
+    tokens: Literal["sorted", "shuffled", "pooled"] = "sorted"
+    """Latent side: visible tokens in raster order, in the order of the mask's draws (authors' code), or their mean."""
+    scope: Literal["rank", "global"] = "rank"
+    """Estimate on each rank's batch (authors' code), or on the global batch across ranks."""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"MI weight {self.weight}, wanted λ >= 0")
+        if self.sigma <= 0:
+            raise ValueError(f"sigma={self.sigma}, wanted a positive kernel width")
+        if self.estimator == "nhsic" and self.bandwidth != "reference":
+            raise ValueError("estimator nhsic is defined with bandwidth=reference; choose that, or estimator=hsic")
+
+
+def mutual_information(config: MutualInformationConfig, image: Tensor, latent_BTD: Tensor) -> Tensor:
+    """The estimate, a scalar in fp32 outside of autocast.
+
+    Args:
+        image: (B, …) what the config's `inputs` names, detached by the caller.
+        latent_BTD: encoder output with cls in front; gradients flow here.
+    """
+    with torch.autocast(latent_BTD.device.type, enabled=False):
+        z = latent_BTD.float()
+        z = z[:, 1:].mean(dim=1) if config.tokens == "pooled" else z.flatten(1)
+        x = image.float().flatten(1)
+        if config.scope == "global":
+            x, z = gather_batch(x), gather_batch(z)
+        if config.estimator == "hsic":
+            return hsic(x, z, sigma_x=config.sigma, sigma_y=config.sigma, bandwidth=config.bandwidth)
+        if config.estimator == "nhsic":
+            return nhsic(x, z, sigma=config.sigma)
+        if config.estimator == "renyi":
+            return renyi_mi(x, z, alpha=config.alpha, sigma=config.sigma, bandwidth=config.bandwidth)
+        return z.new_zeros(())

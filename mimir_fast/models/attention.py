@@ -1,0 +1,62 @@
+"""The one seam through which all attention goes.
+
+xformers' `memory_efficient_attention` runs on CUDA where it really works (probed once by a small call, because its own
+binary often does not load on a current torch), PyTorch's scaled_dot_product_attention everywhere else.
+Shapes: B batch, T query tokens, S key tokens, H heads, E head dim.
+"""
+
+import os
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_CHOICES = ("auto", "xformers", "sdpa")
+
+
+@lru_cache(maxsize=1)
+def xformers_failure() -> str | None:
+    """Why xformers cannot be used here, or None when it can."""
+    if not torch.cuda.is_available():
+        return "xformers has no attention operator for CPU"
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        q = torch.zeros(1, 8, 2, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        memory_efficient_attention(q, q, q).sum().backward()
+    except Exception as error:  # a broken binary fails in many ways; any of them means SDPA
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return None
+
+
+def attention_backend(device: torch.device) -> str:
+    """`xformers` or `sdpa`: what `attention` runs on this device. MIMIR_FAST_ATTENTION=auto|xformers|sdpa overrides.
+
+    Raises:
+        ValueError: the variable has another value.
+        RuntimeError: xformers is demanded and does not work.
+    """
+    wanted = os.environ.get("MIMIR_FAST_ATTENTION", "auto")
+    if wanted not in _CHOICES:
+        raise ValueError(f"MIMIR_FAST_ATTENTION={wanted!r}, wanted one of {', '.join(_CHOICES)}")
+    if wanted == "sdpa" or (wanted == "auto" and device.type != "cuda"):
+        return "sdpa"
+    failure = xformers_failure()
+    if failure is None:
+        return "xformers"
+    if wanted == "xformers":
+        raise RuntimeError(f"MIMIR_FAST_ATTENTION=xformers, but it does not work here: {failure}")
+    return "sdpa"
+
+
+def attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
+    """softmax(q kᵀ/√E) v, as (B, T, H, E)."""
+    # xformers has no fp32 tensor-core kernel worth having and none for double: those go to SDPA.
+    half = q_BTHE.dtype in (torch.float16, torch.bfloat16)
+    if half and not torch.compiler.is_compiling() and attention_backend(q_BTHE.device) == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(q_BTHE, k_BSHE, v_BSHE)
+    out = F.scaled_dot_product_attention(q_BTHE.transpose(1, 2), k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2))
+    return out.transpose(1, 2)
