@@ -1,0 +1,168 @@
+"""Projected gradient descent (PGD) on a classifier, with FGSM and the FastAT step as its one-step members.
+
+    x ← Π( x + α·sign ∇ₓ Σᵢ loss(f(x)ᵢ, yᵢ) ),   Π: onto the L∞ ball of radius ε around the clean image, and to [0, 1]
+
+Madry et al., arXiv 1706.06083 (PGD); Goodfellow et al., arXiv 1412.6572 (FGSM); Wong et al., arXiv 2001.03994 (FastAT).
+The loss is summed: only the sign of its gradient is used, and a mean over a large batch underflows in half precision.
+Starts are functions of (seed, step, sample), so an image is attacked the same way in any batch and on any rank.
+
+Shapes: B images, C channels, H × W pixels, K classes.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.ops.linf_step import linf_step
+from mimir_fast.philox import Stream, uniform
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits (B, K), labels) → (B,) losses, to be maximised."""
+
+Objective = Callable[[Tensor], Tensor]
+"""Images (B, C, H, W) → (B,) values, to be maximised."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) cross entropy in fp32; labels (B,) int64, or (B, K) probabilities."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def ball_bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The smallest and largest representable images within eps of `images` and in [0, 1], exactly.
+
+    `images + eps` rounds, and may land outside of the ball by one unit in the last place; these bounds do not.
+    """
+    exact = images.double()
+    low, high = (exact - eps).to(images.dtype), (exact + eps).to(images.dtype)
+    low = torch.where(low.double() < exact - eps, torch.nextafter(low, torch.full_like(low, 2)), low)
+    high = torch.where(high.double() > exact + eps, torch.nextafter(high, torch.full_like(high, -2)), high)
+    return low.clamp(0, 1), high.clamp(0, 1)
+
+
+def check_images(images: Tensor, *, values: bool = True) -> None:
+    """Raises ValueError unless `images` is a float (B, C, H, W) tensor, finite and (where `values`) within [0, 1]."""
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"an attack wants float images (B, C, H, W) in [0, 1], got {images.dtype} {tuple(images.shape)}; "
+            "for uint8 images pass images.float() / 255"
+        )
+    if values and images.numel():
+        low, high = (float(v) for v in images.aminmax())
+        if not 0 <= low <= high <= 1:  # also false for NaN
+            raise ValueError(
+                f"images span [{low:g}, {high:g}], but ε is measured on images in [0, 1]: do not normalise before the "
+                "attack, put the normalisation into the model (mimir_fast.evaluation.models.Normalized)"
+            )
+
+
+def random_start(images: Tensor, eps: float, *, samples: Tensor | None = None, seed: int = 0, step: int = 0) -> Tensor:
+    """Images (B, C, H, W) uniform in the ball of radius eps, cut to [0, 1].
+
+    Args:
+        samples: (B,) int64 global indices of the images; None stands for 0 … B−1.
+    """
+    if samples is None:
+        samples = torch.arange(len(images), device=images.device)
+    noise = uniform(seed, Stream.ATTACK_START, step, samples.to(images.device), images[0].numel() if len(images) else 0)
+    delta = (2 * noise - 1).mul_(eps).view_as(images).to(images.dtype)
+    return (images + delta).clamp_(0, 1)
+
+
+def linf_ascent(
+    objective: Objective, images: Tensor, start: Tensor, threat: LinfThreat, *, keep_best: bool = False
+) -> Tensor:
+    """Signed-gradient ascent of any objective in the ball around `images`: the loop shared by all attacks here.
+
+    Args:
+        keep_best: return, for each image, the iterate of highest objective (one more forward pass) instead of the last.
+    Returns:
+        (B, C, H, W), detached, within eps of `images` and in [0, 1] to the last bit.
+    """
+    low, high = ball_bounds(images, threat.eps)
+    x_adv = start.detach()
+    best, best_value = x_adv, torch.full((len(images),), -torch.inf, device=images.device)
+
+    def remember(x: Tensor, value_B: Tensor) -> None:
+        nonlocal best, best_value
+        better = value_B.detach() > best_value
+        best = torch.where(better.view(-1, 1, 1, 1), x.detach(), best)
+        best_value = torch.where(better, value_B.detach(), best_value)
+
+    for _ in range(threat.num_steps):
+        x_adv = x_adv.detach().requires_grad_()
+        with torch.enable_grad():
+            value_B = objective(x_adv)
+            (grad,) = torch.autograd.grad(value_B.sum(), x_adv)
+        if keep_best:
+            remember(x_adv, value_B)
+        x_adv = linf_step(x_adv.detach(), grad, images, alpha=threat.alpha, eps=threat.eps)
+    if keep_best:
+        with torch.no_grad():
+            remember(x_adv, objective(x_adv))
+        x_adv = best
+    return x_adv.detach().clamp(low, high)
+
+
+def pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: LinfThreat,
+    *,
+    loss: Loss = cross_entropy,
+    samples: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    start: Tensor | None = None,
+    keep_best: bool = False,
+    mode: AttackMode = "as_is",
+) -> Tensor:
+    """Adversarial images (B, C, H, W) for a classifier.
+
+    Args:
+        model: takes images in [0, 1] (normalisation inside), returns logits (B, K); it is left untouched.
+        images: (B, C, H, W) float in [0, 1].
+        labels: whatever `loss` takes; (B,) int64 for the default.
+        threat: eps, alpha, num_steps, random_start.
+        loss: (logits, labels) → (B,), maximised.
+        samples: (B,) int64 global indices, to which the random start belongs; None stands for 0 … B−1.
+        seed, step: the random start's other coordinates; give a restart its own step.
+        start: (B, C, H, W) where to start; overrules the random start.
+        keep_best: return the iterate of highest loss, not the last.
+        mode: run the model in `eval` or `train` mode, or `as_is`.
+    Raises:
+        ValueError: images are not float (B, C, H, W), or not in [0, 1] (not looked at on a GPU unless mode is `eval`:
+            the answer would make the training step wait).
+    """
+    check_images(images, values=mode == "eval" or images.device.type == "cpu")
+    images = images.detach()
+    if start is None:
+        start = images
+        if threat.random_start:
+            start = random_start(images, threat.eps, samples=samples, seed=seed, step=step)
+    with borrowed_in_mode(model, mode) as module:
+        return linf_ascent(lambda x: loss(module(x), labels), images, start, threat, keep_best=keep_best)
+
+
+def fast_threat(eps: float) -> LinfThreat:
+    """FastAT's adversary: one step of 1.25 ε from a random start (Wong et al., arXiv 2001.03994)."""
+    return LinfThreat(eps=eps, alpha=min(1.25 * eps, 1.0), num_steps=1, random_start=True)
+
+
+def fgsm(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    loss: Loss = cross_entropy,
+    mode: AttackMode = "as_is",
+) -> Tensor:
+    """Adversarial images (B, C, H, W) of one step of size eps from the clean image. Arguments as for `pgd`."""
+    threat = LinfThreat(eps=eps, alpha=eps, num_steps=1, random_start=False)
+    return pgd(model, images, labels, threat, loss=loss, mode=mode)
