@@ -1,13 +1,23 @@
 """From a configuration to a loader: source, order, plan, and the loader that suits them."""
 
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.data.geometry import plan_geometry
 from mimir_fast.data.loaders.base import Loader
+from mimir_fast.data.loaders.dali import DaliLoader, import_dali
 from mimir_fast.data.loaders.resident import ResidentLoader
-from mimir_fast.data.order import BatchPlan, SampleOrder
-from mimir_fast.data.sources import ArraySource, build_source
+from mimir_fast.data.loaders.skip import SkipLedger, first_readable
+from mimir_fast.data.loaders.workers import WorkerLoader, cut
+from mimir_fast.data.order import BatchPlan, MixedOrder, SampleOrder
+from mimir_fast.data.sources import ArraySource, EncodedSource, ImageSource, build_source
+from mimir_fast.data.sources.edm import MixedSource, open_npz
+
+_LOG = logging.getLogger(__name__)
 
 
 def build_loader(
@@ -30,6 +40,7 @@ def build_loader(
         batch_size: samples in a rank's micro-batch; the global batch is batch_size * world_size * accum_iter.
         device: where the batches are wanted.
         seed: of order and augmentation.
+        accum_iter: micro-batches of an optimiser step; without effect on an evaluation pass.
         shuffle: an endless shuffled stream (True) or one pass in order (False); the default is True for "train".
         augment: crop and mirror as configured; the default is True for "train".
     Raises:
@@ -39,14 +50,82 @@ def build_loader(
     shuffle = split == "train" if shuffle is None else shuffle
     augment = split == "train" if augment is None else augment
     source = build_source(config, split)
-    order = SampleOrder(len(source), seed, shuffle)
-    plan = BatchPlan(batch_size, rank, world_size, accum_iter, stop=None if shuffle else len(source))
-    if not isinstance(source, ArraySource):
-        raise TypeError(f"no loader for {type(source).__name__}")
-    if source.image_size != config.image_size:
-        raise ValueError(
-            f"{source.name} has {source.image_size} x {source.image_size} pixels but image_size is {config.image_size}; "
-            f"give --data.image_size {source.image_size}"
-        )
-    images = torch.from_numpy(np.ascontiguousarray(source.images))
-    return ResidentLoader(images, torch.from_numpy(source.labels), config, plan, order, device, augment)
+    order: SampleOrder | MixedOrder = SampleOrder(len(source), seed, shuffle)
+    if config.generated is not None and split == "train" and shuffle:
+        generated = open_npz(config.generated, source.num_classes)
+        order = MixedOrder(len(source), len(generated), config.generated_ratio, seed)
+        source = MixedSource(source, generated)
+    _check_size(source, config)
+    plan = BatchPlan(batch_size, rank, world_size, accum_iter if shuffle else 1, stop=None if shuffle else len(source))
+
+    kind = choose_loader(source, config, device, augment)
+    if kind == "resident":
+        images, skipped = decoded(source, config)
+        labels = torch.from_numpy(source.labels)
+        resident = ResidentLoader(torch.from_numpy(images), labels, config, plan, order, device, augment)
+        resident.skipped.update(skipped)
+        return resident
+    if kind == "dali":
+        if not isinstance(source, EncodedSource):
+            raise ValueError(
+                f"loader 'dali' decodes image files, but {source.name} holds decoded arrays; use --data.loader resident"
+            )
+        return DaliLoader(source, config, plan, order, device, augment)
+    return WorkerLoader(source, config, plan, order, device, augment)
+
+
+def choose_loader(source: ImageSource, config: DataConfig, device: torch.device, augment: bool) -> str:
+    """The configured loader, or what `auto` stands for: see `DataConfig.loader`."""
+    if config.loader != "auto":
+        return config.loader
+    gibibytes = len(source) * config.channels * config.image_size**2 / 2**30
+    fixed = source.image_size == config.image_size and not (augment and config.augment == "resized_crop")
+    if fixed and gibibytes <= config.resident_gib:
+        return "resident"
+    if device.type != "cuda" or not isinstance(source, EncodedSource):
+        return "torch"
+    try:
+        import_dali()
+    except ImportError as error:
+        _LOG.warning("decoding on the CPU: %s", error)
+        return "torch"
+    return "dali"
+
+
+def decoded(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, dict[str, str]]:
+    """All images, (N, C, S, S) uint8, and the files that had to be replaced.
+
+    Encoded images of another size than S = `config.image_size` are resized and centre-cropped as for evaluation.
+    """
+    if isinstance(source, ArraySource):
+        return np.ascontiguousarray(source.images), {}
+    if isinstance(source, MixedSource):
+        real, skipped = decoded(source.real, config)
+        return np.concatenate([real, source.generated.images]), skipped
+    side, channels = config.image_size, config.channels
+    images = np.empty((len(source), channels, side, side), np.uint8)
+    received = np.empty(len(source), np.int64)
+
+    def fill(index: int) -> None:
+        found, pixels = first_readable(index, len(source), source.pixels, config.max_bad_files)
+        received[index] = found
+        if pixels is not None:
+            one, sizes = np.array([index]), np.array([pixels.shape[:2]])
+            images[index] = cut(pixels, plan_geometry(config, False, 0, one, one, sizes), 0, side, channels)
+
+    with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # PIL decodes outside the interpreter's lock
+        list(pool.map(fill, range(len(source))))
+    skipped = {}
+    SkipLedger(source, config.max_bad_files, skipped).compare(np.arange(len(source)), received)
+    return images, skipped
+
+
+def _check_size(source: ImageSource, config: DataConfig) -> None:
+    """Arrays of another size than the model's are more likely a slip than a wish to resize."""
+    resizes = config.augment == "resized_crop"
+    if isinstance(source, EncodedSource) or resizes or source.image_size == config.image_size:
+        return
+    raise ValueError(
+        f"{source.name} has images of {source.image_size} x {source.image_size} pixels but image_size is "
+        f"{config.image_size}; give --data.image_size {source.image_size}, or resize with --data.augment resized_crop"
+    )

@@ -86,7 +86,7 @@ def plan_geometry(
     """The way from images of the given sizes to `config.image_size`.
 
     Without augmentation an image of that very size is left alone; any other has its short side resized to 8/7 of it
-    (256 for 224) and the centre cut out. `pad_crop` resizes the short side to it, cuts the centre and shifts the window.
+    (256 for 224) and the centre cut out. `pad_crop` resizes the short side to it, and shifts the central window.
 
     Args:
         samples, epochs: (B,) int64.

@@ -69,7 +69,7 @@ class Loader(ABC):
         """This rank's non-empty micro-batches from `cursor` on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain integers; taken between steps it can be loaded on another number of ranks or with another batch size."""
+        """Plain integers; taken between steps it can be loaded on other ranks or with another batch size."""
         return {
             "position": self._cursor.position,
             "micro_step": self._cursor.micro_step,
@@ -108,12 +108,12 @@ class Loader(ABC):
             if stop > start:
                 yield start, stop
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (not every loader holds something)
         """Free workers and device memory; the loader cannot be used afterwards."""
 
 
 def to_channels(images_BCHW: Tensor, channels: int) -> Tensor:
-    """(B, channels, H, W) uint8: grey repeated to colour, colour weighed to grey (ITU-R 601, PIL's integer rounding)."""
+    """(B, channels, H, W) uint8: grey repeated to colour, colour weighed to grey (ITU-R 601, rounded as PIL does)."""
     if images_BCHW.shape[1] == channels:
         return images_BCHW
     if channels == 3:

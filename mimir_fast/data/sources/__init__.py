@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.data.sources import digits, idx
+from mimir_fast.data.sources import cifar, digits, folder, idx, shards
 from mimir_fast.data.sources.base import ArraySource, EncodedSource, ImageSource, MissingDataError, take_evenly
 
 Builder = Callable[[DataConfig, str], ImageSource]
@@ -13,8 +13,13 @@ SOURCES: dict[str, Builder] = {
     "digits": digits.build,
     "fashion_mnist": idx.build_fashion_mnist,
     "idx": idx.build,
+    "cifar10": cifar.build_cifar10,
+    "cifar100": cifar.build_cifar100,
+    "tiny_imagenet": folder.build_tiny_imagenet,
+    "imagenet": folder.build_folder,
+    "folder": folder.build_folder,
+    "webdataset": shards.build,
 }
-SPLITS = ("train", "test")
 
 __all__ = ["SOURCES", "ArraySource", "EncodedSource", "ImageSource", "MissingDataError", "build_source"]
 
@@ -26,11 +31,11 @@ def build_source(config: DataConfig, split: str) -> ImageSource:
         ValueError: unknown source or split, or damaged files.
         MissingDataError: the files are not there; the message says how to get them.
     """
-    split = "test" if split == "val" else split
-    if split not in SPLITS:
+    if split not in ("train", "test", "val"):
         raise ValueError(f"split must be 'train' or 'test' (or 'val'), got {split!r}")
     if config.source not in SOURCES:
         near = difflib.get_close_matches(config.source, SOURCES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown source {config.source!r}{hint} Known: {', '.join(SOURCES)}")
-    return take_evenly(SOURCES[config.source](config, split), config.limit)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown source {config.source!r}; {hint}Known: {', '.join(SOURCES)}")
+    source = SOURCES[config.source](config, "train" if split == "train" else "test")
+    return take_evenly(source, config.limit)

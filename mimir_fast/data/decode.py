@@ -1,0 +1,64 @@
+"""Encoded images to pixels with PIL, and the judgement whether a file is an image at all.
+
+One judge for all loaders: what PIL decodes completely is an image, everything else is skipped.
+"""
+
+import io
+import struct
+
+import numpy as np
+
+_JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
+_TAIL = 64  # bytes at the end in which the end marker must stand; writers pad with a few zeros
+
+
+class UnreadableImageError(ValueError):
+    """The bytes are no image, or only a part of one."""
+
+
+def decode(content: bytes, where: str) -> np.ndarray:
+    """(H, W, C) uint8, C = 1 for grey images and 3 (RGB) for all others; EXIF orientation is not applied.
+
+    Raises:
+        UnreadableImageError: with `where` (a path) and PIL's reason.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(f"{where}: {error}") from error
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def checked_file(content: bytes, where: str) -> tuple[bytes, int, int]:
+    """The bytes as every decoder takes them, with the image's height and width; cheap for whole JPEG and PNG files.
+
+    A grey or RGB file that ends as its format demands is passed on after a look at its header. Anything else (other
+    formats, CMYK, a missing end) is decoded here and passed on uncompressed.
+
+    Raises:
+        UnreadableImageError: as `decode`.
+    """
+    from PIL import Image
+
+    tail = content[-_TAIL:]
+    if (content.startswith(_JPEG_START) and _JPEG_END in tail) or (content.startswith(_PNG_START) and _PNG_END in tail):
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                if image.mode in ("L", "RGB"):
+                    return content, image.height, image.width
+        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+            raise UnreadableImageError(f"{where}: {error}") from error
+    return plain_file(decode(content, where))
+
+
+def plain_file(pixels: np.ndarray) -> tuple[bytes, int, int]:
+    """(H, W, C) uint8 pixels as an uncompressed PNM file, with height and width."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, format="PPM")
+    return file.getvalue(), pixels.shape[0], pixels.shape[1]

@@ -1,0 +1,222 @@
+"""NVIDIA DALI: JPEG decoding, cropping and resizing as one pipeline, on the GPU's decoders or on the CPU.
+
+Processes read the files and give DALI the bytes with the numbers of mimir_fast.data.geometry, so DALI draws nothing
+and only the crop is decoded:
+
+    bytes, box --decoders.image_slice--> part --resize--> window --mirror, to CHW--> uint8 on the device
+
+On a GPU `device="mixed"` shares the files between the hardware JPEG decoder and nvJPEG's CUDA one, and a batch never
+visits the host. On a machine without one the same pipeline runs with `device_id=None`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from mimir_fast.data.batch import Batch
+from mimir_fast.data.config import DataConfig
+from mimir_fast.data.decode import checked_file, decode, plain_file
+from mimir_fast.data.geometry import plan_geometry
+from mimir_fast.data.loaders.base import Loader
+from mimir_fast.data.loaders.skip import SkipLedger, first_readable
+from mimir_fast.data.order import BatchPlan, Cursor, MixedOrder, SampleOrder
+from mimir_fast.data.sources.base import EncodedSource
+
+_PIPELINE_DEPTH = 2
+
+
+def import_dali() -> Any:
+    """`nvidia.dali`, if it is the real one.
+
+    Raises:
+        ImportError: absent, or the placeholder of the same name; the message says what to install.
+    """
+    advice = (
+        "install NVIDIA's wheel by its full name: pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120); the "
+        "package called nvidia-dali is an empty placeholder. Without DALI use --data.loader torch"
+    )
+    try:
+        import nvidia.dali as dali
+    except ImportError as error:
+        raise ImportError(f"loader 'dali' needs NVIDIA DALI: {advice}") from error
+    if not hasattr(dali, "pipeline_def"):
+        raise ImportError(f"the installed nvidia.dali has no pipelines: {advice}")
+    return dali
+
+
+class DaliLoader(Loader):
+    """Batches out of a DALI pipeline fed with a source's files."""
+
+    def __init__(
+        self,
+        source: EncodedSource,
+        config: DataConfig,
+        plan: BatchPlan,
+        order: SampleOrder | MixedOrder,
+        device: torch.device,
+        augment: bool,
+    ) -> None:
+        super().__init__(plan, order)
+        import_dali()
+        self.source, self.config, self.device, self.augment = source, config, device, augment
+        self.labels = torch.from_numpy(source.labels)
+        self._ledger = SkipLedger(source, config.max_bad_files, self.skipped)
+        self._feed_depth = max(2, config.num_workers)
+        self._pipeline: Any = None
+        self._pipeline_start: Cursor | None = None  # set while the pipeline has just begun or is used up
+        self._suspects: frozenset[int] = frozenset()
+
+    def _batches(self, cursor: Cursor) -> Iterator[Batch]:
+        if self._pipeline is not None and self._pipeline_start == cursor:
+            self._pipeline.reset()  # another pass of an evaluation: keep its processes
+        else:
+            self._build(cursor)
+        first, recovered_at = cursor, None
+        self._pipeline_start = None
+        for span in self.spans(cursor):
+            wanted, epochs = self.order.at(*span)
+            while True:
+                try:
+                    images, received = self._pipeline.run()
+                    break
+                except RuntimeError as error:
+                    # DALI says neither which file it was nor goes on. So let PIL decode all that may be in the
+                    # pipeline, and begin anew from here; a second failure at this place is not the files' fault.
+                    if recovered_at == cursor:
+                        raise RuntimeError(
+                            "DALI failed twice on a batch PIL can read; use --data.loader torch"
+                        ) from error
+                    recovered_at = cursor
+                    self._suspects |= self._in_flight(cursor)
+                    self._build(cursor)
+            cursor = self.plan.advance(cursor)
+            samples = np.array(received.as_tensor()).reshape(-1)
+            self._ledger.compare(wanted, samples)
+            yield self._to_batch(images, torch.from_numpy(samples), torch.from_numpy(epochs))
+        self._pipeline_start = first
+
+    def _to_batch(self, images: Any, samples: torch.Tensor, epochs: torch.Tensor) -> Batch:
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        tensor = images.as_tensor()
+        result = torch.empty(tuple(tensor.shape()), dtype=torch.uint8, device=self.device)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        feed_ndarray(tensor, result, cuda_stream=stream)  # device to device, asynchronous in this stream
+        labels, samples, epochs = (
+            column.to(self.device, non_blocking=True) for column in (self.labels[samples], samples, epochs)
+        )
+        return Batch(result, labels, samples, epochs)
+
+    def _build(self, cursor: Cursor) -> None:
+        self.close()
+        dali = import_dali()
+        fn, types = dali.fn, dali.types
+        config, side, on_gpu = self.config, self.config.image_size, self.device.type == "cuda"
+        feed = _Feed(self.source, config, self.plan, self.order, cursor, self.augment, self._suspects)
+        only_box = self.augment and config.augment == "resized_crop"  # then resizing gives S x S already
+        decoder_options: dict[str, Any] = {"hw_decoder_load": config.hw_decoder_load} if on_gpu else {}
+        source_options: dict[str, Any] = {"parallel": False}
+        if config.num_workers:
+            source_options = {"parallel": True, "prefetch_queue_depth": self._feed_depth}
+
+        @dali.pipeline_def
+        def pipeline() -> Any:
+            encoded, corner, extent, size, anchor, mirror, samples = fn.external_source(
+                feed, num_outputs=7, batch=True, **source_options
+            )
+            images = fn.decoders.image_slice(
+                encoded,
+                start=corner,
+                shape=extent,
+                axes=(0, 1),
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB if config.channels == 3 else types.GRAY,
+                adjust_orientation=False,
+                **decoder_options,
+            )
+            images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC)
+            if not only_box:
+                images = fn.slice(
+                    images, start=anchor, shape=(side, side), axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
+                )
+            images = fn.crop_mirror_normalize(
+                images,
+                dtype=types.UINT8,
+                output_layout="CHW",
+                mirror=mirror,
+                mean=[0.0] * config.channels,
+                std=[1.0] * config.channels,
+            )
+            return images, samples
+
+        self._pipeline = pipeline(
+            batch_size=self.plan.batch_size,
+            num_threads=max(1, config.num_workers),
+            device_id=(self.device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=_PIPELINE_DEPTH,
+            py_num_workers=max(1, config.num_workers),
+            # A process cannot be forked once CUDA is in use.
+            py_start_method="spawn" if on_gpu or torch.cuda.is_initialized() else "fork",
+        )
+        self._pipeline.build()
+
+    def _in_flight(self, cursor: Cursor) -> frozenset[int]:
+        """Samples of all batches that DALI may have begun when the batch at `cursor` failed."""
+        spans = self.spans(cursor)
+        pieces = [
+            self.order.at(*span)[0]
+            for span, _ in zip(spans, range(self._feed_depth + 2 * _PIPELINE_DEPTH), strict=False)
+        ]
+        return frozenset(np.concatenate(pieces).tolist())
+
+    def close(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.shutdown()
+        self._pipeline = self._pipeline_start = None
+
+
+class _Feed:
+    """What DALI calls, in its own processes: the number of a micro-batch in, bytes and numbers out."""
+
+    def __init__(
+        self,
+        source: EncodedSource,
+        config: DataConfig,
+        plan: BatchPlan,
+        order: SampleOrder | MixedOrder,
+        cursor: Cursor,
+        augment: bool,
+        suspects: frozenset[int],
+    ) -> None:
+        self.source, self.config, self.plan, self.order = source, config, plan, order
+        self.cursor, self.augment, self.suspects = cursor, augment, suspects
+
+    def __call__(self, number: int) -> tuple[list[np.ndarray], ...]:
+        cursor = self.plan.advance(self.cursor, number)
+        start, stop = self.plan.span(cursor) if not self.plan.is_over(cursor) else (0, 0)
+        if start == stop:
+            raise StopIteration
+        wanted, epochs = self.order.at(start, stop)
+        limit = self.config.max_bad_files
+        found = [first_readable(int(index), len(self.source), self._read, limit) for index in wanted]
+        samples = np.array([index for index, _ in found], np.int64)
+        files = [plain_file(np.zeros((1, 1, 1), np.uint8)) if file is None else file for _, file in found]
+        sizes = np.array([(height, width) for _, height, width in files], np.int64)
+        geometry = plan_geometry(self.config, self.augment, self.order.seed, samples, epochs, sizes)
+        box = geometry.box.astype(np.int32)
+        columns = (
+            [np.frombuffer(content, np.uint8) for content, _, _ in files],
+            box[:, :2],
+            box[:, 2:],
+            geometry.size.astype(np.float32),
+            geometry.anchor.astype(np.int32),
+            geometry.mirror.astype(np.int32),
+            samples,
+        )
+        return tuple([np.asarray(row) for row in column] for column in columns)
+
+    def _read(self, index: int) -> tuple[bytes, int, int]:
+        content, where = self.source.read(index), self.source.where(index)
+        return plain_file(decode(content, where)) if index in self.suspects else checked_file(content, where)

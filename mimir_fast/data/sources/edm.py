@@ -1,0 +1,97 @@
+"""Generated images in npz files (EDM, Wang et al. 2023), mapped from disk and mixed with a real source.
+
+`np.savez` stores its arrays uncompressed, so the array inside the zip file can be memory-mapped: ten million images are
+30.7 GB on disk and nothing in memory. Arrays: `image` (N, H, W, C) uint8, `label` (N,) integers.
+"""
+
+import struct
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from mimir_fast.data.sources.base import ArraySource, ImageSource, MissingDataError
+
+_LOCAL_HEADER_BYTES = 30
+
+
+def map_member(path: Path, name: str) -> np.ndarray:
+    """The array `name` of an uncompressed npz as a read-only memory map.
+
+    Raises:
+        KeyError: there is no such array; the message lists those there are.
+        ValueError: not an npz, compressed, or cut short.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            names = [member.removesuffix(".npy") for member in archive.namelist()]
+            if name not in names:
+                raise KeyError(f"{path} has no array {name!r}; it has {', '.join(sorted(names)) or 'none'}")
+            member = archive.getinfo(f"{name}.npy")
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{path}: {name!r} is compressed and cannot be mapped; save it again with np.savez")
+            # The central directory says where the member's own header starts; the data follow its two variable fields.
+            file.seek(member.header_offset)
+            name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(_LOCAL_HEADER_BYTES))
+            file.seek(member.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes)
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, fortran_order, dtype = read_header(file)
+            if dtype.hasobject:
+                raise ValueError(f"{path}: {name!r} holds Python objects, expected numbers")
+            order: Literal["C", "F"] = "F" if fortran_order else "C"
+            return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape, order=order)
+    except (zipfile.BadZipFile, struct.error) as error:
+        raise ValueError(f"{path} is not a whole npz file ({error}); fetch it again") from error
+
+
+def open_npz(path: str, num_classes: int) -> ArraySource:
+    """Generated images with their labels (-1 for all if the file has none).
+
+    Raises:
+        MissingDataError, KeyError, ValueError: see `map_member`; also for images that are not (N, H, W, 1 or 3) uint8.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise MissingDataError(
+            f"{file} does not exist; --data.generated takes an npz with `image` (N, H, W, C) uint8 and `label`, such "
+            "as the 1m, 5m and 10m files published with 'Better Diffusion Models Further Improve Adversarial Training'"
+        )
+    images = map_member(file, "image")
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
+        raise ValueError(f"{file}: `image` must be uint8 (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
+    try:
+        labels = np.array(map_member(file, "label"), dtype=np.int64)
+    except KeyError:
+        labels = np.full(len(images), -1, np.int64)
+    if len(labels) and labels.max() >= num_classes:
+        raise ValueError(f"{file}: label {labels.max()} but the real source has {num_classes} classes")
+    return ArraySource("generated", images.transpose(0, 3, 1, 2), labels, [str(label) for label in range(num_classes)])
+
+
+class MixedSource(ImageSource):
+    """A real source followed by a generated one: samples 0 … R - 1 are real, R … R + G - 1 generated."""
+
+    def __init__(self, real: ImageSource, generated: ArraySource) -> None:
+        if real.image_size != generated.image_size:
+            raise ValueError(
+                f"the generated images are {generated.image_size} pixels wide, those of {real.name} {real.image_size}; "
+                "mix images of one size"
+            )
+        if isinstance(real, ArraySource) and real.images.shape[1] != generated.images.shape[1]:
+            raise ValueError(
+                f"the generated images have {generated.images.shape[1]} channels, those of {real.name} "
+                f"{real.images.shape[1]}; mix images of one kind"
+            )
+        labels = np.concatenate([real.labels, generated.labels])
+        super().__init__(f"{real.name}+generated", real.classes, labels, real.image_size)
+        self.real, self.generated = real, generated
+
+    def pixels(self, index: int) -> np.ndarray:
+        return self.real.pixels(index) if index < len(self.real) else self.generated.pixels(index - len(self.real))
+
+    def where(self, index: int) -> str:
+        return self.real.where(index) if index < len(self.real) else self.generated.where(index - len(self.real))

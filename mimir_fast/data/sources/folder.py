@@ -1,0 +1,107 @@
+"""Folders of image files: ImageNet's layout, root/{train,val}/<class>/<file>, and Tiny-ImageNet's.
+
+Classes are the sorted folder names (as torchvision's ImageFolder numbers them). Every file counts as a sample; what is
+not an image shows when it is read, and is then skipped and reported by path.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mimir_fast.data.config import DataConfig
+from mimir_fast.data.sources.base import EncodedSource, MissingDataError, existing_root
+
+_TEST_FOLDERS = ("val", "validation", "test")
+
+
+class FileSource(EncodedSource):
+    """Files named by path.
+
+    Args:
+        root: the folder the paths are relative to.
+        paths: relative, one a sample.
+    """
+
+    def __init__(
+        self, name: str, root: Path, paths: list[str], labels: list[int], classes: list[str], size: int | None = None
+    ) -> None:
+        super().__init__(name, classes, np.asarray(labels, dtype=np.int64), size)
+        self.root = root
+        # One array of bytes, not a million str: forked workers share it, for no reference count in it ever changes.
+        self._paths = np.array([os.fsencode(path) for path in paths])
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(bytes(self._paths[index]))
+
+    def read(self, index: int) -> bytes:
+        return self.path(index).read_bytes()
+
+    def where(self, index: int) -> str:
+        return str(self.path(index))
+
+
+def build_folder(config: DataConfig, split: str) -> FileSource:
+    """root/train/<class>/* to train on; root/val (or validation, test) to test on."""
+    advice = "a folder with train/<class>/<images> and val/<class>/<images>"
+    root = existing_root(config.root, config.source, advice)
+    names = ("train",) if split == "train" else _TEST_FOLDERS
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        raise MissingDataError(f"{root} has no folder {' or '.join(names)}: give --data.root {advice}")
+    classes = _class_folders(folder)
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        files = _files(folder / name)
+        paths += [f"{name}/{file}" for file in files]
+        labels += [label] * len(files)
+    return FileSource(config.source, folder, paths, labels, classes)
+
+
+def build_tiny_imagenet(config: DataConfig, split: str) -> FileSource:
+    """Tiny-ImageNet-200: train/<wnid>/images/*.JPEG; the labelled val/ (val_annotations.txt) is the test split."""
+    advice = "the unpacked tiny-imagenet-200 archive with train/<wnid>/images and val/val_annotations.txt"
+    root = existing_root(config.root, "tiny_imagenet", advice)
+    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    if not (root / "train").is_dir():
+        raise MissingDataError(f"{root} has no folder train: give --data.root {advice}")
+    classes = _class_folders(root / "train")
+    if split == "train":
+        paths: list[str] = []
+        labels: list[int] = []
+        for label, name in enumerate(classes):
+            files = _files(root / "train" / name / "images")
+            paths += [f"{name}/images/{file}" for file in files]
+            labels += [label] * len(files)
+        return FileSource("tiny_imagenet", root / "train", paths, labels, classes, size=64)
+    listing = root / "val" / "val_annotations.txt"
+    if not listing.is_file():
+        raise MissingDataError(f"{listing} is missing; it holds the labels of the test split: give {advice}")
+    rows = [line.split("\t")[:2] for line in listing.read_text().splitlines() if line.strip()]
+    unknown = {row[-1] for row in rows} - set(classes)
+    if unknown or any(len(row) < 2 for row in rows):
+        raise ValueError(f"{listing} is damaged: it names classes that train/ lacks, such as {sorted(unknown)[:3]}")
+    numbers = {name: label for label, name in enumerate(classes)}
+    paths, labels = [f"images/{file}" for file, _ in rows], [numbers[name] for _, name in rows]
+    return FileSource("tiny_imagenet", root / "val", paths, labels, classes, size=64)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise ValueError(f"{folder} has no class folders; put the images of each class into {folder}/<class>/")
+    if len(names) == 1:
+        raise ValueError(
+            f"{folder} has one class only ({names[0]}); at least two are needed. Is the root one level too deep? "
+            "It must be the folder that holds train/ and val/"
+        )
+    return names
+
+
+def _files(folder: Path) -> list[str]:
+    entries = os.scandir(folder) if folder.is_dir() else ()
+    files = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
+    if not files:
+        raise ValueError(f"{folder} holds no files; add the images of this class or remove its folder")
+    return files

@@ -1,0 +1,155 @@
+"""WebDataset shards with random access: tar files in which a sample is the neighbouring members of one key.
+
+Streaming a shard would tie the order of samples to the shards. An index of (shard, offset, size, label), made once by
+reading the tar headers and kept on disk, lets any sample be read by one seek; so order, ranks and resuming work as for
+every other source.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from mimir_fast.data.config import DataConfig
+from mimir_fast.data.sources.base import EncodedSource, MissingDataError
+
+_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "webp", "bmp")
+_LABEL_KEYS = ("label", "cls", "class", "target")  # in a .json member
+_COLUMNS = ("offsets", "sizes", "labels")
+_ADVICE = (
+    "give --data.root a brace pattern such as 'shards/train-{0000..0146}.tar', or a folder whose tar files start with "
+    "train and val"
+)
+
+
+class ShardSource(EncodedSource):
+    """Samples at known places of tar files.
+
+    Args:
+        shards: the tar files.
+        shard_ids, offsets, sizes: (N,) int64, where each image's bytes lie.
+    """
+
+    def __init__(
+        self, shards: list[Path], shard_ids: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, labels: np.ndarray
+    ) -> None:
+        classes = [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
+        super().__init__("webdataset", classes, labels)
+        self.shards, self.shard_ids, self.offsets, self.sizes = shards, shard_ids, offsets, sizes
+
+    def read(self, index: int) -> bytes:
+        with self.shards[self.shard_ids[index]].open("rb") as file:
+            file.seek(self.offsets[index])
+            return file.read(int(self.sizes[index]))
+
+    def where(self, index: int) -> str:
+        return f"{self.shards[self.shard_ids[index]]} at byte {self.offsets[index]}"
+
+
+def build(config: DataConfig, split: str) -> ShardSource:
+    """All samples of the split's shards that have an image; labels from the .cls or .json member, -1 without."""
+    shards = find_shards(config.root, split)
+    parts = [index_shard(shard) for shard in shards]
+    shard_ids = np.repeat(np.arange(len(shards)), [len(part["sizes"]) for part in parts])
+    offsets, sizes, labels = (np.concatenate([part[name] for part in parts]) for name in _COLUMNS)
+    if len(sizes) == 0:
+        raise ValueError(f"{shards[0]} … hold no images: expected members named <key>.jpg and <key>.cls")
+    return ShardSource(shards, shard_ids, offsets, sizes, labels)
+
+
+def find_shards(root: str | None, split: str) -> list[Path]:
+    """The split's tar files: of a folder by their names' start, of a brace pattern all that it names.
+
+    Raises:
+        MissingDataError: no root, or files that do not exist.
+        ValueError: a pattern of training shards where the test split is asked for.
+    """
+    if root is None:
+        raise MissingDataError(f"source 'webdataset' needs root: {_ADVICE}")
+    folder = Path(root).expanduser()
+    if folder.is_dir():
+        names = ("train",) if split == "train" else ("val", "test")
+        shards = sorted(path for name in names for path in folder.glob(f"*{name}*.tar"))
+        if not shards:
+            raise MissingDataError(f"{folder} has no tar files named {' or '.join(names)}…: {_ADVICE}")
+        return shards
+    if split != "train" and "train" in folder.name:
+        raise ValueError(f"the {split} split was asked for but {root} names training shards: {_ADVICE}")
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError as error:
+        raise ImportError("source 'webdataset' needs the library: pip install webdataset") from error
+    shards = [Path(url).expanduser() for url in expand_urls(root)]
+    missing = [str(shard) for shard in shards if not shard.is_file()]
+    if missing:
+        raise MissingDataError(f"{len(missing)} of {len(shards)} shards are missing, first {missing[0]}: {_ADVICE}")
+    return shards
+
+
+def index_shard(shard: Path) -> dict[str, np.ndarray]:
+    """offsets, sizes and labels, (n,) int64 each, of one tar file's images; cached under the user's cache folder.
+
+    Raises:
+        ValueError: not a tar file, compressed, or cut short.
+    """
+    status = shard.stat()
+    identity = f"{shard.resolve()} {status.st_size} {status.st_mtime_ns}"
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    cached = cache_home / "mimir_fast" / "shards" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
+    if cached.is_file():
+        return dict(zip(_COLUMNS, np.load(cached), strict=True))
+    table = _scan(shard)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        aside = cached.with_name(f"{cached.stem}.{os.getpid()}.npy")
+        np.save(aside, table)
+        aside.replace(cached)  # whole or not at all: other ranks index the same shards now
+    except OSError:
+        pass  # a read-only home costs the scan each time, nothing else
+    return dict(zip(_COLUMNS, table, strict=True))
+
+
+def _scan(shard: Path) -> np.ndarray:
+    """(3, n) int64: offset, size, label."""
+    from webdataset.tariterators import base_plus_ext
+
+    rows: list[list[int]] = []
+    current, image, label = None, None, -1
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                key, extension = base_plus_ext(member.name)
+                if key != current:
+                    if image is not None:
+                        rows.append([*image, label])
+                    current, image, label = key, None, -1
+                if key is None:
+                    continue
+                if extension.lower() in _IMAGE_EXTENSIONS:
+                    image = (member.offset_data, member.size)
+                elif extension in ("cls", "json"):
+                    content = archive.extractfile(member)
+                    label = _parse_label(content.read() if content else b"", extension, f"{shard}: {member.name}")
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard} is not a whole, uncompressed tar file ({error}); make or fetch it again") from error
+    if image is not None:
+        rows.append([*image, label])
+    table = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    if table.size and (table[0] + table[1]).max() > shard.stat().st_size:
+        raise ValueError(f"{shard} is cut short: its last image ends past the end of the file; fetch it again")
+    return table
+
+
+def _parse_label(content: bytes, extension: str, where: str) -> int:
+    try:
+        if extension == "cls":
+            return int(content)
+        entries = json.loads(content)
+        return next((int(entries[key]) for key in _LABEL_KEYS if key in entries), -1)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} holds no class number: {content[:40]!r}") from error
