@@ -1,0 +1,7 @@
+// The extension module mimir_fast._C: one line per op.
+#include "bindings.h"
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "C++ kernels of mimir_fast for the CPU; call them through mimir_fast._native";
+    mimir::bind_linf_step(module);
+}

@@ -1,0 +1,109 @@
+"""The L∞ attack update in one pass (see mimir_fast/ops/linf_step.py).
+
+Three streams in, one out, nothing reused: bound by memory bandwidth, so the only question is the width of the loads.
+BLOCK = 1024 over 4 warps gives each thread two 16-byte loads a stream in fp32. All rounding steps of the definition are
+kept (a bf16 iterate is rounded after each operation), so the result equals it bit for bit.
+Legend: n elements in memory order; element i has radius eps_ptr[i // inner % num_eps], or the scalar `eps`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mimir_kernels.aot import AotCase
+
+BLOCK = 1024
+
+
+@triton.jit
+def _linf_step_kernel(
+    x_adv_ptr,
+    grad_ptr,
+    x_ptr,
+    eps_ptr,
+    out_ptr,
+    n,
+    num_eps,
+    inner,
+    alpha,
+    eps,
+    low,
+    high,
+    HAS_RADII: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    inside = offsets < n
+    dtype = out_ptr.dtype.element_ty
+    x_adv = tl.load(x_adv_ptr + offsets, mask=inside).to(tl.float32)
+    grad = tl.load(grad_ptr + offsets, mask=inside).to(tl.float32)
+    x = tl.load(x_ptr + offsets, mask=inside).to(tl.float32)
+    if HAS_RADII:  # the 64-bit divisions once a block, 32-bit ones for its elements
+        first = start // inner
+        step = (start - first * inner + tl.arange(0, BLOCK)).to(tl.int32) // inner
+        radius = tl.load(eps_ptr + ((first % num_eps).to(tl.int32) + step) % num_eps, mask=inside).to(tl.float32)
+    else:
+        radius = eps
+    # torch.sign: 0 for a NaN as for a zero.
+    move = tl.where(grad > 0, alpha, tl.where(grad < 0, -alpha, 0.0)).to(dtype).to(tl.float32)
+    lower = (x - radius).to(dtype).to(tl.float32)
+    upper = (x + radius).to(dtype).to(tl.float32)
+    y = (x_adv + move).to(dtype).to(tl.float32)
+    # Written so that a NaN in y stays; torch.maximum and clamp hand NaNs on as well.
+    y = tl.where(y < lower, lower, y)
+    y = tl.where(y > upper, upper, y)
+    y = tl.where(y < low, low, y)
+    y = tl.where(y > high, high, y)
+    y = tl.where(lower == lower, y, lower)  # a NaN in x or in the radius
+    tl.store(out_ptr + offsets, y.to(dtype), mask=inside)
+
+
+def linf_step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    radii: Tensor | None,
+    inner: int,
+    alpha: float,
+    eps: float,
+    low: float,
+    high: float,
+    out: Tensor,
+) -> None:
+    """Launch: five dense tensors of one memory order, any float dtype; `radii` is 1-D (see the legend) or None."""
+    n = out.numel()
+    has_radii = radii is not None
+    num_eps = len(radii) if radii is not None else 1
+    values = radii if radii is not None else out
+    with torch.cuda.device_of(out):
+        _linf_step_kernel[(triton.cdiv(n, BLOCK),)](
+            x_adv, grad, x, values, out, n, num_eps, inner, alpha, eps, low, high, has_radii, BLOCK
+        )
+
+
+def aot_cases() -> list[AotCase]:
+    """An fp32 and a bf16 iterate with one radius, and an fp32 one with a radius per channel."""
+    numbers = {
+        "n": "i32",
+        "num_eps": "i32",
+        "inner": "i32",
+        "alpha": "fp32",
+        "eps": "fp32",
+        "low": "fp32",
+        "high": "fp32",
+    }
+
+    def case(name: str, dtype: str, has_radii: bool) -> AotCase:
+        pointers = {f"{operand}_ptr": f"*{dtype}" for operand in ("x_adv", "grad", "x", "eps", "out")}
+        return AotCase(
+            name=f"linf_step.{name}",
+            kernel=_linf_step_kernel,
+            signature={**pointers, **numbers},
+            constexprs={"HAS_RADII": has_radii, "BLOCK": BLOCK},
+            divisible_by_16=("n",),
+            vector_loads=True,
+        )
+
+    return [case("fp32", "fp32", False), case("bf16", "bf16", False), case("fp32_per_channel", "fp32", True)]

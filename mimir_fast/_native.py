@@ -1,0 +1,76 @@
+"""The one door to the C++ kernels, `mimir_fast._C`.
+
+The extension is built without torch, so tensors cross as addresses. Whoever calls `run` has made sure that each tensor
+is on the CPU, of the dtype the kernel expects, and dense in the order the kernel walks; `is_plain` and `dense` help.
+Kernels run on `torch.get_num_threads()` OpenMP threads: torch is imported first and its libgomp serves both, so there
+is one pool of threads, not two that fight.
+
+An install without a compiler has no `_C`, and one built from older sources may lack a function: `has` says what is
+there. `MIMIR_FAST_NATIVE=0` turns all of it off, which is how one compares with the PyTorch definitions.
+"""
+
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@cache
+def library() -> ModuleType | None:
+    """The extension module, or None if it was not built, does not load, or is turned off."""
+    if os.environ.get("MIMIR_FAST_NATIVE", "1") == "0":
+        return None
+    try:
+        from mimir_fast import _C
+    except ImportError:
+        return None
+    return _C
+
+
+@cache
+def has(function: str) -> bool:
+    """Whether the extension offers this function."""
+    return hasattr(library(), function)
+
+
+def run(function: str, *arguments: Any) -> Any:
+    """Call a native function: tensors become addresses, and the number of threads comes last.
+
+    The tensors stay alive because `arguments` holds them until the call returns.
+    """
+    raw = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+    return getattr(library(), function)(*raw, torch.get_num_threads())
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are ordinary CPU tensors of an eager program that records no gradient for them.
+
+    Then an op may call its kernel at once and save the dispatcher's time (tens of microseconds, more than a small
+    kernel takes). Tensors that are traced, wrapped (vmap, fake, distributed) or differentiated take the usual way.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    recording = torch.is_grad_enabled()
+    return all(
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not (recording and tensor.requires_grad)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        for tensor in tensors
+    )
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory without gaps or overlaps, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

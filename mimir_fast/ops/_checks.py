@@ -1,0 +1,85 @@
+"""What the ops refuse, and how they say it: what was given, what was wanted, what to type.
+
+Checks of shapes, dtypes and devices cost nothing and always run. Checks of *values* read the tensor; on CUDA that
+would stop the pipeline, so there they run only with `MIMIR_FAST_DEBUG=1`.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from mimir_fast import _native
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether to look at the numbers in this tensor: on the CPU always, elsewhere in debug mode."""
+    return tensor.device.type == "cpu" or os.environ.get("MIMIR_FAST_DEBUG", "0") == "1"
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """Raises ValueError if the tensors lie on different devices."""
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        where = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"all tensors must be on one device, got {where}: move them with .to(device)")
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Raises TypeError for a tensor of integers or booleans."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}: use {name}.float() (images: / 255)")
+
+
+def check_same_shape(**tensors: Tensor) -> None:
+    """Raises ValueError if the shapes differ."""
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"shapes must be equal, got {shapes}")
+
+
+def check_index_dtype(name: str, ids: Tensor) -> None:
+    """Raises TypeError unless the ids are int64, the only dtype the ops index with."""
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {ids.dtype}: use {name}.long()")
+
+
+def check_ids(name: str, ids_BK: Tensor, num_patches: int) -> None:
+    """Raises ValueError if an id is outside [0, num_patches) or twice in one image (when `values_are_checked`)."""
+    if ids_BK.numel() == 0 or not values_are_checked(ids_BK):
+        return
+    B, K = ids_BK.shape
+    if ids_BK.device.type == "cpu" and _native.has("check_ids"):
+        fault = _native.run("check_ids", ids_BK.contiguous(), B, K, num_patches)
+    else:
+        outside = ((ids_BK < 0) | (ids_BK >= num_patches)).any()
+        ordered = ids_BK.sort(dim=1).values
+        repeated = (ordered[:, 1:] == ordered[:, :-1]).any()
+        fault = "outside" if outside else "repeated" if repeated else ""
+    if fault == "outside":
+        low, high = int(ids_BK.min()), int(ids_BK.max())
+        raise ValueError(f"{name} must lie in [0, {num_patches}), got ids from {low} to {high}")
+    if fault == "repeated":
+        raise ValueError(f"{name} names a patch twice in one image: the {K} ids of a row must be distinct")
+
+
+def check_eps(eps: float | Tensor, shape: torch.Size) -> None:
+    """Raises ValueError unless 0 ≤ eps ≤ 1 and a tensor of radii broadcasts against `shape`."""
+    if isinstance(eps, Tensor):
+        sizes = zip(reversed(eps.shape), reversed(shape), strict=False)
+        if eps.ndim > len(shape) or any(size not in (1, wanted) for size, wanted in sizes):
+            raise ValueError(
+                f"eps {tuple(eps.shape)} does not broadcast against {tuple(shape)}; "
+                f"for one radius per channel of (B, C, H, W) give it as (C, 1, 1)"
+            )
+        bad = values_are_checked(eps) and not bool(((eps >= 0) & (eps <= 1)).all())
+    else:
+        bad = not 0 <= eps <= 1
+    if bad:
+        raise ValueError(f"eps must be in [0, 1], in units of the data range, got {eps}: write 8/255, not 8")
+
+
+def check_range(clamp: tuple[float, float]) -> None:
+    """Raises ValueError unless clamp is (low, high) with low ≤ high."""
+    if len(clamp) != 2 or not clamp[0] <= clamp[1]:
+        raise ValueError(f"clamp must be (low, high) with low <= high, got {clamp}")
