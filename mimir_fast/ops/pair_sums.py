@@ -1,0 +1,143 @@
+"""The one pass over all pairs of samples behind HSIC, CKA and the Rényi information of order 2.
+
+With k_ij = exp(−γ_x ‖x_i − x_j‖²) − 1 and l_ij likewise of y (zero on the diagonal):
+
+    s = Σ_ij k_ij l_ij        r_i = Σ_j k_ij        q_i = Σ_j l_ij
+
+Every estimator is a small formula of (s, r, q) in float64, so one kernel and its adjoint serve them all. The adjoint:
+from g_s, g_r, g_q, the gradient of a loss to the three,
+
+    C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2)        ∂x_i = −4 γ_x Σ_j C_ij (x_i − x_j)
+
+and the mirror image for y. Both passes walk over tiles and keep O(N) numbers (`pair_tiles.py`); only for small N, where
+it is cheap, does the forward pass keep k and l for the backward pass.
+Shapes: N samples, D features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimir_fast.ops import pair_tiles
+from mimir_fast.ops.rbf import (
+    accumulation_dtype,
+    differentiate_twice,
+    must_be_finite,
+    no_autocast,
+    rbf_minus_one_reference,
+)
+
+
+def pair_sums_reference(x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of `pair_sums`; every kernel is tested against it."""
+    k = rbf_minus_one_reference(x_ND, gamma_x).double()
+    l_ = rbf_minus_one_reference(y_ND, gamma_y).double()
+    return (k * l_).sum(), k.sum(dim=1), l_.sum(dim=1)
+
+
+def pair_sums(x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """s (scalar), r (N,) and q (N,), float64, differentiable to x and y (any floating dtype).
+
+    Args:
+        gamma_x, gamma_y: float64 scalars on the device of x; no gradient flows to them.
+    """
+    differentiable = torch.is_grad_enabled() and (x_ND.requires_grad or y_ND.requires_grad)
+    keep = differentiable and x_ND.shape[0] <= pair_tiles.KEPT_ROWS
+    s, r, q, _, _ = _pair_sums(x_ND, y_ND, gamma_x, gamma_y, keep)
+    return s, r, q
+
+
+@torch.library.custom_op("mimir_fast::pair_sums", mutates_args=())
+def _pair_sums(
+    x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with no_autocast(x_ND.device):
+        s, r, q, k, l_ = pair_tiles.forward(x_ND, y_ND, gamma_x, gamma_y, keep)
+    must_be_finite(x_ND, y_ND, s)
+    return s, r, q, k, l_
+
+
+@_pair_sums.register_fake
+def _(
+    x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, kept = x_ND.shape[0], x_ND.shape[0] if keep else 0
+    sums = x_ND.new_empty((), dtype=torch.float64)
+    rows = x_ND.new_empty((n,), dtype=torch.float64)
+    matrix = x_ND.new_empty((kept, kept), dtype=accumulation_dtype(x_ND, y_ND))
+    return sums, rows, torch.empty_like(rows), matrix, torch.empty_like(matrix)
+
+
+@torch.library.custom_op("mimir_fast::pair_sums_backward", mutates_args=())
+def _pair_sums_backward(
+    grad_s: Tensor,
+    grad_r: Tensor,
+    grad_q: Tensor,
+    x_ND: Tensor,
+    y_ND: Tensor,
+    gamma_x: Tensor,
+    gamma_y: Tensor,
+    k_NN: Tensor,
+    l_NN: Tensor,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
+    with no_autocast(x_ND.device):
+        grad_x, grad_y = pair_tiles.backward(
+            grad_s, grad_r, grad_q, x_ND, y_ND, gamma_x, gamma_y, k_NN, l_NN, need_x, need_y
+        )
+    return grad_x.to(x_ND.dtype), grad_y.to(y_ND.dtype)
+
+
+@_pair_sums_backward.register_fake
+def _(
+    grad_s: Tensor,
+    grad_r: Tensor,
+    grad_q: Tensor,
+    x_ND: Tensor,
+    y_ND: Tensor,
+    gamma_x: Tensor,
+    gamma_y: Tensor,
+    k_NN: Tensor,
+    l_NN: Tensor,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
+    # An unneeded gradient is an empty tensor: ops cannot return None.
+    grad_x = x_ND.new_empty(x_ND.shape if need_x else (0, x_ND.shape[1]))
+    return grad_x, y_ND.new_empty(y_ND.shape if need_y else (0, y_ND.shape[1]))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, gamma_x, gamma_y, _ = inputs
+    ctx.save_for_backward(x, y, gamma_x, gamma_y, output[3], output[4])
+    ctx.mark_non_differentiable(output[3], output[4])
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    need_x, need_y = ctx.needs_input_grad[:2]
+    grad_x, grad_y = _pair_sums_backward(*grads[:3], *ctx.saved_tensors, need_x, need_y)
+    return grad_x if need_x else None, grad_y if need_y else None, None, None, None
+
+
+_pair_sums.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.needed = inputs[9:11]
+    ctx.save_for_backward(*inputs[:7])
+
+
+def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    grad_s, grad_r, grad_q, x, y, gamma_x, gamma_y = ctx.saved_tensors
+    to_inputs, to_grads = differentiate_twice(
+        lambda x, y: pair_sums_reference(x, y, gamma_x, gamma_y),
+        (x, y),
+        (grad_s, grad_r, grad_q),
+        [c if needed else None for c, needed in zip(cotangents, ctx.needed, strict=True)],
+    )
+    return (*to_grads, *to_inputs, *[None] * 6)
+
+
+_pair_sums_backward.register_autograd(_second_backward, setup_context=_save_for_second)

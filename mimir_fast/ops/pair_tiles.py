@@ -1,0 +1,159 @@
+"""`pair_sums` and its adjoint, tile by tile: half of the Gram matrix, nothing of size N×N.
+
+A tile of X Xᵀ is one call of the BLAS; while it lies in the cache, the rest (distances, expm1, row sums, products) is
+done by C++ (csrc/pair_tiles.cpp) or, without a compiler, on a GPU, or in float64, by PyTorch. Only tiles on and below
+the diagonal are visited: the mirror image of a tile has its column sums as row sums. The order of the tiles depends on
+N alone and sums are float64, so the same input gives the same bits.
+Shapes: N samples, D features, tiles of rows I and columns J.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mimir_fast.ops.rbf import accumulation_dtype, centered_rows
+
+# Up to this many samples the two N×N matrices are cheaper to keep (16 MB each) than to compute again.
+KEPT_ROWS = 2048
+
+Tile = tuple[slice, slice]
+
+
+def forward(
+    x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(s, r, q, k, l) of `pair_sums`: float64 sums, and k, l as (N, N), or (0, 0) unless `keep`."""
+    n, device, dtype = x_ND.shape[0], x_ND.device, accumulation_dtype(x_ND, y_ND)
+    kept = [torch.empty((n, n) if keep else (0, 0), dtype=dtype, device=device) for _ in range(2)]
+    kernel_x = TiledKernel(x_ND, gamma_x, dtype, kept[0])
+    # HSIC(x, x), as in CKA, needs one kernel matrix only.
+    same = x_ND.is_set_to(y_ND) and gamma_x.is_set_to(gamma_y)
+    kernel_y = kernel_x if same else TiledKernel(y_ND, gamma_y, dtype, kept[1])
+    s = torch.zeros((), dtype=torch.float64, device=device)
+    for rows, columns in lower_tiles(n, device):
+        k = kernel_x.tile(rows, columns, sums=True)
+        l_ = k if same else kernel_y.tile(rows, columns, sums=True)
+        s += inner_product(k, l_) * (1 if rows == columns else 2)
+    if same:
+        kept[1].copy_(kept[0])
+    return s, kernel_x.sums, kernel_y.sums.clone() if same else kernel_y.sums, kept[0], kept[1]
+
+
+def backward(
+    grad_s: Tensor,
+    grad_r: Tensor,
+    grad_q: Tensor,
+    x_ND: Tensor,
+    y_ND: Tensor,
+    gamma_x: Tensor,
+    gamma_y: Tensor,
+    k_NN: Tensor,
+    l_NN: Tensor,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
+    """(∂x, ∂y) of `pair_sums` in the accumulation dtype; (0, D) where not needed. k and l as `forward` kept them."""
+    n, dtype = x_ND.shape[0], accumulation_dtype(x_ND, y_ND)
+    to_x = Laplacian(x_ND, gamma_x, dtype, grad_r) if need_x else None
+    to_y = Laplacian(y_ND, gamma_y, dtype, grad_q) if need_y else None
+    tiles: list[Tile] | Iterator[Tile] = [(slice(0, n), slice(0, n))]
+    if not len(k_NN):
+        kernel_x = TiledKernel(to_x.x if to_x else x_ND, gamma_x, dtype)
+        kernel_y = TiledKernel(to_y.x if to_y else y_ND, gamma_y, dtype)
+        tiles = lower_tiles(n, x_ND.device)
+    for rows, columns in tiles:
+        k = k_NN if len(k_NN) else kernel_x.tile(rows, columns)
+        l_ = l_NN if len(l_NN) else kernel_y.tile(rows, columns)
+        if to_x:
+            to_x.add(k, l_, grad_s, rows, columns)
+        if to_y:
+            to_y.add(l_, k, grad_s, rows, columns)
+    nothing = x_ND.new_empty(0, dtype=dtype)
+    return (
+        to_x.result() if to_x else nothing.view(0, x_ND.shape[1]),
+        to_y.result() if to_y else nothing.view(0, y_ND.shape[1]),
+    )
+
+
+def lower_tiles(n: int, device: torch.device) -> Iterator[Tile]:
+    """(rows I, columns J) on and below the diagonal; of each I the diagonal tile first, as `TiledKernel` needs."""
+    # Three tiles of float32 fit the second-level cache of a CPU core; a GPU wants more work at a time.
+    size = 4096 if device.type != "cpu" else 256 if n <= KEPT_ROWS else 512
+    blocks = [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    for index, rows in enumerate(blocks):
+        for columns in (rows, *blocks[:index]):
+            yield rows, columns
+
+
+class TiledKernel:
+    """The matrix K − 1 of x, of which one tile exists at a time (or all, in `into`), and its row sums so far."""
+
+    def __init__(self, x_ND: Tensor, gamma: Tensor, dtype: torch.dtype, into: Tensor | None = None):
+        self.x = centered_rows(x_ND, dtype)
+        self.gamma = gamma
+        self.norms = self.x.new_empty(len(self.x))
+        self.sums = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
+        self._into = into if into is not None and len(into) else None
+        self._buffer = self.x.new_empty(0)
+
+    def tile(self, rows: slice, columns: slice, *, sums: bool = False) -> Tensor:
+        """k_IJ, overwritten by the next call; `sums` adds its row sums and those of its mirror image to `self.sums`."""
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        if self._into is not None:
+            gram = self._into[rows, columns]
+        else:
+            if self._buffer.numel() < shape[0] * shape[1]:
+                self._buffer = self.x.new_empty(shape[0] * shape[1])
+            gram = self._buffer[: shape[0] * shape[1]].view(shape)
+        torch.mm(self.x[rows], self.x[columns].mT, out=gram)
+        on_diagonal = rows == columns
+        if on_diagonal:
+            # Norms of the same product: a distance of 0 comes out as 0.
+            self.norms[rows] = gram.diagonal()
+        kernel_from_gram_(gram, self.norms[rows], self.norms[columns], self.gamma, on_diagonal)
+        if sums:
+            self.sums[rows] += gram.sum(dim=1, dtype=torch.float64)
+            if not on_diagonal:
+                self.sums[columns] += gram.sum(dim=0, dtype=torch.float64)
+        if self._into is not None and not on_diagonal:
+            self._into[columns, rows] = gram.mT
+        return gram
+
+
+class Laplacian:
+    """Collects −4γ Σ_j C_ij (x_i − x_j) from the tiles of C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2)."""
+
+    def __init__(self, x_ND: Tensor, gamma: Tensor, dtype: torch.dtype, grad_r: Tensor):
+        self.x = centered_rows(x_ND, dtype)
+        self._gamma = gamma
+        self._half = (grad_r / 2).to(dtype)
+        self._product = torch.zeros_like(self.x)  # C X
+        self._sums = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)  # C 1
+
+    def add(self, k: Tensor, l_: Tensor, grad_s: Tensor, rows: slice, columns: slice) -> None:
+        """Take in the tile of C at (rows, columns) and, off the diagonal, its mirror image."""
+        weights = (k + 1) * (grad_s * l_ + (self._half[rows, None] + self._half[columns]))
+        self._sums[rows] += weights.sum(dim=1, dtype=torch.float64)
+        self._product[rows].addmm_(weights, self.x[columns])
+        if rows != columns:
+            self._sums[columns] += weights.sum(dim=0, dtype=torch.float64)
+            self._product[columns].addmm_(weights.mT, self.x[rows])
+
+    def result(self) -> Tensor:
+        """(N, D) gradient; ends the collection."""
+        sums = self._sums.to(self.x.dtype)[:, None]
+        return self._product.addcmul_(sums, self.x, value=-1).mul_(4 * self._gamma)
+
+
+def kernel_from_gram_(gram: Tensor, norms_i: Tensor, norms_j: Tensor, gamma: Tensor, on_diagonal: bool) -> None:
+    """Turn a tile of X Xᵀ into one of K − 1, in place."""
+    gram.mul_(-2).add_(norms_i[:, None] + norms_j).clamp_min_(0)
+    if on_diagonal:
+        gram.fill_diagonal_(0)
+    gram.mul_(-gamma).expm1_()
+
+
+def inner_product(k: Tensor, l_: Tensor) -> Tensor:
+    """Σ k∘l of two tiles, float64."""
+    return (k * l_).sum(dtype=torch.float64)

@@ -1,0 +1,88 @@
+"""The Gaussian kernel matrix itself, for the estimators that need all of it (inverses, eigenvalues).
+
+    K − 1 = expm1(−γ ‖x_i − x_j‖²)        ∂x_i = −4γ Σ_j C_ij (x_i − x_j),  C = K ∘ (G + Gᵀ)/2  for a gradient G to K
+
+An op of its own so that centring, the half Gram matrix and the fused tiles of `pair_tiles.py` serve here too, and so
+that the backward pass is one matrix product instead of the chain through distances.
+Shapes: N samples, D features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimir_fast.ops.pair_tiles import TiledKernel, lower_tiles
+from mimir_fast.ops.rbf import (
+    accumulation_dtype,
+    centered_rows,
+    differentiate_twice,
+    laplacian_product,
+    must_be_finite,
+    no_autocast,
+    rbf_minus_one_reference,
+)
+
+
+def rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
+    """(N, N) K − 1, float32 (float64 for float64 input), differentiable to x; gamma: float64 scalar, no gradient.
+
+    Raises:
+        ValueError: NaN or Inf in x (on CUDA only under MIMIR_FAST_DEBUG=1).
+    """
+    return _rbf_minus_one(x_ND, gamma)
+
+
+@torch.library.custom_op("mimir_fast::rbf_minus_one", mutates_args=())
+def _rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
+    n, dtype = x_ND.shape[0], accumulation_dtype(x_ND)
+    k_NN = x_ND.new_empty((n, n), dtype=dtype)
+    with no_autocast(x_ND.device):
+        kernel = TiledKernel(x_ND, gamma, dtype, into=k_NN)
+        for rows, columns in lower_tiles(n, x_ND.device):
+            kernel.tile(rows, columns, sums=True)
+    must_be_finite(x_ND, x_ND, kernel.sums)
+    return k_NN
+
+
+@_rbf_minus_one.register_fake
+def _(x_ND: Tensor, gamma: Tensor) -> Tensor:
+    return x_ND.new_empty((x_ND.shape[0], x_ND.shape[0]), dtype=accumulation_dtype(x_ND))
+
+
+@torch.library.custom_op("mimir_fast::rbf_minus_one_backward", mutates_args=())
+def _rbf_minus_one_backward(grad_NN: Tensor, x_ND: Tensor, gamma: Tensor, k_NN: Tensor) -> Tensor:
+    weights = (k_NN + 1).mul_((grad_NN + grad_NN.mT) / 2)
+    with no_autocast(x_ND.device):
+        return (laplacian_product(weights, centered_rows(x_ND, k_NN.dtype)) * (-4 * gamma)).to(x_ND.dtype)
+
+
+@_rbf_minus_one_backward.register_fake
+def _(grad_NN: Tensor, x_ND: Tensor, gamma: Tensor, k_NN: Tensor) -> Tensor:
+    return x_ND.new_empty(x_ND.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _backward(ctx: Any, grad_NN: Tensor) -> tuple[Tensor, None]:
+    return _rbf_minus_one_backward(grad_NN, *ctx.saved_tensors), None
+
+
+_rbf_minus_one.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _save_for_second(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    grad, x, gamma = ctx.saved_tensors
+    (to_x,), (to_grad,) = differentiate_twice(
+        lambda x: rbf_minus_one_reference(x, gamma).to(grad.dtype), (x,), (grad,), (cotangent,)
+    )
+    return to_grad, to_x, None, None
+
+
+_rbf_minus_one_backward.register_autograd(_second_backward, setup_context=_save_for_second)
