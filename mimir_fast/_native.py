@@ -1,7 +1,7 @@
 """The one door to the C++ kernels, `mimir_fast._C`.
 
 The extension is built without torch, so tensors cross as addresses. Whoever calls `run` has made sure that each tensor
-is on the CPU, of the dtype the kernel expects, and dense in the order the kernel walks; `is_plain` and `dense` help.
+is on the CPU, of the dtype the kernel expects, and dense in the order the kernel walks (`dense` helps).
 Kernels run on `torch.get_num_threads()` OpenMP threads: torch is imported first and its libgomp serves both, so there
 is one pool of threads, not two that fight.
 
@@ -43,24 +43,6 @@ def run(function: str, *arguments: Any) -> Any:
     """
     raw = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
     return getattr(library(), function)(*raw, torch.get_num_threads())
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether these are ordinary CPU tensors of an eager program that records no gradient for them.
-
-    Then an op may call its kernel at once and save the dispatcher's time (tens of microseconds, more than a small
-    kernel takes). Tensors that are traced, wrapped (vmap, fake, distributed) or differentiated take the usual way.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    recording = torch.is_grad_enabled()
-    return all(
-        type(tensor) is Tensor
-        and tensor.device.type == "cpu"
-        and not (recording and tensor.requires_grad)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        for tensor in tensors
-    )
 
 
 def dense(tensor: Tensor) -> bool:

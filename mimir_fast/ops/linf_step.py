@@ -68,11 +68,9 @@ def linf_step(
             raise TypeError(f"out must be {x.dtype} like x, got {out.dtype}")
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_adv, x, out)):
             raise ValueError("out= records no gradient: call linf_step under torch.no_grad(), or leave out= away")
-        step_into = _into if _native.is_plain(x_adv, grad, x, out) else _linf_step_out
-        step_into(x_adv, grad, x, radii, *numbers, out)
+        _linf_step_out(x_adv, grad, x, radii, *numbers, out)
         return out
-    step = _forward if _native.is_plain(x_adv, grad, x) else _linf_step
-    return step(x_adv, grad, x, radii, *numbers)
+    return _linf_step(x_adv, grad, x, radii, *numbers)
 
 
 def eps_pattern(radii: Tensor, like: Tensor) -> tuple[Tensor, int]:
@@ -82,9 +80,8 @@ def eps_pattern(radii: Tensor, like: Tensor) -> tuple[Tensor, int]:
     radii = radii.reshape((1,) * (like.ndim - radii.ndim) + radii.shape).permute(order)
     varying = [d for d in range(like.ndim) if radii.shape[d] > 1]
     first, last = (varying[0], varying[-1]) if varying else (0, -1)
-    if (
-        list(radii.shape[first : last + 1]) != sizes[first : last + 1]
-    ):  # varies along dimensions that are not neighbours
+    neighbours = list(radii.shape[first : last + 1]) == sizes[first : last + 1]
+    if not neighbours:  # as for (B, 1, 1, W): no simple pattern
         return radii.expand(sizes).flatten(), 1
     return radii.flatten().contiguous(), torch.Size(sizes[last + 1 :]).numel()
 
@@ -96,7 +93,8 @@ def _laid_out_like(target: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(target, dtype=tensor.dtype).copy_(tensor)
 
 
-def _into(
+@torch.library.custom_op("mimir_fast::linf_step_out", mutates_args=("out",))
+def _linf_step_out(
     x_adv: Tensor,
     grad: Tensor,
     x: Tensor,
@@ -130,16 +128,13 @@ def _into(
         out.copy_(dense_out)
 
 
-def _forward(
+@torch.library.custom_op("mimir_fast::linf_step", mutates_args=())
+def _linf_step(
     x_adv: Tensor, grad: Tensor, x: Tensor, radii: Tensor | None, alpha: float, eps: float, low: float, high: float
 ) -> Tensor:
     out = torch.empty_like(x_adv)
-    _into(x_adv, grad, x, radii, alpha, eps, low, high, out)
+    _linf_step_out(x_adv, grad, x, radii, alpha, eps, low, high, out)
     return out
-
-
-_linf_step = torch.library.custom_op("mimir_fast::linf_step", _forward, mutates_args=())
-_linf_step_out = torch.library.custom_op("mimir_fast::linf_step_out", _into, mutates_args=("out",))
 
 
 @_linf_step.register_fake
