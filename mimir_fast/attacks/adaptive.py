@@ -1,0 +1,144 @@
+"""Attacks that know the defence: on what MIMIR bounds (PGD-MI), on features (PGD-fea), and on the reconstruction.
+
+    PGD-MI    maximise  mean CE(f(x+δ), y) + λ·I(x+δ, z),    z the features of x+δ
+    PGD-fea   maximise  ‖g(x+δ) − g(x)‖₂,                    g the features; labels are not used
+    reconstruction      maximise the masked autoencoder's error on the masked patches, by perturbing the visible ones
+
+MIMIR, arXiv 2312.04960, §5 (adaptive attacks). Features are what `model.forward_features(images)` returns (timm's
+convention). Shapes: B images, C channels, H × W pixels, N patches, K kept, M masked, P numbers a patch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
+from mimir_fast.attacks.no_trace import unwrap
+from mimir_fast.attacks.pgd import check_images, cross_entropy, linf_ascent, random_start
+from mimir_fast.attacks.reconstruction import attack_visible
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
+from mimir_fast.ops.hsic import hsic
+from mimir_fast.ops.patches import gather_patches, masked_targets, patchify
+from mimir_fast.ops.random_masks import random_masks
+
+MutualInformation = Callable[[Tensor, Tensor], Tensor]
+"""(images (B, …), features (B, …)) → scalar."""
+
+
+def has_features(model: nn.Module) -> bool:
+    """True when the model offers `forward_features`."""
+    return callable(getattr(unwrap(model), "forward_features", None))
+
+
+def _features(module: nn.Module, images: Tensor) -> Tensor:
+    if not has_features(module):
+        raise ValueError(
+            f"{type(module).__name__} has no forward_features(images), which this attack maximises over; give it that "
+            "method (timm's convention), or leave the feature attacks out"
+        )
+    forward_features: Callable[[Tensor], Tensor] = module.forward_features  # type: ignore[assignment]
+    return forward_features(images).flatten(1).float()
+
+
+def pgd_mi(
+    model: nn.Module, images: Tensor, labels: Tensor, threat: LinfThreat, *, weight: float = 1e-5,
+    estimator: MutualInformation = hsic, samples: Tensor | None = None, seed: int = 0, step: int = 0,
+    mode: AttackMode = "eval",
+) -> Tensor:  # fmt: skip
+    """Adversarial images (B, C, H, W) against cross entropy and the mutual information that MIMIR keeps low.
+
+    The estimate is one number a batch, so the attack on an image depends on its batch mates.
+
+    Args:
+        weight: λ, as in pre-training.
+        estimator: of I(x+δ, z), such as `hsic`, `nhsic` or `renyi_mi`.
+        others: as for `pgd`.
+    """
+    check_images(images)
+    images = images.detach()
+    start = random_start(images, threat.eps, samples=samples, seed=seed, step=step) if threat.random_start else images
+    with borrowed_in_mode(model, mode) as module:
+        head = getattr(module, "forward_head", None)
+
+        def objective(x: Tensor) -> Tensor:
+            if callable(head):  # one pass gives features and logits
+                features = module.forward_features(x)  # type: ignore[operator]
+                logits, latent = head(features), features.flatten(1).float()
+            else:
+                logits, latent = module(x), _features(module, x)
+            return cross_entropy(logits, labels) + weight * estimator(x, latent)
+
+        return linf_ascent(objective, images, start, threat)
+
+
+def pgd_features(
+    model: nn.Module, images: Tensor, threat: LinfThreat, *, samples: Tensor | None = None, seed: int = 0,
+    step: int = 0, mode: AttackMode = "eval",
+) -> Tensor:  # fmt: skip
+    """Adversarial images (B, C, H, W) whose features are far from the clean ones.
+
+    Raises:
+        ValueError: no random start: at δ = 0 the distance has no gradient and the attack would not move.
+    """
+    check_images(images)
+    if not threat.random_start:
+        raise ValueError("pgd_features needs random_start=True: at the clean image the distance has no gradient")
+    images = images.detach()
+    start = random_start(images, threat.eps, samples=samples, seed=seed, step=step)
+    with borrowed_in_mode(model, mode) as module:
+        with torch.no_grad():
+            clean = _features(module, images)
+        return linf_ascent(
+            lambda x: torch.linalg.vector_norm(_features(module, x) - clean, dim=1), images, start, threat
+        )
+
+
+@dataclass
+class ReconstructionErrors:
+    """Mean squared error on the masked patches, (B,) fp32 each: of clean, randomly perturbed and attacked images."""
+
+    clean: Tensor
+    random: Tensor
+    attacked: Tensor
+
+
+def attack_reconstruction(
+    model: MaskedAutoencoder, images: Tensor, threat: LinfThreat, *, mask_ratio: float = 0.75, norm_pix: bool = True,
+    samples: Tensor | None = None, seed: int = 0, step: int = 0,
+) -> ReconstructionErrors:  # fmt: skip
+    """How much worse a masked autoencoder fills in clean masked patches when the visible ones are attacked.
+
+    Args:
+        images: (B, C, H, W) float in [0, 1].
+        threat: of the perturbation; random noise of the same radius is the yardstick.
+        mask_ratio: part of the patches that is masked.
+        norm_pix: compare patches normalised one by one, as in pre-training.
+    """
+    check_images(images)
+    bare = unwrap(model)
+    if not isinstance(bare, MaskedAutoencoder):
+        raise ValueError(f"attack_reconstruction wants a MaskedAutoencoder, got {type(bare).__name__}")
+    if samples is None:
+        samples = torch.arange(len(images), device=images.device)
+    num_keep = max(1, int(bare.num_patches * (1 - mask_ratio)))
+    keep, masked = random_masks(samples, bare.num_patches, num_keep, seed=seed, step=step)
+    target = masked_targets(images, masked, bare.patch_size, norm_pix=norm_pix)
+
+    def visible_of(pixels: Tensor) -> Tensor:
+        return gather_patches(patchify(pixels, bare.patch_size), keep)
+
+    clean = visible_of(images)
+    noise = visible_of(random_start(images, threat.eps, samples=samples, seed=seed, step=step))
+    with borrowed_in_mode(model, "eval") as module:
+        start = noise if threat.random_start else clean
+        attacked = attack_visible(module, clean, start, keep, masked, target, threat)
+
+        @torch.no_grad()
+        def error(patches: Tensor) -> Tensor:
+            prediction = module(patches, keep, masked)[1]
+            return (prediction.float() - target).square().mean(dim=(1, 2))
+
+        return ReconstructionErrors(error(clean), error(noise), error(attacked))

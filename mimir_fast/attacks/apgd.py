@@ -1,0 +1,215 @@
+"""Auto-PGD: PGD with momentum and step sizes that halve by themselves; for evaluation and, short, for training.
+
+    z  = Π( x_t + η·sign ∇L(x_t) )
+    x_{t+1} = Π( x_t + a·(z − x_t) + (1 − a)·(x_t − x_{t−1}) ),   a = 0.75 (1 in the first step),  η₀ = 2ε
+
+At checkpoints an image's η is halved, and the search goes on from its best point, if the loss rose in fewer than
+ρ = 75 % of the steps since the last checkpoint, or if neither η nor the best loss changed.
+Croce & Hein, arXiv 2003.01690, Algorithm 1 and §3; losses Eq. 6 (DLR) and §4 (targeted DLR). APGD-k training (Singh et
+al., arXiv 2303.01870): no random start, the model in eval mode, the point of highest loss.
+
+Shapes: B images, C channels, H × W pixels, K classes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
+from mimir_fast.attacks.pgd import Loss, ball_bounds, check_images, cross_entropy
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.philox import Stream, uniform
+
+ApgdLoss = Literal["ce", "dlr", "targeted-dlr"]
+MOMENTUM = 0.75
+RHO = 0.75
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) difference of logits ratio, −(z_y − max_{i≠y} z_i) / (z_π1 − z_π3); invariant to scale and shift.
+
+    Raises:
+        ValueError: fewer than 3 classes.
+    """
+    _need_classes(logits, 3, "dlr")
+    values, order = logits.float().sort(dim=1)
+    true = logits.float().gather(1, labels[:, None])[:, 0]
+    other = torch.where(order[:, -1] == labels, values[:, -2], values[:, -1])
+    return -(true - other) / (values[:, -1] - values[:, -3] + 1e-12)
+
+
+def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """(B,) −(z_y − z_t) / (z_π1 − (z_π3 + z_π4)/2), maximal where class t wins over the true class.
+
+    Raises:
+        ValueError: fewer than 4 classes.
+    """
+    _need_classes(logits, 4, "targeted-dlr")
+    values = logits.float().sort(dim=1).values
+    margin = (logits.gather(1, labels[:, None]) - logits.gather(1, targets[:, None]))[:, 0].float()
+    return -margin / (values[:, -1] - 0.5 * (values[:, -3] + values[:, -4]) + 1e-12)
+
+
+def _need_classes(logits: Tensor, wanted: int, loss: str) -> None:
+    if logits.shape[-1] < wanted:
+        raise ValueError(
+            f"the {loss} loss compares the {wanted} largest logits, but the model has {logits.shape[-1]} classes; "
+            "use loss='ce'"
+        )
+
+
+def apgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    num_steps: int,
+    *,
+    loss: ApgdLoss | Loss = "ce",
+    targets: Tensor | None = None,
+    random_start: bool = False,
+    samples: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    keep: Literal["best_loss", "adversarial"] = "best_loss",
+    mode: AttackMode = "eval",
+) -> Tensor:
+    """Adversarial images (B, C, H, W), within eps of the images and in [0, 1] to the last bit.
+
+    Args:
+        model: takes images in [0, 1], returns logits (B, K); it is left untouched.
+        labels: (B,) int64; soft labels (B, K) with loss `ce`.
+        eps: radius in units of [0, 1].
+        num_steps: gradient steps; 100 in AutoAttack, 2 or so in training.
+        loss: `ce`, `dlr`, `targeted-dlr`, or any (logits, labels) → (B,).
+        targets: (B,) int64 classes for `targeted-dlr`; None takes the likeliest wrong class of the clean image.
+        random_start: start at a random point that touches the ball's surface, as AutoAttack does.
+        samples, seed, step: coordinates of the random start, see `pgd`.
+        keep: the point of highest loss (training), or the last misclassified one where there was any (evaluation).
+    Raises:
+        ValueError: bad eps, steps or images, too few classes for the loss, soft labels with `keep="adversarial"`.
+    """
+    LinfThreat(eps=eps, alpha=eps, num_steps=num_steps)  # says what is wrong with a bad eps or num_steps
+    check_images(images, values=images.device.type == "cpu")
+    if keep == "adversarial" and labels.ndim != 1:
+        raise ValueError(f"keep='adversarial' needs hard labels (B,), got labels of shape {tuple(labels.shape)}")
+    images = images.detach()
+    start = images
+    if random_start:
+        start = _surface_start(images, eps, samples=samples, seed=seed, step=step)
+    with borrowed_in_mode(model, mode) as module:
+        loss_of = _loss_function(loss, module, images, labels, targets)
+        if num_steps == 0 or len(images) == 0:
+            return start
+        return _search(module, images, labels, start, eps, num_steps, loss_of, keep)
+
+
+def _surface_start(images: Tensor, eps: float, *, samples: Tensor | None, seed: int, step: int) -> Tensor:
+    """Uniform noise, scaled so that its largest element is eps, cut to [0, 1]."""
+    if samples is None:
+        samples = torch.arange(len(images), device=images.device)
+    num = images[0].numel() if len(images) else 1
+    noise = 2 * uniform(seed, Stream.ATTACK_START, step, samples.to(images.device), num) - 1
+    noise = eps * noise / (noise.abs().amax(dim=1, keepdim=True) + 1e-12)
+    low, high = ball_bounds(images, eps)
+    return (images + noise.view_as(images).to(images.dtype)).clamp(low, high)
+
+
+def _loss_function(
+    loss: ApgdLoss | Loss, module: nn.Module, images: Tensor, labels: Tensor, targets: Tensor | None
+) -> Loss:
+    if callable(loss):
+        return loss
+    if loss == "ce":
+        return cross_entropy
+    if loss == "dlr":
+        return dlr
+    if loss == "targeted-dlr":
+        if targets is None:
+            with torch.no_grad():
+                logits = module(images).float()
+            targets = logits.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
+        chosen = targets
+        return lambda logits, labels: targeted_dlr(logits, labels, chosen)
+    raise ValueError(f"loss={loss!r}, wanted 'ce', 'dlr', 'targeted-dlr' or a function (logits, labels) -> (B,)")
+
+
+@dataclass
+class Schedule:
+    """When progress is judged: after 22 % of the steps, then at intervals shorter by 3 % each, but 6 % at least."""
+
+    interval: int
+    decrease: int
+    smallest: int
+
+    @classmethod
+    def of(cls, num_steps: int) -> "Schedule":
+        """The authors' rounding: each number is cut to an integer, and 1 at least."""
+        return cls(max(int(0.22 * num_steps), 1), max(int(0.03 * num_steps), 1), max(int(0.06 * num_steps), 1))
+
+    def shorten(self) -> None:
+        """Make the next interval shorter."""
+        self.interval = max(self.interval - self.decrease, self.smallest)
+
+
+def _search(
+    module: nn.Module, images: Tensor, labels: Tensor, start: Tensor, eps: float, num_steps: int, loss_of: Loss,
+    keep: str,
+) -> Tensor:  # fmt: skip
+    low, high = ball_bounds(images, eps)
+    column = (-1, 1, 1, 1)
+    x, x_before = start, start
+    value, grad, wrong = _evaluate(module, x, labels, loss_of, gradient=True)
+    best, best_value, best_grad = x, value, grad
+    fooled, found = x, wrong
+    eta = torch.full((len(images), 1, 1, 1), 2 * eps, device=images.device, dtype=images.dtype)
+    schedule, since_check = Schedule.of(num_steps), 0
+    rises = torch.zeros_like(value)
+    best_at_check, was_halved = value, torch.ones_like(value, dtype=torch.bool)
+    value_before = torch.zeros_like(value)  # the authors' record of losses starts with the first step, from 0
+
+    for i in range(num_steps):
+        momentum = MOMENTUM if i > 0 else 1.0
+        z = (x + eta * grad.sign()).clamp(low, high)
+        x, x_before = (x + momentum * (z - x) + (1 - momentum) * (x - x_before)).clamp(low, high), x
+
+        # The last point is only looked at: nobody will step from it.
+        value, grad, wrong = _evaluate(module, x, labels, loss_of, gradient=i + 1 < num_steps)
+        fooled = torch.where(wrong.view(column), x, fooled)
+        found = found | wrong
+        better = value > best_value
+        best = torch.where(better.view(column), x, best)
+        best_grad = torch.where(better.view(column), grad, best_grad)
+        best_value = torch.where(better, value, best_value)
+        rises += value > value_before
+        value_before = value
+
+        since_check += 1
+        if since_check == schedule.interval:
+            oscillates = rises <= RHO * since_check
+            stuck = ~was_halved & (best_at_check >= best_value)
+            halve = oscillates | stuck
+            eta = torch.where(halve.view(column), eta / 2, eta)
+            x = torch.where(halve.view(column), best, x)
+            grad = torch.where(halve.view(column), best_grad, grad)
+            was_halved, best_at_check = halve, best_value
+            rises, since_check = torch.zeros_like(rises), 0
+            schedule.shorten()
+    if keep == "adversarial":
+        return torch.where(found.view(column), fooled, best)
+    return best
+
+
+def _evaluate(
+    module: nn.Module, x: Tensor, labels: Tensor, loss_of: Loss, *, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (B,), its gradient to x or zeros, misclassified (B,) bool) at x."""
+    x = x.detach().requires_grad_(gradient)
+    with torch.set_grad_enabled(gradient):
+        logits = module(x)
+        value = loss_of(logits, labels)
+    grad = torch.autograd.grad(value.sum(), x)[0] if gradient else torch.zeros_like(x)
+    truth = labels if labels.ndim == 1 else labels.argmax(dim=1)
+    return value.detach(), grad, logits.detach().argmax(dim=1) != truth
