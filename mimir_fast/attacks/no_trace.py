@@ -1,8 +1,8 @@
 """An attack leaves no trace: it borrows the model and hands it back as it was.
 
-Gradients go to the input only (`torch.autograd.grad` with one input skips every weight gradient), so parameters' `.grad`
-and DDP's hooks are never touched. FSDP2 reduces gradients in module hooks, so its reduction is switched off meanwhile.
-A compiled module would compute all weight gradients and throw them away, a third of the attack's time, unless the
+Gradients go to the input only (`torch.autograd.grad` with one input skips every weight gradient), so the parameters'
+`.grad` and DDP's hooks are never touched. FSDP2 reduces gradients in module hooks: its reduction is switched off
+meanwhile. A compiled module would compute all weight gradients and throw them away, a third of the attack's time, unless the
 parameters are frozen while the attack runs; that is done where the module is compiled.
 """
 

@@ -38,20 +38,18 @@ class ModelConfig:
     """Width, depth and heads of the ViT encoder: tiny 192/12/3, small 384/12/6, base 768/12/12, large 1024/24/16."""
     patch_size: int = 16
     """Side of a patch in pixels: 2 for 32² images, 4 for 64², 16 for 224²."""
-    image_size: int = 224
-    """Side of the images in pixels."""
-    channels: int = 3
-    """Colour channels."""
     decoder: DecoderName = "light"
     """`light` 128 wide, 2 deep, 16 heads (the authors'); `mae` 512 wide, 8 deep, 16 heads."""
 
-    def __post_init__(self) -> None:
-        if self.patch_size < 1 or self.image_size % self.patch_size:
-            fits = [p for p in (2, 4, 7, 8, 14, 16, 28, 32) if self.image_size % p == 0]
-            raise ValueError(
-                f"image size {self.image_size} is not divisible by patch size {self.patch_size}; "
-                f"patch sizes that fit: {', '.join(map(str, fits)) or 'none of the usual ones'}"
-            )
+
+def check_patch_size(image_size: int, patch_size: int) -> None:
+    """Raises ValueError, naming patch sizes that would do, when the patches do not tile the image."""
+    if patch_size < 1 or image_size % patch_size:
+        fits = [p for p in (2, 4, 7, 8, 14, 16, 28, 32) if image_size % p == 0]
+        raise ValueError(
+            f"image size {image_size} is not divisible by patch size {patch_size}; "
+            f"patch sizes that fit: {', '.join(map(str, fits)) or 'none of the usual ones, resize the images'}"
+        )
 
 
 class MaskedAutoencoder(nn.Module):
@@ -71,8 +69,7 @@ class MaskedAutoencoder(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        if img_size % patch_size:
-            raise ValueError(f"image size {img_size} is not divisible by patch size {patch_size}")
+        check_patch_size(img_size, patch_size)
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.num_heads = num_heads
         grid = img_size // patch_size
@@ -152,14 +149,14 @@ class MaskedAutoencoder(nn.Module):
         return self(gather_patches(patches_BNP, ids_keep_BK), ids_keep_BK)[1]
 
 
-def build_masked_autoencoder(config: ModelConfig) -> MaskedAutoencoder:
+def build_masked_autoencoder(config: ModelConfig, image_size: int, channels: int = 3) -> MaskedAutoencoder:
     """The model a config names, freshly initialised from torch's global generator."""
     width, depth, heads = ENCODERS[config.encoder]
     decoder_width, decoder_depth, decoder_heads = DECODERS[config.decoder]
     return MaskedAutoencoder(
-        img_size=config.image_size,
+        img_size=image_size,
         patch_size=config.patch_size,
-        in_chans=config.channels,
+        in_chans=channels,
         embed_dim=width,
         depth=depth,
         num_heads=heads,

@@ -1,0 +1,33 @@
+"""Pre-train a robust masked autoencoder.
+
+python -m mimir_fast.pretrain --recipe digits/mimir_vit_tiny
+torchrun --nproc_per_node 8 -m mimir_fast.pretrain --recipe imagenet/mimir_vit_base --data.root /data/imagenet
+python -m mimir_fast.pretrain --help
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mimir_fast.methods.mimir import apply_preset
+from mimir_fast.recipes import find_recipe
+from mimir_fast.training.cli import exit_on_error, parse, peek
+from mimir_fast.training.pretraining import PretrainConfig, pretrain
+
+
+def config_from(args: Sequence[str]) -> PretrainConfig:
+    """Recipe, then preset, then flags."""
+    default = find_recipe(PretrainConfig, peek(args, "--recipe") or PretrainConfig.recipe)
+    preset = peek(args, "--preset")
+    if preset in ("paper", "official"):
+        default = replace(default, objective=apply_preset(default.objective, preset))
+    return parse(PretrainConfig, args, default=default, prog="python -m mimir_fast.pretrain")
+
+
+def main() -> None:
+    """The command."""
+    pretrain(config_from(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    exit_on_error(main)

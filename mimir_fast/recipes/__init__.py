@@ -1,0 +1,64 @@
+"""Named recipes: the rows of the papers' tables, and small ones that run anywhere.
+
+A recipe is a function that returns a configuration; it is registered under `DATA/METHOD_MODEL`. Expected numbers of the
+papers stand beside those that have them.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_MODULES = ("digits", "fashion_mnist", "cifar10", "tiny_imagenet", "imagenet")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named configuration.
+
+    Attributes:
+        build: makes the configuration (its type tells the entry point it belongs to).
+        note: one line: what it is, where it comes from.
+        expected: numbers published for it, natural / robust accuracy in per cent.
+    """
+
+    name: str
+    config_type: type
+    build: Callable[[], Any]
+    note: str
+    expected: str = ""
+
+
+_RECIPES: dict[tuple[type, str], Recipe] = {}
+
+
+def register(name: str, config_type: type, build: Callable[[], Any], note: str, expected: str = "") -> None:
+    """Add a recipe; the name is unique among those of its configuration type."""
+    key = (config_type, name)
+    if key in _RECIPES:
+        raise ValueError(f"recipe {name} is registered twice")
+    _RECIPES[key] = Recipe(name, config_type, build, note, expected)
+
+
+def all_recipes() -> list[Recipe]:
+    """Every recipe, by name."""
+    for module in _MODULES:
+        importlib.import_module(f"mimir_fast.recipes.{module}")
+    return sorted(_RECIPES.values(), key=lambda recipe: recipe.name)
+
+
+def find_recipe(config_type: type[T], name: str) -> T:
+    """The configuration of a recipe, with its name written into it.
+
+    Raises:
+        ValueError: there is no such recipe; the message suggests the nearest.
+    """
+    known = {recipe.name: recipe for recipe in all_recipes() if recipe.config_type is config_type}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"unknown recipe {name!r}; {hint}`python -m mimir_fast.recipes list` shows all")
+    return replace(known[name].build(), recipe=name)

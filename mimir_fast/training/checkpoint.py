@@ -1,0 +1,214 @@
+"""Checkpoints that survive any kill and load without unpickling code.
+
+A checkpoint is a folder: one safetensors file per rank, written by torch.distributed.checkpoint (so it can be read back
+on another number of ranks), and `meta.json`, written last, which names every file and its size. It is written aside as
+`NAME.partial`, synced to disk and renamed: a folder without `.partial` is whole.
+
+Tensor names: `model/<parameter>`, `ema/<parameter>`, `optimizer/<parameter>/<state>`.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from mimir_fast.training.ema import Ema
+
+FORMAT = "mimir_fast.checkpoint"
+VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write `tensors` and `meta` as the checkpoint `folder`; collective over all ranks.
+
+    Raises:
+        OSError: on every rank, when any of them could not write (disk full, say); an older `folder` is intact then.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _barrier()
+    error = None
+    try:
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    except Exception as failure:  # dcp wraps what a rank raised in an exception of its own, on all ranks
+        error = failure
+    if error is None and main:
+        try:
+            files = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
+            info = {"format": FORMAT, "version": VERSION, **meta, "files": files}
+            (partial / "meta.json").write_text(json.dumps(info, indent=1))
+            for path in [*partial.iterdir(), partial]:
+                _fsync(path)
+            _replace(partial, folder)
+        except OSError as failure:
+            error = failure
+    failed = _any_rank(error is not None)
+    if failed:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"could not write checkpoint {folder}: {_root_cause(error) or 'another rank failed'}") from error
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The meta data of a checkpoint, after checking that all its files are there in full.
+
+    Raises:
+        CheckpointError: not a checkpoint of ours, or truncated.
+    """
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a mimir_fast checkpoint: it has no meta.json")
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): use an older checkpoint") from error
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} is not a mimir_fast checkpoint: format is {meta.get('format')!r}")
+    if meta["version"] > VERSION:
+        raise CheckpointError(f"{folder} was written by a newer mimir_fast (format {meta['version']}): upgrade")
+    for name, size in meta["files"].items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            state = "missing" if found is None else f"truncated ({found} of {size} bytes)"
+            raise CheckpointError(f"{folder / name} is {state}: use an older checkpoint of the same run")
+    return meta
+
+
+def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` in place; each may be laid out over ranks otherwise than when it was saved.
+
+    Raises:
+        CheckpointError: names or shapes differ, so it is of another architecture.
+    """
+    read_meta(folder)
+    saved = {name: tuple(info.size) for name, info in _metadata(folder).items()}
+    missing = sorted(set(tensors) - set(saved))
+    reshaped = [n for n, t in tensors.items() if n in saved and tuple(t.shape) != saved[n]]
+    if missing or reshaped:
+        detail = [f"{n}: {saved[n]} in the file, {tuple(tensors[n].shape)} wanted" for n in reshaped[:3]]
+        detail += [f"{n}: not in the file" for n in missing[:3]]
+        raise CheckpointError(
+            f"{folder} is of another architecture ({len(reshaped)} shapes differ, {len(missing)} names are missing): "
+            f"{'; '.join(detail)}. Use the recipe and --model options it was trained with"
+        )
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def read_tensors(folder: Path, prefix: str = "model/") -> dict[str, Tensor]:
+    """Whole CPU tensors of a checkpoint whose names start with `prefix`, without it; works outside of any run."""
+    read_meta(folder)
+    found = {n: info for n, info in _metadata(folder).items() if n.startswith(prefix)}
+    tensors = {n: torch.empty(info.size, dtype=info.properties.dtype) for n, info in found.items()}
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return {n.removeprefix(prefix): t for n, t in tensors.items()}
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The whole step checkpoints of a run folder, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".partial" and p.is_dir())
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder itself, or the newest one of a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / "meta.json").is_file():
+        return path
+    found = checkpoints_of(path)
+    if not found:
+        raise CheckpointError(f"no checkpoint in {path}: wanted a run folder with checkpoints/step-…, or one of these")
+    return found[-1]
+
+
+def keep_last(run: Path, count: int) -> None:
+    """Delete all but the newest `count` step checkpoints, and what interrupted saves left behind."""
+    for old in checkpoints_of(run)[:-count]:
+        # Renamed first: a kill in the middle of deleting must not leave half a checkpoint under a whole one's name.
+        doomed = old.with_name(old.name + ".partial")
+        old.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, Tensor]:
+    """Every tensor of a training state by its checkpoint name."""
+    tensors = {f"model/{name}": t.detach() for name, t in model.state_dict().items()}
+    if ema is not None:
+        tensors |= {f"ema/{name}": t for name, t in ema.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value
+    return tensors
+
+
+def make_room_for_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Create the empty optimiser state a checkpoint will be loaded into, as the checkpoint names it."""
+    saved = _metadata(folder)
+    for name, parameter in model.named_parameters():
+        prefix = f"optimizer/{name}/"
+        for full_name in (n for n in saved if n.startswith(prefix)):
+            info, key = saved[full_name], full_name.removeprefix(prefix)
+            scalar = len(info.size) == 0
+            # Adam's step counter is a scalar beside the parameter; fused versions want it on the same device.
+            empty = torch.zeros((), dtype=info.properties.dtype, device=parameter.device)
+            optimizer.state[parameter][key] = empty if scalar else torch.zeros_like(parameter)
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+    except Exception as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}): use an older checkpoint of the same run") from error
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old.partial")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _any_rank(flag: bool) -> bool:
+    from mimir_fast.training.distributed import agree
+
+    return agree(flag)
+
+
+def _root_cause(error: BaseException | None) -> str:
+    """What the operating system said, dug out of what torch.distributed.checkpoint wrapped it in."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {error}" if error is not None else ""

@@ -1,0 +1,71 @@
+"""Command lines from typed dataclasses: recipe first, then preset, then flags, each overriding the one before.
+
+Floats may be typed as fractions (`--attack.eps 8/255`).
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+T = TypeVar("T")
+
+
+def parse_float(text: str) -> float:
+    """A float, or a fraction such as 8/255.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    numerator, slash, denominator = text.partition("/")
+    return float(numerator) / float(denominator) if slash else float(text)
+
+
+def _float_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+    if info.type is not float:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT",
+        instance_from_str=lambda args: parse_float(args[0]),
+        is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+        str_from_instance=lambda value: [f"{value:.6g}"],
+    )
+
+
+def parse(config_type: type[T], args: Sequence[str] | None = None, *, default: T | None = None, prog: str = "") -> T:
+    """The config of a command line; a bad value ends the program with one clear line."""
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_float_rule)
+    keywords: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(
+        config_type,
+        args=list(sys.argv[1:] if args is None else args),
+        prog=prog or None,
+        registry=registry,
+        use_underscores=True,
+        **keywords,
+    )
+
+
+def peek(args: Sequence[str], flag: str) -> str | None:
+    """The value of `--flag VALUE` or `--flag=VALUE` before the real parsing; None when it is not there."""
+    for index, arg in enumerate(args):
+        if arg == flag and index + 1 < len(args):
+            return args[index + 1]
+        if arg.startswith(flag + "="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+def exit_on_error(main: Callable[[], None]) -> None:
+    """Run `main`; an expected error (bad value, missing file or package) is one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, ImportError, FileNotFoundError, FileExistsError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

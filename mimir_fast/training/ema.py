@@ -1,0 +1,32 @@
+"""Exponential moving average of the weights."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """θ̄ ← decay·θ̄ + (1 − decay)·θ for every trainable parameter, kept in the parameter's own layout."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"ema_decay={decay}, wanted 0 < decay < 1 (or 0 to switch it off)")
+        self.decay = decay
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take one step towards the current weights."""
+        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by parameter name."""
+        return self.average
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange weights and averages in place; call again to undo."""
+        for name, parameter in self.parameters.items():
+            kept = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(kept)

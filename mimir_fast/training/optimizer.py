@@ -1,0 +1,107 @@
+"""The optimiser: AdamW (fused where the device has it), or NVIDIA apex's FusedAdam / FusedLAMB when really installed.
+
+Parameters are grouped by weight decay (matrices only) and, for layer-wise decay, by depth: group k's learning rate is
+multiplied by layer_decay^(L − k) (Clark et al. 2020; BEiT, arXiv 2106.08254).
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimiser and learning rate."""
+
+    optimizer: Literal["adamw", "sgd", "apex_adam", "apex_lamb"] = "adamw"
+    """`apex_*` need NVIDIA apex built from source (the `apex` on PyPI is another project)."""
+    blr: float = 1.5e-4
+    """Base learning rate: lr = blr · batch_size / 256."""
+    lr: float | None = None
+    """Absolute learning rate; overrides blr."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices; biases, norms and tokens have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's β₁ and β₂."""
+    layer_decay: float = 1.0
+    """Learning-rate factor from one layer to the one below it; 1 is none."""
+    momentum: float = 0.9
+    """Of SGD."""
+
+    def __post_init__(self) -> None:
+        if self.blr <= 0 or (self.lr is not None and self.lr <= 0):
+            raise ValueError(f"blr={self.blr}, lr={self.lr}: wanted positive learning rates")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay}, wanted 0 < layer_decay <= 1")
+
+    def peak_lr(self, batch_size: int) -> float:
+        """The learning rate after warm-up for a global batch."""
+        return self.lr if self.lr is not None else self.blr * batch_size / 256
+
+
+def layer_of(name: str, num_layers: int) -> int:
+    """0 for the embedding, 1 … num_layers for the blocks, num_layers + 1 for everything after them."""
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
+        return 0
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return int(block.group(1)) + 1 if block else num_layers + 1
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Groups with `params`, `weight_decay` and `lr_scale`, in a fixed order."""
+    num_layers = len(getattr(model, "blocks", ()))
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim > 1 and name not in ("cls_token", "mask_token", "pos_embed")
+        layer = layer_of(name, num_layers) if layer_decay < 1 else 0
+        scale = layer_decay ** (num_layers + 1 - layer) if layer_decay < 1 else 1.0
+        empty = {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+        groups.setdefault((layer, decays), empty)["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser over the trainable parameters; lr is set by the loop at every step.
+
+    Raises:
+        ImportError: apex is asked for and NVIDIA's is not installed.
+    """
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=supports_fused(groups))
+    apex = nvidia_apex()
+    kind = apex.FusedAdam if config.optimizer == "apex_adam" else apex.FusedLAMB
+    return kind(groups, lr=0.0, betas=config.betas)
+
+
+def supports_fused(groups: list[dict[str, Any]]) -> bool:
+    """Fused AdamW exists for these parameters' devices (CPU and CUDA have it) and they are floating point."""
+    parameters = [p for group in groups for p in group["params"]]
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+
+
+def nvidia_apex() -> Any:
+    """The module `apex.optimizers` of NVIDIA apex.
+
+    Raises:
+        ImportError: apex is absent, or is the unrelated PyPI package of that name.
+    """
+    try:
+        from apex import optimizers  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise ImportError(
+            "NVIDIA apex is not installed (the `apex` on PyPI is an unrelated package): build it from NVIDIA's source, "
+            "or use --optimizer adamw, which is fused as well"
+        ) from error
+    if not hasattr(optimizers, "FusedAdam"):
+        raise ImportError("the installed `apex` is not NVIDIA's: pip uninstall apex, then build NVIDIA's from source")
+    return optimizers

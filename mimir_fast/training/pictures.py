@@ -1,0 +1,55 @@
+"""Pictures a person looks at: reconstruction grids and loss curves.
+
+Shapes: B images, C channels, H height, W width.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimir_fast.training.loggers import read_lines
+
+
+def grid(rows: dict[str, Tensor], *, scale_to: int = 96) -> np.ndarray:
+    """uint8 (H, W, 3) picture: one labelled row for each entry of (B, C, H, W) images in [0, 1]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=13)
+    label_width, gap = 118, 4
+    side = max(scale_to, next(iter(rows.values())).shape[-1])
+    count = len(next(iter(rows.values())))
+    canvas = Image.new("RGB", (label_width + count * (side + gap), len(rows) * (side + gap) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, (name, images) in enumerate(rows.items()):
+        top = gap + r * (side + gap)
+        draw.text((6, top + side / 2), name, fill="black", font=font, anchor="lm")
+        pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        for c, image in enumerate(pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels):
+            tile = Image.fromarray(image.permute(1, 2, 0).numpy())
+            canvas.paste(tile.resize((side, side), Image.Resampling.NEAREST), (label_width + c * (side + gap), top))
+    return np.asarray(canvas)
+
+
+def save_curves(metrics: Path, output: Path, names: tuple[str, ...]) -> bool:
+    """Draw the named scalars of a metrics.jsonl over the steps; False when there are fewer than two points."""
+    from matplotlib.figure import Figure
+
+    lines = read_lines(metrics)
+    series = {}
+    for name in names:
+        points = [(line["step"] + 1, line[name]) for line in lines if line.get(name) is not None]
+        if len(points) > 1:
+            series[name] = points
+    if not series:
+        return False
+    figure = Figure(figsize=(4.2 * len(series), 3.2), layout="constrained")
+    for index, (name, points) in enumerate(series.items()):
+        axes = figure.add_subplot(1, len(series), index + 1)
+        axes.plot(*zip(*points, strict=True), linewidth=1.5)
+        axes.set_title(name)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    figure.savefig(output, dpi=120)
+    return True

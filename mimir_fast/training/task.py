@@ -1,0 +1,39 @@
+"""What the loop needs to know of the thing it trains."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from mimir_fast.data.batch import Batch
+
+
+class Task(Protocol):
+    """Pre-training and fine-tuning are two of these.
+
+    Attributes:
+        kind: `pretrain` or `finetune`, written into checkpoints.
+        model: the bare module.
+        architecture: what is needed to build the model again, as plain JSON values.
+    """
+
+    kind: str
+    model: nn.Module
+    architecture: dict[str, Any]
+
+    def losses(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
+        """{"loss": scalar to minimise, other scalars to log}; `model` may be wrapped for data parallelism."""
+        ...
+
+    def pictures(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, np.ndarray]:
+        """uint8 (H, W, 3) pictures by name. Called on every rank, because a sharded model needs all of them."""
+        ...
+
+    def evaluate(self, model: nn.Module, *, step: int) -> dict[str, float]:
+        """Numbers at the end of an epoch; `score`, when there, decides which checkpoint is the best."""
+        ...
+
+    def next_command(self, run: Path) -> str:
+        """What to type after the run."""
+        ...
