@@ -60,11 +60,12 @@ def build_loader(
 
     kind = choose_loader(source, config, device, augment)
     if kind == "resident":
-        images, skipped = decoded(source, config)
+        images, readable = decoded(source, config)
         labels = torch.from_numpy(source.labels)
-        resident = ResidentLoader(torch.from_numpy(images), labels, config, plan, order, device, augment)
-        resident.skipped.update(skipped)
-        return resident
+        loader = ResidentLoader(torch.from_numpy(images), labels, config, plan, order, device, augment, readable)
+        if readable is not None:
+            SkipLedger(source, config.max_bad_files, loader.skipped).compare(np.arange(len(readable)), readable)
+        return loader
     if kind == "dali":
         if not isinstance(source, EncodedSource):
             raise ValueError(
@@ -92,32 +93,31 @@ def choose_loader(source: ImageSource, config: DataConfig, device: torch.device,
     return "dali"
 
 
-def decoded(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, dict[str, str]]:
-    """All images, (N, C, S, S) uint8, and the files that had to be replaced.
+def decoded(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, np.ndarray | None]:
+    """All images, (N, C, S, S) uint8, and for encoded ones the sample that stands in for each, (N,) int64.
 
     Encoded images of another size than S = `config.image_size` are resized and centre-cropped as for evaluation.
     """
     if isinstance(source, ArraySource):
-        return np.ascontiguousarray(source.images), {}
+        return np.ascontiguousarray(source.images), None
     if isinstance(source, MixedSource):
-        real, skipped = decoded(source.real, config)
-        return np.concatenate([real, source.generated.images]), skipped
+        images, readable = decoded(source.real, config)
+        if readable is not None:
+            readable = np.concatenate([readable, np.arange(len(images), len(source))])
+        return np.concatenate([images, source.generated.images]), readable
     side, channels = config.image_size, config.channels
     images = np.empty((len(source), channels, side, side), np.uint8)
-    received = np.empty(len(source), np.int64)
+    readable = np.empty(len(source), np.int64)
 
     def fill(index: int) -> None:
-        found, pixels = first_readable(index, len(source), source.pixels, config.max_bad_files)
-        received[index] = found
+        readable[index], pixels = first_readable(index, len(source), source.pixels, config.max_bad_files)
         if pixels is not None:
             one, sizes = np.array([index]), np.array([pixels.shape[:2]])
             images[index] = cut(pixels, plan_geometry(config, False, 0, one, one, sizes), 0, side, channels)
 
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # PIL decodes outside the interpreter's lock
         list(pool.map(fill, range(len(source))))
-    skipped = {}
-    SkipLedger(source, config.max_bad_files, skipped).compare(np.arange(len(source)), received)
-    return images, skipped
+    return images, readable
 
 
 def _check_size(source: ImageSource, config: DataConfig) -> None:

@@ -114,8 +114,8 @@ class DaliLoader(Loader):
         dali = import_dali()
         fn, types = dali.fn, dali.types
         config, side, on_gpu = self.config, self.config.image_size, self.device.type == "cuda"
-        feed = _Feed(self.source, config, self.plan, self.order, cursor, self.augment, self._suspects)
-        only_box = self.augment and config.augment == "resized_crop"  # then resizing gives S x S already
+        needs_window = not (self.augment and config.augment == "resized_crop")  # resizing gives S x S there
+        feed = _Feed(self.source, config, self.plan, self.order, cursor, self.augment, self._suspects, needs_window)
         decoder_options: dict[str, Any] = {"hw_decoder_load": config.hw_decoder_load} if on_gpu else {}
         source_options: dict[str, Any] = {"parallel": False}
         if config.num_workers:
@@ -123,8 +123,8 @@ class DaliLoader(Loader):
 
         @dali.pipeline_def
         def pipeline() -> Any:
-            encoded, corner, extent, size, anchor, mirror, samples = fn.external_source(
-                feed, num_outputs=7, batch=True, **source_options
+            encoded, corner, extent, size, mirror, samples, *anchor = fn.external_source(
+                feed, num_outputs=7 if needs_window else 6, batch=True, **source_options
             )
             images = fn.decoders.image_slice(
                 encoded,
@@ -137,9 +137,9 @@ class DaliLoader(Loader):
                 **decoder_options,
             )
             images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC)
-            if not only_box:
+            if needs_window:
                 images = fn.slice(
-                    images, start=anchor, shape=(side, side), axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
+                    images, start=anchor[0], shape=(side, side), axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
                 )
             images = fn.crop_mirror_normalize(
                 images,
@@ -172,9 +172,7 @@ class DaliLoader(Loader):
         return frozenset(np.concatenate(pieces).tolist())
 
     def close(self) -> None:
-        if self._pipeline is not None:
-            self._pipeline.shutdown()
-        self._pipeline = self._pipeline_start = None
+        self._pipeline = self._pipeline_start = None  # its processes end with it
 
 
 class _Feed:
@@ -189,9 +187,10 @@ class _Feed:
         cursor: Cursor,
         augment: bool,
         suspects: frozenset[int],
+        needs_window: bool,
     ) -> None:
         self.source, self.config, self.plan, self.order = source, config, plan, order
-        self.cursor, self.augment, self.suspects = cursor, augment, suspects
+        self.cursor, self.augment, self.suspects, self.needs_window = cursor, augment, suspects, needs_window
 
     def __call__(self, number: int) -> tuple[list[np.ndarray], ...]:
         cursor = self.plan.advance(self.cursor, number)
@@ -206,15 +205,16 @@ class _Feed:
         sizes = np.array([(height, width) for _, height, width in files], np.int64)
         geometry = plan_geometry(self.config, self.augment, self.order.seed, samples, epochs, sizes)
         box = geometry.box.astype(np.int32)
-        columns = (
+        columns = [
             [np.frombuffer(content, np.uint8) for content, _, _ in files],
             box[:, :2],
             box[:, 2:],
             geometry.size.astype(np.float32),
-            geometry.anchor.astype(np.int32),
             geometry.mirror.astype(np.int32),
             samples,
-        )
+        ]
+        if self.needs_window:
+            columns.append(geometry.anchor.astype(np.int32))
         return tuple([np.asarray(row) for row in column] for column in columns)
 
     def _read(self, index: int) -> tuple[bytes, int, int]:

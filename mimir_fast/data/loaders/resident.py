@@ -29,6 +29,7 @@ class ResidentLoader(Loader):
         images_NCHW: uint8; moved to `device` if it is not there.
         labels_N: int64.
         augment: shift (`config.augment == "pad_crop"`) and mirror.
+        readable_N: which sample stands in for each one, itself for those that could be read.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class ResidentLoader(Loader):
         order: SampleOrder | MixedOrder,
         device: torch.device,
         augment: bool,
+        readable_N: np.ndarray | None = None,
     ) -> None:
         super().__init__(plan, order)
         if augment and config.augment == "resized_crop":
             raise ValueError("the resident loader cannot do resized_crop; use augment=pad_crop or loader=torch")
-        self.config, self.device, self.augment = config, device, augment
+        self.config, self.device, self.augment, self.readable = config, device, augment, readable_N
         self.images, self.labels = images_NCHW.to(device), labels_N.to(device)
 
     def _batches(self, cursor: Cursor) -> Iterator[Batch]:
@@ -61,6 +63,8 @@ class ResidentLoader(Loader):
         """(5, M) int64 on the device: sample, epoch, shift y, shift x, mirror."""
         pieces = [self.order.at(*span) for span in window]
         samples, epochs = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        if self.readable is not None:
+            samples = self.readable[samples]
         columns = np.zeros((5, len(samples)), np.int64)
         columns[0], columns[1] = samples, epochs
         if self.augment and self.config.augment == "pad_crop":
@@ -94,6 +98,6 @@ def shift_and_mirror(images_BCHW: Tensor, shift_y_B: Tensor, shift_x_B: Tensor, 
     row_inside, column_inside = (rows_BH >= 0) & (rows_BH < height), (columns_BW >= 0) & (columns_BW < width)
     inside = row_inside[:, :, None] & column_inside[:, None, :]
     pixels_BHW = rows_BH.clamp(0, height - 1)[:, :, None] * width + columns_BW.clamp(0, width - 1)[:, None, :]
-    ids = pixels_BHW.view(batch, 1, -1).expand(-1, channels, -1)
+    ids = pixels_BHW.view(batch, 1, height * width).expand(-1, channels, -1)
     moved = torch.gather(images_BCHW.flatten(2), 2, ids).view_as(images_BCHW)
     return moved * inside[:, None]

@@ -1,0 +1,257 @@
+"""What holds for all three loaders: the same samples, resuming, ranks, bad files, evaluation in one pass."""
+
+import gc
+import multiprocessing
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from mimir_fast.data import DataConfig, build_loader, build_source
+from mimir_fast.data.decode import UnreadableImageError, decode
+from mimir_fast.data.loaders.skip import TooManyBadFilesError
+
+LOADERS = ["resident", "torch", "dali"]
+
+
+@pytest.fixture(params=LOADERS)
+def config(request, image_folder) -> DataConfig:
+    """A folder of real JPEG files through one of the loaders."""
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali")
+    augment = "pad_crop" if request.param == "resident" else "resized_crop"
+    root = str(image_folder)
+    return DataConfig(source="folder", root=root, image_size=48, loader=request.param, augment=augment, num_workers=0)
+
+
+def take(config, count, start=None, **options):
+    """The next `count` micro-batches, and the state after them."""
+    loader = build_loader(config, **{"split": "train", "batch_size": 4, "seed": 5, **options})
+    if start is not None:
+        loader.load_state_dict(start)
+    batches = list(islice(loader, count))
+    state = loader.state_dict()
+    loader.close()
+    return batches, state
+
+
+def equal(first, second):
+    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in vars(first))
+
+
+def test_batches_are_uint8_images_with_labels(config):
+    batches, _ = take(config, 7)
+    for batch in batches:
+        assert batch.images.shape == (4, 3, 48, 48) and batch.images.dtype == torch.uint8
+        assert all(column.dtype == torch.int64 for column in (batch.labels, batch.samples, batch.epochs))
+        assert batch.images.float().std() > 20  # pictures, not an empty buffer
+    samples, epochs = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("samples", "epochs"))
+    assert sorted(samples[epochs == 0].tolist()) == list(range(25))  # the seventh batch straddles two epochs
+    assert batches[6].epochs.tolist() == [0, 1, 1, 1]
+
+
+def test_a_sample_looks_different_in_the_next_epoch_and_the_same_in_the_next_run(config):
+    batches, _ = take(config, 13)
+    images, samples = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "samples"))
+    first, second = images[:25][samples[:25].argsort()], images[25:50][samples[25:50].argsort()]
+    assert (first != second).flatten(1).any(1).float().mean() > 0.9
+    assert all(equal(a, b) for a, b in zip(batches, take(config, 13)[0], strict=True))
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8])
+def test_resuming_in_the_middle_of_an_epoch_is_exact(config, stop):
+    whole, _ = take(config, 10)
+    _, state = take(config, stop)
+    rest, _ = take(config, 10 - stop, start=state)
+    assert all(equal(a, b) for a, b in zip(whole[stop:], rest, strict=True))
+
+
+def test_two_ranks_together_are_one(config):
+    whole, _ = take(config, 5, batch_size=6)
+    ranks = [take(config, 5, batch_size=3, rank=rank, world_size=2)[0] for rank in (0, 1)]
+    accumulated, _ = take(config, 10, batch_size=3, accum_iter=2)
+    for step, batch in enumerate(whole):
+        for name in vars(batch):
+            wanted = getattr(batch, name)
+            assert torch.equal(torch.cat([getattr(ranks[rank][step], name) for rank in (0, 1)]), wanted)
+            assert torch.equal(torch.cat([getattr(accumulated[2 * step + micro], name) for micro in (0, 1)]), wanted)
+
+
+def test_a_run_goes_on_with_other_ranks_and_another_batch_size(config):
+    whole, _ = take(config, 12, batch_size=1)
+    _, state = take(config, 2, batch_size=2, rank=1, world_size=2)
+    assert state["position"] == 8
+    rest, _ = take(config, 1, start=state, batch_size=4)
+    assert rest[0].samples.tolist() == [int(batch.samples) for batch in whole[8:12]]
+
+
+def test_evaluation_is_one_pass_in_order_split_over_ranks(config):
+    seen = []
+    for rank in range(3):
+        loader = build_loader(config, split="test", batch_size=2, rank=rank, world_size=3)
+        for _ in range(2):  # a second pass gives the same
+            batches = list(loader)
+            assert all(len(batch.samples) <= 2 for batch in batches)
+        seen += torch.cat([batch.samples for batch in batches]).tolist()
+        loader.close()
+    assert sorted(seen) == list(range(8))
+
+
+def test_unreadable_files_are_skipped_counted_and_named(config, damaged_folder):
+    loader = build_loader(config, split="train", batch_size=7, seed=1)
+    batches = list(islice(loader, 8))
+    assert all(batch.images.shape == (7, 3, 48, 48) for batch in batches)
+    assert sorted(path.rsplit("/", 1)[1] for path in loader.skipped) == ["cut.jpg", "notes.txt", "zero.jpg"]
+    labels = torch.from_numpy(build_source(config, "train").labels)
+    assert all(torch.equal(batch.labels, labels[batch.samples]) for batch in batches)  # of what came in its place
+    assert len(set(torch.cat([batch.samples for batch in batches[:4]]).tolist())) == 25  # each good one came
+    repeated = list(islice(build_loader(config, split="train", batch_size=7, seed=1), 8))
+    assert all(equal(a, b) for a, b in zip(batches, repeated, strict=True))
+    loader.close()
+
+
+def test_too_many_unreadable_files_stop_the_run(config, damaged_folder):
+    config.max_bad_files = 2
+    with pytest.raises(TooManyBadFilesError, match=r"3 unreadable files.*max_bad_files(.|\n)*(cut|notes|zero)"):
+        take(config, 8)
+
+
+def test_state_of_another_stream_is_refused(config):
+    _, state = take(config, 2)
+    with pytest.raises(ValueError, match="seed = 5, this one has 6"):
+        take(config, 1, start=state, seed=6)
+    with pytest.raises(ValueError, match="num_samples"):
+        take(config, 1, start={**state, "num_samples": 1000})
+
+
+def test_state_within_an_accumulated_step_needs_the_same_cut(config):
+    whole, _ = take(config, 6, batch_size=2, accum_iter=3)
+    _, state = take(config, 2, batch_size=2, accum_iter=3)
+    assert state["micro_step"] == 2
+    rest, _ = take(config, 4, start=state, batch_size=2, accum_iter=3)
+    assert all(equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    with pytest.raises(ValueError, match="within a step"):
+        take(config, 1, start=state, batch_size=2, accum_iter=1)
+
+
+def test_moving_a_loader_under_an_iterator_is_refused(config):
+    loader = build_loader(config, split="train", batch_size=4)
+    batches = iter(loader)
+    next(batches)
+    loader.load_state_dict(loader.state_dict())
+    with pytest.raises(RuntimeError, match="call iter"):
+        next(batches)
+    loader.close()
+
+
+def test_the_global_random_state_is_left_alone(config):
+    torch.manual_seed(0)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    take(config, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == numpy_before).all()
+
+
+def test_waiting_is_counted(config):
+    loader = build_loader(config, split="train", batch_size=4)
+    assert loader.wait_seconds == 0
+    list(islice(loader, 2))
+    assert loader.wait_seconds > 0
+    loader.close()
+
+
+def test_grey_batches(config):
+    config.channels = 1
+    (batch,), _ = take(config, 1)
+    assert batch.images.shape == (4, 1, 48, 48) and batch.images.float().std() > 10
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_closing_ends_the_worker_processes(image_folder, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    config = DataConfig(source="folder", root=str(image_folder), image_size=48, loader=loader, num_workers=2)
+    before = set(multiprocessing.active_children())
+    data = build_loader(config, split="train", batch_size=4)
+    batches = iter(data)
+    next(batches)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    data.close()
+    del batches
+    gc.collect()
+    assert set(multiprocessing.active_children()) <= before
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_worker_processes_give_what_the_main_process_gives(image_folder, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    root = str(image_folder)
+    config = DataConfig(source="folder", root=root, image_size=48, loader=loader, augment="resized_crop", num_workers=0)
+    here, _ = take(config, 8)
+    config.num_workers = 2
+    there, state = take(config, 8)
+    assert all(equal(a, b) for a, b in zip(here, there, strict=True))
+    assert state["position"] == 32  # what was consumed, not what the workers have read ahead
+    assert len(list(build_loader(config, split="test", batch_size=3))) == 3
+
+
+def test_torch_and_dali_cut_the_same_pixels(image_folder):
+    """The crop of a sample is a function of (seed, epoch, sample): only the resamplers' rounding may differ."""
+    pytest.importorskip("nvidia.dali")
+    for augment in ("resized_crop", "pad_crop", "none"):
+        batches = {}
+        for loader in ("torch", "dali"):
+            config = DataConfig(
+                source="folder", root=str(image_folder), image_size=48, loader=loader, augment=augment, num_workers=0
+            )
+            batches[loader], _ = take(config, 7)
+        for ours, theirs in zip(batches["torch"], batches["dali"], strict=True):
+            assert torch.equal(ours.samples, theirs.samples) and torch.equal(ours.labels, theirs.labels)
+            difference = (ours.images.float() - theirs.images.float()).abs()
+            assert difference.mean() < 0.5 and difference.max() < 16, augment
+
+
+def test_dali_goes_on_past_a_file_that_only_pil_reads(image_folder, monkeypatch):
+    """What PIL decodes and DALI does not is decoded by PIL from then on, and nothing is lost or repeated."""
+    pytest.importorskip("nvidia.dali")
+    from mimir_fast.data.loaders import dali
+
+    config = DataConfig(
+        source="folder", root=str(image_folder), image_size=48, loader="dali", augment="resized_crop", num_workers=0
+    )
+    wanted, _ = take(config, 8)
+    honest = dali.checked_file
+
+    def deceived(content, where):
+        whole, height, width = honest(content, where)
+        return (whole[:20] + b"\xff\xd9" if where.endswith("005.jpg") else whole), height, width
+
+    monkeypatch.setattr(dali, "checked_file", deceived)
+    got, state = take(config, 8)
+    assert state["position"] == 32
+    for first, second in zip(wanted, got, strict=True):
+        assert torch.equal(first.samples, second.samples)
+        assert (first.images.float() - second.images.float()).abs().mean() < 0.5
+
+
+def test_the_photograph_arrives_whole(image_folder):
+    """The evaluation crop of a real photograph, against PIL by hand."""
+    from PIL import Image
+
+    path = image_folder / "val" / "digit_0" / "flower.jpg"
+    config = DataConfig(source="folder", root=str(image_folder), image_size=224, loader="torch", num_workers=0)
+    loader = build_loader(config, split="test", batch_size=8)
+    (batch,) = list(loader)
+    names = sorted(path.parent.iterdir())
+    picture = Image.open(path)
+    resized = picture.resize((int(256 * picture.width / picture.height), 256), Image.Resampling.BICUBIC)
+    left = round((resized.width - 224) / 2)
+    wanted = np.asarray(resized.crop((left, 16, left + 224, 240))).transpose(2, 0, 1)
+    assert (batch.images[names.index(path)].numpy() == wanted).all()
+
+
+def test_bad_bytes_name_their_path():
+    with pytest.raises(UnreadableImageError, match=r"a/b\.jpg"):
+        decode(b"\xff\xd8\xff\xe0 garbage", "a/b.jpg")
