@@ -34,6 +34,10 @@ class Stream(IntEnum):
     MIX = 6
     AUGMENT = 7
     EVALUATION = 8
+    DROP_PATH = 9
+    MIXUP = 10
+    BRANCH_GATE = 11
+    PATCH_GATE = 12
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, rounds: int = 10) -> tuple[Tensor, ...]:
@@ -77,3 +81,10 @@ def random_bits(seed: int, stream: int, step: int | Tensor, samples_B: Tensor, n
 def uniform(seed: int, stream: int, step: int | Tensor, samples_B: Tensor, num: int) -> Tensor:
     """(B, num) float32, uniform over the 2^24 multiples of 2^-24 in [0, 1). Arguments as for `random_bits`."""
     return (random_bits(seed, stream, step, samples_B, num) >> 8).to(torch.float32) * 2.0**-24
+
+
+def normal(seed: int, stream: int, step: int | Tensor, samples_B: Tensor, num: int) -> Tensor:
+    """(B, num) float32, standard normal by Box and Muller's transform of `uniform`. Arguments as for `random_bits`."""
+    first, second = uniform(seed, stream, step, samples_B, 2 * num).chunk(2, dim=1)
+    # 1 - u lies in (0, 1]: the logarithm is finite.
+    return (-2 * (1 - first).log()).sqrt() * (2 * torch.pi * second).cos()

@@ -9,25 +9,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.models.positions import sincos_positions
-from mimir_fast.models.vit import Block, init_like_mae
+from mimir_fast.models.vit import Block, PatchEmbed, init_like_mae
 from mimir_fast.ops.patches import gather_patches, scatter_patches
 
 EncoderName = Literal["tiny", "small", "base", "large"]
 DecoderName = Literal["light", "mae"]
 
 # name: (width, depth, heads)
-ENCODERS: dict[str, tuple[int, int, int]] = {
+ENCODERS: dict[EncoderName, tuple[int, int, int]] = {
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
 }
 # `light` is the MIMIR authors' decoder, `mae` the one of He et al.
-DECODERS: dict[str, tuple[int, int, int]] = {"light": (128, 2, 16), "mae": (512, 8, 16)}
+DECODERS: dict[DecoderName, tuple[int, int, int]] = {"light": (128, 2, 16), "mae": (512, 8, 16)}
 
 
 @dataclass
@@ -77,8 +76,7 @@ class MaskedAutoencoder(nn.Module):
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, grid), requires_grad=False)
-        # A convolution only by name and shape (as in timm): in patch space it is a matrix product, see `embed`.
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)})
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
@@ -92,8 +90,6 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
 
         self.apply(init_like_mae)
-        nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))
-        nn.init.zeros_(self.patch_embed["proj"].bias)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -102,11 +98,8 @@ class MaskedAutoencoder(nn.Module):
 
         In fp32 whatever autocast says: bf16 has a spacing of 1/256 at the top of [0, 1], and ε is 8 of those.
         """
-        proj = self.patch_embed["proj"]
-        weight_DP = proj.weight.permute(0, 2, 3, 1).flatten(1)  # to the patch's (row, column, channel) order
         with torch.autocast(patches_BKP.device.type, enabled=False):
-            tokens = F.linear(patches_BKP.to(weight_DP.dtype), weight_DP, proj.bias)
-            return tokens + self.pos_embed[0, 1:][ids_keep_BK]
+            return self.patch_embed(patches_BKP) + self.pos_embed[0, 1:][ids_keep_BK]
 
     def encode(self, patches_BKP: Tensor, ids_keep_BK: Tensor) -> Tensor:
         """Latent (B, 1 + K, D): cls and visible tokens after the final norm, in the order of `ids_keep_BK`."""

@@ -1,9 +1,10 @@
 """The pre-norm transformer block of ViT, with timm's parameter names.
 
-Shapes: B batch, T tokens, Q queried tokens, D width, H heads.
+Shapes: B batch, N patches of P numbers, T tokens, Q queried tokens, D width, H heads.
 """
 
-import torch
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,6 +36,21 @@ class Attention(nn.Module):
         return self.proj(attention(q, k, v).flatten(2))
 
 
+class PatchEmbed(nn.Module):
+    """The patch projection: a convolution by name and shape (timm's), a matrix product by work."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
+        nn.init.zeros_(cast(Tensor, self.proj.bias))
+
+    def forward(self, patches_BNP: Tensor) -> Tensor:
+        """(B, N, D) tokens of patches in (row, column, channel) order."""
+        weight_DP = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(patches_BNP.to(weight_DP.dtype), weight_DP, self.proj.bias)
+
+
 class Mlp(nn.Module):
     """Two linear layers with GELU between."""
 
@@ -47,31 +63,15 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: the whole branch of a sample is dropped with probability `rate` (arXiv 1603.09382)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        keep = 1 - self.rate
-        shape = (len(x),) + (1,) * (x.ndim - 1)
-        return x * torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(keep).div_(keep)
-
-
 class Block(nn.Module):
     """x + Attention(LN(x)), then x + MLP(LN(x))."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BTD: Tensor, query_ids_BQ: Tensor | None = None) -> Tensor:
         """(B, T, D); with `query_ids_BQ` only those tokens are computed: (B, Q, D), equal to gathering afterwards.
@@ -80,11 +80,11 @@ class Block(nn.Module):
         """
         normed = self.norm1(x_BTD)
         if query_ids_BQ is None:
-            x = x_BTD + self.drop_path(self.attn(normed))
+            x = x_BTD + self.attn(normed)
         else:
             queries = gather_patches(normed, query_ids_BQ)
-            x = gather_patches(x_BTD, query_ids_BQ) + self.drop_path(self.attn(normed, queries))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+            x = gather_patches(x_BTD, query_ids_BQ) + self.attn(normed, queries)
+        return x + self.mlp(self.norm2(x))
 
 
 def init_like_mae(module: nn.Module) -> None:

@@ -1,0 +1,215 @@
+"""Reading weights, whoever wrote them, without ever running code from the file.
+
+    ours       a run folder, one of its checkpoints, or a .safetensors file written by mimir_fast.export
+    authors'   .pth: {model, optimizer, epoch, scaler, args}, bare, or under `model_state_dict` with a prefix
+    timm       a .safetensors or .pth file, or `timm:NAME` for weights timm downloads
+
+Pickled files are opened with torch's weights-only unpickler, and a short list of harmless classes beside tensors.
+"""
+
+import argparse
+import json
+import pathlib
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+FORMAT = "mimir_fast.checkpoint"
+VERSION = 1
+WeightsChoice = Literal["auto", "model", "ema"]
+
+_ANCHOR = "patch_embed.proj.weight"  # every vision transformer we can use has it, under whatever prefix
+_WRAPPERS = ("model", "model_state_dict", "state_dict", "model_ema")
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used; the message says why and what to do."""
+
+
+@dataclass
+class Weights:
+    """Named tensors and what is known of them.
+
+    Attributes:
+        tensors: name → CPU tensor, without any wrapper's prefix.
+        origin: what was read, for messages.
+        config: the configuration saved with them (ours only).
+        normalization: (mean, std) the weights were trained with, where the writer says so.
+    """
+
+    tensors: dict[str, Tensor]
+    origin: str
+    config: dict[str, Any] | None = None
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_weights(source: str | Path, which: WeightsChoice = "auto") -> Weights:
+    """The weights in a folder, a file or timm's collection.
+
+    Args:
+        source: a run folder, checkpoint folder, .safetensors or .pth file, or `timm:NAME`.
+        which: of our checkpoints, the trained weights (`model`), their moving average (`ema`), or the average where
+            there is one (`auto`).
+    Raises:
+        WeightsError: missing, truncated, unsafe, or not a vision transformer's.
+    """
+    if str(source).startswith("timm:"):
+        return _read_timm(str(source).removeprefix("timm:"))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_checkpoint(resolve_checkpoint(path), which)
+    if not path.is_file():
+        raise WeightsError(
+            f"{path} does not exist; wanted a run or checkpoint folder, a .safetensors or .pth file, or timm:NAME"
+        )
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+
+
+def strip_wrappers(content: Any, origin: str) -> dict[str, Tensor]:
+    """The encoder's tensors out of nested dicts and prefixes such as `module.base_model.`.
+
+    Raises:
+        WeightsError: no vision transformer inside.
+    """
+    while isinstance(content, dict) and not any(isinstance(v, Tensor) for v in content.values()):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    anchors = [name for name in tensors if name == _ANCHOR or name.endswith("." + _ANCHOR)]
+    if not anchors:
+        some = ", ".join(list(tensors)[:4]) or "no tensors at all"
+        raise WeightsError(
+            f"{origin} holds no vision transformer: there is no {_ANCHOR!r} in it (it has {some}). "
+            "Wanted a checkpoint of mimir_fast, of the MIMIR authors, or a timm vit_* model"
+        )
+    prefix = min(anchors, key=len).removesuffix(_ANCHOR)
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The meta data of a checkpoint of ours, after checking that all its files are there in full.
+
+    Raises:
+        WeightsError: not a checkpoint of ours, or truncated.
+    """
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise WeightsError(f"{folder} is not a mimir_fast checkpoint: it has no meta.json")
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{path} is damaged ({error}): use an older checkpoint") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise WeightsError(f"{folder} is not a mimir_fast checkpoint: {path} is no meta data of ours")
+    if meta["version"] > VERSION:
+        raise WeightsError(f"{folder} was written by a newer mimir_fast (format {meta['version']}): upgrade")
+    for name, size in meta["files"].items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            state = "missing" if found is None else f"truncated ({found} of {size} bytes)"
+            raise WeightsError(f"{folder / name} is {state}: use an older checkpoint of the same run")
+    return meta
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder itself; of a run folder the best one where it is kept, else the newest.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    if (path / "meta.json").is_file():
+        return path
+    folder = path / "checkpoints"
+    if (folder / "best" / "meta.json").is_file():
+        return folder / "best"
+    steps = sorted(p for p in folder.glob("step-*") if p.suffix != ".partial" and p.is_dir())
+    if not steps:
+        raise WeightsError(f"no checkpoint in {path}: wanted a run folder with checkpoints/step-…, or one of these")
+    return steps[-1]
+
+
+def _read_checkpoint(folder: Path, which: WeightsChoice) -> Weights:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    meta = read_meta(folder)
+    try:
+        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:  # dcp and safetensors raise many types for a damaged file
+        raise WeightsError(f"{folder} cannot be read ({error}): use an older checkpoint of the same run") from error
+    has_ema = any(name.startswith("ema/") for name in found)
+    if which == "ema" and not has_ema:
+        raise WeightsError(f"{folder} holds no moving average: train with EMA on, or take weights=model")
+    use_ema = has_ema and which != "model"
+    infos: dict[str, Any] = {
+        n: i for n, i in found.items() if n.startswith(("model/", "ema/") if use_ema else "model/")
+    }
+    tensors = {n: torch.empty(i.size, dtype=i.properties.dtype) for n, i in infos.items()}
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    weights = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
+    weights |= {n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")}
+    origin = f"{folder} ({'moving average' if use_ema else 'weights'} of step {meta.get('step', '?')})"
+    return Weights(strip_wrappers(weights, origin), origin, config=meta.get("config"))
+
+
+def _read_safetensors(path: Path) -> Weights:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is no whole safetensors file ({error}): copy or download it again") from error
+    config = json.loads(metadata["config"]) if metadata.get("format") == "mimir_fast" else None
+    return Weights(strip_wrappers(tensors, str(path)), str(path), config=config)
+
+
+def _read_pickled(path: Path) -> Weights:
+    try:
+        with torch.serialization.safe_globals(_harmless_globals()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} is not loaded: it wants to create objects other than tensors, or is no checkpoint, and unpickling "
+            f"could run code of its author ({str(error).splitlines()[0]}). If you trust it, open it yourself and "
+            "save its state dict with safetensors.torch.save_file"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path} is truncated or not a torch checkpoint ({str(error).splitlines()[0]})") from error
+    return Weights(strip_wrappers(content, str(path)), str(path))
+
+
+def _harmless_globals() -> list[Any]:
+    """What checkpoints of the field carry beside tensors: argparse results, paths, numpy numbers."""
+    harmless: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.Path]
+    try:
+        import numpy as np
+    except ImportError:
+        return harmless
+    scalar = np.float64(0).__reduce__()[0]
+    harmless += [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype]
+    return harmless + [type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")]
+
+
+def _read_timm(name: str) -> Weights:
+    import timm
+
+    try:
+        model: Any = timm.create_model(name, pretrained=True)
+    except Exception as error:  # unknown name, no weights of that name, no network: timm and its hub raise many types
+        raise WeightsError(
+            f"timm:{name} cannot be had ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+            "list names with timm.list_pretrained('vit_*'), or give a downloaded .safetensors file"
+        ) from error
+    config = model.pretrained_cfg
+    tensors = strip_wrappers({k: v.detach() for k, v in model.state_dict().items()}, f"timm:{name}")
+    return Weights(tensors, f"timm:{name}", normalization=(tuple(config["mean"]), tuple(config["std"])))
