@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.no_trace import unwrap
 from mimir_fast.attacks.reconstruction import ReconstructionAttackConfig, attack_all, attack_visible
 from mimir_fast.data.batch import Batch
-from mimir_fast.methods.mae import MaeConfig, reconstruction_loss
+from mimir_fast.methods.mae import MaeConfig, autoencoder, reconstruction_loss
 from mimir_fast.methods.masking import Mask, draw_mask
 from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
 from mimir_fast.ops.patches import gather_patches, masked_targets, patchify, patchify_gather
@@ -79,7 +78,7 @@ class AdvMae:
 
     def perturb(self, model: nn.Module, images: Tensor, draws: Draws, target_BMP: Tensor) -> Adversarial:
         """Attack the images; `target_BMP` is the clean target at the training mask."""
-        attack, p = self.config.attack, unwrap(model).patch_size
+        attack, p = self.config.attack, autoencoder(model).patch_size
         mask = draws.attack_mask
         if attack.visible_only:
             clean = patchify_gather(images, mask.keep, p)
@@ -95,7 +94,9 @@ class AdvMae:
 
     def losses(self, model: nn.Module, images: Tensor, draws: Draws) -> dict[str, Tensor]:
         """{"loss": …} of one step with the given draws."""
-        target = masked_targets(images, draws.mask.masked, unwrap(model).patch_size, norm_pix=self.config.norm_pix_loss)
+        target = masked_targets(
+            images, draws.mask.masked, autoencoder(model).patch_size, norm_pix=self.config.norm_pix_loss
+        )
         adversarial = self.perturb(model, images, draws, target)
         latent, prediction = model(adversarial.visible, draws.mask.keep, draws.mask.masked)
         reconstruction = reconstruction_loss(prediction, target)
@@ -110,5 +111,5 @@ class AdvMae:
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """{"loss": scalar, …}; `model` is a MaskedAutoencoder, possibly wrapped for data parallelism."""
-        draws = self.draw(unwrap(model), batch, seed=seed, step=step)
+        draws = self.draw(autoencoder(model), batch, seed=seed, step=step)
         return self.losses(model, batch.images, draws)

@@ -4,12 +4,14 @@ Shapes: B images, N patches, K kept, M masked, P numbers a patch.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
 from mimir_fast.attacks.no_trace import unwrap
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.masking import draw_mask
+from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
 from mimir_fast.ops.patches import masked_targets, patchify_gather
 from mimir_fast.philox import Stream
 
@@ -28,6 +30,11 @@ class MaeConfig:
             raise ValueError(f"mask_ratio={self.mask_ratio}, wanted a fraction between 0 and 1, such as 0.75")
 
 
+def autoencoder(model: nn.Module) -> MaskedAutoencoder:
+    """The bare masked autoencoder inside whatever wraps it."""
+    return cast(MaskedAutoencoder, unwrap(model))
+
+
 def reconstruction_loss(prediction_BMP: Tensor, target_BMP: Tensor) -> Tensor:
     """Mean squared error over the masked patches, in fp32."""
     return (prediction_BMP.float() - target_BMP).square().mean()
@@ -41,7 +48,7 @@ class Mae:
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """{"loss": scalar}; `model` is a MaskedAutoencoder, possibly wrapped for data parallelism."""
-        bare = unwrap(model)
+        bare = autoencoder(model)
         mask = draw_mask(
             batch.samples, bare.num_patches, self.config.mask_ratio,
             seed=seed, step=step, stream=Stream.MASK, order="sorted",

@@ -7,12 +7,11 @@ Shapes: B images, N patches, K kept, P numbers a patch, T = 1 + K tokens, D widt
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from torch import Tensor, nn
 
-from mimir_fast.attacks.no_trace import unwrap
-from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig, Adversarial, Draws
+from mimir_fast.methods.adv_mae import Adversarial, AdvMae, AdvMaeConfig, Draws
+from mimir_fast.methods.mae import autoencoder
 from mimir_fast.methods.mutual_information import MutualInformationConfig, mutual_information
 from mimir_fast.ops.patches import patchify
 
@@ -24,11 +23,8 @@ class MimirConfig(AdvMaeConfig):
     mi: MutualInformationConfig = field(default_factory=MutualInformationConfig)
 
 
-PresetName = Literal["paper", "official"]
-
-
-def apply_preset(config: MimirConfig, preset: PresetName) -> MimirConfig:
-    """`config` with the points in which paper and authors' code differ set as the preset says."""
+def apply_preset(config: MimirConfig, preset: str) -> MimirConfig:
+    """`config` with the points in which paper and authors' code differ set as `paper` or `official` has them."""
     if preset == "paper":
         return replace(
             config,
@@ -62,7 +58,7 @@ class Mimir(AdvMae):
         """{"loss": total, "reconstruction": …, "mi": the estimate before λ}."""
         if self.config.mi.estimator == "none":
             return {"loss": reconstruction}
-        image = self._image(unwrap(model).patch_size, images, draws, adversarial)
+        image = self._image(autoencoder(model).patch_size, images, draws, adversarial)
         mi = mutual_information(self.config.mi, image, latent_BTD)
         return {
             "loss": reconstruction + self.config.mi.weight * mi,

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from mimir_fast.training.health import TrainingDiverged
+
 T = TypeVar("T")
 
 
@@ -64,8 +66,8 @@ def exit_on_error(main: Callable[[], None]) -> None:
     """Run `main`; an expected error (bad value, missing file or package) is one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, ImportError, FileNotFoundError, FileExistsError) as error:
-        if sys.flags.dev_mode:
+    except (ValueError, ImportError, OSError, TrainingDiverged) as error:
+        if sys.flags.dev_mode:  # python -X dev: the whole traceback
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -1,7 +1,7 @@
 """Pre-training as a task of the loop: configuration, assembly, pictures."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,11 +10,11 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from mimir_fast.attacks.no_trace import borrowed, unwrap
+from mimir_fast.attacks.no_trace import borrowed
 from mimir_fast.data import Batch, DataConfig, build_loader
 from mimir_fast.data.order import micro_batch_size
 from mimir_fast.methods.adv_mae import Adversarial, AdvMae
-from mimir_fast.methods.mae import Mae
+from mimir_fast.methods.mae import Mae, autoencoder
 from mimir_fast.methods.masking import draw_mask, num_keep
 from mimir_fast.methods.mimir import Mimir, MimirConfig
 from mimir_fast.models.attention import attention_backend
@@ -87,7 +87,7 @@ class Pretraining:
     def pictures(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, np.ndarray]:
         """One grid: input, adversarial image, what the encoder sees of it, and the reconstruction."""
         first = Batch(*(t[:8] for t in (batch.images, batch.labels, batch.samples, batch.epochs)))
-        bare = unwrap(model)
+        bare = autoencoder(model)
         patches, p = patchify(first.images, bare.patch_size), bare.patch_size
         objective = self.config.objective
         if isinstance(self.method, AdvMae):
@@ -207,8 +207,3 @@ def closing_words(config: PretrainConfig, task: Pretraining, trainer: Trainer, f
             f"  {trainer.guard.skipped} non-finite steps were skipped; their batches are in {folder}/bad_batches"
         )
     return "\n".join([*lines, f"next: {task.next_command(folder)}"])
-
-
-def with_defaults(config: PretrainConfig, **changes: Any) -> PretrainConfig:
-    """A copy with fields replaced; the checks run again."""
-    return replace(config, **changes)

@@ -6,12 +6,11 @@ metrics.jsonl      one line a logged step         checkpoints/       step-…/
 
 import dataclasses
 import json
-import platform
 import shutil
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from mimir_fast.versions import environment
 
 # What may differ between the parts of one run: it changes where and how fast, not what is computed.
 FREE_TO_CHANGE = frozenset(
@@ -71,37 +70,3 @@ def open_run(folder: Path, config: Any, *, resume: bool, overwrite: bool, allow_
     folder.mkdir(parents=True, exist_ok=True)
     recorded.write_text(json.dumps(wanted, indent=1) + "\n")
     (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and commit: the birth certificate of a number."""
-    import torch
-
-    versions = {}
-    for package in ("mimir-fast", "torch", "torchvision", "timm", "triton", "xformers", "nvidia-dali-cuda130"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "python": platform.python_version(),
-        "packages": versions,
-        "machine": platform.machine(),
-        "cpu_threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "commit": commit(),
-    }
-
-
-def commit() -> str | None:
-    """The commit this package runs from, `-dirty` when the tree differs; None outside of a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        text = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return text or None

@@ -1,0 +1,100 @@
+"""`python -m mimir_fast.info`: which backends run here, at which versions, and the clashes known to us."""
+
+import importlib
+import importlib.util
+import platform
+from collections.abc import Iterator
+
+import mimir_fast
+from mimir_fast.versions import PACKAGES, version_of
+
+
+def backends() -> dict[str, str]:
+    """What each fast path can do here: `yes`, `yes: …` or `no: why`."""
+    import torch
+
+    from mimir_fast.models.attention import xformers_failure
+
+    cuda = torch.cuda.is_available()
+    failure = xformers_failure()
+    return {
+        "CUDA": f"yes: {torch.cuda.get_device_name()}" if cuda else "no: torch sees no GPU (everything runs on CPU)",
+        "C++ ops (mimir_fast._C)": _native(),
+        "Triton kernels": _triton(cuda),
+        "xformers attention": "yes" if failure is None else f"no: {failure}; PyTorch's SDPA is used",
+        "DALI": _dali(cuda),
+        "NVIDIA apex": _apex(),
+    }
+
+
+def _native() -> str:
+    if importlib.util.find_spec("mimir_fast._C") is None:
+        return "no: not built (no compiler at install time?); the PyTorch definitions are used"
+    try:
+        importlib.import_module("mimir_fast._C")
+    except ImportError as error:
+        return f"no: {error}; reinstall mimir-fast"
+    return "yes"
+
+
+def _triton(cuda: bool) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "no: triton is not installed"
+    return "yes" if cuda else "compile and interpret only: no GPU"
+
+
+def _dali(cuda: bool) -> str:
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        return "no: pip install nvidia-dali-cuda130 (the PyPI package `nvidia-dali` is a placeholder)"
+    try:
+        importlib.import_module("nvidia.dali.fn")
+    except ImportError as error:
+        return f"no: {error}"
+    return "yes" if cuda else "yes: CPU pipelines"
+
+
+def _apex() -> str:
+    from mimir_fast.training.optimizer import nvidia_apex
+
+    try:
+        nvidia_apex()
+    except ImportError as error:
+        return f"no: {error}"
+    return "yes"
+
+
+def clashes() -> Iterator[str]:
+    """Combinations of packages that do not work together, found here."""
+    torch_version, vision_version = version_of("torch") or "", version_of("torchvision")
+    if "+cpu" in torch_version and vision_version and "+cpu" not in vision_version:
+        yield (
+            "a CPU-only torch wheel beside the index's torchvision: `operator torchvision::nms does not exist`; "
+            "install torch's default build (it runs on CPU too)"
+        )
+    if version_of("nvidia-dali") and not (version_of("nvidia-dali-cuda130") or version_of("nvidia-dali-cuda120")):
+        yield "`nvidia-dali` is a placeholder package: pip install nvidia-dali-cuda130"
+    if version_of("apex") and _apex() != "yes":
+        yield "the installed `apex` is not NVIDIA's: pip uninstall apex"
+    if version_of("robustbench"):
+        yield f"robustbench pins an old timm; timm {version_of('timm')} is what is tested here"
+    if version_of("autoattack"):
+        yield "`autoattack` is not the maintained package of its authors: pip install pyautoattack"
+
+
+def main() -> None:
+    """Print it all."""
+    print(f"mimir_fast {mimir_fast.__version__}   Python {platform.python_version()}   {platform.platform()}")
+    print("\nbackends")
+    for name, state in backends().items():
+        print(f"  {name:26} {state}")
+    print("\npackages")
+    for package in PACKAGES:
+        print(f"  {package:26} {version_of(package) or '-'}")
+    found = list(clashes())
+    print("\nknown clashes: " + ("none" if not found else ""))
+    for clash in found:
+        print(f"  ! {clash}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Versions, machine and commit: the birth certificate of every number this package writes down."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Distribution names, as the package index knows them.
+PACKAGES = (
+    "mimir-fast", "torch", "torchvision", "timm", "triton", "xformers", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
+    "apex", "safetensors", "tyro", "tensorboard", "webdataset", "scikit-learn", "pyautoattack",
+)  # fmt: skip
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution; None when it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Plain values that say where a number was made."""
+    return {
+        "python": platform.python_version(),
+        "packages": {package: version_of(package) for package in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The commit this package runs from, `-dirty` when the tree differs; None outside of a checkout."""
+    try:
+        text = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return text or None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
