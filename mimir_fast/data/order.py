@@ -6,6 +6,7 @@ straddle two epochs, so nothing is dropped and every sample comes exactly once a
 depends on neither the rank count nor whether the step was split over ranks or over accumulation.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -167,6 +168,14 @@ class BatchPlan:
     def is_over(self, cursor: Cursor) -> bool:
         """True past the end of a finite stream."""
         return self.stop is not None and cursor.position >= self.stop
+
+    def spans(self, cursor: Cursor) -> Iterator[tuple[int, int]]:
+        """This rank's non-empty micro-batches from `cursor` on, as stream positions."""
+        while not self.is_over(cursor):
+            start, stop = self.span(cursor)
+            cursor = self.advance(cursor)
+            if stop > start:
+                yield start, stop
 
 
 def micro_batch_size(global_batch: int, world_size: int, accum_iter: int = 1) -> int:

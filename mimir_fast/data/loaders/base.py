@@ -100,14 +100,6 @@ class Loader(ABC):
         self._cursor = self._first = Cursor(state["position"], state["micro_step"])
         self._repositioned += 1
 
-    def spans(self, cursor: Cursor) -> Iterator[tuple[int, int]]:
-        """Stream positions of this rank's non-empty micro-batches from `cursor` on."""
-        while not self.plan.is_over(cursor):
-            start, stop = self.plan.span(cursor)
-            cursor = self.plan.advance(cursor)
-            if stop > start:
-                yield start, stop
-
     def close(self) -> None:  # noqa: B027 (not every loader holds something)
         """Free workers and device memory; the loader cannot be used afterwards."""
 

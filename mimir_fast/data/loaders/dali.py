@@ -75,7 +75,7 @@ class DaliLoader(Loader):
             self._build(cursor)
         first, recovered_at = cursor, None
         self._pipeline_start = None
-        for span in self.spans(cursor):
+        for span in self.plan.spans(cursor):
             wanted, epochs = self.order.at(*span)
             while True:
                 try:
@@ -164,7 +164,7 @@ class DaliLoader(Loader):
 
     def _in_flight(self, cursor: Cursor) -> frozenset[int]:
         """Samples of all batches that DALI may have begun when the batch at `cursor` failed."""
-        spans = self.spans(cursor)
+        spans = self.plan.spans(cursor)
         pieces = [
             self.order.at(*span)[0]
             for span, _ in zip(spans, range(self._feed_depth + 2 * _PIPELINE_DEPTH), strict=False)
@@ -205,7 +205,7 @@ class _Feed:
         sizes = np.array([(height, width) for _, height, width in files], np.int64)
         geometry = plan_geometry(self.config, self.augment, self.order.seed, samples, epochs, sizes)
         box = geometry.box.astype(np.int32)
-        columns = [
+        columns: list[Any] = [
             [np.frombuffer(content, np.uint8) for content, _, _ in files],
             box[:, :2],
             box[:, 2:],

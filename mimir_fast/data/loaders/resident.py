@@ -50,7 +50,7 @@ class ResidentLoader(Loader):
         self.images, self.labels = images_NCHW.to(device), labels_N.to(device)
 
     def _batches(self, cursor: Cursor) -> Iterator[Batch]:
-        spans = self.spans(cursor)
+        spans = self.plan.spans(cursor)
         while window := list(islice(spans, max(1, _WINDOW // self.plan.batch_size))):
             columns = self._draw(window)
             start = 0

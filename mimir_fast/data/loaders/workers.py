@@ -38,7 +38,7 @@ class WorkerLoader(Loader):
     ) -> None:
         super().__init__(plan, order)
         self.device, self.labels = device, torch.from_numpy(source.labels)
-        self._keys = _Keys(self)
+        self._keys = _Keys(plan, order)
         self._ledger = SkipLedger(source, config.max_bad_files, self.skipped)
         parallel: dict[str, Any] = {}
         if config.num_workers:
@@ -59,11 +59,6 @@ class WorkerLoader(Loader):
             **parallel,
         )
 
-    def keys(self, cursor: Cursor) -> Iterator[Key]:
-        """The micro-batches' samples and epochs from `cursor` on."""
-        for span in self.spans(cursor):
-            yield self.order.at(*span)
-
     def _batches(self, cursor: Cursor) -> Iterator[Batch]:
         if self._loader is None:
             raise RuntimeError("this loader was closed; build a new one")
@@ -80,13 +75,14 @@ class WorkerLoader(Loader):
 
 
 class _Keys(Sampler[Key]):
-    """What is asked of the workers, from the cursor that iteration starts at."""
+    """What is asked of the workers: the micro-batches' samples and epochs from `cursor` on."""
 
-    def __init__(self, loader: WorkerLoader) -> None:
-        self.loader, self.cursor = loader, Cursor()
+    def __init__(self, plan: BatchPlan, order: SampleOrder | MixedOrder) -> None:
+        self.plan, self.order, self.cursor = plan, order, Cursor()
 
     def __iter__(self) -> Iterator[Key]:
-        return self.loader.keys(self.cursor)
+        for span in self.plan.spans(self.cursor):
+            yield self.order.at(*span)
 
 
 class _Reader(Dataset[Any]):
