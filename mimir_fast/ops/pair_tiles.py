@@ -7,11 +7,12 @@ N alone and sums are float64, so the same input gives the same bits.
 Shapes: N samples, D features, tiles of rows I and columns J.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from mimir_fast import _native
 from mimir_fast.ops.rbf import accumulation_dtype, centered_rows
 
 # Up to this many samples the two N×N matrices are cheaper to keep (16 MB each) than to compute again.
@@ -26,10 +27,10 @@ def forward(
     """(s, r, q, k, l) of `pair_sums`: float64 sums, and k, l as (N, N), or (0, 0) unless `keep`."""
     n, device, dtype = x_ND.shape[0], x_ND.device, accumulation_dtype(x_ND, y_ND)
     kept = [torch.empty((n, n) if keep else (0, 0), dtype=dtype, device=device) for _ in range(2)]
-    kernel_x = TiledKernel(x_ND, gamma_x, dtype, kept[0])
+    kernel_x = TiledKernel(centered_rows(x_ND, dtype), gamma_x, kept[0])
     # HSIC(x, x), as in CKA, needs one kernel matrix only.
     same = x_ND.is_set_to(y_ND) and gamma_x.is_set_to(gamma_y)
-    kernel_y = kernel_x if same else TiledKernel(y_ND, gamma_y, dtype, kept[1])
+    kernel_y = kernel_x if same else TiledKernel(centered_rows(y_ND, dtype), gamma_y, kept[1])
     s = torch.zeros((), dtype=torch.float64, device=device)
     for rows, columns in lower_tiles(n, device):
         k = kernel_x.tile(rows, columns, sums=True)
@@ -53,27 +54,25 @@ def backward(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(∂x, ∂y) of `pair_sums` in the accumulation dtype; (0, D) where not needed. k and l as `forward` kept them."""
-    n, dtype = x_ND.shape[0], accumulation_dtype(x_ND, y_ND)
-    to_x = Laplacian(x_ND, gamma_x, dtype, grad_r) if need_x else None
-    to_y = Laplacian(y_ND, gamma_y, dtype, grad_q) if need_y else None
-    tiles: list[Tile] | Iterator[Tile] = [(slice(0, n), slice(0, n))]
-    if not len(k_NN):
-        kernel_x = TiledKernel(to_x.x if to_x else x_ND, gamma_x, dtype)
-        kernel_y = TiledKernel(to_y.x if to_y else y_ND, gamma_y, dtype)
+    """(∂x, ∂y) of `pair_sums`; (0, D) where not needed. k and l are (N, N), or (0, 0) to be computed again."""
+    n, kept, dtype = x_ND.shape[0], len(k_NN) > 0, accumulation_dtype(x_ND, y_ND)
+    # With the kernel matrices at hand, an input that needs no gradient is not looked at.
+    x = centered_rows(x_ND, dtype) if need_x or not kept else x_ND
+    y = centered_rows(y_ND, dtype) if need_y or not kept else y_ND
+    to_x = Laplacian(x, gamma_x, grad_r) if need_x else None
+    to_y = Laplacian(y, gamma_y, grad_q) if need_y else None
+    tiles: Iterable[Tile] = [(slice(0, n), slice(0, n))]
+    if not kept:
+        kernel_x, kernel_y = TiledKernel(x, gamma_x), TiledKernel(y, gamma_y)
         tiles = lower_tiles(n, x_ND.device)
     for rows, columns in tiles:
-        k = k_NN if len(k_NN) else kernel_x.tile(rows, columns)
-        l_ = l_NN if len(l_NN) else kernel_y.tile(rows, columns)
+        k = k_NN if kept else kernel_x.tile(rows, columns)
+        l_ = l_NN if kept else kernel_y.tile(rows, columns)
         if to_x:
             to_x.add(k, l_, grad_s, rows, columns)
         if to_y:
             to_y.add(l_, k, grad_s, rows, columns)
-    nothing = x_ND.new_empty(0, dtype=dtype)
-    return (
-        to_x.result() if to_x else nothing.view(0, x_ND.shape[1]),
-        to_y.result() if to_y else nothing.view(0, y_ND.shape[1]),
-    )
+    return to_x.result() if to_x else x.new_empty(0, x.shape[1]), to_y.result() if to_y else y.new_empty(0, y.shape[1])
 
 
 def lower_tiles(n: int, device: torch.device) -> Iterator[Tile]:
@@ -89,8 +88,8 @@ def lower_tiles(n: int, device: torch.device) -> Iterator[Tile]:
 class TiledKernel:
     """The matrix K − 1 of x, of which one tile exists at a time (or all, in `into`), and its row sums so far."""
 
-    def __init__(self, x_ND: Tensor, gamma: Tensor, dtype: torch.dtype, into: Tensor | None = None):
-        self.x = centered_rows(x_ND, dtype)
+    def __init__(self, centered_ND: Tensor, gamma: Tensor, into: Tensor | None = None):
+        self.x = centered_ND
         self.gamma = gamma
         self.norms = self.x.new_empty(len(self.x))
         self.sums = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
@@ -111,11 +110,9 @@ class TiledKernel:
         if on_diagonal:
             # Norms of the same product: a distance of 0 comes out as 0.
             self.norms[rows] = gram.diagonal()
-        kernel_from_gram_(gram, self.norms[rows], self.norms[columns], self.gamma, on_diagonal)
-        if sums:
-            self.sums[rows] += gram.sum(dim=1, dtype=torch.float64)
-            if not on_diagonal:
-                self.sums[columns] += gram.sum(dim=0, dtype=torch.float64)
+        row_sums = self.sums[rows] if sums else None
+        column_sums = self.sums[columns] if sums and not on_diagonal else None
+        kernel_from_gram_(gram, self.norms[rows], self.norms[columns], self.gamma, on_diagonal, row_sums, column_sums)
         if self._into is not None and not on_diagonal:
             self._into[columns, rows] = gram.mT
         return gram
@@ -124,20 +121,20 @@ class TiledKernel:
 class Laplacian:
     """Collects −4γ Σ_j C_ij (x_i − x_j) from the tiles of C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2)."""
 
-    def __init__(self, x_ND: Tensor, gamma: Tensor, dtype: torch.dtype, grad_r: Tensor):
-        self.x = centered_rows(x_ND, dtype)
+    def __init__(self, centered_ND: Tensor, gamma: Tensor, grad_r: Tensor):
+        self.x = centered_ND
         self._gamma = gamma
-        self._half = (grad_r / 2).to(dtype)
+        self._half = (grad_r / 2).to(self.x.dtype)
         self._product = torch.zeros_like(self.x)  # C X
         self._sums = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)  # C 1
 
     def add(self, k: Tensor, l_: Tensor, grad_s: Tensor, rows: slice, columns: slice) -> None:
         """Take in the tile of C at (rows, columns) and, off the diagonal, its mirror image."""
-        weights = (k + 1) * (grad_s * l_ + (self._half[rows, None] + self._half[columns]))
-        self._sums[rows] += weights.sum(dim=1, dtype=torch.float64)
+        mirrored = rows != columns
+        row_sums, column_sums = self._sums[rows], self._sums[columns] if mirrored else None
+        weights = pair_weights(k, l_, grad_s, self._half[rows], self._half[columns], row_sums, column_sums)
         self._product[rows].addmm_(weights, self.x[columns])
-        if rows != columns:
-            self._sums[columns] += weights.sum(dim=0, dtype=torch.float64)
+        if mirrored:
             self._product[columns].addmm_(weights.mT, self.x[rows])
 
     def result(self) -> Tensor:
@@ -146,14 +143,66 @@ class Laplacian:
         return self._product.addcmul_(sums, self.x, value=-1).mul_(4 * self._gamma)
 
 
-def kernel_from_gram_(gram: Tensor, norms_i: Tensor, norms_j: Tensor, gamma: Tensor, on_diagonal: bool) -> None:
-    """Turn a tile of X Xᵀ into one of K − 1, in place."""
+def kernel_from_gram_(
+    gram: Tensor,
+    norms_i: Tensor,
+    norms_j: Tensor,
+    gamma: Tensor,
+    on_diagonal: bool,
+    row_sums: Tensor | None,
+    column_sums: Tensor | None,
+) -> None:
+    """Turn a tile of X Xᵀ into one of K − 1, in place, and add its row and column sums to the float64 vectors given."""
+    if native(gram):
+        shape, sums = (gram.stride(0), *gram.shape), (_address(row_sums), _address(column_sums))
+        _native.run("pair_kernel_tile", gram, *shape, norms_i, norms_j, float(gamma), on_diagonal, *sums)
+        return
     gram.mul_(-2).add_(norms_i[:, None] + norms_j).clamp_min_(0)
     if on_diagonal:
         gram.fill_diagonal_(0)
     gram.mul_(-gamma).expm1_()
+    if row_sums is not None:
+        row_sums += gram.sum(dim=1, dtype=torch.float64)
+    if column_sums is not None:
+        column_sums += gram.sum(dim=0, dtype=torch.float64)
 
 
-def inner_product(k: Tensor, l_: Tensor) -> Tensor:
-    """Σ k∘l of two tiles, float64."""
+def inner_product(k: Tensor, l_: Tensor) -> Tensor | float:
+    """Σ k∘l of two tiles, in float64."""
+    if native(k):
+        total: float = _native.run("pair_product_tile", k, k.stride(0), l_, l_.stride(0), *k.shape)
+        return total
     return (k * l_).sum(dtype=torch.float64)
+
+
+def pair_weights(
+    k: Tensor,
+    l_: Tensor,
+    grad_s: Tensor,
+    half_i: Tensor,
+    half_j: Tensor,
+    row_sums: Tensor,
+    column_sums: Tensor | None,
+) -> Tensor:
+    """(k + 1)·(g_s·l + half_i + half_j) as a new tile, its row and column sums added to the float64 vectors given."""
+    if native(k):
+        weights, strides = k.new_empty(k.shape), ((k, k.stride(0)), (l_, l_.stride(0)))
+        sums = (row_sums, _address(column_sums))
+        _native.run(
+            "pair_weight_tile", *strides[0], *strides[1], *k.shape, float(grad_s), half_i, half_j, weights, *sums
+        )
+        return weights
+    weights = (k + 1).mul_(grad_s * l_ + (half_i[:, None] + half_j))
+    row_sums += weights.sum(dim=1, dtype=torch.float64)
+    if column_sums is not None:
+        column_sums += weights.sum(dim=0, dtype=torch.float64)
+    return weights
+
+
+def native(tile: Tensor) -> bool:
+    """Whether csrc/pair_tiles.cpp takes this tile."""
+    return tile.device.type == "cpu" and tile.dtype == torch.float32 and _native.has("pair_weight_tile")
+
+
+def _address(sums: Tensor | None) -> int:
+    return 0 if sums is None else sums.data_ptr()

@@ -38,7 +38,7 @@ def _rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
     n, dtype = x_ND.shape[0], accumulation_dtype(x_ND)
     k_NN = x_ND.new_empty((n, n), dtype=dtype)
     with no_autocast(x_ND.device):
-        kernel = TiledKernel(x_ND, gamma, dtype, into=k_NN)
+        kernel = TiledKernel(centered_rows(x_ND, dtype), gamma, into=k_NN)
         for rows, columns in lower_tiles(n, x_ND.device):
             kernel.tile(rows, columns, sums=True)
     must_be_finite(x_ND, x_ND, kernel.sums)
