@@ -19,5 +19,8 @@ T* pointer(Address address) {
 using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
 
 void bind_linf_step(pybind11::module_& module);
+void bind_pair_tiles(pybind11::module_& module);
+void bind_random_masks(pybind11::module_& module);
+void bind_random_uniform(pybind11::module_& module);
 
 }  // namespace mimir

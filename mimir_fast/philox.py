@@ -71,7 +71,7 @@ def random_bits(seed: int, stream: int, step: int | Tensor, samples_B: Tensor, n
     device = samples_B.device
     blocks = torch.arange((num + 3) // 4, device=device).unsqueeze(0)
     samples = (samples_B.long() & _MASK32).unsqueeze(1)
-    steps = torch.as_tensor(step, device=device).long().reshape(-1, 1)
+    steps = steps_of(step, samples_B).unsqueeze(1) & _MASK32
     streams = torch.full_like(steps, int(stream))
     words = philox4x32((blocks, samples, steps, streams), seed)
     words = torch.broadcast_tensors(*words)
@@ -88,3 +88,29 @@ def normal(seed: int, stream: int, step: int | Tensor, samples_B: Tensor, num: i
     first, second = uniform(seed, stream, step, samples_B, 2 * num).chunk(2, dim=1)
     # 1 - u lies in (0, 1]: the logarithm is finite.
     return (-2 * (1 - first).log()).sqrt() * (2 * torch.pi * second).cos()
+
+
+def steps_of(step: int | Tensor, samples_B: Tensor) -> Tensor:
+    """(B,) int64 on the device of the samples, from one step or one a sample.
+
+    Raises:
+        ValueError: a tensor that has neither one element nor B.
+    """
+    if not isinstance(step, Tensor):
+        return torch.full_like(samples_B, step, dtype=torch.int64)  # made there: a copy from the host would wait
+    if step.numel() not in (1, len(samples_B)):
+        raise ValueError(
+            f"step must be one number or one for each of {len(samples_B)} samples, got {tuple(step.shape)}"
+        )
+    return step.to(samples_B.device, torch.int64).reshape(-1).expand(len(samples_B))
+
+
+def signed_seed(seed: int) -> int:
+    """The 64-bit seed as the int64 that an operator's argument can hold; the key's bits are the same.
+
+    Raises:
+        ValueError: the seed has more than 64 bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit in 64 bits, got {seed}")
+    return seed - 2**64 if seed >= 2**63 else int(seed)

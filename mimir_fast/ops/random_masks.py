@@ -6,18 +6,20 @@ the mask of a sample is the same on CPU and CUDA, on one rank or eight, before a
 Shapes: B samples, N patches, K kept, M = N − K masked.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mimir_fast.philox import Stream, random_bits
+from mimir_fast import _native
+from mimir_fast.ops import _checks
+from mimir_fast.philox import Stream, random_bits, signed_seed, steps_of
 
 TokenOrder = Literal["shuffled", "sorted"]
 
 
 def random_masks_reference(
-    samples_B: Tensor, num_patches: int, num_keep: int, seed: int, step: int, stream: int, order: TokenOrder
+    samples_B: Tensor, num_patches: int, num_keep: int, seed: int, step: int | Tensor, stream: int, order: TokenOrder
 ) -> tuple[Tensor, Tensor]:
     """The definition; every kernel is tested against it."""
     bits = random_bits(seed, stream, step, samples_B, num_patches)
@@ -45,7 +47,7 @@ def random_masks(
     num_keep: int,
     *,
     seed: int,
-    step: int,
+    step: int | Tensor,
     stream: int = Stream.MASK,
     order: TokenOrder = "sorted",
 ) -> tuple[Tensor, Tensor]:
@@ -55,12 +57,55 @@ def random_masks(
         samples_B: (B,) int64, global sample indices.
         num_patches: N, at most 65,536.
         num_keep: K, 1 ≤ K ≤ N.
+        step: one number, or a (B,) tensor when the samples of a batch are at different steps.
         order: `sorted` lists the kept patches in raster order, `shuffled` in the order of their draws (the authors').
     Returns:
         ids_keep (B, K) and ids_masked (B, N − K), int64, ids_masked ascending.
     Raises:
-        ValueError: num_keep or num_patches out of range.
+        ValueError: num_keep or num_patches out of range, an unknown order.    TypeError: samples_B is not int64.
     """
     if not 1 <= num_keep <= num_patches <= 65536:
         raise ValueError(f"wanted 1 <= num_keep <= num_patches <= 65536, got num_keep={num_keep}, {num_patches=}")
-    return random_masks_reference(samples_B, num_patches, num_keep, seed, int(step), int(stream), order)
+    if order not in get_args(TokenOrder):
+        raise ValueError(f"order must be one of {get_args(TokenOrder)}, got {order!r}")
+    _checks.check_index_dtype("samples_B", samples_B)
+    steps = steps_of(step, samples_B)
+    return _random_masks(samples_B, steps, num_patches, num_keep, signed_seed(seed), int(stream), order == "shuffled")
+
+
+@torch.library.custom_op("mimir_fast::random_masks", mutates_args=())
+def _random_masks(
+    samples_B: Tensor, steps_B: Tensor, num_patches: int, num_keep: int, seed: int, stream: int, shuffled: bool
+) -> tuple[Tensor, Tensor]:
+    samples, steps = samples_B.contiguous(), steps_B.contiguous()
+    if samples_B.is_cuda:
+        from mimir_kernels import random_masks as kernels
+
+        if num_patches <= kernels.MAX_PATCHES:
+            return kernels.random_masks(samples, steps, num_patches, num_keep, seed, stream, shuffled)
+    elif _native.has("random_masks"):
+        keep, masked = (samples.new_empty((len(samples), count)) for count in (num_keep, num_patches - num_keep))
+        _native.run(
+            "random_masks",
+            samples,
+            steps,
+            keep,
+            masked,
+            len(samples),
+            num_patches,
+            num_keep,
+            seed % 2**64,
+            stream,
+            shuffled,
+        )
+        return keep, masked
+    order: TokenOrder = "shuffled" if shuffled else "sorted"
+    return random_masks_reference(samples, num_patches, num_keep, seed, steps, stream, order)
+
+
+@_random_masks.register_fake
+def _(
+    samples_B: Tensor, steps_B: Tensor, num_patches: int, num_keep: int, seed: int, stream: int, shuffled: bool
+) -> tuple[Tensor, Tensor]:
+    B = len(samples_B)
+    return samples_B.new_empty((B, num_keep)), samples_B.new_empty((B, num_patches - num_keep))

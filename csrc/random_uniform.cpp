@@ -1,0 +1,88 @@
+// Counter-based uniform numbers, and the random start of an attack made of them (see philox.h).
+//
+// The work is cut into blocks of PHILOX_WORDS numbers of one sample; each block stands alone, so neither the threads
+// nor the batch change a number.
+#include <algorithm>
+
+#include "bindings.h"
+#include "multiversion.h"
+#include "parallel.h"
+#include "philox.h"
+
+namespace mimir {
+namespace {
+
+MIMIR_MULTIVERSION
+void uniform_range(PhiloxStream where, std::int64_t begin, std::int64_t end, float* out) {
+    std::uint32_t words[PHILOX_WORDS];
+    for (std::int64_t first = begin; first < end; first += PHILOX_WORDS) {
+        philox_words(where, static_cast<std::uint32_t>(first / 4), words);
+        const std::int64_t count = std::min<std::int64_t>(PHILOX_WORDS, end - first);
+        for (std::int64_t i = 0; i < count; ++i) out[first + i] = uniform_from_bits(words[i]);
+    }
+}
+
+struct Ball {
+    float eps, low, high;
+};
+
+MIMIR_MULTIVERSION
+void start_range(PhiloxStream where, std::int64_t begin, std::int64_t end, const float* x, Ball ball, float* out) {
+    std::uint32_t words[PHILOX_WORDS];
+    for (std::int64_t first = begin; first < end; first += PHILOX_WORDS) {
+        philox_words(where, static_cast<std::uint32_t>(first / 4), words);
+        const std::int64_t count = std::min<std::int64_t>(PHILOX_WORDS, end - first);
+        for (std::int64_t i = 0; i < count; ++i) {
+            const float noise = (2.0f * uniform_from_bits(words[i]) - 1.0f) * ball.eps;
+            float y = x[first + i] + noise;
+            y = y < ball.low ? ball.low : y;  // a NaN stays
+            out[first + i] = y > ball.high ? ball.high : y;
+        }
+    }
+}
+
+// Calls body(stream of the sample, sample's row, begin, end) for pieces of a (num_samples, num) array.
+template <typename Body>
+void for_each_piece(const std::int64_t* samples, const std::int64_t* steps, std::int64_t num_samples, std::int64_t num,
+                    std::uint64_t seed, std::uint32_t stream, int threads, const Body& body) {
+    constexpr std::int64_t PIECE = 128 * PHILOX_WORDS;
+    const std::int64_t pieces = (num + PIECE - 1) / PIECE;
+    parallel_for(num_samples * pieces, 1, threads, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t i = first; i < last; ++i) {
+            const std::int64_t row = i / pieces, begin = i % pieces * PIECE;
+            const PhiloxStream where{seed, static_cast<std::uint32_t>(samples[row]),
+                                     static_cast<std::uint32_t>(steps[row]), stream};
+            body(where, row, begin, std::min(begin + PIECE, num));
+        }
+    });
+}
+
+void random_uniform(Address samples, Address steps, Address out_address, std::int64_t num_samples, std::int64_t num,
+                    std::uint64_t seed, std::uint32_t stream, int threads) {
+    auto* out = pointer<float>(out_address);
+    for_each_piece(pointer<const std::int64_t>(samples), pointer<const std::int64_t>(steps), num_samples, num, seed,
+                   stream, threads, [&](const PhiloxStream& where, std::int64_t row, std::int64_t begin, std::int64_t end) {
+                       uniform_range(where, begin, end, out + row * num);
+                   });
+}
+
+void random_start(Address x_address, Address samples, Address steps, Address out_address, std::int64_t num_samples,
+                  std::int64_t num, std::uint64_t seed, std::uint32_t stream, float eps, float low, float high,
+                  int threads) {
+    const auto* x = pointer<const float>(x_address);
+    auto* out = pointer<float>(out_address);
+    const Ball ball{eps, low, high};
+    for_each_piece(pointer<const std::int64_t>(samples), pointer<const std::int64_t>(steps), num_samples, num, seed,
+                   stream, threads, [&](const PhiloxStream& where, std::int64_t row, std::int64_t begin, std::int64_t end) {
+                       start_range(where, begin, end, x + row * num, ball, out + row * num);
+                   });
+}
+
+}  // namespace
+
+void bind_random_uniform(pybind11::module_& module) {
+    module.def("random_uniform", &random_uniform, Unlocked());
+    module.def("random_start", &random_start, Unlocked());
+}
+
+}  // namespace mimir
