@@ -1,12 +1,44 @@
-"""Fixtures all tests share, and a header that says which backends this run really exercised."""
+"""Fixtures all tests share, and a header that says which backends this run really exercised.
+
+MIMIR_FAST_REQUIRE=native,triton,dali makes a missing backend an error instead of lost coverage.
+"""
 
 import os
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from commands import Command, run_module
 
-# Small problems, many processes (pytest-xdist): one thread each is fastest and makes sums reproducible.
-torch.set_num_threads(int(os.environ.get("MIMIR_FAST_TEST_THREADS", "1")))
+if not torch.cuda.is_available():
+    # Before any kernel module is imported: the decorator decides then. A GPU runs the kernels themselves.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Small problems, many processes (pytest-xdist): one thread each is fastest, and sums are reproducible.
+THREADS = os.environ.setdefault("MIMIR_FAST_TEST_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)
+torch.set_num_threads(int(THREADS))
+
+REQUIRABLE = {"native": "C++ ops (mimir_fast._C)", "triton": "Triton kernels", "dali": "DALI", "cuda": "CUDA"}
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """One line a backend."""
+    from mimir_fast.info import backends
+
+    return [f"{name}: {state}" for name, state in backends().items()]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Stop when a backend that must be here is not."""
+    from mimir_fast.info import backends
+
+    states = backends()
+    for name in filter(None, os.environ.get("MIMIR_FAST_REQUIRE", "").split(",")):
+        if name not in REQUIRABLE:
+            raise pytest.UsageError(f"MIMIR_FAST_REQUIRE={name}: wanted some of {','.join(REQUIRABLE)}")
+        if states[REQUIRABLE[name]].startswith("no"):
+            raise pytest.UsageError(f"MIMIR_FAST_REQUIRE={name}: {states[REQUIRABLE[name]]}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -29,8 +61,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def triton_device() -> torch.device:
     """The GPU where there is one; otherwise the CPU, where Triton's interpreter runs the kernel."""
     pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU: set TRITON_INTERPRET=1 before pytest starts to interpret the kernels")
-    return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """`command("mimir_fast.info", "--flag", ranks=2)` runs a module of ours as a user would, in an empty folder."""
+    return partial(run_module, tmp_path)
