@@ -1,0 +1,94 @@
+"""ARD + PRM (Mo et al., "When Adversarial Training Meets Vision Transformers", NeurIPS 2022, arXiv 2210.07540).
+
+Early in training the attack is weakened in two ways; one rate r, rising from 0 to 1 over the warm-up, governs both:
+
+    ARD   attention random dropping: in the attack's backward pass the gradient flows through a residual branch
+          (attention or MLP) with probability r only
+    PRM   perturbation random masking: before each attack step the perturbation of a part 1 − r of the patches is
+          erased
+
+After the warm-up it is PGD training. Two points of ours: gates and masks belong to the sample (the authors draw one for
+the batch), so they do not depend on the rank count; and r is constant within an epoch, at its middle value.
+Shapes: B images, C channels, H × W pixels, N patches, L blocks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimir_fast.attacks.modes import borrowed_in_mode
+from mimir_fast.attacks.pgd import ball_bounds, cross_entropy, random_start
+from mimir_fast.methods.classification import ClassificationConfig, Inputs, classifier
+from mimir_fast.methods.pgd import Pgd
+from mimir_fast.ops.linf_step import linf_step
+from mimir_fast.philox import Stream, uniform
+
+
+@dataclass
+class ArdPrmConfig:
+    """What is ARD + PRM's own."""
+
+    warmup_epochs: float = 10.0
+    """Epochs over which gradients and perturbations are let through more and more."""
+    drop_gradients: bool = True
+    """ARD."""
+    mask_perturbation: bool = True
+    """PRM."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs < 0:
+            raise ValueError(f"ard_prm warmup_epochs={self.warmup_epochs}, wanted 0 or more; the paper uses 10")
+
+
+def pass_rate(epochs_B: Tensor, warmup_epochs: float) -> Tensor:
+    """(B,) float32 in [0, 1]: r of each sample's epoch."""
+    if warmup_epochs == 0:
+        return torch.ones_like(epochs_B, dtype=torch.float32)
+    return ((epochs_B.float() + 0.5) / warmup_epochs).clamp(max=1)
+
+
+def draw_gates(rate_B: Tensor, inputs: Inputs, depth: int, num_steps: int) -> Tensor:
+    """(steps, B, L, 2) bool: where the attack's gradients flow through the residual branches."""
+    num = num_steps * depth * 2
+    draws = uniform(inputs.seed, Stream.BRANCH_GATE, inputs.step, inputs.samples, num)
+    return (draws < rate_B[:, None]).view(-1, num_steps, depth, 2).transpose(0, 1)
+
+
+def draw_patch_masks(rate_B: Tensor, inputs: Inputs, grid: int, num_steps: int) -> Tensor:
+    """(steps, B, 1, grid, grid) float: 0 where the perturbation is erased, at int(N·(1 − r)) patches."""
+    num_patches = grid**2
+    draws = uniform(inputs.seed, Stream.PATCH_GATE, inputs.step, inputs.samples, num_steps * num_patches)
+    rank = draws.view(-1, num_steps, num_patches).argsort(dim=2, stable=True).argsort(dim=2, stable=True)
+    num_erased = (num_patches * (1 - rate_B)).long().view(-1, 1, 1)
+    return (rank >= num_erased).float().transpose(0, 1).unflatten(2, (1, grid, grid))
+
+
+class ArdPrm(Pgd):
+    """PGD training whose attack is held back during the warm-up."""
+
+    def __init__(self, config: ClassificationConfig, own: ArdPrmConfig | None = None) -> None:
+        super().__init__(config)
+        self.own = own or ArdPrmConfig()
+
+    def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """Adversarial images (B, C, H, W) in [0, 1]."""
+        threat, images, bare = self.config.attack, inputs.images, classifier(model)
+        rate = pass_rate(inputs.epochs, self.own.warmup_epochs)
+        gates = draw_gates(rate, inputs, len(bare.blocks), threat.num_steps)
+        masks = draw_patch_masks(rate, inputs, bare.image_size // bare.patch_size, threat.num_steps)
+        x_adv = images
+        if threat.random_start:
+            x_adv = random_start(images, threat.eps, samples=inputs.samples, seed=inputs.seed, step=inputs.step)
+        with borrowed_in_mode(model, "as_is") as module, torch.enable_grad():
+            for step in range(threat.num_steps):
+                if self.own.mask_perturbation:
+                    mask = F.interpolate(masks[step], scale_factor=bare.patch_size, mode="nearest")
+                    x_adv = images + (x_adv - images) * mask
+                x_adv = x_adv.detach().requires_grad_()
+                logits = module(x_adv, None, gates[step] if self.own.drop_gradients else None)
+                (grad,) = torch.autograd.grad(cross_entropy(logits, inputs.targets).sum(), x_adv)
+                x_adv = linf_step(x_adv.detach(), grad, images, alpha=threat.alpha, eps=threat.eps)
+        low, high = ball_bounds(images, threat.eps)
+        return x_adv.detach().clamp(low, high)

@@ -1,0 +1,114 @@
+"""What the fine-tuning methods share: a batch made ready (augmented, mixed, smoothed), and the plain loss.
+
+A method is called as `method(model, batch, seed=, step=)` and returns {"loss": …, other scalars}. It owns no loop, no
+optimiser and no device. All randomness is a function of (seed, epoch or step, sample).
+
+Attacks see the model as it trains, but without stochastic depth: its factors are given to the training forward only.
+Shapes: B images, C channels, H × W pixels, K classes, L blocks.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.no_trace import unwrap
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.data.batch import Batch
+from mimir_fast.methods.augmentation import RandAugmentConfig, rand_augment
+from mimir_fast.methods.mixing import MixingConfig, mix, smooth_labels
+from mimir_fast.models.classifier import VisionTransformer, draw_drop_path
+
+
+def default_attack() -> LinfThreat:
+    """PGD-10 of the CIFAR-10 recipes: ε 8/255, α 2/255, random start."""
+    return LinfThreat(eps=8 / 255, alpha=2 / 255, num_steps=10, random_start=True)
+
+
+@dataclass
+class ClassificationConfig:
+    """What every fine-tuning method shares."""
+
+    attack: LinfThreat = field(default_factory=default_attack)
+    """The adversary of training; `fast` uses its eps only, `apgd` eps and num_steps, `natural` none of it."""
+    label_smoothing: float = 0.0
+    """Probability taken from the true class and spread over all."""
+    randaugment: RandAugmentConfig = field(default_factory=RandAugmentConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing}, wanted 0 <= smoothing < 1, such as 0.1")
+
+
+@dataclass
+class Inputs:
+    """A batch made ready for a method.
+
+    Attributes:
+        images: (B, C, H, W) float32 in [0, 1].
+        targets: (B,) int64, or (B, K) probabilities under mixing or smoothing.
+        samples, epochs: (B,) int64, as in Batch.
+        seed, step: the other coordinates of all randomness.
+        branch_scales: (B, L, 2) factors of stochastic depth, or None.
+    """
+
+    images: Tensor
+    targets: Tensor
+    samples: Tensor
+    epochs: Tensor
+    seed: int
+    step: int
+    branch_scales: Tensor | None
+
+    def doubled_scales(self) -> Tensor | None:
+        """The factors for a batch that holds every image twice: both views go through the same sub-network."""
+        return None if self.branch_scales is None else torch.cat([self.branch_scales, self.branch_scales])
+
+
+class ClassificationMethod(ABC):
+    """Base of the fine-tuning methods."""
+
+    def __init__(self, config: ClassificationConfig) -> None:
+        self.config = config
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
+        """{"loss": scalar, "accuracy": of the training pass, …}; `model` may be wrapped for data parallelism."""
+        return self.losses(model, self.prepare(model, batch, seed=seed, step=step))
+
+    @abstractmethod
+    def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+        """The method itself."""
+
+    def prepare(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> Inputs:
+        """Augment, scale to [0, 1], mix, smooth, and draw stochastic depth."""
+        bare = classifier(model)
+        images, targets = batch.images, batch.labels
+        if self.config.randaugment.enabled:
+            images = rand_augment(self.config.randaugment, images, batch.samples, batch.epochs, seed=seed)
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        if self.config.mixing.enabled or self.config.label_smoothing:
+            targets = smooth_labels(targets, bare.num_classes, self.config.label_smoothing)
+            images, targets = mix(self.config.mixing, images, targets, batch.samples, batch.epochs, seed=seed)
+        scales = draw_drop_path(bare, batch.samples, seed=seed, step=step)
+        return Inputs(images, targets, batch.samples, batch.epochs, seed, step, scales)
+
+
+def classifier(model: nn.Module) -> VisionTransformer:
+    """The bare classifier inside whatever wraps it."""
+    return cast(VisionTransformer, unwrap(model))
+
+
+def train_logits(model: nn.Module, images: Tensor, branch_scales: Tensor | None) -> Tensor:
+    """(B, K) fp32 logits of the training forward."""
+    logits: Any = model(images) if branch_scales is None else model(images, branch_scales)
+    return logits.float()
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Part of the batch whose largest logit is the (heaviest) true class, a detached scalar."""
+    truth = targets if targets.ndim == 1 else targets.argmax(dim=1)
+    return (logits.detach().argmax(dim=1) == truth).float().mean()

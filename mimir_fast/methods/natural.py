@@ -1,0 +1,18 @@
+"""Training on clean images: the baseline without any robustness.
+
+loss = CE(f(x), y).
+"""
+
+from torch import Tensor, nn
+
+from mimir_fast.attacks.pgd import cross_entropy
+from mimir_fast.methods.classification import ClassificationMethod, Inputs, accuracy, train_logits
+
+
+class Natural(ClassificationMethod):
+    """Cross entropy on clean images."""
+
+    def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+        """{"loss", "accuracy"}."""
+        logits = train_logits(model, inputs.images, inputs.branch_scales)
+        return {"loss": cross_entropy(logits, inputs.targets).mean(), "accuracy": accuracy(logits, inputs.targets)}

@@ -1,0 +1,25 @@
+"""PGD-k adversarial training (Madry et al., arXiv 1706.06083, Eq. 2.1).
+
+loss = CE(f(x + δ), y) with δ from k signed-gradient steps in the ε-ball. Other ways to find δ are subclasses.
+"""
+
+from torch import Tensor, nn
+
+from mimir_fast.attacks.pgd import cross_entropy, pgd
+from mimir_fast.methods.classification import ClassificationMethod, Inputs, accuracy, train_logits
+
+
+class Pgd(ClassificationMethod):
+    """Cross entropy on the images an attack makes of the batch."""
+
+    def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """Adversarial images (B, C, H, W) in [0, 1]."""
+        return pgd(
+            model, inputs.images, inputs.targets, self.config.attack,
+            samples=inputs.samples, seed=inputs.seed, step=inputs.step,
+        )  # fmt: skip
+
+    def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+        """{"loss", "accuracy"}, the accuracy on adversarial images."""
+        logits = train_logits(model, self.perturb(model, inputs), inputs.branch_scales)
+        return {"loss": cross_entropy(logits, inputs.targets).mean(), "accuracy": accuracy(logits, inputs.targets)}
