@@ -1,0 +1,186 @@
+"""Which images are judged: a subset of a test split, chosen once, written down, decoded once, cut into shards.
+
+A shard is what one process works on. The cut is made when an evaluation starts and kept on disk, so an interrupted
+evaluation goes on with any number of processes.
+
+Shapes: N images, C channels, S × S pixels.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimir_fast.data.config import DataConfig
+from mimir_fast.data.sources.base import ArraySource, EncodedSource, ImageSource, SubsetSource
+
+
+@dataclass
+class EvaluationImages:
+    """Decoded images in memory.
+
+    Attributes:
+        images: (N, C, S, S) uint8, on the CPU.
+        labels: (N,) int64.
+        samples: (N,) int64, the index of each in the whole split; random starts are functions of it.
+        classes: one name a class.
+        source: the data set's name.
+        skipped: unreadable files that were left out, path → reason.
+    """
+
+    images: Tensor
+    labels: Tensor
+    samples: Tensor
+    classes: tuple[str, ...]
+    source: str
+    skipped: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int | None) -> "EvaluationImages":
+        """The first `count` images (all for None)."""
+        return self if count is None else self.take(torch.arange(min(count, len(self))))
+
+    def take(self, index: Tensor) -> "EvaluationImages":
+        """The images at `index`, in its order."""
+        return replace(
+            self, images=self.images[index], labels=self.labels[index], samples=self.samples[index], skipped={}
+        )
+
+    def batches(self, batch_size: int, device: torch.device, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(images (B, C, S, S) float in [0, 1], labels, samples) on the device, from image `start` on."""
+        for begin in range(start, len(self), batch_size):
+            cut = slice(begin, begin + batch_size)
+            images = self.images[cut].to(device).float() / 255
+            yield images, self.labels[cut].to(device), self.samples[cut].to(device)
+
+
+def choose_indices(source: ImageSource, limit: int | None, index_file: str | None) -> np.ndarray:
+    """(N,) int64 ascending positions in the source.
+
+    Args:
+        limit: that many at equal distances, so that a split sorted by class keeps its classes.
+        index_file: a text file with one position, or one file name such as n01440764/ILSVRC2012_val_00000293.JPEG,
+            a line: RobustBench's list of 5000 ImageNet images is such a file.
+    Raises:
+        ValueError: both are given, nothing is chosen, or a line names no image of this source.
+        FileNotFoundError: no such file.
+    """
+    if limit is not None and index_file is not None:
+        raise ValueError("give --limit or --index_file, not both")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit} leaves no image to judge; give a number of at least 1, or leave it out")
+    if index_file is None:
+        count = len(source) if limit is None else min(limit, len(source))
+        return np.arange(count, dtype=np.int64) * len(source) // count
+    path = robustbench_list() if index_file == "robustbench" else Path(index_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"--index_file {index_file}: no such file; one position or file name a line")
+    lines = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty: it leaves no image to judge; write one position or file name a line")
+    numbers = [int(line) for line in lines] if all(line.isdigit() for line in lines) else _by_name(source, lines, path)
+    if max(numbers) >= len(source):
+        raise ValueError(f"{path} asks for image {max(numbers)}, but {source.name} has {len(source)} (0 is the first)")
+    return np.unique(np.asarray(numbers, dtype=np.int64))
+
+
+def robustbench_list() -> Path:
+    """The list of 5000 ImageNet validation images that RobustBench judges on, from the installed package."""
+    from importlib.util import find_spec
+
+    spec = find_spec("robustbench")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        path = Path(folder) / "helper_files" / "imagenet_test_image_ids.txt"
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        "RobustBench's list of 5000 images comes with its package: pip install --no-deps robustbench==1.1.1, or give "
+        "--index_file the path of helper_files/imagenet_test_image_ids.txt from its repository"
+    )
+
+
+def _by_name(source: ImageSource, names: list[str], path: Path) -> list[int]:
+    known = {Path(source.where(i)).name: i for i in range(len(source))}
+    missing = [name for name in names if Path(name).name not in known]
+    if missing:
+        raise ValueError(f"{path} names images that {source.name} lacks, {len(missing)} of them, such as {missing[0]}")
+    return [known[Path(name).name] for name in names]
+
+
+def load_images(config: DataConfig, indices: np.ndarray | None = None, split: str = "test") -> EvaluationImages:
+    """Decode images of a split as evaluation wants them: no augmentation, bicubic resize and centre crop if needed.
+
+    Args:
+        indices: (N,) positions in the split, ascending; None for all of it. `config.limit` is not looked at.
+    Raises:
+        ValueError: no image is left, the source's arrays have another size than `config.image_size`, or no labels.
+    """
+    from mimir_fast.data.loaders.base import to_channels
+    from mimir_fast.data.sources import build_source
+
+    source = build_source(replace(config, limit=None), split)
+    indices = np.arange(len(source)) if indices is None else indices
+    if len(indices) == 0:
+        raise ValueError(f"an empty subset of {source.name} was asked for: there is nothing to judge")
+    if isinstance(source, ArraySource) and source.image_size != config.image_size:
+        raise ValueError(
+            f"{source.name} has images of {source.image_size} x {source.image_size} pixels but image_size is "
+            f"{config.image_size}; give --data.image_size {source.image_size}"
+        )
+    subset = _subset(source, indices)
+    if (subset.labels < 0).any():
+        raise ValueError(f"{source.name} has images without labels: accuracy needs labels")
+    pixels, bad = _decode(subset, config)
+    if len(bad) == len(subset):
+        raise ValueError(f"none of the {len(bad)} images of {source.name} is readable, such as {bad[0]}")
+    images = EvaluationImages(
+        to_channels(torch.from_numpy(pixels), config.channels),
+        torch.from_numpy(subset.labels),
+        torch.from_numpy(indices.astype(np.int64)),
+        subset.classes,
+        source.name,
+        {},
+    )
+    if not bad:
+        return images
+    readable = torch.tensor([i for i in range(len(subset)) if i not in bad])
+    return replace(images.take(readable), skipped={subset.where(i): reason for i, reason in bad.items()})
+
+
+def _decode(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, dict[int, str]]:
+    """((N, C, S, S) uint8, position → reason for unreadable files, whose pixels stay black)."""
+    if isinstance(source, ArraySource):
+        return np.ascontiguousarray(source.images), {}
+    from mimir_fast.data.decode import UnreadableImageError
+    from mimir_fast.data.geometry import plan_geometry
+    from mimir_fast.data.loaders.workers import cut
+
+    side, channels = config.image_size, config.channels
+    images, bad = np.zeros((len(source), channels, side, side), np.uint8), {}
+
+    def fill(index: int) -> None:
+        try:
+            pixels = source.pixels(index)
+        except (UnreadableImageError, OSError) as error:
+            bad[index] = str(error)
+            return
+        one, sizes = np.array([index]), np.array([pixels.shape[:2]])
+        images[index] = cut(pixels, plan_geometry(config, False, 0, one, one, sizes), 0, side, channels)
+
+    with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # PIL decodes outside the interpreter's lock
+        list(pool.map(fill, range(len(source))))
+    return images, bad
+
+
+def _subset(source: ImageSource, indices: np.ndarray) -> ImageSource:
+    if isinstance(source, ArraySource):
+        return ArraySource(source.name, source.images[indices], source.labels[indices], source.classes)
+    if isinstance(source, EncodedSource):
+        return SubsetSource(source, indices)
+    raise TypeError(f"cannot take a part of a {type(source).__name__}")

@@ -1,0 +1,82 @@
+"""Is this model fit to be judged? Looked at once, before hours are spent.
+
+Refused: a wrong number of classes, outputs that are no logits, probabilities. Said: a model that is not deterministic.
+Shapes: B images, C channels, H × W pixels, K classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+PROBABILITIES_HELP = (
+    "the model returns probabilities, and attacks need logits: the softmax flattens the loss and hides gradients. "
+    "Remove the softmax, or give --outputs probabilities to judge their logarithm"
+)
+
+
+@dataclass
+class Sanity:
+    """What was found.
+
+    Attributes:
+        num_classes: K.
+        deterministic: the same images gave the same logits twice.
+        largest_difference: between the two answers, relative to the logits' norm.
+    """
+
+    num_classes: int
+    deterministic: bool
+    largest_difference: float
+
+    def note(self) -> str | None:
+        """A sentence for the report, if there is something to say."""
+        if self.deterministic:
+            return None
+        return (
+            f"The model is not deterministic: the same images gave logits that differ by {self.largest_difference:.1e} "
+            "(relative). Attacks without averaging over its randomness overestimate the robustness; AutoAttack's "
+            "version for such models is 'rand' (--autoattack_version rand)."
+        )
+
+
+def looks_like_probabilities(logits: Tensor, tolerance: float = 1e-5) -> bool:
+    """True when all rows are non-negative and sum to 1 (AutoAttack's own test)."""
+    rows = logits.double()
+    return bool((rows >= -tolerance).all() and ((rows.sum(dim=-1) - 1).abs() < max(tolerance, 1e-4)).all())
+
+
+@torch.no_grad()
+def inspect_model(model: nn.Module, images: Tensor, num_classes: int, classes_of: str = "the data") -> Sanity:
+    """Run the model twice on a few images.
+
+    Args:
+        images: (B, C, H, W) float in [0, 1].
+        num_classes: of the data.
+    Raises:
+        ValueError: outputs are not (B, K), not finite, K is not `num_classes`, or they are probabilities.
+    """
+    try:
+        first, second = model(images), model(images)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"the model does not take images of shape {tuple(images.shape)}: {error}. Give it the size it was made for "
+            "with --data.image_size and --data.channels"
+        ) from error
+    if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != len(images):
+        shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise ValueError(
+            f"the model returned {shape} for {len(images)} images, wanted logits (B, classes); a checkpoint without a "
+            "head is no classifier: fine-tune it first (python -m mimir_fast.finetune --init …)"
+        )
+    if first.shape[1] != num_classes:
+        raise ValueError(
+            f"the model has {first.shape[1]} classes, {classes_of} has {num_classes}: choose the data it was trained "
+            "on (--data.source), or the checkpoint that belongs to this data"
+        )
+    if not first.isfinite().all():
+        raise ValueError("the model returns logits that are not finite (NaN or inf) on clean images: it is broken")
+    if looks_like_probabilities(first):
+        raise ValueError(PROBABILITIES_HELP)
+    difference = float(((first - second).norm(dim=1) / (first.norm(dim=1) + 1e-10)).max())
+    return Sanity(first.shape[1], difference <= 1e-4, difference)
