@@ -39,7 +39,7 @@ class DataConfig:
     generated: str | None = None
     """npz of generated images (EDM: arrays `image` and `label`) mixed into the training split"""
     generated_ratio: float = 0.7
-    """part of each batch that is generated, 0.7 means 7 generated to 3 real"""
+    """part of each batch that is generated: 0.7 is 7 to 3 real; an epoch is one pass over the real images"""
     max_bad_files: int = 50
     """unreadable files that are skipped and reported before the run stops"""
     limit: int | None = None

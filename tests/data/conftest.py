@@ -55,3 +55,19 @@ def damaged_folder(image_folder) -> Path:
     (folder / "notes.txt").write_text("not an image")
     (folder / "zero.jpg").write_bytes(b"")
     return image_folder
+
+
+@pytest.fixture
+def shards(tmp_path, digit_jpegs, monkeypatch) -> Path:
+    """Two training shards and one for testing, written by the webdataset library."""
+    import webdataset
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name, files in (("train-00", digit_jpegs[:10]), ("train-01", digit_jpegs[10:]), ("val-00", digit_jpegs[:5])):
+        with webdataset.TarWriter(str(folder / f"{name}.tar")) as writer:
+            for number, (content, label) in enumerate(files):
+                entry = {"cls": label} if number % 2 else {"json": {"label": label}}
+                writer.write({"__key__": f"{name}/{number:04}", "jpg": content, **entry})
+    return folder

@@ -87,7 +87,7 @@ def test_images_without_labels_get_minus_one(tmp_path):
 
 def test_a_file_without_images_lists_what_it_has(tmp_path):
     np.savez(tmp_path / "odd.npz", images=generated_images(5), label=np.arange(5))
-    with pytest.raises(KeyError, match="no array 'image'; it has images, label"):
+    with pytest.raises(ValueError, match="no array 'image'; it has images, label"):
         build_loader(DataConfig(generated=str(tmp_path / "odd.npz")), split="train", batch_size=2)
 
 

@@ -167,6 +167,16 @@ def test_grey_batches(config):
     assert batch.images.shape == (4, 1, 48, 48) and batch.images.float().std() > 10
 
 
+def test_dali_workers_can_be_started_afresh(image_folder, monkeypatch):
+    """As on a GPU, where processes cannot be forked: what they need is sent to them."""
+    pytest.importorskip("nvidia.dali")
+    config = DataConfig(source="folder", root=str(image_folder), image_size=48, loader="dali", num_workers=1)
+    forked, _ = take(config, 2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    spawned, _ = take(config, 2)
+    assert all(equal(a, b) for a, b in zip(forked, spawned, strict=True))
+
+
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_closing_ends_the_worker_processes(image_folder, loader):
     if loader == "dali":
@@ -194,7 +204,11 @@ def test_worker_processes_give_what_the_main_process_gives(image_folder, loader)
     there, state = take(config, 8)
     assert all(equal(a, b) for a, b in zip(here, there, strict=True))
     assert state["position"] == 32  # what was consumed, not what the workers have read ahead
-    assert len(list(build_loader(config, split="test", batch_size=3))) == 3
+    evaluation = build_loader(config, split="test", batch_size=3)
+    passes = [list(evaluation), list(evaluation)]
+    assert [len(batch.samples) for batch in passes[0]] == [3, 3, 2]
+    assert all(equal(a, b) for a, b in zip(*passes, strict=True))
+    evaluation.close()
 
 
 def test_torch_and_dali_cut_the_same_pixels(image_folder):
@@ -234,6 +248,20 @@ def test_dali_goes_on_past_a_file_that_only_pil_reads(image_folder, monkeypatch)
     for first, second in zip(wanted, got, strict=True):
         assert torch.equal(first.samples, second.samples)
         assert (first.images.float() - second.images.float()).abs().mean() < 0.5
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_shards_go_through_every_file_loader(shards, digit_jpegs, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    config = DataConfig(
+        source="webdataset", root=str(shards), image_size=48, loader=loader, augment="resized_crop", num_workers=2
+    )
+    batches, _ = take(config, 6)
+    assert sorted(torch.cat([batch.samples for batch in batches]).tolist()) == list(range(24))
+    for batch in batches:
+        assert batch.labels.tolist() == [digit_jpegs[sample][1] for sample in batch.samples]
+        assert batch.images.float().std() > 20
 
 
 def test_the_photograph_arrives_whole(image_folder):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mimir_fast.data import DataConfig, build_source
+from mimir_fast.data import DataConfig, build_loader, build_source
 from mimir_fast.data.decode import UnreadableImageError, checked_file, decode
+from mimir_fast.data.loaders.resident import ResidentLoader
 from mimir_fast.data.sources import SOURCES, MissingDataError
 from mimir_fast.data.sources.cifar import read_pickle
 from mimir_fast.data.sources.idx import FASHION_ROOTS, read_idx
@@ -221,6 +222,8 @@ def test_tiny_imagenet(tmp_path, digit_jpegs):
     train, test = build_source(config, "train"), build_source(config, "test")
     assert train.classes == ("n01", "n02") and train.labels.tolist() == [0, 0, 0, 1, 1, 1] and train.image_size == 64
     assert test.labels.tolist() == [1] and test.read(0) == digit_jpegs[0][0]
+    loader = build_loader(config, split="train", batch_size=6)
+    assert isinstance(loader, ResidentLoader) and next(iter(loader)).images.shape == (6, 3, 64, 64)
     listing.write_text("val_0.JPEG\tn77\t0\t0\t62\t62\n")
     with pytest.raises(ValueError, match="n77"):
         build_source(config, "test")
@@ -230,22 +233,6 @@ def test_tiny_imagenet(tmp_path, digit_jpegs):
 
 
 # --- webdataset -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def shards(tmp_path, digit_jpegs, monkeypatch) -> Path:
-    """Two training shards and one for testing, written by the webdataset library."""
-    import webdataset
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for name, files in (("train-00", digit_jpegs[:10]), ("train-01", digit_jpegs[10:]), ("val-00", digit_jpegs[:5])):
-        with webdataset.TarWriter(str(folder / f"{name}.tar")) as writer:
-            for number, (content, label) in enumerate(files):
-                entry = {"cls": label} if number % 2 else {"json": {"label": label}}
-                writer.write({"__key__": f"{name}/{number:04}", "jpg": content, **entry})
-    return folder
 
 
 @pytest.mark.parametrize("how", ["folder", "pattern"])

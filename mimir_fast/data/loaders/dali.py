@@ -9,7 +9,9 @@ On a GPU `device="mixed"` shares the files between the hardware JPEG decoder and
 visits the host. On a machine without one the same pipeline runs with `device_id=None`.
 """
 
+import multiprocessing
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -65,37 +67,40 @@ class DaliLoader(Loader):
         self._ledger = SkipLedger(source, config.max_bad_files, self.skipped)
         self._feed_depth = max(2, config.num_workers)
         self._pipeline: Any = None
-        self._pipeline_start: Cursor | None = None  # set while the pipeline has just begun or is used up
+        self._used_up_from: Cursor | None = None  # where the finished pass began
         self._suspects: frozenset[int] = frozenset()
 
     def _batches(self, cursor: Cursor) -> Iterator[Batch]:
-        if self._pipeline is not None and self._pipeline_start == cursor:
-            self._pipeline.reset()  # another pass of an evaluation: keep its processes
+        if self._pipeline is not None and self._used_up_from == cursor:
+            self._pipeline.reset()  # another evaluation pass: keep its processes
         else:
             self._build(cursor)
-        first, recovered_at = cursor, None
-        self._pipeline_start = None
+        started_at = cursor
+        self._used_up_from = None
         for span in self.plan.spans(cursor):
             wanted, epochs = self.order.at(*span)
-            while True:
+            try:
+                images, received = self._pipeline.run()
+            except RuntimeError:
+                # DALI neither says which file it was nor goes on. So let PIL decode all that may be in the pipeline,
+                # and begin anew from here; if that fails, too, the files are not to blame.
+                started_at = cursor
+                self._suspects |= self._in_flight(cursor)
+                self._build(cursor)
                 try:
                     images, received = self._pipeline.run()
-                    break
                 except RuntimeError as error:
-                    # DALI says neither which file it was nor goes on. So let PIL decode all that may be in the
-                    # pipeline, and begin anew from here; a second failure at this place is not the files' fault.
-                    if recovered_at == cursor:
-                        raise RuntimeError(
-                            "DALI failed twice on a batch PIL can read; use --data.loader torch"
-                        ) from error
-                    recovered_at = cursor
-                    self._suspects |= self._in_flight(cursor)
-                    self._build(cursor)
+                    error.add_note(
+                        "it failed again with files that PIL had decoded; --data.loader torch does without DALI"
+                    )
+                    raise
             cursor = self.plan.advance(cursor)
             samples = np.array(received.as_tensor()).reshape(-1)
             self._ledger.compare(wanted, samples)
             yield self._to_batch(images, torch.from_numpy(samples), torch.from_numpy(epochs))
-        self._pipeline_start = first
+        with suppress(StopIteration):
+            self._pipeline.run()  # DALI starts over only after it has run into the end
+        self._used_up_from = started_at
 
     def _to_batch(self, images: Any, samples: torch.Tensor, epochs: torch.Tensor) -> Batch:
         from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -111,50 +116,16 @@ class DaliLoader(Loader):
 
     def _build(self, cursor: Cursor) -> None:
         self.close()
-        dali = import_dali()
-        fn, types = dali.fn, dali.types
-        config, side, on_gpu = self.config, self.config.image_size, self.device.type == "cuda"
+        config, on_gpu = self.config, self.device.type == "cuda"
         needs_window = not (self.augment and config.augment == "resized_crop")  # resizing gives S x S there
         feed = _Feed(self.source, config, self.plan, self.order, cursor, self.augment, self._suspects, needs_window)
-        decoder_options: dict[str, Any] = {"hw_decoder_load": config.hw_decoder_load} if on_gpu else {}
-        source_options: dict[str, Any] = {"parallel": False}
-        if config.num_workers:
-            source_options = {"parallel": True, "prefetch_queue_depth": self._feed_depth}
-
-        @dali.pipeline_def
-        def pipeline() -> Any:
-            encoded, corner, extent, size, mirror, samples, *anchor = fn.external_source(
-                feed, num_outputs=7 if needs_window else 6, batch=True, **source_options
-            )
-            images = fn.decoders.image_slice(
-                encoded,
-                start=corner,
-                shape=extent,
-                axes=(0, 1),
-                device="mixed" if on_gpu else "cpu",
-                output_type=types.RGB if config.channels == 3 else types.GRAY,
-                adjust_orientation=False,
-                **decoder_options,
-            )
-            images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC)
-            if needs_window:
-                images = fn.slice(
-                    images, start=anchor[0], shape=(side, side), axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
-                )
-            images = fn.crop_mirror_normalize(
-                images,
-                dtype=types.UINT8,
-                output_layout="CHW",
-                mirror=mirror,
-                mean=[0.0] * config.channels,
-                std=[1.0] * config.channels,
-            )
-            return images, samples
-
-        self._pipeline = pipeline(
+        device_id = None
+        if on_gpu:
+            device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
+        self._pipeline = _define_pipeline(feed, self._feed_depth, on_gpu)(
             batch_size=self.plan.batch_size,
             num_threads=max(1, config.num_workers),
-            device_id=(self.device.index or 0) if on_gpu else None,
+            device_id=device_id,
             prefetch_queue_depth=_PIPELINE_DEPTH,
             py_num_workers=max(1, config.num_workers),
             # A process cannot be forked once CUDA is in use.
@@ -172,7 +143,46 @@ class DaliLoader(Loader):
         return frozenset(np.concatenate(pieces).tolist())
 
     def close(self) -> None:
-        self._pipeline = self._pipeline_start = None  # its processes end with it
+        self._pipeline = self._used_up_from = None  # its processes end with it
+
+
+def _define_pipeline(feed: "_Feed", feed_depth: int, on_gpu: bool) -> Any:
+    """The pipeline of the module's docstring: what makes one, given batch size, threads and device."""
+    dali = import_dali()
+    fn, types, config, side = dali.fn, dali.types, feed.config, feed.config.image_size
+    decoder_options: dict[str, Any] = {"device": "cpu"}
+    if on_gpu:
+        decoder_options = {"device": "mixed", "hw_decoder_load": config.hw_decoder_load}
+    feed_options: dict[str, Any] = {"parallel": False}
+    if config.num_workers:
+        feed_options = {"parallel": True, "prefetch_queue_depth": feed_depth}
+
+    @dali.pipeline_def
+    def pipeline() -> Any:
+        encoded, corner, extent, size, mirror, samples, *anchor = fn.external_source(
+            feed, num_outputs=7 if feed.needs_window else 6, batch=True, **feed_options
+        )
+        images = fn.decoders.image_slice(
+            encoded,
+            start=corner,
+            shape=extent,
+            axes=(0, 1),
+            output_type=types.RGB if config.channels == 3 else types.GRAY,
+            adjust_orientation=False,
+            **decoder_options,
+        )
+        images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC)
+        if feed.needs_window:
+            images = fn.slice(
+                images, start=anchor[0], shape=(side, side), axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
+            )
+        mean, std = [0.0] * config.channels, [1.0] * config.channels
+        images = fn.crop_mirror_normalize(
+            images, dtype=types.UINT8, output_layout="CHW", mirror=mirror, mean=mean, std=std
+        )
+        return images, samples
+
+    return pipeline
 
 
 class _Feed:
@@ -193,6 +203,8 @@ class _Feed:
         self.cursor, self.augment, self.suspects, self.needs_window = cursor, augment, suspects, needs_window
 
     def __call__(self, number: int) -> tuple[list[np.ndarray], ...]:
+        if multiprocessing.parent_process() is not None:
+            torch.set_num_threads(1)  # a forked process cannot use its parent's OpenMP threads: it would hang
         cursor = self.plan.advance(self.cursor, number)
         start, stop = self.plan.span(cursor) if not self.plan.is_over(cursor) else (0, 0)
         if start == stop:

@@ -19,7 +19,7 @@ from mimir_fast.data.geometry import draw_mirror, draw_shift
 from mimir_fast.data.loaders.base import Loader, to_channels
 from mimir_fast.data.order import BatchPlan, Cursor, MixedOrder, SampleOrder
 
-_WINDOW = 16384  # samples whose numbers are drawn at a time: about 10 ms of host work
+_WINDOW = 16384  # samples whose numbers are drawn at a time: a few ms of host work
 
 
 class ResidentLoader(Loader):

@@ -16,18 +16,22 @@ from mimir_fast.data.sources.base import ArraySource, ImageSource, MissingDataEr
 _LOCAL_HEADER_BYTES = 30
 
 
+class MissingArrayError(ValueError):
+    """An npz lacks an array; the message lists those it has."""
+
+
 def map_member(path: Path, name: str) -> np.ndarray:
     """The array `name` of an uncompressed npz as a read-only memory map.
 
     Raises:
-        KeyError: there is no such array; the message lists those there are.
+        MissingArrayError: there is no such array.
         ValueError: not an npz, compressed, or cut short.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             names = [member.removesuffix(".npy") for member in archive.namelist()]
             if name not in names:
-                raise KeyError(f"{path} has no array {name!r}; it has {', '.join(sorted(names)) or 'none'}")
+                raise MissingArrayError(f"{path} has no array {name!r}; it has {', '.join(sorted(names)) or 'none'}")
             member = archive.getinfo(f"{name}.npy")
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{path}: {name!r} is compressed and cannot be mapped; save it again with np.savez")
@@ -52,7 +56,7 @@ def open_npz(path: str, num_classes: int) -> ArraySource:
     """Generated images with their labels (-1 for all if the file has none).
 
     Raises:
-        MissingDataError, KeyError, ValueError: see `map_member`; also for images that are not (N, H, W, 1 or 3) uint8.
+        MissingDataError, ValueError: see `map_member`; also for images that are not (N, H, W, 1 or 3) uint8.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -65,7 +69,7 @@ def open_npz(path: str, num_classes: int) -> ArraySource:
         raise ValueError(f"{file}: `image` must be uint8 (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
     try:
         labels = np.array(map_member(file, "label"), dtype=np.int64)
-    except KeyError:
+    except MissingArrayError:
         labels = np.full(len(images), -1, np.int64)
     if len(labels) and labels.max() >= num_classes:
         raise ValueError(f"{file}: label {labels.max()} but the real source has {num_classes} classes")
