@@ -28,8 +28,8 @@ def decode(content: bytes, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
             pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(f"{where}: {error}") from error
+    except _refusals() as error:
+        raise UnreadableImageError(f"{where}: {_reason(error)}") from error
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
@@ -50,8 +50,8 @@ def checked_file(content: bytes, where: str) -> tuple[bytes, int, int]:
             with Image.open(io.BytesIO(content)) as image:
                 if image.mode in ("L", "RGB"):
                     return content, image.height, image.width
-        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-            raise UnreadableImageError(f"{where}: {error}") from error
+        except _refusals() as error:
+            raise UnreadableImageError(f"{where}: {_reason(error)}") from error
     return plain_file(decode(content, where))
 
 
@@ -62,3 +62,16 @@ def plain_file(pixels: np.ndarray) -> tuple[bytes, int, int]:
     file = io.BytesIO()
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, format="PPM")
     return file.getvalue(), pixels.shape[0], pixels.shape[1]
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """All that PIL raises on bytes that are no whole image."""
+    from PIL import Image
+
+    return (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+
+
+def _reason(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
