@@ -14,12 +14,22 @@ _HOME = {
     "hsic": "mimir_fast.ops.hsic",
     "nhsic": "mimir_fast.ops.nhsic",
     "renyi_mi": "mimir_fast.ops.renyi_mi",
+    "cka": "mimir_fast.ops.cka",
+    "gather_batch": "mimir_fast.ops.global_batch",
+    "global_hsic": "mimir_fast.ops.global_hsic",
+    "HSICLoss": "mimir_fast.losses",
+    "MutualInformationPenalty": "mimir_fast.losses",
     "linf_step": "mimir_fast.ops.linf_step",
     "random_masks": "mimir_fast.ops.random_masks",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
+    from mimir_fast.losses import HSICLoss as HSICLoss
+    from mimir_fast.losses import MutualInformationPenalty as MutualInformationPenalty
+    from mimir_fast.ops.cka import cka as cka
+    from mimir_fast.ops.global_batch import gather_batch as gather_batch
+    from mimir_fast.ops.global_hsic import global_hsic as global_hsic
     from mimir_fast.ops.hsic import hsic as hsic
     from mimir_fast.ops.linf_step import linf_step as linf_step
     from mimir_fast.ops.nhsic import nhsic as nhsic

@@ -3,7 +3,8 @@
 A dependence estimator is not a mean over samples, so averaging its per-rank values is not its value on the global
 batch. Here every rank gathers the samples, computes the *same* scalar, and keeps the gradient of its own samples only,
 multiplied by the number of ranks: the averaging of DDP and FSDP then turns Σ_r ∂L/∂x_r · ∂x_r/∂θ into itself. So no
-collective is needed in the backward pass (one fewer than the textbook reduce-scatter).
+collective is needed in the backward pass (one fewer than the textbook reduce-scatter). `global_hsic.py` shares the work
+of computing that scalar, too.
 
 Shapes: n samples of this rank, R ranks, N = R·n samples of the global batch (every rank holds equally many).
 """
@@ -21,13 +22,18 @@ def group_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """(R·n, …), without gradient: the tensors of all ranks along the first dimension, in rank order."""
+    gathered = x.new_empty((group_size(group) * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    return gathered
+
+
 class _GatherBatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.rank, ctx.num_ranks, ctx.num_local = dist.get_rank(group), group_size(group), x.shape[0]
-        gathered = x.new_empty((ctx.num_ranks * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
-        return gathered
+        return all_gather(x, group)
 
     @staticmethod
     @once_differentiable

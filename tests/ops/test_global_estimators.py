@@ -1,5 +1,6 @@
 """Two gloo processes with 8 samples each against one process with 16: same value, same gradients."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.ops.global_batch import gather_batch
+from mimir_fast.ops.global_hsic import global_hsic
 from mimir_fast.ops.hsic import hsic
 
 RANKS, LOCAL = 2, 8
@@ -23,7 +25,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 def encoder() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 12))
+    return nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 12, bias=False))
 
 
 def run_rank(rank: int, directory: str, job: str) -> None:
@@ -40,26 +42,69 @@ def run_ranks(job: str, directory: Path) -> list[dict[str, torch.Tensor]]:
     return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
-def gathered_under_ddp(rank: int) -> dict[str, torch.Tensor]:
+def train_step(rank: int, penalty: str, **options: str) -> dict[str, torch.Tensor]:
     x, z = (t[rank * LOCAL : (rank + 1) * LOCAL] for t in data())
     model = DistributedDataParallel(encoder())
-    loss = hsic(gather_batch(x), gather_batch(model(z)), sigma_y=0.5)
+    if penalty == "gathered":
+        loss = hsic(gather_batch(x), gather_batch(model(z)), sigma_y=0.5, **options)
+    else:
+        loss = global_hsic(x, model(z), sigma_y=0.5, **options)
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.module.named_parameters()}}
 
 
-JOBS = {"gathered_under_ddp": gathered_under_ddp}
+def both_gradients(rank: int) -> dict[str, torch.Tensor]:
+    """Gradients to x and y themselves, in float64 and bfloat16, and a batch too small for the estimator."""
+    x, y = (t[rank * LOCAL : (rank + 1) * LOCAL].double().requires_grad_() for t in data())
+    value = global_hsic(x, y)
+    grad_x, grad_y = torch.autograd.grad(value, (x, y))
+    half = global_hsic(x.detach().bfloat16(), y.detach().bfloat16())
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        global_hsic(x[:1], y[:1], estimator="unbiased")  # 1 a rank, 2 in all, 4 wanted
+    return {"value": value.detach(), "grad_x": grad_x / RANKS, "grad_y": grad_y / RANKS, "half": half}
 
 
-def test_gather_under_ddp_equals_one_process(tmp_path: Path) -> None:
+OPTIONS: dict[str, dict[str, str]] = {
+    "biased": {},
+    "unbiased": {"estimator": "unbiased"},
+    "median": {"bandwidth": "median"},
+    "gretton": {"normalizer": "(n-1)^2"},
+}
+JOBS = {
+    f"{p}-{name}": partial(train_step, penalty=p, **OPTIONS[name]) for p in ("gathered", "rows") for name in OPTIONS
+}
+JOBS["both_gradients"] = both_gradients
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("penalty", ["gathered", "rows"])
+def test_two_ranks_equal_one_process(penalty: str, options: str, tmp_path: Path) -> None:
     x, z = data()
     model = encoder()
-    loss = hsic(x, model(z), sigma_y=0.5)
+    loss = hsic(x, model(z), sigma_y=0.5, **OPTIONS[options])
     loss.backward()
-    for result in run_ranks("gathered_under_ddp", tmp_path):
-        torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-6, atol=0)
+    for result in run_ranks(f"{penalty}-{options}", tmp_path):
+        torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-5, atol=0)
         for name, p in model.named_parameters():
-            torch.testing.assert_close(result[name], p.grad, rtol=1e-4, atol=1e-8)
+            torch.testing.assert_close(result[name], p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()))
+
+
+def test_row_blocks_give_both_gradients(tmp_path: Path) -> None:
+    x, y = (t.double().requires_grad_() for t in data())
+    value = hsic(x, y)
+    grads = torch.autograd.grad(value, (x, y))
+    ranks = run_ranks("both_gradients", tmp_path)
+    assert torch.equal(ranks[0]["value"], ranks[1]["value"])
+    torch.testing.assert_close(ranks[0]["value"], value.detach(), rtol=1e-12, atol=0)
+    for name, expected in zip(("grad_x", "grad_y"), grads, strict=True):
+        torch.testing.assert_close(torch.cat([r[name] for r in ranks]), expected, rtol=1e-9, atol=1e-15)
+    expected_half = hsic(x.detach().bfloat16(), y.detach().bfloat16())
+    torch.testing.assert_close(ranks[0]["half"], expected_half, rtol=1e-5, atol=0)
+
+
+def test_alone_it_is_hsic() -> None:
+    x, y = data()
+    assert torch.equal(global_hsic(x, y, estimator="unbiased"), hsic(x, y, estimator="unbiased"))
 
 
 def test_alone_returns_its_input() -> None:
