@@ -3,6 +3,7 @@
 Shapes: B images a batch, C channels, H × W pixels, K classes.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,9 @@ def measure(
     record = Journal(journal, settings)
     with strict_fp32(device):
         for images, labels, samples in shard.batches(batch_size, device, start=record.num_images):
-            record.append(outcomes(model, images, labels, samples, attack))
+            started = time.perf_counter()
+            values = {name: value.cpu() for name, value in outcomes(model, images, labels, samples, attack).items()}
+            record.append(values, time.perf_counter() - started)
     return record
 
 

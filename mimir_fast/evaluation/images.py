@@ -42,9 +42,9 @@ class EvaluationImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def first(self, count: int | None) -> "EvaluationImages":
-        """The first `count` images (all for None)."""
-        return self if count is None else self.take(torch.arange(min(count, len(self))))
+    def evenly(self, count: int) -> "EvaluationImages":
+        """`count` images at equal distances, or all when there are no more."""
+        return self if count >= len(self) else self.take(torch.arange(count) * len(self) // count)
 
     def take(self, index: Tensor) -> "EvaluationImages":
         """The images at `index`, in its order."""
@@ -136,7 +136,7 @@ def load_images(config: DataConfig, indices: np.ndarray | None = None, split: st
     subset = _subset(source, indices)
     if (subset.labels < 0).any():
         raise ValueError(f"{source.name} has images without labels: accuracy needs labels")
-    pixels, bad = _decode(subset, config)
+    pixels, bad = decode_source(subset, config)
     if len(bad) == len(subset):
         raise ValueError(f"none of the {len(bad)} images of {source.name} is readable, such as {bad[0]}")
     images = EvaluationImages(
@@ -153,7 +153,7 @@ def load_images(config: DataConfig, indices: np.ndarray | None = None, split: st
     return replace(images.take(readable), skipped={subset.where(i): reason for i, reason in bad.items()})
 
 
-def _decode(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, dict[int, str]]:
+def decode_source(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, dict[int, str]]:
     """((N, C, S, S) uint8, position → reason for unreadable files, whose pixels stay black)."""
     if isinstance(source, ArraySource):
         return np.ascontiguousarray(source.images), {}

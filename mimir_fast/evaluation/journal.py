@@ -1,6 +1,6 @@
 """Saved progress of per-image measurements: one JSON line a finished batch, so a killed evaluation goes on.
 
-A line is {"start": 0, "stop": 128, "values": {"correct": [...], "loss": [...]}}. The first line holds the fingerprint
+A line is {"start": 0, "stop": 128, "seconds": 1.5, "values": {"correct": [...], "loss": [...]}}. The first line holds the fingerprint
 of everything the numbers depend on; another fingerprint is another measurement and is refused, not mixed in.
 """
 
@@ -39,12 +39,13 @@ class Journal:
         settings: JSON-able; whatever changes the numbers.
     Attributes:
         values: name → one number an image, so far.
+        seconds: spent on them.
     Raises:
         ValueError: the file holds another measurement.
     """
 
     def __init__(self, path: Path | None, settings: Any) -> None:
-        self.path, self.num_images = path, 0
+        self.path, self.num_images, self.seconds = path, 0, 0.0
         self.values: Values = {}
         head = {"fingerprint": fingerprint(settings), "settings": settings}
         if path is None:
@@ -65,24 +66,26 @@ class Journal:
         whole = [line for line in lines[1:] if line.endswith("\n")]
         for line in whole:
             entry = json.loads(line)
-            self._extend(entry["values"], entry["stop"])
+            self._extend(entry["values"], entry["stop"], entry["seconds"])
         if len(whole) < len(lines) - 1:  # a line cut short by a kill
             write_atomically(self.path, lines[0] + "".join(whole))
 
-    def _extend(self, values: Values, stop: int) -> None:
+    def _extend(self, values: Values, stop: int, seconds: float) -> None:
         for name, numbers in values.items():
             self.values.setdefault(name, []).extend(numbers)
         self.num_images = stop
+        self.seconds += seconds
 
-    def append(self, values: dict[str, Tensor]) -> None:
+    def append(self, values: dict[str, Tensor], seconds: float = 0.0) -> None:
         """Record one batch: name → (B,)."""
         numbers = {name: value.detach().cpu().tolist() for name, value in values.items()}
         size = len(next(iter(numbers.values())))
         start, stop = self.num_images, self.num_images + size
-        self._extend(numbers, stop)
+        self._extend(numbers, stop, seconds)
         if self.path is not None:
+            line = {"start": start, "stop": stop, "seconds": round(seconds, 4), "values": numbers}
             with self.path.open("a") as file:
-                file.write(json.dumps({"start": start, "stop": stop, "values": numbers}) + "\n")
+                file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 

@@ -1,0 +1,185 @@
+"""Common corruptions: CIFAR-10-C and ImageNet-C as published, or generated ones where a library makes them.
+
+    CIFAR-10-C, CIFAR-100-C    ROOT/<corruption>.npy (50000, 32, 32, 3) uint8, severity 1 first, and ROOT/labels.npy
+    ImageNet-C                 ROOT/<corruption>/<severity>/<class>/<image>
+
+Hendrycks & Dietterich, arXiv 1903.12261. Generated corruptions are made by `corrupt_tta`, whose strengths are those of
+224-pixel images and whose implementation is not the benchmark's: their numbers must not be set beside published ones,
+and the report says so.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mimir_fast.data.config import DataConfig
+from mimir_fast.evaluation.images import EvaluationImages, decode_source
+
+CORRUPTIONS = (
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
+    "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+)  # fmt: skip
+SEVERITIES = (1, 2, 3, 4, 5)
+# The library draws this one from an unseeded generator: its numbers could not be repeated.
+GENERATED = tuple(name for name in CORRUPTIONS if name != "impulse_noise")
+# Top-1 error of AlexNet, the benchmark's yardstick for the mean corruption error (arXiv 1903.12261, Table 1), percent.
+ALEXNET_ERROR = dict(
+    zip(
+        CORRUPTIONS,
+        (88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7),
+        strict=True,
+    )
+)
+WHERE_TO_GET = (
+    "CIFAR-10-C is published as doi:10.5281/zenodo.2535967, CIFAR-100-C as doi:10.5281/zenodo.3555552 and ImageNet-C "
+    "as doi:10.5281/zenodo.2235448; unpack it and give its folder as --corruptions FOLDER"
+)
+
+
+class MissingCorruptionsError(FileNotFoundError):
+    """The files of a corruption benchmark are not where they were looked for; the message says where to get them."""
+
+
+def published_kind(root: Path) -> str:
+    """`arrays` (CIFAR-C) or `folders` (ImageNet-C).
+
+    Raises:
+        MissingCorruptionsError: neither.
+    """
+    if not root.is_dir():
+        raise MissingCorruptionsError(f"{root} is no folder. {WHERE_TO_GET}")
+    if (root / "labels.npy").is_file():
+        return "arrays"
+    if any((root / name).is_dir() for name in CORRUPTIONS):
+        return "folders"
+    raise MissingCorruptionsError(
+        f"{root} holds neither labels.npy (CIFAR-C) nor folders such as gaussian_noise (ImageNet-C). {WHERE_TO_GET}"
+    )
+
+
+def published_names(root: Path) -> list[str]:
+    """The corruptions that are there, in the benchmark's order, others after them."""
+    kind = published_kind(root)
+    if kind == "arrays":
+        found = {path.stem for path in root.glob("*.npy")} - {"labels"}
+    else:
+        found = {path.name for path in root.iterdir() if path.is_dir() and (path / "1").is_dir()}
+    ordered = [name for name in CORRUPTIONS if name in found]
+    if not ordered:
+        raise MissingCorruptionsError(f"{root} holds none of {', '.join(CORRUPTIONS)}. {WHERE_TO_GET}")
+    return ordered
+
+
+def load_published(
+    root: Path, name: str, severity: int, clean: EvaluationImages, config: DataConfig
+) -> EvaluationImages:
+    """The corrupted versions of the given clean images.
+
+    Args:
+        clean: images of the benchmark's own test split, whose `samples` number it.
+        config: image size and channels wanted (ImageNet-C).
+    Raises:
+        MissingCorruptionsError: no such corruption or severity.
+        ValueError: damaged files, or labels that are not those of the clean images.
+    """
+    if published_kind(root) == "arrays":
+        images, labels = _from_arrays(root, name, severity, clean)
+    else:
+        images, labels = _from_folders(root, name, severity, clean, config)
+    if not torch.equal(labels, clean.labels):
+        raise ValueError(
+            f"{root}: the labels of {name} are not those of {clean.source}'s test split: is it another data set's?"
+        )
+    return replace(clean, images=images, source=f"{clean.source}/{name}-{severity}")
+
+
+def _from_arrays(root: Path, name: str, severity: int, clean: EvaluationImages) -> tuple[torch.Tensor, torch.Tensor]:
+    path = root / f"{name}.npy"
+    if not path.is_file():
+        raise MissingCorruptionsError(f"{path} is missing. {WHERE_TO_GET}")
+    pixels, labels = np.load(path, mmap_mode="r"), np.load(root / "labels.npy", mmap_mode="r")
+    if len(pixels) != len(labels) or len(pixels) % len(SEVERITIES) or pixels.dtype != np.uint8 or pixels.ndim != 4:
+        raise ValueError(f"{path} is damaged: {pixels.dtype} {pixels.shape} for {len(labels)} labels. {WHERE_TO_GET}")
+    rows = (severity - 1) * (len(pixels) // len(SEVERITIES)) + clean.samples.numpy()
+    if rows.max() >= severity * (len(pixels) // len(SEVERITIES)):
+        raise ValueError(f"{path} has {len(pixels) // len(SEVERITIES)} images, {clean.source} asks for more")
+    images = torch.from_numpy(np.ascontiguousarray(pixels[rows].transpose(0, 3, 1, 2)))
+    return images, torch.from_numpy(labels[rows].astype(np.int64))
+
+
+def _from_folders(
+    root: Path, name: str, severity: int, clean: EvaluationImages, config: DataConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from mimir_fast.data.sources.folder import FileSource
+
+    folder = root / name / str(severity)
+    if not folder.is_dir():
+        raise MissingCorruptionsError(f"{folder} is missing. {WHERE_TO_GET}")
+    classes, paths, owners = _listing(folder)
+    chosen = clean.samples.tolist()
+    if max(chosen) >= len(paths):
+        raise ValueError(f"{folder} has {len(paths)} images, {clean.source} asks for number {max(chosen)}")
+    source = FileSource(name, folder, [paths[i] for i in chosen], [owners[i] for i in chosen], list(classes))
+    pixels, bad = decode_source(source, config)
+    if bad:
+        raise ValueError(f"{folder}: {len(bad)} images cannot be read, such as {next(iter(bad.values()))}")
+    return torch.from_numpy(pixels), torch.from_numpy(source.labels)
+
+
+@lru_cache(maxsize=1)
+def _listing(folder: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
+    """(classes, relative paths, label of each), in the order of the clean validation folder."""
+    classes = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+    pairs = [(f"{c}/{file.name}", i) for i, c in enumerate(classes) for file in sorted((folder / c).iterdir())]
+    return classes, [path for path, _ in pairs], [label for _, label in pairs]
+
+
+def generator_available() -> bool:
+    """True when the library that makes corruptions can be imported."""
+    from importlib.util import find_spec
+
+    return find_spec("corrupt_tta") is not None
+
+
+def generate(clean: EvaluationImages, name: str, severity: int, seed: int = 0) -> EvaluationImages:
+    """Corrupt images with `corrupt_tta`; a function of (seed, sample, corruption, severity).
+
+    Raises:
+        ImportError: the library is not installed.
+        ValueError: a corruption it cannot make repeatably.
+    """
+    if name not in GENERATED:
+        raise ValueError(f"corruption {name!r} cannot be generated repeatably; wanted one of {', '.join(GENERATED)}")
+    try:
+        from corrupt_tta import corrupt
+    except ImportError as error:
+        raise ImportError(
+            f"--corruptions generated needs a library: pip install corrupt-tta. Or use published files: {WHERE_TO_GET}"
+        ) from error
+    corrupted = torch.empty_like(clean.images)
+    state = np.random.get_state()
+    try:
+        for i, (image, sample) in enumerate(zip(clean.images, clean.samples.tolist(), strict=True)):
+            np.random.seed([seed, sample, CORRUPTIONS.index(name), severity])  # the library draws from this one
+            colour = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+            pixels = np.asarray(corrupt(np.ascontiguousarray(colour), severity=severity, corruption_name=name))
+            result = torch.from_numpy(np.rint(pixels).clip(0, 255).astype(np.uint8)).permute(2, 0, 1)
+            corrupted[i] = result[: len(image)]
+    finally:
+        np.random.set_state(state)
+    return replace(clean, images=corrupted, source=f"{clean.source}/{name}-{severity} (generated)")
+
+
+def mean_corruption_error(error: dict[str, dict[int, float]]) -> float | None:
+    """mCE in percent, relative to AlexNet's (arXiv 1903.12261, §4.2), from all 15 ImageNet-C corruptions; else None.
+
+    Args:
+        error: corruption → severity → top-1 error, 0 … 1.
+    """
+    if set(error) != set(CORRUPTIONS) or any(set(levels) != set(SEVERITIES) for levels in error.values()):
+        return None
+    ratios = [100 * sum(error[name].values()) / len(SEVERITIES) / ALEXNET_ERROR[name] for name in CORRUPTIONS]
+    return 100 * sum(ratios) / len(ratios)

@@ -1,0 +1,67 @@
+"""The measurements of a suite: which attack on which images, under which name.
+
+Every measurement gives one number an image and is saved batch by batch (journal.py); a report reads them all.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mimir_fast.evaluation.config import SUITES, EvaluateConfig
+from mimir_fast.evaluation.masking_checks import UNBOUNDED_EPS
+from mimir_fast.evaluation.named_attacks import (
+    NamedAttack,
+    make_apgd,
+    make_fgsm,
+    make_pgd,
+    make_pgd_features,
+    make_pgd_mi,
+    make_random_noise,
+    make_square,
+    natural,
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One attack on one set of images.
+
+    Attributes:
+        name: of its files.
+        attack: what is done.
+        images: `all` of the judged ones, or the few for the `checks`.
+    """
+
+    name: str
+    attack: NamedAttack
+    images: Literal["all", "checks"]
+
+
+def curve_radii(eps: float) -> list[float]:
+    """Radii of the ε–accuracy curve: around the asked one, and on to where no model can stand."""
+    near = {0.25 * eps, 0.5 * eps, eps, 1.5 * eps, 2 * eps}
+    return sorted(radius for radius in {*near, *UNBOUNDED_EPS} if radius <= 1)
+
+
+def main_attacks(config: EvaluateConfig, has_features: bool) -> list[NamedAttack]:
+    """The attacks of the report's first table."""
+    suite, eps, seed = SUITES[config.suite], config.eps, config.seed
+    attacks = [natural(), make_fgsm(eps), *(make_pgd(eps, k, seed) for k in suite.steps)]
+    if suite.adaptive_steps and has_features:
+        attacks.append(make_pgd_mi(eps, suite.adaptive_steps, seed, config.mi_weight))
+        attacks.append(make_pgd_features(eps, suite.adaptive_steps, seed))
+    return attacks
+
+
+def plan(config: EvaluateConfig, has_features: bool) -> list[Measurement]:
+    """All per-image measurements, cheap ones first."""
+    suite, eps, seed = SUITES[config.suite], config.eps, config.seed
+    work = [Measurement(attack.name, attack, "all") for attack in main_attacks(config, has_features)]
+    checks = [natural(), make_fgsm(eps), make_random_noise(eps, seed), make_apgd(eps, 50, seed)]
+    work += [Measurement(f"check_{attack.name}", attack, "checks") for attack in checks]
+    work += [Measurement(f"steps_{k}", make_pgd(eps, k, seed), "checks") for k in suite.check_steps]
+    for radius in curve_radii(eps):
+        key = f"{radius * 255:.4g}"
+        work.append(Measurement(f"curve_{key}", make_pgd(radius, suite.curve_steps, seed), "checks"))
+        work.append(Measurement(f"noise_{key}", make_random_noise(radius, seed), "checks"))
+    work.append(Measurement("check_square", make_square(eps, suite.square_queries, seed), "checks"))
+    return work
