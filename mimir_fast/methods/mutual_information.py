@@ -58,6 +58,9 @@ def mutual_information(config: MutualInformationConfig, image: Tensor, latent_BT
         z = latent_BTD.float()
         z = z[:, 1:].mean(dim=1) if config.tokens == "pooled" else z.flatten(1)
         x = image.float().flatten(1)
+        if z.device.type == "cpu" and not bool(z.isfinite().all()):
+            # The estimators refuse NaN. A training step wants it in its gradient, where it is skipped and counted.
+            return z.sum() * torch.nan
         if config.scope == "global":
             x, z = gather_batch(x), gather_batch(z)
         if config.estimator == "hsic":

@@ -10,6 +10,9 @@ Tensor names: `model/<parameter>`, `ema/<parameter>`, `optimizer/<parameter>/<st
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from mimir_fast.training.distributed import agree
 from mimir_fast.training.ema import Ema
 
 FORMAT = "mimir_fast.checkpoint"
@@ -41,10 +46,12 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], meta: dict[str, An
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier()
-    error = None
+    error: BaseException | None = None
     try:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
-    except Exception as failure:  # dcp wraps what a rank raised in an exception of its own, on all ranks
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        with _quietly_alone():
+            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    except (Exception, CheckpointException) as failure:  # the latter is what dcp makes of a rank's, and no Exception
         error = failure
     if error is None and main:
         try:
@@ -56,7 +63,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], meta: dict[str, An
             _replace(partial, folder)
         except OSError as failure:
             error = failure
-    failed = _any_rank(error is not None)
+    failed = agree(error is not None)
     if failed:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -105,7 +112,7 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
             f"{folder} is of another architecture ({len(reshaped)} shapes differ, {len(missing)} names are missing): "
             f"{'; '.join(detail)}. Use the recipe and --model options it was trained with"
         )
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    _load(folder, tensors, no_dist=not dist.is_initialized())
 
 
 def read_tensors(folder: Path, prefix: str = "model/") -> dict[str, Tensor]:
@@ -113,7 +120,7 @@ def read_tensors(folder: Path, prefix: str = "model/") -> dict[str, Tensor]:
     read_meta(folder)
     found = {n: info for n, info in _metadata(folder).items() if n.startswith(prefix)}
     tensors = {n: torch.empty(info.size, dtype=info.properties.dtype) for n, info in found.items()}
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    _load(folder, tensors, no_dist=True)
     return {n.removeprefix(prefix): t for n, t in tensors.items()}
 
 
@@ -170,10 +177,18 @@ def make_room_for_optimizer(folder: Path, model: nn.Module, optimizer: torch.opt
             optimizer.state[parameter][key] = empty if scalar else torch.zeros_like(parameter)
 
 
+def _load(folder: Path, tensors: dict[str, Tensor], *, no_dist: bool) -> None:
+    try:
+        with _quietly_alone():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{folder} cannot be read ({_root_cause(error)}): use an older checkpoint") from error
+
+
 def _metadata(folder: Path) -> dict[str, Any]:
     try:
         return dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}): use an older checkpoint of the same run") from error
 
 
@@ -187,6 +202,14 @@ def _replace(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def _quietly_alone() -> Iterator[None]:
+    """Without a process group dcp warns that it works in a single process, which is what we asked it to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -198,12 +221,6 @@ def _fsync(path: Path) -> None:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def _any_rank(flag: bool) -> bool:
-    from mimir_fast.training.distributed import agree
-
-    return agree(flag)
 
 
 def _root_cause(error: BaseException | None) -> str:

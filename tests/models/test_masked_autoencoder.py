@@ -63,7 +63,7 @@ def tiny() -> MaskedAutoencoder:
 def test_embedding_in_patch_space_is_the_convolution(tiny: MaskedAutoencoder) -> None:
     images = torch.rand(2, 3, 16, 16)
     ids = torch.arange(16).expand(2, -1)
-    convolved = tiny.patch_embed["proj"](images).flatten(2).transpose(1, 2) + tiny.pos_embed[:, 1:]
+    convolved = tiny.patch_embed.proj(images).flatten(2).transpose(1, 2) + tiny.pos_embed[:, 1:]
     torch.testing.assert_close(tiny.embed(patchify(images, 4), ids), convolved, rtol=1e-5, atol=1e-6)
 
 

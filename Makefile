@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh machine with Python >= 3.11 and make:
+#   make pretrain    install into .venv and train MIMIR on real digits
+#   make test        the tests, in the same .venv
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help setup pretrain demo test lint format bench info clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## make .venv and install everything into it
+
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[all,dev]'
+	touch $@
+
+pretrain: setup ## MIMIR pre-training on real digits, about two minutes on two CPU cores
+	$(BIN)/torchrun --standalone -m mimir_fast.pretrain --recipe digits/mimir_vit_tiny $(ARGS)
+
+demo: setup ## pre-train, fine-tune, evaluate, report, about eight minutes on two CPU cores
+	$(BIN)/python -m mimir_fast.reproduce digits_demo $(ARGS)
+
+test: setup ## the tests
+	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## let ruff rewrite the files
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## kernel microbenchmarks
+	$(BIN)/python -m benchmarks $(ARGS)
+
+info: setup ## which backends run here
+	$(BIN)/python -m mimir_fast.info
+
+clean: ## delete .venv and build leftovers; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info mimir_fast/*.so

@@ -1,0 +1,77 @@
+"""Build wheel and sdist, list their files, install the wheel in a clean environment, and use it from another folder.
+
+    python tests/packaging/check.py
+
+Not collected by pytest: it takes about a minute. torch comes from the environment this runs in (2 GB need not be
+installed twice): the new environment sees those packages, but not our source tree.
+"""
+
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WANTED_IN_WHEEL = (
+    "mimir_fast/__init__.py", "mimir_fast/py.typed", "mimir_fast/ops/hsic.py", "mimir_fast/recipes/digits.py",
+    "mimir_kernels/__init__.py", "mimir_kernels/hsic.py",
+)  # fmt: skip
+WANTED_IN_SDIST = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/bindings.cpp", "csrc/bindings.h")
+USE = """
+import torch, mimir_fast
+from mimir_fast import hsic, nhsic, renyi_mi, cka, linf_step, HSICLoss
+import mimir_fast._C, mimir_kernels
+assert "site-packages" in mimir_fast.__file__, mimir_fast.__file__
+x = torch.randn(16, 3, 8, 8, requires_grad=True)
+y = torch.randn(16, 5)
+loss = hsic(x, y) + HSICLoss()(x, y) + renyi_mi(x, y) + nhsic(x, y) + cka(x, y)
+loss.backward()
+assert x.grad.isfinite().all()
+linf_step(x.detach().clamp(0, 1), x.grad, x.detach().clamp(0, 1), alpha=2 / 255, eps=8 / 255)
+print("used:", mimir_fast.__version__)
+"""
+
+
+def run(*line: str, cwd: Path) -> str:
+    out = subprocess.run(line, cwd=cwd, capture_output=True, text=True)
+    if out.returncode:
+        sys.exit(f"{' '.join(line)}\n{out.stdout}{out.stderr}")
+    return out.stdout
+
+
+def main() -> None:
+    """Build, look, install, use."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run(sys.executable, "-m", "build", "--outdir", str(folder / "dist"), str(ROOT), cwd=folder)
+        (wheel,) = (folder / "dist").glob("*.whl")
+        (sdist,) = (folder / "dist").glob("*.tar.gz")
+        inside = zipfile.ZipFile(wheel).namelist()
+        missing = [want for want in WANTED_IN_WHEEL if want not in inside]
+        native = [name for name in inside if name.startswith("mimir_fast/_C.")]
+        strays = sorted({n.split("/")[0] for n in inside} - {"mimir_fast", "mimir_kernels"})
+        strays = [s for s in strays if not s.endswith(".dist-info")]
+        if missing or not native or strays:
+            sys.exit(f"wheel: missing {missing}, native {native}, strays {strays}")
+        with tarfile.open(sdist) as archive:
+            in_sdist = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
+        if lost := [want for want in WANTED_IN_SDIST if want not in in_sdist]:
+            sys.exit(f"sdist: missing {lost}")
+        print(f"wheel: {len(inside)} files, {native[0]}; sdist: {len(in_sdist)} files")
+
+        clean = folder / "venv"
+        venv.create(clean, with_pip=True)
+        python = str(clean / "bin" / "python")
+        run(python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel), cwd=folder)
+        site = next((clean / "lib").glob("python*/site-packages"))
+        ours = Path(sys.executable).absolute().parents[1] / "lib" / site.parent.name / "site-packages"
+        (site / "borrowed.pth").write_text(f"{ours}\n")
+        print(run(python, "-c", USE, cwd=folder).strip())
+        print(run(python, "-m", "mimir_fast.info", cwd=folder).splitlines()[0])
+
+
+if __name__ == "__main__":
+    main()

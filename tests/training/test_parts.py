@@ -1,0 +1,233 @@
+"""The parts of the loop, one by one."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
+from mimir_fast.pretrain import config_from
+from mimir_fast.training import checkpoint as ckpt
+from mimir_fast.training.cli import parse_float
+from mimir_fast.training.ema import Ema
+from mimir_fast.training.loggers import JsonLines, duration, read_lines
+from mimir_fast.training.loop import RunConfig
+from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups
+from mimir_fast.training.pictures import grid, save_curves
+from mimir_fast.training.run_folder import differences, open_run
+from mimir_fast.training.schedule import cosine_schedule
+
+
+@pytest.fixture
+def model() -> MaskedAutoencoder:
+    torch.manual_seed(0)
+    return MaskedAutoencoder(16, 4, 3, 32, 2, 2, 16, 1, 2)
+
+
+class TestSchedule:
+    def test_warms_up_then_falls_to_the_minimum(self) -> None:
+        def lr(step: int) -> float:
+            return cosine_schedule(step, total_steps=100, warmup_steps=10, peak=1.0, minimum=0.1)
+
+        assert lr(0) == pytest.approx(0.1) and lr(9) == 1.0 and lr(10) == 1.0
+        assert lr(55) == pytest.approx(0.55)
+        assert lr(100) == pytest.approx(0.1)
+
+    @given(st.integers(0, 200), st.integers(1, 150), st.integers(0, 50))
+    def test_never_leaves_its_range(self, step: int, total: int, warmup: int) -> None:
+        assert 0 <= cosine_schedule(step, total_steps=total, warmup_steps=warmup, peak=1.0) <= 1
+
+    def test_a_shorter_run_keeps_the_fraction_of_warmup(self) -> None:
+        assert RunConfig(epochs=800, warmup_epochs=40, batch_size=100).warmup_steps(1000) == 400
+        assert RunConfig(epochs=800, warmup_epochs=40, batch_size=100, max_steps=200).warmup_steps(1000) == 10
+
+
+class TestOptimizer:
+    def test_groups_hold_every_trainable_parameter_once(self, model: MaskedAutoencoder) -> None:
+        groups = parameter_groups(model, 0.05, 0.75)
+        ids = [id(p) for group in groups for p in group["params"]]
+        assert len(ids) == len(set(ids)) == sum(p.requires_grad for p in model.parameters())
+
+    def test_only_matrices_decay(self, model: MaskedAutoencoder) -> None:
+        undecayed = {id(p) for g in parameter_groups(model, 0.05, 1.0) if not g["weight_decay"] for p in g["params"]}
+        named = dict(model.named_parameters())
+        assert id(named["cls_token"]) in undecayed and id(named["blocks.0.norm1.weight"]) in undecayed
+        assert id(named["blocks.0.attn.qkv.weight"]) not in undecayed
+
+    def test_layer_decay_shrinks_towards_the_input(self, model: MaskedAutoencoder) -> None:
+        scale = {id(p): g["lr_scale"] for g in parameter_groups(model, 0.05, 0.5) for p in g["params"]}
+        named = dict(model.named_parameters())
+        names = ["patch_embed.proj.weight", "blocks.0.mlp.fc1.bias", "blocks.1.mlp.fc1.bias", "norm.bias"]
+        assert [scale[id(named[name])] for name in names] == [0.125, 0.25, 0.5, 1.0]
+
+    def test_adamw_is_fused_and_skips_on_the_device(self, model: MaskedAutoencoder) -> None:
+        optimizer = build_optimizer(model, OptimizerConfig())
+        assert optimizer.defaults["fused"]
+
+    def test_the_wrong_apex_is_not_believed(self, model: MaskedAutoencoder) -> None:
+        try:
+            import apex.optimizers  # noqa: F401
+        except ImportError:
+            with pytest.raises(ImportError, match="build it from NVIDIA's source"):
+                build_optimizer(model, OptimizerConfig(optimizer="apex_adam"))
+        else:
+            build_optimizer(model, OptimizerConfig(optimizer="apex_adam"))
+
+
+def test_ema_moves_and_swaps_back(model: MaskedAutoencoder) -> None:
+    ema = Ema(model, 0.9)
+    before = model.norm.weight.detach().clone()
+    with torch.no_grad():
+        model.norm.weight += 1
+    ema.update()
+    torch.testing.assert_close(ema.average["norm.weight"], before + 0.1)
+    ema.swap()
+    torch.testing.assert_close(model.norm.weight.detach(), before + 0.1)
+    ema.swap()
+    torch.testing.assert_close(model.norm.weight.detach(), before + 1)
+
+
+class TestCheckpoint:
+    @pytest.fixture
+    def saved(self, model: MaskedAutoencoder, tmp_path: Path) -> Path:
+        optimizer = build_optimizer(model, OptimizerConfig())
+        sum(p.sum() for p in model.parameters()).backward()
+        optimizer.step()
+        folder = tmp_path / "checkpoints" / "step-00000001"
+        ckpt.save_checkpoint(folder, ckpt.training_tensors(model, optimizer, Ema(model, 0.9)), {"step": 1})
+        return folder
+
+    def test_comes_back_bit_for_bit(self, saved: Path, model: MaskedAutoencoder) -> None:
+        other = MaskedAutoencoder(16, 4, 3, 32, 2, 2, 16, 1, 2)
+        optimizer = build_optimizer(other, OptimizerConfig())
+        ckpt.make_room_for_optimizer(saved, other, optimizer)
+        tensors = ckpt.training_tensors(other, optimizer, Ema(other, 0.9))
+        ckpt.load_checkpoint(saved, tensors)
+        assert all(
+            torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True)
+        )
+        assert optimizer.state[other.norm.weight]["step"] == 1
+
+    def test_holds_no_pickle(self, saved: Path) -> None:
+        assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
+
+    def test_another_architecture_is_refused(self, saved: Path) -> None:
+        other = MaskedAutoencoder(16, 4, 3, 64, 2, 2, 16, 1, 2)
+        tensors = {f"model/{name}": t for name, t in other.state_dict().items()}
+        with pytest.raises(ckpt.CheckpointError, match=r"another architecture.*\(1, 1, 32\) in the file"):
+            ckpt.load_checkpoint(saved, tensors)
+
+    def test_truncation_is_named(self, saved: Path) -> None:
+        (file,) = saved.glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(ckpt.CheckpointError, match=r"truncated .* use an older checkpoint"):
+            ckpt.read_tensors(saved)
+
+    def test_a_stranger_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "meta.json").write_text('{"format": "something else"}')
+        with pytest.raises(ckpt.CheckpointError, match="not a mimir_fast checkpoint"):
+            ckpt.read_meta(tmp_path)
+        with pytest.raises(ckpt.CheckpointError, match="no checkpoint in"):
+            ckpt.resolve_checkpoint(tmp_path / "nowhere")
+
+    def test_only_the_last_are_kept(self, saved: Path) -> None:
+        for step in (2, 3, 4):
+            ckpt.save_checkpoint(saved.with_name(f"step-0000000{step}"), {"model/x": torch.ones(1)}, {"step": step})
+        ckpt.keep_last(saved.parents[1], 2)
+        assert sorted(p.name for p in saved.parent.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+class TestCommandLine:
+    def test_familiar_flags_of_mae_are_accepted(self) -> None:
+        config = config_from(
+            ["--blr", "1e-3", "--mask_ratio", "0.6", "--accum_iter", "4", "--no_norm_pix_loss", "--batch_size", "64"]
+        )
+        assert (config.optim.blr, config.objective.mask_ratio, config.run.accum_iter) == (1e-3, 0.6, 4)
+        assert not config.objective.norm_pix_loss
+
+    def test_fractions(self) -> None:
+        assert parse_float("8/255") == 8 / 255
+        assert config_from(["--attack.eps", "4/255"]).objective.attack.eps == 4 / 255
+
+    def test_presets_differ_as_the_paper_and_the_code_do(self) -> None:
+        official = config_from(["--preset", "official"]).objective
+        assert (official.attack.mask, official.attack.target, official.mi.estimator) == (
+            "fresh",
+            "adversarial",
+            "nhsic",
+        )
+        paper = config_from(["--preset", "paper"]).objective
+        assert (paper.attack.mask, paper.attack.target, paper.mi.estimator) == ("shared", "clean", "hsic")
+
+    def test_a_flag_beats_the_preset(self) -> None:
+        assert config_from(["--preset", "official", "--attack.mask", "shared"]).objective.attack.mask == "shared"
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--attack.eps", "8"], "8/255"),
+            (["--data.image_size", "30"], "not divisible by patch size 4"),
+            (["--mask_ratio", "0.999"], "leaves 0 of 64 patches visible"),
+            (["--batch_size", "0"], "wanted at least 1"),
+        ],
+        ids=lambda value: "" if isinstance(value, list) else value,
+    )
+    def test_bad_values_name_the_fix(self, args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises((SystemExit, ValueError)) as caught:
+            config_from(args)
+        out = capsys.readouterr()
+        said = " ".join((out.out + out.err + str(caught.value)).replace("│", " ").split())
+        assert message in said
+
+    def test_an_unknown_recipe_suggests_the_nearest(self) -> None:
+        with pytest.raises(ValueError, match=r"did you mean digits/mimir_vit_tiny\?"):
+            config_from(["--recipe", "digit/mimir_tiny"])
+
+
+class TestRunFolder:
+    def test_what_only_moves_or_speeds_a_run_is_free_to_change(self) -> None:
+        old = {"run": {"device": "cpu", "seed": 0}, "model": {"encoder": "tiny"}}
+        assert differences(old, {"run": {"device": "cuda", "seed": 0}, "model": {"encoder": "tiny"}}) == []
+        assert differences(old, {"run": {"device": "cpu", "seed": 1}, "model": {"encoder": "tiny"}}) == [
+            "run.seed: 0 -> 1"
+        ]
+
+    def test_a_strangers_folder_is_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("mine")
+        with pytest.raises(FileExistsError, match="no run of ours"):
+            open_run(tmp_path, config_from([]), resume=True, overwrite=True, allow_changes=True)
+        assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+class TestLoggers:
+    def test_resuming_drops_what_came_after_the_checkpoint(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        logger = JsonLines(path, 0)
+        for step in range(4):
+            logger.scalars(step, {"loss": float(step)})
+        logger.close()
+        path.write_text(path.read_text() + '{"step": 4, "lo')  # killed in the middle of a line
+        JsonLines(path, 2).close()
+        assert [line["step"] for line in read_lines(path)] == [0, 1]
+
+    def test_nan_is_valid_json(self, tmp_path: Path) -> None:
+        logger = JsonLines(tmp_path / "m.jsonl", 0)
+        logger.scalars(0, {"loss": math.nan})
+        logger.close()
+        assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 0, "loss": None}
+
+    def test_durations(self) -> None:
+        assert [duration(s) for s in (12, 185, 3720)] == ["12 s", "3 min 05 s", "1 h 02 min"]
+
+
+def test_pictures(tmp_path: Path) -> None:
+    picture = grid({"input": torch.rand(3, 3, 8, 8), "masked": torch.rand(3, 3, 8, 8)})
+    assert picture.ndim == 3 and picture.std() > 0
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({"step": s, "loss": 1 / (s + 1)}) + "\n" for s in range(5)))
+    assert save_curves(metrics, tmp_path / "curves.png", ("loss", "mi"))
+    assert (tmp_path / "curves.png").stat().st_size > 1000
