@@ -84,8 +84,8 @@ class ArdPrm(Pgd):
         with borrowed_in_mode(model, "as_is") as module, torch.enable_grad():
             for step in range(threat.num_steps):
                 if self.own.mask_perturbation:
-                    mask = F.interpolate(masks[step], scale_factor=bare.patch_size, mode="nearest")
-                    x_adv = images + (x_adv - images) * mask
+                    let_through = F.interpolate(masks[step], scale_factor=bare.patch_size, mode="nearest").bool()
+                    x_adv = torch.where(let_through, x_adv, images)
                 x_adv = x_adv.detach().requires_grad_()
                 logits = module(x_adv, None, gates[step] if self.own.drop_gradients else None)
                 (grad,) = torch.autograd.grad(cross_entropy(logits, inputs.targets).sum(), x_adv)

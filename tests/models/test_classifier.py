@@ -22,7 +22,7 @@ VARIANTS = sorted(name for name in GOLDEN if name.startswith("ft/vit_"))
 
 
 def small_classifier(seed: int = 0, **options: Any) -> VisionTransformer:
-    """ViT-tiny on four patches of 16: all the code, little of the work. Its head is not near zero, unlike a fresh one."""
+    """ViT-tiny on four patches of 16: all the code, little of the work. Its head is not near zero as a fresh one is."""
     torch.manual_seed(seed)
     model = build_classifier(ClassifierConfig(encoder="tiny", patch_size=16, **options), image_size=32, num_classes=10)
     torch.nn.init.normal_(model.head.weight, std=0.2)
