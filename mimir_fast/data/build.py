@@ -55,10 +55,10 @@ def build_loader(
         generated = open_npz(config.generated, source.num_classes)
         order = MixedOrder(len(source), len(generated), config.generated_ratio, seed)
         source = MixedSource(source, generated)
-    _check_size(source, config)
     plan = BatchPlan(batch_size, rank, world_size, accum_iter if shuffle else 1, stop=None if shuffle else len(source))
 
     kind = choose_loader(source, config, device, augment)
+    _check_size(source, config, kind)
     if kind == "resident":
         images, readable = decoded(source, config)
         labels = torch.from_numpy(source.labels)
@@ -104,6 +104,11 @@ def decoded(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, np.nda
         images, readable = decoded(source.real, config)
         if readable is not None:
             readable = np.concatenate([readable, np.arange(len(images), len(source))])
+        if images.shape[1] != source.generated.images.shape[1]:
+            raise ValueError(
+                f"the generated images have {source.generated.images.shape[1]} channels, those of {source.real.name} "
+                f"{images.shape[1]}; mix images of one kind, or use --data.loader torch, which converts each"
+            )
         return np.concatenate([images, source.generated.images]), readable
     side, channels = config.image_size, config.channels
     images = np.empty((len(source), channels, side, side), np.uint8)
@@ -120,12 +125,13 @@ def decoded(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, np.nda
     return images, readable
 
 
-def _check_size(source: ImageSource, config: DataConfig) -> None:
+def _check_size(source: ImageSource, config: DataConfig, kind: str) -> None:
     """Arrays of another size than the model's are more likely a slip than a wish to resize."""
-    resizes = config.augment == "resized_crop"
+    resizes = config.augment == "resized_crop" and kind != "resident"
     if isinstance(source, EncodedSource) or resizes or source.image_size == config.image_size:
         return
     raise ValueError(
         f"{source.name} has images of {source.image_size} x {source.image_size} pixels but image_size is "
-        f"{config.image_size}; give --data.image_size {source.image_size}, or resize with --data.augment resized_crop"
+        f"{config.image_size}; give --data.image_size {source.image_size}, or resize with --data.augment resized_crop "
+        "--data.loader torch"
     )

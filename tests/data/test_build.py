@@ -76,6 +76,8 @@ def test_arrays_of_another_size_than_the_models_are_refused(tmp_path):
     config = DataConfig(source="cifar10", root=str(tmp_path), image_size=64)
     with pytest.raises(ValueError, match=r"32 x 32 pixels but image_size is 64.*--data.image_size 32"):
         build_loader(config, split="train", batch_size=4)
+    with pytest.raises(ValueError, match="32 x 32 pixels but image_size is 64"):
+        build_loader(replace(config, augment="resized_crop", loader="resident"), split="test", batch_size=4)
     resized = build_loader(replace(config, augment="resized_crop", num_workers=0), split="train", batch_size=4)
     assert next(iter(resized)).images.shape == (4, 3, 64, 64)
 

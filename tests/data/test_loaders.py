@@ -11,7 +11,7 @@ import torch
 
 from mimir_fast.data import DataConfig, build_loader, build_source
 from mimir_fast.data.decode import UnreadableImageError, checked_file, decode
-from mimir_fast.data.loaders.skip import TooManyBadFilesError
+from mimir_fast.data.loaders.skip import SkipLedger, TooManyBadFilesError
 
 LOADERS = ["resident", "torch", "dali"]
 
@@ -97,6 +97,16 @@ def test_evaluation_is_one_pass_in_order_split_over_ranks(config):
         seen += torch.cat([batch.samples for batch in batches]).tolist()
         loader.close()
     assert sorted(seen) == list(range(8))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_pass_broken_off_begins_anew(config, num_workers):
+    config.num_workers = num_workers
+    loader = build_loader(config, split="test", batch_size=2)
+    assert next(iter(loader)).samples.tolist() == [0, 1]
+    for _ in range(2):
+        assert torch.cat([batch.samples for batch in loader]).tolist() == list(range(8))
+    loader.close()
 
 
 def test_unreadable_files_are_skipped_counted_and_named(config, damaged_folder):
@@ -291,6 +301,17 @@ def test_the_photograph_arrives_whole(image_folder):
     left = round((resized.width - 224) / 2)
     wanted = np.asarray(resized.crop((left, 16, left + 224, 240))).transpose(2, 0, 1)
     assert (batch.images[names.index(path)].numpy() == wanted).all()
+
+
+def test_a_file_that_was_unreadable_for_a_moment_is_reported_too(image_folder):
+    """A sick disk: a worker could not read sample 3 and took 4, now 3 is fine. Sample -1: it found nothing at all."""
+    source = build_source(DataConfig(source="folder", root=str(image_folder)), "train")
+    ledger = SkipLedger(source, max_bad_files=1, skipped={})
+    ledger.compare(np.array([2, 3]), np.array([2, 4]))
+    assert list(ledger.skipped) == [source.where(3)] and "at first" in ledger.skipped[source.where(3)]
+    with pytest.raises(TooManyBadFilesError, match="max_bad_files = 1"):
+        ledger.compare(np.array([24]), np.array([-1]))
+    assert set(ledger.skipped) == {source.where(index) for index in (3, 24, 0)}  # the search went around the end
 
 
 def test_bad_bytes_name_their_path():

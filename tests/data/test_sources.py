@@ -78,6 +78,18 @@ def test_fashion_mnist_as_torchvision_lays_it(tmp_path, suffix):
         build_source(DataConfig(source="fashion_mnist", root=str(tmp_path)), "test")
 
 
+def test_any_idx_files(tmp_path):
+    for prefix, count in (("train", 12), ("t10k", 4)):
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", pixels_of(count, 20, 24))
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 4)
+    config = DataConfig(source="idx", root=str(tmp_path), image_size=26)
+    train, test = build_source(config, "train"), build_source(config, "test")
+    assert train.images.shape == (12, 1, 26, 26) and test.images.shape == (4, 1, 26, 26) and train.num_classes == 4
+    assert (train.images[:, 0, 3:23, 1:25] == pixels_of(12, 20, 24)).all()
+    with pytest.raises(ValueError, match="image_size 16 is smaller than the 20 x 24 images"):
+        build_source(replace(config, image_size=16), "train")
+
+
 def test_damaged_idx_files_are_refused(tmp_path):
     path = tmp_path / "images"
     write_idx(path, pixels_of(3, 4, 4))
@@ -188,6 +200,17 @@ def test_image_folder(image_folder):
     assert train.pixels(photograph).shape == (427, 640, 3) and train.labels[photograph] == 0
 
 
+def test_a_class_without_test_images_shifts_no_label(image_folder):
+    config = DataConfig(source="folder", root=str(image_folder))
+    shutil.rmtree(image_folder / "val" / "digit_1")
+    source = build_source(config, "test")
+    assert source.num_classes == 3 and set(source.labels) == {0, 2}
+    assert all(f"digit_{label}" in source.where(index) for index, label in enumerate(source.labels))
+    (image_folder / "val" / "digit_0").rename(image_folder / "val" / "zero")
+    with pytest.raises(ValueError, match="lacks: zero"):
+        build_source(config, "test")
+
+
 def test_folders_without_images_are_refused(tmp_path, image_folder):
     def build(root: Path):
         return build_source(DataConfig(source="folder", root=str(root)), "train")
@@ -224,6 +247,16 @@ def test_tiny_imagenet(tmp_path, digit_jpegs):
     assert test.labels.tolist() == [1] and test.read(0) == digit_jpegs[0][0]
     loader = build_loader(config, split="train", batch_size=6)
     assert isinstance(loader, ResidentLoader) and next(iter(loader)).images.shape == (6, 3, 64, 64)
+    np.savez(tmp_path / "1m.npz", image=np.full((9, 64, 64, 3), 7, np.uint8), label=np.zeros(9, int))
+    (root / "train" / "n01" / "images" / "a.txt").write_text("not an image")
+    for name in ("resident", "torch"):
+        mixed = replace(config, generated=str(tmp_path / "1m.npz"), loader=name, augment="none", num_workers=0)
+        loader = build_loader(mixed, split="train", batch_size=30)
+        batch = next(iter(loader))
+        is_generated = batch.samples >= loader.num_samples
+        assert is_generated.sum() == 21 and (batch.images[is_generated] == 7).all()
+        assert [path.rsplit("/", 1)[1] for path in loader.skipped] == ["a.txt"]
+        assert set(batch.samples[~is_generated].tolist()) == {1, 2, 3, 4, 5, 6}  # 0 is the text file
     listing.write_text("val_0.JPEG\tn77\t0\t0\t62\t62\n")
     with pytest.raises(ValueError, match="n77"):
         build_source(config, "test")

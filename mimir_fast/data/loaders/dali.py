@@ -9,9 +9,11 @@ On a GPU `device="mixed"` shares the files between the hardware JPEG decoder and
 visits the host. On a machine without one the same pipeline runs with `device_id=None`.
 """
 
+import logging
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from mimir_fast.data.order import BatchPlan, Cursor, MixedOrder, SampleOrder
 from mimir_fast.data.sources.base import EncodedSource
 
 _PIPELINE_DEPTH = 2
+_LOG = logging.getLogger(__name__)
 
 
 def import_dali() -> Any:
@@ -81,11 +84,12 @@ class DaliLoader(Loader):
             wanted, epochs = self.order.at(*span)
             try:
                 images, received = self._pipeline.run()
-            except RuntimeError:
+            except RuntimeError as failure:
                 # DALI neither says which file it was nor goes on. So let PIL decode all that may be in the pipeline,
                 # and begin anew from here; if that fails, too, the files are not to blame.
                 started_at = cursor
                 self._suspects |= self._in_flight(cursor)
+                _LOG.warning("DALI stopped (%s); PIL looks at the files it was working on", _last_line(failure))
                 self._build(cursor)
                 try:
                     images, received = self._pipeline.run()
@@ -117,8 +121,7 @@ class DaliLoader(Loader):
     def _build(self, cursor: Cursor) -> None:
         self.close()
         config, on_gpu = self.config, self.device.type == "cuda"
-        needs_window = not (self.augment and config.augment == "resized_crop")  # resizing gives S x S there
-        feed = _Feed(self.source, config, self.plan, self.order, cursor, self.augment, self._suspects, needs_window)
+        feed = _Feed(self.source, config, self.plan, self.order, cursor, self.augment, self._suspects)
         device_id = None
         if on_gpu:
             device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
@@ -185,22 +188,27 @@ def _define_pipeline(feed: "_Feed", feed_depth: int, on_gpu: bool) -> Any:
     return pipeline
 
 
+@dataclass
 class _Feed:
-    """What DALI calls, in its own processes: the number of a micro-batch in, bytes and numbers out."""
+    """What DALI calls, in its own processes: the number of a micro-batch in, bytes and numbers out.
 
-    def __init__(
-        self,
-        source: EncodedSource,
-        config: DataConfig,
-        plan: BatchPlan,
-        order: SampleOrder | MixedOrder,
-        cursor: Cursor,
-        augment: bool,
-        suspects: frozenset[int],
-        needs_window: bool,
-    ) -> None:
-        self.source, self.config, self.plan, self.order = source, config, plan, order
-        self.cursor, self.augment, self.suspects, self.needs_window = cursor, augment, suspects, needs_window
+    Attributes:
+        cursor: where the stream of micro-batches begins.
+        suspects: samples that PIL must decode, because DALI failed with one of them.
+    """
+
+    source: EncodedSource
+    config: DataConfig
+    plan: BatchPlan
+    order: SampleOrder | MixedOrder
+    cursor: Cursor
+    augment: bool
+    suspects: frozenset[int]
+
+    @property
+    def needs_window(self) -> bool:
+        """Whether the resized part can be larger than the image wanted; a resized_crop never is."""
+        return not (self.augment and self.config.augment == "resized_crop")
 
     def __call__(self, number: int) -> tuple[list[np.ndarray], ...]:
         if multiprocessing.parent_process() is not None:
@@ -232,3 +240,9 @@ class _Feed:
     def _read(self, index: int) -> tuple[bytes, int, int]:
         content, where = self.source.read(index), self.source.where(index)
         return plain_file(decode(content, where)) if index in self.suspects else checked_file(content, where)
+
+
+def _last_line(error: Exception) -> str:
+    """DALI's messages are pages long; what happened stands in the line with the C++ error."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "no longer valid" not in line), type(error).__name__)

@@ -42,15 +42,15 @@ class SkipLedger:
         """Note every file that was passed over.
 
         Raises:
-            TooManyBadFilesError: with the number, the limit and the first paths.
+            TooManyBadFilesError: with the number, the limit and the first reasons.
         """
+        length = len(self.source)
         for start, stop in zip(wanted.tolist(), received.tolist(), strict=True):
-            if start == stop:
-                continue
-            length = len(self.source)
             count = (stop - start) % length if stop >= 0 else min(self.max_bad_files + 1, length)
             for index in range(start, start + count):
                 self._note(index % length)
+            if stop < 0 or len(self.skipped) > self.max_bad_files:
+                self._give_up()
 
     def _note(self, index: int) -> None:
         path = self.source.where(index)
@@ -58,11 +58,13 @@ class SkipLedger:
             return
         try:
             self.source.pixels(index)
+            self.skipped[path] = f"{path}: could not be read at first, later it could; is the disk or network ill?"
         except (UnreadableImageError, OSError) as error:
             self.skipped[path] = str(error)
-        if len(self.skipped) > self.max_bad_files:
-            listing = "\n  ".join(list(self.skipped.values())[:5])
-            raise TooManyBadFilesError(
-                f"{len(self.skipped)} unreadable files in {self.source.name}, more than max_bad_files = "
-                f"{self.max_bad_files}; repair or remove them, or raise --data.max_bad_files:\n  {listing}"
-            )
+
+    def _give_up(self) -> None:
+        reasons = "\n  ".join(list(self.skipped.values())[:5])
+        raise TooManyBadFilesError(
+            f"{len(self.skipped)} unreadable files in {self.source.name}, more than max_bad_files = "
+            f"{self.max_bad_files}; repair or remove them, or raise --data.max_bad_files:\n  {reasons}"
+        )

@@ -85,11 +85,6 @@ class MixedSource(ImageSource):
                 f"the generated images are {generated.image_size} pixels wide, those of {real.name} {real.image_size}; "
                 "mix images of one size"
             )
-        if isinstance(real, ArraySource) and real.images.shape[1] != generated.images.shape[1]:
-            raise ValueError(
-                f"the generated images have {generated.images.shape[1]} channels, those of {real.name} "
-                f"{real.images.shape[1]}; mix images of one kind"
-            )
         labels = np.concatenate([real.labels, generated.labels])
         super().__init__(f"{real.name}+generated", real.classes, labels, real.image_size)
         self.real, self.generated = real, generated

@@ -1,7 +1,7 @@
 """Folders of image files: ImageNet's layout, root/{train,val}/<class>/<file>, and Tiny-ImageNet's.
 
-Classes are the sorted folder names (as torchvision's ImageFolder numbers them). Every file counts as a sample; what is
-not an image shows when it is read, and is then skipped and reported by path.
+Classes are the sorted names of the training folders (torchvision's ImageFolder numbers them so, too). Every file is a
+sample; what is not an image shows when it is read, and is then skipped and reported by path.
 """
 
 import os
@@ -49,13 +49,19 @@ def build_folder(config: DataConfig, split: str) -> FileSource:
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         raise MissingDataError(f"{root} has no folder {' or '.join(names)}: give --data.root {advice}")
-    classes = _class_folders(folder)
+    present = _class_folders(folder)
+    # The training folders number the classes, so that a class without test images shifts no label.
+    classes = _class_folders(root / "train") if (root / "train").is_dir() else present
+    if unknown := sorted(set(present) - set(classes)):
+        raise ValueError(
+            f"{folder} has classes that {root / 'train'} lacks: {', '.join(unknown[:3])}; rename or remove"
+        )
     paths: list[str] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
+    for name in present:
         files = _files(folder / name)
         paths += [f"{name}/{file}" for file in files]
-        labels += [label] * len(files)
+        labels += [classes.index(name)] * len(files)
     return FileSource(config.source, folder, paths, labels, classes)
 
 
@@ -80,7 +86,7 @@ def build_tiny_imagenet(config: DataConfig, split: str) -> FileSource:
         raise MissingDataError(f"{listing} is missing; it holds the labels of the test split: give {advice}")
     rows = [line.split("\t")[:2] for line in listing.read_text().splitlines() if line.strip()]
     unknown = {row[-1] for row in rows} - set(classes)
-    if unknown or any(len(row) < 2 for row in rows):
+    if unknown:
         raise ValueError(f"{listing} is damaged: it names classes that train/ lacks, such as {sorted(unknown)[:3]}")
     numbers = {name: label for label, name in enumerate(classes)}
     paths, labels = [f"images/{file}" for file, _ in rows], [numbers[name] for _, name in rows]
