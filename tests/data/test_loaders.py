@@ -109,11 +109,12 @@ def test_a_pass_broken_off_begins_anew(config, num_workers):
     loader.close()
 
 
-def test_unreadable_files_are_skipped_counted_and_named(config, damaged_folder):
+def test_unreadable_files_are_skipped_counted_and_named(config, damaged_folder, caplog):
     loader = build_loader(config, split="train", batch_size=7, seed=1)
     batches = list(islice(loader, 8))
     assert all(batch.images.shape == (7, 3, 48, 48) for batch in batches)
     assert sorted(path.rsplit("/", 1)[1] for path in loader.skipped) == ["cut.jpg", "notes.txt", "zero.jpg"]
+    assert caplog.text.count("skipped file") == 3 and "skipped file 3 (of 50 allowed): " in caplog.text
     labels = torch.from_numpy(build_source(config, "train").labels)
     assert all(torch.equal(batch.labels, labels[batch.samples]) for batch in batches)  # of what came in its place
     assert len(set(torch.cat([batch.samples for batch in batches[:4]]).tolist())) == 25  # each good one came

@@ -3,6 +3,7 @@
 The replacement is the next readable sample of the source: the same one on every rank and after every restart.
 """
 
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ import numpy as np
 from mimir_fast.data.decode import UnreadableImageError
 from mimir_fast.data.sources.base import ImageSource
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -61,6 +63,7 @@ class SkipLedger:
             self.skipped[path] = f"{path}: could not be read at first, later it could; is the disk or network ill?"
         except (UnreadableImageError, OSError) as error:
             self.skipped[path] = str(error)
+        _LOG.warning("skipped file %d (of %d allowed): %s", len(self.skipped), self.max_bad_files, self.skipped[path])
 
     def _give_up(self) -> None:
         reasons = "\n  ".join(list(self.skipped.values())[:5])
