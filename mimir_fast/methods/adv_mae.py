@@ -15,7 +15,8 @@ from mimir_fast.methods.masking import Mask, draw_mask
 from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
 from mimir_fast.ops.patches import gather_patches, masked_targets, patchify, patchify_gather
 from mimir_fast.ops.random_masks import TokenOrder
-from mimir_fast.philox import Stream, uniform
+from mimir_fast.ops.random_uniform import random_uniform
+from mimir_fast.philox import Stream
 
 
 @dataclass
@@ -70,7 +71,7 @@ class AdvMae:
         attack_mask = mask if attack.mask == "shared" else mask_of(Stream.ATTACK_MASK)
         num_attacked = mask.keep.shape[1] if attack.visible_only else num_patches
         if attack.random_start:
-            noise = uniform(seed, Stream.ATTACK_START, step, samples, num_attacked * patch_dim)
+            noise = random_uniform(seed, Stream.ATTACK_START, step, samples, num_attacked * patch_dim)
             delta = (2 * noise - 1).mul_(attack.eps).view(len(samples), num_attacked, patch_dim)
         else:
             delta = torch.zeros((), device=samples.device).expand(len(samples), num_attacked, patch_dim)

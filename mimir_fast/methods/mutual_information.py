@@ -11,10 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mimir_fast.ops.global_batch import gather_batch
-from mimir_fast.ops.hsic import hsic
-from mimir_fast.ops.nhsic import nhsic
-from mimir_fast.ops.renyi_mi import renyi_mi
+from mimir_fast.losses import MutualInformationPenalty
 
 
 @dataclass
@@ -27,8 +24,9 @@ class MutualInformationConfig:
     """λ, the factor of the penalty."""
     sigma: float = 5.0
     """Width of the RBF kernels; not used by the `median` rule."""
-    bandwidth: Literal["reference", "paper", "median"] = "reference"
-    """`reference` exp(-d²/(2σ²D)) (authors' code), `paper` exp(-d²/(2σ²)), `median` heuristic."""
+    bandwidth: Literal["auto", "reference", "paper", "median"] = "auto"
+    """`reference` exp(-d²/(2σ²D)) (authors' code), `paper` exp(-d²/(2σ²)), `median` heuristic; `auto` takes the median
+    for renyi, which saturates with the others, and `reference` elsewhere."""
     alpha: float = 2.0
     """Order of the Rényi entropy (2 has a closed form; the authors use 1.01)."""
     inputs: Literal["adversarial", "clean", "visible"] = "adversarial"
@@ -41,14 +39,14 @@ class MutualInformationConfig:
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise ValueError(f"MI weight {self.weight}, wanted λ >= 0")
-        if self.sigma <= 0:
-            raise ValueError(f"sigma={self.sigma}, wanted a positive kernel width")
-        if self.estimator == "nhsic" and self.bandwidth != "reference":
+        if self.sigma <= 0 or self.alpha <= 0:
+            raise ValueError(f"sigma={self.sigma}, alpha={self.alpha}: wanted positive numbers")
+        if self.estimator == "nhsic" and self.bandwidth not in ("auto", "reference"):
             raise ValueError("estimator nhsic is defined with bandwidth=reference; choose that, or estimator=hsic")
 
 
 def mutual_information(config: MutualInformationConfig, image: Tensor, latent_BTD: Tensor) -> Tensor:
-    """The estimate, a scalar in fp32 outside of autocast.
+    """The estimate before λ, a scalar in fp32 outside of autocast.
 
     Args:
         image: (B, …) what the config's `inputs` names, detached by the caller.
@@ -56,17 +54,16 @@ def mutual_information(config: MutualInformationConfig, image: Tensor, latent_BT
     """
     with torch.autocast(latent_BTD.device.type, enabled=False):
         z = latent_BTD.float()
-        z = z[:, 1:].mean(dim=1) if config.tokens == "pooled" else z.flatten(1)
-        x = image.float().flatten(1)
+        z = z[:, 1:].mean(dim=1) if config.tokens == "pooled" else z
         if z.device.type == "cpu" and not bool(z.isfinite().all()):
             # The estimators refuse NaN. A training step wants it in its gradient, where it is skipped and counted.
             return z.sum() * torch.nan
-        if config.scope == "global":
-            x, z = gather_batch(x), gather_batch(z)
-        if config.estimator == "hsic":
-            return hsic(x, z, sigma_x=config.sigma, sigma_y=config.sigma, bandwidth=config.bandwidth)
-        if config.estimator == "nhsic":
-            return nhsic(x, z, sigma=config.sigma)
-        if config.estimator == "renyi":
-            return renyi_mi(x, z, alpha=config.alpha, sigma=config.sigma, bandwidth=config.bandwidth)
-        return z.new_zeros(())
+        estimate = MutualInformationPenalty(
+            estimator=config.estimator,  # type: ignore[arg-type]  # `none` does not come here
+            weight=1.0,
+            sigma=config.sigma,
+            bandwidth=None if config.bandwidth == "auto" else config.bandwidth,
+            alpha=config.alpha,
+            global_batch=config.scope == "global",
+        )
+        return estimate(image.float(), z)
