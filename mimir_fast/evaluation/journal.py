@@ -1,7 +1,7 @@
 """Saved progress of per-image measurements: one JSON line a finished batch, so a killed evaluation goes on.
 
-A line is {"start": 0, "stop": 128, "seconds": 1.5, "values": {"correct": [...], "loss": [...]}}. The first line holds the fingerprint
-of everything the numbers depend on; another fingerprint is another measurement and is refused, not mixed in.
+A line is {"start": 0, "stop": 128, "seconds": 1.5, "values": {"correct": [...], "loss": [...]}}. The first line holds
+the fingerprint of everything the numbers depend on; another fingerprint is another measurement: refused, not mixed in.
 """
 
 import hashlib

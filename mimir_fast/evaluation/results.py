@@ -6,15 +6,15 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mimir_fast.evaluation.journal import write_atomically
+from mimir_fast.versions import environment, version_of
 
 FORMAT = "mimir_fast.evaluation"
 VERSION = 1
-PACKAGES = ("torch", "torchvision", "timm", "pyautoattack", "numpy", "scikit-learn", "matplotlib", "corrupt-tta")
+PACKAGES = ("pyautoattack", "numpy", "matplotlib", "corrupt-tta", "robustbench")
 
 
 @dataclass
@@ -69,15 +69,9 @@ class Results:
 
 
 def birth_certificate() -> dict[str, Any]:
-    """Versions, machine and commit."""
-    from mimir_fast.training.run_folder import environment
-
+    """Versions, machine and commit, with the packages only evaluation uses."""
     certificate = environment()
-    for package in PACKAGES:
-        try:
-            certificate["packages"][package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            certificate["packages"][package] = None
+    certificate["packages"] |= {package: version_of(package) for package in PACKAGES}
     return certificate
 
 

@@ -1,0 +1,49 @@
+"""Judge the robustness of any classifier.
+
+python -m mimir_fast.evaluate --checkpoint runs/digits/pgd_vit_tiny --suite quick
+torchrun --nproc_per_node 8 -m mimir_fast.evaluate --checkpoint robust.pth --suite full --eps 4/255 \\
+    --data.source imagenet --data.root /data/imagenet --data.image_size 224 --index_file robustbench
+python -m mimir_fast.evaluate --help
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mimir_fast.data.config import DataConfig
+from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.suite import evaluate
+from mimir_fast.training.cli import exit_on_error, parse, peek
+
+
+def data_of_run(checkpoint: str) -> DataConfig:
+    """The data the run was trained on, so that a run folder needs no data flags; the defaults for anything else."""
+    for folder in (Path(checkpoint), *Path(checkpoint).parents[:2]):
+        recorded = folder / "config.json"
+        if recorded.is_file():
+            saved: dict[str, Any] = json.loads(recorded.read_text()).get("data", {})
+            known = {f.name for f in fields(DataConfig)} - {"limit", "generated"}
+            values: dict[str, Any] = {
+                name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known
+            }
+            return DataConfig(**values)
+    return DataConfig()
+
+
+def config_from(args: Sequence[str]) -> EvaluateConfig:
+    """The run's own data, then flags."""
+    checkpoint = peek(args, "--checkpoint")
+    default = EvaluateConfig(checkpoint, data=data_of_run(checkpoint)) if checkpoint else None
+    return parse(EvaluateConfig, args, default=default, prog="python -m mimir_fast.evaluate")
+
+
+def main() -> None:
+    """The command."""
+    evaluate(config_from(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    exit_on_error(main)
