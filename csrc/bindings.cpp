@@ -5,6 +5,8 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "C++ kernels of mimir_fast for the CPU; call them through mimir_fast._native";
     mimir::bind_linf_step(module);
     mimir::bind_pair_tiles(module);
+    mimir::bind_patches(module);
     mimir::bind_random_masks(module);
     mimir::bind_random_uniform(module);
+    mimir::bind_tokens(module);
 }

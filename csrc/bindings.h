@@ -2,6 +2,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 
@@ -20,7 +21,9 @@ using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
 
 void bind_linf_step(pybind11::module_& module);
 void bind_pair_tiles(pybind11::module_& module);
+void bind_patches(pybind11::module_& module);
 void bind_random_masks(pybind11::module_& module);
 void bind_random_uniform(pybind11::module_& module);
+void bind_tokens(pybind11::module_& module);
 
 }  // namespace mimir

@@ -44,6 +44,17 @@ def check_index_dtype(name: str, ids: Tensor) -> None:
         raise TypeError(f"{name} must be int64, got {ids.dtype}: use {name}.long()")
 
 
+def check_ids_of(name: str, ids_BK: Tensor, of_B: Tensor) -> None:
+    """Raises ValueError or TypeError unless the ids are int64 (B, K), for the batch and on the device of `of_B`."""
+    check_index_dtype(name, ids_BK)
+    if ids_BK.ndim != 2 or ids_BK.shape[0] != of_B.shape[0]:
+        raise ValueError(f"{name} must be (B, K) with B = {of_B.shape[0]}, got {tuple(ids_BK.shape)}")
+    if ids_BK.device != of_B.device:
+        raise ValueError(
+            f"{name} is on {ids_BK.device}, the data on {of_B.device}: use {name}.to({str(of_B.device)!r})"
+        )
+
+
 def check_ids(name: str, ids_BK: Tensor, num_patches: int) -> None:
     """Raises ValueError if an id is outside [0, num_patches) or twice in one image (when `values_are_checked`)."""
     if ids_BK.numel() == 0 or not values_are_checked(ids_BK):

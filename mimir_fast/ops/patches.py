@@ -1,11 +1,37 @@
-"""Images to patches and back, picking the visible ones on the way.
+"""Images to patches and back, reading only the wanted ones on the way.
 
 Pixel order inside a patch is (row, column, channel), channel fastest, as in MAE and MIMIR; uint8 images become float
-in [0, 1]. Shapes: B images, C channels, N = (H/p)·(W/p) patches of P = p·p·C numbers, K kept, M masked, D channels.
+in [0, 1]. Shapes: B images, C channels, N = (H/p)·(W/p) patches of P = p·p·C numbers, K kept, M masked.
+
+`patchify_gather` is linear and its adjoint an op of its own, so derivatives of any order exist; the rest of the room
+(`gather_patches`, `scatter_patches`, on tokens) is in `tokens.py`.
 """
 
 import torch
 from torch import Tensor
+
+from mimir_fast import _native
+from mimir_fast.ops import _checks
+from mimir_fast.ops.tokens import (
+    gather_patches,
+    gather_patches_reference,
+    scatter_patches,
+    scatter_patches_reference,
+)
+
+__all__ = [
+    "gather_patches",
+    "gather_patches_reference",
+    "masked_targets",
+    "masked_targets_reference",
+    "normalize_patches",
+    "patchify",
+    "patchify_gather",
+    "patchify_gather_reference",
+    "scatter_patches",
+    "scatter_patches_reference",
+    "unpatchify",
+]
 
 
 def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
@@ -16,56 +42,51 @@ def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
     """
     B, C, H, W = images_BCHW.shape
     p = patch_size
-    if H % p or W % p:
-        raise ValueError(f"image size {H}x{W} is not divisible by patch_size={p}: choose a divisor, or resize")
-    patches = images_BCHW.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+    _check_size(H, W, p)
+    x = images_BCHW.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
+    patches = x.reshape(B, H // p * (W // p), p * p * C)
     return patches.float() / 255 if patches.dtype == torch.uint8 else patches
 
 
 def unpatchify(patches_BNP: Tensor, patch_size: int, height: int | None = None) -> Tensor:
-    """(B, C, H, W) images, the inverse of `patchify`. `height` in pixels is needed only when images are not square."""
+    """(B, C, H, W) images, the inverse of `patchify`. `height` in pixels is needed only when images are not square.
+
+    Raises:
+        ValueError: the patches form no such grid.
+    """
     B, N, P = patches_BNP.shape
     p = patch_size
     rows = round(N**0.5) if height is None else height // p
-    if rows * (N // rows) != N or P % (p * p):
+    if rows < 1 or N % rows or P % (p * p) or (height is None and rows * rows != N):
         raise ValueError(f"{N} patches of {P} numbers are no grid of {p}x{p} patches (pass height= for non-square)")
     x = patches_BNP.reshape(B, rows, N // rows, p, p, P // (p * p))
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * p, N // rows * p)
-
-
-def gather_patches_reference(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
-    """The definition of `gather_patches`; every kernel is tested against it."""
-    return torch.gather(x_BND, 1, ids_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
-
-
-def gather_patches(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
-    """y[b, k, :] = x[b, ids[b, k], :]. The ids of one image are distinct."""
-    return gather_patches_reference(x_BND, ids_BK)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, P // (p * p), rows * p, N // rows * p)
 
 
 def patchify_gather_reference(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> Tensor:
-    """The definition of `patchify_gather`."""
+    """The definition of `patchify_gather`; every kernel is tested against it."""
     return gather_patches_reference(patchify(images_BCHW, patch_size), ids_BK)
 
 
 def patchify_gather(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> Tensor:
-    """(B, K, P) float: only the patches named by `ids_BK` (B, K) are read and converted."""
-    return patchify_gather_reference(images_BCHW, ids_BK, patch_size)
+    """(B, K, P): only the patches named by `ids_BK` (B, K) are read and converted.
+
+    Args:
+        images_BCHW: uint8 (the result is float32 in [0, 1]) or float (the result has its dtype), any memory format.
+        ids_BK: int64, distinct within an image.
+    Raises:
+        ValueError: sizes or devices do not fit, ids out of range or repeated (on CUDA: with MIMIR_FAST_DEBUG=1).
+        TypeError: images of another integer dtype, or ids that are not int64.
+    """
+    _check_images(images_BCHW, ids_BK, patch_size)
+    return _patchify_gather(images_BCHW, ids_BK, patch_size)
 
 
-def scatter_patches_reference(
-    visible_BKD: Tensor, ids_keep_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor
-) -> Tensor:
-    """The definition of `scatter_patches`."""
-    B, _, D = visible_BKD.shape
-    full = mask_token_D.to(visible_BKD.dtype).expand(B, pos_embed_ND.shape[0], D)
-    full = full.scatter(1, ids_keep_BK.unsqueeze(-1).expand(-1, -1, D), visible_BKD)
-    return full + pos_embed_ND.to(full.dtype)
-
-
-def scatter_patches(visible_BKD: Tensor, ids_keep_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
-    """The decoder's input (B, N, D): visible tokens in their places, the mask token elsewhere, plus positions."""
-    return scatter_patches_reference(visible_BKD, ids_keep_BK, mask_token_D, pos_embed_ND)
+def normalize_patches(patches_BMP: Tensor, eps: float = 1e-6) -> Tensor:
+    """Each patch to zero mean and unit (unbiased) variance, + eps under the root (MAE's `norm_pix_loss`)."""
+    mean = patches_BMP.mean(dim=-1, keepdim=True)
+    var = patches_BMP.var(dim=-1, keepdim=True)
+    return (patches_BMP - mean) / (var + eps).sqrt()
 
 
 def masked_targets_reference(
@@ -76,13 +97,143 @@ def masked_targets_reference(
     return normalize_patches(target, eps) if norm_pix else target
 
 
-def normalize_patches(patches_BMP: Tensor, eps: float = 1e-6) -> Tensor:
-    """Each patch to zero mean and unit (unbiased) variance, + eps under the root (MAE's `norm_pix_loss`)."""
-    mean = patches_BMP.mean(dim=-1, keepdim=True)
-    var = patches_BMP.var(dim=-1, keepdim=True)
-    return (patches_BMP - mean) / (var + eps).sqrt()
-
-
 def masked_targets(images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, *, norm_pix: bool = True) -> Tensor:
-    """(B, M, P) float targets of the reconstruction at the patches `ids_BM`, normalised per patch on demand."""
-    return masked_targets_reference(images_BCHW, ids_BM, patch_size, norm_pix)
+    """(B, M, P) targets of the reconstruction at the patches `ids_BM`, normalised per patch on demand.
+
+    One pass over the masked pixels; differentiable in float images. Arguments and errors as for `patchify_gather`.
+    """
+    _check_images(images_BCHW, ids_BM, patch_size)
+    if not norm_pix:
+        return _patchify_gather(images_BCHW, ids_BM, patch_size)
+    if patch_size**2 * images_BCHW.shape[1] < 2:
+        raise ValueError("a patch of one number has no variance: use norm_pix=False or a larger patch_size")
+    return _normalized_targets(images_BCHW, ids_BM, patch_size, 1e-6)
+
+
+def _check_size(height: int, width: int, patch_size: int) -> None:
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"image size {height}x{width} is not divisible by {patch_size=}: choose a divisor, or resize")
+
+
+def _check_images(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> None:
+    if images_BCHW.ndim != 4:
+        raise ValueError(f"images must be (B, C, H, W), got {tuple(images_BCHW.shape)}")
+    if images_BCHW.dtype != torch.uint8 and not images_BCHW.is_floating_point():
+        raise TypeError(f"images must be uint8 or floating point, got {images_BCHW.dtype}: use images.to(torch.uint8)")
+    _check_size(images_BCHW.shape[2], images_BCHW.shape[3], patch_size)
+    _checks.check_ids_of("ids", ids_BK, images_BCHW)
+
+
+def _read(images: Tensor, ids: Tensor, patch_size: int, norm_eps: float | None) -> Tensor:
+    """The patches by the best kernel there is, normalised if `norm_eps` is given."""
+    _, C, H, W = images.shape
+    columns = W // patch_size
+    _checks.check_ids("ids", ids, H // patch_size * columns)
+    ids = ids.contiguous()
+    is_uint8 = images.dtype == torch.uint8
+    dtype = torch.float32 if is_uint8 else images.dtype
+    norm, eps = norm_eps is not None, norm_eps or 0.0
+    shape = (*ids.shape, patch_size**2 * C)
+    if images.is_cuda and dtype != torch.float64:
+        from mimir_kernels import patches as kernels
+
+        out = torch.empty(shape, dtype=dtype, device=images.device)
+        kernels.patchify_gather(images, ids, out, patch_size, norm, eps)
+        return out
+    if not images.is_cuda and dtype == torch.float32 and _native.has("patchify_gather"):
+        out = torch.empty(shape)
+        layout = (C, patch_size, columns, images.stride())
+        _native.run("patchify_gather", images, ids, out, *ids.shape, *layout, is_uint8, norm, eps)
+        return out
+    return masked_targets_reference(images, ids, patch_size, norm, eps)
+
+
+def _new_patches(images: Tensor, ids: Tensor, patch_size: int) -> Tensor:
+    dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
+    return images.new_empty((*ids.shape, patch_size**2 * images.shape[1]), dtype=dtype)
+
+
+@torch.library.custom_op("mimir_fast::patchify_gather", mutates_args=())
+def _patchify_gather(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> Tensor:
+    return _read(images_BCHW, ids_BK, patch_size, None)
+
+
+@_patchify_gather.register_fake
+def _(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> Tensor:
+    return _new_patches(images_BCHW, ids_BK, patch_size)
+
+
+@torch.library.custom_op("mimir_fast::patchify_gather_adjoint", mutates_args=())
+def _patchify_adjoint(patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """(B, C, H, W): the patches in their places, zero elsewhere."""
+    patches, ids, p = patches_BKP.contiguous(), ids_BK.contiguous(), patch_size
+    B, K, P = patches.shape
+    images = patches.new_zeros((B, P // p**2, height, width))
+    if patches.is_cuda:
+        from mimir_kernels import patches as kernels
+
+        kernels.patchify_scatter(patches, ids, images, p)
+    elif patches.dtype == torch.float32 and _native.has("patchify_scatter"):
+        layout = (P // p**2, p, width // p, images.stride())
+        _native.run("patchify_scatter", patches, ids, images, B, K, *layout)
+    else:
+        full = patches.new_zeros((B, height // p * (width // p), P))
+        return unpatchify(full.scatter_(1, ids.unsqueeze(-1).expand(-1, -1, P), patches), p, height)
+    return images
+
+
+@_patchify_adjoint.register_fake
+def _(patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    B, _, P = patches_BKP.shape
+    return patches_BKP.new_empty((B, P // patch_size**2, height, width))
+
+
+@torch.library.custom_op("mimir_fast::normalized_targets", mutates_args=())
+def _normalized_targets(images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, eps: float) -> Tensor:
+    return _read(images_BCHW, ids_BM, patch_size, eps)
+
+
+@_normalized_targets.register_fake
+def _(images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, eps: float) -> Tensor:
+    return _new_patches(images_BCHW, ids_BM, patch_size)
+
+
+def _gather_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    images, ids, ctx.patch_size = inputs
+    ctx.size = images.shape[2:]
+    ctx.save_for_backward(ids)
+
+
+def _gather_backward(ctx, grad_BKP: Tensor):  # type: ignore[no-untyped-def]
+    return _patchify_adjoint(grad_BKP, ctx.saved_tensors[0], ctx.patch_size, *ctx.size), None, None
+
+
+def _adjoint_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, ids, ctx.patch_size, _, _ = inputs
+    ctx.save_for_backward(ids)
+
+
+def _adjoint_backward(ctx, grad_BCHW: Tensor):  # type: ignore[no-untyped-def]
+    return _patchify_gather(grad_BCHW, ctx.saved_tensors[0], ctx.patch_size), None, None, None, None
+
+
+def _targets_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    images, ids, ctx.patch_size, ctx.eps = inputs
+    ctx.save_for_backward(images, ids)
+
+
+def _targets_backward(ctx, grad_BMP: Tensor):  # type: ignore[no-untyped-def]
+    """With y = (x − mean)/s: dx = (g − mean(g) − y·⟨g, y⟩/(P − 1))/s, from ops that can be derived again."""
+    images, ids = ctx.saved_tensors
+    x = _patchify_gather(images, ids, ctx.patch_size)
+    centred = x - x.mean(-1, keepdim=True)
+    s = (x.var(-1, keepdim=True) + ctx.eps).sqrt()
+    y = centred / s
+    along = (grad_BMP * y).sum(-1, keepdim=True) / (x.shape[-1] - 1)
+    grad_x = (grad_BMP - grad_BMP.mean(-1, keepdim=True) - y * along) / s
+    return _patchify_adjoint(grad_x, ids, ctx.patch_size, *images.shape[2:]), None, None, None
+
+
+_patchify_gather.register_autograd(_gather_backward, setup_context=_gather_context)
+_patchify_adjoint.register_autograd(_adjoint_backward, setup_context=_adjoint_context)
+_normalized_targets.register_autograd(_targets_backward, setup_context=_targets_context)

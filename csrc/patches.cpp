@@ -1,0 +1,131 @@
+// Patches straight out of an image: only the wanted pixels are read, converted, reordered and (on demand) normalised.
+//
+// Legend: B images of C channels, patches of p x p pixels in a grid `columns` wide, K of them wanted; a patch is
+// P = p * p * C numbers in the order (row, column, channel). Image strides are in elements, any memory format.
+#include <array>
+#include <cmath>
+
+#include "bindings.h"
+#include "multiversion.h"
+#include "parallel.h"
+
+namespace mimir {
+namespace {
+
+struct Grid {
+    std::int64_t channels, patch_size, columns;
+    std::array<std::int64_t, 4> stride;  // of B, C, H, W
+
+    std::int64_t patch_length() const { return patch_size * patch_size * channels; }
+    std::int64_t corner(std::int64_t b, std::int64_t patch) const {
+        return b * stride[0] + patch / columns * patch_size * stride[2] + patch % columns * patch_size * stride[3];
+    }
+};
+
+MIMIR_INLINE float pixel(float value) { return value; }
+MIMIR_INLINE float pixel(std::uint8_t value) { return static_cast<float>(value) / 255.0f; }
+
+// One row of a patch. Written out for the usual cases so that the strides are constants to the compiler.
+template <typename T>
+MIMIR_INLINE void read_row(const T* row, const Grid& grid, float* out) {
+    const std::int64_t p = grid.patch_size, C = grid.channels, step_c = grid.stride[1], step_w = grid.stride[3];
+    if (step_c == 1 && step_w == C) {  // channels last: already in order
+        for (std::int64_t i = 0; i < p * C; ++i) out[i] = pixel(row[i]);
+    } else if (step_w == 1 && C == 3) {
+        const T *red = row, *green = row + step_c, *blue = row + 2 * step_c;
+        for (std::int64_t i = 0; i < p; ++i) {
+            out[3 * i] = pixel(red[i]);
+            out[3 * i + 1] = pixel(green[i]);
+            out[3 * i + 2] = pixel(blue[i]);
+        }
+    } else {
+        for (std::int64_t i = 0; i < p; ++i) {
+            for (std::int64_t c = 0; c < C; ++c) out[i * C + c] = pixel(row[c * step_c + i * step_w]);
+        }
+    }
+}
+
+template <typename T>
+MIMIR_INLINE void read_patch_body(const T* corner, const Grid& grid, float* __restrict out) {
+    for (std::int64_t y = 0; y < grid.patch_size; ++y) {
+        read_row(corner + y * grid.stride[2], grid, out + y * grid.patch_size * grid.channels);
+    }
+}
+
+MIMIR_MULTIVERSION
+void read_patch(const float* corner, const Grid& grid, float* out) { read_patch_body(corner, grid, out); }
+
+MIMIR_MULTIVERSION
+void read_patch(const std::uint8_t* corner, const Grid& grid, float* out) { read_patch_body(corner, grid, out); }
+
+// To zero mean and unit unbiased variance, eps under the root. Two passes over a patch that lies in the L1 cache.
+MIMIR_MULTIVERSION
+void normalize(float* patch, std::int64_t P, float eps) {
+    float sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t i = 0; i < P; ++i) sum += patch[i];
+    const float mean = sum / static_cast<float>(P);
+#pragma omp simd reduction(+ : squares)
+    for (std::int64_t i = 0; i < P; ++i) squares += (patch[i] - mean) * (patch[i] - mean);
+    const float deviation = std::sqrt(squares / static_cast<float>(P - 1) + eps);
+    for (std::int64_t i = 0; i < P; ++i) patch[i] = (patch[i] - mean) / deviation;
+}
+
+template <typename T>
+void gather(const T* images, const std::int64_t* ids, float* out, std::int64_t B, std::int64_t K, const Grid& grid,
+            bool normalized, float eps, int threads) {
+    const std::int64_t P = grid.patch_length();
+    parallel_for(B * K, 16384 / P + 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            read_patch(images + grid.corner(i / K, ids[i]), grid, out + i * P);
+            if (normalized) normalize(out + i * P, P, eps);
+        }
+    });
+}
+
+// out (B, K, P) float from uint8 or float images.
+void patchify_gather(Address images, Address ids_address, Address out_address, std::int64_t B, std::int64_t K,
+                     std::int64_t channels, std::int64_t patch_size, std::int64_t columns,
+                     std::array<std::int64_t, 4> stride, bool is_uint8, bool normalized, float eps, int threads) {
+    const Grid grid{channels, patch_size, columns, stride};
+    const auto* ids = pointer<const std::int64_t>(ids_address);
+    auto* out = pointer<float>(out_address);
+    if (is_uint8) {
+        gather(pointer<const std::uint8_t>(images), ids, out, B, K, grid, normalized, eps, threads);
+    } else {
+        gather(pointer<const float>(images), ids, out, B, K, grid, normalized, eps, threads);
+    }
+}
+
+// images (B, C, H, W), contiguous and zeroed: the patches in their places. The adjoint of patchify_gather.
+void patchify_scatter(Address patches_address, Address ids_address, Address images_address, std::int64_t B,
+                      std::int64_t K, std::int64_t channels, std::int64_t patch_size, std::int64_t columns,
+                      std::array<std::int64_t, 4> stride, int threads) {
+    const Grid grid{channels, patch_size, columns, stride};
+    const auto* patches = pointer<const float>(patches_address);
+    const auto* ids = pointer<const std::int64_t>(ids_address);
+    auto* images = pointer<float>(images_address);
+    const std::int64_t P = grid.patch_length();
+    parallel_for(B * K, 16384 / P + 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            const float* patch = patches + i * P;
+            float* corner = images + grid.corner(i / K, ids[i]);
+            for (std::int64_t c = 0; c < channels; ++c) {
+                for (std::int64_t y = 0; y < patch_size; ++y) {
+                    float* row = corner + c * stride[1] + y * stride[2];
+                    const float* source = patch + y * patch_size * channels + c;
+                    for (std::int64_t x = 0; x < patch_size; ++x) row[x] = source[x * channels];
+                }
+            }
+        }
+    });
+}
+
+}  // namespace
+
+void bind_patches(pybind11::module_& module) {
+    module.def("patchify_gather", &patchify_gather, Unlocked());
+    module.def("patchify_scatter", &patchify_scatter, Unlocked());
+}
+
+}  // namespace mimir

@@ -1,0 +1,112 @@
+// Rows picked by ids and put back: memory moved row by row instead of element by element.
+//
+// Legend: B images, N patches, K kept ones, D numbers in a row. Rows are dense; strides are in bytes where they are
+// `*_stride`, so that a slice such as x[:, 1:] needs no copy. The ids of an image are distinct (see check_ids).
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+#include "multiversion.h"
+#include "parallel.h"
+
+namespace mimir {
+namespace {
+
+constexpr std::int64_t GRAIN_BYTES = 1 << 16;
+
+// "outside" if an id is not in [0, N), "repeated" if an image names a patch twice, "" if all is well.
+std::string check_ids(Address ids_address, std::int64_t B, std::int64_t K, std::int64_t N, int) {
+    const auto* ids = pointer<const std::int64_t>(ids_address);
+    std::vector<std::int64_t> last_image(N, -1);
+    for (std::int64_t b = 0; b < B; ++b) {
+        for (std::int64_t k = 0; k < K; ++k) {
+            const std::int64_t id = ids[b * K + k];
+            if (id < 0 || id >= N) return "outside";
+            if (last_image[id] == b) return "repeated";
+            last_image[id] = b;
+        }
+    }
+    return "";
+}
+
+// out[b, k] = x[b, ids[b, k]].
+void gather_rows(Address x_address, Address ids_address, Address out_address, std::int64_t B, std::int64_t K,
+                 std::int64_t row_bytes, std::int64_t batch_stride, std::int64_t row_stride, int threads) {
+    const auto* x = pointer<const char>(x_address);
+    const auto* ids = pointer<const std::int64_t>(ids_address);
+    auto* out = pointer<char>(out_address);
+    const std::int64_t grain = GRAIN_BYTES / std::max<std::int64_t>(row_bytes, 1) + 1;
+    parallel_for(B * K, grain, threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            std::memcpy(out + i * row_bytes, x + i / K * batch_stride + ids[i] * row_stride, row_bytes);
+        }
+    });
+}
+
+// inverse[n] = k where ids[k] = n, else -1.
+void invert(const std::int64_t* ids, std::int64_t K, std::vector<std::int64_t>& inverse) {
+    std::fill(inverse.begin(), inverse.end(), -1);
+    for (std::int64_t k = 0; k < K; ++k) inverse[ids[k]] = k;
+}
+
+// out[b, ids[b, k]] = y[b, k], zero elsewhere: the adjoint of gather_rows. Each output row is written once.
+void scatter_rows(Address y_address, Address ids_address, Address out_address, std::int64_t B, std::int64_t K,
+                  std::int64_t N, std::int64_t row_bytes, int threads) {
+    const auto* y = pointer<const char>(y_address);
+    const auto* ids = pointer<const std::int64_t>(ids_address);
+    auto* out = pointer<char>(out_address);
+    parallel_for(B, GRAIN_BYTES / std::max<std::int64_t>(N * row_bytes, 1) + 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        std::vector<std::int64_t> inverse(N);
+        for (std::int64_t b = begin; b < end; ++b) {
+            invert(ids + b * K, K, inverse);
+            for (std::int64_t n = 0; n < N; ++n) {
+                char* row = out + (b * N + n) * row_bytes;
+                if (inverse[n] < 0) {
+                    std::memset(row, 0, row_bytes);
+                } else {
+                    std::memcpy(row, y + (b * K + inverse[n]) * row_bytes, row_bytes);
+                }
+            }
+        }
+    });
+}
+
+MIMIR_MULTIVERSION
+void add_rows(const float* a, const float* b, float* out, std::int64_t D) {
+    for (std::int64_t d = 0; d < D; ++d) out[d] = a[d] + b[d];
+}
+
+// out[b, n] = (visible[b, k] where ids[b, k] = n, else mask_token) + pos_embed[n], all float.
+void scatter_tokens(Address visible_address, Address ids_address, Address mask_token_address, Address pos_embed_address,
+                    Address out_address, std::int64_t B, std::int64_t K, std::int64_t N, std::int64_t D,
+                    std::int64_t batch_stride, std::int64_t row_stride, int threads) {
+    const auto* visible = pointer<const char>(visible_address);
+    const auto* ids = pointer<const std::int64_t>(ids_address);
+    const auto* mask_token = pointer<const float>(mask_token_address);
+    const auto* pos_embed = pointer<const float>(pos_embed_address);
+    auto* out = pointer<float>(out_address);
+    parallel_for(B, GRAIN_BYTES / std::max<std::int64_t>(4 * N * D, 1) + 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        std::vector<std::int64_t> inverse(N);
+        for (std::int64_t b = begin; b < end; ++b) {
+            invert(ids + b * K, K, inverse);
+            for (std::int64_t n = 0; n < N; ++n) {
+                const char* row = visible + b * batch_stride + inverse[n] * row_stride;
+                const float* token = inverse[n] < 0 ? mask_token : reinterpret_cast<const float*>(row);
+                add_rows(token, pos_embed + n * D, out + (b * N + n) * D, D);
+            }
+        }
+    });
+}
+
+}  // namespace
+
+void bind_tokens(pybind11::module_& module) {
+    module.def("check_ids", &check_ids, Unlocked());
+    module.def("gather_rows", &gather_rows, Unlocked());
+    module.def("scatter_rows", &scatter_rows, Unlocked());
+    module.def("scatter_tokens", &scatter_tokens, Unlocked());
+}
+
+}  // namespace mimir

@@ -1,0 +1,169 @@
+"""Patches straight out of an image, and back (see mimir_fast/ops/patches.py).
+
+A tile is BLOCK_R patches by all P numbers of a patch, in the output's order: the stores are contiguous, and the loads
+touch whole 32-byte sectors of the image rows, which the L1 cache hands out to the three channels. Conversion and
+normalisation happen in registers, so a target costs one read of the masked pixels and one write.
+Legend: R = B·K patches, each of PATCH x PATCH pixels of C channels, P = PATCH²·C, image strides in elements.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mimir_kernels.aot import AotCase
+
+TILE = 1024
+
+
+@triton.jit
+def _pixel_offsets(
+    row,
+    element,
+    inside_row,
+    ids_ptr,
+    K,
+    columns,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    PATCH: tl.constexpr,
+):
+    """Where the numbers of these patches lie in the image: int64 (BLOCK_R, BLOCK_P)."""
+    id = tl.load(ids_ptr + row, mask=inside_row, other=0)
+    corner = (row // K).to(tl.int64) * stride_b + (id // columns * stride_h + id % columns * stride_w) * PATCH
+    y, x, c = element // (C * PATCH), element // C % PATCH, element % C
+    return (
+        corner[:, None] + (y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w + c.to(tl.int64) * stride_c)[None, :]
+    )
+
+
+@triton.jit
+def _patchify_gather_kernel(
+    images_ptr,
+    ids_ptr,
+    out_ptr,
+    R,
+    K,
+    columns,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    eps,
+    C: tl.constexpr,
+    PATCH: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    P: tl.constexpr = PATCH * PATCH * C
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    element = tl.arange(0, BLOCK_P)
+    inside = (row < R)[:, None] & (element < P)[None, :]
+    offsets = _pixel_offsets(
+        row, element, row < R, ids_ptr, K, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
+    )
+    x = tl.load(images_ptr + offsets, mask=inside, other=0).to(tl.float32)
+    if images_ptr.dtype.element_ty == tl.uint8:
+        x = tl.div_rn(x, 255.0)  # `/` would be an approximate division
+    if NORM:
+        mean = tl.sum(x, axis=1) / P
+        x = tl.where(inside, x - mean[:, None], 0.0)
+        variance = tl.sum(x * x, axis=1) / (P - 1)
+        x = x / tl.sqrt(variance + eps)[:, None]
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * P + element[None, :], x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _patchify_scatter_kernel(
+    patches_ptr,
+    ids_ptr,
+    images_ptr,
+    R,
+    K,
+    columns,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    PATCH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    P: tl.constexpr = PATCH * PATCH * C
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    element = tl.arange(0, BLOCK_P)
+    inside = (row < R)[:, None] & (element < P)[None, :]
+    offsets = _pixel_offsets(
+        row, element, row < R, ids_ptr, K, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
+    )
+    x = tl.load(patches_ptr + row.to(tl.int64)[:, None] * P + element[None, :], mask=inside)
+    tl.store(images_ptr + offsets, x, mask=inside)
+
+
+def _blocks(P: int) -> tuple[int, int]:
+    block_p = triton.next_power_of_2(P)
+    return max(TILE // block_p, 1), block_p
+
+
+def patchify_gather(
+    images_BCHW: Tensor, ids_BK: Tensor, out_BKP: Tensor, patch_size: int, norm: bool, eps: float
+) -> None:
+    """Launch: images uint8 or float in any layout, ids and out contiguous."""
+    (B, K), C, P = ids_BK.shape, images_BCHW.shape[1], out_BKP.shape[2]
+    block_r, block_p = _blocks(P)
+    if out_BKP.numel():
+        sizes = (B * K, K, images_BCHW.shape[3] // patch_size, *images_BCHW.stride())
+        with torch.cuda.device_of(out_BKP):
+            _patchify_gather_kernel[(triton.cdiv(B * K, block_r),)](
+                *(images_BCHW, ids_BK, out_BKP, *sizes, eps, C, patch_size, norm, block_r, block_p)
+            )
+
+
+def patchify_scatter(patches_BKP: Tensor, ids_BK: Tensor, images_BCHW: Tensor, patch_size: int) -> None:
+    """Launch: the patches go to their places in `images_BCHW`, which the caller has filled with zeros."""
+    (B, K), C, P = ids_BK.shape, images_BCHW.shape[1], patches_BKP.shape[2]
+    block_r, block_p = _blocks(P)
+    if patches_BKP.numel():
+        sizes = (B * K, K, images_BCHW.shape[3] // patch_size, *images_BCHW.stride())
+        with torch.cuda.device_of(images_BCHW):
+            _patchify_scatter_kernel[(triton.cdiv(B * K, block_r),)](
+                *(patches_BKP, ids_BK, images_BCHW, *sizes, C, patch_size, block_r, block_p)
+            )
+
+
+def aot_cases() -> list[AotCase]:
+    """224² images in patches of 16 (stride_w = 1 is specialised away), and CIFAR's patches of 2."""
+    sizes = dict.fromkeys(("R", "K", "columns", "stride_b", "stride_c", "stride_h"), "i32")
+
+    def gather(name: str, pixel: str, out: str, patch: int, norm: bool) -> AotCase:
+        block_r, block_p = _blocks(patch * patch * 3)
+        return AotCase(
+            f"patches.{name}",
+            _patchify_gather_kernel,
+            {"images_ptr": f"*{pixel}", "ids_ptr": "*i64", "out_ptr": f"*{out}", **sizes, "eps": "fp32"},
+            {"stride_w": 1, "C": 3, "PATCH": patch, "NORM": norm, "BLOCK_R": block_r, "BLOCK_P": block_p},
+            ("stride_b", "stride_c", "stride_h"),
+        )
+
+    block_r, block_p = _blocks(768)
+    scatter = AotCase(
+        "patches.scatter_16_fp32",
+        _patchify_scatter_kernel,
+        {"patches_ptr": "*fp32", "ids_ptr": "*i64", "images_ptr": "*fp32", **sizes},
+        {"stride_w": 1, "C": 3, "PATCH": 16, "BLOCK_R": block_r, "BLOCK_P": block_p},
+        ("stride_b", "stride_c", "stride_h"),
+        vector_loads=True,
+    )
+    return [
+        gather("gather_16_uint8", "u8", "fp32", 16, False),
+        gather("gather_16_fp32", "fp32", "fp32", 16, False),
+        gather("targets_16_uint8", "u8", "fp32", 16, True),
+        gather("targets_16_bf16", "bf16", "bf16", 16, True),
+        gather("gather_2_uint8", "u8", "fp32", 2, False),
+        scatter,
+    ]

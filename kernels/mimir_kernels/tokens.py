@@ -1,0 +1,131 @@
+"""Rows of tokens picked by ids, and put back (see mimir_fast/ops/tokens.py).
+
+Both kernels move whole rows: each output element is read and written once, in 16-byte pieces where D allows, with no
+index tensor of the size of the data and no atomics. The scatter asks an inverse map (B, N) who comes to each place, so
+it writes every row exactly once, zeros and mask tokens included.
+Legend: R output rows (B·K or B·N), D numbers in a row, tiles of BLOCK_R rows by BLOCK_D numbers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mimir_kernels.aot import AotCase
+
+TILE = 2048
+
+
+@triton.jit
+def _gather_rows_kernel(
+    x_ptr, ids_ptr, out_ptr, R, K, D, stride_b, stride_n, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (row < R)[:, None] & (column < D)[None, :]
+    id = tl.load(ids_ptr + row, mask=row < R, other=0)  # int64, and so are the offsets made of it
+    source = (row // K).to(tl.int64) * stride_b + id * stride_n
+    x = tl.load(x_ptr + source[:, None] + column[None, :], mask=inside)
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * D + column[None, :], x, mask=inside)
+
+
+@triton.jit
+def _scatter_rows_kernel(
+    y_ptr,
+    inverse_ptr,
+    token_ptr,
+    pos_ptr,
+    out_ptr,
+    R,
+    N,
+    D,
+    stride_b,
+    stride_k,
+    AS_TOKENS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (row < R)[:, None] & (column < D)[None, :]
+    place = tl.load(inverse_ptr + row, mask=row < R, other=-1).to(tl.int64)
+    source = (row // N).to(tl.int64) * stride_b + place * stride_k
+    filled = (place >= 0)[:, None]
+    value = tl.load(y_ptr + source[:, None] + column[None, :], mask=inside & filled, other=0.0)
+    if AS_TOKENS:
+        token = tl.load(token_ptr + column, mask=column < D, other=0.0)[None, :]
+        pos = tl.load(pos_ptr + (row % N).to(tl.int64)[:, None] * D + column[None, :], mask=inside)
+        value = tl.where(filled, value, token) + pos
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * D + column[None, :], value, mask=inside)
+
+
+def _blocks(D: int) -> tuple[int, int]:
+    """A width that divides D where one does (256 for 768), so that no lane idles."""
+    divisor = D & -D
+    block_d = min(divisor, 512) if divisor >= 64 else min(max(triton.next_power_of_2(D), 16), 1024)
+    return TILE // block_d, block_d
+
+
+def gather_rows(x_BND: Tensor, ids_BK: Tensor, out_BKD: Tensor) -> None:
+    """out[b, k] = x[b, ids[b, k]]; rows of x dense, ids and out contiguous."""
+    (B, K), D = ids_BK.shape, x_BND.shape[2]
+    block_r, block_d = _blocks(D)
+    if out_BKD.numel():
+        grid = (triton.cdiv(B * K, block_r), triton.cdiv(D, block_d))
+        with torch.cuda.device_of(out_BKD):
+            _gather_rows_kernel[grid](
+                x_BND, ids_BK, out_BKD, B * K, K, D, x_BND.stride(0), x_BND.stride(1), block_r, block_d
+            )
+
+
+def scatter_rows(
+    y_BKD: Tensor, inverse_BN: Tensor, mask_token_D: Tensor | None, pos_embed_ND: Tensor | None, out_BND: Tensor
+) -> None:
+    """out[b, n] = y[b, inverse[b, n]], else the mask token, plus positions; zeros and nothing where those are None."""
+    B, N, D = out_BND.shape
+    as_tokens = mask_token_D is not None
+    token, pos = (mask_token_D, pos_embed_ND) if as_tokens else (out_BND, out_BND)
+    block_r, block_d = _blocks(D)
+    if out_BND.numel():
+        grid = (triton.cdiv(B * N, block_r), triton.cdiv(D, block_d))
+        strides = y_BKD.stride(0), y_BKD.stride(1)
+        with torch.cuda.device_of(out_BND):
+            _scatter_rows_kernel[grid](
+                y_BKD, inverse_BN, token, pos, out_BND, B * N, N, D, *strides, as_tokens, block_r, block_d
+            )
+
+
+def aot_cases() -> list[AotCase]:
+    """ViT-B tokens (768) into the encoder and the gradient out of it, decoder tokens (512) with mask token."""
+
+    def gather(dtype: str, D: int) -> AotCase:
+        block_r, block_d = _blocks(D)
+        return AotCase(
+            f"tokens.gather_{D}_{dtype}",
+            _gather_rows_kernel,
+            {"x_ptr": f"*{dtype}", "ids_ptr": "*i64", "out_ptr": f"*{dtype}"}
+            | dict.fromkeys(("R", "K", "D", "stride_b", "stride_n"), "i32"),
+            {"BLOCK_R": block_r, "BLOCK_D": block_d},
+            ("D", "stride_b", "stride_n"),
+            vector_loads=True,
+        )
+
+    def scatter(dtype: str, D: int, as_tokens: bool) -> AotCase:
+        block_r, block_d = _blocks(D)
+        pointers = dict.fromkeys(("y_ptr", "token_ptr", "pos_ptr", "out_ptr"), f"*{dtype}")
+        return AotCase(
+            f"tokens.{'scatter' if as_tokens else 'adjoint'}_{D}_{dtype}",
+            _scatter_rows_kernel,
+            pointers | {"inverse_ptr": "*i32"} | dict.fromkeys(("R", "N", "D", "stride_b", "stride_k"), "i32"),
+            {"AS_TOKENS": as_tokens, "BLOCK_R": block_r, "BLOCK_D": block_d},
+            ("D", "stride_b", "stride_k"),
+            vector_loads=True,
+        )
+
+    return [
+        gather("bf16", 768),
+        gather("fp32", 768),
+        scatter("bf16", 768, False),
+        scatter("bf16", 512, True),
+        scatter("fp32", 512, True),
+    ]

@@ -1,0 +1,195 @@
+"""Rows of tokens picked by ids, and put back among mask tokens.
+
+    gather:   y[b, k] = x[b, ids[b, k]]
+    scatter:  z[b, n] = (v[b, k] where ids[b, k] = n, else mask_token) + pos_embed[n]
+
+The ids of one image are distinct, so the adjoint of the gather is a scatter without additions (no atomics, the same
+bits every time), and its adjoint is the gather: both are ops, which gives derivatives of any order.
+Shapes: B images, N patches, K kept ones, D numbers in a token.
+"""
+
+import torch
+from torch import Tensor
+
+from mimir_fast import _native
+from mimir_fast.ops import _checks
+
+
+def gather_patches_reference(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
+    """The definition of `gather_patches`; every kernel is tested against it."""
+    return torch.gather(x_BND, 1, ids_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
+
+
+def scatter_patches_reference(
+    visible_BKD: Tensor, ids_keep_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor
+) -> Tensor:
+    """The definition of `scatter_patches`."""
+    B, _, D = visible_BKD.shape
+    full = mask_token_D.to(visible_BKD.dtype).expand(B, pos_embed_ND.shape[0], D)
+    full = full.scatter(1, ids_keep_BK.unsqueeze(-1).expand(-1, -1, D), visible_BKD)
+    return full + pos_embed_ND.to(full.dtype)
+
+
+def gather_patches(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
+    """y[b, k, :] = x[b, ids[b, k], :] for distinct ids of each image, (B, K, D) of x's dtype.
+
+    Raises:
+        ValueError: batch sizes or devices differ, ids out of range or repeated (on CUDA: with MIMIR_FAST_DEBUG=1).
+        TypeError: ids are not int64.
+    """
+    if x_BND.ndim != 3:
+        raise ValueError(f"x must be (B, N, D), got {tuple(x_BND.shape)}")
+    _checks.check_ids_of("ids", ids_BK, x_BND)
+    return _gather(x_BND, ids_BK)
+
+
+def scatter_patches(visible_BKD: Tensor, ids_keep_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
+    """The decoder's input (B, N, D): visible tokens in their places, the mask token elsewhere, plus positions.
+
+    Differentiable in all three; mask token and positions are cast to the dtype of the visible tokens.
+
+    Raises:
+        ValueError: shapes or devices do not fit, ids out of range or repeated (on CUDA: with MIMIR_FAST_DEBUG=1).
+        TypeError: an integer dtype, or ids that are not int64.
+    """
+    if visible_BKD.ndim != 3 or visible_BKD.shape[:2] != ids_keep_BK.shape:
+        raise ValueError(
+            f"visible must be (B, K, D) with ids_keep (B, K), "
+            f"got {tuple(visible_BKD.shape)} and {tuple(ids_keep_BK.shape)}"
+        )
+    D = visible_BKD.shape[2]
+    if mask_token_D.shape != (D,) or pos_embed_ND.ndim != 2 or pos_embed_ND.shape[1] != D:
+        raise ValueError(
+            f"for visible tokens of {D} numbers mask_token must be ({D},) and pos_embed (N, {D}), "
+            f"got {tuple(mask_token_D.shape)} and {tuple(pos_embed_ND.shape)}"
+        )
+    _checks.check_ids_of("ids_keep", ids_keep_BK, visible_BKD)
+    _checks.check_same_device(visible=visible_BKD, mask_token=mask_token_D, pos_embed=pos_embed_ND)
+    _checks.check_floating(visible=visible_BKD, mask_token=mask_token_D, pos_embed=pos_embed_ND)
+    dtype = visible_BKD.dtype
+    return _scatter_tokens(visible_BKD, ids_keep_BK, mask_token_D.to(dtype), pos_embed_ND.to(dtype))
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """x (B, N, D) itself if each row lies in one piece, as in a slice x[:, 1:]; else a copy."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+@torch.library.custom_op("mimir_fast::gather_patches", mutates_args=())
+def _gather(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
+    _checks.check_ids("ids", ids_BK, x_BND.shape[1])
+    x, ids = _dense_rows(x_BND), ids_BK.contiguous()
+    out = x.new_empty((*ids.shape, x.shape[2]))
+    if x.is_cuda:
+        from mimir_kernels import tokens as kernels
+
+        kernels.gather_rows(x, ids, out)
+    elif _native.has("gather_rows"):
+        size = x.element_size()
+        row_bytes, strides = size * x.shape[2], (size * x.stride(0), size * x.stride(1))
+        _native.run("gather_rows", x, ids, out, *ids.shape, row_bytes, *strides)
+    else:
+        return gather_patches_reference(x, ids)
+    return out
+
+
+@_gather.register_fake
+def _(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
+    return x_BND.new_empty((*ids_BK.shape, x_BND.shape[2]))
+
+
+@torch.library.custom_op("mimir_fast::gather_patches_adjoint", mutates_args=())
+def _gather_adjoint(y_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
+    """(B, N, D): y[b, k] at ids[b, k], zero elsewhere."""
+    y, ids = y_BKD.contiguous(), ids_BK.contiguous()
+    B, K, D = y.shape
+    if y.is_cuda:
+        from mimir_kernels import tokens as kernels
+
+        out = y.new_empty((B, num_patches, D))
+        kernels.scatter_rows(y, _inverse(ids, num_patches), None, None, out)
+    elif _native.has("scatter_rows"):
+        out = y.new_empty((B, num_patches, D))
+        _native.run("scatter_rows", y, ids, out, B, K, num_patches, D * y.element_size())
+    else:
+        out = y.new_zeros((B, num_patches, D)).scatter_(1, ids.unsqueeze(-1).expand(-1, -1, D), y)
+    return out
+
+
+@_gather_adjoint.register_fake
+def _(y_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
+    return y_BKD.new_empty((y_BKD.shape[0], num_patches, y_BKD.shape[2]))
+
+
+@torch.library.custom_op("mimir_fast::scatter_patches", mutates_args=())
+def _scatter_tokens(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
+    N, D = pos_embed_ND.shape
+    _checks.check_ids("ids_keep", ids_BK, N)
+    visible, ids = _dense_rows(visible_BKD), ids_BK.contiguous()
+    mask_token, pos_embed = mask_token_D.contiguous(), pos_embed_ND.contiguous()
+    B, K = ids.shape
+    out = visible.new_empty((B, N, D))
+    if visible.is_cuda:
+        from mimir_kernels import tokens as kernels
+
+        kernels.scatter_rows(visible, _inverse(ids, N), mask_token, pos_embed, out)
+    elif visible.dtype == torch.float32 and _native.has("scatter_tokens"):
+        strides = 4 * visible.stride(0), 4 * visible.stride(1)
+        _native.run("scatter_tokens", visible, ids, mask_token, pos_embed, out, B, K, N, D, *strides)
+    else:
+        return scatter_patches_reference(visible, ids, mask_token, pos_embed)
+    return out
+
+
+@_scatter_tokens.register_fake
+def _(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
+    return visible_BKD.new_empty((visible_BKD.shape[0], *pos_embed_ND.shape))
+
+
+def _inverse(ids_BK: Tensor, num_patches: int) -> Tensor:
+    """(B, N) int32: k where ids[b, k] = n, −1 where no id names patch n."""
+    B, K = ids_BK.shape
+    places = torch.arange(K, dtype=torch.int32, device=ids_BK.device).expand(B, K)
+    return torch.full((B, num_patches), -1, dtype=torch.int32, device=ids_BK.device).scatter_(1, ids_BK, places)
+
+
+def _gather_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, ids = inputs
+    ctx.num_patches = x.shape[1]
+    ctx.save_for_backward(ids)
+
+
+def _gather_backward(ctx, grad_BKD: Tensor):  # type: ignore[no-untyped-def]
+    return _gather_adjoint(grad_BKD, ctx.saved_tensors[0], ctx.num_patches), None
+
+
+def _adjoint_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[1])
+
+
+def _adjoint_backward(ctx, grad_BND: Tensor):  # type: ignore[no-untyped-def]
+    return _gather(grad_BND, ctx.saved_tensors[0]), None, None
+
+
+def _scatter_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[1])
+
+
+def _scatter_backward(ctx, grad_BND: Tensor):  # type: ignore[no-untyped-def]
+    (ids,) = ctx.saved_tensors
+    needs_visible, _, needs_token, needs_pos = ctx.needs_input_grad
+    grad_token = None
+    if needs_token:  # one matrix-vector product instead of a copy of the masked rows
+        masked = grad_BND.new_ones(grad_BND.shape[:2]).scatter(1, ids, 0.0)
+        grad_token = masked.flatten() @ grad_BND.flatten(0, 1)
+    return (
+        _gather(grad_BND, ids) if needs_visible else None,
+        None,
+        grad_token,
+        grad_BND.sum(0) if needs_pos else None,
+    )
+
+
+_gather.register_autograd(_gather_backward, setup_context=_gather_context)
+_gather_adjoint.register_autograd(_adjoint_backward, setup_context=_adjoint_context)
+_scatter_tokens.register_autograd(_scatter_backward, setup_context=_scatter_context)
