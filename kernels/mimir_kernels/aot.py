@@ -45,7 +45,7 @@ class AotCase:
     """One tuned configuration of one kernel, compiled as the launcher would.
 
     Attributes:
-        name: unique, `<module>.<what>`; the key in the table.
+        name: `<module>.<what>`, once for each capability; `<name>/sm_<capability>` is the key in the table.
         kernel: the `@triton.jit` function (or an autotuned one around it).
         signature: run-time argument → Triton type, such as {"x_ptr": "*bf16", "n": "i32"}, in the kernel's order.
         constexprs: compile-time argument → value; also for arguments the launcher specialises, such as a stride of 1.
@@ -128,19 +128,21 @@ def broken_promises(case: AotCase, metrics: AotMetrics) -> list[str]:
     return found
 
 
-def discover_cases() -> dict[str, AotCase]:
-    """The cases of every module of this package that exports `aot_cases() -> list[AotCase]`, by name."""
+def discover_cases() -> dict[str, tuple[AotCase, int]]:
+    """`<name>/sm_<cc>` → the case and the capability, of every module here with `aot_cases() -> list[AotCase]`."""
     import mimir_kernels
 
-    cases: dict[str, AotCase] = {}
+    cases: dict[str, tuple[AotCase, int]] = {}
     for info in pkgutil.iter_modules(mimir_kernels.__path__):
         if info.name == "aot":  # it is running
             continue
         module = importlib.import_module(f"mimir_kernels.{info.name}")
         for case in getattr(module, "aot_cases", list)():
-            if case.name in cases:
-                raise ValueError(f"two AOT cases are named {case.name!r}: names are the keys of the table")
-            cases[case.name] = case
+            for capability in case.capabilities:
+                key = f"{case.name}/sm_{capability}"
+                if key in cases:
+                    raise ValueError(f"two AOT cases are named {key!r}: names are the keys of the table")
+                cases[key] = case, capability
     return cases
 
 
@@ -186,19 +188,16 @@ def _require_compiler() -> None:
         raise RuntimeError("TRITON_INTERPRET=1 turns kernels into Python functions; unset it to compile them")
 
 
-def _compile_by_name(job: tuple[str, int]) -> AotMetrics:
+def _compile_by_key(key: str) -> AotMetrics:
     """A worker's job: a kernel does not pickle, its name does."""
-    name, capability = job
-    return compile_case(discover_cases()[name], capability)
+    return compile_case(*discover_cases()[key])
 
 
-def compile_all(cases: Mapping[str, AotCase], capabilities: Sequence[int], num_workers: int) -> dict[str, AotMetrics]:
-    """Metrics by `<case name>/sm_<capability>`, compiled in `num_workers` fresh processes."""
-    jobs = [(name, cc) for name, case in cases.items() for cc in capabilities if cc in case.capabilities]
+def compile_all(keys: Sequence[str], num_workers: int) -> dict[str, AotMetrics]:
+    """Metrics of these keys of `discover_cases()`, compiled in `num_workers` fresh processes."""
     # Spawned, not forked: MLIR keeps threads and locks that a fork would copy half-way.
     with concurrent.futures.ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as pool:
-        results = list(pool.map(_compile_by_name, jobs))
-    return {f"{name}/sm_{cc}": metrics for (name, cc), metrics in zip(jobs, results, strict=True)}
+        return dict(zip(keys, pool.map(_compile_by_key, keys), strict=True))
 
 
 def _differences(expected: Mapping[str, Any], results: Mapping[str, AotMetrics]) -> list[str]:
@@ -245,13 +244,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--update writes the whole table: leave out --only and --capability")
 
     _require_compiler()
-    cases = {name: case for name, case in discover_cases().items() if name.startswith(args.only)}
-    results = compile_all(cases, args.capability, args.workers)
+    cases = {
+        key: (case, capability)
+        for key, (case, capability) in discover_cases().items()
+        if key.startswith(args.only) and capability in args.capability
+    }
+    results = compile_all(list(cases), args.workers)
     _print_table(results)
     problems = [
-        f"{key}: {problem}"
-        for key, metrics in results.items()
-        for problem in broken_promises(cases[key.rpartition("/")[0]], metrics)
+        f"{key}: {problem}" for key, metrics in results.items() for problem in broken_promises(cases[key][0], metrics)
     ]
     if args.update:
         _write_table(args.update, results)

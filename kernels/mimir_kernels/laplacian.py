@@ -1,0 +1,103 @@
+"""The gradient of any function of distances: a weighted sum of differences, as one matrix product.
+
+    out_i = −4 γ Σ_j C_ij (x_i − x_j) = −4 γ (x_i Σ_j C_ij − Σ_j C_ij x_j)        C symmetric
+
+Shapes: N samples, D features; C arrives as a panel of P rows by N columns, so that nothing N×N need exist.
+
+Work: 2·P·N·D FLOP (threefold on bf16 tensor cores, see gram.py); an fp32 operand is read once for BLOCK products. The
+sums Σ_j C_ij ride along, as the tile of C is in registers already. Where the P×D output has too few tiles for the GPU,
+the sum over j is split and the parts are added in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mimir_kernels.aot import CAPABILITIES, AotCase
+from mimir_kernels.gram import PRECISIONS, Precision, accumulate, capability_of, gram_config
+from mimir_kernels.interpret import INTERPRETED
+
+
+@triton.jit
+def _laplacian_kernel(
+    weights_ptr, x_ptr, gamma_ptr, out_ptr, first_row, panel_rows, num_rows, num_features, cols_per_split,
+    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """A BLOCK×BLOCK tile of the output → out[split, row of the panel, feature]."""
+    split = tl.program_id(2)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    features = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row_mask, feature_mask = (rows < panel_rows)[:, None], (features < num_features)[None, :]
+    begin = split * cols_per_split
+    end = tl.minimum(begin + cols_per_split, num_rows)
+    cols = tl.arange(0, BLOCK_J)
+    weights_ptrs = weights_ptr + rows[:, None].to(tl.int64) * num_rows + (begin + cols)[None, :]
+    x_ptrs = x_ptr + (begin + cols)[:, None].to(tl.int64) * num_features + features[None, :]
+    totals = tl.zeros((BLOCK,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for j in range(begin, end, BLOCK_J):
+        inside = cols < end - j
+        weights = tl.load(weights_ptrs, mask=row_mask & inside[None, :], other=0.0)
+        x_j = tl.load(x_ptrs, mask=inside[:, None] & feature_mask, other=0.0)
+        totals += tl.sum(weights, axis=1)
+        acc = accumulate(acc, weights, x_j, PRECISION, INTERPRET)
+        weights_ptrs += BLOCK_J
+        x_ptrs += BLOCK_J * num_features.to(tl.int64)
+    inside = row_mask & feature_mask
+    x_i = tl.load(
+        x_ptr + (first_row + rows)[:, None].to(tl.int64) * num_features + features[None, :], mask=inside, other=0.0
+    )
+    scale = -4.0 * tl.load(gamma_ptr).to(tl.float32)
+    out_rows = split.to(tl.int64) * panel_rows + rows[:, None]
+    tl.store(out_ptr + out_rows * num_features + features[None, :], scale * (totals[:, None] * x_i - acc), mask=inside)
+
+
+def laplacian_product(
+    weights_PN: Tensor, x_ND: Tensor, gamma: Tensor, out_PD: Tensor, first_row: int, precision: Precision = "bf16x3"
+) -> None:
+    """Write −4γ Σ_j C_ij (x_i − x_j) for rows i = first_row … first_row + P − 1.
+
+    Args:
+        weights_PN: rows of symmetric C, fp32 contiguous.    x_ND: fp32 contiguous.    gamma: scalar tensor.
+        out_PD: fp32 contiguous, overwritten.
+    """
+    panel_rows, num_rows = weights_PN.shape
+    num_features = x_ND.shape[1]
+    config = gram_config(precision, capability_of(x_ND.device))
+    grid = triton.cdiv(panel_rows, config.block), triton.cdiv(num_features, config.block)
+    # By shape alone; a split keeps at least 1024 columns.
+    splits = max(1, min(triton.cdiv(264, grid[0] * grid[1]), num_rows // 1024))
+    per_split = triton.cdiv(triton.cdiv(num_rows, splits), config.block_d) * config.block_d
+    splits = triton.cdiv(num_rows, per_split)
+    parts = out_PD[None] if splits == 1 else out_PD.new_empty((splits, *out_PD.shape))
+    _laplacian_kernel[(*grid, splits)](
+        weights_PN, x_ND, gamma, parts, first_row, panel_rows, num_rows, num_features, per_split,
+        BLOCK=config.block, BLOCK_J=config.block_d, PRECISION=precision, INTERPRET=INTERPRETED,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        torch.sum(parts, dim=0, out=out_PD)
+
+
+def aot_cases() -> list[AotCase]:
+    """Each (precision, capability)."""
+    signature = {"weights_ptr": "*fp32", "x_ptr": "*fp32", "gamma_ptr": "*fp64", "out_ptr": "*fp32"}
+    sizes = ("first_row", "panel_rows", "num_rows", "num_features", "cols_per_split")
+    return [
+        AotCase(
+            f"laplacian.product_{precision}",
+            _laplacian_kernel,
+            signature | dict.fromkeys(sizes, "i32"),
+            {"BLOCK": config.block, "BLOCK_J": config.block_d, "PRECISION": precision, "INTERPRET": False},
+            divisible_by_16=sizes,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            vector_loads=True,
+            tensor_cores=True,
+            capabilities=(capability,),
+        )
+        for precision in PRECISIONS
+        for capability in CAPABILITIES
+        for config in [gram_config(precision, capability)]
+    ]

@@ -1,0 +1,236 @@
+"""Triton kernels of the sums over pairs: the dense and the streaming regime against the float64 definition.
+
+Without a GPU the kernels are interpreted. Fresh memory is filled with NaN, so an output or workspace that a kernel
+reads before writing shows.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+pair_sums = pytest.importorskip("mimir_kernels.pair_sums")
+pair_tiles = pytest.importorskip("mimir_kernels.pair_tiles")
+
+# (N, D_x, D_y): the awkward ones; two tiles a side, one sample, one feature, an odd number of everything
+SHAPES = [(67, 500, 33), (1, 1, 1), (2, 33, 1), (13, 60, 128), (64, 16, 8), (129, 20, 40)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan() -> Iterator[None]:
+    """`torch.empty` gives NaN while a test runs."""
+    flag, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(flag)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(params=["dense", "streaming"])
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small problems are dense by themselves; here they stream too, in panels of one row of tiles."""
+    if request.param == "streaming":
+        monkeypatch.setattr(pair_sums, "DENSE_ROWS", 0)
+        monkeypatch.setattr(pair_sums, "PANEL_BYTES", 0)
+        monkeypatch.setattr(pair_tiles, "PANEL_BLOCKS", 1)
+    return request.param
+
+
+def samples(n: int, d: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(n, d), far from centred."""
+    return (torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + 3).to(device, dtype)
+
+
+def scalar(value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def rbf_minus_one(x: Tensor, gamma: Tensor) -> Tensor:
+    """The definition: direct differences, float64."""
+    x = x.double()
+    return torch.expm1(-gamma * (x[:, None] - x[None, :]).square().sum(-1))
+
+
+def sums(x: Tensor, y: Tensor, gamma_x: Tensor, gamma_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    k, l_ = rbf_minus_one(x, gamma_x), rbf_minus_one(y, gamma_y)
+    return (k * l_).sum(), k.sum(1), l_.sum(1)
+
+
+def biased_hsic(s: Tensor, r: Tensor, q: Tensor) -> Tensor:
+    n = len(r)
+    return (s - 2 / n * (r * q).sum() + r.sum() * q.sum() / n**2) / n**2
+
+
+def unbiased_hsic(s: Tensor, r: Tensor, q: Tensor) -> Tensor:
+    n = len(r)
+    return (s - 2 / (n - 2) * (r * q).sum() + r.sum() * q.sum() / ((n - 1) * (n - 2))) / (n * (n - 3))
+
+
+def renyi_information(s: Tensor, r: Tensor, q: Tensor) -> Tensor:
+    """Order 2, from sums at twice γ: K² is a Gaussian kernel too."""
+    n2 = len(r) ** 2
+    return torch.log2((n2 + r.sum() + q.sum() + s) * n2 / ((n2 + r.sum()) * (n2 + q.sum())))
+
+
+def relative_error(actual: Tensor, wanted: Tensor) -> float:
+    return ((actual.double() - wanted).norm() / wanted.norm().clamp_min(1e-300)).item()
+
+
+def estimate_and_gradients(
+    estimator: Callable[..., Tensor], x: Tensor, y: Tensor, gamma_x: Tensor, gamma_y: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the op does it: kernel sums, autograd through the scalar formula, kernel adjoint."""
+    s, r, q, k, l_ = pair_sums.forward(x, y, gamma_x, gamma_y, keep)
+    leaves = [t.requires_grad_() for t in (s, r, q)]
+    value = estimator(*leaves)
+    grads = torch.autograd.grad(value, leaves)
+    return value, *pair_sums.backward(*grads, x, y, gamma_x, gamma_y, k, l_, True, True)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_match_definition(shape, regime, triton_device):
+    n, d_x, d_y = shape
+    x, y = samples(n, d_x, 0, triton_device), samples(n, d_y, 1, triton_device)
+    gammas = scalar(0.02 / d_x, triton_device), scalar(0.5 / d_y, triton_device)
+    actual = pair_sums.forward(x, y, *gammas, False)[:3]
+    for a, wanted in zip(actual, sums(x, y, *gammas), strict=True):
+        assert a.dtype == torch.float64
+        assert relative_error(a, wanted) < 2e-6 or a.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(67, 150, 33), (2, 33, 1), (13, 60, 128), (129, 20, 40)], ids=str)
+def test_gradients_match_autograd_of_definition(shape, regime, triton_device):
+    n, d_x, d_y = shape
+    x, y = samples(n, d_x, 0, triton_device), samples(n, d_y, 1, triton_device)
+    gammas = scalar(0.02 / d_x, triton_device), scalar(0.5 / d_y, triton_device)
+    _, grad_x, grad_y = estimate_and_gradients(biased_hsic, x, y, *gammas, keep=False)
+    exact = [t.double().requires_grad_() for t in (x, y)]
+    wanted = torch.autograd.grad(biased_hsic(*sums(*exact, *gammas)), exact)
+    for actual, want in zip((grad_x, grad_y), wanted, strict=True):
+        assert actual.dtype == torch.float32
+        assert relative_error(actual, want) < 3e-5
+
+
+@pytest.mark.parametrize("estimator", [biased_hsic, unbiased_hsic, renyi_information])
+def test_estimators_meet_the_accuracy_target(estimator, regime, triton_device):
+    """Value to 1e-5 and gradient to 1e-4 where kernels are nearly constant, 0.999 off the diagonal."""
+    n, d_x, d_y = 40, 1000, 200
+    scene, basis = samples(n, 4, 0, triton_device) - 3, samples(4, d_x + d_y, 1, triton_device) - 3
+    x = 0.5 + 0.05 * scene @ basis[:, :d_x] + 0.05 * (samples(n, d_x, 2, triton_device) - 3)
+    y = torch.tanh(scene @ basis[:, d_x:])
+    gammas = scalar(1 / (2 * 25 * 0.02 * d_x), triton_device), scalar(1 / (2 * 25 * d_y), triton_device)
+    if estimator is renyi_information:  # its kernels must not be constant, or it is zero
+        gammas = scalar(32 / d_x, triton_device), scalar(1 / d_y, triton_device)
+    value, *grads = estimate_and_gradients(estimator, x, y, *gammas, keep=regime == "dense")
+    exact = [t.double().requires_grad_() for t in (x, y)]
+    wanted = estimator(*sums(*exact, *gammas))
+    assert relative_error(value.detach(), wanted.detach()) < 1e-5
+    for actual, want in zip(grads, torch.autograd.grad(wanted, exact), strict=True):
+        assert relative_error(actual, want) < 1e-4
+
+
+def test_distances_far_smaller_than_norms(triton_device):
+    """Image-like: all samples share a mean a hundred times their differences; centring comes first."""
+    x = 100 + samples(16, 300, 0, triton_device) / 10
+    gamma = scalar(1 / 300, triton_device)
+    s, r, _, _, _ = pair_sums.forward(x, x.clone(), gamma, gamma, False)
+    wanted_s, wanted_r, _ = sums(x, x, gamma, gamma)
+    assert relative_error(s, wanted_s) < 1e-5
+    assert relative_error(r, wanted_r) < 1e-5
+
+
+@pytest.mark.parametrize("need_x, need_y", [(True, False), (False, True)])
+def test_one_gradient_alone(need_x, need_y, regime, triton_device):
+    x, y = samples(20, 12, 0, triton_device), samples(20, 7, 1, triton_device)
+    gamma, ones = scalar(0.1, triton_device), torch.ones(20, dtype=torch.float64, device=triton_device)
+    empty = x.new_empty(0, 0)
+    args = (gamma, ones, ones, x, y, gamma, gamma, empty, empty)
+    both = pair_sums.backward(*args, True, True)
+    alone = pair_sums.backward(*args, need_x, need_y)
+    for wanted, actual, needed in zip(both, alone, (need_x, need_y), strict=True):
+        assert torch.equal(actual, wanted if needed else wanted[:0])
+
+
+def test_kept_matrices_give_the_same_bits(triton_device):
+    x, y = samples(30, 12, 0, triton_device), samples(30, 7, 1, triton_device)
+    gamma = scalar(0.1, triton_device)
+    kept = estimate_and_gradients(biased_hsic, x, y, gamma, gamma, keep=True)
+    again = estimate_and_gradients(biased_hsic, x, y, gamma, gamma, keep=False)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+def test_same_input_twice_needs_one_matrix(regime, triton_device):
+    """CKA asks for HSIC(x, x); the short cut gives what the long way gives."""
+    x, gamma = samples(70, 12, 0, triton_device), scalar(0.1, triton_device)
+    short = pair_sums.forward(x, x, gamma, gamma, False)
+    long = pair_sums.forward(x, x.clone(), gamma, gamma, False)
+    for a, b in zip(short[:3], long[:3], strict=True):
+        assert relative_error(a, b) < 1e-7
+
+
+def test_same_bits_every_time(regime, triton_device):
+    x, y = samples(100, 50, 0, triton_device), samples(100, 20, 1, triton_device)
+    gamma = scalar(0.05, triton_device)
+    runs = [estimate_and_gradients(biased_hsic, x, y, gamma, gamma, keep=False) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_strides_and_half_precision(triton_device):
+    """Transposed and sliced inputs are read as they lie or copied; bf16 is exact in fp32."""
+    x, y = samples(24, 18, 0, triton_device).t(), samples(18, 64, 1, triton_device)[:, ::2]
+    gamma = scalar(0.05, triton_device)
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = x.to(dtype), y.to(dtype)
+        strided = pair_sums.forward(a, b, gamma, gamma, False)
+        contiguous = pair_sums.forward(a.float().contiguous(), b.float().contiguous(), gamma, gamma, False)
+        assert all(torch.equal(u, v) for u, v in zip(strided[:3], contiguous[:3], strict=True))
+
+
+def test_bf16_products_are_an_option(triton_device):
+    """One tensor-core product instead of three: rounding of the operands shows, as much as it should."""
+    x, gamma = samples(32, 512, 0, triton_device), scalar(1 / 512, triton_device)
+    k = [pair_sums.forward(x, x.clone(), gamma, gamma, True, precision=p)[3] for p in ("bf16", "bf16x3")]
+    wanted = rbf_minus_one(x, gamma)
+    assert relative_error(k[1], wanted) < 1e-6
+    assert 1e-5 < relative_error(k[0], wanted) < 1e-3
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [(512, 150_528, 768), (2048, 37_632, 768)], ids=str)
+def test_accuracy_on_image_like_data(shape):
+    """The target at full size, on tensor cores: value to 1e-5, gradient to 1e-4 of float64, kernel around 0.9996."""
+    n, d_x, d_y = shape
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    base = torch.rand(d_x, generator=generator, device=device)
+    scene = torch.randn(n, 16, generator=generator, device=device)
+    x = base + 0.05 * scene @ torch.randn(16, d_x, generator=generator, device=device) / 4
+    x = (x + 0.1 * torch.randn(n, d_x, generator=generator, device=device)).clamp_(0, 1)
+    y = torch.tanh(scene @ torch.randn(16, d_y, generator=generator, device=device))
+    gammas = scalar(1 / (50 * d_x), device), scalar(1 / (50 * d_y), device)
+    value, *grads = estimate_and_gradients(biased_hsic, x, y, *gammas, keep=True)
+    exact = [t.double().requires_grad_() for t in (x, y)]
+    matrices = []
+    for t, gamma in zip(exact, gammas, strict=True):
+        gram = t @ t.T
+        d2 = gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
+        matrices.append(torch.expm1(-gamma * d2.fill_diagonal_(0)))
+    k, l_ = matrices
+    wanted = biased_hsic((k * l_).sum(), k.sum(1), l_.sum(1))
+    assert relative_error(value.detach(), wanted.detach()) < 1e-5
+    for actual, want in zip(grads, torch.autograd.grad(wanted, exact), strict=True):
+        assert relative_error(actual, want) < 1e-4
+
+
+@pytest.mark.cuda
+def test_streaming_memory_is_linear_in_samples():
+    """N = 32,768 with gradients within 1 GiB beside inputs and gradients; two kernel matrices would take 8 GiB."""
+    device, gamma = torch.device("cuda"), scalar(1e-3, torch.device("cuda"))
+    x, y = samples(32_768, 128, 0, device), samples(32_768, 128, 1, device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    estimate_and_gradients(biased_hsic, x, y, gamma, gamma, keep=False)
+    assert torch.cuda.max_memory_allocated() - before < 2**30
