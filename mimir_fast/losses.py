@@ -62,7 +62,7 @@ class HSICLoss(nn.Module):
 
 
 class MutualInformationPenalty(nn.Module):
-    """MIMIR's regulariser λ·I(x, z) of images x and latents z (arXiv 2312.04960, Eq. 10).
+    """MIMIR's regulariser λ·I(x, z) of images x and latents z (arXiv 2312.04960, Algorithm 1).
 
     Args:
         estimator: `hsic` (the paper), `nhsic` (the authors' code) or `renyi` (the paper's appendix F). λ does not carry

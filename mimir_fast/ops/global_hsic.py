@@ -2,8 +2,8 @@
 
 Rank r computes the rows of K and L that belong to its samples: n×N pairs instead of N×N. Its row sums are then
 complete, and one gather of 2n + 1 numbers gives every rank (s, r, q) of the global batch. In the backward pass the
-weights C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2) of its own rows give the whole gradient of its own samples, since
-K is symmetric: nothing is communicated.
+weights C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2) of its own rows give the whole gradient of its own samples,
+since K is symmetric: nothing is communicated.
 Shapes: n samples of this rank, R ranks, N = R·n samples of the global batch, D features.
 """
 
@@ -108,7 +108,7 @@ class _GlobalPairSums(torch.autograd.Function):
         # Added in the order of the ranks by each of them: the same bits everywhere, unlike an all-reduce.
         gathered = all_gather(partial[None], group)
         total = gathered[:, 0].sum()
-        must_be_finite(x_ND, y_ND, total)
+        must_be_finite(total, x=x_ND, y=y_ND)
         return total, gathered[:, 1 : 1 + n].flatten(), gathered[:, 1 + n :].flatten()
 
     @staticmethod

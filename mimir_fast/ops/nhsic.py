@@ -70,9 +70,7 @@ def nhsic(x: Tensor, y: Tensor, *, sigma: float = 5.0, eps: float = 1e-5) -> Ten
 @torch.library.custom_op("mimir_fast::nhsic_from_kernels", mutates_args=())
 def _nhsic_from_kernels(k_NN: Tensor, l_NN: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     n = k_NN.shape[0]
-    # cholesky_ex reports a failure in a tensor on the device, where `cholesky` would make the host wait to look at it.
-    # HKH + cI is positive definite unless it holds NaNs, and then so does the value.
-    p_x, p_y = (torch.cholesky_inverse(torch.linalg.cholesky_ex(_regularised(k, eps * n)).L) for k in (k_NN, l_NN))
+    p_x, p_y = (_inverse(_regularised(k, eps * n)) for k in (k_NN, l_NN))
     return (_identity_minus(p_x, eps * n) * _identity_minus(p_y, eps * n)).sum(), p_x, p_y
 
 
@@ -82,10 +80,20 @@ def _(k_NN: Tensor, l_NN: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _regularised(k_NN: Tensor, c: float) -> Tensor:
-    """HKH + cI."""
-    centered = center(k_NN)
+    """HKH + cI, exactly symmetric."""
+    # The BLAS may round k_ij and k_ji differently. Cholesky reads one triangle only, whose rows would then not sum to
+    # zero; and along the vector of ones the inverse magnifies by 1/c.
+    centered = center((k_NN + k_NN.mT) / 2)
     centered.diagonal().add_(c)
     return centered
+
+
+def _inverse(a_NN: Tensor) -> Tensor:
+    """Of a symmetric positive definite matrix."""
+    # cholesky_ex reports a failure in a tensor on the device, where `cholesky` makes the host wait to look at it.
+    # HKH + cI is positive definite unless it holds NaNs, and then so does the value. LAPACK's result is column by
+    # column, hence the transpose, which a symmetric matrix does not notice.
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(a_NN).L).mT.contiguous()
 
 
 def _identity_minus(p_NN: Tensor, c: float) -> Tensor:

@@ -54,7 +54,7 @@ def _pair_sums(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with no_autocast(x_ND.device):
         s, r, q, k, l_ = pair_tiles.forward(x_ND, y_ND, gamma_x, gamma_y, keep)
-    must_be_finite(x_ND, y_ND, s)
+    must_be_finite(s, x=x_ND, y=y_ND)
     return s, r, q, k, l_
 
 

@@ -69,15 +69,15 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"wanted {name} > 0, got {value}")
 
 
-def must_be_finite(x_ND: Tensor, y_ND: Tensor, sums: Tensor) -> None:
-    """Refuse NaN and Inf, at the price of looking at the sums instead of the data.
+def must_be_finite(sums: Tensor, **samples: Tensor) -> None:
+    """Refuse NaN and Inf in the samples, at the price of looking at sums they went into instead.
 
     On CUDA this would make the host wait, so there it happens only under MIMIR_FAST_DEBUG=1.
     """
     if sums.is_cuda and os.environ.get("MIMIR_FAST_DEBUG", "0") != "1":
         return
     if not bool(sums.isfinite().all()):
-        bad = [name for name, t in (("x", x_ND), ("y", y_ND)) if not bool(t.isfinite().all())]
+        bad = [name for name, t in samples.items() if not bool(t.isfinite().all())]
         where = f"found NaN or Inf in {' and '.join(bad)}" if bad else "the distances overflow float32"
         raise ValueError(f"wanted finite samples, {where}: look at what produced them (learning rate, loss scale)")
 

@@ -41,7 +41,7 @@ def _rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
         kernel = TiledKernel(centered_rows(x_ND, dtype), gamma, into=k_NN)
         for rows, columns in lower_tiles(n, x_ND.device):
             kernel.tile(rows, columns, sums=True)
-    must_be_finite(x_ND, x_ND, kernel.sums)
+    must_be_finite(kernel.sums, samples=x_ND)
     return k_NN
 
 

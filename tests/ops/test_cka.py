@@ -1,0 +1,85 @@
+"""CKA: what it is invariant to, and both kernels against formulas written from N×N matrices."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mimir_fast import cka, hsic
+
+
+def samples(n: int = 40) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 3, 5, generator=g, dtype=torch.float64)
+    return x, x.flatten(1)[:, :6] + torch.randn(n, 6, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("bandwidth", ["reference", "paper", "median"])
+def test_rbf_is_a_ratio_of_hsics(estimator: str, bandwidth: str) -> None:
+    x, y = samples()
+    options = {"estimator": estimator, "bandwidth": bandwidth}
+    expected = hsic(x, y, **options) / (hsic(x, x, **options) * hsic(y, y, **options)).sqrt()
+    torch.testing.assert_close(cka(x, y, **options), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("n", [5, 40])  # fewer samples than features, and more
+def test_linear_is_the_gram_formula(n: int) -> None:
+    x, y = samples(n)
+    h = torch.eye(n, dtype=x.dtype) - 1 / n
+    k, l_ = (h @ (z.flatten(1) @ z.flatten(1).T) @ h for z in (x, y))
+    expected = (k * l_).sum() / (k.norm() * l_.norm())
+    torch.testing.assert_close(cka(x, y, kernel="linear"), expected, rtol=1e-10, atol=0)
+
+
+def test_unbiased_linear_is_fair_when_features_outnumber_samples() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 1000, generator=g), torch.randn(20, 1000, generator=g)
+    assert float(cka(x, y, kernel="linear")) > 0.9  # independent, and yet
+    assert abs(float(cka(x, y, kernel="linear", estimator="unbiased"))) < 0.2
+
+
+@pytest.mark.parametrize("options", [{"kernel": "linear"}, {"bandwidth": "median"}], ids=str)
+def test_rotation_and_scale_change_nothing(options: dict[str, str]) -> None:
+    x, y = samples()
+    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=x.dtype)).Q
+    torch.testing.assert_close(cka(x, 7 * y @ rotation + 3, **options), cka(x, y, **options), rtol=1e-8, atol=0)
+    torch.testing.assert_close(cka(y, 7 * y @ rotation, **options), torch.ones((), dtype=x.dtype))
+
+
+@pytest.mark.parametrize("options", [{"kernel": "linear"}, {}], ids=str)
+def test_constant_features_give_zero(options: dict[str, str]) -> None:
+    x, y = samples()
+    constant = torch.ones_like(x, requires_grad=True)
+    value = cka(constant, y, **options)
+    value.backward()
+    assert value == 0
+    assert bool(constant.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_gradients(kernel: str, estimator: str) -> None:
+    x, y = (t.flatten(1)[:, :3].clone().requires_grad_() for t in samples(6))
+
+    def value(x: Tensor, y: Tensor) -> Tensor:
+        return cka(x, y, kernel=kernel, estimator=estimator, sigma_x=1.0)
+
+    assert torch.autograd.gradcheck(value, (x, y))
+    assert torch.autograd.gradgradcheck(value, (x, y))
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_compiles_without_graph_break(kernel: str, device: torch.device) -> None:
+    x, y = (t.float().to(device).requires_grad_() for t in samples())
+    expected = torch.autograd.grad(cka(x, y, kernel=kernel), (x, y))
+    value = torch.compile(cka, fullgraph=True, backend="aot_eager")(x, y, kernel=kernel)
+    for a, e in zip(torch.autograd.grad(value, (x, y)), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
+
+
+def test_refuses_bad_input() -> None:
+    x, y = samples()
+    with pytest.raises(ValueError, match="kernel as one of 'rbf', 'linear', got 'cosine'"):
+        cka(x, y, kernel="cosine")
+    with pytest.raises(ValueError, match="at least 4 samples"):
+        cka(x[:3], y[:3], estimator="unbiased")

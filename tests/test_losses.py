@@ -1,0 +1,73 @@
+"""The loss modules in somebody's own training loop."""
+
+import pytest
+import torch
+from torch import nn
+
+from mimir_fast import HSICLoss, MutualInformationPenalty, hsic, nhsic, renyi_mi
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(32, 3, 4, 4, generator=g), torch.rand(32, 10, generator=g)
+
+
+def test_a_penalty_removes_a_dependence() -> None:
+    """Train features to predict `label` while forgetting `nuisance`: ten lines of an ordinary loop."""
+    torch.manual_seed(0)
+    nuisance, label = torch.randn(128, 1), torch.randn(128, 1)
+    inputs = torch.cat([label + nuisance, label - nuisance, nuisance], dim=1)
+    dependence = {}
+    for weight in (0.0, 30.0):
+        torch.manual_seed(1)
+        encoder, head = nn.Linear(3, 4), nn.Linear(4, 1)
+        penalty = HSICLoss(bandwidth="median", estimator="unbiased")
+        optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=0.03)
+        for _ in range(60):
+            features = encoder(inputs)
+            loss = nn.functional.mse_loss(head(features), label) + weight * penalty(features, nuisance)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        dependence[weight] = float(penalty(encoder(inputs).detach(), nuisance))
+    assert dependence[30.0] < 0.2 * dependence[0.0]
+
+
+def test_hsic_loss_is_hsic(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    options = {"sigma_x": 1.0, "sigma_y": 2.0, "bandwidth": "paper", "normalizer": "(n-1)^2"}
+    assert torch.equal(HSICLoss(**options)(*batch), hsic(*batch, **options))
+    # Without torch.distributed the global batch is this batch.
+    assert torch.equal(HSICLoss(global_batch=True)(*batch), hsic(*batch))
+
+
+@pytest.mark.parametrize("global_batch", [False, True])
+def test_penalty_is_weighted_information(batch: tuple[torch.Tensor, torch.Tensor], global_batch: bool) -> None:
+    expected = {"hsic": hsic(*batch), "nhsic": nhsic(*batch), "renyi": renyi_mi(*batch)}
+    for estimator, value in expected.items():
+        penalty = MutualInformationPenalty(estimator=estimator, weight=0.5, global_batch=global_batch)
+        assert torch.equal(penalty(*batch), 0.5 * value)
+
+
+def test_modules_are_stateless_and_say_what_they_are() -> None:
+    penalty = MutualInformationPenalty(estimator="renyi")
+    assert not penalty.state_dict()
+    assert "estimator='renyi'" in repr(penalty)
+    assert "bandwidth='median'" in repr(penalty)
+    assert "estimator='unbiased'" in repr(HSICLoss(estimator="unbiased"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "mine"}, "estimator as one of 'hsic', 'nhsic', 'renyi', got 'mine'"),
+        ({"weight": -1.0}, "weight >= 0"),
+        ({"sigma": 0.0}, "sigma > 0"),
+        ({"alpha": 0.0}, "alpha > 0"),
+        ({"estimator": "nhsic", "bandwidth": "median"}, "nhsic is defined with bandwidth='reference'"),
+    ],
+    ids=str,
+)
+def test_refuses_bad_options_when_built(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MutualInformationPenalty(**options)
