@@ -6,10 +6,14 @@ MIMIR_FAST_REQUIRE=native,triton,dali makes a missing backend an error instead o
 import os
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from commands import Command, run_module
+
+if TYPE_CHECKING:
+    from mimir_fast.evaluation.images import EvaluationImages
 
 if not torch.cuda.is_available():
     # Before any kernel module is imported: the decorator decides then. A GPU runs the kernels themselves.
@@ -68,3 +72,21 @@ def triton_device() -> torch.device:
 def command(tmp_path: Path) -> Command:
     """`command("mimir_fast.info", "--flag", ranks=2)` runs a module of ours as a user would, in an empty folder."""
     return partial(run_module, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def small_model() -> torch.nn.Module:
+    """A small robust classifier of 8 × 8 digits; all tests of a process share it, so leave it as it is."""
+    from small_classifier import train_small
+
+    return train_small()
+
+
+@pytest.fixture(scope="session")
+def digits_images() -> "EvaluationImages":
+    """The 300 test digits at 8 × 8."""
+    from small_classifier import DIGITS
+
+    from mimir_fast.evaluation.images import load_images
+
+    return load_images(DIGITS)
