@@ -12,7 +12,7 @@ def data() -> DataConfig:
 
 def run() -> RunConfig:
     """A short version of the CIFAR-10 recipe."""
-    return RunConfig(epochs=100, warmup_epochs=5, batch_size=512, save_every=100)
+    return RunConfig(epochs=100, warmup_epochs=5, batch_size=256, save_every=50)
 
 
 register_pretraining("fashion_mnist", ("tiny", "small"), 4, data, run, "60,000 images of 32²", blr=5e-4)
