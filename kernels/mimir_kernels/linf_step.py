@@ -84,26 +84,24 @@ def linf_step(
 
 
 def aot_cases() -> list[AotCase]:
-    """An fp32 and a bf16 iterate with one radius, and an fp32 one with a radius per channel."""
-    numbers = {
-        "n": "i32",
-        "num_eps": "i32",
-        "inner": "i32",
-        "alpha": "fp32",
-        "eps": "fp32",
-        "low": "fp32",
-        "high": "fp32",
-    }
+    """One radius, one per channel of an image, one per number of a patch; a launcher specialises integers of 1 away."""
+    pointers = ("x_adv_ptr", "grad_ptr", "x_ptr", "eps_ptr", "out_ptr")
+    numbers = dict.fromkeys(("n", "num_eps", "inner"), "i32") | dict.fromkeys(("alpha", "eps", "low", "high"), "fp32")
 
-    def case(name: str, dtype: str, has_radii: bool) -> AotCase:
-        pointers = {f"{operand}_ptr": f"*{dtype}" for operand in ("x_adv", "grad", "x", "eps", "out")}
+    def case(name: str, dtype: str, has_radii: bool, ones: tuple[str, ...]) -> AotCase:
+        signature = dict.fromkeys(pointers, f"*{dtype}") | numbers
         return AotCase(
             name=f"linf_step.{name}",
             kernel=_linf_step_kernel,
-            signature={**pointers, **numbers},
-            constexprs={"HAS_RADII": has_radii, "BLOCK": BLOCK},
+            signature={key: kind for key, kind in signature.items() if key not in ones},
+            constexprs={"HAS_RADII": has_radii, "BLOCK": BLOCK} | dict.fromkeys(ones, 1),
             divisible_by_16=("n",),
             vector_loads=True,
         )
 
-    return [case("fp32", "fp32", False), case("bf16", "bf16", False), case("fp32_per_channel", "fp32", True)]
+    return [
+        case("fp32", "fp32", False, ("num_eps", "inner")),
+        case("bf16", "bf16", False, ("num_eps", "inner")),
+        case("fp32_per_channel", "fp32", True, ()),
+        case("fp32_per_patch_number", "fp32", True, ("inner",)),
+    ]
