@@ -185,8 +185,6 @@ class Trainer:
         )  # fmt: skip
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        # Drop path draws from torch's generator: make that, too, a function of the step.
-        torch.manual_seed((self.run.seed * 1_000_003 + self.step) * 4099 + self.world.rank)
         metrics: dict[str, Tensor] = {}
         for index, batch in enumerate(micro):
             with gradient_sync(self.model, index == len(micro) - 1):
@@ -253,6 +251,8 @@ class Trainer:
         if not values:
             return
         self.logger.scalars(self.step - 1, values)
+        if alarm := self.task.alarm():
+            self.logger.say(f"WARNING: {alarm}")
         self._meter.restart(self.loader.wait_seconds)
         if values.get("score", float("-inf")) > self.best_score:
             self.best_score = values["score"]

@@ -1,6 +1,5 @@
 """Pre-training as a task of the loop: configuration, assembly, pictures."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,22 +10,18 @@ import tyro
 from torch import Tensor, nn
 
 from mimir_fast.attacks.no_trace import borrowed
-from mimir_fast.data import Batch, DataConfig, build_loader
-from mimir_fast.data.order import micro_batch_size
+from mimir_fast.data import Batch, DataConfig
 from mimir_fast.methods.adv_mae import Adversarial, AdvMae
 from mimir_fast.methods.mae import Mae, autoencoder
 from mimir_fast.methods.masking import draw_mask, num_keep
 from mimir_fast.methods.mimir import Mimir, MimirConfig
-from mimir_fast.models.attention import attention_backend
 from mimir_fast.models.masked_autoencoder import ModelConfig, build_masked_autoencoder, check_patch_size
 from mimir_fast.ops.patches import gather_patches, masked_targets, patchify, unpatchify
 from mimir_fast.philox import Stream
-from mimir_fast.training.distributed import World, agree, start_world, stop_world
-from mimir_fast.training.loggers import JsonLines, Logger, Loggers, Pictures, TensorBoard, Terminal
-from mimir_fast.training.loop import RunConfig, Trainer
+from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
-from mimir_fast.training.pictures import grid, save_curves
-from mimir_fast.training.run_folder import open_run
+from mimir_fast.training.pictures import grid
+from mimir_fast.training.session import run_session
 
 METHODS: dict[str, type[Mae] | type[AdvMae]] = {"mae": Mae, "adv_mae": AdvMae, "mimir": Mimir}
 
@@ -61,6 +56,7 @@ class Pretraining:
     """The task: a masked autoencoder and one of the methods."""
 
     kind = "pretrain"
+    curves: tuple[str, ...] = ("loss", "mi", "lr")
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
@@ -82,6 +78,10 @@ class Pretraining:
     def evaluate(self, model: nn.Module, *, step: int) -> dict[str, float]:
         """Nothing: reconstruction loss is logged anyway, and robustness is fine-tuning's to measure."""
         return {}
+
+    def alarm(self) -> str | None:
+        """None: nothing is evaluated."""
+        return None
 
     @torch.no_grad()
     def pictures(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, np.ndarray]:
@@ -116,94 +116,20 @@ class Pretraining:
         rows = {"input": patches, "adversarial": perturbed, "masked": seen, "reconstruction": completed}
         return {"reconstruction": grid({name: unpatchify(x, p) for name, x in rows.items()})}
 
+    def describe(self, num_samples: int) -> str:
+        """What is trained."""
+        config, model = self.config, self.config.model
+        return (
+            f"{config.method} on {config.data.source} ({num_samples:,} images, {config.data.image_size}²): "
+            f"ViT-{model.encoder}/{model.patch_size}, {model.decoder} decoder"
+        )
+
     def next_command(self, run: Path) -> str:
         """Fine-tuning."""
-        group, _, name = self.config.recipe.partition("/")
-        return f"python -m mimir_fast.finetune --recipe {group}/pgd_{name.split('_', 1)[-1]} --init {run}"
-
-
-def build_logger(config: PretrainConfig, world: World, total_steps: int, first_step: int) -> Logger:
-    """Terminal, metrics.jsonl, TensorBoard and PNG files on the main rank."""
-    if not world.is_main:
-        return Logger()
-    folder = config.folder
-    return Loggers(
-        [
-            Terminal(total_steps, first_step),
-            JsonLines(folder / "metrics.jsonl", first_step),
-            TensorBoard(folder / "tensorboard", first_step),
-            Pictures(folder / "pictures"),
-        ]
-    )
+        group = self.config.recipe.partition("/")[0]
+        return f"python -m mimir_fast.finetune --recipe {group}/pgd_vit_{self.config.model.encoder} --init {run}"
 
 
 def pretrain(config: PretrainConfig) -> Path:
     """Run pre-training to its end (or to a signal) and return the run's folder."""
-    world = start_world(config.run.device)
-    try:
-        return _pretrain(config, world)
-    finally:
-        stop_world()
-
-
-def _pretrain(config: PretrainConfig, world: World) -> Path:
-    run, folder = config.run, config.folder
-    micro = micro_batch_size(run.batch_size, world.size, run.accum_iter)
-    problem = None
-    if world.is_main:
-        try:
-            open_run(folder, config, resume=run.resume, overwrite=run.overwrite, allow_changes=run.allow_changes)
-        except FileExistsError as error:
-            problem = error
-    if agree(problem is not None):  # all ranks leave together, one says why
-        raise problem or FileExistsError(f"{folder} cannot be used; rank 0 says why")
-    loader = build_loader(
-        config.data, split="train", batch_size=micro, device=world.device, rank=world.rank, world_size=world.size,
-        seed=run.seed, accum_iter=run.accum_iter,
-    )  # fmt: skip
-    task = Pretraining(config)
-    trainer = Trainer(task, loader, run, config.optim, json.loads(json.dumps(asdict(config))), folder, world, Logger())
-    resumed = trainer.resume()
-    trainer.logger = logger = build_logger(config, world, trainer.total_steps, trainer.step)
-    try:
-        logger.say(headline(config, world, trainer, loader.num_samples))
-        if resumed:
-            logger.say(f"resumed at step {trainer.step} of {trainer.total_steps}")
-        finished = trainer.train()
-    finally:
-        logger.close()
-        loader.close()
-    if world.is_main:
-        print(closing_words(config, task, trainer, finished), flush=True)
-    return folder
-
-
-def headline(config: PretrainConfig, world: World, trainer: Trainer, num_samples: int) -> str:
-    """What runs, on what, through which backends."""
-    model = config.model
-    millions = sum(p.numel() for p in trainer.task.model.parameters() if p.requires_grad) / 1e6
-    precision = "bf16" if trainer.bf16 else "fp32"
-    return (
-        f"{config.method} on {config.data.source} ({num_samples:,} images, {config.data.image_size}²): "
-        f"ViT-{model.encoder}/{model.patch_size}, {model.decoder} decoder, {millions:.1f} M parameters\n"
-        f"{world.size} x {world.device}, {precision}, attention: {attention_backend(world.device)}, "
-        f"batch {config.run.batch_size}, {trainer.total_steps} steps -> {config.folder}"
-    )
-
-
-def closing_words(config: PretrainConfig, task: Pretraining, trainer: Trainer, finished: bool) -> str:
-    """Where everything is and what to type next."""
-    folder = config.folder
-    if not finished:
-        return f"stopped at step {trainer.step} of {trainer.total_steps}; the same command goes on from there"
-    lines = [f"done: {trainer.total_steps} steps", f"  checkpoint  {folder}/checkpoints/step-{trainer.step:08d}"]
-    if save_curves(folder / "metrics.jsonl", folder / "curves.png", ("loss", "mi", "lr")):
-        lines.append(f"  curves      {folder}/curves.png")
-    pictures = sorted((folder / "pictures").glob("reconstruction-*.png"))
-    if pictures:
-        lines.append(f"  picture     {pictures[-1]}")
-    if trainer.guard.skipped:
-        lines.append(
-            f"  {trainer.guard.skipped} non-finite steps were skipped; their batches are in {folder}/bad_batches"
-        )
-    return "\n".join([*lines, f"next: {task.next_command(folder)}"])
+    return run_session(config, lambda world: Pretraining(config))

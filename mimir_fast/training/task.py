@@ -16,11 +16,13 @@ class Task(Protocol):
         kind: `pretrain` or `finetune`, written into checkpoints.
         model: the bare module.
         architecture: what is needed to build the model again, as plain JSON values.
+        curves: the scalars worth drawing when the run is over.
     """
 
     kind: str
     model: nn.Module
     architecture: dict[str, Any]
+    curves: tuple[str, ...]
 
     def losses(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """{"loss": scalar to minimise, other scalars to log}; `model` may be wrapped for data parallelism."""
@@ -32,6 +34,14 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module, *, step: int) -> dict[str, float]:
         """Numbers at the end of an epoch; `score`, when there, decides which checkpoint is the best."""
+        ...
+
+    def alarm(self) -> str | None:
+        """Said loudly after an evaluation that showed something is going wrong."""
+        ...
+
+    def describe(self, num_samples: int) -> str:
+        """What is trained on what, for the head of the output."""
         ...
 
     def next_command(self, run: Path) -> str:

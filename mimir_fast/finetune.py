@@ -1,0 +1,28 @@
+"""Fine-tune a pre-trained encoder into a robust classifier.
+
+python -m mimir_fast.finetune --recipe digits/pgd_vit_tiny --init runs/digits/mimir_vit_tiny
+torchrun --nproc_per_node 8 -m mimir_fast.finetune --recipe imagenet/fast_vit_base --init checkpoint-799.pth
+python -m mimir_fast.finetune --help
+"""
+
+import sys
+from collections.abc import Sequence
+
+from mimir_fast.recipes import find_recipe
+from mimir_fast.training.cli import exit_on_error, parse, peek
+from mimir_fast.training.finetuning import FinetuneConfig, finetune
+
+
+def config_from(args: Sequence[str]) -> FinetuneConfig:
+    """Recipe, then flags."""
+    default = find_recipe(FinetuneConfig, peek(args, "--recipe") or FinetuneConfig.recipe)
+    return parse(FinetuneConfig, args, default=default, prog="python -m mimir_fast.finetune")
+
+
+def main() -> None:
+    """The command."""
+    finetune(config_from(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    exit_on_error(main)
