@@ -49,6 +49,7 @@ def train_small(num_steps: int = 120) -> SmallNet:
         optimizer.zero_grad()
         cross_entropy(model(adversarial), batch.labels).mean().backward()
         optimizer.step()
+    optimizer.zero_grad()
     return model.eval()
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
 from mimir_fast.attacks.pgd import Loss, ball_bounds, check_images, cross_entropy
 from mimir_fast.attacks.threat_model import LinfThreat
-from mimir_fast.philox import Stream, uniform
+from mimir_fast.ops.random_uniform import random_uniform
+from mimir_fast.philox import Stream
 
 ApgdLoss = Literal["ce", "dlr", "targeted-dlr"]
 MOMENTUM = 0.75
@@ -111,7 +112,7 @@ def _surface_start(images: Tensor, eps: float, *, samples: Tensor | None, seed: 
     if samples is None:
         samples = torch.arange(len(images), device=images.device)
     num = images[0].numel() if len(images) else 1
-    noise = 2 * uniform(seed, Stream.ATTACK_START, step, samples.to(images.device), num) - 1
+    noise = 2 * random_uniform(seed, Stream.ATTACK_START, step, samples.to(images.device), num) - 1
     noise = eps * noise / (noise.abs().amax(dim=1, keepdim=True) + 1e-12)
     low, high = ball_bounds(images, eps)
     return (images + noise.view_as(images).to(images.dtype)).clamp(low, high)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.ops.linf_step import linf_step
-from mimir_fast.philox import Stream, uniform
+from mimir_fast.ops.random_uniform import random_start_linf
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, K), labels) → (B,) losses, to be maximised."""
@@ -68,9 +68,7 @@ def random_start(images: Tensor, eps: float, *, samples: Tensor | None = None, s
     """
     if samples is None:
         samples = torch.arange(len(images), device=images.device)
-    noise = uniform(seed, Stream.ATTACK_START, step, samples.to(images.device), images[0].numel() if len(images) else 0)
-    delta = (2 * noise - 1).mul_(eps).view_as(images).to(images.dtype)
-    return (images + delta).clamp_(0, 1)
+    return random_start_linf(images, samples.to(images.device), seed=seed, step=step, eps=eps)
 
 
 def linf_ascent(

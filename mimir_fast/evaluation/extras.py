@@ -57,7 +57,9 @@ def mutual_information_figure(job: Job, few: EvaluationImages, results: Results)
     """Bounds on I(x+δ, z) along the ε curve, and an estimate where the model shows its features."""
     if not SUITES[job.config.suite].mi:
         return {}, []
-    curve = dict(zip(results.curve["eps"], results.curve["accuracy"], strict=True))
+    pairs = list(zip(results.curve["eps"], results.curve["accuracy"], strict=True))
+    zeros = [i for i, (_, accuracy) in enumerate(pairs) if accuracy == 0]
+    curve = dict(pairs[: zeros[0] + 1] if zeros else pairs)  # beyond the first zero the bounds say nothing more
     reconstructed, words = None, "H(F) in place of the reconstruction's (give --pretrained for that)"
     x, y, samples = next(few.batches(min(256, len(few)), job.device))
     if job.config.pretrained is not None:

@@ -39,7 +39,15 @@ class Measurement:
 def curve_radii(eps: float) -> list[float]:
     """Radii of the ε–accuracy curve: around the asked one, and on to where no model can stand."""
     near = {0.25 * eps, 0.5 * eps, eps, 1.5 * eps, 2 * eps}
-    return sorted(radius for radius in {*near, *UNBOUNDED_EPS} if radius <= 1)
+    # By what is written in file names: 12/255 and 1.5 · 8/255 may differ in the last bit.
+    distinct = {radius_key(radius): radius for radius in sorted({*near, *UNBOUNDED_EPS}) if radius <= 1}
+    distinct |= {radius_key(radius): radius for radius in (*UNBOUNDED_EPS, eps)}
+    return sorted(distinct.values())
+
+
+def radius_key(radius: float) -> str:
+    """A radius in file names: in grey levels."""
+    return f"{radius * 255:.4g}"
 
 
 def main_attacks(config: EvaluateConfig, has_features: bool) -> list[NamedAttack]:
@@ -60,7 +68,7 @@ def plan(config: EvaluateConfig, has_features: bool) -> list[Measurement]:
     work += [Measurement(f"check_{attack.name}", attack, "checks") for attack in checks]
     work += [Measurement(f"steps_{k}", make_pgd(eps, k, seed), "checks") for k in suite.check_steps]
     for radius in curve_radii(eps):
-        key = f"{radius * 255:.4g}"
+        key = radius_key(radius)
         work.append(Measurement(f"curve_{key}", make_pgd(radius, suite.curve_steps, seed), "checks"))
         work.append(Measurement(f"noise_{key}", make_random_noise(radius, seed), "checks"))
     work.append(Measurement("check_square", make_square(eps, suite.square_queries, seed), "checks"))

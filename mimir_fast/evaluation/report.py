@@ -27,13 +27,15 @@ p { margin: .5rem 0; } .soft { color: var(--soft); }
 .note { background: #fdf3dc; padding: .6rem .9rem; border-radius: .4rem; }
 .frame { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .4rem .7rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; } td.number { text-align: right; white-space: nowrap; }
-th.number { text-align: right; } .good { color: var(--good); } .bad { color: var(--bad); }
-figure { margin: 1rem 0; } figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+th { font-weight: 600; } td:first-child { white-space: nowrap; } td.number { text-align: right; white-space: nowrap; }
+th.number { text-align: right; } th.good { color: var(--good); } th.bad { color: var(--bad); }
+figure { margin: 1rem 0; max-width: 36rem; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { color: var(--soft); font-size: .92rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
 details { margin: 1rem 0; } summary { cursor: pointer; }
 pre { overflow-x: auto; font-size: .82rem; background: #f5f7f9; padding: .8rem; border-radius: .4rem; }
+@media (max-width: 30rem) { table { font-size: .82rem; } th, td { padding: .35rem .4rem .35rem 0; } }
 """
 
 

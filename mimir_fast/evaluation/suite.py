@@ -109,7 +109,7 @@ def run_shard(job: Job, number: int, say: Say) -> None:
     if config.wants_autoattack:
         attack_shard(job, number, images, say)
     for name, severity, corrupted in corrupted_images(config, images):
-        measure(
+        record = measure(
             model,
             corrupted,
             clean,
@@ -118,7 +118,8 @@ def run_shard(job: Job, number: int, say: Say) -> None:
             journal=job.path(f"corrupt_{name}_{severity}", number),
             settings=job.settings(corruption_parameters(config, name, severity)),
         )
-        say(f"corruption {name}, severity {severity}: done")
+        right = record.tensor("correct")
+        say(f"{name:>16} {severity}  {Count(int(right.sum()), len(right))}")
 
 
 def attack_shard(job: Job, number: int, images: EvaluationImages, say: Say) -> Progress:

@@ -22,7 +22,7 @@ from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.evaluation.job import Job
 from mimir_fast.evaluation.masking_checks import Verdict
 from mimir_fast.evaluation.named_attacks import step_size
-from mimir_fast.evaluation.plan import Measurement, curve_radii, main_attacks, plan
+from mimir_fast.evaluation.plan import Measurement, curve_radii, main_attacks, plan, radius_key
 from mimir_fast.evaluation.report import Picture
 from mimir_fast.evaluation.results import Results, birth_certificate, headline
 
@@ -148,7 +148,7 @@ def check(job: Job, measured: dict[str, Measurement], few: EvaluationImages, res
 
 
 def _curve_name(kind: str, radius: float) -> str:
-    return f"{kind}_{radius * 255:.4g}"
+    return f"{kind}_{radius_key(radius)}"
 
 
 def curve(job: Job, measured: dict[str, Measurement]) -> dict[str, Any]:
