@@ -1,0 +1,91 @@
+"""Exported files: timm's model gives the same features, and our own commands read them back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from mimir_fast.export import ExportConfig, export
+from mimir_fast.models.classifier import ClassifierConfig, build_classifier, load_classifier
+from mimir_fast.models.masked_autoencoder import ModelConfig, build_masked_autoencoder
+from mimir_fast.models.weight_files import WeightsError
+from mimir_fast.ops.patches import patchify
+from mimir_fast.training.checkpoint import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+    """A pre-training run's folder, and the model in it."""
+    torch.manual_seed(0)
+    model = build_masked_autoencoder(ModelConfig(encoder="tiny", patch_size=8), image_size=32)
+    run = tmp_path_factory.mktemp("runs") / "mimir"
+    tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
+    save_checkpoint(run / "checkpoints" / "step-00000001", tensors, {"step": 1, "config": {"model": {}}})
+    return run, model
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+    """A fine-tuning run's folder, and the model in it."""
+    torch.manual_seed(1)
+    model = build_classifier(ClassifierConfig(encoder="tiny", patch_size=8, normalization="half"), 32, 10)
+    torch.nn.init.normal_(model.head.weight)
+    run = tmp_path_factory.mktemp("runs") / "pgd"
+    tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
+    config = {"model": {"normalization": "half"}}
+    save_checkpoint(run / "checkpoints" / "step-00000001", tensors, {"step": 1, "config": config})
+    return run, model.eval()
+
+
+def timm_model(path: Path) -> tuple[torch.nn.Module, dict[str, str]]:
+    """timm's model, built from nothing but the file."""
+    timm_vit = pytest.importorskip("timm.models.vision_transformer")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    model = timm_vit.VisionTransformer(**json.loads(metadata["timm"]))
+    model.load_state_dict(load_file(path), strict=True)
+    return model.eval(), metadata
+
+
+def test_an_encoder_has_timms_features(pretrained: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    run, model = pretrained
+    theirs, _ = timm_model(export(ExportConfig(str(run), str(tmp_path / "encoder.safetensors"))))
+    images = torch.rand(2, 3, 32, 32)
+    everything = torch.arange(16).expand(2, -1)
+    ours = model.encode(patchify(images, 8), everything)
+    torch.testing.assert_close(ours, theirs.forward_features(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_has_timms_logits(finetuned: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    run, model = finetuned
+    theirs, metadata = timm_model(export(ExportConfig(str(run), str(tmp_path / "robust.safetensors"))))
+    images = torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(json.loads(metadata[key]))[:, None, None] for key in ("mean", "std"))
+    torch.testing.assert_close(model(images), theirs((images - mean) / std), rtol=1e-4, atol=1e-5)
+
+
+def test_our_own_format_reads_back(finetuned: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    run, model = finetuned
+    path = export(ExportConfig(str(run), str(tmp_path / "all.safetensors"), format="safetensors"))
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(load_classifier(path)(images), model(images))
+
+
+def test_our_own_format_keeps_the_decoder(pretrained: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    run, model = pretrained
+    path = export(ExportConfig(str(run), str(tmp_path / "all.safetensors"), format="safetensors"))
+    assert set(load_file(path)) == set(model.state_dict())
+
+
+def test_bad_input(pretrained: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    taken = tmp_path / "taken.safetensors"
+    taken.touch()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        export(ExportConfig(str(pretrained[0]), str(taken)))
+    with pytest.raises(ValueError, match=r"ends in \.safetensors"):
+        ExportConfig(str(pretrained[0]), "model.pth")
+    with pytest.raises(WeightsError, match="no checkpoint in"):
+        export(ExportConfig(str(tmp_path), str(tmp_path / "new.safetensors")))
