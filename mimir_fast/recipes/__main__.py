@@ -6,9 +6,9 @@ from mimir_fast.recipes import all_recipes
 def main() -> None:
     """Print a table."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("recipe", "command", "what", "published natural / robust %")
+    table = Table(Column("recipe", no_wrap=True), "command", "what", "published natural / robust %")
     for recipe in all_recipes():
         command = recipe.config_type.__name__.removesuffix("Config").lower()
         table.add_row(recipe.name, command, recipe.note, recipe.expected)

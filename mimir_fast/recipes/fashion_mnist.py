@@ -1,6 +1,9 @@
 """Fashion-MNIST (70,000 real images; Debian's dataset-fashion-mnist or torchvision's download)."""
 
+from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data import DataConfig
+from mimir_fast.models.masked_autoencoder import EncoderName
+from mimir_fast.recipes.finetuning import METHOD_NOTES, register_finetuning
 from mimir_fast.recipes.pretraining import register_pretraining
 from mimir_fast.training.loop import RunConfig
 
@@ -16,3 +19,12 @@ def run() -> RunConfig:
 
 
 register_pretraining("fashion_mnist", ("tiny", "small"), 4, data, run, "60,000 images of 32²", blr=5e-4)
+
+
+FINETUNE = RunConfig(epochs=20, warmup_epochs=2, batch_size=256, log_every=20, save_every=200)
+PGD5 = LinfThreat(eps=8 / 255, alpha=2.5 / 255, num_steps=5)
+
+encoders: tuple[EncoderName, ...] = ("tiny", "small")
+for encoder in encoders:
+    for method in METHOD_NOTES:
+        register_finetuning("fashion_mnist", method, encoder, 4, data, FINETUNE, PGD5, "20 epochs, eps 8/255", blr=1e-3)

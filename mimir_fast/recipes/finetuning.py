@@ -40,7 +40,7 @@ def strong_augmentation(config: ClassificationConfig) -> ClassificationConfig:
 
 def register_finetuning(
     group: str, method: MethodName, encoder: EncoderName, patch_size: int, data: Callable[[], DataConfig],
-    run: RunConfig, attack: LinfThreat, note: str, *, blr: float, suffix: str = "", expected: str = "",
+    run: RunConfig, attack: LinfThreat, note: str, *, blr: float = 1e-3, suffix: str = "", expected: str = "",
     strong: bool = False, layer_decay: float = 0.65, drop_path: float = 0.1, optim: OptimizerConfig | None = None,
 ) -> None:  # fmt: skip
     """GROUP/METHOD_vit_SIZE[_SUFFIX]."""
