@@ -22,9 +22,9 @@ from mimir_fast.ops.rbf import (
     accumulation_dtype,
     as_samples,
     centered_rows,
+    full_precision,
     gamma,
     must_be_finite,
-    no_autocast,
 )
 
 
@@ -102,7 +102,7 @@ class _GlobalPairSums(torch.autograd.Function):
         kernel_x, kernel_y = _KernelRows(x_ND, gamma_x, dtype, ctx.own), _KernelRows(y_ND, gamma_y, dtype, ctx.own)
         partial = torch.zeros(1 + 2 * n, dtype=torch.float64, device=x_nD.device)
         s, r, q = partial[:1], partial[1 : 1 + n], partial[1 + n :]
-        with no_autocast(x_nD.device):
+        with full_precision(x_nD.device):
             for columns in ctx.blocks:
                 s += inner_product(kernel_x.tile(columns, r), kernel_y.tile(columns, q))
         # Added in the order of the ranks by each of them: the same bits everywhere, unlike an all-reduce.
@@ -119,7 +119,7 @@ class _GlobalPairSums(torch.autograd.Function):
         kernel_x, kernel_y = _KernelRows(x_ND, gamma_x, dtype, ctx.own), _KernelRows(y_ND, gamma_y, dtype, ctx.own)
         to_x = _OwnGradient(kernel_x, grad_r) if ctx.needs_input_grad[0] else None
         to_y = _OwnGradient(kernel_y, grad_q) if ctx.needs_input_grad[1] else None
-        with no_autocast(x_ND.device):
+        with full_precision(x_ND.device):
             for columns in ctx.blocks:
                 k, l_ = kernel_x.tile(columns), kernel_y.tile(columns)
                 if to_x:

@@ -9,8 +9,9 @@ from g_s, g_r, g_q, the gradient of a loss to the three,
 
     C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2)        ∂x_i = −4 γ_x Σ_j C_ij (x_i − x_j)
 
-and the mirror image for y. Both passes walk over tiles and keep O(N) numbers (`pair_tiles.py`); only for small N, where
-it is cheap, does the forward pass keep k and l for the backward pass.
+and the mirror image for y. Both passes walk over tiles and keep O(N) numbers (`pair_tiles.py`, and on CUDA
+kernels/mimir_kernels/pair_sums.py); only for small N, where it is cheap, does the forward pass keep k and l for the
+backward pass.
 Shapes: N samples, D features.
 """
 
@@ -23,9 +24,10 @@ from mimir_fast.ops import pair_tiles
 from mimir_fast.ops.rbf import (
     accumulation_dtype,
     differentiate_twice,
+    full_precision,
     must_be_finite,
-    no_autocast,
     rbf_minus_one_reference,
+    triton_takes,
 )
 
 
@@ -43,17 +45,26 @@ def pair_sums(x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor) -> t
         gamma_x, gamma_y: float64 scalars on the device of x; no gradient flows to them.
     """
     differentiable = torch.is_grad_enabled() and (x_ND.requires_grad or y_ND.requires_grad)
-    keep = differentiable and x_ND.shape[0] <= pair_tiles.KEPT_ROWS
+    keep = differentiable and x_ND.shape[0] <= pair_tiles.kept_rows(x_ND.device)
     s, r, q, _, _ = _pair_sums(x_ND, y_ND, gamma_x, gamma_y, keep)
     return s, r, q
+
+
+def _kernels_for(x_ND: Tensor, y_ND: Tensor) -> Any:
+    """The module whose `forward` and `backward` compute these: Triton's, or tiles by C++ and PyTorch."""
+    if triton_takes(x_ND, y_ND):
+        from mimir_kernels import pair_sums as kernels
+
+        return kernels
+    return pair_tiles
 
 
 @torch.library.custom_op("mimir_fast::pair_sums", mutates_args=())
 def _pair_sums(
     x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with no_autocast(x_ND.device):
-        s, r, q, k, l_ = pair_tiles.forward(x_ND, y_ND, gamma_x, gamma_y, keep)
+    with full_precision(x_ND.device):
+        s, r, q, k, l_ = _kernels_for(x_ND, y_ND).forward(x_ND, y_ND, gamma_x, gamma_y, keep)
     must_be_finite(s, x=x_ND, y=y_ND)
     return s, r, q, k, l_
 
@@ -83,8 +94,8 @@ def _pair_sums_backward(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    with no_autocast(x_ND.device):
-        grad_x, grad_y = pair_tiles.backward(
+    with full_precision(x_ND.device):
+        grad_x, grad_y = _kernels_for(x_ND, y_ND).backward(
             grad_s, grad_r, grad_q, x_ND, y_ND, gamma_x, gamma_y, k_NN, l_NN, need_x, need_y
         )
     return grad_x.to(x_ND.dtype), grad_y.to(y_ND.dtype)

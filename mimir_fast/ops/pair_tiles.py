@@ -15,8 +15,9 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops.rbf import accumulation_dtype, centered_rows
 
-# Up to this many samples the two N×N matrices are cheaper to keep (16 MB each) than to compute again.
-KEPT_ROWS = 2048
+# Up to this many samples the two N×N matrices (16 MB each on a CPU, 64 MB on a GPU) are cheaper to keep for the
+# backward pass than to compute again.
+KEPT_ROWS = {"cpu": 2048, "cuda": 4096}
 
 Tile = tuple[slice, slice]
 
@@ -75,10 +76,15 @@ def backward(
     return to_x.result() if to_x else x.new_empty(0, x.shape[1]), to_y.result() if to_y else y.new_empty(0, y.shape[1])
 
 
+def kept_rows(device: torch.device) -> int:
+    """The largest N whose kernel matrices are kept."""
+    return KEPT_ROWS.get(device.type, KEPT_ROWS["cuda"])
+
+
 def lower_tiles(n: int, device: torch.device) -> Iterator[Tile]:
     """(rows I, columns J) on and below the diagonal; of each I the diagonal tile first, as `TiledKernel` needs."""
     # Three tiles of float32 fit the second-level cache of a CPU core; a GPU wants more work at a time.
-    size = 4096 if device.type != "cpu" else 256 if n <= KEPT_ROWS else 512
+    size = 4096 if device.type != "cpu" else 256 if n <= 2048 else 512
     blocks = [slice(i, min(i + size, n)) for i in range(0, n, size)]
     for index, rows in enumerate(blocks):
         for columns in (rows, *blocks[:index]):

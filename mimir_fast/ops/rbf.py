@@ -8,12 +8,16 @@ leave three digits of the mantissa to the rest.
 Shapes: N samples, flattened to D numbers each; suffixes name the dimensions.
 """
 
-import os
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from mimir_fast.ops._checks import values_are_checked
 
 Bandwidth = Literal["paper", "reference", "median"]
 BANDWIDTHS = ("paper", "reference", "median")
@@ -74,9 +78,7 @@ def must_be_finite(sums: Tensor, **samples: Tensor) -> None:
 
     On CUDA this would make the host wait, so there it happens only under MIMIR_FAST_DEBUG=1.
     """
-    if sums.is_cuda and os.environ.get("MIMIR_FAST_DEBUG", "0") != "1":
-        return
-    if not bool(sums.isfinite().all()):
+    if values_are_checked(sums) and not bool(sums.isfinite().all()):
         bad = [name for name, t in samples.items() if not bool(t.isfinite().all())]
         where = f"found NaN or Inf in {' and '.join(bad)}" if bad else "the distances overflow float32"
         raise ValueError(f"wanted finite samples, {where}: look at what produced them (learning rate, loss scale)")
@@ -136,8 +138,35 @@ def median_squared_distance(x_ND: Tensor) -> Tensor:
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """Matrix products inside an op are in the dtype it chose, whatever the model around it does."""
+    """Matrix products are in the dtype of their operands, though the model around runs under autocast."""
     return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """`no_autocast`, and no TF32 or bfloat16 inside float32 products, though `set_float32_matmul_precision` allows it.
+
+    A bias of 5e-4 in a distance is the size of what HSIC measures. For the bodies of ops: it sets a global for a while,
+    which `torch.compile` would not trace.
+    """
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    before = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = "ieee"
+    try:
+        with no_autocast(device):
+            yield
+    finally:
+        backend.matmul.fp32_precision = before
+
+
+def triton_takes(*tensors: Tensor) -> bool:
+    """Whether the kernels of `mimir_kernels` compute these: on CUDA, with float32 accumulation."""
+    return tensors[0].is_cuda and accumulation_dtype(*tensors) == torch.float32 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def laplacian_product(weights_NN: Tensor, x_ND: Tensor) -> Tensor:
@@ -160,7 +189,7 @@ def differentiate_twice(
     Returns:
         gradients for `inputs` and for `grad_outputs`.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), full_precision(inputs[0].device):
         leaves = [t.detach().requires_grad_() for t in inputs]
         seeds = [g.detach().requires_grad_() for g in grad_outputs]
         outputs = definition(*leaves)

@@ -17,10 +17,11 @@ from mimir_fast.ops.rbf import (
     accumulation_dtype,
     centered_rows,
     differentiate_twice,
+    full_precision,
     laplacian_product,
     must_be_finite,
-    no_autocast,
     rbf_minus_one_reference,
+    triton_takes,
 )
 
 
@@ -36,12 +37,19 @@ def rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
 @torch.library.custom_op("mimir_fast::rbf_minus_one", mutates_args=())
 def _rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
     n, dtype = x_ND.shape[0], accumulation_dtype(x_ND)
-    k_NN = x_ND.new_empty((n, n), dtype=dtype)
-    with no_autocast(x_ND.device):
-        kernel = TiledKernel(centered_rows(x_ND, dtype), gamma, into=k_NN)
-        for rows, columns in lower_tiles(n, x_ND.device):
-            kernel.tile(rows, columns, sums=True)
-    must_be_finite(kernel.sums, samples=x_ND)
+    if triton_takes(x_ND):
+        from mimir_kernels.gram import center_rows
+        from mimir_kernels.rbf import rbf_matrix
+
+        k_NN, sums, _ = rbf_matrix(center_rows(x_ND), gamma)
+    else:
+        k_NN = x_ND.new_empty((n, n), dtype=dtype)
+        with full_precision(x_ND.device):
+            kernel = TiledKernel(centered_rows(x_ND, dtype), gamma, into=k_NN)
+            for rows, columns in lower_tiles(n, x_ND.device):
+                kernel.tile(rows, columns, sums=True)
+        sums = kernel.sums
+    must_be_finite(sums, samples=x_ND)
     return k_NN
 
 
@@ -53,7 +61,15 @@ def _(x_ND: Tensor, gamma: Tensor) -> Tensor:
 @torch.library.custom_op("mimir_fast::rbf_minus_one_backward", mutates_args=())
 def _rbf_minus_one_backward(grad_NN: Tensor, x_ND: Tensor, gamma: Tensor, k_NN: Tensor) -> Tensor:
     weights = (k_NN + 1).mul_((grad_NN + grad_NN.mT) / 2)
-    with no_autocast(x_ND.device):
+    if triton_takes(x_ND):
+        from mimir_kernels.gram import center_rows
+        from mimir_kernels.laplacian import laplacian_product as kernel
+
+        x = center_rows(x_ND).rows_ND
+        grad_x = torch.empty_like(x)
+        kernel(weights, x, gamma, grad_x, 0)
+        return grad_x.to(x_ND.dtype)
+    with full_precision(x_ND.device):
         return (laplacian_product(weights, centered_rows(x_ND, k_NN.dtype)) * (-4 * gamma)).to(x_ND.dtype)
 
 

@@ -135,6 +135,22 @@ def test_autocast_does_not_reach_the_distances(device: torch.device) -> None:
     assert torch.equal(grad, expected)
 
 
+def test_fast_matmuls_do_not_reach_the_distances(device: torch.device) -> None:
+    """`set_float32_matmul_precision` makes the products of the model bfloat16 inside, but not ours."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(256, 2048, generator=g).to(device)
+    y = (x[:, :900] + torch.rand(256, 900, generator=g).to(device)).requires_grad_()
+    expected = torch.autograd.grad(hsic(x, y), y)[0]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        actual = torch.autograd.grad(hsic(x, y), y)[0]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("options", OPTIONS[:1] + OPTIONS[3:6], ids=str)
 def test_compiles_without_graph_break(options: dict[str, str], device: torch.device) -> None:
     x, y = (t.requires_grad_() for t in dependent(20, device, torch.float32))

@@ -29,7 +29,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Small N keeps the kernel matrices for the backward pass, large N computes their tiles again."""
     if request.param == "streamed":
-        monkeypatch.setattr(pair_tiles, "KEPT_ROWS", 0)
+        monkeypatch.setattr(pair_tiles, "KEPT_ROWS", {"cpu": 0, "cuda": 0})
     return request.param
 
 
