@@ -1,0 +1,106 @@
+"""A case: one problem, several providers that claim to solve it, and the definition they are held against."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, ...]
+Size = Literal["tiny", "quick", "full"]
+"""tiny: does it run at all; quick: a laptop, a few minutes in all; full: the sizes the project's promises are about."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute the outputs.
+
+    Attributes:
+        name: what the table calls it; ours begin with `mimir_fast`.
+        run: one set of inputs → outputs, freshly allocated, gradients among them where the case has a backward pass.
+        tolerance: overrides the case's, for a formula that is known to be inexact; `note` says why.
+        law: (inputs, outputs) → what is wrong, or nothing. For a provider that draws random numbers of its own and so
+            cannot equal the definition; it is held against this instead.
+        report: further numbers, asked for after the timing.
+        skip: why it cannot run here; empty if it can.
+    """
+
+    name: str
+    run: Callable[[Any], Outputs]
+    tolerance: float | None = None
+    law: Callable[[Any, Outputs], str] | None = None
+    report: Callable[[], dict[str, float]] | None = None
+    note: str = ""
+    skip: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the plan.
+
+    Attributes:
+        name: `hsic_fwd_bwd`, …; with `params` it identifies the case between runs.
+        providers: ours first.
+        baseline: the provider others are compared with.
+        make_inputs: seed → fresh random inputs on the device.
+        reference: inputs → outputs of the definition, in float64 where rounding plays a part.
+        tolerance: largest ‖out − ref‖ / ‖ref‖ of each output; 0 demands equality.
+        flops, bytes: the fewest a forward (and backward) pass can do: the roofline, and the prediction.
+        precision: which matmul ceiling the FLOPs are held against.
+        items: images or samples of a call, for items per second.
+        gate_inputs: seed → smaller inputs for the gate, where the definition would not fit; None for `make_inputs`.
+        one_set: time on one set of inputs, where a set is too large for several or is never read twice.
+        memory: measure the peak memory; off where another process would do the work.
+    """
+
+    name: str
+    params: dict[str, Any]
+    providers: Sequence[Provider]
+    baseline: str
+    make_inputs: Callable[[int], Any]
+    reference: Callable[[Any], Outputs]
+    tolerance: float | tuple[float, ...]
+    flops: float = 0.0
+    bytes: float = 0.0
+    precision: str = "fp32"
+    items: int = 0
+    gate_inputs: Callable[[int], Any] | None = None
+    one_set: bool = False
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        names = [provider.name for provider in self.providers]
+        if self.baseline not in names or len(set(names)) < len(names):
+            raise ValueError(f"case {self.name}: baseline {self.baseline!r} must be one of distinct {names}")
+
+
+Cases = Callable[[torch.device, Size], Iterator[Case]]
+
+
+def tensors_in(inputs: Any) -> list[Tensor]:
+    """The tensors of a set of inputs, however nested."""
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    if isinstance(inputs, dict):
+        inputs = list(inputs.values())
+    if hasattr(inputs, "__dataclass_fields__"):
+        inputs = list(vars(inputs).values())
+    if isinstance(inputs, list | tuple):
+        return [tensor for part in inputs for tensor in tensors_in(part)]
+    return []
+
+
+def bytes_of(inputs: Any) -> int:
+    """Size of all tensors in a set of inputs."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(inputs))
+
+
+def generator(device: torch.device, seed: int) -> torch.Generator:
+    """A generator of its own for each set of inputs: the global one is left alone."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` with static shapes, as a tuned baseline would have it."""
+    return torch.compile(function, dynamic=False)

@@ -1,0 +1,132 @@
+"""The command line of the benchmarks."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from benchmarks import ceilings as machine
+from benchmarks import compare, plot, record, table
+from benchmarks.case import Cases, Size
+from benchmarks.runner import run_cases
+
+# name: seconds of timing for all providers of one of its cases, at size `quick`
+QUESTIONS: dict[str, float] = {
+    "linf_step": 3,
+    "patches": 3,
+    "random_masks": 2,
+    "attention": 3,
+    "hsic": 8,
+    "nhsic": 4,
+    "step": 20,
+    "loader": 10,
+    "finetune_step": 20,
+    "autoattack": 0,
+}
+# What a laptop does in a few minutes.
+QUICK = ("linf_step", "patches", "random_masks", "hsic", "nhsic", "step", "loader")
+
+
+def cases_of(question: str) -> Cases:
+    """The `cases` function of a question's file."""
+    cases: Cases = import_module(f"benchmarks.{question}").cases
+    return cases
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description="Which is faster, by how much, and is it right?"
+    )
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"some of {', '.join(QUESTIONS)}")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", dest="size", action="store_const", const="full", help="the sizes of the promises; long")
+    size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="does it run; times mean nothing")
+    parser.set_defaults(size="quick")
+    parser.add_argument("--box", type=float, help="seconds of timing a case, instead of the question's own")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.jsonl", help="exit with 1 on a regression beyond the noise"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="NEW.jsonl", help="append the records; default runs/benchmarks/…"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="where the picture goes; default beside the records"
+    )
+    parser.add_argument("--device-suite", action="store_true", help="all gates, then all timings, within --budget")
+    parser.add_argument("--budget", type=float, default=540, help="seconds of the device suite")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.questions if name not in QUESTIONS]
+    if unknown:
+        parser.error(f"unknown question {', '.join(unknown)}: wanted some of {', '.join(QUESTIONS)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA GPU that torch sees; --device cpu works everywhere")
+    if options.compare and not options.compare.is_file():
+        parser.error(f"--compare {options.compare}: there is no such file; write one with --output first")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and report; the exit status is 1 when something of ours is wrong or became slower."""
+    options = parse(arguments)
+    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    device, size = torch.device("cuda" if cuda else "cpu"), options.size
+    output = options.output or Path(f"runs/benchmarks/{device.type}-{size}.jsonl")
+    if options.output is None:
+        output.unlink(missing_ok=True)  # a name of ours is the newest run, a name of yours collects
+    if options.device_suite:
+        from benchmarks.device_suite import run_suite
+
+        return run_suite(device, size, options.budget, output)
+
+    ceilings = machine.measure(device, size)
+    print(describe(ceilings, device), flush=True)
+    done: list[list[record.Record]] = []
+    chosen = options.questions or (QUESTIONS if size == "full" else QUICK)
+    for question in chosen:
+        box_s = options.box or QUESTIONS[question] * {"tiny": 0.02, "quick": 1, "full": 3}[size]
+        for records in run_cases(cases_of(question)(device, size), device, ceilings, box_s=box_s, say=progress):
+            table.print_case(records)
+            record.append(output, records)
+            done.append(records)
+    picture = options.plot or output.with_suffix(".png")
+    plot.draw(done, picture)
+    print(f"records: {output}   picture: {picture}")
+    return max(verdict(done), against(options.compare, done) if options.compare else 0)
+
+
+def verdict(cases: Sequence[Sequence[record.Record]]) -> int:
+    """1 when a provider of ours failed."""
+    bad = [r for case in cases for r in case if r.status == "failed" and r.impl.startswith("mimir_fast")]
+    for r in bad:
+        print(f"FAILED {r.case} {r.impl} {r.params}: {r.note}", file=sys.stderr)
+    return int(bool(bad))
+
+
+def against(old: Path, cases: Sequence[Sequence[record.Record]]) -> int:
+    """Print the comparison; 1 on a regression."""
+    try:
+        changes = compare.compare(record.read(old), [r for case in cases for r in case])
+    except ValueError as error:
+        print(f"--compare {old}: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(map(str, changes)))
+    return int(any(change.is_regression for change in changes))
+
+
+def describe(ceilings: machine.Ceilings, device: torch.device) -> str:
+    """The machine in one line."""
+    where = record.environment_once()
+    name = where["gpu"] if device.type == "cuda" else f"{where['cpu']}, {torch.get_num_threads()} threads"
+    rates = ", ".join(f"{p} {rate:.3g} TFLOP/s" for p, rate in ceilings.tflops.items())
+    return f"{name}: copy {ceilings.copy_gbps:.3g} GB/s, {rates} (measured now; the roofline of the tables)\n"
+
+
+def progress(line: str) -> None:
+    """What is going on, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)

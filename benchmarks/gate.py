@@ -1,0 +1,82 @@
+"""The gate before the clock: a provider is timed only if it computes what the definition says.
+
+Errors are ‖out − ref‖ / ‖ref‖ against float64. A NaN never passes. The provider's first outputs are overwritten with
+NaN and freed before it runs again, so that the allocator hands it poisoned memory and an element it forgets shows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Case, Outputs, Provider
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate saw.
+
+    Attributes:
+        rel_fro: the largest ‖out − ref‖ / ‖ref‖ among the outputs.
+        max_rel: the largest |out − ref| / max |ref| among all elements; both are None under a law.
+        deterministic: two runs on the same inputs gave the same bits.
+        reason: why it did not pass; empty if it did.
+    """
+
+    rel_fro: float | None
+    max_rel: float | None
+    deterministic: bool
+    reason: str = ""
+
+
+def judge(case: Case, provider: Provider, inputs: object, reference: Outputs) -> Verdict:
+    """Run a provider twice and hold the second outputs against the reference."""
+    first = provider.run(inputs)
+    kept = [output.clone() for output in first]
+    poison(first)
+    del first
+    outputs = provider.run(inputs)
+    same = all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(kept, outputs, strict=True))
+    if provider.law is not None:
+        return Verdict(None, None, same, provider.law(inputs, outputs))
+    errors = [relative_errors(output, ref) for output, ref in zip(outputs, reference, strict=True)]
+    rel_fro, max_rel = (max(pair[i] for pair in errors) for i in (0, 1))
+    limits = [provider.tolerance] * len(errors) if provider.tolerance is not None else limits_of(case, len(errors))
+    # Written so that a NaN, for which every comparison is false, does not pass.
+    bad = [
+        f"output {i}: error {error[0]:.1e}, allowed {limit:.0e}"
+        for i, (error, limit) in enumerate(zip(errors, limits, strict=True))
+        if not error[0] <= limit
+    ]
+    return Verdict(rel_fro, max_rel, same, "; ".join(bad))
+
+
+def limits_of(case: Case, count: int) -> Sequence[float]:
+    """The tolerance of each output."""
+    return case.tolerance if isinstance(case.tolerance, tuple) else [case.tolerance] * count
+
+
+def relative_errors(output: Tensor, reference: Tensor) -> tuple[float, float]:
+    """(‖out − ref‖ / ‖ref‖, max |out − ref| / max |ref|); the differences themselves where the reference is zero.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if output.shape != reference.shape:
+        raise ValueError(f"the definition gives {tuple(reference.shape)}, the provider {tuple(output.shape)}")
+    if not reference.numel():
+        return 0.0, 0.0
+    # NaN + inf: max() of Python would drop a NaN; an infinite error is as clear.
+    difference, ref = (output.double() - reference.double()).abs(), reference.double().abs()
+    if bool(difference.isnan().any()):
+        return float("inf"), float("inf")
+    norm, largest = float(ref.norm()) or 1.0, float(ref.max()) or 1.0
+    return float(difference.norm()) / norm, float(difference.max()) / largest
+
+
+def poison(outputs: Outputs) -> None:
+    """Overwrite with NaN (the largest number, for integers)."""
+    with torch.no_grad():
+        for output in outputs:
+            output.detach().fill_(float("nan") if output.is_floating_point() else torch.iinfo(output.dtype).max)

@@ -1,0 +1,79 @@
+"""The table on the terminal."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.record import Record
+
+COLUMNS = (
+    "", "ms", "p20-p80", "±noise", "speed-up", "% of roof", "rate", "extra MiB", "error", "same bits",
+)  # fmt: skip
+
+
+def print_case(records: Sequence[Record]) -> None:
+    """One table a case."""
+    title = f"{records[0].case}  {describe(records[0].params)}"
+    rows = [row(record) for record in records]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print_plain(title, rows)
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, name in enumerate(COLUMNS):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True, overflow="fold")
+    for record, cells in zip(records, rows, strict=True):
+        table.add_row(*cells, style={"ok": None, "skipped": "dim", "failed": "red"}[record.status])
+    console: Any = Console()
+    # A terminal's width is respected; a pipe has none, and a cut table is no use there.
+    Console(width=None if console.is_terminal else 150).print(table, markup=False)
+    for record in records:
+        said = [record.note] if record.note else []
+        said += [f"{name} {value:.3g}" for name, value in record.extra.items()]
+        if said:
+            console.print(f"  {record.impl}: {'; '.join(said)}", style="dim", markup=False, highlight=False)
+    console.print()
+
+
+def print_plain(title: str, rows: Iterable[Sequence[str]]) -> None:
+    """The same without rich."""
+    table = [COLUMNS, *rows]
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(COLUMNS))]
+    print(title)
+    for first, *rest in table:
+        print("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]))
+
+
+def describe(params: dict[str, Any]) -> str:
+    """`N=4096 d=768 dtype=fp32`."""
+    return " ".join(f"{name}={value}" for name, value in params.items())
+
+
+def row(record: Record) -> tuple[str, ...]:
+    """The cells of one provider."""
+    error = record.err.get("rel_fro")
+    error = "" if error is None else f"{error:.1e}"
+    if record.status != "ok" or not record.ms:
+        return record.impl, record.status if record.status != "ok" else "passed", *[""] * 6, error, ""
+    ms = record.ms
+    rate = f"{record.items_per_s:.1f}/s" if record.items_per_s else ""
+    if not rate:
+        rate = f"{record.tflops * 1e3:.0f} GF/s" if record.flops else f"{record.gbps:.1f} GB/s"
+    return (
+        record.impl,
+        number(ms["median"]),
+        f"{number(ms['p20'])}-{number(ms['p80'])}",
+        f"{100 * ms['noise']:.1f}%",
+        f"{record.speedup:.2f}x" if record.speedup else "",
+        f"{record.pct_of_measured_ceiling:.0f}%" if record.predicted_ms else "",
+        rate,
+        "" if record.peak_mem_mb is None else f"{record.peak_mem_mb:.1f}",
+        error,
+        "yes" if record.err["deterministic_bits"] else "no",
+    )
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
