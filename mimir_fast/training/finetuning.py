@@ -69,6 +69,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_patch_size(self.data.image_size, self.model.patch_size)
+        build_method(self)  # options that do not go together are refused here, before anything starts
 
     @property
     def folder(self) -> Path:
@@ -167,8 +168,9 @@ class Finetuning:
         return head + ("" if config.init else ", from scratch (no --init)")
 
     def next_command(self, run: Path) -> str:
-        """The evaluation."""
-        return f"python -m mimir_fast.evaluate --checkpoint {run} --suite quick"
+        """The evaluation, against the adversary of training."""
+        eps = f"{255 * self.config.objective.attack.eps:.4g}/255"
+        return f"python -m mimir_fast.evaluate --checkpoint {run} --suite quick --eps {eps}"
 
 
 def probe_data(config: FinetuneConfig, world: World) -> tuple[Loader | None, int]:
