@@ -1,0 +1,133 @@
+"""Every kind of model can be judged, and what does not fit is refused with the fix."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_classifier import SmallNet
+from torch import Tensor, nn
+
+from mimir_fast.attacks.pgd import pgd
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.evaluation.models import FromProbabilities, Normalized, load_model
+from mimir_fast.evaluation.sanity import inspect_model
+
+CPU = torch.device("cpu")
+IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def load(spec: str, num_classes: int = 10, channels: int = 1) -> nn.Module:
+    return load_model(spec, num_classes=num_classes, device=CPU, channels=channels).module
+
+
+def test_torch_export_and_torchscript_files_are_attacked_like_the_original(small_model, tmp_path: Path) -> None:
+    batch = torch.export.Dim("batch", min=1, max=512)
+    torch.export.save(torch.export.export(small_model, (IMAGES,), dynamic_shapes=({0: batch},)), tmp_path / "m.pt2")
+    torch.jit.script(small_model).save(str(tmp_path / "m.torchscript"))
+    labels, threat = torch.arange(4), LinfThreat(0.1, 0.05, 3)
+    wanted = pgd(small_model, IMAGES, labels, threat, mode="eval")
+    for name, kind in (("m.pt2", "torch.export"), ("m.torchscript", "TorchScript")):
+        judged = load_model(str(tmp_path / name), num_classes=10, device=CPU)
+        assert judged.kind == kind
+        torch.testing.assert_close(pgd(judged.module, IMAGES, labels, threat, mode="eval"), wanted)
+
+
+def test_module_function(small_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(small_model.state_dict(), tmp_path / "w.pt")
+    monkeypatch.setenv("SMALL_NET", str(tmp_path / "w.pt"))
+    module = load("small_classifier:small_net")
+    torch.testing.assert_close(module(IMAGES), small_model(IMAGES))
+    assert not any(p.requires_grad for p in module.parameters())
+    with pytest.raises(ValueError, match="no function 'nothing'"):
+        load("small_classifier:nothing")
+    with pytest.raises(ImportError, match="PYTHONPATH"):
+        load("no_such_module_at_all:function")
+
+
+def test_timm_models_get_their_normalisation_inside() -> None:
+    timm = pytest.importorskip("timm")
+    judged = load_model("timm:vit_tiny_patch16_224@random", num_classes=7, device=CPU)
+    assert judged.notes == ["the weights are random: nothing was trained"]
+    assert isinstance(judged.module, Normalized)
+    images = torch.rand(2, 3, 224, 224)
+    config = timm.get_pretrained_cfg("vit_tiny_patch16_224")
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (config.mean, config.std))
+    wanted = judged.module.model((images - mean) / std)
+    assert wanted.shape == (2, 7)
+    torch.testing.assert_close(judged.module(images), wanted)
+    torch.testing.assert_close(judged.module.forward_head(judged.module.forward_features(images)), wanted)
+
+
+def test_timm_without_network_says_that_the_weights_are_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **options):
+        if pretrained:
+            raise OSError("no route to host")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    judged = load_model("timm:resnet18", num_classes=10, device=CPU)
+    assert "RANDOM" in judged.notes[0] and "no route to host" in judged.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "words"),
+    [
+        ("runs/not/there", FileNotFoundError, "no such file or folder"),
+        ("nothing.pth", FileNotFoundError, "timm:NAME"),
+        ("timm:no_such_net", ValueError, "no model 'no_such_net'"),
+        ("timm:resnet18@missing.safetensors", FileNotFoundError, "no file missing.safetensors"),
+    ],
+)
+def test_what_is_not_there_is_explained(spec: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        load(spec)
+
+
+class Softmaxed(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).softmax(dim=1)
+
+
+class Dice(SmallNet):
+    """Draws noise in every forward pass."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + 0.1 * torch.randn(len(images), 10)
+
+
+def test_probabilities_are_refused_or_turned_into_logits(small_model) -> None:
+    with pytest.raises(ValueError, match="--outputs probabilities"):
+        inspect_model(Softmaxed(small_model), IMAGES, 10)
+    logits = FromProbabilities(Softmaxed(small_model))
+    inspect_model(logits, IMAGES, 10)
+    torch.testing.assert_close(logits(IMAGES).softmax(1), small_model(IMAGES).softmax(1))
+
+
+def test_a_model_that_is_not_deterministic_is_said_so(small_model) -> None:
+    assert inspect_model(small_model, IMAGES, 10).note() is None
+    with torch.random.fork_rng([]):
+        found = inspect_model(Dice().eval(), IMAGES, 10)
+    assert not found.deterministic
+    assert "rand" in str(found.note())
+
+
+@pytest.mark.parametrize(
+    ("model", "num_classes", "words"),
+    [
+        (SmallNet(), 7, "10 classes, the data has 7"),
+        (SmallNet().body, 10, "the model has 288 classes"),
+        (nn.Conv2d(1, 3, 3), 10, "head"),
+        (nn.Conv2d(3, 3, 3), 10, "--data.channels"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Threshold(1e9, float("nan"))), 10, "not finite"),
+    ],
+)
+def test_unfit_models_are_refused(model: nn.Module, num_classes: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        inspect_model(model.eval(), IMAGES, num_classes)

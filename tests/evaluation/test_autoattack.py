@@ -1,0 +1,97 @@
+"""AutoAttack through our command: the package's own numbers, also after a kill; nothing of the model changes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_classifier import EPS, SmallNet
+from torch import nn
+
+from mimir_fast.evaluation.autoattack import run_autoattack
+from mimir_fast.evaluation.images import EvaluationImages
+
+pyautoattack = pytest.importorskip("pyautoattack")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def few(digits_images: EvaluationImages) -> EvaluationImages:
+    return digits_images.evenly(12)
+
+
+def test_killed_and_resumed_equals_a_direct_call(small_model, few: EvaluationImages, tmp_path: Path) -> None:
+    """*standard*, killed three times in different attacks, against the package's own loop."""
+    with torch.random.fork_rng([]):
+        direct = pyautoattack.AutoAttack(small_model, eps=EPS, version="standard", seed=0)
+        x_adv, _ = direct.run_standard_evaluation(few.images.float() / 255, few.labels, batch_size=5)
+    with torch.no_grad():
+        stands = (small_model(x_adv).argmax(1) == few.labels).tolist()
+    assert 0 < sum(stands) < 12, "the test needs a robust accuracy in between"
+
+    class Mortal(nn.Module):
+        """Dies after so many forward passes."""
+
+        def __init__(self, lives: int) -> None:
+            super().__init__()
+            self.net, self.lives = small_model, lives
+
+        def forward(self, x):
+            self.lives -= 1
+            if self.lives < 0:
+                raise KeyboardInterrupt
+            return self.net(x)
+
+    state, positions = tmp_path / "autoattack.json", []
+    for lives in (230, 900, 1500):
+        with pytest.raises(KeyboardInterrupt):
+            run_autoattack(Mortal(lives), few, EPS, batch_size=5, device=CPU, state=state)
+        saved = json.loads(state.read_text())
+        positions.append((saved["attack"], saved["batch"]))
+    assert positions == sorted(set(positions)), "each start went further than the one before"
+    progress = run_autoattack(Mortal(10**9), few, EPS, batch_size=5, device=CPU, state=state)
+    assert [name == "none" for name in progress.broken_by] == stands
+    assert progress.after["square"] == sum(stands)
+    assert list(progress.after) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+
+    finished = run_autoattack(Mortal(20), few, EPS, batch_size=5, device=CPU, state=state)
+    assert finished.broken_by == progress.broken_by, "a finished evaluation is read, not repeated"
+
+
+def test_leaves_no_trace(few: EvaluationImages) -> None:
+    model = SmallNet().train()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    before, random_state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    run_autoattack(model, few.evenly(4), 0.3, batch_size=4, device=CPU)
+    assert model.training and all(p.requires_grad and (p.grad == 0.5).all() for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_another_evaluations_state_is_refused(small_model, few: EvaluationImages, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps({"fingerprint": "of something else"}))
+    with pytest.raises(ValueError, match="--overwrite"):
+        run_autoattack(small_model, few, EPS, batch_size=8, device=CPU, state=tmp_path / "s.json")
+
+
+def test_fewer_than_four_classes_are_refused_at_once(few: EvaluationImages) -> None:
+    with pytest.raises(ValueError, match="3 classes"):
+        run_autoattack(SmallNet(num_classes=3).eval(), few, EPS, batch_size=8, device=CPU)
+
+
+def test_five_classes_have_four_targets(few: EvaluationImages) -> None:
+    """The package would look for a ninth wrong class."""
+    images = few.take((few.labels < 5).nonzero()[:, 0])
+    model = SmallNet(num_classes=5).eval()
+    progress = run_autoattack(model, images, 0.3, batch_size=8, device=CPU)
+    assert set(progress.broken_by) <= {"clean", "none", "apgd-ce", "apgd-t", "fab-t", "square"}
+
+
+def test_the_packages_warnings_reach_the_report(few: EvaluationImages) -> None:
+    class Dice(SmallNet):
+        def forward(self, images):
+            return super().forward(images) + torch.randn(len(images), 10)
+
+    progress = run_autoattack(Dice().eval(), few.evenly(4), 1.0, batch_size=4, device=CPU)
+    assert any("randomized" in warning for warning in progress.warnings)
