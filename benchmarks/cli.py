@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import ceilings as machine
 from benchmarks import compare, plot, record, table
-from benchmarks.case import Cases, Size
+from benchmarks.case import Cases
 from benchmarks.runner import run_cases
 
 # name: seconds of timing for all providers of one of its cases, at size `quick`

@@ -1,6 +1,7 @@
 """How much does one pass save over the seven of a signed-gradient step?
 
-Floor: read x_adv, grad and x, write the result: 16 bytes a pixel in fp32. Patch space is the same op on a quarter of it.
+Floor: read x_adv, grad and x, write the result: 16 bytes a number in fp32. In patch
+space it is the same op on a quarter of the numbers.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The picture: one panel a case, one bar a provider, time as a multiple of the fastest sound one's roofline or of ours."""
+"""The picture: one panel a case, one bar a provider; the dotted line is the roofline of the machine it ran on."""
 
 import math
 from collections.abc import Sequence

@@ -1,0 +1,113 @@
+"""Which attention is fastest at the lengths of a masked autoencoder: 50 tokens in the encoder, 197 in the decoder?
+
+All sequences are equal in length, so packing gains nothing; at 50 tokens a kernel with 128-token tiles computes six
+times what is needed. Floor: 4 T² E FLOPs a head forward and 10 T² E with the backward pass, or reading q, k, v once.
+Shapes: B images, T tokens, H heads, E head dim, as (B, T, H, E), the layout of `mimir_fast.models.attention`.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.case import Case, Outputs, Provider, Size, generator
+from mimir_fast.models.attention import attention, xformers_failure
+
+# B, T, H, E: encoders S and B on visible tokens, MAE's decoder, the light decoder
+SHAPES: dict[Size, list[tuple[int, int, int, int]]] = {
+    "tiny": [(2, 5, 2, 8)],
+    "quick": [(16, 50, 6, 64), (16, 197, 16, 8)],
+    "full": [(64, 50, 6, 64), (64, 50, 12, 64), (16, 197, 16, 32), (64, 197, 16, 8)],
+}
+ON_GPU = [(512, 50, 6, 64), (512, 50, 12, 64), (512, 50, 16, 64), (512, 197, 16, 32), (512, 197, 16, 8)]
+BACKENDS = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
+    """Forward and backward, in the precision of training on this device."""
+    cuda = device.type == "cuda"
+    for shape in ON_GPU if cuda and size != "tiny" else SHAPES[size]:
+        yield case(device, shape, torch.bfloat16 if cuda else torch.float32)
+
+
+def case(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:
+    """One shape."""
+    B, T, H, E = shape
+
+    def make_inputs(seed: int) -> Four:
+        rng = generator(device, seed)
+        q, k, v, grad = (torch.randn(shape, device=device, generator=rng).to(dtype) for _ in range(4))
+        return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
+
+    def reference(inputs: Four) -> Outputs:
+        exact = tuple(t.detach().double().requires_grad_() for t in inputs)
+        return both_ways(definition)(exact)
+
+    cuda = device.type == "cuda"
+    backends = BACKENDS if cuda else {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
+    return Case(
+        "attention_fwd_bwd",
+        {"B": B, "T": T, "H": H, "E": E, "dtype": str(dtype).removeprefix("torch.")},
+        [
+            Provider("mimir_fast", both_ways(attention)),
+            Provider("SDPA, as it chooses", both_ways(sdpa)),
+            *(Provider(f"SDPA {name}", both_ways(forced(backend))) for name, backend in backends.items()),
+            Provider("xformers", both_ways(xformers_kernel), skip=xformers_failure() or ""),
+        ],
+        baseline="SDPA, as it chooses",
+        make_inputs=make_inputs,
+        reference=reference,
+        tolerance=1e-5 if dtype == torch.float32 else 2e-2,
+        flops=14.0 * B * H * T * T * E,
+        bytes=float(dtype.itemsize * B * T * H * E * 8),
+        precision="bf16" if cuda else "fp32",
+        items=B,
+    )
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ/√E) v."""
+    weights = torch.einsum("bthe,bshe->bhts", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
+    return torch.einsum("bhts,bshe->bthe", weights, v)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own, whichever kernel it takes."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def forced(backend: SDPBackend) -> Kernel:
+    """PyTorch's own with one kernel allowed."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(q, k, v)
+
+    return run
+
+
+def xformers_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """xformers' choice."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q, k, v)
+
+
+def both_ways(kernel: Kernel) -> Callable[[Four], Outputs]:
+    """(out, ∂q, ∂k, ∂v)."""
+
+    def run(inputs: Four) -> Outputs:
+        q, k, v, grad = inputs
+        out = kernel(q, k, v)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), grad)
+
+    return run

@@ -1,0 +1,199 @@
+"""HSIC, forward and backward: time and memory of the N×N problem.
+
+Floor: half of each Gram matrix (it is symmetric) forward, and one product C X for each gradient: N²(D_x + D_y) +
+2 N²(D_x + D_y) FLOPs; bytes are the inputs and gradients alone. Eager PyTorch computes whole Gram matrices and two
+products for each gradient, and keeps some ten N×N matrices for the backward pass.
+Beyond the sizes at which that fits, the rival is eager PyTorch in row blocks with activation checkpointing.
+Shapes: N samples, D features, I rows of a block.
+"""
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.case import Case, Outputs, Provider, Size, compiled
+from benchmarks.dependence_data import image_like
+from mimir_fast.ops.hsic import hsic, hsic_reference
+
+SIGMA = 5.0
+Pair = tuple[Tensor, Tensor]
+Estimate = Callable[[Tensor, Tensor], Tensor]
+
+# N, D_x, D_y
+SIZES: dict[Size, list[tuple[int, int, int]]] = {
+    "tiny": [(24, 40, 16)],
+    "quick": [(512, 3072, 768), (2048, 768, 768)],
+    "full": [(512, 150528, 38400), (4096, 768, 768)],
+}
+ON_GPU = [(512, 150528, 38400), (2048, 150528, 38400), (4096, 150528, 38400), (4096, 768, 768)]
+LARGE: dict[Size, tuple[int, int, int]] = {"tiny": (70, 16, 16), "quick": (0, 0, 0), "full": (32768, 128, 128)}
+LARGE_ON_GPU = (65536, 768, 768)
+
+
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
+    """Training sizes, then the size at which N×N does not fit."""
+    cuda = device.type == "cuda" and size != "tiny"
+    for n, d_x, d_y in ON_GPU if cuda else SIZES[size]:
+        yield training_case(device, n, d_x, d_y)
+    n, d_x, d_y = LARGE_ON_GPU if cuda else LARGE[size]
+    if n:
+        yield large_case(device, n, d_x, d_y)
+
+
+def eager(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    """HSIC as a careful person writes it in PyTorch: centred inputs, one product, expm1, fp32."""
+    k, l_ = minus_one(x_ND), minus_one(y_ND)
+    k = k - k.mean(0, keepdim=True)
+    l_ = l_ - l_.mean(0, keepdim=True)
+    return (k * l_.mT).sum() / len(k) ** 2
+
+
+def minus_one(x_ND: Tensor, rows: slice | None = None) -> Tensor:
+    """K − 1, (N, N), or the rows of it."""
+    x = x_ND - x_ND.mean(0, keepdim=True)
+    norms = x.square().sum(1)
+    left, left_norms = (x, norms) if rows is None else (x[rows], norms[rows])
+    squared = left_norms[:, None] + norms - 2 * left @ x.mT
+    return torch.expm1(squared.clamp_min(0) * (-1 / (2 * SIGMA**2 * x.shape[1])))
+
+
+def authors(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    """The authors' formula: Gram matrices with exp on the host, a centring matrix, three N×N×N products."""
+    k, l_ = (torch.exp(-squared_distances(z) / (2 * SIGMA**2 * z.shape[1])).cpu() for z in (x_ND, y_ND))
+    h = torch.eye(len(k)) - 1 / len(k)
+    return ((k @ h) * (l_ @ h).mT).mean()
+
+
+def squared_distances(x_ND: Tensor) -> Tensor:
+    """‖x_i − x_j‖² from uncentred products."""
+    gram = x_ND @ x_ND.mT
+    norms = gram.diagonal()
+    return norms[:, None] + norms - 2 * gram
+
+
+def in_blocks(x_ND: Tensor, y_ND: Tensor, block: int = 1024) -> Tensor:
+    """`eager` in row blocks, each computed again in the backward pass: O(N·block) memory."""
+
+    def rows_of(x_ND: Tensor, y_ND: Tensor, start: int) -> Outputs:
+        rows = slice(start, start + block)
+        k, l_ = minus_one(x_ND, rows), minus_one(y_ND, rows)
+        return (k * l_).sum(dtype=torch.float64), k.sum(1, dtype=torch.float64), l_.sum(1, dtype=torch.float64)
+
+    n = len(x_ND)
+    parts: list[Any] = [checkpoint(rows_of, x_ND, y_ND, i, use_reentrant=False) for i in range(0, n, block)]
+    s = torch.stack([part[0] for part in parts]).sum()
+    r, q = torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+    return (s - 2 / n * (r * q).sum() + r.sum() * q.sum() / n**2) / n**2
+
+
+def keops(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    """The same sums as KeOps' symbolic matrices, which never exist in memory."""
+    from pykeops.torch import LazyTensor
+
+    def symbolic(x: Tensor) -> Any:
+        x = (x - x.mean(0)).contiguous()
+        distance = ((LazyTensor(x[:, None, :]) - LazyTensor(x[None, :, :])) ** 2).sum(-1)
+        return (-distance / (2 * SIGMA**2 * x.shape[1])).exp() - 1
+
+    k, l_, n = symbolic(x_ND), symbolic(y_ND), len(x_ND)
+    r, q, s = k.sum(1).view(-1).double(), l_.sum(1).view(-1).double(), (k * l_).sum(1).double().sum()
+    return (s - 2 / n * (r * q).sum() + r.sum() * q.sum() / n**2) / n**2
+
+
+def with_gradients(estimate: Estimate) -> Callable[[Pair], Outputs]:
+    """(value, ∂x, ∂y)."""
+
+    def run(inputs: Pair) -> Outputs:
+        value = estimate(*inputs)
+        return value.detach(), *torch.autograd.grad(value, inputs)
+
+    return run
+
+
+def in_double(estimate: Estimate) -> Callable[[Pair], Outputs]:
+    """The same in float64, on the inputs as rounded."""
+    return lambda inputs: with_gradients(estimate)(
+        (inputs[0].detach().double().requires_grad_(), inputs[1].detach().double().requires_grad_())
+    )
+
+
+def training_case(device: torch.device, n: int, d_x: int, d_y: int) -> Case:
+    """A batch of images and their latents, fp32."""
+    fused = compiled(eager)
+    rivals = [
+        Provider("eager", with_gradients(eager)),
+        Provider("torch.compile(eager)", with_gradients(fused)),
+        Provider("definition", with_gradients(hsic_reference), note="sums in float64"),
+        Provider(
+            "authors' formula", with_gradients(authors), tolerance=1.0,
+            note="inexact by construction: exp in fp32 near 1, products of pixels that are not centred",
+        ),
+    ]  # fmt: skip
+    if device.type == "cuda":
+        bf16, tf32 = with_gradients(compiled(bf16_gram)), with_tf32(with_gradients(compiled(eager)))
+        rivals.append(Provider("torch.compile, bf16 cuBLAS", bf16, tolerance=2e-2, note="bf16 after centring"))
+        rivals.append(Provider("torch.compile, tf32 cuBLAS", tf32, tolerance=1e-3, note="tf32 after centring"))
+    return Case(
+        "hsic_fwd_bwd",
+        {"N": n, "Dx": d_x, "Dy": d_y, "dtype": "fp32"},
+        [Provider("mimir_fast", with_gradients(hsic)), *rivals],
+        baseline="eager",
+        make_inputs=lambda seed: image_like(n, d_x, d_y, torch.float32, device, seed),
+        reference=in_double(hsic_reference),
+        tolerance=(1e-5, 1e-4, 1e-4),
+        flops=3.0 * n * n * (d_x + d_y),
+        bytes=8.0 * n * (d_x + d_y),
+        items=n,
+    )
+
+
+def bf16_gram(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    """`eager` on the tensor cores: what a compiled cuBLAS formulation can do best."""
+    with torch.autocast(x_ND.device.type, torch.bfloat16):
+        return eager(x_ND, y_ND)
+
+
+def with_tf32(run: Callable[[Pair], Outputs]) -> Callable[[Pair], Outputs]:
+    """The same with cuBLAS allowed to round operands to tf32."""
+
+    def rounded(inputs: Pair) -> Outputs:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return run(inputs)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return rounded
+
+
+def large_case(device: torch.device, n: int, d_x: int, d_y: int) -> Case:
+    """More samples than N×N matrices have room for."""
+    gibibytes = 10 * 4 * n * n / 2**30
+    too_big = f"keeps about ten N×N matrices: {gibibytes:.0f} GiB" if gibibytes > 16 else ""
+    return Case(
+        "hsic_large_fwd_bwd",
+        {"N": n, "Dx": d_x, "Dy": d_y, "dtype": "fp32"},
+        [
+            Provider("mimir_fast", with_gradients(hsic)),
+            Provider("eager in blocks, checkpointed", with_gradients(in_blocks)),
+            Provider("eager", with_gradients(eager), skip=too_big),
+            Provider("KeOps", with_gradients(keops), tolerance=1e-2, skip=keops_missing()),
+        ],
+        baseline="eager in blocks, checkpointed",
+        make_inputs=lambda seed: image_like(n, d_x, d_y, torch.float32, device, seed),
+        reference=in_double(in_blocks),
+        tolerance=(1e-5, 1e-4, 1e-4),
+        flops=3.0 * n * n * (d_x + d_y),
+        bytes=8.0 * n * (d_x + d_y),
+        items=n,
+    )
+
+
+def keops_missing() -> str:
+    """Why KeOps cannot run; empty if it can."""
+    return "" if find_spec("pykeops") else "not installed: pip install pykeops (it compiles at first use)"

@@ -1,0 +1,93 @@
+"""The other estimators: nHSIC (the authors' penalty) and Rényi's information of order 2.
+
+nHSIC's authors move both Gram matrices to the host and invert non-symmetric matrices there at every step; ours is two
+Cholesky factorisations on the device. Rényi's order 2 by definition needs three spectra; ours is one pass over pairs.
+Floors: the Gram matrices as for HSIC, plus N³/3 + 2N³/3 for each factorisation and inverse and 4 N³ for the gradients.
+Shapes: N samples, D features.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Case, Provider, Size
+from benchmarks.dependence_data import image_like
+from benchmarks.hsic import SIGMA, in_double, squared_distances, with_gradients
+from mimir_fast.ops.nhsic import nhsic, nhsic_reference
+from mimir_fast.ops.renyi_mi import renyi_mi, renyi_mi_reference
+
+EPS = 1e-5
+SIZES: dict[Size, tuple[int, int, int]] = {
+    "tiny": (24, 40, 16),
+    "quick": (256, 3072, 768),
+    "full": (512, 150528, 38400),
+}
+
+
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
+    """Both, at a training batch."""
+    n, d_x, d_y = SIZES["full" if device.type == "cuda" and size == "quick" else size]
+    params = {"N": n, "Dx": d_x, "Dy": d_y, "dtype": "fp32"}
+    gram = 3.0 * n * n * (d_x + d_y)
+
+    def make_inputs(seed: int) -> tuple[Tensor, Tensor]:
+        return image_like(n, d_x, d_y, torch.float32, device, seed)
+
+    yield Case(
+        "nhsic_fwd_bwd",
+        params,
+        [
+            Provider("mimir_fast", with_gradients(nhsic)),
+            Provider("definition", with_gradients(nhsic_reference), tolerance=1.0, note="general solves in fp32"),
+            Provider(
+                "authors' formula", with_gradients(authors), tolerance=1.0,
+                note="one-sided centring and inverses in fp32: its error is the formula's own",
+            ),
+        ],
+        baseline="authors' formula",
+        make_inputs=make_inputs,
+        reference=in_double(nhsic_reference),
+        tolerance=(1e-4, 1e-2, 1e-2),
+        flops=gram + 6.0 * n**3,
+        bytes=8.0 * n * (d_x + d_y),
+        items=n,
+    )  # fmt: skip
+    yield Case(
+        "renyi_order_2_fwd_bwd",
+        params,
+        [
+            Provider("mimir_fast", with_gradients(renyi_mi)),
+            Provider("eigenvalues", with_gradients(renyi_mi_reference), tolerance=1e-2, note="fp32 spectra"),
+            Provider("mimir_fast, order 1.01", with_gradients(order_101), law=lambda _, out: finite(out)),
+        ],
+        baseline="eigenvalues",
+        make_inputs=make_inputs,
+        reference=in_double(renyi_mi_reference),
+        tolerance=(1e-4, 1e-3, 1e-3),
+        flops=gram,
+        bytes=8.0 * n * (d_x + d_y),
+        items=n,
+    )
+
+
+def authors(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    """R = K H (K H + ε N I)⁻¹ for each side on the host; Σ R_x ∘ R_yᵀ."""
+    n = len(x_ND)
+    identity = torch.eye(n)
+    ratios = []
+    for z in (x_ND, y_ND):
+        k = torch.exp(-squared_distances(z) / (2 * SIGMA**2 * z.shape[1])).cpu()
+        centred = k @ (identity - 1 / n)
+        ratios.append(centred @ torch.linalg.inv(centred + EPS * n * identity))
+    return (ratios[0] * ratios[1].mT).sum()
+
+
+def order_101(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    """The order the authors use, which needs eigenvalues."""
+    return renyi_mi(x_ND, y_ND, alpha=1.01)
+
+
+def finite(outputs: tuple[Tensor, ...]) -> str:
+    """Empty when all numbers are finite."""
+    return "" if all(bool(output.isfinite().all()) for output in outputs) else "not finite"
