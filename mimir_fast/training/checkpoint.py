@@ -23,15 +23,23 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from mimir_fast.models.checkpoint_files import (
+    FORMAT,
+    VERSION,
+    CheckpointError,
+    checkpoints_of,
+    read_meta,
+    read_tensors,
+    resolve_checkpoint,
+    saved_tensors,
+)
 from mimir_fast.training.distributed import agree
 from mimir_fast.training.ema import Ema
 
-FORMAT = "mimir_fast.checkpoint"
-VERSION = 1
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why and what to do."""
+__all__ = [
+    "CheckpointError", "checkpoints_of", "keep_last", "load_checkpoint", "make_room_for_optimizer", "read_meta",
+    "read_tensors", "resolve_checkpoint", "save_checkpoint", "training_tensors",
+]  # fmt: skip
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -70,31 +78,6 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], meta: dict[str, An
         raise OSError(f"could not write checkpoint {folder}: {_root_cause(error) or 'another rank failed'}") from error
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The meta data of a checkpoint, after checking that all its files are there in full.
-
-    Raises:
-        CheckpointError: not a checkpoint of ours, or truncated.
-    """
-    path = folder / "meta.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a mimir_fast checkpoint: it has no meta.json")
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): use an older checkpoint") from error
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} is not a mimir_fast checkpoint: format is {meta.get('format')!r}")
-    if meta["version"] > VERSION:
-        raise CheckpointError(f"{folder} was written by a newer mimir_fast (format {meta['version']}): upgrade")
-    for name, size in meta["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
-            state = "missing" if found is None else f"truncated ({found} of {size} bytes)"
-            raise CheckpointError(f"{folder / name} is {state}: use an older checkpoint of the same run")
-    return meta
-
-
 def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` in place; each may be laid out over ranks otherwise than when it was saved.
 
@@ -102,7 +85,7 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
         CheckpointError: names or shapes differ, so it is of another architecture.
     """
     read_meta(folder)
-    saved = {name: tuple(info.size) for name, info in _metadata(folder).items()}
+    saved = {name: tuple(info.size) for name, info in saved_tensors(folder).items()}
     missing = sorted(set(tensors) - set(saved))
     reshaped = [n for n, t in tensors.items() if n in saved and tuple(t.shape) != saved[n]]
     if missing or reshaped:
@@ -113,34 +96,6 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
             f"{'; '.join(detail)}. Use the recipe and --model options it was trained with"
         )
     _load(folder, tensors, no_dist=not dist.is_initialized())
-
-
-def read_tensors(folder: Path, prefix: str = "model/") -> dict[str, Tensor]:
-    """Whole CPU tensors of a checkpoint whose names start with `prefix`, without it; works outside of any run."""
-    read_meta(folder)
-    found = {n: info for n, info in _metadata(folder).items() if n.startswith(prefix)}
-    tensors = {n: torch.empty(info.size, dtype=info.properties.dtype) for n, info in found.items()}
-    _load(folder, tensors, no_dist=True)
-    return {n.removeprefix(prefix): t for n, t in tensors.items()}
-
-
-def checkpoints_of(run: Path) -> list[Path]:
-    """The whole step checkpoints of a run folder, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".partial" and p.is_dir())
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint folder itself, or the newest one of a run folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (path / "meta.json").is_file():
-        return path
-    found = checkpoints_of(path)
-    if not found:
-        raise CheckpointError(f"no checkpoint in {path}: wanted a run folder with checkpoints/step-…, or one of these")
-    return found[-1]
 
 
 def keep_last(run: Path, count: int) -> None:
@@ -166,7 +121,7 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Em
 
 def make_room_for_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Create the empty optimiser state a checkpoint will be loaded into, as the checkpoint names it."""
-    saved = _metadata(folder)
+    saved = saved_tensors(folder)
     for name, parameter in model.named_parameters():
         prefix = f"optimizer/{name}/"
         for full_name in (n for n in saved if n.startswith(prefix)):
@@ -183,13 +138,6 @@ def _load(folder: Path, tensors: dict[str, Tensor], *, no_dist: bool) -> None:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder} cannot be read ({_root_cause(error)}): use an older checkpoint") from error
-
-
-def _metadata(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}): use an older checkpoint of the same run") from error
 
 
 def _replace(partial: Path, folder: Path) -> None:

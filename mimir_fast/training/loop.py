@@ -4,6 +4,7 @@ Everything that could differ between an uninterrupted run and a resumed one is e
 stream position) or computed from the step (learning rate, masks, noise, drop path), so resuming is exact on CPU.
 """
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mimir_fast.data.batch import Batch
 from mimir_fast.data.loaders.base import Loader
@@ -38,7 +40,7 @@ class RunConfig:
     stop_after: int | None = None
     """Save and leave after this many steps of this start, as SIGTERM would; the schedule is not changed."""
     warmup_epochs: float = 40
-    """Linear warm-up; at most a tenth of a run shorter than 400 epochs' share."""
+    """Linear warm-up; with --max_steps it shrinks in proportion to epochs."""
     batch_size: int = 512
     """Global batch: images of one optimiser step over all ranks and accumulation steps."""
     accum_iter: int = 1
@@ -139,7 +141,8 @@ class Trainer:
         tensors = ckpt.training_tensors(self.task.model, self.optimizer, self.ema)
         ckpt.load_checkpoint(found[-1], tensors)
         self.loader.load_state_dict(meta["loader"])
-        self.step, self.guard.skipped, self.best_score = meta["step"], meta["skipped"], meta["best_score"]
+        self.step, self.guard.skipped = meta["step"], meta["skipped"]
+        self.best_score = float("-inf") if meta["best_score"] is None else meta["best_score"]
         return True
 
     def train(self) -> bool:
@@ -194,15 +197,20 @@ class Trainer:
             for name, value in out.items():
                 metrics[name] = metrics.get(name, 0) + value.detach() / len(micro)
         self.guard.poll()
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in self.task.model.parameters() if p.grad is not None], self.run.clip_grad or float("inf")
-        )
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = self._clip_gradients()
         self.guard.step(self.step, torch.isfinite(norm), micro)
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update()
         return metrics | {"grad_norm": norm}
+
+    def _clip_gradients(self) -> Tensor:
+        """Norm of the whole gradient, before clipping."""
+        parameters = [p for p in self.task.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.run.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.run.clip_grad, norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def save(self, name: str | None = None, *, last_chance: bool = False) -> bool:
         """Write a checkpoint; a full disk is said loudly and the run goes on, unless this was the last chance.
@@ -214,7 +222,7 @@ class Trainer:
             "kind": self.task.kind,
             "step": self.step,
             "skipped": self.guard.skipped,
-            "best_score": self.best_score,
+            "best_score": self.best_score if math.isfinite(self.best_score) else None,  # JSON has no infinity
             "loader": self.loader.state_dict(),
             "world_size": self.world.size,
             "architecture": self.task.architecture,

@@ -55,7 +55,9 @@ def open_run(folder: Path, config: Any, *, resume: bool, overwrite: bool, allow_
     if overwrite and recorded.exists():
         shutil.rmtree(folder)
     if recorded.exists():
-        changed = differences(json.loads(recorded.read_text()), wanted)
+        # A start that failed before its first checkpoint has nothing to lose.
+        begun = any((folder / "checkpoints").glob("step-*"))
+        changed = differences(json.loads(recorded.read_text()), wanted) if begun else []
         fix = "choose another --output_dir, or --overwrite to start anew there"
         if changed and not allow_changes:
             raise FileExistsError(
@@ -63,7 +65,7 @@ def open_run(folder: Path, config: Any, *, resume: bool, overwrite: bool, allow_
                 + "\n  ".join(changed)
                 + f"\nTo go on with the change, --allow_changes; otherwise {fix}"
             )
-        if not resume:
+        if begun and not resume:
             raise FileExistsError(f"{folder} already holds this run and --no_resume was given: {fix}")
     elif folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists, is not empty and is no run of ours: choose another --output_dir")

@@ -196,6 +196,15 @@ class TestRunFolder:
             "run.seed: 0 -> 1"
         ]
 
+    def test_only_a_run_with_a_checkpoint_is_guarded(self, tmp_path: Path) -> None:
+        """A start that failed early (a typo in --data.root, say) does not stand in the way of the next."""
+        choices = {"resume": True, "overwrite": False, "allow_changes": False}
+        open_run(tmp_path, config_from(["--seed", "1"]), **choices)
+        open_run(tmp_path, config_from(["--seed", "2"]), **choices)
+        (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+        with pytest.raises(FileExistsError, match=r"run.seed: 2 -> 3"):
+            open_run(tmp_path, config_from(["--seed", "3"]), **choices)
+
     def test_a_strangers_folder_is_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("mine")
         with pytest.raises(FileExistsError, match="no run of ours"):
