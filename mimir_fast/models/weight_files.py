@@ -18,16 +18,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-FORMAT = "mimir_fast.checkpoint"
-VERSION = 1
+from mimir_fast.models.checkpoint_files import (
+    WeightsError,
+    read_meta,
+    read_tensors,
+    resolve_checkpoint,
+    saved_tensors,
+)
+
 WeightsChoice = Literal["auto", "model", "ema"]
 
 _ANCHOR = "patch_embed.proj.weight"  # every vision transformer we can use has it, under whatever prefix
 _WRAPPERS = ("model", "model_state_dict", "state_dict", "model_ema")
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be used; the message says why and what to do."""
 
 
 @dataclass
@@ -93,70 +95,16 @@ def strip_wrappers(content: Any, origin: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The meta data of a checkpoint of ours, after checking that all its files are there in full.
-
-    Raises:
-        WeightsError: not a checkpoint of ours, or truncated.
-    """
-    path = folder / "meta.json"
-    if not path.is_file():
-        raise WeightsError(f"{folder} is not a mimir_fast checkpoint: it has no meta.json")
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{path} is damaged ({error}): use an older checkpoint") from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise WeightsError(f"{folder} is not a mimir_fast checkpoint: {path} is no meta data of ours")
-    if meta["version"] > VERSION:
-        raise WeightsError(f"{folder} was written by a newer mimir_fast (format {meta['version']}): upgrade")
-    for name, size in meta["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
-            state = "missing" if found is None else f"truncated ({found} of {size} bytes)"
-            raise WeightsError(f"{folder / name} is {state}: use an older checkpoint of the same run")
-    return meta
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint folder itself; of a run folder the best one where it is kept, else the newest.
-
-    Raises:
-        WeightsError: there is none.
-    """
-    if (path / "meta.json").is_file():
-        return path
-    folder = path / "checkpoints"
-    if (folder / "best" / "meta.json").is_file():
-        return folder / "best"
-    steps = sorted(p for p in folder.glob("step-*") if p.suffix != ".partial" and p.is_dir())
-    if not steps:
-        raise WeightsError(f"no checkpoint in {path}: wanted a run folder with checkpoints/step-…, or one of these")
-    return steps[-1]
-
-
 def _read_checkpoint(folder: Path, which: WeightsChoice) -> Weights:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
     meta = read_meta(folder)
-    try:
-        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except Exception as error:  # dcp and safetensors raise many types for a damaged file
-        raise WeightsError(f"{folder} cannot be read ({error}): use an older checkpoint of the same run") from error
-    has_ema = any(name.startswith("ema/") for name in found)
+    has_ema = any(name.startswith("ema/") for name in saved_tensors(folder))
     if which == "ema" and not has_ema:
         raise WeightsError(f"{folder} holds no moving average: train with EMA on, or take weights=model")
     use_ema = has_ema and which != "model"
-    infos: dict[str, Any] = {
-        n: i for n, i in found.items() if n.startswith(("model/", "ema/") if use_ema else "model/")
-    }
-    tensors = {n: torch.empty(i.size, dtype=i.properties.dtype) for n, i in infos.items()}
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    weights = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
-    weights |= {n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")}
+    # The average covers what was trained; fixed tensors are with the weights.
+    tensors = read_tensors(folder, "model/") | (read_tensors(folder, "ema/") if use_ema else {})
     origin = f"{folder} ({'moving average' if use_ema else 'weights'} of step {meta.get('step', '?')})"
-    return Weights(strip_wrappers(weights, origin), origin, config=meta.get("config"))
+    return Weights(strip_wrappers(tensors, origin), origin, config=meta.get("config"))
 
 
 def _read_safetensors(path: Path) -> Weights:

@@ -1,0 +1,99 @@
+"""Reading our own checkpoints; mimir_fast.training.checkpoint writes them and says what is in them.
+
+Kept here, below training, because models are built from checkpoints by people who train nothing.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = "mimir_fast.checkpoint"
+VERSION = 1
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used; the message says why and what to do."""
+
+
+class CheckpointError(WeightsError):
+    """A checkpoint of ours that cannot be used."""
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The meta data of a checkpoint, after checking that all its files are there in full.
+
+    Raises:
+        CheckpointError: not a checkpoint of ours, or truncated.
+    """
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a mimir_fast checkpoint: it has no meta.json")
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): use an older checkpoint") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} is not a mimir_fast checkpoint: its meta.json is not of ours")
+    if meta["version"] > VERSION:
+        raise CheckpointError(f"{folder} was written by a newer mimir_fast (format {meta['version']}): upgrade")
+    for name, size in meta["files"].items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            state = "missing" if found is None else f"truncated ({found} of {size} bytes)"
+            raise CheckpointError(f"{folder / name} is {state}: use an older checkpoint of the same run")
+    return meta
+
+
+def saved_tensors(folder: Path) -> dict[str, Any]:
+    """Name → torch.distributed.checkpoint's description (`size`, `properties.dtype`) of every tensor.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    try:
+        return dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+    except Exception as error:  # dcp and safetensors raise many types for a damaged file
+        raise CheckpointError(f"{folder} cannot be read ({error}): use an older checkpoint of the same run") from error
+
+
+def read_tensors(folder: Path, prefix: str = "model/") -> dict[str, Tensor]:
+    """Whole CPU tensors of a checkpoint whose names start with `prefix`, without it; works outside of any run.
+
+    Raises:
+        CheckpointError: not a checkpoint of ours, or damaged.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    read_meta(folder)
+    found = {n: info for n, info in saved_tensors(folder).items() if n.startswith(prefix)}
+    tensors = {n: torch.empty(info.size, dtype=info.properties.dtype) for n, info in found.items()}
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return {n.removeprefix(prefix): t for n, t in tensors.items()}
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The whole step checkpoints of a run folder, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".partial" and p.is_dir())
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder itself; of a run folder the best one where it was kept, else the newest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / "meta.json").is_file():
+        return path
+    best = path / "checkpoints" / "best"
+    if (best / "meta.json").is_file():
+        return best
+    found = checkpoints_of(path)
+    if not found:
+        raise CheckpointError(f"no checkpoint in {path}: wanted a run folder with checkpoints/step-…, or one of these")
+    return found[-1]
