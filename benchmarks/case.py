@@ -1,7 +1,7 @@
 """A case: one problem, several providers that claim to solve it, and the definition they are held against."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ class Provider:
         tolerance: overrides the case's, for a formula that is known to be inexact; `note` says why.
         law: (inputs, outputs) → what is wrong, or nothing. For a provider that draws random numbers of its own and so
             cannot equal the definition; it is held against this instead.
+        reference: its own definition, where the providers of a case do different things (a MAE step beside MIMIR's).
         report: further numbers, asked for after the timing.
         skip: why it cannot run here; empty if it can.
     """
@@ -30,6 +31,7 @@ class Provider:
     run: Callable[[Any], Outputs]
     tolerance: float | None = None
     law: Callable[[Any, Outputs], str] | None = None
+    reference: Callable[[Any], Outputs] | None = None
     report: Callable[[], dict[str, float]] | None = None
     note: str = ""
     skip: str = ""
@@ -51,6 +53,7 @@ class Case:
         items: images or samples of a call, for items per second.
         gate_inputs: seed → smaller inputs for the gate, where the definition would not fit; None for `make_inputs`.
         one_set: time on one set of inputs, where a set is too large for several or is never read twice.
+        ratios: name → (provider, other): further quotients of medians worth naming.
         memory: measure the peak memory; off where another process would do the work.
     """
 
@@ -67,6 +70,7 @@ class Case:
     items: int = 0
     gate_inputs: Callable[[int], Any] | None = None
     one_set: bool = False
+    ratios: dict[str, tuple[str, str]] = field(default_factory=dict)
     memory: bool = True
 
     def __post_init__(self) -> None:

@@ -40,7 +40,8 @@ def run_case(
     for provider in case.providers:
         if not provider.skip:
             say(f"  {case.name} {provider.name}: gate")
-            _gate(case, provider, inputs, reference, records[provider.name])
+            expected = provider.reference(inputs) if provider.reference else reference
+            _gate(case, provider, inputs, expected, records[provider.name])
     del inputs, reference
     sound = {p.name: p.run for p in case.providers if records[p.name].status == "ok"}
     if sound and not gates_only:
@@ -49,7 +50,7 @@ def run_case(
         _measure(case, sound, sets, device, box_s, records)
         for provider in case.providers:
             if provider.report is not None and records[provider.name].ms:
-                records[provider.name].extra = provider.report()
+                records[provider.name].extra |= provider.report()
     for record in records.values():
         stamp(record, device, ceilings)
     gc.collect()
@@ -123,3 +124,6 @@ def _measure(
         record.pct_of_measured_ceiling = 100 * record.predicted_ms / t.median
         if case.baseline in times:
             record.speedup = times[case.baseline].median / t.median
+    for name, (one, other) in case.ratios.items():
+        if one in times and other in times:
+            records[one].extra[name] = times[one].median / times[other].median

@@ -1,0 +1,66 @@
+"""A MIMIR step written plainly, the way masked-autoencoder code is usually written: the rival of `benchmarks.step`.
+
+The same numbers as ours from the same weights and draws, by the long way: all patches are embedded and three quarters
+thrown away, gathers have materialised indices, the attack moves whole images through a chain of element-wise ops, the
+decoder predicts every patch and a mask selects the loss, the Gram matrices go to the host.
+Source: He et al., arXiv 2111.06377, and MIMIR, arXiv 2312.04960, Algorithm 1; written from the papers.
+
+Shapes: B images, N patches, K kept, P numbers a patch, D encoder width, E decoder width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.hsic import authors as hsic_on_host
+from benchmarks.patches import repeat_gather
+from mimir_fast.methods.adv_mae import Draws
+from mimir_fast.methods.mimir import MimirConfig
+from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
+from mimir_fast.ops.patches import patchify, unpatchify
+
+
+def forward(model: MaskedAutoencoder, images: Tensor, ids_keep: Tensor, restore: Tensor) -> tuple[Tensor, Tensor]:
+    """(latent (B, 1 + K, D), prediction (B, N, P)) from whole images."""
+    projection = model.patch_embed.proj
+    tokens = F.conv2d(images, projection.weight, projection.bias, projection.stride).flatten(2).transpose(1, 2)
+    x = repeat_gather(tokens + model.pos_embed[:, 1:], ids_keep)
+    cls = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
+    x = torch.cat([cls.to(x.dtype), x], dim=1)
+    for block in model.blocks:
+        x = block(x)
+    latent = model.norm(x)
+
+    x = model.decoder_embed(latent)
+    missing = model.mask_token.to(x.dtype).repeat(len(x), restore.shape[1] + 1 - x.shape[1], 1)
+    full = repeat_gather(torch.cat([x[:, 1:], missing], dim=1), restore)
+    x = torch.cat([x[:, :1], full], dim=1) + model.decoder_pos_embed
+    for block in model.decoder_blocks:
+        x = block(x)
+    return latent, model.decoder_pred(model.decoder_norm(x))[:, 1:]
+
+
+def losses(model: MaskedAutoencoder, images: Tensor, draws: Draws, config: MimirConfig) -> dict[str, Tensor]:
+    """{"loss": MSE on the masked patches + λ·HSIC}, with the paper's preset."""
+    keep, p, attack = draws.mask.keep, model.patch_size, config.attack
+    restore = torch.cat([keep, draws.mask.masked], dim=1).argsort(dim=1)
+    clean = images.float() / 255 if images.dtype == torch.uint8 else images
+    target = patchify(clean, p)
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+    mask = torch.ones(target.shape[:2], device=clean.device).scatter(1, keep, 0)
+
+    def reconstruction(x: Tensor) -> tuple[Tensor, Tensor]:
+        latent, prediction = forward(model, x, keep, restore)
+        return latent, ((prediction.float() - target).square().mean(-1) * mask).sum() / mask.sum()
+
+    noise = torch.zeros_like(target).scatter(1, keep.unsqueeze(-1).expand_as(draws.delta), draws.delta.to(target.dtype))
+    x_adv = (clean + unpatchify(noise, p)).clamp(0, 1)
+    for _ in range(attack.num_steps):
+        x_adv = x_adv.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(reconstruction(x_adv)[1], x_adv)
+        delta = torch.clamp(x_adv + attack.alpha * grad.sign() - clean, -attack.eps, attack.eps)
+        x_adv = torch.clamp(clean + delta, 0, 1).detach()
+    latent, loss = reconstruction(x_adv)
+    with torch.autocast(clean.device.type, enabled=False):
+        penalty = hsic_on_host(x_adv.float().flatten(1), latent.float().flatten(1)).to(loss.device)
+    return {"loss": loss + config.mi.weight * penalty}

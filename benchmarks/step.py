@@ -1,0 +1,194 @@
+"""A whole pre-training step: what does MIMIR cost beside MAE, and how much faster is it than the plain way?
+
+Forward, attack, backward, gradient norm, AdamW, with the package's own methods, models and optimiser (learning rate 0,
+so that the weights the gate saw are those the clock sees). By FLOPs a MIMIR step is 5/3 of a MAE step: an attack's
+forward and input-backward on top of forward and backward.
+Floor: 24 D² + 4 T D FLOPs a token and block, visible tokens in the encoder, all of them in the decoder.
+Shapes: B images, N patches, K kept, P numbers a patch, T tokens, D width.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from benchmarks import plain_mimir
+from benchmarks.case import Case, Outputs, Provider, Size, generator
+from mimir_fast.data.batch import Batch
+from mimir_fast.methods.mae import Mae
+from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
+from mimir_fast.models.masked_autoencoder import (
+    DECODERS,
+    ENCODERS,
+    DecoderName,
+    EncoderName,
+    MaskedAutoencoder,
+    ModelConfig,
+    build_masked_autoencoder,
+)
+from mimir_fast.training.distributed import World, parallelize
+from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
+
+Losses = Callable[[MaskedAutoencoder, Batch], dict[str, Tensor]]
+SEED, STEP = 0, 0
+
+# encoder, decoder, image side, patch, batch
+Setting = tuple[EncoderName, DecoderName, int, int, int]
+SETTINGS: dict[Size, list[Setting]] = {
+    "tiny": [("tiny", "light", 32, 16, 2)],
+    "quick": [("tiny", "light", 224, 16, 8)],
+    "full": [("small", "light", 224, 16, 16)],
+}
+ON_GPU: list[Setting] = [
+    ("small", "light", 224, 16, 256),
+    ("base", "light", 224, 16, 256),
+    ("base", "mae", 224, 16, 512),
+    ("large", "light", 224, 16, 256),
+]
+
+
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
+    """fp32 on a CPU; bf16, eager and compiled, on a GPU."""
+    cuda = device.type == "cuda"
+    for setting in ON_GPU if cuda and size != "tiny" else SETTINGS[size]:
+        yield case(device, setting, bf16=cuda, compile_too=cuda)
+
+
+def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: bool) -> Case:
+    """MIMIR and MAE, ours and plain, on the same batch."""
+    encoder, decoder, side, patch, batch = setting
+    config = apply_preset(MimirConfig(), "paper")
+    official = apply_preset(MimirConfig(), "official")
+    model = build_model(setting, device)
+    exact = copy.deepcopy(model).double()
+    paper = Mimir(config)
+
+    def mimir(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+        return paper(model, batch, seed=SEED, step=STEP)
+
+    def mae(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+        return Mae(config)(model, batch, seed=SEED, step=STEP)
+
+    def mimir_official(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+        return Mimir(official)(model, batch, seed=SEED, step=STEP)
+
+    def plain(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+        draws = paper.draw(model, batch, seed=SEED, step=STEP)
+        return plain_mimir.losses(model, batch.images, draws, config)
+
+    def make_inputs(seed: int) -> Batch:
+        return random_batch(batch, side, device, seed)
+
+    def in_double(losses: Losses) -> Callable[[Batch], Outputs]:
+        return lambda inputs: optimizer_step(exact, losses, bf16=False)(as_double(inputs))
+
+    tolerance = (2e-2, 0.2) if bf16 else (1e-3, 2e-2)
+    step = optimizer_step(model, mimir, bf16=bf16)
+    providers = [
+        Provider("mimir_fast MIMIR", step),
+        Provider("mimir_fast MIMIR official", optimizer_step(model, mimir_official, bf16=bf16),
+                 reference=in_double(mimir_official), note="own mask for the attack, whole images, nHSIC"),
+        Provider("mimir_fast MAE", optimizer_step(model, mae, bf16=bf16), reference=in_double(mae)),
+        Provider("plain MIMIR", optimizer_step(model, plain, bf16=bf16, fused=False),
+                 note="all patches embedded, all predicted, whole-image attack, HSIC on the host"),
+    ]  # fmt: skip
+    ratios = {
+        "MIMIR / MAE": ("mimir_fast MIMIR", "mimir_fast MAE"),
+        "official / MAE": ("mimir_fast MIMIR official", "mimir_fast MAE"),
+    }
+    if compile_too:
+        fast = build_model(setting, device)
+        fast.load_state_dict(model.state_dict())
+        parallelize(fast, "single", World(0, 1, device), bf16=bf16, compile_blocks=True)
+        providers.append(Provider("mimir_fast MIMIR compiled", optimizer_step(fast, mimir, bf16=bf16)))
+        providers.append(
+            Provider("mimir_fast MAE compiled", optimizer_step(fast, mae, bf16=bf16), reference=in_double(mae))
+        )
+        ratios["MIMIR / MAE, compiled"] = ("mimir_fast MIMIR compiled", "mimir_fast MAE compiled")
+    return Case(
+        "pretrain_step",
+        {
+            "encoder": encoder, "decoder": decoder, "image": side, "patch": patch, "batch": batch,
+            "dtype": "bf16" if bf16 else "fp32",
+        },
+        providers,
+        baseline="plain MIMIR",
+        make_inputs=make_inputs,
+        gate_inputs=lambda seed: random_batch(min(batch, 16), side, device, seed),
+        reference=in_double(mimir),
+        tolerance=tolerance,
+        flops=5.0 * batch * forward_flops(setting),
+        precision="bf16" if bf16 else "fp32",
+        items=batch,
+        ratios=ratios,
+    )  # fmt: skip
+
+
+def build_model(setting: Setting, device: torch.device) -> MaskedAutoencoder:
+    """The same weights at every call."""
+    encoder, decoder, side, patch, _ = setting
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return build_masked_autoencoder(ModelConfig(encoder, patch, decoder), side).to(device)
+
+
+def random_batch(batch: int, side: int, device: torch.device, seed: int) -> Batch:
+    """uint8 images, as loaders give them."""
+    images = torch.empty(batch, 3, side, side, dtype=torch.uint8, device=device)
+    samples = torch.arange(batch, device=device) + 1000 * seed
+    images.random_(0, 256, generator=generator(device, seed))
+    return Batch(images, torch.zeros_like(samples), samples, torch.zeros_like(samples))
+
+
+def as_double(batch: Batch) -> Batch:
+    """The same images as float64 in [0, 1]."""
+    return Batch(batch.images.double() / 255, batch.labels, batch.samples, batch.epochs)
+
+
+def optimizer_step(
+    model: MaskedAutoencoder, losses: Losses, *, bf16: bool, fused: bool = True
+) -> Callable[[Batch], Outputs]:
+    """(loss, gradient norm) of a full step."""
+    optimizer = build_optimizer(model, OptimizerConfig()) if fused else plain_adamw(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def autocast(batch: Batch) -> AbstractContextManager[object]:
+        return torch.autocast(batch.images.device.type, torch.bfloat16) if bf16 else nullcontext()
+
+    def run(batch: Batch) -> Outputs:
+        with autocast(batch):
+            loss = losses(model, batch)["loss"]
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach().clone(), norm.detach().clone()
+
+    return run
+
+
+def plain_adamw(model: MaskedAutoencoder) -> torch.optim.Optimizer:
+    """AdamW as it comes."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.05)
+
+
+def forward_flops(setting: Setting) -> float:
+    """Of one image, 2 for a multiplication and addition; what is padded or thrown away is not counted."""
+    encoder, decoder, side, patch, _ = setting
+    num_patches, patch_dim = (side // patch) ** 2, 3 * patch**2
+    num_keep = num_patches // 4
+
+    def blocks(tokens: int, width: int, depth: int) -> float:
+        return float(depth * tokens * (24 * width**2 + 4 * tokens * width))
+
+    width, depth, _ = ENCODERS[encoder]
+    decoder_width, decoder_depth, _ = DECODERS[decoder]
+    return (
+        2.0 * num_keep * patch_dim * width
+        + blocks(num_keep + 1, width, depth)
+        + 2.0 * (num_keep + 1) * width * decoder_width
+        + blocks(num_patches + 1, decoder_width, decoder_depth)
+        + 2.0 * (num_patches - num_keep) * decoder_width * patch_dim
+    )
