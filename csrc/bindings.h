@@ -1,4 +1,5 @@
-// One `bind_<op>` per file of csrc/; bindings.cpp calls them all. Tensors arrive as addresses: see mimir_fast/_native.py.
+// One `bind_<op>` per file of csrc/; bindings.cpp calls them all.
+// Tensors arrive as addresses: see mimir_fast/_native.py.
 #pragma once
 
 #include <pybind11/pybind11.h>

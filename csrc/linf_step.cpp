@@ -26,7 +26,8 @@ MIMIR_INLINE float updated(float x_adv, float grad, float x, float eps, const St
 }
 
 MIMIR_MULTIVERSION
-void step_range(const float* x_adv, const float* grad, const float* x, float eps, float* out, std::int64_t n, Step step) {
+void step_range(const float* x_adv, const float* grad, const float* x, float eps, float* out, std::int64_t n,
+                Step step) {
 #pragma omp simd  // in place or disjoint: no element needs another one
     for (std::int64_t i = 0; i < n; ++i) out[i] = updated(x_adv[i], grad[i], x[i], eps, step);
 }
@@ -40,7 +41,8 @@ void step_range_eps(const float* x_adv, const float* grad, const float* x, const
 
 // eps has `num_eps` values; element i uses number (i / inner) % num_eps. `out` may be `x_adv`.
 void linf_step(Address x_adv_address, Address grad_address, Address x_address, Address eps_address, Address out_address,
-               std::int64_t n, std::int64_t num_eps, std::int64_t inner, float alpha, float low, float high, int threads) {
+               std::int64_t n, std::int64_t num_eps, std::int64_t inner, float alpha, float low, float high,
+               int threads) {
     const auto* x_adv = pointer<const float>(x_adv_address);
     const auto* grad = pointer<const float>(grad_address);
     const auto* x = pointer<const float>(x_address);

@@ -41,11 +41,14 @@ void start_range(PhiloxStream where, std::int64_t begin, std::int64_t end, const
     }
 }
 
+constexpr std::int64_t PIECE = 128 * PHILOX_WORDS;
+
 // Calls body(stream of the sample, sample's row, begin, end) for pieces of a (num_samples, num) array.
 template <typename Body>
-void for_each_piece(const std::int64_t* samples, const std::int64_t* steps, std::int64_t num_samples, std::int64_t num,
+void for_each_piece(Address samples_address, Address steps_address, std::int64_t num_samples, std::int64_t num,
                     std::uint64_t seed, std::uint32_t stream, int threads, const Body& body) {
-    constexpr std::int64_t PIECE = 128 * PHILOX_WORDS;
+    const auto* samples = pointer<const std::int64_t>(samples_address);
+    const auto* steps = pointer<const std::int64_t>(steps_address);
     const std::int64_t pieces = (num + PIECE - 1) / PIECE;
     parallel_for(num_samples * pieces, 1, threads, [&](std::int64_t first, std::int64_t last) {
         for (std::int64_t i = first; i < last; ++i) {
@@ -60,8 +63,8 @@ void for_each_piece(const std::int64_t* samples, const std::int64_t* steps, std:
 void random_uniform(Address samples, Address steps, Address out_address, std::int64_t num_samples, std::int64_t num,
                     std::uint64_t seed, std::uint32_t stream, int threads) {
     auto* out = pointer<float>(out_address);
-    for_each_piece(pointer<const std::int64_t>(samples), pointer<const std::int64_t>(steps), num_samples, num, seed,
-                   stream, threads, [&](const PhiloxStream& where, std::int64_t row, std::int64_t begin, std::int64_t end) {
+    for_each_piece(samples, steps, num_samples, num, seed, stream, threads,
+                   [&](const PhiloxStream& where, std::int64_t row, std::int64_t begin, std::int64_t end) {
                        uniform_range(where, begin, end, out + row * num);
                    });
 }
@@ -72,8 +75,8 @@ void random_start(Address x_address, Address samples, Address steps, Address out
     const auto* x = pointer<const float>(x_address);
     auto* out = pointer<float>(out_address);
     const Ball ball{eps, low, high};
-    for_each_piece(pointer<const std::int64_t>(samples), pointer<const std::int64_t>(steps), num_samples, num, seed,
-                   stream, threads, [&](const PhiloxStream& where, std::int64_t row, std::int64_t begin, std::int64_t end) {
+    for_each_piece(samples, steps, num_samples, num, seed, stream, threads,
+                   [&](const PhiloxStream& where, std::int64_t row, std::int64_t begin, std::int64_t end) {
                        start_range(where, begin, end, x + row * num, ball, out + row * num);
                    });
 }

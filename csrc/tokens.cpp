@@ -57,7 +57,8 @@ void scatter_rows(Address y_address, Address ids_address, Address out_address, s
     const auto* y = pointer<const char>(y_address);
     const auto* ids = pointer<const std::int64_t>(ids_address);
     auto* out = pointer<char>(out_address);
-    parallel_for(B, GRAIN_BYTES / std::max<std::int64_t>(N * row_bytes, 1) + 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t grain = GRAIN_BYTES / std::max<std::int64_t>(N * row_bytes, 1) + 1;
+    parallel_for(B, grain, threads, [&](std::int64_t begin, std::int64_t end) {
         std::vector<std::int64_t> inverse(N);
         for (std::int64_t b = begin; b < end; ++b) {
             invert(ids + b * K, K, inverse);
@@ -87,7 +88,8 @@ void scatter_tokens(Address visible_address, Address ids_address, Address mask_t
     const auto* mask_token = pointer<const float>(mask_token_address);
     const auto* pos_embed = pointer<const float>(pos_embed_address);
     auto* out = pointer<float>(out_address);
-    parallel_for(B, GRAIN_BYTES / std::max<std::int64_t>(4 * N * D, 1) + 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t grain = GRAIN_BYTES / std::max<std::int64_t>(4 * N * D, 1) + 1;
+    parallel_for(B, grain, threads, [&](std::int64_t begin, std::int64_t end) {
         std::vector<std::int64_t> inverse(N);
         for (std::int64_t b = begin; b < end; ++b) {
             invert(ids + b * K, K, inverse);

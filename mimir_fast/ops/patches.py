@@ -45,7 +45,7 @@ def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
     _check_size(H, W, p)
     x = images_BCHW.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
     patches = x.reshape(B, H // p * (W // p), p * p * C)
-    return patches.float() / 255 if patches.dtype == torch.uint8 else patches
+    return patches.float().div_(255) if patches.dtype == torch.uint8 else patches
 
 
 def unpatchify(patches_BNP: Tensor, patch_size: int, height: int | None = None) -> Tensor:

@@ -1,0 +1,53 @@
+"""The door to the C++ kernels: what it lets through, and what happens where there are none."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mimir_fast import _native
+
+
+def run_python(code: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env=os.environ | environment, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_can_be_turned_off():
+    code = "from mimir_fast import _native, linf_step; import torch; x = torch.ones(2); "
+    code += "print(_native.library(), float(linf_step(x, -x, x, alpha=0.25, eps=0.5).sum()))"
+    assert run_python(code, MIMIR_FAST_NATIVE="0") == "None 1.5"
+
+
+@pytest.mark.skipif(_native.library() is None, reason="the C++ extension is not built")
+def test_shares_the_threads_of_torch():
+    """Two OpenMP runtimes in one process would keep two pools of threads that spin against each other."""
+    code = "import torch; from mimir_fast import _native; assert _native.has('linf_step'); "
+    code += "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}))"
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    assert run_python(code, OMP_NUM_THREADS="2") == "1"
+
+
+def test_an_older_extension_lacks_a_function():
+    assert not _native.has("a_kernel_of_next_year")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dense"),
+    [
+        (torch.empty(2, 3, 4), True),
+        (torch.empty(2, 3, 4).permute(2, 0, 1), True),
+        (torch.empty(2, 1, 4, 5).contiguous(memory_format=torch.channels_last), True),
+        (torch.empty(0, 3), True),
+        (torch.empty(()), True),
+        (torch.empty(2, 3, 4)[:, 1:], False),
+        (torch.empty(3, 1).expand(3, 4), False),
+    ],
+)
+def test_dense(tensor, dense):
+    assert _native.dense(tensor) == dense
