@@ -72,6 +72,9 @@ def hsic(
     O(N) memory beside the inputs and their gradients, forward and backward (up to 2048 samples on a CPU, the two
     kernel matrices are kept instead of computed twice). Second derivatives go through the definition: N×N memory.
 
+    Works under autocast, `torch.compile(fullgraph=True)` and DDP; for `torch.func` transforms, which know no custom
+    ops, there is `hsic_reference`.
+
     Args:
         x, y: any floating dtype, N samples in the first dimension, the rest is flattened. Row i of both is sample i.
         sigma_x, sigma_y: kernel widths, > 0; not used by `median`.
