@@ -9,7 +9,8 @@ again; so Gram entries should be good to about 1e-6. Rows arrive mean-centred fp
 - *Operands.* An fp32 number is hi + lo, two bf16 numbers, to 2⁻¹⁷. `bf16x3` multiplies hi·hi + hi·lo + lo·hi: three
   products at bf16's rate. `bf16` is hi·hi alone, good to 1e-5 where D is so large that rounding averages out. (TF32
   would be one product at half the rate, but Hopper's wgmma reads fp32 from shared memory and drops the last 13 bits:
-  each operand shrinks by 2⁻¹² or so, a bias of 5e-4 in d².)
+  each operand shrinks by 2⁻¹² or so, a bias of 5e-4 in d².) `ieee` is fp32 on ordinary cores, ten times slower, for
+  whoever inverts the kernel matrix.
 - *Accumulator.* Tensor cores round their running sum towards zero (Ootomo and Yokota 2022). Over D = 150,528 that is
   9,408 truncations, all one way. So each step's product starts from zero and is added to the sum on the ordinary
   cores, which round to nearest.
@@ -34,8 +35,8 @@ from torch import Tensor
 from mimir_kernels.aot import CAPABILITIES, AotCase
 from mimir_kernels.interpret import INTERPRETED
 
-Precision = Literal["bf16x3", "bf16"]
-PRECISIONS: tuple[Precision, ...] = ("bf16x3", "bf16")
+Precision = Literal["bf16x3", "bf16", "ieee"]
+TENSOR_CORE_PRECISIONS: tuple[Precision, ...] = ("bf16x3", "bf16")
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class TileConfig:
 
 def gram_config(precision: Precision, capability: int) -> TileConfig:
     """Pinned tiles: the largest that leave no register spilled (tests/kernels/aot_table.json)."""
+    if precision == "ieee":  # ordinary cores: the operands of both axes sit in registers
+        return TileConfig(64, 32, 4, 3)
     if capability < 90:  # mma.sync keeps operands in registers, wgmma and tcgen05 in shared memory
-        return TileConfig(64, 32, 4, 4) if precision == "bf16x3" else TileConfig(128, 32, 8, 4)
+        return TileConfig(64, 32, 8, 4) if precision == "bf16x3" else TileConfig(128, 32, 8, 4)
     return TileConfig(128, 32, 8, 4)
 
 
@@ -78,17 +81,21 @@ def round_bf16(x, INTERPRET: tl.constexpr):
 @triton.jit
 def accumulate(acc, a, b, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """acc + a·b for fp32 a (M, K), b (K, N): the product is summed from zero, then added with rounding to nearest."""
-    a_hi = round_bf16(a, INTERPRET)
-    b_hi = round_bf16(b, INTERPRET)
-    part = tl.zeros(acc.shape, dtype=tl.float32)
-    if PRECISION == "bf16x3":
-        a_lo = round_bf16(a - a_hi.to(tl.float32), INTERPRET)
-        b_lo = round_bf16(b - b_hi.to(tl.float32), INTERPRET)
-        part = tl.dot(a_hi, b_lo, part, input_precision="ieee")
-        part = tl.dot(a_lo, b_hi, part, input_precision="ieee")
-    part = tl.dot(a_hi, b_hi, part, input_precision="ieee")
-    # An fma by one is an addition that Triton does not fold back into the tensor core's accumulator.
-    return tl.fma(part, tl.full(acc.shape, 1.0, tl.float32), acc)
+    if PRECISION == "ieee":
+        total = tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        a_hi = round_bf16(a, INTERPRET)
+        b_hi = round_bf16(b, INTERPRET)
+        part = tl.zeros(acc.shape, dtype=tl.float32)
+        if PRECISION == "bf16x3":
+            a_lo = round_bf16(a - a_hi.to(tl.float32), INTERPRET)
+            b_lo = round_bf16(b - b_hi.to(tl.float32), INTERPRET)
+            part = tl.dot(a_hi, b_lo, part, input_precision="ieee")
+            part = tl.dot(a_lo, b_hi, part, input_precision="ieee")
+        part = tl.dot(a_hi, b_hi, part, input_precision="ieee")
+        # An fma by one is an addition that Triton does not fold back into the tensor core's accumulator.
+        total = tl.fma(part, tl.full(acc.shape, 1.0, tl.float32), acc)
+    return total
 
 
 @triton.jit
@@ -236,10 +243,10 @@ def aot_cases() -> list[AotCase]:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             vector_loads=True,
-            tensor_cores=True,
+            tensor_cores=precision != "ieee",
             capabilities=(capability,),
         )
-        for precision in PRECISIONS
+        for precision in (*TENSOR_CORE_PRECISIONS, "ieee")
         for capability in CAPABILITIES
         for config in [gram_config(precision, capability)]
     ]

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_kernels.aot import CAPABILITIES, AotCase
-from mimir_kernels.gram import PRECISIONS, Precision, accumulate, capability_of, gram_config
+from mimir_kernels.gram import TENSOR_CORE_PRECISIONS, Precision, accumulate, capability_of, gram_config
 from mimir_kernels.interpret import INTERPRETED
 
 
@@ -97,7 +97,7 @@ def aot_cases() -> list[AotCase]:
             tensor_cores=True,
             capabilities=(capability,),
         )
-        for precision in PRECISIONS
+        for precision in TENSOR_CORE_PRECISIONS
         for capability in CAPABILITIES
         for config in [gram_config(precision, capability)]
     ]

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_kernels.aot import AotCase
-from mimir_kernels.gram import PRECISIONS, CenteredRows, Precision, gram_tile, triangular_index
+from mimir_kernels.gram import TENSOR_CORE_PRECISIONS, CenteredRows, Precision, gram_tile, triangular_index
 from mimir_kernels.interpret import INTERPRETED
 from mimir_kernels.rbf import rbf_minus_one
 
@@ -223,6 +223,6 @@ def aot_cases() -> list[AotCase]:
             vector_loads=True,
             tensor_cores=True,
         )
-        for precision in PRECISIONS
+        for precision in TENSOR_CORE_PRECISIONS
         for name, kernel, signature, flags in variants
     ]

@@ -47,12 +47,11 @@ def _rbf_rows_kernel(
     row_block = row_strip * ROWS // BLOCK
     rows = row_strip * ROWS + tl.arange(0, ROWS)
     cols = col_block * BLOCK + tl.arange(0, BLOCK)
-    # The stored tile is the lower one; above the diagonal it is read across.
+    # Only the lower triangle is read: k is symmetric to the last bit, which Cholesky factors of it need.
     high, low = tl.maximum(row_block, col_block), tl.minimum(row_block, col_block)
     tile = high * (high + 1) // 2 + low
-    row_stride = tl.where(row_block >= col_block, BLOCK, 1)
-    col_stride = tl.where(row_block >= col_block, 1, BLOCK)
-    within = (rows - row_block * BLOCK)[:, None] * row_stride + tl.arange(0, BLOCK)[None, :] * col_stride
+    r, c = (rows - row_block * BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    within = tl.where(rows[:, None] >= cols[None, :], r * BLOCK + c, c * BLOCK + r)
 
     gram = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for s in range(0, num_splits, SPLITS):

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
-pair_sums = pytest.importorskip("mimir_kernels.pair_sums")
-pair_tiles = pytest.importorskip("mimir_kernels.pair_tiles")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+gram, pair_sums, pair_tiles, rbf = (
+    pytest.importorskip(f"mimir_kernels.{name}") for name in ("gram", "pair_sums", "pair_tiles", "rbf")
+)
 
 # (N, D_x, D_y): the awkward ones; two tiles a side, one sample, one feature, an odd number of everything
 SHAPES = [(67, 500, 33), (1, 1, 1), (2, 33, 1), (13, 60, 128), (64, 16, 8), (129, 20, 40)]
@@ -172,7 +174,7 @@ def test_same_input_twice_needs_one_matrix(regime, triton_device):
 
 
 def test_same_bits_every_time(regime, triton_device):
-    x, y = samples(100, 50, 0, triton_device), samples(100, 20, 1, triton_device)
+    x, y = samples(70, 40, 0, triton_device), samples(70, 20, 1, triton_device)
     gamma = scalar(0.05, triton_device)
     runs = [estimate_and_gradients(biased_hsic, x, y, gamma, gamma, keep=False) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -196,6 +198,33 @@ def test_bf16_products_are_an_option(triton_device):
     wanted = rbf_minus_one(x, gamma)
     assert relative_error(k[1], wanted) < 1e-6
     assert 1e-5 < relative_error(k[0], wanted) < 1e-3
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "ieee"])
+def test_kernel_matrix_is_symmetric_to_the_last_bit(precision, triton_device):
+    """Cholesky factors and inverses magnify an asymmetry; `ieee` is for them."""
+    x, gamma = samples(70, 40, 0, triton_device), scalar(1 / 40, triton_device)
+    k, row_sums, _ = rbf.rbf_matrix(gram.center_rows(x), gamma, precision=precision)
+    assert torch.equal(k, k.T)
+    assert relative_error(k, rbf_minus_one(x, gamma)) < (1e-6 if precision == "bf16x3" else 2e-7)
+    assert relative_error(row_sums, k.double().sum(1)) < 1e-7
+
+
+@triton.jit
+def _triangular_index_kernel(t_ptr, i_ptr, j_ptr):
+    i, j = gram.triangular_index(tl.load(t_ptr + tl.program_id(0)))
+    tl.store(i_ptr + tl.program_id(0), i)
+    tl.store(j_ptr + tl.program_id(0), j)
+
+
+def test_triangular_index_counts_the_lower_triangle(triton_device):
+    """The float root may be one off; far out, at N = 5 million, the correction still lands."""
+    corners = [i * (i + 1) // 2 for i in (1, 2, 3, 180, 4096, 16_384, 40_000)]
+    t = torch.tensor([0, *corners, *[c - 1 for c in corners]], dtype=torch.int32, device=triton_device)
+    i, j = torch.empty_like(t), torch.empty_like(t)
+    _triangular_index_kernel[(len(t),)](t, i, j)
+    assert bool(((j >= 0) & (j <= i)).all())
+    assert torch.equal(i * (i + 1) // 2 + j, t)
 
 
 @pytest.mark.cuda
