@@ -1,0 +1,103 @@
+"""Common corruptions: published files in both layouts, generated ones, and what is said when they are missing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mimir_fast.data import DataConfig
+from mimir_fast.evaluation.corruptions import (
+    ALEXNET_ERROR,
+    CORRUPTIONS,
+    SEVERITIES,
+    MissingCorruptionsError,
+    generate,
+    load_published,
+    mean_corruption_error,
+    published_names,
+)
+from mimir_fast.evaluation.images import EvaluationImages, load_images
+
+
+@pytest.fixture
+def clean() -> EvaluationImages:
+    """Every third of ten images."""
+    samples = torch.tensor([0, 3, 6, 9])
+    return EvaluationImages(
+        torch.zeros(4, 3, 32, 32, dtype=torch.uint8), samples % 5, samples, ("a",) * 5, "cifar10", {}
+    )
+
+
+def write_arrays(root: Path, names: tuple[str, ...]) -> None:
+    """CIFAR-10-C in small: pixel value 10·severity + image number."""
+    for name in names:
+        values = np.array([10 * severity + image for severity in SEVERITIES for image in range(10)], np.uint8)
+        np.save(root / f"{name}.npy", np.broadcast_to(values[:, None, None, None], (50, 32, 32, 3)))
+    np.save(root / "labels.npy", np.tile(np.arange(10) % 5, 5))
+
+
+def test_cifar_c_rows_of_severity_and_image(tmp_path: Path, clean: EvaluationImages) -> None:
+    write_arrays(tmp_path, ("fog", "gaussian_noise"))
+    assert published_names(tmp_path) == ["gaussian_noise", "fog"]
+    for severity in SEVERITIES:
+        images = load_published(tmp_path, "fog", severity, clean, DataConfig())
+        assert images.images[:, 0, 0, 0].tolist() == [10 * severity + i for i in (0, 3, 6, 9)]
+        assert torch.equal(images.labels, clean.labels)
+
+
+def test_imagenet_c_folders_match_the_validation_folder(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for number in range(6):
+        for root in ("clean/val", "c/snow/1", "c/snow/2"):
+            folder = tmp_path / root / f"n{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            shade = number * 20 + (100 if root.endswith("2") else 0)
+            Image.new("RGB", (8, 8), (shade, shade, shade)).save(folder / f"ILSVRC2012_val_{number}.png")
+    config = DataConfig(source="folder", root=str(tmp_path / "clean"), image_size=8)
+    clean = load_images(config, np.array([1, 4]))
+    corrupted = load_published(tmp_path / "c", "snow", 2, clean, config)
+    assert torch.equal(corrupted.images, clean.images + 100)
+    assert torch.equal(corrupted.labels, clean.labels)
+
+
+def test_missing_files_say_where_to_get_them(tmp_path: Path, clean: EvaluationImages) -> None:
+    for root in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(MissingCorruptionsError, match=r"zenodo\.2535967"):
+            published_names(root)
+    write_arrays(tmp_path, ("fog",))
+    with pytest.raises(MissingCorruptionsError, match=r"snow\.npy is missing"):
+        load_published(tmp_path, "snow", 1, clean, DataConfig())
+
+
+def test_corruptions_of_other_data_are_refused(tmp_path: Path, clean: EvaluationImages) -> None:
+    write_arrays(tmp_path, ("fog",))
+    np.save(tmp_path / "labels.npy", np.zeros(50, np.int64))
+    with pytest.raises(ValueError, match="another data set"):
+        load_published(tmp_path, "fog", 1, clean, DataConfig())
+    np.save(tmp_path / "labels.npy", np.zeros(7, np.int64))
+    with pytest.raises(ValueError, match="damaged"):
+        load_published(tmp_path, "fog", 1, clean, DataConfig())
+
+
+def test_mean_corruption_error_of_alexnet_is_100() -> None:
+    error = {name: dict.fromkeys(SEVERITIES, ALEXNET_ERROR[name] / 100) for name in CORRUPTIONS}
+    assert mean_corruption_error(error) == pytest.approx(100)
+    del error["fog"]
+    assert mean_corruption_error(error) is None
+
+
+def test_generated_corruptions_can_be_repeated_and_leave_the_random_state_alone() -> None:
+    pytest.importorskip("corrupt_tta", reason="pip install corrupt-tta")
+    pixels = torch.randint(0, 256, (3, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clean = EvaluationImages(pixels, torch.zeros(3, dtype=torch.long), torch.arange(3), ("a",), "noise", {})
+    state = np.random.get_state()[1].copy()
+    found = {name: generate(clean, name, 3) for name in ("gaussian_noise", "fog", "contrast")}
+    assert (np.random.get_state()[1] == state).all()
+    for name, corrupted in found.items():
+        assert corrupted.images.shape == pixels.shape and not torch.equal(corrupted.images, pixels)
+        one = generate(clean.take(torch.tensor([2])), name, 3)
+        assert torch.equal(one.images[0], corrupted.images[2]), "a function of the sample, not of the batch"
+    with pytest.raises(ValueError, match="repeatably"):
+        generate(clean, "impulse_noise", 1)
