@@ -1,0 +1,95 @@
+"""What does our AutoAttack (resumable, progress on disk) cost beside a direct call of its authors' package?
+
+On a small model, where anything around the attacks weighs the most. The gate demands the same verdict on every image.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.case import Case, Outputs, Provider, Size
+from mimir_fast.attacks.pgd import pgd
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.evaluation.autoattack import STANDING, run_autoattack
+from mimir_fast.evaluation.images import EvaluationImages
+
+EPS, BATCH = 24 / 255, 64
+NUM_IMAGES: dict[Size, int] = {"tiny": 4, "quick": 32, "full": 128}
+
+
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
+    """AutoAttack *standard* on scikit-learn's digits."""
+    images, labels = digits(device)
+    model = trained(images, labels, num_steps=5 if size == "tiny" else 300)
+    count = NUM_IMAGES[size]
+    # The last images: the model was trained on the first ones.
+    levels, truth = (images[-count:] * 255).round().to(torch.uint8), labels[-count:]
+    shard = EvaluationImages(
+        levels.cpu(), truth.cpu(), torch.arange(count), tuple(map(str, range(10))), "digits", {}
+    )  # fmt: skip
+    missing = "" if find_spec("pyautoattack") else "pyautoattack is not installed: make setup"
+
+    def ours(_: Tensor) -> Outputs:
+        with tempfile.TemporaryDirectory() as folder:
+            progress = run_autoattack(
+                model, shard, EPS, batch_size=BATCH, device=device, state=Path(folder) / "state.json"
+            )  # fmt: skip
+        return (torch.tensor([name == STANDING for name in progress.broken_by], device=device),)
+
+    def direct(_: Tensor) -> Outputs:
+        from pyautoattack import AutoAttack
+
+        attack = AutoAttack(model, eps=EPS, norm="Linf", version="standard", device=device, seed=0)
+        attack.logger.disabled = True
+        x, y = levels.float() / 255, truth.clone()
+        adversarial = attack.run_standard_evaluation(x, y, bs=BATCH)
+        with torch.no_grad():
+            return (model(adversarial).argmax(1) == truth,)
+
+    yield Case(
+        "autoattack",
+        {"images": count, "version": "standard", "eps": "24/255", "model": "two-layer network on 8x8 digits"},
+        [
+            Provider("mimir_fast", ours, skip=missing),
+            Provider("pyautoattack, directly", direct, skip=missing),
+        ],
+        baseline="pyautoattack, directly",
+        make_inputs=lambda seed: torch.zeros((), device=device),
+        reference=direct if not missing else lambda _: (torch.zeros(count, device=device),),
+        tolerance=0.0,
+        items=count,
+        one_set=True,
+        memory=False,
+        ratios={"ours / direct": ("mimir_fast", "pyautoattack, directly")},
+    )
+
+
+def digits(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(N, 1, 8, 8) float in [0, 1] and (N,) labels."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.tensor(data.images / 16, dtype=torch.float32, device=device)[:, None], torch.tensor(
+        data.target, device=device
+    )
+
+
+def trained(images: Tensor, labels: Tensor, num_steps: int) -> nn.Module:
+    """A small network trained against PGD, so that images survive and the long attacks have work."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(images.device)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    threat = LinfThreat(eps=EPS, alpha=EPS / 2, num_steps=3, random_start=False)
+    for step in range(num_steps):
+        rows = (torch.arange(128, device=images.device) + 128 * step) % 1400
+        x_adv = pgd(model, images[rows], labels[rows], threat)
+        F.cross_entropy(model(x_adv), labels[rows]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()

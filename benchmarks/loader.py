@@ -1,0 +1,180 @@
+"""Does training wait for its data, and how many JPEG images a second does each loader decode?
+
+Waiting: a ViT-T step fed by the resident loader, beside the same step on a batch that is already there; the loader's
+own count of the seconds it made the loop wait is reported as `data-wait`. Decoding: one pass of random-resized-crops
+over a folder of real photographs, files to uint8 tensors on the device, beside torchvision's usual pipeline.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Case, Outputs, Provider, Size
+from benchmarks.step import Setting, build_model, optimizer_step
+from mimir_fast.data import DataConfig, build_loader
+from mimir_fast.data.loaders import Loader
+from mimir_fast.methods.mimir import Mimir, MimirConfig
+
+SIDE = 224
+BATCH: dict[Size, int] = {"tiny": 4, "quick": 32, "full": 128}
+FILES: dict[Size, int] = {"tiny": 8, "quick": 256, "full": 512}
+
+
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
+    """Waiting, then decoding."""
+    batch = 1024 if device.type == "cuda" and size != "tiny" else BATCH[size]
+    yield waiting_case(device, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(Path(folder), 4096 if device.type == "cuda" and size == "full" else FILES[size])
+        yield decoding_case(device, Path(folder), FILES[size])
+
+
+def waiting_case(device: torch.device, batch: int) -> Case:
+    """MIMIR of ViT-T/4 on 32² digits, as the recipe digits/mimir_vit_tiny has it."""
+    setting: Setting = ("tiny", "light", 32, 4, batch)
+    model, method = build_model(setting, device), Mimir(MimirConfig())
+    config = DataConfig(source="digits", image_size=32, augment="pad_crop", crop_padding=2, flip=False)
+    loader = build_loader(config, split="train", batch_size=batch, device=device)
+    batches, fixed = iter(loader), next(iter(build_loader(config, split="train", batch_size=batch, device=device)))
+    step = optimizer_step(model, lambda m, b: method(m, b, seed=0, step=0), bf16=device.type == "cuda")
+    clock = StepClock(loader)
+
+    def fed(_: Tensor) -> Outputs:
+        with clock:
+            return step(next(batches))
+
+    def is_a_number(_: Tensor, outputs: Outputs) -> str:
+        return "" if all(bool(output.isfinite()) for output in outputs) else "the loss is not finite"
+
+    return Case(
+        "data_wait",
+        {"encoder": "tiny", "image": 32, "patch": 4, "batch": batch, "loader": "resident"},
+        [
+            Provider("mimir_fast resident loader + step", fed, law=is_a_number, report=clock.report),
+            Provider("step on a batch that is there", lambda _: step(fixed), law=is_a_number),
+        ],
+        baseline="step on a batch that is there",
+        make_inputs=lambda seed: torch.zeros(()),
+        reference=lambda _: (),
+        tolerance=0.0,
+        items=batch,
+        one_set=True,
+        memory=False,
+    )
+
+
+class StepClock:
+    """Adds up the time of steps and what of it the loader made them wait."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader, self.elapsed, self._started = loader, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.elapsed += time.perf_counter() - self._started
+
+    def report(self) -> dict[str, float]:
+        """Waiting, in per cent of the steps' time (on a GPU: of the time to queue them, which is no less)."""
+        return {"data-wait %": 100 * self.loader.wait_seconds / self.elapsed}
+
+
+def decoding_case(device: torch.device, folder: Path, num_files: int) -> Case:
+    """One pass over the files, in batches of 32."""
+    workers, batch = min(16, os.cpu_count() or 1), min(32, num_files)
+
+    def ours(kind: str) -> Callable[[Tensor], Outputs]:
+        """Built at first use: worker processes are costly and a missing library must fail this provider alone."""
+        built: list[Loader] = []
+
+        def run(_: Tensor) -> Outputs:
+            if not built:
+                config = DataConfig(
+                    source="folder", root=str(folder), image_size=SIDE, augment="resized_crop", loader=kind,
+                    num_workers=workers,
+                )  # type: ignore[arg-type]  # fmt: skip
+                built.append(
+                    build_loader(
+                        config, split="train", batch_size=batch, device=device, shuffle=False, augment=True
+                    )
+                )  # fmt: skip
+            return drain(piece.images for piece in built[0])
+
+        return run
+
+    def all_came(_: Tensor, outputs: Outputs) -> str:
+        (total, pixels) = outputs
+        wanted = (num_files, num_files * 3 * SIDE * SIDE)
+        came = (int(total), int(pixels))
+        return "" if came == wanted else f"wanted {wanted[0]} images of {SIDE}², got {came}"
+
+    def drain(pieces) -> Outputs:  # type: ignore[no-untyped-def]
+        images = pixels = 0
+        for piece in pieces:
+            piece = piece.to(device)
+            images, pixels = images + len(piece), pixels + piece.numel()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return torch.tensor(images), torch.tensor(pixels)
+
+    usual: list[torch.utils.data.DataLoader[tuple[Tensor, int]]] = []
+
+    def torchvision_way(_: Tensor) -> Outputs:
+        if not usual:
+            usual.append(usual_pipeline(folder, batch, workers))
+        return drain(images for images, _ in usual[0])
+
+    return Case(
+        "jpeg_decoding",
+        {"files": num_files, "crop": SIDE, "batch": batch, "workers": workers},
+        [
+            Provider("mimir_fast DALI", ours("dali"), law=all_came),
+            Provider("mimir_fast torch workers", ours("torch"), law=all_came),
+            Provider(
+                "torchvision ImageFolder", torchvision_way, law=all_came, note="PIL, RandomResizedCrop, DataLoader"
+            ),
+        ],
+        baseline="torchvision ImageFolder",
+        make_inputs=lambda seed: torch.zeros(()),
+        reference=lambda _: (),
+        tolerance=0.0,
+        items=num_files,
+        one_set=True,
+        memory=False,
+    )
+
+
+def usual_pipeline(folder: Path, batch: int, workers: int) -> "torch.utils.data.DataLoader[tuple[Tensor, int]]":
+    """What a fine-tuning script has."""
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIDE, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+    return torch.utils.data.DataLoader(
+        datasets.ImageFolder(str(folder / "train"), transform), batch, num_workers=workers, persistent_workers=True
+    )
+
+
+def write_photographs(folder: Path, count: int) -> None:
+    """JPEG files of ImageNet's usual size (500 × 375, quality 90), cut from the two photographs of scikit-learn."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    photographs = [Image.fromarray(array) for array in load_sample_images().images]
+    for index in range(count):
+        photograph = photographs[index % 2]
+        left, top = 7 * index % (photograph.width - 500), 3 * index % (photograph.height - 375)
+        path = folder / "train" / f"class{index % 2}" / f"{index:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph.crop((left, top, left + 500, top + 375)).save(path, quality=90)
