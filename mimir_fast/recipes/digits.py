@@ -20,7 +20,7 @@ def run() -> RunConfig:
 register_pretraining("digits", ("tiny",), 4, data, run, "minutes on a laptop, no download", blr=2e-3)
 
 
-# Black strokes on white are far apart: eps 24/255 is where a naturally trained model fails and a robust one need not.
+# White strokes on black are far apart: eps 24/255 is where a naturally trained model fails and a robust one need not.
 EPS = 24 / 255
 PGD3 = LinfThreat(eps=EPS, alpha=EPS / 2, num_steps=3)
 FINETUNE = RunConfig(epochs=6, warmup_epochs=1, batch_size=64, log_every=10, save_every=50)
