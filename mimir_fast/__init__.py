@@ -20,7 +20,12 @@ _HOME = {
     "HSICLoss": "mimir_fast.losses",
     "MutualInformationPenalty": "mimir_fast.losses",
     "linf_step": "mimir_fast.ops.linf_step",
+    "random_start_linf": "mimir_fast.ops.random_uniform",
     "random_masks": "mimir_fast.ops.random_masks",
+    "patchify_gather": "mimir_fast.ops.patches",
+    "masked_targets": "mimir_fast.ops.patches",
+    "gather_patches": "mimir_fast.ops.tokens",
+    "scatter_patches": "mimir_fast.ops.tokens",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 
@@ -33,8 +38,13 @@ if TYPE_CHECKING:
     from mimir_fast.ops.hsic import hsic as hsic
     from mimir_fast.ops.linf_step import linf_step as linf_step
     from mimir_fast.ops.nhsic import nhsic as nhsic
+    from mimir_fast.ops.patches import masked_targets as masked_targets
+    from mimir_fast.ops.patches import patchify_gather as patchify_gather
     from mimir_fast.ops.random_masks import random_masks as random_masks
+    from mimir_fast.ops.random_uniform import random_start_linf as random_start_linf
     from mimir_fast.ops.renyi_mi import renyi_mi as renyi_mi
+    from mimir_fast.ops.tokens import gather_patches as gather_patches
+    from mimir_fast.ops.tokens import scatter_patches as scatter_patches
 
 
 def __getattr__(name: str) -> Any:
