@@ -15,6 +15,7 @@ TRITON_INTERPRET must be unset: an interpreted kernel is a Python function and c
 import argparse
 import concurrent.futures
 import dataclasses
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -154,19 +155,33 @@ def triton_minor() -> str:
 
 
 def _read_cubin(cubin: bytes, dynamic_shared: int) -> AotMetrics:
-    """`dynamic_shared`: bytes that Triton asks for at launch, which the binary does not record."""
+    """Disassemble, or recall: it takes as long as compiling. `dynamic_shared` bytes are not recorded in the binary."""
+    import triton
+
+    # This file is part of the key: whoever changes how SASS is read, reads it anew.
+    key = hashlib.sha256(cubin + f"/{dynamic_shared}/".encode() + Path(__file__).read_bytes()).hexdigest()
+    remembered = Path(triton.knobs.cache.dir) / "mimir_aot" / f"{key}.json"
+    if remembered.exists():
+        return AotMetrics(**json.loads(remembered.read_text()))
+    metrics = _disassemble(cubin, dynamic_shared)
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    partial = remembered.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(dataclasses.asdict(metrics)))
+    partial.replace(remembered)
+    return metrics
+
+
+def _disassemble(cubin: bytes, dynamic_shared: int) -> AotMetrics:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
-    opcodes = Counter(match[1] for match in _SASS_LINE.finditer(sass))
+        command = [str(tool), "-res-usage", "-sass", file.name]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", listing)}
+    opcodes = Counter(match[1] for match in _SASS_LINE.finditer(listing))
 
     def count(pattern: re.Pattern[str]) -> int:
         return sum(number for opcode, number in opcodes.items() if pattern.match(opcode))
