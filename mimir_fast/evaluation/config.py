@@ -21,6 +21,7 @@ class Suite:
         check_images: on how many images the masking checks and the ε curve are made.
         check_steps: of PGD, for "the loss rises with the steps".
         curve_steps: of PGD, along the ε curve.
+        near, far: radii of the ε curve, as multiples of ε and, on to where no model can stand, in units of [0, 1].
         square_queries: of the black-box attack in the checks.
         surface_points: side of the loss surface's grid; 0 leaves it out.
         mi: draw the mutual-information bounds.
@@ -33,16 +34,32 @@ class Suite:
     check_images: int
     check_steps: tuple[int, ...]
     curve_steps: int
+    near: tuple[float, ...]
+    far: tuple[float, ...]
     square_queries: int
     surface_points: int
     mi: bool
 
 
+FAR = tuple(levels / 255 for levels in (8, 16, 32, 64, 128, 255))
+NEAR = (0.25, 0.5, 1.0, 1.5, 2.0)
+
 SUITES: dict[str, Suite] = {
-    "quick": Suite(256, (20,), 0, False, 64, (1, 2, 5, 10, 20), 10, 300, 0, False),
-    "paper": Suite(None, (20, 100), 100, True, 200, (1, 2, 5, 10, 20, 50), 20, 1000, 0, False),
-    "full": Suite(None, (20, 100), 100, True, 500, (1, 2, 5, 10, 20, 50, 100), 20, 5000, 15, True),
-}
+    "quick": Suite(
+        limit=256, steps=(20,), adaptive_steps=0, autoattack=False, check_images=64, check_steps=(1, 2, 5, 10, 20),
+        curve_steps=10, near=(0.5, 1.0, 2.0), far=FAR[3:], square_queries=300, surface_points=0, mi=False,
+    ),
+    "paper": Suite(
+        limit=None, steps=(20, 100), adaptive_steps=100, autoattack=True, check_images=200,
+        check_steps=(1, 2, 5, 10, 20, 50), curve_steps=20, near=NEAR, far=FAR, square_queries=1000, surface_points=0,
+        mi=False,
+    ),
+    "full": Suite(
+        limit=None, steps=(20, 100), adaptive_steps=100, autoattack=True, check_images=500,
+        check_steps=(1, 2, 5, 10, 20, 50, 100), curve_steps=20, near=NEAR, far=FAR, square_queries=5000,
+        surface_points=15, mi=True,
+    ),
+}  # fmt: skip
 
 
 @dataclass

@@ -15,11 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STEPS = (1, 2, 5, 10, 20, 50)
-"""Steps of PGD for `loss_rises_with_steps`."""
-UNBOUNDED_EPS = (8 / 255, 16 / 255, 32 / 255, 64 / 255, 128 / 255, 1.0)
-"""Radii for `unbounded_attack_succeeds`."""
-
 
 @dataclass
 class Verdict:

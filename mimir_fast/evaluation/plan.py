@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimir_fast.evaluation.config import SUITES, EvaluateConfig
-from mimir_fast.evaluation.masking_checks import UNBOUNDED_EPS
 from mimir_fast.evaluation.named_attacks import (
     NamedAttack,
     make_apgd,
@@ -36,12 +35,12 @@ class Measurement:
     images: Literal["all", "checks"]
 
 
-def curve_radii(eps: float) -> list[float]:
+def curve_radii(config: EvaluateConfig) -> list[float]:
     """Radii of the ε–accuracy curve: around the asked one, and on to where no model can stand."""
-    near = {0.25 * eps, 0.5 * eps, eps, 1.5 * eps, 2 * eps}
-    # By what is written in file names: 12/255 and 1.5 · 8/255 may differ in the last bit.
-    distinct = {radius_key(radius): radius for radius in sorted({*near, *UNBOUNDED_EPS}) if radius <= 1}
-    distinct |= {radius_key(radius): radius for radius in (*UNBOUNDED_EPS, eps)}
+    suite, eps = SUITES[config.suite], config.eps
+    radii = sorted({*(factor * eps for factor in suite.near), *suite.far})
+    # Told apart by what is written in file names: 12/255 and 1.5 · 8/255 may differ in the last bit.
+    distinct = {radius_key(radius): radius for radius in [*radii, eps] if radius <= 1}
     return sorted(distinct.values())
 
 
@@ -67,7 +66,7 @@ def plan(config: EvaluateConfig, has_features: bool) -> list[Measurement]:
     checks = [natural(), make_fgsm(eps), make_random_noise(eps, seed), make_apgd(eps, 50, seed)]
     work += [Measurement(f"check_{attack.name}", attack, "checks") for attack in checks]
     work += [Measurement(f"steps_{k}", make_pgd(eps, k, seed), "checks") for k in suite.check_steps]
-    for radius in curve_radii(eps):
+    for radius in curve_radii(config):
         key = radius_key(radius)
         work.append(Measurement(f"curve_{key}", make_pgd(radius, suite.curve_steps, seed), "checks"))
         work.append(Measurement(f"noise_{key}", make_random_noise(radius, seed), "checks"))

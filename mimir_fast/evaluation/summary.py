@@ -130,7 +130,7 @@ def check(job: Job, measured: dict[str, Measurement], few: EvaluationImages, res
     x, y, _ = next(few.batches(min(len(few), job.config.batch_size), job.device))
     strongest = f"steps_{suite.check_steps[-1]}"
     white = of(strongest) * of("check_apgd50")
-    radii = [radius for radius in masking_checks.UNBOUNDED_EPS if radius >= job.config.eps]
+    radii = [radius for radius in curve_radii(job.config) if radius >= job.config.eps]
     verdicts = [
         masking_checks.loss_rises_with_steps({k: of(f"steps_{k}", "loss") for k in suite.check_steps}),
         masking_checks.iterative_beats_one_step(of("check_fgsm"), of(strongest)),
@@ -158,7 +158,7 @@ def curve(job: Job, measured: dict[str, Measurement]) -> dict[str, Any]:
         item = measured[name]
         return float(job.gather(name, item.attack.parameters, item.images).values["correct"].mean())
 
-    radii, natural = curve_radii(job.config.eps), accuracy("check_natural")
+    radii, natural = curve_radii(job.config), accuracy("check_natural")
     return {
         "eps": [0.0, *radii],
         "accuracy": [natural, *(accuracy(_curve_name("curve", radius)) for radius in radii)],

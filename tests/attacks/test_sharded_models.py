@@ -1,0 +1,77 @@
+"""Attacks on models wrapped by DDP and FSDP2: gradients and their reduction are as if no attack had been.
+
+Two gloo processes compute one training step's gradients with and without a PGD attack before it.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from commands import command_environment
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mimir_fast.attacks.pgd import cross_entropy, pgd
+from mimir_fast.attacks.threat_model import LinfThreat
+
+
+def full_gradients(model: nn.Module) -> list[Tensor]:
+    from torch.distributed.tensor import DTensor
+
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return [g.full_tensor() if isinstance(g, DTensor) else g.clone() for g in grads]
+
+
+def wrapped(strategy: str) -> nn.Module:
+    """A small network, spread over the processes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    if strategy == "ddp":
+        return DistributedDataParallel(net)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (net[1], net[3]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def compare(strategy: str, images: Tensor, labels: Tensor) -> None:
+    gradients = []
+    for attacks in (0, 2):
+        model = wrapped(strategy)
+        for step in range(2):  # the second step accumulates on the first one's gradients
+            for _ in range(attacks):
+                adversarial = pgd(model, images, labels, LinfThreat(0.1, 0.05, 3), step=step)
+                assert (adversarial - images).abs().max() > 0.05
+            cross_entropy(model(images), labels).mean().backward()
+        gradients.append(full_gradients(model))
+    assert len(gradients[0]) == len(gradients[1]) == 4, strategy
+    for plain, after_attack in zip(*gradients, strict=True):
+        assert torch.equal(plain, after_attack), strategy
+
+
+def work(rank: int, store: str) -> None:
+    """What each of the two processes does."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(rank))
+    for strategy in ("ddp", "fsdp"):
+        compare(strategy, images, torch.arange(4))
+    dist.destroy_process_group()
+
+
+def test_gradients_are_as_if_no_attack_had_been(tmp_path: Path) -> None:
+    code = "import sys, test_sharded_models as t; t.work(int(sys.argv[1]), sys.argv[2])"
+    here = Path(__file__).parent
+    environment = command_environment() | {"PYTHONPATH": f"{here}:{here.parent}"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(tmp_path / "store")], env=environment, stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
