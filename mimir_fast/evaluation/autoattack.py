@@ -11,7 +11,7 @@ Shapes: N images, C channels, H × W pixels.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -69,6 +69,7 @@ def run_autoattack(
     state: Path | None = None,
     seed: int = 0,
     version: Version = "standard",
+    attacks: Sequence[str] | None = None,
     settings: Any = None,
     say: Callable[[str], None] = _LOG.info,
 ) -> Progress:
@@ -80,20 +81,25 @@ def run_autoattack(
         state: JSON file of the progress; goes on where it ends.
         seed: the package seeds each batch of each attack with it.
         version: `standard`, `plus`, or `rand` for models that are not deterministic.
+        attacks: only these of the version's attacks, such as ("apgd-ce", "apgd-t"). What they leave standing may fall
+            to the others, so the caller must not call it AutoAttack's accuracy.
         settings: JSON-able, whatever else the numbers depend on (checkpoint, data).
         say: told one line an attack.
     Returns:
         the finished progress: `broken_by`, `after`, `seconds`, `warnings`.
     Raises:
         ImportError: pyautoattack is not installed.
-        ValueError: fewer than 4 classes, or `state` belongs to another evaluation.
+        ValueError: fewer than 4 classes, an attack the version does not have, or `state` belongs to another evaluation.
     """
-    identity = fingerprint([settings, eps, batch_size, seed, version, len(shard)])
+    part = [] if attacks is None else [list(attacks)]
+    identity = fingerprint([settings, eps, batch_size, seed, version, len(shard), *part])
     progress = _load(state, identity)
     with borrowed_in_mode(model, "eval") as module, strict_fp32(device), _frozen(module), torch.no_grad():
         warnings: list[str] = []
         attack = _package(module, eps, device, seed, version, warnings)
-        names = list(attack.attacks_to_run)
+        names = list(attack.attacks_to_run if attacks is None else attacks)
+        if unknown := set(names) - set(attack.attacks_to_run):
+            raise ValueError(f"AutoAttack {version} has no {sorted(unknown)}, only {attack.attacks_to_run}")
         x, y, _ = next(shard.batches(batch_size, device))
         _fit_classes(attack, module(x[:1]).shape[-1])
         if not progress.broken_by:

@@ -9,7 +9,8 @@ processes there are. All processes must see the same folder.
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mimir_fast.data.sources.base import ImageSource
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import EvaluationImages, load_images
 from mimir_fast.evaluation.journal import Journal, fingerprint, write_atomically
-from mimir_fast.evaluation.models import JudgedModel
+from mimir_fast.evaluation.models import JudgedModel, Opaque
 
 
 @dataclass
@@ -79,9 +80,11 @@ class Job:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over names and bytes of the weights; a model without visible ones has none to tell apart."""
+    """SHA-256 over names and bytes of the weights; plain functions show none and cannot be told apart."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    hidden = (part.weights for part in module.modules() if isinstance(part, Opaque))
+    named = chain(module.state_dict().items(), *(weights.items() for weights in hidden))
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -129,8 +132,6 @@ def open_folder(config: EvaluateConfig, identity: dict[str, Any], num_shards: in
 
 def open_source(config: EvaluateConfig) -> ImageSource:
     """The whole test split; `limit` is applied by choosing positions."""
-    from dataclasses import replace
-
     return build_source(replace(config.data, limit=None), "test")
 
 

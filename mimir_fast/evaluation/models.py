@@ -84,10 +84,11 @@ class Opaque(nn.Module):
         """Whatever the function returns."""
         return self._function[0](images)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Opaque":
-        if isinstance(self._function[0], nn.Module):
-            self._function[0]._apply(fn, recurse)
-        return self
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Named tensors of the program; empty for a plain function."""
+        inner = self._function[0]
+        return dict(inner.state_dict()) if isinstance(inner, nn.Module) else {}
 
 
 class FromProbabilities(nn.Module):
@@ -113,19 +114,22 @@ def load_model(spec: str, *, num_classes: int | None, device: torch.device, chan
         ValueError: none of the kinds, or a checkpoint without a classification head.
         ImportError: the module or the package it needs cannot be imported.
     """
-    judged = _find(spec, num_classes, channels)
-    judged.module = judged.module.to(device).float().eval() if judged.kind != "torch.export" else judged.module
+    judged = _find(spec, num_classes, channels, device)
+    judged.module = judged.module.to(device).float().eval()
     for parameter in judged.module.parameters():
         parameter.requires_grad_(False)
     return judged
 
 
-def _find(spec: str, num_classes: int | None, channels: int) -> JudgedModel:
+def _find(spec: str, num_classes: int | None, channels: int, device: torch.device) -> JudgedModel:
     path = Path(spec)
     if spec.startswith("timm:"):
         return _timm(spec, num_classes, channels)
     if path.suffix == ".pt2" and path.is_file():
-        return JudgedModel(Opaque(torch.export.load(spec).module()), spec, "torch.export")
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(torch.export.load(spec), device)
+        return JudgedModel(Opaque(program.module()), spec, "torch.export")
     if path.is_file() and _is_torchscript(path):
         return JudgedModel(torch.jit.load(spec, map_location="cpu"), spec, "TorchScript")
     if path.exists():

@@ -25,14 +25,12 @@ class NamedAttack:
         label: for tables.
         run: the attack.
         parameters: JSON-able, recorded with the numbers.
-        needs_features: the model must offer `forward_features`.
     """
 
     name: str
     label: str
     run: Attack
     parameters: dict[str, Any] = field(default_factory=dict)
-    needs_features: bool = False
 
 
 def natural() -> NamedAttack:
@@ -54,16 +52,14 @@ def step_size(eps: float, num_steps: int) -> float:
     return min(1.0, max(eps / 4, 2.5 * eps / max(num_steps, 1)) if num_steps > 1 else eps)
 
 
-def make_pgd(eps: float, num_steps: int, seed: int, *, name: str | None = None) -> NamedAttack:
+def make_pgd(eps: float, num_steps: int, seed: int) -> NamedAttack:
     """PGD with cross entropy."""
     threat = LinfThreat(eps=eps, alpha=step_size(eps, num_steps), num_steps=num_steps, random_start=True)
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
         return pgd(model, x, y, threat, samples=samples, seed=seed, mode="eval")
 
-    return NamedAttack(
-        name or f"pgd{num_steps}", f"PGD-{num_steps}", run, {**asdict(threat), "loss": "ce", "seed": seed}
-    )
+    return NamedAttack(f"pgd{num_steps}", f"PGD-{num_steps}", run, {**asdict(threat), "loss": "ce", "seed": seed})
 
 
 def make_apgd(eps: float, num_steps: int, seed: int) -> NamedAttack:
@@ -86,7 +82,7 @@ def make_pgd_mi(eps: float, num_steps: int, seed: int, weight: float) -> NamedAt
         return pgd_mi(model, x, y, threat, weight=weight, samples=samples, seed=seed)
 
     parameters = {**asdict(threat), "weight": weight, "estimator": "hsic", "seed": seed}
-    return NamedAttack(f"pgd_mi{num_steps}", f"PGD-MI-{num_steps}", run, parameters, needs_features=True)
+    return NamedAttack(f"pgd_mi{num_steps}", f"PGD-MI-{num_steps}", run, parameters)
 
 
 def make_pgd_features(eps: float, num_steps: int, seed: int) -> NamedAttack:
@@ -97,7 +93,7 @@ def make_pgd_features(eps: float, num_steps: int, seed: int) -> NamedAttack:
         return pgd_features(model, x, threat, samples=samples, seed=seed)
 
     parameters = {**asdict(threat), "loss": "feature distance", "seed": seed}
-    return NamedAttack(f"pgd_fea{num_steps}", f"PGD-fea-{num_steps}", run, parameters, needs_features=True)
+    return NamedAttack(f"pgd_fea{num_steps}", f"PGD-fea-{num_steps}", run, parameters)
 
 
 def make_random_noise(eps: float, seed: int) -> NamedAttack:

@@ -25,14 +25,16 @@ class Measurement:
     """One attack on one set of images.
 
     Attributes:
-        name: of its files.
+        name: of the measurement.
         attack: what is done.
         images: `all` of the judged ones, or the few for the `checks`.
+        file: of its journals; suites check on different numbers of images and may share a folder.
     """
 
     name: str
     attack: NamedAttack
     images: Literal["all", "checks"]
+    file: str
 
 
 def curve_radii(config: EvaluateConfig) -> list[float]:
@@ -62,13 +64,14 @@ def main_attacks(config: EvaluateConfig, has_features: bool) -> list[NamedAttack
 def plan(config: EvaluateConfig, has_features: bool) -> list[Measurement]:
     """All per-image measurements, cheap ones first."""
     suite, eps, seed = SUITES[config.suite], config.eps, config.seed
-    work = [Measurement(attack.name, attack, "all") for attack in main_attacks(config, has_features)]
-    checks = [natural(), make_fgsm(eps), make_random_noise(eps, seed), make_apgd(eps, 50, seed)]
-    work += [Measurement(f"check_{attack.name}", attack, "checks") for attack in checks]
-    work += [Measurement(f"steps_{k}", make_pgd(eps, k, seed), "checks") for k in suite.check_steps]
+    on_few = [(f"check_{a.name}", a) for a in (natural(), make_fgsm(eps), make_random_noise(eps, seed))]
+    on_few.append(("check_apgd50", make_apgd(eps, 50, seed)))
+    on_few += [(f"steps_{k}", make_pgd(eps, k, seed)) for k in suite.check_steps]
     for radius in curve_radii(config):
-        key = radius_key(radius)
-        work.append(Measurement(f"curve_{key}", make_pgd(radius, suite.curve_steps, seed), "checks"))
-        work.append(Measurement(f"noise_{key}", make_random_noise(radius, seed), "checks"))
-    work.append(Measurement("check_square", make_square(eps, suite.square_queries, seed), "checks"))
-    return work
+        on_few.append((f"curve_{radius_key(radius)}", make_pgd(radius, suite.curve_steps, seed)))
+        on_few.append((f"noise_{radius_key(radius)}", make_random_noise(radius, seed)))
+    on_few.append(("check_square", make_square(eps, suite.square_queries, seed)))
+    return [
+        *(Measurement(a.name, a, "all", a.name) for a in main_attacks(config, has_features)),
+        *(Measurement(name, a, "checks", f"{name}@{suite.check_images}") for name, a in on_few),
+    ]

@@ -101,7 +101,7 @@ def run_shard(job: Job, number: int, say: Say) -> None:
             item.attack.run,
             batch_size=config.batch_size,
             device=job.device,
-            journal=job.path(item.name, number),
+            journal=job.path(item.file, number),
             settings=job.settings(item.attack.parameters, item.images),
         )
         right = record.tensor("correct")

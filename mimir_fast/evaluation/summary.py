@@ -125,7 +125,7 @@ def check(job: Job, measured: dict[str, Measurement], few: EvaluationImages, res
 
     def of(name: str, value: str = "correct") -> Tensor:
         item = measured[name]
-        return job.gather(name, item.attack.parameters, item.images).values[value]
+        return job.gather(item.file, item.attack.parameters, item.images).values[value]
 
     x, y, _ = next(few.batches(min(len(few), job.config.batch_size), job.device))
     strongest = f"steps_{suite.check_steps[-1]}"
@@ -156,7 +156,7 @@ def curve(job: Job, measured: dict[str, Measurement]) -> dict[str, Any]:
 
     def accuracy(name: str) -> float:
         item = measured[name]
-        return float(job.gather(name, item.attack.parameters, item.images).values["correct"].mean())
+        return float(job.gather(item.file, item.attack.parameters, item.images).values["correct"].mean())
 
     radii, natural = curve_radii(job.config), accuracy("check_natural")
     return {
@@ -169,7 +169,7 @@ def curve(job: Job, measured: dict[str, Measurement]) -> dict[str, Any]:
 
 def _check_pictures(job: Job, measured: dict[str, Measurement], results: Results) -> list[Picture]:
     found = results.curve
-    count = len(job.gather("check_natural", {}, "checks").values["correct"])
+    count = len(job.gather(measured["check_natural"].file, {}, "checks").values["correct"])
     under = dict(zip(found["eps"], found["accuracy"], strict=True))
     noise = dict(zip(found["eps"], found["noise"], strict=True))
     losses = next(c["numbers"]["mean_loss"] for c in results.checks if c["name"] == "loss rises with steps")

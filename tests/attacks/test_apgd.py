@@ -1,5 +1,6 @@
 """APGD: the authors' algorithm to the bit, their accuracy with random starts, and its short form for training."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -102,12 +103,12 @@ def test_best_loss_never_falls_with_more_steps(small_model, digits) -> None:
 
 def test_stays_in_the_ball_and_leaves_no_trace(small_model, digits) -> None:
     images, labels = digits
-    state = torch.get_rng_state()
-    adversarial = apgd(small_model.train(), images, labels, EPS, 5, random_start=True)
-    assert small_model.training
-    small_model.eval()
+    model, state = copy.deepcopy(small_model).train(), torch.get_rng_state()
+    model.zero_grad()
+    adversarial = apgd(model, images, labels, EPS, 5, random_start=True)
+    assert model.training and int(model.body[1].num_batches_tracked) == int(small_model.body[1].num_batches_tracked)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None for p in small_model.parameters())
+    assert all(p.grad is None for p in model.parameters())
     assert (adversarial.double() - images.double()).abs().max() <= EPS
     assert adversarial.min() >= 0 and adversarial.max() <= 1
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.evaluation.job import weights_digest
 from mimir_fast.evaluation.models import FromProbabilities, Normalized, load_model
 from mimir_fast.evaluation.sanity import inspect_model
 
@@ -29,6 +30,7 @@ def test_torch_export_and_torchscript_files_are_attacked_like_the_original(small
     for name, kind in (("m.pt2", "torch.export"), ("m.torchscript", "TorchScript")):
         judged = load_model(str(tmp_path / name), num_classes=10, device=CPU)
         assert judged.kind == kind
+        assert weights_digest(judged.module) != weights_digest(nn.Flatten()), "its weights are seen"
         torch.testing.assert_close(pgd(judged.module, IMAGES, labels, threat, mode="eval"), wanted)
 
 

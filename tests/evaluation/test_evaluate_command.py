@@ -115,9 +115,9 @@ def test_goes_on_after_an_interruption(finished: Path, tmp_path: Path) -> None:
     (folder / "progress" / "fgsm.0of1.jsonl").unlink()
     cut = folder / "progress" / "pgd20.0of1.jsonl"
     cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:2]))
-    untouched = (folder / "progress" / "steps_5.0of1.jsonl").stat().st_mtime_ns
+    untouched = (folder / "progress" / "steps_5@64.0of1.jsonl").stat().st_mtime_ns
     after = evaluate(config_from([*FLAGS, "--output_dir", str(folder)]), say=quiet)
-    assert (folder / "progress" / "steps_5.0of1.jsonl").stat().st_mtime_ns == untouched
+    assert (folder / "progress" / "steps_5@64.0of1.jsonl").stat().st_mtime_ns == untouched
     before = Results.read(finished / "results.json")
     for name in before.accuracy:
         assert after.accuracy[name]["correct"] == before.accuracy[name]["correct"]
