@@ -2,12 +2,17 @@
 
 Gradients go to the input only (`torch.autograd.grad` with one input skips every weight gradient), so the parameters'
 `.grad` and DDP's hooks are never touched. FSDP2 reduces gradients in module hooks: its reduction is switched off
-meanwhile. A compiled module would compute all weight gradients and throw them away, a third of the attack's time, unless the
-parameters are frozen while the attack runs; that is done where the module is compiled.
+meanwhile.
+
+A compiled block would compute all its weight gradients and throw them away, a third of the attack's time, so it is
+frozen while the attack runs. That needs the block's help: torch 2.11 compiles for frozen weights but does not guard on
+it, and would use the attack's graph for training as well, where no weight would get a gradient. A block that can be
+frozen has an attribute `frozen` that its forward branches on, which is guarded.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,9 +23,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """True when the module, or any part of it, runs through torch.compile."""
-    return any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+def freezable_blocks(model: nn.Module) -> list[Any]:
+    """The compiled modules that can be frozen: those with the attribute `frozen`."""
+    compiled = [m for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
+    return [m for m in compiled if hasattr(m, "frozen")]
 
 
 @contextmanager
@@ -30,17 +36,23 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
 
     module = unwrap(model)
     sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
-    frozen = [p for p in module.parameters() if p.requires_grad] if is_compiled(module) and not sharded else []
+    blocks = [] if sharded else freezable_blocks(module)
+    frozen = [p for block in blocks for p in block.parameters() if p.requires_grad]
     syncing = [m._get_fsdp_state()._fsdp_param_group for m in sharded]
     before = [group.reduce_grads if group is not None else True for group in syncing]
     for m in sharded:
         m.set_requires_gradient_sync(False, recurse=False)
-    for p in frozen:
-        p.requires_grad_(False)
+    _freeze(blocks, frozen, True)
     try:
         yield module
     finally:
-        for p in frozen:
-            p.requires_grad_(True)
+        _freeze(blocks, frozen, False)
         for m, flag in zip(sharded, before, strict=True):
             m.set_requires_gradient_sync(flag, recurse=False)
+
+
+def _freeze(blocks: list[Any], parameters: list[nn.Parameter], frozen: bool) -> None:
+    for block in blocks:
+        block.frozen = frozen
+    for parameter in parameters:
+        parameter.requires_grad_(not frozen)

@@ -66,6 +66,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + Attention(LN(x)), then x + MLP(LN(x))."""
 
+    frozen = False
+    """Set while an attack runs on a compiled block, see attacks/no_trace.py."""
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -73,11 +76,17 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
+    def branch_on_frozen(self) -> None:
+        """For `forward`: torch.compile guards on what is branched on, so a frozen block gets a graph of its own."""
+        if self.frozen:
+            pass
+
     def forward(self, x_BTD: Tensor, query_ids_BQ: Tensor | None = None) -> Tensor:
         """(B, T, D); with `query_ids_BQ` only those tokens are computed: (B, Q, D), equal to gathering afterwards.
 
         The last block of a decoder needs its output at the masked tokens only, so q, proj and the MLP run on those.
         """
+        self.branch_on_frozen()
         normed = self.norm1(x_BTD)
         if query_ids_BQ is None:
             x = x_BTD + self.attn(normed)

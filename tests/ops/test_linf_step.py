@@ -79,6 +79,8 @@ def test_in_place_and_into_a_view(device):
 def test_gradient_is_that_of_the_definition(device):
     tensors = [tensor.to(device) for tensor in operands((6, 50), torch.float64)]
     tensors[0][0] = tensors[2][0]  # eps bounds meet alpha: ties
+    # On the very ends of the range the subgradient is a choice, and torch's has changed: keep away from them.
+    tensors[0], tensors[2] = (tensor * 0.98 + 0.01 for tensor in (tensors[0], tensors[2]))
     weights = torch.rand_like(tensors[0])
     gradients = []
     for step in (linf_step, lambda a, g, x, alpha, eps: linf_step_reference(a, g, x, alpha, eps)):
