@@ -45,9 +45,8 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
         from pyautoattack import AutoAttack
 
         attack = AutoAttack(model, eps=EPS, norm="Linf", version="standard", device=device, seed=0)
-        attack.logger.disabled = True
         x, y = levels.float() / 255, truth.clone()
-        adversarial = attack.run_standard_evaluation(x, y, bs=BATCH)
+        adversarial, _ = attack.run_standard_evaluation(x, y, batch_size=BATCH)
         with torch.no_grad():
             return (model(adversarial).argmax(1) == truth,)
 

@@ -82,6 +82,11 @@ class Case:
 Cases = Callable[[torch.device, Size], Iterator[Case]]
 
 
+def is_ours(name: str) -> bool:
+    """Whether a provider is the package's: what must be right, and what a comparison watches."""
+    return name.startswith("mimir_fast")
+
+
 def tensors_in(inputs: Any) -> list[Tensor]:
     """The tensors of a set of inputs, however nested."""
     if isinstance(inputs, Tensor):

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import ceilings as machine
 from benchmarks import compare, plot, record, table
-from benchmarks.case import Cases
+from benchmarks.case import Cases, is_ours
 from benchmarks.runner import run_cases
 
 # name: seconds of timing for all providers of one of its cases, at size `quick`
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def verdict(cases: Sequence[Sequence[record.Record]]) -> int:
     """1 when a provider of ours failed."""
-    bad = [r for case in cases for r in case if r.status == "failed" and r.impl.startswith("mimir_fast")]
+    bad = [r for case in cases for r in case if r.status == "failed" and is_ours(r.impl)]
     for r in bad:
         print(f"FAILED {r.case} {r.impl} {r.params}: {r.note}", file=sys.stderr)
     return int(bool(bad))

@@ -76,7 +76,10 @@ def relative_errors(output: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def poison(outputs: Outputs) -> None:
-    """Overwrite with NaN (the largest number, for integers)."""
+    """Overwrite with NaN; True or the largest number where there is none."""
     with torch.no_grad():
         for output in outputs:
-            output.detach().fill_(float("nan") if output.is_floating_point() else torch.iinfo(output.dtype).max)
+            if output.is_floating_point():
+                output.detach().fill_(float("nan"))
+            else:
+                output.fill_(True if output.dtype == torch.bool else torch.iinfo(output.dtype).max)

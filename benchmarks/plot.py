@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.case import is_ours
 from benchmarks.record import Record
 from benchmarks.table import describe, number
 
@@ -55,8 +56,7 @@ def _panel(axis, case: Sequence[Record]) -> None:  # type: ignore[no-untyped-def
     low = [record.ms["median"] - record.ms["p20"] for record in case]
     high = [record.ms["p80"] - record.ms["median"] for record in case]
     colours = [
-        OURS if record.impl.startswith("mimir_fast") else BASELINE if record.impl == record.baseline else OTHERS
-        for record in case
+        OURS if is_ours(record.impl) else BASELINE if record.impl == record.baseline else OTHERS for record in case
     ]
     axis.barh([record.impl for record in case], medians, xerr=[low, high], color=colours, error_kw={"lw": 0.8})
     for place, record in enumerate(case):

@@ -18,7 +18,7 @@ from mimir_fast.versions import environment
 
 SCHEMA = 1
 Status = Literal["ok", "skipped", "failed"]
-_PACKAGES = ("torch", "triton", "timm", "xformers", "torchvision", "torchattacks", "pyautoattack", "pykeops")
+_PACKAGES = ("triton", "timm", "xformers", "torchvision", "torchattacks", "pyautoattack", "pykeops")
 
 
 @dataclass
@@ -75,7 +75,8 @@ def stamp(record: Record, device: torch.device, ceilings: Ceilings) -> Record:
     record.commit = commit.removesuffix("-dirty") if commit else None
     record.dirty = bool(commit and commit.endswith("-dirty"))
     record.utc = datetime.now(UTC).isoformat(timespec="seconds")
-    record.sw = {"python": platform.python_version(), **{name: version_or_none(name) for name in _PACKAGES}}
+    packages = {name: version_or_none(name) for name in _PACKAGES}
+    record.sw = {"python": platform.python_version(), **packages, "torch": torch.__version__}  # with its +cuXXX
     record.hw = {
         "device": device.type,
         "gpu": where["gpu"] if device.type == "cuda" else None,

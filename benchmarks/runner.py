@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.case import Case, Outputs, Provider
+from benchmarks.case import Case, Outputs, Provider, is_ours
 from benchmarks.ceilings import Ceilings
 from benchmarks.gate import judge
 from benchmarks.memory import extra_peak_mb
@@ -25,7 +25,7 @@ def run_case(
 
     Args:
         box_s: seconds for the timing of all providers together; gates, compilation and memory come on top.
-        gates_only: judge, do not time.
+        gates_only: judge ours, time nothing; the others are left out of the result.
     """
     predicted = ceilings.floor_ms(case.flops, case.bytes, case.precision)
     records = {
@@ -38,7 +38,7 @@ def run_case(
     inputs = (case.gate_inputs or case.make_inputs)(0)
     reference = case.reference(inputs)
     for provider in case.providers:
-        if not provider.skip:
+        if not provider.skip and (is_ours(provider.name) or not gates_only):
             say(f"  {case.name} {provider.name}: gate")
             expected = provider.reference(inputs) if provider.reference else reference
             _gate(case, provider, inputs, expected, records[provider.name])
@@ -56,7 +56,7 @@ def run_case(
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return list(records.values())
+    return [record for record in records.values() if is_ours(record.impl) or not gates_only]
 
 
 def run_cases(
@@ -70,18 +70,21 @@ def run_cases(
             yield [failed(case, device, ceilings, error)]
 
 
-def failed(case: Case, device: torch.device, ceilings: Ceilings, error: Exception) -> Record:
+def failed(case: Case, device: torch.device, ceilings: Ceilings, error: BaseException) -> Record:
     """The record of a case that could not even be set up."""
     predicted = ceilings.floor_ms(case.flops, case.bytes, case.precision)
     record = Record(case.name, case.providers[0].name, case.params, predicted, status="failed", note=reason_of(error))
     return stamp(record, device, ceilings)
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """One line, with the place."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''} ({frame.filename.rpartition('/')[2]}:{frame.lineno})"
+    said = f"{type(error).__name__}: {text[0] if text else ''}"
+    if error.__traceback__ is None:
+        return said
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{said} ({frame.filename.rpartition('/')[2]}:{frame.lineno})"
 
 
 def _gate(case: Case, provider: Provider, inputs: object, reference: Outputs, record: Record) -> None:

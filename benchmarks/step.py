@@ -8,8 +8,10 @@ Shapes: B images, N patches, K kept, P numbers a patch, T tokens, D width.
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,8 +19,10 @@ from torch import Tensor
 from benchmarks import plain_mimir
 from benchmarks.case import Case, Outputs, Provider, Size, generator
 from mimir_fast.data.batch import Batch
+from mimir_fast.methods.adv_mae import AdvMae
 from mimir_fast.methods.mae import Mae
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
+from mimir_fast.models.attention import xformers_failure
 from mimir_fast.models.masked_autoencoder import (
     DECODERS,
     ENCODERS,
@@ -58,7 +62,7 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
 
 def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: bool) -> Case:
     """MIMIR and MAE, ours and plain, on the same batch."""
-    encoder, decoder, side, patch, batch = setting
+    encoder, decoder, side, patch_size, batch = setting
     config = apply_preset(MimirConfig(), "paper")
     official = apply_preset(MimirConfig(), "official")
     model = build_model(setting, device)
@@ -98,6 +102,8 @@ def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: boo
         "MIMIR / MAE": ("mimir_fast MIMIR", "mimir_fast MAE"),
         "official / MAE": ("mimir_fast MIMIR official", "mimir_fast MAE"),
     }
+    if device.type == "cuda":
+        providers += ablations(model, mimir, config, bf16=bf16, in_double=in_double)
     if compile_too:
         fast = build_model(setting, device)
         fast.load_state_dict(model.state_dict())
@@ -110,7 +116,7 @@ def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: boo
     return Case(
         "pretrain_step",
         {
-            "encoder": encoder, "decoder": decoder, "image": side, "patch": patch, "batch": batch,
+            "encoder": encoder, "decoder": decoder, "image": side, "patch": patch_size, "batch": batch,
             "dtype": "bf16" if bf16 else "fp32",
         },
         providers,
@@ -124,6 +130,29 @@ def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: boo
         items=batch,
         ratios=ratios,
     )  # fmt: skip
+
+
+def ablations(
+    model: MaskedAutoencoder, mimir: Losses, config: MimirConfig, *, bf16: bool,
+    in_double: Callable[[Losses], Callable[[Batch], Outputs]],
+) -> list[Provider]:  # fmt: skip
+    """The eager step with one thing changed each."""
+
+    def without_mi(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+        return AdvMae(config)(model, batch, seed=SEED, step=STEP)
+
+    def with_sdpa(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+        with patch.dict(os.environ, MIMIR_FAST_ATTENTION="sdpa"):
+            return mimir(model, batch)
+
+    return [
+        Provider("mimir_fast adv-MAE", optimizer_step(model, without_mi, bf16=bf16), reference=in_double(without_mi),
+                 note="no mutual information"),
+        Provider("mimir_fast MIMIR, SDPA", optimizer_step(model, with_sdpa, bf16=bf16),
+                 note="forward passes through SDPA where xformers would run", skip=xformers_failure() or ""),
+        Provider("mimir_fast MIMIR, fp32", optimizer_step(model, mimir, bf16=False)),
+        Provider("mimir_fast MIMIR, unfused AdamW", optimizer_step(model, mimir, bf16=bf16, fused=False)),
+    ]  # fmt: skip
 
 
 def build_model(setting: Setting, device: torch.device) -> MaskedAutoencoder:

@@ -26,8 +26,9 @@ def print_case(records: Sequence[Record]) -> None:
     for record, cells in zip(records, rows, strict=True):
         table.add_row(*cells, style={"ok": None, "skipped": "dim", "failed": "red"}[record.status])
     console: Any = Console()
-    # A terminal's width is respected; a pipe has none, and a cut table is no use there.
-    Console(width=None if console.is_terminal else 150).print(table, markup=False)
+    if not console.is_terminal:  # a pipe has no width, and a cut table is no use
+        console = Console(width=150)
+    console.print(table, markup=False)
     for record in records:
         said = [record.note] if record.note else []
         said += [f"{name} {value:.3g}" for name, value in record.extra.items()]
