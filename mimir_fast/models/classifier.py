@@ -33,7 +33,7 @@ class ClassifierConfig:
     """Which classifier."""
 
     encoder: EncoderName = "base"
-    """Width, depth and heads: tiny 192/12/3, small 384/12/6, base 768/12/12, large 1024/24/16."""
+    """Width, depth and heads: nano 96/4/3 (for CPUs), tiny 192/12/3, small 384/12/6, base 768/12/12, large 1024/24/16."""
     patch_size: int = 16
     """Side of a patch in pixels: 2 for 32² images, 4 for 64², 16 for 224²."""
     global_pool: Literal["avg", "cls"] = "avg"
@@ -71,6 +71,7 @@ class ClassifierBlock(Block):
             gate_B2: 1 or 0, whether gradients flow back through the branch; its value is not changed.
             num_keep: tokens that stay after the attention, cls among them: those with the most attention on them.
         """
+        self.branch_on_frozen()
         normed = self.norm1(x_BTD)
         if num_keep is None or num_keep >= x_BTD.shape[1]:
             x = x_BTD + _shape_branch(self.attn(normed), scale_B2, gate_B2, 0)
