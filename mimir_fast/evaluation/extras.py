@@ -31,9 +31,12 @@ def reconstruction(job: Job, few: EvaluationImages, results: Results) -> Part:
     config = job.config
     if config.pretrained is None:
         return {}, []
-    model = load_masked_autoencoder(config.pretrained).to(job.device)
+    model, norm_pix = load_masked_autoencoder(config.pretrained)
     threat = LinfThreat(eps=config.eps, alpha=step_size(config.eps, 20), num_steps=20)
-    found = judge_reconstruction(model, few, threat, batch_size=config.batch_size, device=job.device, seed=config.seed)
+    found = judge_reconstruction(
+        model.to(job.device), few, threat, batch_size=config.batch_size, device=job.device, seed=config.seed,
+        norm_pix=norm_pix,
+    )  # fmt: skip
     return {"reconstruction": {**asdict(found), "parameters": asdict(threat)}}, []
 
 
@@ -63,8 +66,8 @@ def mutual_information_figure(job: Job, few: EvaluationImages, results: Results)
     reconstructed, words = None, "H(F) in place of the reconstruction's (give --pretrained for that)"
     x, y, samples = next(few.batches(min(256, len(few)), job.device))
     if job.config.pretrained is not None:
-        autoencoder = load_masked_autoencoder(job.config.pretrained).to(job.device)
-        pictures = reconstruct(autoencoder, x, samples, job.config.seed)
+        autoencoder, norm_pix = load_masked_autoencoder(job.config.pretrained)
+        pictures = reconstruct(autoencoder.to(job.device), x, samples, job.config.seed, norm_pix)
         with torch.no_grad():
             reconstructed = job.judged.module(pictures).argmax(dim=1).cpu()
         words = "the classes seen in the masked autoencoder's reconstructions"

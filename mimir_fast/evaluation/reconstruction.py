@@ -19,8 +19,10 @@ from mimir_fast.ops.random_masks import random_masks
 MASK_RATIO = 0.75
 
 
-def load_masked_autoencoder(source: str | Path) -> MaskedAutoencoder:
-    """A pre-trained masked autoencoder in eval mode, parameters frozen, from anything `read_weights` reads.
+def load_masked_autoencoder(source: str | Path) -> tuple[MaskedAutoencoder, bool]:
+    """(model, norm_pix): a pre-trained masked autoencoder in eval mode, and whether it predicts normalised patches.
+
+    From anything `read_weights` reads; files that do not say how they were trained count as normalised, as MAE's are.
 
     Raises:
         WeightsError: unreadable, or of no encoder of ours.
@@ -43,7 +45,8 @@ def load_masked_autoencoder(source: str | Path) -> MaskedAutoencoder:
     with torch.random.fork_rng([]):
         model = build_masked_autoencoder(config, shape.image_size, shape.channels)
     model.load_state_dict(weights.tensors)
-    return model.eval().requires_grad_(False)
+    norm_pix = (weights.config or {}).get("objective", {}).get("norm_pix_loss", True)
+    return model.eval().requires_grad_(False), bool(norm_pix)
 
 
 @dataclass
@@ -58,12 +61,14 @@ class ReconstructionReport:
 
 def judge_reconstruction(
     model: MaskedAutoencoder, images: EvaluationImages, threat: LinfThreat, *, batch_size: int, device: torch.device,
-    seed: int,
+    seed: int, norm_pix: bool = True,
 ) -> ReconstructionReport:  # fmt: skip
     """How much an attack on the visible patches hurts, beside random noise of the same size."""
     totals = torch.zeros(3, dtype=torch.float64)
     for x, _, samples in images.batches(batch_size, device):
-        errors = attack_reconstruction(model, x, threat, mask_ratio=MASK_RATIO, samples=samples, seed=seed)
+        errors = attack_reconstruction(
+            model, x, threat, mask_ratio=MASK_RATIO, norm_pix=norm_pix, samples=samples, seed=seed
+        )
         totals += torch.stack([e.double().sum().cpu() for e in (errors.clean, errors.random, errors.attacked)])
     clean, random, attacked = (totals / len(images)).tolist()
     return ReconstructionReport(clean, random, attacked, len(images))

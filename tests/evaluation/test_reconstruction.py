@@ -1,0 +1,53 @@
+"""The masked autoencoder behind a classifier: loaded from a file, attacked, and looked through."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.evaluation.images import EvaluationImages
+from mimir_fast.evaluation.reconstruction import judge_reconstruction, load_masked_autoencoder, reconstruct
+from mimir_fast.models.masked_autoencoder import MaskedAutoencoder, ModelConfig, build_masked_autoencoder
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> MaskedAutoencoder:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return build_masked_autoencoder(ModelConfig(encoder="tiny", patch_size=2), 8, 1).eval()
+
+
+def test_sizes_come_from_the_tensors(autoencoder: MaskedAutoencoder, tmp_path: Path) -> None:
+    save_file(dict(autoencoder.state_dict()), tmp_path / "mae.safetensors")
+    loaded, norm_pix = load_masked_autoencoder(tmp_path / "mae.safetensors")
+    assert norm_pix and not loaded.training
+    assert (loaded.img_size, loaded.patch_size, loaded.in_chans) == (8, 2, 1)
+    assert all(torch.equal(loaded.state_dict()[name], t) for name, t in autoencoder.state_dict().items())
+
+
+def test_an_encoder_without_decoder_is_refused(autoencoder: MaskedAutoencoder, tmp_path: Path) -> None:
+    encoder = {name: t for name, t in autoencoder.state_dict().items() if not name.startswith(("decoder", "mask"))}
+    save_file(encoder, tmp_path / "encoder.safetensors")
+    with pytest.raises(ValueError, match="pre-training run"):
+        load_masked_autoencoder(tmp_path / "encoder.safetensors")
+
+
+def test_visible_patches_stay_and_true_patches_come_back(
+    autoencoder: MaskedAutoencoder, digits_images: EvaluationImages
+) -> None:
+    images = digits_images.images[:6].float() / 255
+    pictures = reconstruct(autoencoder, images, torch.arange(6), seed=0)
+    kept = (pictures.view(6, 4, 2, 4, 2) == images.view(6, 4, 2, 4, 2)).all(dim=2).all(dim=-1).sum(dim=(1, 2))
+    assert (kept >= 4).all(), "a quarter of 16 patches is visible"
+    assert pictures.min() >= 0 and pictures.max() <= 1
+    assert torch.equal(pictures, reconstruct(autoencoder, images, torch.arange(6), seed=0))
+
+
+def test_report_averages_over_all_images(autoencoder: MaskedAutoencoder, digits_images: EvaluationImages) -> None:
+    images, threat, cpu = digits_images.evenly(10), LinfThreat(0.2, 0.05, 5), torch.device("cpu")
+    whole = judge_reconstruction(autoencoder, images, threat, batch_size=10, device=cpu, seed=0)
+    parts = judge_reconstruction(autoencoder, images, threat, batch_size=3, device=cpu, seed=0)
+    assert whole.attacked == pytest.approx(parts.attacked, rel=1e-4)
+    assert whole.attacked > whole.clean and whole.num_images == 10
