@@ -33,7 +33,7 @@ class ClassifierConfig:
     """Which classifier."""
 
     encoder: EncoderName = "base"
-    """Width, depth and heads: nano 96/4/3 (for CPUs), tiny 192/12/3, small 384/12/6, base 768/12/12, large 1024/24/16."""
+    """Width, depth and heads: nano 96/4/3 (ours), tiny 192/12/3, small 384/12/6, base 768/12/12, large 1024/24/16."""
     patch_size: int = 16
     """Side of a patch in pixels: 2 for 32² images, 4 for 64², 16 for 224²."""
     global_pool: Literal["avg", "cls"] = "avg"
