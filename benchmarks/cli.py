@@ -19,7 +19,7 @@ QUESTIONS: dict[str, float] = {
     "patches": 3,
     "random_masks": 2,
     "attention": 3,
-    "hsic": 8,
+    "hsic": 10,
     "nhsic": 4,
     "step": 20,
     "loader": 10,

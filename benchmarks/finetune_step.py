@@ -35,7 +35,7 @@ Setting = tuple[EncoderName, int, int, int]
 SETTINGS: dict[Size, Setting] = {
     "tiny": ("tiny", 32, 16, 2),
     "quick": ("tiny", 224, 16, 4),
-    "full": ("small", 224, 16, 8),
+    "full": ("small", 224, 16, 4),
 }
 ON_GPU: Setting = ("small", 224, 16, 256)
 

@@ -18,6 +18,7 @@ from benchmarks.case import Case, Outputs, Provider, Size
 from benchmarks.step import Setting, build_model, optimizer_step
 from mimir_fast.data import DataConfig, build_loader
 from mimir_fast.data.loaders import Loader
+from mimir_fast.data.loaders.dali import import_dali
 from mimir_fast.methods.mimir import Mimir, MimirConfig
 
 SIDE = 224
@@ -134,7 +135,7 @@ def decoding_case(device: torch.device, folder: Path, num_files: int) -> Case:
         "jpeg_decoding",
         {"files": num_files, "crop": SIDE, "batch": batch, "workers": workers},
         [
-            Provider("mimir_fast DALI", ours("dali"), law=all_came),
+            Provider("mimir_fast DALI", ours("dali"), law=all_came, skip=dali_missing()),
             Provider("mimir_fast torch workers", ours("torch"), law=all_came),
             Provider(
                 "torchvision ImageFolder", torchvision_way, law=all_came, note="PIL, RandomResizedCrop, DataLoader"
@@ -148,6 +149,15 @@ def decoding_case(device: torch.device, folder: Path, num_files: int) -> Case:
         one_set=True,
         memory=False,
     )
+
+
+def dali_missing() -> str:
+    """Why DALI cannot run here; empty if it can."""
+    try:
+        import_dali()
+    except ImportError as error:
+        return str(error).partition(";")[0]
+    return ""
 
 
 def usual_pipeline(folder: Path, batch: int, workers: int) -> "torch.utils.data.DataLoader[tuple[Tensor, int]]":

@@ -6,7 +6,6 @@ C library has kept from earlier calls is given back first (`malloc_trim`), or it
 """
 
 import ctypes
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,6 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def extra_peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
     """MiB above the level before the call; None where it cannot be known (a CPU without Linux's /proc)."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
