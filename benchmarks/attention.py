@@ -49,8 +49,8 @@ def case(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dt
         return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
 
     def reference(inputs: Four) -> Outputs:
-        exact = tuple(t.detach().double().requires_grad_() for t in inputs)
-        return both_ways(definition)(exact)
+        q, k, v, grad = (t.detach().double().requires_grad_() for t in inputs)
+        return both_ways(definition)((q, k, v, grad))
 
     cuda = device.type == "cuda"
     backends = BACKENDS if cuda else {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}

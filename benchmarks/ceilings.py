@@ -47,7 +47,7 @@ def measure(device: torch.device, size: Size) -> Ceilings:
     for name, dtype in DTYPES.items():
         n = side // 2 if name == "fp64" else side
         a, b = (torch.randn(n, n, device=device, generator=torch.Generator(device)).to(dtype) for _ in range(2))
-        tflops[name] = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, device) / 1e12  # type: ignore[misc]
+        tflops[name] = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, device) / 1e12
     return Ceilings(2 * count / copy_s / 1e9, tflops)
 
 

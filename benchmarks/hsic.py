@@ -27,7 +27,7 @@ Estimate = Callable[[Tensor, Tensor], Tensor]
 SIZES: dict[Size, list[tuple[int, int, int]]] = {
     "tiny": [(24, 40, 16)],
     "quick": [(512, 3072, 768), (2048, 768, 768)],
-    "full": [(512, 150528, 38400), (4096, 768, 768)],
+    "full": [(4096, 768, 768)],
 }
 ON_GPU = [(512, 150528, 38400), (2048, 150528, 38400), (4096, 150528, 38400), (4096, 768, 768)]
 LARGE: dict[Size, tuple[int, int, int]] = {"tiny": (70, 16, 16), "quick": (0, 0, 0), "full": (32768, 128, 128)}

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def decoding_case(device: torch.device, folder: Path, num_files: int) -> Case:
     """One pass over the files, in batches of 32."""
     workers, batch = min(16, os.cpu_count() or 1), min(32, num_files)
 
-    def ours(kind: str) -> Callable[[Tensor], Outputs]:
+    def ours(kind: Literal["dali", "torch"]) -> Callable[[Tensor], Outputs]:
         """Built at first use: worker processes are costly and a missing library must fail this provider alone."""
         built: list[Loader] = []
 
@@ -99,7 +100,7 @@ def decoding_case(device: torch.device, folder: Path, num_files: int) -> Case:
                 config = DataConfig(
                     source="folder", root=str(folder), image_size=SIDE, augment="resized_crop", loader=kind,
                     num_workers=workers,
-                )  # type: ignore[arg-type]  # fmt: skip
+                )  # fmt: skip
                 built.append(
                     build_loader(
                         config, split="train", batch_size=batch, device=device, shuffle=False, augment=True

@@ -4,6 +4,7 @@ import gc
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -103,8 +104,8 @@ def _gate(case: Case, provider: Provider, inputs: object, reference: Outputs, re
 
 def _measure(
     case: Case,
-    runs: dict[str, Callable[[object], Outputs]],
-    sets: list[object],
+    runs: dict[str, Callable[[Any], Outputs]],
+    sets: list[Any],
     device: torch.device,
     box_s: float,
     records: dict[str, Record],

@@ -6,7 +6,7 @@ anything. Inputs rotate among sets that together exceed the last cache.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -68,7 +68,7 @@ def num_sets(inputs: Any, device: torch.device, one_set: bool) -> int:
 
 
 def time_providers(
-    runs: dict[str, Callable[[Any], object]], sets: Sequence[Any], device: torch.device, box_s: float
+    runs: Mapping[str, Callable[[Any], object]], sets: Sequence[Any], device: torch.device, box_s: float
 ) -> dict[str, Times]:
     """Times of each provider, in rounds until the box of `box_s` seconds is used up (one round at least)."""
     clock = _cuda_sample if device.type == "cuda" else _cpu_sample
