@@ -52,6 +52,11 @@ def case(device: torch.device, shape: tuple[int, ...]) -> Case:
         x_adv, grad, x = inputs
         return (linf_step_reference(x_adv, grad, x, ALPHA, EPS),)
 
+    buffer = torch.empty(shape, device=device)
+
+    def into_buffer(inputs: Triple) -> Outputs:
+        return (linf_step(*inputs, alpha=ALPHA, eps=EPS, out=buffer),)
+
     fused = compiled(chain)
     count = torch.Size(shape).numel()
     return Case(
@@ -59,6 +64,7 @@ def case(device: torch.device, shape: tuple[int, ...]) -> Case:
         {"shape": "x".join(map(str, shape)), "dtype": "fp32"},
         [
             Provider("mimir_fast", lambda inputs: (linf_step(*inputs, alpha=ALPHA, eps=EPS),)),
+            Provider("mimir_fast, out=", into_buffer, note="into memory that is already mapped"),
             Provider("eager chain", lambda inputs: (chain(*inputs),)),
             Provider("definition", definition),
             Provider("torch.compile(chain)", lambda inputs: (fused(*inputs),)),
