@@ -47,7 +47,8 @@ def certificate(record: Record) -> str:
     """Machine, software and commit in one line."""
     where = record.hw.get("gpu") or f"{record.hw.get('cpu')}, {record.hw.get('threads')} threads"
     commit = f"{(record.commit or 'no commit')[:12]}{' + changes' if record.dirty else ''}"
-    return f"{where} | torch {record.sw.get('torch')} | {commit} | {record.utc[:10]} | bars: median, whiskers: p20-p80, dotted: roofline"
+    legend = "bars: median, whiskers: p20-p80, dotted: roofline"
+    return f"{where} | torch {record.sw.get('torch')} | {commit} | {record.utc[:10]} | {legend}"
 
 
 def _panel(axis, case: Sequence[Record]) -> None:  # type: ignore[no-untyped-def]
