@@ -38,7 +38,7 @@ class Ceilings:
 def measure(device: torch.device, size: Size) -> Ceilings:
     """Measure once a process; half a second on a CPU."""
     cuda = device.type == "cuda"
-    count = 2**20 if size == "tiny" else 2**31 if cuda else 2**26
+    count = 2**20 if size == "tiny" else 2**31 if cuda else 2**28
     side = 256 if size == "tiny" else 8192 if cuda else 1536
     source = torch.empty(count, dtype=torch.uint8, device=device).random_(generator=torch.Generator(device))
     target = torch.empty_like(source)

@@ -20,6 +20,9 @@ from benchmarks.dependence_data import image_like
 from mimir_fast.ops.hsic import hsic, hsic_reference
 
 SIGMA = 5.0
+# The authors' formulas lose their digits by construction. They are timed all the same, being what is replaced; their
+# error stands in the table. NaN, infinities and another order of magnitude are still refused.
+INEXACT = 10.0
 Pair = tuple[Tensor, Tensor]
 Estimate = Callable[[Tensor, Tensor], Tensor]
 
@@ -129,7 +132,7 @@ def training_case(device: torch.device, n: int, d_x: int, d_y: int) -> Case:
         Provider("torch.compile(eager)", with_gradients(fused)),
         Provider("definition", with_gradients(hsic_reference), note="sums in float64"),
         Provider(
-            "authors' formula", with_gradients(authors), tolerance=1.0,
+            "authors' formula", with_gradients(authors), tolerance=INEXACT,
             note="inexact by construction: exp in fp32 near 1, products of pixels that are not centred",
         ),
     ]  # fmt: skip
