@@ -58,6 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="where the picture goes; default beside the records"
     )
+    parser.add_argument("--draw", type=Path, metavar="OLD.jsonl", help="only draw --plot from records of earlier runs")
     parser.add_argument("--device-suite", action="store_true", help="all gates, then all timings, within --budget")
     parser.add_argument("--budget", type=float, default=540, help="seconds of the device suite")
     options = parser.parse_args(arguments)
@@ -66,14 +67,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown question {', '.join(unknown)}: wanted some of {', '.join(QUESTIONS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA GPU that torch sees; --device cpu works everywhere")
-    if options.compare and not options.compare.is_file():
-        parser.error(f"--compare {options.compare}: there is no such file; write one with --output first")
+    for name in ("compare", "draw"):
+        path = getattr(options, name)
+        if path and not path.is_file():
+            parser.error(f"--{name} {path}: there is no such file; write one with --output first")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and report; the exit status is 1 when something of ours is wrong or became slower."""
     options = parse(arguments)
+    if options.draw:
+        plot.draw(record.by_case(record.read(options.draw)), options.plot or options.draw.with_suffix(".png"))
+        return 0
     cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device, size = torch.device("cuda" if cuda else "cpu"), options.size
     output = options.output or Path(f"runs/benchmarks/{device.type}-{size}.jsonl")

@@ -145,3 +145,11 @@ def read(path: Path) -> list[Record]:
                 "give a file that `python -m benchmarks --output` wrote"
             ) from error
     return records
+
+
+def by_case(records: Iterable[Record]) -> list[list[Record]]:
+    """The records of each case together, as they were run."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.case, json.dumps(record.params, sort_keys=True)), []).append(record)
+    return list(groups.values())

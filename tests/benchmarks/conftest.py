@@ -26,7 +26,8 @@ def squares() -> Callable[..., Case]:
             "bytes": 128.0,
         }
         providers = [Provider("mimir_fast", lambda x: (x.square(),)), Provider("eager", square), *more]
-        return Case("square", {"n": 16}, providers, baseline="eager", **(options | changes))  # type: ignore[arg-type]
+        options |= {"params": {"n": 16}, "baseline": "eager"} | changes
+        return Case("square", providers=providers, **options)  # type: ignore[arg-type]
 
     return build
 

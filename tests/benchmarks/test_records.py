@@ -9,7 +9,7 @@ import torch
 from benchmarks import cli, plot, table
 from benchmarks.ceilings import Ceilings
 from benchmarks.compare import compare
-from benchmarks.record import SCHEMA, append, read
+from benchmarks.record import SCHEMA, append, by_case, read
 from benchmarks.runner import run_case
 
 CPU = torch.device("cpu")
@@ -28,6 +28,14 @@ def test_record_has_every_field_of_the_schema_and_survives_the_file(squares, tmp
     assert {"rel_fro", "max_rel", "deterministic_bits", "ref"} == set(line["err"])
     assert line["hw"]["ceil_copy_gbps"] == 1.0 and line["hw"]["cpu"] and line["sw"]["torch"] == torch.__version__
     assert {"commit", "dirty", "utc", "flops", "bytes", "gbps", "pct_of_measured_ceiling", "peak_mem_mb"} <= set(line)
+
+
+def test_picture_is_drawn_from_a_file(squares, tmp_path):
+    for n in (16, 32):
+        append(tmp_path / "old.jsonl", run_case(squares(params={"n": n}), CPU, CEILINGS, box_s=0.0, say=str))
+    assert [len(case) for case in by_case(read(tmp_path / "old.jsonl"))] == [2, 2]
+    assert cli.main(["--draw", str(tmp_path / "old.jsonl"), "--plot", str(tmp_path / "deep" / "drawn.png")]) == 0
+    assert (tmp_path / "deep" / "drawn.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("text", ["not json", '{"schema": 0}', "3", '{"schema": 1, "nonsense": 2}'])
