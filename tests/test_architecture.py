@@ -18,6 +18,7 @@ ALLOWED = {
     "data": {"data"},
     "training": {"training", "methods", "attacks", "models", "ops", "data"},
     "evaluation": {"evaluation", "training", "methods", "attacks", "models", "ops", "data", "losses"},
+    "reproduction": {"reproduction", "recipes", "training", "evaluation", "methods", "attacks", "models", "data"},
     "recipes": {"recipes", "training", "methods", "attacks", "models", "data", "evaluation"},
 }
 

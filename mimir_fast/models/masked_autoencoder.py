@@ -15,11 +15,12 @@ from mimir_fast.models.positions import sincos_positions
 from mimir_fast.models.vit import Block, PatchEmbed, init_like_mae
 from mimir_fast.ops.patches import gather_patches, scatter_patches
 
-EncoderName = Literal["tiny", "small", "base", "large"]
+EncoderName = Literal["nano", "tiny", "small", "base", "large"]
 DecoderName = Literal["light", "mae"]
 
-# name: (width, depth, heads)
+# name: (width, depth, heads). `nano` is ours, for experiments on a CPU; the others are the papers'.
 ENCODERS: dict[EncoderName, tuple[int, int, int]] = {
+    "nano": (96, 4, 3),
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
@@ -34,7 +35,7 @@ class ModelConfig:
     """Which masked autoencoder."""
 
     encoder: EncoderName = "base"
-    """Width, depth and heads of the ViT encoder: tiny 192/12/3, small 384/12/6, base 768/12/12, large 1024/24/16."""
+    """Width, depth and heads: nano 96/4/3 (ours), tiny 192/12/3, small 384/12/6, base 768/12/12, large 1024/24/16."""
     patch_size: int = 16
     """Side of a patch in pixels: 2 for 32² images, 4 for 64², 16 for 224²."""
     decoder: DecoderName = "light"

@@ -19,6 +19,7 @@ def run() -> RunConfig:
 
 
 register_pretraining("fashion_mnist", ("tiny", "small"), 4, data, run, "60,000 images of 32²", blr=5e-4)
+register_pretraining("fashion_mnist", ("nano",), 8, data, run, "for CPUs", blr=2e-3)
 
 
 FINETUNE = RunConfig(epochs=20, warmup_epochs=2, batch_size=256, log_every=20, save_every=200)
@@ -28,3 +29,7 @@ encoders: tuple[EncoderName, ...] = ("tiny", "small")
 for encoder in encoders:
     for method in METHOD_NOTES:
         register_finetuning("fashion_mnist", method, encoder, 4, data, FINETUNE, PGD5, "20 epochs, eps 8/255", blr=1e-3)
+for method in METHOD_NOTES:
+    register_finetuning(
+        "fashion_mnist", method, "nano", 8, data, FINETUNE, PGD5, "for CPUs, eps 8/255", blr=4e-3, drop_path=0.0
+    )

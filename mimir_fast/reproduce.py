@@ -1,0 +1,108 @@
+"""Whole experiments: several runs, one table.
+
+python -m mimir_fast.reproduce digits_demo   # `make demo`: a robust classifier of digits and its natural twin
+python -m mimir_fast.reproduce fashion_ablation --size reduced --seeds 3
+python -m mimir_fast.reproduce --help
+
+Both go on where they were killed when the same command is given again.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mimir_fast.reproduction.ablation import Ablation, read_results, run_ablation
+from mimir_fast.reproduction.demo import run_demo
+from mimir_fast.reproduction.fashion import SizeName, fashion_ablation
+from mimir_fast.reproduction.stages import Interrupted
+from mimir_fast.reproduction.tables import markdown, plot, print_table, table
+from mimir_fast.training.cli import exit_on_error, parse
+
+
+@dataclass
+class DigitsDemo:
+    """Pre-train, fine-tune, evaluate; and the same without adversarial training. Minutes on two CPU cores."""
+
+    output_dir: str = "runs/digits_demo"
+    """Folder of all runs, results.json, demo.png and the reports."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    autoattack_images: int = 48
+    """Test images AutoAttack is run on."""
+    max_steps: int | None = None
+    """Steps of every stage, for a quick look; left out: what the recipes say."""
+
+    def run(self) -> None:
+        """The experiment."""
+        run_demo(
+            Path(self.output_dir), device=self.device, autoattack_images=self.autoattack_images,
+            max_steps=self.max_steps,
+        )  # fmt: skip
+
+
+@dataclass
+class FashionAblation:
+    """The paper's ablation in small: pre-training methods, estimators and λ, equal budgets, several seeds."""
+
+    size: SizeName = "reduced"
+    """reduced: ViT-nano/8 on two CPU cores; full: ViT-tiny/4 on a GPU."""
+    seeds: int = 3
+    """Seeds a row, from 0."""
+    rows: str = ""
+    """Comma-separated rows, such as mae,adv_mae,mimir_paper; empty for all."""
+    output_dir: str = ""
+    """Folder of all runs, results.jsonl, table.md and ablation.png; runs/fashion_ablation_SIZE when empty."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    only_table: bool = False
+    """Tabulate what is finished, run nothing."""
+
+    def run(self) -> None:
+        """The experiment."""
+        folder = Path(self.output_dir or f"runs/fashion_ablation_{self.size}")
+        ablation = fashion_ablation(self.size, self.seeds, folder, rows=self.rows, device=self.device)
+        try:
+            if not self.only_table:
+                run_ablation(ablation)
+        finally:
+            tabulate(ablation)
+
+
+def tabulate(ablation: Ablation) -> None:
+    """Write table.md and ablation.png of the cells finished so far, and print the table."""
+    results = read_results(ablation.results)
+    if not results:
+        print(f"no finished cell in {ablation.folder} yet")
+        return
+    lines = table(ablation, results)
+    (ablation.folder / "table.md").write_text(markdown(lines, ablation.note))
+    plot(ablation.folder / "ablation.png", ablation, results)
+    print_table(lines)
+    print(f"{ablation.note}\n{ablation.folder}/table.md  {ablation.folder}/ablation.png  {ablation.results}")
+
+
+Experiment = (
+    Annotated[DigitsDemo, tyro.conf.subcommand("digits_demo")]
+    | Annotated[FashionAblation, tyro.conf.subcommand("fashion_ablation")]
+)
+
+
+def config_from(args: Sequence[str]) -> DigitsDemo | FashionAblation:
+    """The experiment a command line names."""
+    return parse(Experiment, args, prog="python -m mimir_fast.reproduce")  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """The command."""
+    try:
+        config_from(sys.argv[1:]).run()
+    except Interrupted as stop:  # all work is saved, as after the signal itself
+        print(stop)
+
+
+if __name__ == "__main__":
+    exit_on_error(main)

@@ -1,0 +1,215 @@
+"""An ablation: rows that differ in their pre-training, seeds, equal budgets, one table.
+
+A cell is one row at one seed: pre-train (or not), fine-tune, judge. Finished cells are lines of `results.jsonl`;
+unfinished ones go on where they were. Starting the same command twice shares the cells between the two processes.
+
+    OUTPUT/setup.json  results.jsonl  table.md  ablation.png  cells/ROW/seed0/{pretrain,finetune,judged,log.txt}
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimir_fast.data import build_loader
+from mimir_fast.methods.mimir import MimirConfig
+from mimir_fast.models.masked_autoencoder import build_masked_autoencoder
+from mimir_fast.models.weight_files import read_weights
+from mimir_fast.reproduction.gradient_share import gradient_share
+from mimir_fast.reproduction.stages import Judge, Say, Stopwatch, judge, run_stage
+from mimir_fast.training.finetuning import FinetuneConfig
+from mimir_fast.training.loggers import read_lines
+from mimir_fast.training.pretraining import PretrainConfig
+from mimir_fast.versions import environment
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: of its folder.
+        title: in the table.
+        pretrain: the whole pre-training configuration but seed and folder; None trains from scratch.
+        published: what the paper reports for the like, for the table.
+    """
+
+    name: str
+    title: str
+    pretrain: PretrainConfig | None
+    published: str = ""
+
+    @property
+    def penalty(self) -> MimirConfig | None:
+        """The objective, where it has a mutual-information term."""
+        if self.pretrain is None or self.pretrain.method != "mimir" or self.pretrain.objective.mi.estimator == "none":
+            return None
+        return self.pretrain.objective
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Rows, what they have in common, and where the results go.
+
+    Attributes:
+        finetune: of every row, but seed, folder and init.
+        size: the budgets' name, for messages.
+        note: said under the table: data, budgets, what is counted.
+    """
+
+    rows: tuple[Row, ...]
+    finetune: FinetuneConfig
+    rules: Judge
+    num_seeds: int
+    folder: Path
+    size: str
+    note: str = ""
+
+    @property
+    def results(self) -> Path:
+        """Finished cells, one JSON object a line."""
+        return self.folder / "results.jsonl"
+
+
+@dataclass
+class CellResult:
+    """What a cell found.
+
+    Attributes:
+        accuracy: measure → [correct, total].
+        share: gradient of the penalty against that of the reconstruction, at the start and at the end of pre-training.
+        seconds: stage → wall time of this start.
+    """
+
+    row: str
+    seed: int
+    accuracy: dict[str, list[int]]
+    share: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+
+def run_ablation(ablation: Ablation, *, say: Say = print) -> list[CellResult]:
+    """Run every cell that is not finished, seed by seed, and return all that are.
+
+    Raises:
+        ValueError: the folder holds an ablation with other budgets.
+        Interrupted: a signal came; the same call goes on.
+    """
+    claim_folder(ablation)
+    cells = [(row, seed) for seed in range(ablation.num_seeds) for row in ablation.rows]
+    for number, (row, seed) in enumerate(cells, 1):
+        folder = ablation.folder / "cells" / row.name / f"seed{seed}"
+        with _only_one(folder) as mine:
+            if not mine or (row.name, seed) in {(r.row, r.seed) for r in read_results(ablation.results)}:
+                continue
+            say(f"[{number}/{len(cells)}] {row.title}, seed {seed}")
+            result = run_cell(row, seed, ablation, folder)
+            with ablation.results.open("a") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+            say(f"    {_in_words(result)}   {sum(result.seconds.values()):.0f} s")
+    return read_results(ablation.results)
+
+
+def run_cell(row: Row, seed: int, ablation: Ablation, folder: Path) -> CellResult:
+    """Pre-train, fine-tune, judge; what the stages print goes to log.txt."""
+    watch, seconds, share = Stopwatch(), {}, {}
+    init = ""
+    with (folder / "log.txt").open("a") as log, redirect_stdout(log):
+        if row.pretrain is not None:
+            config = replace(row.pretrain, run=_placed(row.pretrain.run, seed, folder / "pretrain"))
+            init = str(run_stage(config))
+            share = penalty_shares(row, config)
+            seconds["pretrain"] = watch.lap()
+        tune = replace(
+            ablation.finetune, init=init, run=_placed(ablation.finetune.run, seed, folder / "finetune")
+        )  # fmt: skip
+        run = run_stage(tune)
+        seconds["finetune"] = watch.lap()
+        counts = judge(run, tune.data, ablation.rules, folder / "judged", device=tune.run.device)
+        seconds["judge"] = watch.lap()
+    accuracy = {name: [count.correct, count.total] for name, count in counts.items()}
+    return CellResult(row.name, seed, accuracy, share, seconds, environment())
+
+
+def penalty_shares(row: Row, config: PretrainConfig) -> dict[str, float]:
+    """{"init", "trained"}: ‖λ∇I‖ / ‖∇MSE‖ on one training batch, on the CPU; empty for rows without a penalty."""
+    if row.penalty is None:
+        return {}
+    batch = next(iter(build_loader(config.data, split="train", batch_size=min(256, config.run.batch_size), seed=1)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        model = build_masked_autoencoder(config.model, config.data.image_size, config.data.channels)
+    share = {"init": gradient_share(row.penalty, model, batch)}
+    model.load_state_dict(read_weights(config.folder, "model").tensors)
+    return share | {"trained": gradient_share(row.penalty, model, batch)}
+
+
+def read_results(path: Path) -> list[CellResult]:
+    """Finished cells; a line cut short by a kill is left out."""
+    return [CellResult(**line) for line in read_lines(path)]
+
+
+def claim_folder(ablation: Ablation) -> None:
+    """Write setup.json, or check that the folder's is the same.
+
+    Raises:
+        ValueError: it is not.
+    """
+    rows = {row.name: asdict(row) for row in ablation.rows}
+    shared = {"size": ablation.size, "finetune": asdict(ablation.finetune), "rules": asdict(ablation.rules)}
+    setup = json.loads(json.dumps({**shared, "rows": rows}))
+    path = ablation.folder / "setup.json"
+    ablation.folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        known = json.loads(path.read_text())
+        changed = [name for name in shared if known[name] != setup[name]]
+        changed += [name for name, row in setup["rows"].items() if known["rows"].get(name, row) != row]
+        if changed:
+            raise ValueError(
+                f"{ablation.folder} holds an ablation with other settings ({', '.join(changed)} differ): "
+                "give another --output_dir, or the settings it was started with"
+            )
+        setup["rows"] = known["rows"] | setup["rows"]
+    path.write_text(json.dumps(setup, indent=1) + "\n")
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[bool]:
+    """True for the one process that has the cell; the lock is the kernel's, so a killed process leaves none behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _placed(run: Any, seed: int, folder: Path) -> Any:
+    return replace(run, seed=seed, output_dir=str(folder))
+
+
+def _in_words(result: CellResult) -> str:
+    found = [f"{name} {100 * correct / total:.1f} %" for name, (correct, total) in result.accuracy.items()]
+    share = [f"|MI grad| / |MSE grad| {value:.1e} ({when})" for when, value in result.share.items()]
+    return ", ".join([*found, *share])
+
+
+def select(rows: Sequence[Row], names: str) -> tuple[Row, ...]:
+    """The rows a comma-separated list names; all of them for an empty one.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    wanted = [name for name in names.split(",") if name]
+    known = {row.name: row for row in rows}
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"no row {', '.join(unknown)}; there are {', '.join(known)}")
+    return tuple(known[name] for name in wanted) if wanted else tuple(rows)

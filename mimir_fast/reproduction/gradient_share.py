@@ -1,0 +1,55 @@
+"""How loud the mutual-information term is: ‖λ·∇I‖ / ‖∇MSE‖ over the encoder's weights, on one batch.
+
+A penalty whose gradient is a millionth of the reconstruction's cannot steer training, whatever it measures: below
+1e-7 it does not even change the sum of the two gradients in fp32. The decoder is left out: the penalty does not reach
+it.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.data.batch import Batch
+from mimir_fast.methods.adv_mae import Adversarial, AdvMae, Draws
+from mimir_fast.methods.mae import autoencoder
+from mimir_fast.methods.mimir import Mimir, MimirConfig
+
+
+class PenaltyAlone(Mimir):
+    """MIMIR without its reconstruction term: loss = λ·I(x + δ, z), everything else as in training."""
+
+    def combine(
+        self, model: nn.Module, images: Tensor, draws: Draws, adversarial: Adversarial, latent_BTD: Tensor,
+        reconstruction: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The penalty; the prediction stays in the graph with weight 0."""
+        return super().combine(model, images, draws, adversarial, latent_BTD, 0 * reconstruction)
+
+
+def gradient_share(config: MimirConfig, model: nn.Module, batch: Batch, *, seed: int = 0, step: int = 0) -> float:
+    """‖λ·∇I‖ / ‖∇MSE‖ for `mimir` with this configuration; the model's gradients are left alone.
+
+    Args:
+        model: a MaskedAutoencoder on the batch's device.
+        batch: the size matters: the estimators compare the samples of a batch with each other.
+    Raises:
+        ValueError: the configuration has no penalty.
+    """
+    if config.mi.estimator == "none":
+        raise ValueError("estimator=none has no penalty, so no gradient to compare")
+    # Computed at λ = 1 and scaled afterwards, so that a tiny λ cannot underflow.
+    unit = replace(config, mi=replace(config.mi, weight=1.0))
+    penalty = _encoder_gradient(PenaltyAlone(unit), model, batch, seed, step)
+    reconstruction = _encoder_gradient(AdvMae(config), model, batch, seed, step)
+    return config.mi.weight * float(penalty.norm() / reconstruction.norm())
+
+
+def _encoder_gradient(method: AdvMae, model: nn.Module, batch: Batch, seed: int, step: int) -> Tensor:
+    parameters = [
+        p for name, p in autoencoder(model).named_parameters()
+        if p.requires_grad and not name.startswith(("decoder_", "mask_token"))
+    ]  # fmt: skip
+    loss = method(model, batch, seed=seed, step=step)["loss"]
+    gradients = torch.autograd.grad(loss, parameters)
+    return torch.cat([gradient.flatten().double() for gradient in gradients])
