@@ -148,8 +148,9 @@ def read(path: Path) -> list[Record]:
 
 
 def by_case(records: Iterable[Record]) -> list[list[Record]]:
-    """The records of each case together, as they were run."""
-    groups: dict[tuple[str, str], list[Record]] = {}
+    """The records of each case together; of a provider that was run twice, the later one."""
+    groups: dict[tuple[str, str], dict[str, Record]] = {}
     for record in records:
-        groups.setdefault((record.case, json.dumps(record.params, sort_keys=True)), []).append(record)
-    return list(groups.values())
+        case, impl, params = record.key()
+        groups.setdefault((case, params), {})[impl] = record
+    return [list(group.values()) for group in groups.values()]
