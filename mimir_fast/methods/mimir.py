@@ -8,12 +8,13 @@ Shapes: B images, N patches, K kept, P numbers a patch, T = 1 + K tokens, D widt
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from mimir_fast.methods.adv_mae import Adversarial, AdvMae, AdvMaeConfig, Draws
 from mimir_fast.methods.mae import autoencoder
 from mimir_fast.methods.mutual_information import MutualInformationConfig, mutual_information
-from mimir_fast.ops.patches import patchify
+from mimir_fast.ops.patches import patchify_gather
 
 
 @dataclass
@@ -68,11 +69,14 @@ class Mimir(AdvMae):
 
     def _image(self, patch_size: int, images: Tensor, draws: Draws, adversarial: Adversarial) -> Tensor:
         """(B, N, P), the image side of the estimate: positions aligned between images, as distances demand."""
-        clean = patchify(images, patch_size)
-        if self.config.mi.inputs == "clean":
-            return clean
+        B, N = len(images), images.shape[-1] * images.shape[-2] // patch_size**2
         if self.config.mi.inputs == "adversarial" and adversarial.patches is not None:
             return adversarial.patches
-        background = clean if self.config.mi.inputs == "adversarial" else clean.new_zeros(()).expand_as(clean)
-        ids = draws.mask.keep.unsqueeze(-1).expand_as(adversarial.visible)
-        return background.scatter(1, ids, adversarial.visible)
+        everywhere = torch.arange(N, device=images.device).expand(B, N)
+        # A fresh tensor in each case, so the visible patches may be written into it.
+        image = patchify_gather(images, everywhere, patch_size)
+        if self.config.mi.inputs == "clean":
+            return image
+        if self.config.mi.inputs == "visible":
+            image.zero_()
+        return image.scatter_(1, draws.mask.keep.unsqueeze(-1).expand_as(adversarial.visible), adversarial.visible)

@@ -4,6 +4,9 @@ Kept here, below training, because models are built from checkpoints by people w
 """
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +70,44 @@ def read_tensors(folder: Path, prefix: str = "model/") -> dict[str, Tensor]:
     Raises:
         CheckpointError: not a checkpoint of ours, or damaged.
     """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
     read_meta(folder)
     found = {n: info for n, info in saved_tensors(folder).items() if n.startswith(prefix)}
     tensors = {n: torch.empty(info.size, dtype=info.properties.dtype) for n, info in found.items()}
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    read_into(folder, tensors, no_dist=True)
     return {n.removeprefix(prefix): t for n, t in tensors.items()}
+
+
+def read_into(folder: Path, tensors: dict[str, Tensor], *, no_dist: bool) -> None:
+    """Fill `tensors` in place; collective over all ranks unless `no_dist`.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    try:
+        with quietly_alone():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{folder} cannot be read ({root_cause(error)}): use an older checkpoint") from error
+
+
+@contextmanager
+def quietly_alone() -> Iterator[None]:
+    """Without a process group dcp warns that it works in a single process, which is what we asked it to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def root_cause(error: BaseException | None) -> str:
+    """What the operating system said, dug out of what torch.distributed.checkpoint wrapped it in."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {error}" if error is not None else ""
 
 
 def checkpoints_of(run: Path) -> list[Path]:

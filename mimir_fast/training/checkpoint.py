@@ -10,9 +10,6 @@ Tensor names: `model/<parameter>`, `ema/<parameter>`, `optimizer/<parameter>/<st
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +18,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from mimir_fast.models.checkpoint_files import (
     FORMAT,
     VERSION,
     CheckpointError,
     checkpoints_of,
+    quietly_alone,
+    read_into,
     read_meta,
     read_tensors,
     resolve_checkpoint,
+    root_cause,
     saved_tensors,
 )
 from mimir_fast.training.distributed import agree
@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], meta: dict[str, An
     error: BaseException | None = None
     try:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        with _quietly_alone():
+        with quietly_alone():
             dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as failure:  # the latter is what dcp makes of a rank's, and no Exception
         error = failure
@@ -75,7 +75,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], meta: dict[str, An
     if failed:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"could not write checkpoint {folder}: {_root_cause(error) or 'another rank failed'}") from error
+        raise OSError(f"could not write checkpoint {folder}: {root_cause(error) or 'another rank failed'}") from error
 
 
 def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -95,7 +95,7 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
             f"{folder} is of another architecture ({len(reshaped)} shapes differ, {len(missing)} names are missing): "
             f"{'; '.join(detail)}. Use the recipe and --model options it was trained with"
         )
-    _load(folder, tensors, no_dist=not dist.is_initialized())
+    read_into(folder, tensors, no_dist=not dist.is_initialized())
 
 
 def keep_last(run: Path, count: int) -> None:
@@ -132,14 +132,6 @@ def make_room_for_optimizer(folder: Path, model: nn.Module, optimizer: torch.opt
             optimizer.state[parameter][key] = empty if scalar else torch.zeros_like(parameter)
 
 
-def _load(folder: Path, tensors: dict[str, Tensor], *, no_dist: bool) -> None:
-    try:
-        with _quietly_alone():
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{folder} cannot be read ({_root_cause(error)}): use an older checkpoint") from error
-
-
 def _replace(partial: Path, folder: Path) -> None:
     old = folder.with_name(folder.name + ".old.partial")
     shutil.rmtree(old, ignore_errors=True)
@@ -148,14 +140,6 @@ def _replace(partial: Path, folder: Path) -> None:
     partial.rename(folder)
     _fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _quietly_alone() -> Iterator[None]:
-    """Without a process group dcp warns that it works in a single process, which is what we asked it to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _fsync(path: Path) -> None:
@@ -169,11 +153,3 @@ def _fsync(path: Path) -> None:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def _root_cause(error: BaseException | None) -> str:
-    """What the operating system said, dug out of what torch.distributed.checkpoint wrapped it in."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
-    return f"{type(error).__name__}: {error}" if error is not None else ""

@@ -1,0 +1,91 @@
+"""The machinery of an experiment: cells run, are found finished, and become a table."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mimir_fast.recipes import all_recipes, find_recipe
+from mimir_fast.reproduce import config_from, tabulate
+from mimir_fast.reproduction.ablation import Ablation, Row, read_results, run_ablation, select
+from mimir_fast.reproduction.fashion import SIZES, rows_of
+from mimir_fast.reproduction.stages import APGD_PART, Judge
+from mimir_fast.training.finetuning import FinetuneConfig
+from mimir_fast.training.pretraining import PretrainConfig
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory: pytest.TempPathFactory) -> Ablation:
+    """Two rows at one seed on 64 digits, three steps a stage: all the machinery, none of the waiting."""
+    pretrain = find_recipe(PretrainConfig, "digits/mimir_vit_nano")
+    data = replace(pretrain.data, limit=64)
+    pretrain = replace(pretrain, data=data, run=replace(pretrain.run, max_steps=3, batch_size=16, device="cpu"))
+    tune = find_recipe(FinetuneConfig, "digits/pgd_vit_nano")
+    tune = replace(
+        tune, data=data, probe=replace(tune.probe, num_images=0),
+        run=replace(tune.run, max_steps=3, batch_size=16, device="cpu"),
+    )  # fmt: skip
+    rows = (Row("scratch", "none", None), Row("mimir", "MIMIR", pretrain, "76.30 / 47.60"))
+    rules = Judge(8 / 255, num_images=20, autoattack_images=4, autoattack=APGD_PART)
+    return Ablation(rows, tune, rules, 1, tmp_path_factory.mktemp("ablation"), "test", "a note")
+
+
+def test_cells_run_once_and_become_a_table(ablation: Ablation) -> None:
+    found = run_ablation(ablation, say=lambda line: None)
+    assert [(r.row, r.seed) for r in found] == [("scratch", 0), ("mimir", 0)]
+    assert all(total == 20 for r in found for name, (_, total) in r.accuracy.items() if name != "autoattack")
+    assert set(found[1].share) == {"init", "trained"} and found[1].share["init"] > 0
+    before = ablation.results.read_text()
+    said: list[str] = []
+    assert run_ablation(ablation, say=said.append) == found and not said
+    assert ablation.results.read_text() == before
+    tabulate(ablation)
+    text = (ablation.folder / "table.md").read_text()
+    assert "MIMIR" in text and "a note" in text and "76.30" in text
+    assert (ablation.folder / "ablation.png").stat().st_size > 5000
+
+
+def test_a_killed_line_is_run_again(ablation: Ablation) -> None:
+    """What a kill cut short is no result; the cell's own folders make the second run short."""
+    run_ablation(ablation, say=lambda line: None)
+    lines = ablation.results.read_text().splitlines(keepends=True)
+    ablation.results.write_text(lines[0] + lines[1][: len(lines[1]) // 2])
+    assert len(read_results(ablation.results)) == 1
+    ablation.results.write_text(lines[0])
+    again = run_ablation(ablation, say=lambda line: None)
+    assert again[1].accuracy == json.loads(lines[1])["accuracy"]
+
+
+def test_other_budgets_in_the_same_folder_are_refused(ablation: Ablation) -> None:
+    run_ablation(ablation, say=lambda line: None)
+    with pytest.raises(ValueError, match="rules differ"):
+        run_ablation(replace(ablation, rules=replace(ablation.rules, eps=4 / 255)), say=lambda line: None)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_fashion_rows_differ_in_pretraining_only(size: str) -> None:
+    rows = rows_of(SIZES[size])
+    assert len({row.name for row in rows}) == len(rows)
+    runs = [row.pretrain.run for row in rows if row.pretrain is not None]
+    assert all(run == runs[0] for run in runs), "equal budgets"
+    with pytest.raises(ValueError, match="no row mimr; there are scratch"):
+        select(rows, "mae,mimr")
+
+
+def test_every_recipe_builds_and_names_are_found() -> None:
+    recipes = all_recipes()
+    assert len(recipes) > 60
+    for recipe in recipes:
+        assert isinstance(find_recipe(recipe.config_type, recipe.name), recipe.config_type)
+
+
+def test_published_numbers_stand_beside_their_recipes() -> None:
+    expected = {recipe.name: recipe.expected for recipe in all_recipes() if recipe.expected}
+    assert "54.55 AA" in expected["cifar10/pgd_vit_base"]
+    assert any(name.startswith("imagenet/") for name in expected) and any("tiny_imagenet" in n for n in expected)
+
+
+def test_commands_parse() -> None:
+    assert config_from(["fashion_ablation", "--size", "full", "--seeds", "5"]).seeds == 5  # type: ignore[union-attr]
+    assert Path(config_from(["digits_demo"]).output_dir).name == "digits_demo"
