@@ -120,11 +120,13 @@ def draw(path: Path, found: dict[str, dict[str, Count]], curves: dict[str, dict[
         drawn = bars.bar(places, heights, 0.38, yerr=errors, color=colours[name], label=titles[name], capsize=2)
         bars.bar_label(drawn, fmt="%.0f", padding=2, fontsize=9)
     bars.set_xticks(range(len(shown)), [f"{MEASURES[m]}\n({found['robust'][m].total})" for m in shown])
-    bars.set(ylabel="accuracy (%)", ylim=(0, 124), title=f"Digits, ε = {255 * eps:.0f}/255 (number of test images)")
-    bars.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
+    bars.set(ylabel="accuracy (%)", ylim=(0, 108), title=f"Digits, ε = {255 * eps:.0f}/255 (number of test images)")
+    bars.set_yticks(range(0, 101, 20))
     for name, curve in curves.items():
         near = [(255 * e, 100 * a) for e, a in zip(curve["eps"], curve["accuracy"], strict=True) if e <= 3 * eps]
         lines.plot(*zip(*near, strict=True), "o-", color=colours[name], label=titles[name])
     lines.axvline(255 * eps, color="#777777", linestyle=":", linewidth=1)
     lines.set(xlabel="ε · 255", ylabel="accuracy (%)", ylim=(-2, 104), title="Accuracy under PGD as ε grows")
+    handles, labels = lines.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
