@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 WANTED_IN_WHEEL = (
     "mimir_fast/__init__.py", "mimir_fast/py.typed", "mimir_fast/ops/hsic.py", "mimir_fast/recipes/digits.py",
-    "mimir_kernels/__init__.py", "mimir_kernels/hsic.py",
+    "mimir_kernels/__init__.py", "mimir_kernels/pair_sums.py",
 )  # fmt: skip
 WANTED_IN_SDIST = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/bindings.cpp", "csrc/bindings.h")
 USE = """
