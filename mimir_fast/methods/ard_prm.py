@@ -23,7 +23,8 @@ from mimir_fast.attacks.pgd import ball_bounds, cross_entropy, random_start
 from mimir_fast.methods.classification import ClassificationConfig, Inputs, classifier
 from mimir_fast.methods.pgd import Pgd
 from mimir_fast.ops.linf_step import linf_step
-from mimir_fast.philox import Stream, uniform
+from mimir_fast.ops.random_uniform import random_uniform
+from mimir_fast.philox import Stream
 
 
 @dataclass
@@ -52,14 +53,14 @@ def pass_rate(epochs_B: Tensor, warmup_epochs: float) -> Tensor:
 def draw_gates(rate_B: Tensor, inputs: Inputs, depth: int, num_steps: int) -> Tensor:
     """(steps, B, L, 2) bool: where the attack's gradients flow through the residual branches."""
     num = num_steps * depth * 2
-    draws = uniform(inputs.seed, Stream.BRANCH_GATE, inputs.step, inputs.samples, num)
+    draws = random_uniform(inputs.seed, Stream.BRANCH_GATE, inputs.step, inputs.samples, num)
     return (draws < rate_B[:, None]).view(-1, num_steps, depth, 2).transpose(0, 1)
 
 
 def draw_patch_masks(rate_B: Tensor, inputs: Inputs, grid: int, num_steps: int) -> Tensor:
     """(steps, B, 1, grid, grid) float: 0 where the perturbation is erased, at int(N·(1 − r)) patches."""
     num_patches = grid**2
-    draws = uniform(inputs.seed, Stream.PATCH_GATE, inputs.step, inputs.samples, num_steps * num_patches)
+    draws = random_uniform(inputs.seed, Stream.PATCH_GATE, inputs.step, inputs.samples, num_steps * num_patches)
     rank = draws.view(-1, num_steps, num_patches).argsort(dim=2, stable=True).argsort(dim=2, stable=True)
     num_erased = (num_patches * (1 - rate_B)).long().view(-1, 1, 1)
     return (rank >= num_erased).float().transpose(0, 1).unflatten(2, (1, grid, grid))

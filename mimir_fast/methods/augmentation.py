@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimir_fast.methods.mixing import warmup
-from mimir_fast.philox import Stream, normal, uniform
+from mimir_fast.ops.random_uniform import random_uniform
+from mimir_fast.philox import Stream, normal
 
 _MAX_LEVEL = 10.0
 _FILL = 128.0  # grey, for what a geometric operation brings in from outside
@@ -61,7 +62,9 @@ def rand_augment(
     if images.dtype != torch.uint8:
         raise ValueError(f"RandAugment works on uint8 images in [0, 255], got {images.dtype}; switch it off for floats")
     samples, epochs = samples_B.cpu(), epochs_B.cpu()
-    draws = uniform(seed, Stream.AUGMENT, epochs, samples, 3 * config.num_ops).view(len(images), config.num_ops, 3)
+    draws = random_uniform(seed, Stream.AUGMENT, epochs, samples, 3 * config.num_ops).view(
+        len(images), config.num_ops, 3
+    )
     jitter = normal(seed, Stream.AUGMENT_STRENGTH, epochs, samples, config.num_ops) * _LEVEL_STD
     middle = warmup(1.0, config.magnitude, epochs, config.warmup_epochs)
     level = ((middle[:, None] + jitter) / _MAX_LEVEL).clamp(0, 1).to(images.device)

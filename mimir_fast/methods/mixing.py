@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimir_fast.philox import Stream, uniform
+from mimir_fast.ops.random_uniform import random_uniform
+from mimir_fast.philox import Stream
 
 _BETA_TRIES = 16  # for α = 0.8 a try succeeds in 61 % of cases: all fail once in three million
 
@@ -76,7 +77,7 @@ def mix(
         return images, targets_BK
     partner = torch.arange(len(images), device=images.device) ^ 1
     partner = partner.clamp(max=len(images) - 1)
-    draws = uniform(seed, Stream.MIXUP, epochs_B, samples_B, 4 + 2 * _BETA_TRIES)
+    draws = random_uniform(seed, Stream.MIXUP, epochs_B, samples_B, 4 + 2 * _BETA_TRIES)
     prob = warmup(config.prob / 2, config.prob, epochs_B, config.warmup_epochs)
     is_mixed = draws[:, 0] < prob
     switch_prob = config.switch_prob if config.mixup and config.cutmix else float(config.cutmix > 0)

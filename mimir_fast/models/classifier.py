@@ -25,7 +25,8 @@ from mimir_fast.models.positions import sincos_positions
 from mimir_fast.models.vit import Attention, Block, PatchEmbed, init_like_mae
 from mimir_fast.models.weight_files import WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops.patches import gather_patches, patchify
-from mimir_fast.philox import Stream, uniform
+from mimir_fast.ops.random_uniform import random_uniform
+from mimir_fast.philox import Stream
 
 
 @dataclass
@@ -224,7 +225,7 @@ def draw_drop_path(model: VisionTransformer, samples_B: Tensor, *, seed: int, st
     if rate == 0:
         return None
     rates_L = torch.linspace(0, rate, depth, device=samples_B.device).view(1, depth, 1)
-    draws = uniform(seed, Stream.DROP_PATH, step, samples_B, 2 * depth).view(len(samples_B), depth, 2)
+    draws = random_uniform(seed, Stream.DROP_PATH, step, samples_B, 2 * depth).view(len(samples_B), depth, 2)
     return (draws >= rates_L) / (1 - rates_L)
 
 
