@@ -38,10 +38,12 @@ for method in METHOD_NOTES:
         blr=4e-3, layer_decay=1.0, drop_path=0.0,
     )  # fmt: skip
 
-# For `make demo`: ViT-nano/8 pre-trained in a minute, then 40 passes.
+# For `make demo`: ViT-nano/8 pre-trained in a minute, then 30 passes. Without shifts, which make the task harder than
+# so small a model learns in minutes: 40 passes reached 83 / 64 % natural / PGD-20 (with them and blr 8e-3: 47 / 39 %).
 for method in METHOD_NOTES:
     register_finetuning(
-        "digits", method, "nano", 8, data, replace(FINETUNE, epochs=40, warmup_epochs=4, log_every=40, save_every=200),
+        "digits", method, "nano", 8, lambda: replace(data(), augment="none"),
+        replace(FINETUNE, epochs=30, warmup_epochs=3, log_every=40, save_every=200),
         replace(PGD2, alpha=4 / 255, num_steps=5), "of `make demo`, eps 16/255",
-        blr=8e-3, layer_decay=1.0, drop_path=0.0,
+        blr=6e-3, layer_decay=1.0, drop_path=0.0,
     )  # fmt: skip
