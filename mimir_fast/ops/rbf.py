@@ -160,13 +160,15 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def triton_takes(*tensors: Tensor) -> bool:
-    """Whether the kernels of `mimir_kernels` compute these: on CUDA, with float32 accumulation."""
-    return tensors[0].is_cuda and accumulation_dtype(*tensors) == torch.float32 and _has_triton()
+    """Whether the kernels of `mimir_kernels` compute these: on an Ampere GPU or newer, with float32 accumulation."""
+    device = tensors[0].device
+    return device.type == "cuda" and accumulation_dtype(*tensors) == torch.float32 and _runs_triton(device)
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _runs_triton(device: torch.device) -> bool:
+    """bfloat16 tensor cores, which `bf16x3` products need, came with compute capability 8.0."""
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def laplacian_product(weights_NN: Tensor, x_ND: Tensor) -> Tensor:

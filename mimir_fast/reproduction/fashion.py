@@ -72,7 +72,7 @@ SIZES: dict[SizeName, Size] = {
         "tiny", 4, None, 480, 512, 200, 512, 3, Judge(EPS, 1000, 256, AUTOATTACK, batch_size=512),
     ),
     "reduced": Size(
-        "nano", 8, 16384, 384, 64, 240, 64, 2, Judge(EPS, 500, 48, APGD_PART),
+        "nano", 8, 16384, 384, 64, 240, 64, 2, Judge(EPS, 1000, 96, APGD_PART),
     ),
 }  # fmt: skip
 
