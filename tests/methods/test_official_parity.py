@@ -44,6 +44,12 @@ class Case:
     def group(self, prefix: str) -> dict[str, torch.Tensor]:
         return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
 
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Of the whole loss, parameter by parameter."""
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        loss = self.method.losses(self.model, self.tensors["x"], self.draws)["loss"]
+        return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
     def patches(self, name: str) -> torch.Tensor:
         return patchify(self.tensors[name], self.model.patch_size)
 
@@ -83,12 +89,12 @@ def test_losses(case: Case) -> None:
 
 
 def test_parameter_gradients(case: Case) -> None:
-    """To 1e-5 relative, tensor by tensor, after the share the MI term's own 3 % error can explain."""
-    out = case.method.losses(case.model, case.tensors["x"], case.draws)
-    out["loss"].backward()
-    wanted = case.group("grads/")
-    named = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
-    assert set(named) == set(wanted)
-    for name, parameter in named.items():
-        error = (parameter.grad - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-6)
-        assert error < 1e-5, f"{name}: relative error {error:.1e}"
+    """To 1e-5 relative, tensor by tensor, and 3 % of the MI term's part: so good are the authors' fp32 inverses."""
+    ours, wanted = case.gradients(), case.group("grads/")
+    case.method.config.mi.weight = 0.0
+    without_mi = case.gradients()
+    assert set(ours) == set(wanted)
+    for name, gradient in ours.items():
+        allowed = 1e-5 * wanted[name].norm().clamp_min(1e-6) + 0.03 * (gradient - without_mi[name]).norm()
+        error = (gradient - wanted[name]).norm()
+        assert error < allowed, f"{name}: error {error:.1e} of {wanted[name].norm():.1e}, allowed {allowed:.1e}"
