@@ -26,8 +26,7 @@ def right(model: nn.Module, images: Tensor, labels: Tensor) -> int:
 
 @pytest.mark.parametrize("num_steps", [1, 20, 100])
 def test_equals_torchattacks_without_random_start(small_model: nn.Module, digits, num_steps: int) -> None:
-    from torchattacks import PGD
-
+    PGD = pytest.importorskip("torchattacks").PGD
     images, labels = digits
     alpha = EPS / 4 if num_steps > 1 else EPS
     theirs = PGD(small_model, eps=EPS, alpha=alpha, steps=num_steps, random_start=False)(images, labels)
@@ -38,8 +37,7 @@ def test_equals_torchattacks_without_random_start(small_model: nn.Module, digits
 
 
 def test_random_starts_agree_with_torchattacks_within_their_noise(small_model: nn.Module, digits) -> None:
-    from torchattacks import PGD
-
+    PGD = pytest.importorskip("torchattacks").PGD
     images, labels = digits
     theirs = []
     with torch.random.fork_rng([]):
@@ -53,8 +51,7 @@ def test_random_starts_agree_with_torchattacks_within_their_noise(small_model: n
 
 
 def test_fgsm_equals_torchattacks(small_model: nn.Module, digits) -> None:
-    from torchattacks import FGSM
-
+    FGSM = pytest.importorskip("torchattacks").FGSM
     images, labels = digits
     difference = fgsm(small_model, images, labels, EPS) - FGSM(small_model, eps=EPS)(images, labels)
     assert (difference.abs() > 1e-6).float().mean() < 1e-3
