@@ -63,7 +63,7 @@ def _kernels_for(x_ND: Tensor, y_ND: Tensor) -> Any:
 def _pair_sums(
     x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with full_precision(x_ND.device):
+    with full_precision(x_ND.device), torch.cuda.device_of(x_ND):  # Triton launches on the current device
         s, r, q, k, l_ = _kernels_for(x_ND, y_ND).forward(x_ND, y_ND, gamma_x, gamma_y, keep)
     must_be_finite(s, x=x_ND, y=y_ND)
     return s, r, q, k, l_
@@ -94,7 +94,7 @@ def _pair_sums_backward(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    with full_precision(x_ND.device):
+    with full_precision(x_ND.device), torch.cuda.device_of(x_ND):
         grad_x, grad_y = _kernels_for(x_ND, y_ND).backward(
             grad_s, grad_r, grad_q, x_ND, y_ND, gamma_x, gamma_y, k_NN, l_NN, need_x, need_y
         )

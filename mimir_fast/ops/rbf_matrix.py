@@ -41,7 +41,8 @@ def _rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
         from mimir_kernels.gram import center_rows
         from mimir_kernels.rbf import rbf_matrix
 
-        k_NN, sums, _ = rbf_matrix(center_rows(x_ND), gamma)
+        with torch.cuda.device_of(x_ND):  # Triton launches on the current device
+            k_NN, sums, _ = rbf_matrix(center_rows(x_ND), gamma)
     else:
         k_NN = x_ND.new_empty((n, n), dtype=dtype)
         with full_precision(x_ND.device):
@@ -65,9 +66,10 @@ def _rbf_minus_one_backward(grad_NN: Tensor, x_ND: Tensor, gamma: Tensor, k_NN: 
         from mimir_kernels.gram import center_rows
         from mimir_kernels.laplacian import laplacian_product as kernel
 
-        x = center_rows(x_ND).rows_ND
-        grad_x = torch.empty_like(x)
-        kernel(weights, x, gamma, grad_x, 0)
+        with torch.cuda.device_of(x_ND):
+            x = center_rows(x_ND).rows_ND
+            grad_x = torch.empty_like(x)
+            kernel(weights, x, gamma, grad_x, 0)
         return grad_x.to(x_ND.dtype)
     with full_precision(x_ND.device):
         return (laplacian_product(weights, centered_rows(x_ND, k_NN.dtype)) * (-4 * gamma)).to(x_ND.dtype)

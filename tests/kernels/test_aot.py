@@ -24,11 +24,14 @@ GOOD = aot.AotMetrics(
 )
 
 
-def run_aot(*args: object) -> subprocess.CompletedProcess[str]:
+def run_python(*args: object) -> subprocess.CompletedProcess[str]:
     """A process of its own: this one interprets kernels, which cannot be undone."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "mimir_kernels.aot", *map(str, args)]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-W", "ignore", *map(str, args)], env=env, capture_output=True, text=True)
+
+
+def run_aot(*args: object) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "mimir_kernels.aot", *args)
 
 
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
@@ -44,6 +47,12 @@ def test_table_covers_oldest_and_newest_triton():
     assert {"3.6", "3.9"} <= table.keys()
     assert len({frozenset(rows) for rows in table.values()}) == 1, "the sections list different kernels: --update both"
     assert not [key for rows in table.values() for key, row in rows.items() if row["spills"]]
+
+
+@pytest.mark.parametrize("prefix", ["laplacian", pytest.param("", marks=pytest.mark.slow, id="all")])
+def test_kernels_compile_with_arguments_of_one(prefix):
+    result = run_python(TABLE.with_name("compile_with_ones.py"), prefix)
+    assert result.returncode == 0, result.stdout
 
 
 def test_a_changed_figure_fails_and_says_what_to_type(tmp_path):
