@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 pretrain: setup ## MIMIR pre-training on real digits, about two minutes on two CPU cores
 	$(BIN)/torchrun --standalone -m mimir_fast.pretrain --recipe digits/mimir_vit_tiny $(ARGS)
 
-demo: setup ## pre-train, fine-tune, evaluate, report, about eight minutes on two CPU cores
+demo: setup ## pre-train, fine-tune, evaluate, report, about six minutes on two CPU cores
 	$(BIN)/python -m mimir_fast.reproduce digits_demo $(ARGS)
 
 test: setup ## the tests

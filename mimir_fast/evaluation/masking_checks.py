@@ -83,14 +83,16 @@ def black_box_never_beats_white_box(white: Tensor, black: Tensor) -> Verdict:
 def unbounded_attack_succeeds(correct: dict[float, Tensor], chance: float) -> Verdict:
     """ε → (N,) correct: accuracy must fall to zero as ε grows, and not rise on the way.
 
+    An image that falls at a small ε has fallen at every larger one, though a coarse step may have missed it there.
+
     Args:
         chance: 1 / classes; at ε = 1 an attack that merely paints grey would leave this much.
     """
-    curve = {eps: float(c.double().mean()) for eps, c in sorted(correct.items())}
-    values = list(curve.values())
-    last = values[-1]
-    rises = any(b > a + _noise_of(len(next(iter(correct.values())))) / 2 for a, b in pairwise(values))
-    passed = last <= min(0.01, chance / 2) and not rises
+    outcomes = dict(sorted(correct.items()))
+    curve = {eps: float(c.double().mean()) for eps, c in outcomes.items()}
+    rises = any(b > a + _noise_of(len(next(iter(correct.values())))) / 2 for a, b in pairwise(curve.values()))
+    standing = float(torch.stack([c.double() for c in outcomes.values()]).amin(dim=0).mean())
+    passed = standing <= min(0.01, chance / 2) and not rises
     listing = ", ".join(f"{255 * eps:.0f}/255: {100 * value:.1f} %" for eps, value in curve.items())
     words = (
         "Accuracy falls to zero"

@@ -82,3 +82,5 @@ def test_accuracy_must_reach_zero_and_not_rise() -> None:
     assert not checks.unbounded_attack_succeeds({0.1: half, 1.0: half}, 0.1).passed
     rising = checks.unbounded_attack_succeeds({0.1: zero, 0.2: half, 1.0: zero}, 0.1)
     assert not rising.passed and "RISES" in rising.sentence
+    missed = torch.cat([torch.ones(6), torch.zeros(194)])  # broken at 0.5, so no sign of a hidden gradient at 1
+    assert checks.unbounded_attack_succeeds({0.1: half, 0.5: zero, 1.0: missed}, 0.1).passed
