@@ -24,6 +24,7 @@ class Provider:
             cannot equal the definition; it is held against this instead.
         reference: its own definition, where the providers of a case do different things (a MAE step beside MIMIR's).
         report: further numbers, asked for after the timing.
+        flops: its own fewest, where it does other work than the case's.
         skip: why it cannot run here; empty if it can.
     """
 
@@ -33,6 +34,7 @@ class Provider:
     law: Callable[[Any, Outputs], str] | None = None
     reference: Callable[[Any], Outputs] | None = None
     report: Callable[[], dict[str, float]] | None = None
+    flops: float | None = None
     note: str = ""
     skip: str = ""
 

@@ -28,14 +28,7 @@ def run_case(
         box_s: seconds for the timing of all providers together; gates, compilation and memory come on top.
         gates_only: judge ours, time nothing; the others are left out of the result.
     """
-    predicted = ceilings.floor_ms(case.flops, case.bytes, case.precision)
-    records = {
-        p.name: Record(
-            case.name, p.name, case.params, predicted, flops=case.flops, bytes=case.bytes, baseline=case.baseline,
-            note=p.skip or p.note, status="skipped" if p.skip else "ok",
-        )
-        for p in case.providers
-    }  # fmt: skip
+    records = {p.name: _blank(case, p, ceilings) for p in case.providers}
     inputs = (case.gate_inputs or case.make_inputs)(0)
     reference = case.reference(inputs)
     for provider in case.providers:
@@ -60,6 +53,15 @@ def run_case(
     return [record for record in records.values() if is_ours(record.impl) or not gates_only]
 
 
+def _blank(case: Case, provider: Provider, ceilings: Ceilings) -> Record:
+    flops = case.flops if provider.flops is None else provider.flops
+    return Record(
+        case.name, provider.name, case.params, ceilings.floor_ms(flops, case.bytes, case.precision), flops=flops,
+        bytes=case.bytes, baseline=case.baseline, note=provider.skip or provider.note,
+        status="skipped" if provider.skip else "ok",
+    )  # fmt: skip
+
+
 def run_cases(
     cases: Iterator[Case], device: torch.device, ceilings: Ceilings, *, box_s: float, say: Say = print
 ) -> Iterator[list[Record]]:
@@ -73,8 +75,8 @@ def run_cases(
 
 def failed(case: Case, device: torch.device, ceilings: Ceilings, error: BaseException) -> Record:
     """The record of a case that could not even be set up."""
-    predicted = ceilings.floor_ms(case.flops, case.bytes, case.precision)
-    record = Record(case.name, case.providers[0].name, case.params, predicted, status="failed", note=reason_of(error))
+    record = _blank(case, case.providers[0], ceilings)
+    record.status, record.note = "failed", reason_of(error)
     return stamp(record, device, ceilings)
 
 
@@ -124,7 +126,7 @@ def _measure(
     for name, t in times.items():
         record, seconds = records[name], t.median / 1e3
         record.ms = {**asdict(t), "noise": t.noise}
-        record.tflops, record.gbps = case.flops / seconds / 1e12, case.bytes / seconds / 1e9
+        record.tflops, record.gbps = record.flops / seconds / 1e12, case.bytes / seconds / 1e9
         record.items_per_s = case.items / seconds
         record.pct_of_measured_ceiling = 100 * record.predicted_ms / t.median
         if case.baseline in times:

@@ -90,11 +90,12 @@ def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: boo
 
     tolerance = (2e-2, 0.2) if bf16 else (1e-3, 2e-2)
     step = optimizer_step(model, mimir, bf16=bf16)
+    mae_flops = 3.0 * batch * forward_flops(setting)
     providers = [
         Provider("mimir_fast MIMIR", step),
         Provider("mimir_fast MIMIR official", optimizer_step(model, mimir_official, bf16=bf16),
                  reference=in_double(mimir_official), note="own mask for the attack, whole images, nHSIC"),
-        Provider("mimir_fast MAE", optimizer_step(model, mae, bf16=bf16), reference=in_double(mae)),
+        Provider("mimir_fast MAE", optimizer_step(model, mae, bf16=bf16), reference=in_double(mae), flops=mae_flops),
         Provider("plain MIMIR", optimizer_step(model, plain, bf16=bf16, fused=False),
                  note="all patches embedded, all predicted, whole-image attack, HSIC on the host"),
     ]  # fmt: skip
@@ -110,7 +111,12 @@ def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: boo
         parallelize(fast, "single", World(0, 1, device), bf16=bf16, compile_blocks=True)
         providers.append(Provider("mimir_fast MIMIR compiled", optimizer_step(fast, mimir, bf16=bf16)))
         providers.append(
-            Provider("mimir_fast MAE compiled", optimizer_step(fast, mae, bf16=bf16), reference=in_double(mae))
+            Provider(
+                "mimir_fast MAE compiled",
+                optimizer_step(fast, mae, bf16=bf16),
+                reference=in_double(mae),
+                flops=mae_flops,
+            )
         )
         ratios["MIMIR / MAE, compiled"] = ("mimir_fast MIMIR compiled", "mimir_fast MAE compiled")
     return Case(

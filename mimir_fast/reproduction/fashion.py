@@ -18,7 +18,7 @@ from mimir_fast.data import DataConfig
 from mimir_fast.methods.mimir import apply_preset
 from mimir_fast.recipes import find_recipe
 from mimir_fast.reproduction.ablation import Ablation, Row, select
-from mimir_fast.reproduction.stages import APGD_PART, AUTOATTACK, Judge
+from mimir_fast.reproduction.stages import Judge
 from mimir_fast.training.finetuning import FinetuneConfig
 from mimir_fast.training.optimizer import OptimizerConfig
 from mimir_fast.training.pretraining import PretrainConfig
@@ -70,10 +70,10 @@ class Size:
 
 SIZES: dict[SizeName, Size] = {
     "full": Size(
-        "tiny", 4, None, 480, 512, 200, 512, 3, Judge(EPS, 1000, 256, AUTOATTACK, batch_size=512),
+        "tiny", 4, None, 480, 512, 200, 512, 3, Judge(EPS, 1000, 256, batch_size=512),
     ),
     "reduced": Size(
-        "nano", 8, 16384, 384, 64, 240, 64, 2, Judge(EPS, 1000, 96, APGD_PART),
+        "nano", 8, 16384, 384, 64, 240, 64, 2, Judge(EPS, 1000, 64),
     ),
 }  # fmt: skip
 
