@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.attacks.no_trace import borrowed
@@ -53,7 +54,7 @@ def attack_visible(
 
     def loss_of(patches_BKP: Tensor, module: nn.Module) -> Tensor:
         prediction = module(patches_BKP, ids_keep_BK, ids_masked_BM)[1]
-        return (prediction.float() - target_BMP).square().sum()
+        return F.mse_loss(prediction.float(), target_BMP.float(), reduction="sum")
 
     return _ascend(model, visible_BKP, start_BKP, loss_of, threat)
 
@@ -69,7 +70,7 @@ def attack_all(
         wanted = gather_patches(patches if target == "adversarial" else patches_BNP, ids_masked_BM)
         if norm_pix:
             wanted = normalize_patches(wanted)
-        return (prediction.float() - wanted).square().sum()
+        return F.mse_loss(prediction.float(), wanted.float(), reduction="sum")
 
     return _ascend(model, patches_BNP, start_BNP, loss_of, threat)
 

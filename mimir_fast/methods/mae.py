@@ -6,6 +6,7 @@ Shapes: B images, N patches, K kept, M masked, P numbers a patch.
 from dataclasses import dataclass
 from typing import cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.attacks.no_trace import unwrap
@@ -37,7 +38,7 @@ def autoencoder(model: nn.Module) -> MaskedAutoencoder:
 
 def reconstruction_loss(prediction_BMP: Tensor, target_BMP: Tensor) -> Tensor:
     """Mean squared error over the masked patches, in fp32."""
-    return (prediction_BMP.float() - target_BMP).square().mean()
+    return F.mse_loss(prediction_BMP.float(), target_BMP.float())
 
 
 class Mae:
