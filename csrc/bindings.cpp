@@ -8,5 +8,6 @@ PYBIND11_MODULE(_C, module) {
     mimir::bind_patches(module);
     mimir::bind_random_masks(module);
     mimir::bind_random_uniform(module);
+    mimir::bind_small_head_attention(module);
     mimir::bind_tokens(module);
 }

@@ -25,6 +25,7 @@ void bind_pair_tiles(pybind11::module_& module);
 void bind_patches(pybind11::module_& module);
 void bind_random_masks(pybind11::module_& module);
 void bind_random_uniform(pybind11::module_& module);
+void bind_small_head_attention(pybind11::module_& module);
 void bind_tokens(pybind11::module_& module);
 
 }  // namespace mimir

@@ -3,10 +3,10 @@
 // The PyTorch equivalent, in mimir_fast/ops/pair_tiles.py, walks over a tile a dozen times; here it is once. Sums are
 // float64. Rows are cut into chunks of fixed size whose partial sums are added in order, so the number of threads does
 // not change a bit of the result.
-#include <cstring>
 #include <vector>
 
 #include "bindings.h"
+#include "exponential.h"
 #include "multiversion.h"
 #include "parallel.h"
 
@@ -14,32 +14,6 @@ namespace mimir {
 namespace {
 
 constexpr std::int64_t kChunk = 32;
-
-template <typename To, typename From>
-MIMIR_INLINE To bits_of(From value) {
-    static_assert(sizeof(To) == sizeof(From));
-    To result;
-    std::memcpy(&result, &value, sizeof(result));
-    return result;
-}
-
-// exp(t) - 1 for t <= 0, good to 2 ulp. With n = round(t / ln 2), f = t - n ln 2: 2^n expm1(f) + (2^n - 1).
-MIMIR_INLINE float expm1_of_nonpositive(float t) {
-    t = t < -87.0f ? -87.0f : t;  // exp underflows; written so that a NaN stays
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the mantissa.
-    const float shifted = t * 1.44269504f + 12582912.0f;
-    const float n = shifted - 12582912.0f;
-    const float f = (t - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts (Cody and Waite)
-    const float scale = bits_of<float>((bits_of<std::uint32_t>(shifted) + 127u) << 23);
-    // Taylor to order 7: for |f| <= ln 2 / 2 the rest is 1.6e-8 relative.
-    float p = 1.0f / 5040 * f + 1.0f / 720;
-    p = p * f + 1.0f / 120;
-    p = p * f + 1.0f / 24;
-    p = p * f + 1.0f / 6;
-    p = p * f + 0.5f;
-    p = p * f * f + f;
-    return scale * p + (scale - 1.0f);
-}
 
 // A row of the Gram matrix becomes a row of K - 1. Returns its sum; adds its elements to `columns` unless that is null.
 MIMIR_MULTIVERSION

@@ -1,8 +1,8 @@
 """The one seam through which all attention goes.
 
-xformers' `memory_efficient_attention` runs on CUDA where it really works, PyTorch's scaled_dot_product_attention
-everywhere else. "Really" is found out by a small call for each head dim: its own binary often does not load on a
-current torch, and its kernels differ in what they take.
+On CUDA xformers' `memory_efficient_attention` where it really works: its own binary often does not load on a current
+torch, and its kernels differ in what they take, so a small call for each head dim finds out. On the CPU a kernel of
+ours for the small heads of the light decoder. PyTorch's scaled_dot_product_attention everywhere else.
 Shapes: B batch, T query tokens, S key tokens, H heads, E head dim.
 """
 
@@ -12,6 +12,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mimir_fast.ops import small_head_attention
 
 _CHOICES = ("auto", "xformers", "sdpa")
 
@@ -62,5 +64,7 @@ def attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q_BTHE, k_BSHE, v_BSHE)
+    if small_head_attention.takes(q_BTHE, k_BSHE, v_BSHE):
+        return small_head_attention.small_head_attention(q_BTHE, k_BSHE, v_BSHE)
     out = F.scaled_dot_product_attention(q_BTHE.transpose(1, 2), k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2))
     return out.transpose(1, 2)
