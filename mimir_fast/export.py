@@ -22,6 +22,7 @@ from mimir_fast.models.masked_autoencoder import ENCODERS
 from mimir_fast.models.normalization import NORMALIZATIONS
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 from mimir_fast.training.cli import exit_on_error, parse
+from mimir_fast.versions import python_command
 
 _ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "fc_norm.", "head.")
 
@@ -96,9 +97,9 @@ def export(config: ExportConfig) -> Path:
     else:
         tensors = weights.tensors
         metadata = {"format": "mimir_fast", "config": json.dumps(weights.config or {})}
-        hint = f"python -m mimir_fast.finetune --init {path}"
+        hint = f"{python_command()} -m mimir_fast.finetune --init {path}"
         if "head.weight" in tensors:
-            hint = f"python -m mimir_fast.evaluate --checkpoint {path}"
+            hint = f"{python_command()} -m mimir_fast.evaluate --checkpoint {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=metadata)
     print(f"{weights.origin}\n  -> {path}: {len(tensors)} tensors, format {config.format}\nuse: {hint}")

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import shutil
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,15 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return text or None
+
+
+def python_command() -> str:
+    """What to type for this Python: `python` where a shell would find it, else its path, such as .venv/bin/python."""
+    python = Path(sys.executable).with_name("python")
+    found = shutil.which("python")
+    if found and Path(found).absolute() == python:
+        return "python"
+    return str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python)
 
 
 def _cpu_name() -> str:

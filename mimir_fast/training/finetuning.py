@@ -170,7 +170,7 @@ class Finetuning:
     def next_command(self, run: Path) -> str:
         """The evaluation, against the adversary of training."""
         eps = f"{255 * self.config.objective.attack.eps:.4g}/255"
-        return f"python -m mimir_fast.evaluate --checkpoint {run} --suite quick --eps {eps}"
+        return f"mimir_fast.evaluate --checkpoint {run} --suite quick --eps {eps}"
 
 
 def probe_data(config: FinetuneConfig, world: World) -> tuple[Loader | None, int]:

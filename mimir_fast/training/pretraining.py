@@ -127,7 +127,7 @@ class Pretraining:
     def next_command(self, run: Path) -> str:
         """Fine-tuning."""
         group = self.config.recipe.partition("/")[0]
-        return f"python -m mimir_fast.finetune --recipe {group}/pgd_vit_{self.config.model.encoder} --init {run}"
+        return f"mimir_fast.finetune --recipe {group}/pgd_vit_{self.config.model.encoder} --init {run}"
 
 
 def pretrain(config: PretrainConfig) -> Path:

@@ -16,6 +16,7 @@ from mimir_fast.training.optimizer import OptimizerConfig
 from mimir_fast.training.pictures import save_curves
 from mimir_fast.training.run_folder import open_run
 from mimir_fast.training.task import Task
+from mimir_fast.versions import python_command
 
 
 class SessionConfig(Protocol):
@@ -117,4 +118,4 @@ def closing_words(folder: Path, task: Task, trainer: Trainer, finished: bool) ->
         lines.append(
             f"  {trainer.guard.skipped} non-finite steps were skipped; their batches are in {folder}/bad_batches"
         )
-    return "\n".join([*lines, f"next: {task.next_command(folder)}"])
+    return "\n".join([*lines, f"next: {python_command()} -m {task.next_command(folder)}"])

@@ -45,5 +45,5 @@ class Task(Protocol):
         ...
 
     def next_command(self, run: Path) -> str:
-        """What to type after the run."""
+        """What to type after the run, from the module's name on."""
         ...

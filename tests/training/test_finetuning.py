@@ -95,7 +95,7 @@ def test_two_ranks_see_what_one_sees(whole_run: Path, pretrained: Path, tmp_path
     assert out.returncode == 0, out.stdout + out.stderr
     np.testing.assert_allclose(losses(run), losses(whole_run), rtol=2e-4)
     assert "initialised from" in out.stdout and "loaded   148 tensors" in out.stdout
-    assert f"next: python -m mimir_fast.evaluate --checkpoint {run} --suite quick --eps 24/255" in out.stdout
+    assert f"python -m mimir_fast.evaluate --checkpoint {run} --suite quick --eps 24/255" in out.stdout
 
 
 def test_an_overfitted_run_is_said_loudly(
