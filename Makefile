@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[all,dev]'
 	touch $@
 
-pretrain: setup ## MIMIR pre-training on real digits, about two minutes on two CPU cores
+pretrain: setup ## MIMIR pre-training on real digits, under three minutes on two CPU cores
 	$(BIN)/torchrun --standalone -m mimir_fast.pretrain --recipe digits/mimir_vit_tiny $(ARGS)
 
 demo: setup ## pre-train, fine-tune, evaluate, report, about six minutes on two CPU cores
