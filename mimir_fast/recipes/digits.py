@@ -22,8 +22,8 @@ def run() -> RunConfig:
 # Small batches, because steps are what two minutes lack: for its first 200 the decoder only learns what a patch looks
 # like at its place, and the latent says nothing. With 117 steps of 128 fine-tuning never left chance.
 register_pretraining(
-    "digits", ("tiny",), 4, data, lambda: RunConfig(epochs=9, batch_size=32, warmup_epochs=0.5, log_every=20),
-    "minutes on a laptop, no download", blr=8e-3,
+    "digits", ("tiny",), 4, data, lambda: RunConfig(epochs=7.5, warmup_epochs=0.75, batch_size=24, log_every=20),
+    "minutes on a laptop, no download", blr=1.07e-2,
 )  # fmt: skip
 
 # For `make demo`: so small that pre-training, adversarial training and AutoAttack fit into minutes.
@@ -41,7 +41,7 @@ for method in METHOD_NOTES:
     register_finetuning(
         "digits", method, "tiny", 4, lambda: replace(data(), augment="none"),
         replace(FINETUNE, epochs=8, batch_size=32), PGD2, "ten minutes on a laptop, eps 16/255",
-        blr=2.4e-3, layer_decay=1.0, drop_path=0.0,
+        blr=4e-3, layer_decay=1.0, drop_path=0.0,
     )  # fmt: skip
 
 # For `make demo`: ViT-nano/8 pre-trained in a minute, then 30 passes. Without shifts, which make the task harder than
