@@ -38,13 +38,13 @@ class AemimConfig(MaeConfig):
     """MAE's options, the feature attack, and the weight of the second task."""
 
     attack: FeatureAttackConfig = field(default_factory=FeatureAttackConfig)
-    weight: float = 1.0
+    adversarial_weight: float = 1.0
     """Of the adversarial reconstruction; not published, 1 is ours."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight={self.weight}, wanted a finite number of 0 or more")
+        if not 0 <= self.adversarial_weight < float("inf"):
+            raise ValueError(f"adversarial_weight={self.adversarial_weight}, wanted a finite number of 0 or more")
 
 
 class Aemim(Mae):
@@ -82,7 +82,11 @@ class Aemim(Mae):
         return total(
             [
                 Term("reconstruction", reconstruction_loss(outputs[0].prediction, target, kind)),
-                Term("adversarial", reconstruction_loss(outputs[1].prediction, own_target, kind), self.config.weight),
+                Term(
+                    "adversarial",
+                    reconstruction_loss(outputs[1].prediction, own_target, kind),
+                    self.config.adversarial_weight,
+                ),
             ]
         )
 
