@@ -78,16 +78,12 @@ class Aemim(Mae):
         if self.config.norm_pix_loss:
             own_target = normalize_patches(own_target)
         outputs: Any = model(clean, adversarial)
-        kind = self.config.pixel_loss
+        errors = [
+            reconstruction_loss(output.prediction, wanted, self.config.pixel_loss)
+            for output, wanted in zip(outputs, (target, own_target), strict=True)
+        ]
         return total(
-            [
-                Term("reconstruction", reconstruction_loss(outputs[0].prediction, target, kind)),
-                Term(
-                    "adversarial",
-                    reconstruction_loss(outputs[1].prediction, own_target, kind),
-                    self.config.adversarial_weight,
-                ),
-            ]
+            [Term("reconstruction", errors[0]), Term("adversarial", errors[1], self.config.adversarial_weight)]
         )
 
     def views(self, model: nn.Module, batch: Batch, draws: Draws) -> tuple[View, View, Shown]:
