@@ -8,11 +8,12 @@ run the whole classifier. The constructor's arguments are in the file's metadata
 all weights and the configuration; `--init` and `--checkpoint` of our commands take it.
 """
 
+import importlib
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from torch import Tensor
@@ -62,6 +63,12 @@ def encoder_tensors(weights: Weights, domain: Domain) -> dict[str, Tensor]:
         raise WeightsError(f"{weights.origin} has no adapters for adversarial images: leave --domain out")
     plain = {n: t for n, t in tensors.items() if not is_adapter(n)}
     return plain | adapters if domain == "adversarial" else plain
+
+
+def timm_class(path: str) -> Any:
+    """The class timm.models.…, by its path."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def export(config: ExportConfig) -> Path:
