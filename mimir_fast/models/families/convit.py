@@ -79,10 +79,11 @@ class PositionalAttention(nn.Module):
     def attend_by_position(self, v_BTHE: Tensor, offsets_G3TT: Tensor) -> Tensor:
         """(B, T, H, E): values weighted by where they are."""
         (B, T, H, E), G = v_BTHE.shape, len(offsets_G3TT)
-        with torch.autocast(v_BTHE.device.type, enabled=False):  # squared distances are too large for bf16
-            weight, bias = self.pos_proj.weight.float(), self.pos_proj.bias.float()
-            scores = (weight @ offsets_G3TT.flatten(2)).add_(bias.unsqueeze(-1)).view(G, H, T, T)
-            probs_GHTT = scores.softmax(dim=-1).to(v_BTHE.dtype)
+        exact = torch.promote_types(v_BTHE.dtype, torch.float32)  # squared distances are too large for bf16
+        with torch.autocast(v_BTHE.device.type, enabled=False):
+            weight, bias = self.pos_proj.weight.to(exact), self.pos_proj.bias.to(exact)
+            scores = weight @ offsets_G3TT.to(exact).flatten(2) + bias.unsqueeze(-1)
+            probs_GHTT = scores.view(G, H, T, T).softmax(dim=-1).to(v_BTHE.dtype)
         if G == B:
             return (probs_GHTT @ v_BTHE.transpose(1, 2)).transpose(1, 2)
         mixed = probs_GHTT[0] @ v_BTHE.permute(2, 1, 0, 3).reshape(H, T, B * E)  # one product for all images
