@@ -1,7 +1,7 @@
 """What an encoder family offers: one encoder for masked pre-training and for the classifier.
 
-Pictures come in as patches: the image is cut into squares of `mask_unit` pixels, the smallest thing a mask can hide, and
-only the visible ones are given, with their places. So nothing masked can reach the latent, by construction.
+Images come in as patches: squares of `mask_unit` pixels, the smallest thing a mask can hide. Only the visible ones are
+given, with their places. So nothing masked can reach the latent, by construction.
 Shapes: B images, N = grid² patches, K visible ones, P = unit²·C numbers a patch, D width, T tokens inside a patch.
 """
 

@@ -102,8 +102,8 @@ def resize_positions(pos_embed_1TD: Tensor, num_rows: int) -> Tensor:
     prefix = int(old**2 != rows)
     if old**2 + prefix != rows or new**2 + prefix != num_rows:
         raise WeightsError(
-            f"a position embedding of {rows} rows is no cls row and a square grid, as the model's {num_rows} are, or is "
-            "one without cls row: models with a distillation token or registers cannot be used"
+            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be square grids, "
+            "with a cls row or without; models with a distillation token or registers cannot be used"
         )
     grid = pos_embed_1TD[:, prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
@@ -119,7 +119,10 @@ def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
     """
     architecture = recognise(weights.tensors)
     if architecture is None:
-        known = "; ".join(f"{f.title}: {', '.join(f'{n} ({w})' for n, w in f.sizes.items())}" for f in all_families().values())
+        known = "; ".join(
+            f"{family.title}: {', '.join(f'{name} ({words})' for name, words in family.sizes.items())}"
+            for family in all_families().values()
+        )
         raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours. Those are {known}")
     head = weights.tensors.get("head.weight")
     return architecture, None if head is None else len(head)
