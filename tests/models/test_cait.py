@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm.models.cait
 import torch
-from test_token_families import draw, make, moved
+from small_families import draw, make, moved
 
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.families import find_family, recognise

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm.models.convit
 import torch
-from test_token_families import draw, make, moved
+from small_families import draw, make, moved
 
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.families import build_encoder, find_family, recognise
@@ -82,7 +82,7 @@ def test_official_positions_need_a_square_number() -> None:
     images, keep, _ = draw()
     encoder = make("convit", positions="official").encoder
     ids = keep[:, :15]
-    with pytest.raises(ValueError, match="15 of 64 form none: use --model.positions true"):
+    with pytest.raises(ValueError, match=r"15 of 64 form none: use --model.positions true"):
         encoder.encode(encoder.embed(patchify_gather(images, ids, 4), ids), ids)
 
 
@@ -120,7 +120,7 @@ def test_norm_after_the_mean_is_not_exported() -> None:
     model = Classifier(ClassifierConfig("convit", "nano", 4), 32, 10)
     architecture = recognise(model.state_dict())
     assert architecture is not None
-    with pytest.raises(ValueError, match="--model.global_pool cls"):
+    with pytest.raises(ValueError, match=r"--model.global_pool cls"):
         find_family("convit").to_timm(model.state_dict(), architecture)
 
 

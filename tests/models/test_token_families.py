@@ -1,20 +1,19 @@
-"""What ConViT, CaiT and XCiT have in common: no leak, gradients everywhere, adapters, SimMIM, stochastic depth, gates."""
+"""What ConViT, CaiT and XCiT have in common: no leak, gradients everywhere, adapters, SimMIM, branches, compilation."""
 
 import re
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_families import BATCH, IMAGE, KEPT, PATCH, draw, make, view
 
 from mimir_fast.models.branches import Branches, draw_drop_path
 from mimir_fast.models.families import all_families, recognise
 from mimir_fast.models.flat_names import flat_parameters
-from mimir_fast.models.masked_model import MaskedModel, ModelConfig, View, build_masked_model
+from mimir_fast.models.masked_model import ModelConfig, View, build_masked_model
 from mimir_fast.models.norms import ADVERSARIAL, CLEAN, is_adapter
 from mimir_fast.ops.patches import gather_patches, patchify, patchify_gather, unpatchify
 
-IMAGE, PATCH, BATCH, KEPT = 32, 4, 3, 16
 # Shifts of all scores of a softmax: their gradients are zero but for rounding.
 NO_EFFECT = re.compile(r"pos_proj\.bias|proj_l\.bias|attn\.k\.bias")
 # XCiT's decoder predicts patches, and of its class attention only the norms and gamma1 touch these.
@@ -31,35 +30,6 @@ def positions(request: pytest.FixtureRequest, family: str) -> Iterator[str]:
     if family == "cait" and request.param == "official":
         pytest.skip("CaiT has no positions but the embedding")
     yield request.param
-
-
-def moved(model: nn.Module) -> nn.Module:
-    """With parameters away from zeros and ones, so that each shows in the result."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def make(family: str, decoder: str = "light", **choices: object) -> MaskedModel:
-    torch.manual_seed(0)
-    config = ModelConfig(family=family, encoder="nano", patch_size=PATCH, decoder=decoder, **choices)  # type: ignore[arg-type]
-    model = moved(build_masked_model(config, IMAGE))
-    assert isinstance(model, MaskedModel)
-    return model
-
-
-def draw(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, kept and masked places."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(BATCH, (IMAGE // PATCH) ** 2, generator=generator).argsort(dim=1)
-    return torch.rand(BATCH, 3, IMAGE, IMAGE, generator=generator), order[:, :KEPT], order[:, KEPT:]
-
-
-def view(domain: int = CLEAN) -> View:
-    images, keep, masked = draw()
-    return View(patchify_gather(images, keep, PATCH), keep, masked, domain)
 
 
 def test_masked_pixels_do_not_reach_the_latent(family: str, positions: str) -> None:

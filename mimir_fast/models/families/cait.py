@@ -138,7 +138,7 @@ class CaitEncoder(Encoder):
         self.apply(init_like_mae)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, *, domain: int = CLEAN) -> Tensor:
+    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
         """(B, K, D); see Encoder."""
         with torch.autocast(patches_BKP.device.type, enabled=False):
             return self.patch_embed(patches_BKP)
@@ -226,6 +226,7 @@ register(
         title="CaiT",
         sizes={name: f"{w} wide, {d} deep, {h} heads" for name, (w, d, h, _) in SIZES.items()},
         anchor="patch_embed.proj.weight",
+        mask_unit=lambda a: check_patch_size(a.image_size, a.patch_size),
         build=build,
         build_decoder=CaitDecoder,  # type: ignore[arg-type]
         recognise=recognise,

@@ -175,7 +175,7 @@ class ConvitEncoder(Encoder):
         initialise(self)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, *, domain: int = CLEAN) -> Tensor:
+    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
         """(B, K, D); see Encoder."""
         with torch.autocast(patches_BKP.device.type, enabled=False):
             return self.patch_embed(patches_BKP)
@@ -285,6 +285,7 @@ register(
             name: f"{w} wide, {d} deep, {h} heads, positions in {local}" for name, (w, d, h, local) in SIZES.items()
         },
         anchor="patch_embed.proj.weight",
+        mask_unit=lambda a: check_patch_size(a.image_size, a.patch_size),
         build=build,
         build_decoder=ConvitDecoder,  # type: ignore[arg-type]
         recognise=recognise,

@@ -184,8 +184,8 @@ class ConvStem(nn.Module):
         return x
 
 
-def check_stem(image_size: int, patch_size: int) -> None:
-    """Raises ValueError for patches that do not tile the image or that no stem makes."""
+def check_stem(image_size: int, patch_size: int) -> int:
+    """The patch size; raises ValueError for patches that do not tile the image or that no stem makes."""
     check_patch_size(image_size, patch_size)
     if patch_size not in STEM_CONVS:
         fits = [str(p) for p in STEM_CONVS if image_size % p == 0]
@@ -193,6 +193,7 @@ def check_stem(image_size: int, patch_size: int) -> None:
             f"XCiT's stem halves the image 1 to 4 times and cannot make patches of {patch_size} pixels; for images of "
             f"{image_size} choose {' or '.join(fits) or 'a size that is a multiple of 8'} (the paper's are 8 and 16)"
         )
+    return patch_size
 
 
 def init_like_xcit(module: nn.Module) -> None:
@@ -230,7 +231,7 @@ class XcitEncoder(Encoder):
         self.apply(init_like_xcit)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, *, domain: int = CLEAN) -> Tensor:
+    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
         """(B, K, D); see Encoder."""
         with torch.autocast(patches_BKP.device.type, enabled=False):
             return self.patch_embed(patches_BKP, places_BK, self.grid, domain)
@@ -364,9 +365,11 @@ register(
         title="XCiT",
         sizes={name: f"{w} wide, {d} deep, {h} heads" for name, (w, d, h, _) in SIZES.items()},
         anchor="patch_embed.proj.0.0.weight",
+        mask_unit=lambda a: check_stem(a.image_size, a.patch_size),
         build=build,
         build_decoder=XcitDecoder,  # type: ignore[arg-type]
         recognise=recognise,
         to_timm=to_timm,
+        image_size_in_tensors=False,
     )
 )
