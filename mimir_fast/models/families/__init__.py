@@ -59,6 +59,7 @@ class Family:
         build_decoder: (encoder, width, depth, heads) → decoder, see decoder.py.
         recognise: tensors → architecture, or None when they are of another family.
         to_timm: (tensors, architecture) → the same model in timm.
+        image_size_in_tensors: `recognise` can tell the image size; where it cannot, a saved configuration can.
         norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
         undefined: method → why it cannot be used with this family.
     """
@@ -72,6 +73,7 @@ class Family:
     build_decoder: Callable[[Encoder, int, int, int], nn.Module]
     recognise: Callable[[Tensors], Architecture | None]
     to_timm: Callable[[Tensors, Architecture], TimmModel]
+    image_size_in_tensors: bool = True
     norm_before_pool: bool = False
     undefined: Mapping[str, str] = field(default_factory=dict)
 
