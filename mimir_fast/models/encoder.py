@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         """P."""
         return self.mask_unit**2 * self.channels
 
-    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None) -> Tensor:
+    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
         """(B, K, D) tokens, (B, K, T, D) where a patch holds several, without anything learned about positions.
 
         In fp32 whatever autocast says: bf16 has a spacing of 1/256 at the top of [0, 1], and ε is 8 of those.
@@ -59,6 +59,7 @@ class Encoder(nn.Module):
         Args:
             patches_BKP: float in [0, 1], (row, column, channel) order inside a patch.
             places_BK: (B, K) int64, where they belong; None when all N are there in raster order.
+            domain: whose norms, for stems that have some; see `encode`.
         """
         raise NotImplementedError
 

@@ -6,7 +6,7 @@ Shapes: N patch tokens (grid × grid), D width, K classes.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -58,6 +58,8 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
     report = LoadReport(weights.origin, notes=list(weights.notes))
     own = model.state_dict()
     _check_architecture(weights, own)
+    architecture = recognise(own)
+    family = None if architecture is None else find_family(architecture.family)
     ready: dict[str, Tensor] = {}
     for name, tensor in weights.tensors.items():
         if name not in own:
@@ -67,6 +69,9 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
         elif name == "pos_embed":
             ready[name] = resize_positions(tensor, own[name].shape[1])
             report.resized.append(f"pos_embed {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
+        elif family is not None and (resized := family.resize(name, tensor, own[name].shape)) is not None:
+            ready[name] = resized
+            report.resized.append(f"{name} {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
         elif name.startswith("head."):
             report.skipped.append(name)
             if name == "head.bias":
@@ -119,8 +124,13 @@ def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
     """
     architecture = recognise(weights.tensors)
     if architecture is None:
-        known = "; ".join(f"{f.title}: {', '.join(f'{n} ({w})' for n, w in f.sizes.items())}" for f in all_families().values())
+        known = "; ".join(
+            f"{f.title}: {', '.join(f'{n} ({w})' for n, w in f.sizes.items())}" for f in all_families().values()
+        )
         raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours. Those are {known}")
+    saved = ((weights.config or {}).get("data") or {}).get("image_size")
+    if saved is not None and not find_family(architecture.family).image_size_in_tensors:
+        architecture = replace(architecture, image_size=saved)
     head = weights.tensors.get("head.weight")
     return architecture, None if head is None else len(head)
 

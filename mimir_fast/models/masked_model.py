@@ -101,7 +101,7 @@ class MaskedModel(FlatNames):
 
     def encode(self, view: View) -> Tensor:
         """(B, prefix + K, D) latent in the order of `view.keep`, of all N places in raster order at full length."""
-        tokens = self.encoder.embed(view.patches, view.keep)
+        tokens = self.encoder.embed(view.patches, view.keep, view.domain)
         if not self.full_length:
             return self.encoder.encode(tokens, view.keep, domain=view.domain)
         tokens = fill_in(tokens, view.keep, self.mask_token[0, 0], self.num_patches)
