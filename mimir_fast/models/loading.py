@@ -58,6 +58,8 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
     report = LoadReport(weights.origin, notes=list(weights.notes))
     own = model.state_dict()
     _check_architecture(weights, own)
+    architecture = recognise(own)
+    family = None if architecture is None else find_family(architecture.family)
     ready: dict[str, Tensor] = {}
     for name, tensor in weights.tensors.items():
         if name not in own:
@@ -67,6 +69,9 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
         elif name == "pos_embed":
             ready[name] = resize_positions(tensor, own[name].shape[1])
             report.resized.append(f"pos_embed {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
+        elif family is not None and (resized := family.resize(name, tensor, own[name].shape)) is not None:
+            ready[name] = resized
+            report.resized.append(f"{name} {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
         elif name.startswith("head."):
             report.skipped.append(name)
             if name == "head.bias":
