@@ -1,4 +1,4 @@
-"""ViT with a convolutional stem (Xiao et al., arXiv 2106.14881), as robust models of Singh et al. have (arXiv 2303.01870).
+"""ViT with a convolutional stem (Xiao et al., arXiv 2106.14881), as the robust ViTs of Singh et al. (arXiv 2303.01870).
 
 Convolutions of 3 × 3 and stride 2, each with a norm over channels and GELU, halve the image until a patch is one place;
 a linear layer brings it to the model's width. Their receptive field crosses patches, so masked pixels are zero before
