@@ -10,7 +10,7 @@ that were looked at least are left behind, so later layers, and the attack's pas
 Shapes: B images, C channels, H = W pixels, T = prefix + N tokens, D width, L layers, R branches, K classes.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,6 @@ from mimir_fast.models.branches import Branches
 from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
 from mimir_fast.models.flat_names import FlatNames
 from mimir_fast.models.loading import infer_architecture
-from mimir_fast.models.masked_model import Positions
 from mimir_fast.models.normalization import NORMALIZATIONS, NormalizationName
 from mimir_fast.models.norms import LayerNorm
 from mimir_fast.models.weight_files import WeightsChoice, WeightsError, read_weights
@@ -35,8 +34,8 @@ class ClassifierConfig:
     family: str = "vit"
     """Encoder family: vit, convit, cait, xcit, convstem, swin, convnext."""
     encoder: str = "base"
-    """Size within the family; of ViT nano 96/4/3 (ours), tiny 192/12/3, small 384/12/6, base 768/12/12, large 1024/24/16
-    (width/depth/heads)."""
+    """Size within the family; width/depth/heads of ViT: nano 96/4/3 (ours), tiny 192/12/3, small 384/12/6,
+    base 768/12/12, large 1024/24/16."""
     patch_size: int = 16
     """Side of a patch in pixels: 2 for 32² images, 4 for 64², 16 for 224²; of the stem in swin and convnext, 4."""
     global_pool: Literal["avg", "cls"] = "avg"
@@ -49,6 +48,10 @@ class ClassifierConfig:
     """AGAT (family vit): patch tokens kept by each layer in train mode, 0.9 in the paper; 1 drops none."""
     normalization: NormalizationName = "none"
     """Subtracted mean and divided std, inside the model: `none` after our pre-training, timm weights need theirs."""
+
+    def architecture(self, image_size: int, channels: int = 3) -> Architecture:
+        """What the encoder is built from."""
+        return Architecture(self.family, self.encoder, image_size, self.patch_size, channels)
 
     def __post_init__(self) -> None:
         check_size(find_family(self.family), self.encoder)
@@ -87,9 +90,7 @@ class Classifier(FlatNames):
             raise ValueError(
                 f"num_classes={num_classes}: a classifier needs at least 2 classes; check the data's labels"
             )
-        architecture = Architecture(
-            config.family, config.encoder, image_size, config.patch_size, channels, options or {}
-        )
+        architecture = replace(config.architecture(image_size, channels), options=options or {})
         family = find_family(config.family)
         self.config, self.num_classes = config, num_classes
         self.image_size, self.channels = image_size, channels
@@ -184,9 +185,7 @@ def build_classifier(config: ClassifierConfig, image_size: int, num_classes: int
     return Classifier(config, image_size, num_classes, channels)
 
 
-def load_classifier(
-    source: str | Path, which: WeightsChoice = "auto", *, num_classes: int | None = None
-) -> Classifier:
+def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_classes: int | None = None) -> Classifier:
     """A trained classifier in eval mode, taking images in [0, 1], from anything `read_weights` reads.
 
     Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one.

@@ -1,7 +1,7 @@
 """What an encoder family offers: one encoder for masked pre-training and for the classifier.
 
-Pictures come in as patches: the image is cut into squares of `mask_unit` pixels, the smallest thing a mask can hide, and
-only the visible ones are given, with their places. So nothing masked can reach the latent, by construction.
+Images come in as patches: squares of `mask_unit` pixels, the smallest thing a mask can hide. Only the visible ones are
+given, with their places. So nothing masked can reach the latent, by construction.
 Shapes: B images, N = grid² patches, K visible ones, P = unit²·C numbers a patch, D width, T tokens inside a patch.
 """
 
@@ -25,6 +25,7 @@ class Encoder(nn.Module):
         num_prefix: rows of the latent in front of the patches' (1 with a cls token, else 0).
         num_layers: layers for stochastic depth and layer-wise learning rates.
         num_branches: residual branches of a layer.
+        has_adapters: norms and cls token exist twice, for clean and for adversarial data.
     """
 
     image_size: int
@@ -35,6 +36,7 @@ class Encoder(nn.Module):
     num_prefix: int = 1
     num_layers: int
     num_branches: int = 2
+    has_adapters: bool = False
 
     @property
     def grid(self) -> int:
@@ -78,6 +80,7 @@ class Encoder(nn.Module):
     def add_adapters(self) -> None:
         """Norm layers and the cls token get a second copy for adversarial data (AEMIM)."""
         add_adapters(self)
+        self.has_adapters = True
         cls_token = getattr(self, "cls_token", None)
         if isinstance(cls_token, nn.Parameter):
             self.register_parameter("cls_token" + SUFFIX, nn.Parameter(cls_token.detach().clone()))

@@ -1,4 +1,4 @@
-"""A model made of parts whose state dict has the parts' names without the part's own: `blocks.0…`, not `encoder.blocks.0…`.
+"""A model whose state dict does not show its parts: `blocks.0…`, not `encoder.blocks.0…`.
 
 So the files of a masked autoencoder and of a classifier have timm's and the MIMIR authors' names, theirs load strictly,
 and one encoder serves both models. Names of different parts must not collide.

@@ -83,6 +83,10 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
                 f"{weights.origin} is of another architecture: {name} is {tuple(tensor.shape)} there, "
                 f"{tuple(own[name].shape)} in the model"
             )
+    biases = [name for name in own if name not in ready and _is_optional_bias(name, weights.tensors)]
+    if biases:
+        ready |= {name: torch.zeros_like(own[name]) for name in biases}
+        report.notes.append(f"{len(biases)} biases of queries, keys and values are not in these weights: zero here")
     report.fresh = [name for name in own if name not in ready]
     absent = [name for name in report.fresh if not name.startswith(("head.", "fc_norm.", "norm."))]
     if absent:
@@ -107,8 +111,8 @@ def resize_positions(pos_embed_1TD: Tensor, num_rows: int) -> Tensor:
     prefix = int(old**2 != rows)
     if old**2 + prefix != rows or new**2 + prefix != num_rows:
         raise WeightsError(
-            f"a position embedding of {rows} rows is no cls row and a square grid, as the model's {num_rows} are, or is "
-            "one without cls row: models with a distillation token or registers cannot be used"
+            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be square grids, "
+            "with a cls row or without; models with a distillation token or registers cannot be used"
         )
     grid = pos_embed_1TD[:, prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
@@ -125,7 +129,8 @@ def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
     architecture = recognise(weights.tensors)
     if architecture is None:
         known = "; ".join(
-            f"{f.title}: {', '.join(f'{n} ({w})' for n, w in f.sizes.items())}" for f in all_families().values()
+            f"{family.title}: {', '.join(f'{name} ({words})' for name, words in family.sizes.items())}"
+            for family in all_families().values()
         )
         raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours. Those are {known}")
     saved = ((weights.config or {}).get("data") or {}).get("image_size")
@@ -182,6 +187,13 @@ def _note_normalization(model: nn.Module, weights: Weights, report: LoadReport) 
             f"these weights were trained with normalization {fit}, the model has {chosen}: "
             f"use --model.normalization {fit}"
         )
+
+
+def _is_optional_bias(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """A bias of queries, keys or values that the weights do without, so that zero is what they mean."""
+    projection, _, kind = name.rpartition(".")
+    known = projection.endswith((".attn.qkv", ".attn.qk", ".attn.q", ".attn.k", ".attn.v"))
+    return kind == "bias" and known and name not in tensors and f"{projection}.weight" in tensors
 
 
 def _summary(names: list[str]) -> list[str]:

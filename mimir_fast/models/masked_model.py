@@ -35,8 +35,8 @@ class ModelConfig:
     family: str = "vit"
     """Encoder family: vit, convit, cait, xcit, convstem, swin, convnext."""
     encoder: str = "base"
-    """Size within the family; of ViT nano 96/4/3 (ours), tiny 192/12/3, small 384/12/6, base 768/12/12, large 1024/24/16
-    (width/depth/heads)."""
+    """Size within the family; width/depth/heads of ViT: nano 96/4/3 (ours), tiny 192/12/3, small 384/12/6,
+    base 768/12/12, large 1024/24/16."""
     patch_size: int = 16
     """Side of a patch in pixels: 2 for 32² images, 4 for 64², 16 for 224²; of the stem in swin and convnext, 4."""
     decoder: DecoderName = "light"
@@ -76,10 +76,11 @@ class View(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Latent (B, prefix + K, D), or of all N patches at full length; predicted patches (B, M, P)."""
+    """Latent (B, prefix + K, D), or of all N patches at full length; predicted patches (B, M, P); logits of a head."""
 
     latent: Tensor
     prediction: Tensor
+    logits: Tensor | None = None
 
 
 class MaskedModel(FlatNames):
@@ -87,20 +88,26 @@ class MaskedModel(FlatNames):
 
     Args:
         full_length: mask tokens go into the encoder instead of the decoder.
+        num_classes: of a linear head on the cls token (the mean token where there is none); 0 is no head.
     """
 
     flat_parts = ("encoder", "decoder")
 
-    def __init__(self, encoder: Encoder, decoder: nn.Module, *, full_length: bool = False) -> None:
+    def __init__(
+        self, encoder: Encoder, decoder: nn.Module, *, full_length: bool = False, num_classes: int = 0
+    ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.full_length = encoder, decoder, full_length
         self.num_patches, self.patch_size, self.channels = encoder.num_patches, encoder.mask_unit, encoder.channels
         if full_length:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.token_width))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.head = nn.Linear(encoder.width, num_classes) if num_classes else None
 
     def encode(self, view: View) -> Tensor:
         """(B, prefix + K, D) latent in the order of `view.keep`, of all N places in raster order at full length."""
+        if view.domain != CLEAN and not self.encoder.has_adapters:
+            raise ValueError("a view of adversarial data, but the model has no adapters: build it with adapters=True")
         tokens = self.encoder.embed(view.patches, view.keep, view.domain)
         if not self.full_length:
             return self.encoder.encode(tokens, view.keep, domain=view.domain)
@@ -130,8 +137,14 @@ class MaskedModel(FlatNames):
             if not decode:
                 return latent
             places = None if self.full_length else view.keep
-            outputs.append(Output(latent, self.decoder(latent, places, view.masked)))
+            outputs.append(Output(latent, self.decoder(latent, places, view.masked), self.classify(latent)))
         return outputs[0] if len(views) == 1 else outputs
+
+    def classify(self, latent_BTD: Tensor) -> Tensor | None:
+        """(B, classes) logits, or None without a head."""
+        if self.head is None:
+            return None
+        return self.head(latent_BTD[:, 0] if self.encoder.num_prefix else latent_BTD.mean(dim=1))
 
     def layers(self) -> list[nn.Module]:
         """What is compiled and sharded one by one."""
@@ -147,7 +160,7 @@ class MaskedModel(FlatNames):
         return self.encoder.num_layers
 
 
-def build_masked_model(config: ModelConfig, image_size: int, channels: int = 3) -> MaskedModel:
+def build_masked_model(config: ModelConfig, image_size: int, channels: int = 3, num_classes: int = 0) -> MaskedModel:
     """The model a config names, freshly initialised from torch's global generator."""
     encoder = build_encoder(config.architecture(image_size, channels))
     if config.decoder == "linear":
@@ -156,4 +169,4 @@ def build_masked_model(config: ModelConfig, image_size: int, channels: int = 3) 
         decoder = find_family(config.family).build_decoder(encoder, *DECODERS[config.decoder])
     if config.adapters:
         encoder.add_adapters()
-    return MaskedModel(encoder, decoder, full_length=config.decoder == "linear")
+    return MaskedModel(encoder, decoder, full_length=config.decoder == "linear", num_classes=num_classes)

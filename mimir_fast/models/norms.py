@@ -1,6 +1,6 @@
-"""Normalisation layers that can be kept twice, for clean and for adversarial data (AEMIM's adapters, arXiv 2407.11537).
+"""Norm layers that can be kept twice, for clean and for adversarial data (AEMIM's adapters, arXiv 2407.11537).
 
-Without adapters they are torch's, by name and by value. `add_adapter` makes a second copy of the parameters, whose names
+Without adapters they are torch's, by name and by value. `add_adapter` makes a second copy of the parameters; its names
 end in `_adversarial`; a forward pass says which domain its data are of. Domain 0 is clean, 1 adversarial.
 """
 

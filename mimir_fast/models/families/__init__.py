@@ -73,6 +73,7 @@ class Family:
         title: as it is printed.
         sizes: name → what it is, in words.
         anchor: a tensor that every checkpoint of the family has, by which it is found under any prefix.
+        mask_unit: architecture → side in pixels of what is masked as a whole; refuses sizes that do not fit.
         build: (architecture, final_norm) → encoder. `final_norm`: with a norm after the last layer.
         build_decoder: (encoder, width, depth, heads) → decoder, see decoder.py.
         recognise: tensors → architecture, or None when they are of another family.
@@ -88,6 +89,7 @@ class Family:
     title: str
     sizes: Mapping[str, str]
     anchor: str
+    mask_unit: Callable[[Architecture], int]
     build: Callable[[Architecture, bool], Encoder]
     build_decoder: Callable[[Encoder, int, int, int], nn.Module]
     recognise: Callable[[Tensors], Architecture | None]
@@ -128,6 +130,18 @@ def find_family(name: str) -> Family:
 def check_size(family: Family, size: str) -> None:
     """Raises ValueError, suggesting the nearest, when the family has no such size."""
     _look_up(dict(family.sizes), size, f"size of {family.title}")
+
+
+def check_method(architecture: Architecture, method: str) -> int:
+    """The mask unit in pixels of an architecture.
+
+    Raises:
+        ValueError: sizes that do not fit, or a method that is not defined for the family.
+    """
+    family = find_family(architecture.family)
+    if method in family.undefined:
+        raise ValueError(f"method {method} is not defined for {family.title}: {family.undefined[method]}")
+    return family.mask_unit(architecture)
 
 
 def build_encoder(architecture: Architecture, *, final_norm: bool = True) -> Encoder:

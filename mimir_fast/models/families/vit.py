@@ -121,6 +121,7 @@ register(
         title="ViT",
         sizes={name: f"{w} wide, {d} deep, {h} heads" for name, (w, d, h) in SIZES.items()},
         anchor="patch_embed.proj.weight",
+        mask_unit=lambda a: check_patch_size(a.image_size, a.patch_size),
         build=build,
         build_decoder=Decoder,
         recognise=recognise,
