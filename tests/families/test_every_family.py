@@ -3,7 +3,6 @@
 A new family is tested by being registered.
 """
 
-import importlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -201,8 +200,9 @@ def build_in_timm(path: Path) -> nn.Module:
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    module, _, name = metadata["class"].rpartition(".")
-    model = getattr(importlib.import_module(module), name)(**json.loads(metadata["timm"]))
+    made: dict[str, Any] = {}
+    exec(metadata["code"], made)  # a class of timm with its arguments, and layers that no argument describes
+    model: nn.Module = made["model"]
     model.load_state_dict(load_file(path), strict=True)
     return model.eval()
 

@@ -58,7 +58,7 @@ class TimmModel:
         """Python that leaves the model, without its weights, in `model`."""
         words = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
         lines = [
-            f"import collections, torch, timm.layers, {self.path.rpartition('.')[0]}",
+            f"import collections, safetensors.torch, timm.layers, torch, {self.path.rpartition('.')[0]}",
             f"model = {self.path}({words})",
         ]
         return "\n".join(lines + [f"model.{name} = {made}" for name, made in self.replaced.items()])

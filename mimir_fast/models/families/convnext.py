@@ -31,6 +31,7 @@ from mimir_fast.models.staged import (
     numbered,
     pick_up,
     rename,
+    unit_of,
     unit_rows,
 )
 from mimir_fast.ops.patches import gather_patches
@@ -223,6 +224,7 @@ register(
             name: f"{width} wide at first, {'-'.join(map(str, depths))} deep" for name, (width, depths) in SIZES.items()
         },
         anchor="stages.0.blocks.0.conv_dw.weight",
+        mask_unit=lambda a: unit_of(a.image_size, a.patch_size, len(SIZES[a.size][1])),
         build=build,
         build_decoder=ConvNextDecoder,  # type: ignore[arg-type]
         recognise=recognise,

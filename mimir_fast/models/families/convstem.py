@@ -1,4 +1,4 @@
-"""ViT with a convolutional stem (Xiao et al., arXiv 2106.14881), as robust models of Singh et al. have (arXiv 2303.01870).
+"""ViT with a convolutional stem (Xiao et al., arXiv 2106.14881), as the robust ViTs of Singh et al. (arXiv 2303.01870).
 
 Convolutions of 3 × 3 and stride 2, each with a norm over channels and GELU, halve the image until a patch is one place;
 a linear layer brings it to the model's width. Their receptive field crosses patches, so masked pixels are zero before
@@ -18,6 +18,7 @@ from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel,
 from mimir_fast.models.families.vit import SIZES as VIT_SIZES
 from mimir_fast.models.families.vit import VitEncoder, timm_arguments
 from mimir_fast.models.norms import CLEAN, LayerNorm, is_adapter
+from mimir_fast.models.patch_size import check_patch_size
 from mimir_fast.models.staged import conv_of_squares
 from mimir_fast.ops.patches import gather_patches, unpatchify, unpatchify_visible
 
@@ -86,6 +87,12 @@ def stem_widths(dim: int, patch_size: int) -> list[int]:
     return [last // 2 ** (count - 1 - index) for index in range(count)]
 
 
+def mask_unit(architecture: Architecture) -> int:
+    """The patch size; raises ValueError for patches that do not tile the image or that no stem makes."""
+    stem_widths(SIZES[architecture.size][0], architecture.patch_size)
+    return check_patch_size(architecture.image_size, architecture.patch_size)
+
+
 def build(architecture: Architecture, final_norm: bool) -> ConvStemEncoder:
     """The encoder of an architecture."""
     return ConvStemEncoder(
@@ -130,6 +137,7 @@ register(
         title="ConvStem",
         sizes={name: f"{w} wide, {d} deep, {h} heads" for name, (w, d, h) in SIZES.items()},
         anchor="patch_embed.proj.stem.0.weight",
+        mask_unit=mask_unit,
         build=build,
         build_decoder=Decoder,
         recognise=recognise,

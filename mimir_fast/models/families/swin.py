@@ -30,6 +30,7 @@ from mimir_fast.models.staged import (
     init_like_timm,
     numbered,
     rename,
+    unit_of,
 )
 from mimir_fast.ops.patches import gather_patches, place_patches
 
@@ -285,6 +286,7 @@ register(
             for name, (width, depths, heads) in SIZES.items()
         },
         anchor="patch_embed.proj.weight",
+        mask_unit=lambda a: unit_of(a.image_size, a.patch_size, len(SIZES[a.size][1])),
         build=build,
         build_decoder=Decoder,
         recognise=recognise,
