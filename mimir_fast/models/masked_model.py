@@ -106,7 +106,9 @@ class MaskedModel(FlatNames):
 
     def encode(self, view: View) -> Tensor:
         """(B, prefix + K, D) latent in the order of `view.keep`, of all N places in raster order at full length."""
-        tokens = self.encoder.embed(view.patches, view.keep)
+        if view.domain != CLEAN and not self.encoder.has_adapters:
+            raise ValueError("a view of adversarial data, but the model has no adapters: build it with adapters=True")
+        tokens = self.encoder.embed(view.patches, view.keep, view.domain)
         if not self.full_length:
             return self.encoder.encode(tokens, view.keep, domain=view.domain)
         tokens = fill_in(tokens, view.keep, self.mask_token[0, 0], self.num_patches)
