@@ -33,7 +33,8 @@ def print_list(recipes: list[Recipe]) -> None:
         console.print(table)
         console.print()
     console.print(
-        "Beside a pre-training recipe: after the row's fine-tuning. AA is AutoAttack standard; `?`: the papers contradict "
-        "themselves. Conditions of every row, and rows without a recipe: python -m mimir_fast.recipes published",
+        "Beside a pre-training recipe: after the row's fine-tuning. AA is AutoAttack standard; `?`: the papers "
+        "contradict themselves. Conditions of every row, and rows without a recipe: "
+        "python -m mimir_fast.recipes published",
         markup=False,
     )

@@ -9,8 +9,8 @@ from mimir_fast.recipes.systems import SYSTEMS
 _SYSTEMS = """\
 # What is implemented
 
-Every system of the papers: where it comes from, a recipe to run it, the test that holds it, and the largest size that was
-really run by this project. Written by `python -m mimir_fast.recipes table`.
+Every system of the papers: where it comes from, a recipe to run it, the test that holds it, and the largest size that
+was really trained by this project. Written by `python -m mimir_fast.recipes table`.
 
 """
 
@@ -18,10 +18,10 @@ _PUBLISHED = """\
 # The papers' tables, row by row
 
 Each row with its conditions: the recipes that have them (`python -m mimir_fast.pretrain --recipe …`, then
-`python -m mimir_fast.finetune --recipe … --init RUN`), or why there is none. None of these numbers is ours. Three texts of MIMIR
-(arXiv 2312.04960) differ: **a** has its authors' names and 14 tables, **b** is anonymous, cites works of 2024 and has 12,
-**c** is the latest, of which only numbers were at hand. Accuracies in per cent, natural first; AA is AutoAttack standard.
-Written by `python -m mimir_fast.recipes published`.
+`python -m mimir_fast.finetune --recipe … --init RUN`), or why there is none. None of these numbers is ours. Three texts
+of MIMIR (arXiv 2312.04960) differ: **a** has its authors' names and 14 tables, **b** is anonymous, cites works of 2024
+and has 12, **c** is the latest, of which only numbers were at hand. Accuracies in per cent, natural first; AA is
+AutoAttack standard. Written by `python -m mimir_fast.recipes published`.
 
 """
 
