@@ -45,7 +45,7 @@ class Row:
     def values(self) -> str:
         """`84.82 natural / 57.51 PGD-20 / 52.96 AA`; empty where the papers give none."""
         return " / ".join(
-            f"{value:.4g} {what}" if value > 100 else f"{value:.2f} {what}" for what, value in self.numbers
+            f"{value:g} {what}" if value > 100 else f"{value:.2f} {what}" for what, value in self.numbers
         )
 
 

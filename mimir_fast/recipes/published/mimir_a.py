@@ -278,7 +278,7 @@ def _seconds() -> list[Row]:
         Row(
             "MIMIR-a Table 10, b Table 12", f"{model}, {method}, seconds of an epoch on 4 × A6000",
             tuple(zip(sources, seconds, strict=True)),
-            why_not="a time of four GPUs that were not at hand; python -m benchmarks times our steps",
+            why_not="times (and memory, not repeated here) of four GPUs not at hand; ours: python -m benchmarks",
             remark="one more forward and backward cannot cost MIMIR 2 % over MAE: those runs waited for their loader"
             if method == "MIMIR" else "",
         )
