@@ -121,12 +121,12 @@ def _imagenet() -> list[Row]:
                         unresolved=clash if mimir and (model, eps) == ("ViT-S", 4) else "",
                     )
                 )  # fmt: skip
-    for model, name, both in (
+    for model, name, pairs in (
         ("ConViT-S", "convit_small", ((74.72, 55.65), (72.08, 42.62))),
         ("XCiT-S", "xcit_small", ((74.39, 55.21), (71.77, 40.97))),
         ("XCiT-M", "xcit_medium", ((73.63, 53.04), (72.01, 42.39))),
     ):
-        for eps, ending, (natural, pgd) in zip((2, 4), ("_eps2", ""), both, strict=True):
+        for eps, ending, (natural, pgd) in zip((2, 4), ("_eps2", ""), pairs, strict=True):
             rows.append(
                 Row(
                     "MIMIR-a Table 4", f"ImageNet {model}, MIMIR → FastAT", accuracies(natural, pgd100=pgd),
