@@ -52,12 +52,12 @@ def test_the_attack_moves_the_features_and_stays_in_its_ball(model: MaskedModel,
         attack = FeatureAttackConfig(num_steps=num_steps, distance=distance)
         method = Aemim(AemimConfig(attack=attack))
         draws = method.draw(model, batch, seed=0, step=3)
-        shown = method.perturb(model, batch.images, draws, torch.empty(0))
         patches = patchify(batch.images, 4)
-        assert (shown.patches - patches).abs().max() <= EPS + 1e-7
-        assert shown.patches.min() >= 0 and shown.patches.max() <= 1
+        shown = method.attack(model, patches, draws)
+        assert (shown.whole - patches).abs().max() <= EPS + 1e-7
+        assert shown.whole.min() >= 0 and shown.whole.max() <= 1
         start = (patches + draws.delta).clamp(0, 1)
-        assert torch.equal(gather_patches(shown.patches, draws.mask.masked), gather_patches(start, draws.mask.masked))
+        assert torch.equal(gather_patches(shown.whole, draws.mask.masked), gather_patches(start, draws.mask.masked))
         keep = draws.mask.keep
         clean = model(View(gather_patches(patches, keep), keep), decode=False)
         features = model(View(shown.visible, keep, domain=1), decode=False)
@@ -80,8 +80,8 @@ def test_the_loss_is_two_reconstructions(model: MaskedModel, batch: Batch) -> No
     torch.testing.assert_close(out["reconstruction"], Mae(MaeConfig())(model, batch, seed=0, step=0)["loss"].detach())
     torch.testing.assert_close(out["loss"].detach(), out["reconstruction"] + 0.5 * out["adversarial"])
     draws = method.draw(model, batch, seed=0, step=0)
-    shown = method.perturb(model, batch.images, draws, torch.empty(0))
-    target = gather_patches(shown.patches, draws.mask.masked)
+    shown = method.attack(model, patchify(batch.images, 4), draws)
+    target = gather_patches(shown.whole, draws.mask.masked)
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     prediction = model(View(shown.visible, draws.mask.keep, draws.mask.masked, 1)).prediction
     torch.testing.assert_close(out["adversarial"], (prediction - target).square().mean().detach(), rtol=1e-4, atol=1e-5)
@@ -103,7 +103,7 @@ def test_the_attack_leaves_no_trace(model: MaskedModel, batch: Batch) -> None:
     method = Aemim(AemimConfig())
     draws = method.draw(model, batch, seed=0, step=0)
     generator = torch.get_rng_state()
-    method.perturb(model, batch.images, draws, torch.empty(0))
+    method.attack(model, patchify(batch.images, 4), draws)
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), generator) and model.training
 
