@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mimir_fast.validation import check_number
+
 
 @dataclass
 class LinfThreat:
@@ -18,10 +20,8 @@ class LinfThreat:
 
     def __post_init__(self) -> None:
         for name, value in (("eps", self.eps), ("alpha", self.alpha)):
-            if not 0 <= value <= 1:
-                raise ValueError(
-                    f"{name}={value:g}, but images live in [0, 1] and {name} with them: wanted 0 <= {name} <= 1. "
-                    f"If you meant {value:g} grey levels, type {value:g}/255"
-                )
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps={self.num_steps}, wanted 0 or more")
+            grey = (
+                f"images live in [0, 1] and {name} with them; {value:g} looks like {value:g}/255" if value > 1 else ""
+            )
+            check_number(name, value, at_least=0, at_most=1, hint=grey)
+        check_number("num_steps", self.num_steps, at_least=0)

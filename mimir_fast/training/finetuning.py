@@ -10,6 +10,7 @@ import tyro
 from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import pgd
+from mimir_fast.checkpoints.reading import checkpoints_of
 from mimir_fast.data import Batch, DataConfig, build_loader, build_source
 from mimir_fast.data.loaders import Loader
 from mimir_fast.methods.apgd import Apgd
@@ -25,7 +26,6 @@ from mimir_fast.models.classifier import ClassifierConfig, build_classifier
 from mimir_fast.models.loading import LoadReport, initialize
 from mimir_fast.models.masked_autoencoder import check_patch_size
 from mimir_fast.models.weight_files import WeightsChoice
-from mimir_fast.training.checkpoint import checkpoints_of
 from mimir_fast.training.distributed import World
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig

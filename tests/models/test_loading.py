@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.models.classifier import ClassifierConfig, VisionTransformer, build_classifier, load_classifier
 from mimir_fast.models.loading import initialize, resize_positions
 from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
 from mimir_fast.models.weight_files import WeightsError, read_weights
-from mimir_fast.training.checkpoint import save_checkpoint
 
 
 def autoencoder(**options: Any) -> MaskedAutoencoder:
