@@ -78,12 +78,17 @@ def _shard(model: nn.Module, blocks: list[nn.Module], world: World, bf16: bool, 
 
 @contextmanager
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Reduce gradients over ranks in this backward pass, or only accumulate them."""
+    """One forward and backward pass that reduces gradients over ranks, or only accumulates them."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
-        yield
+        # For attacks.no_trace: what to go back to, and that a training pass follows, which needs the same parameters.
+        model.training_pass = enabled  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            model.training_pass = None  # type: ignore[assignment]
     elif isinstance(model, DistributedDataParallel) and not enabled:
         with model.no_sync():
             yield
