@@ -23,23 +23,16 @@ from mimir_fast.methods.adv_mae import AdvMae
 from mimir_fast.methods.mae import Mae
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.models.attention import xformers_failure
-from mimir_fast.models.masked_autoencoder import (
-    DECODERS,
-    ENCODERS,
-    DecoderName,
-    EncoderName,
-    MaskedAutoencoder,
-    ModelConfig,
-    build_masked_autoencoder,
-)
+from mimir_fast.models.families.vit import SIZES as ENCODERS
+from mimir_fast.models.masked_model import DECODERS, DecoderName, MaskedModel, ModelConfig, build_masked_model
 from mimir_fast.training.distributed import World, parallelize
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
 
-Losses = Callable[[MaskedAutoencoder, Batch], dict[str, Tensor]]
+Losses = Callable[[MaskedModel, Batch], dict[str, Tensor]]
 SEED, STEP = 0, 0
 
 # encoder, decoder, image side, patch, batch
-Setting = tuple[EncoderName, DecoderName, int, int, int]
+Setting = tuple[str, DecoderName, int, int, int]
 SETTINGS: dict[Size, list[Setting]] = {
     "tiny": [("tiny", "light", 32, 16, 2)],
     "quick": [("tiny", "light", 224, 16, 8)],
@@ -69,16 +62,16 @@ def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: boo
     exact = copy.deepcopy(model).double()
     paper = Mimir(config)
 
-    def mimir(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+    def mimir(model: MaskedModel, batch: Batch) -> dict[str, Tensor]:
         return paper(model, batch, seed=SEED, step=STEP)
 
-    def mae(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+    def mae(model: MaskedModel, batch: Batch) -> dict[str, Tensor]:
         return Mae(config)(model, batch, seed=SEED, step=STEP)
 
-    def mimir_official(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+    def mimir_official(model: MaskedModel, batch: Batch) -> dict[str, Tensor]:
         return Mimir(official)(model, batch, seed=SEED, step=STEP)
 
-    def plain(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+    def plain(model: MaskedModel, batch: Batch) -> dict[str, Tensor]:
         draws = paper.draw(model, batch, seed=SEED, step=STEP)
         return plain_mimir.losses(model, batch.images, draws, config)
 
@@ -139,15 +132,15 @@ def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: boo
 
 
 def ablations(
-    model: MaskedAutoencoder, mimir: Losses, config: MimirConfig, *, bf16: bool,
+    model: MaskedModel, mimir: Losses, config: MimirConfig, *, bf16: bool,
     in_double: Callable[[Losses], Callable[[Batch], Outputs]],
 ) -> list[Provider]:  # fmt: skip
     """The eager step with one thing changed each."""
 
-    def without_mi(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+    def without_mi(model: MaskedModel, batch: Batch) -> dict[str, Tensor]:
         return AdvMae(config)(model, batch, seed=SEED, step=STEP)
 
-    def with_sdpa(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+    def with_sdpa(model: MaskedModel, batch: Batch) -> dict[str, Tensor]:
         with patch.dict(os.environ, MIMIR_FAST_ATTENTION="sdpa"):
             return mimir(model, batch)
 
@@ -161,12 +154,12 @@ def ablations(
     ]  # fmt: skip
 
 
-def build_model(setting: Setting, device: torch.device) -> MaskedAutoencoder:
+def build_model(setting: Setting, device: torch.device) -> MaskedModel:
     """The same weights at every call."""
     encoder, decoder, side, patch, _ = setting
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return build_masked_autoencoder(ModelConfig(encoder, patch, decoder), side).to(device)
+        return build_masked_model(ModelConfig(encoder=encoder, patch_size=patch, decoder=decoder), side).to(device)
 
 
 def random_batch(batch: int, side: int, device: torch.device, seed: int) -> Batch:
@@ -182,9 +175,7 @@ def as_double(batch: Batch) -> Batch:
     return Batch(batch.images.double() / 255, batch.labels, batch.samples, batch.epochs)
 
 
-def optimizer_step(
-    model: MaskedAutoencoder, losses: Losses, *, bf16: bool, fused: bool = True
-) -> Callable[[Batch], Outputs]:
+def optimizer_step(model: MaskedModel, losses: Losses, *, bf16: bool, fused: bool = True) -> Callable[[Batch], Outputs]:
     """(loss, gradient norm) of a full step."""
     optimizer = build_optimizer(model, OptimizerConfig()) if fused else plain_adamw(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -204,7 +195,7 @@ def optimizer_step(
     return run
 
 
-def plain_adamw(model: MaskedAutoencoder) -> torch.optim.Optimizer:
+def plain_adamw(model: MaskedModel) -> torch.optim.Optimizer:
     """AdamW as it comes."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.05)
 

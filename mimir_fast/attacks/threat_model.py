@@ -5,6 +5,14 @@ from dataclasses import dataclass
 from mimir_fast.validation import check_number
 
 
+def check_radius(name: str, value: float) -> None:
+    """Raises ValueError unless `value` lies in [0, 1], as images do; 8 is taken for 8/255."""
+    hint = f"images live in [0, 1] and {name} with them"
+    if value > 1:
+        hint += f"; {value:g} looks like {value:g}/255"
+    check_number(name, value, at_least=0, at_most=1, hint=hint)
+
+
 @dataclass
 class LinfThreat:
     """Radius, step size and number of steps of an L∞ attack."""
@@ -19,9 +27,6 @@ class LinfThreat:
     """Start uniformly in the ball (otherwise at the clean image)."""
 
     def __post_init__(self) -> None:
-        for name, value in (("eps", self.eps), ("alpha", self.alpha)):
-            grey = (
-                f"images live in [0, 1] and {name} with them; {value:g} looks like {value:g}/255" if value > 1 else ""
-            )
-            check_number(name, value, at_least=0, at_most=1, hint=grey)
+        check_radius("eps", self.eps)
+        check_radius("alpha", self.alpha)
         check_number("num_steps", self.num_steps, at_least=0)

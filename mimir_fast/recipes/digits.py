@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data import DataConfig
-from mimir_fast.recipes.finetuning import METHOD_NOTES, register_finetuning
+from mimir_fast.recipes.finetuning import METHODS, register_finetuning
 from mimir_fast.recipes.pretraining import register_pretraining
 from mimir_fast.training.loop import RunConfig
 
@@ -37,7 +37,7 @@ PGD2 = LinfThreat(eps=16 / 255, alpha=10 / 255, num_steps=2)
 FINETUNE = RunConfig(epochs=6, warmup_epochs=1, batch_size=64, log_every=10, save_every=50)
 
 # No layer-wise decay: minutes of pre-training leave lower layers that still have to learn.
-for method in METHOD_NOTES:
+for method in METHODS:
     register_finetuning(
         "digits", method, "tiny", 4, lambda: replace(data(), augment="none"),
         replace(FINETUNE, epochs=8, batch_size=32), PGD2, "ten minutes on a laptop, eps 16/255",
@@ -46,7 +46,7 @@ for method in METHOD_NOTES:
 
 # For `make demo`: ViT-nano/8 pre-trained in a minute, then 30 passes. Without shifts, which make the task harder than
 # so small a model learns in minutes: 40 passes reached 83 / 64 % natural / PGD-20 (with them and blr 8e-3: 47 / 39 %).
-for method in METHOD_NOTES:
+for method in METHODS:
     register_finetuning(
         "digits", method, "nano", 8, lambda: replace(data(), augment="none"),
         replace(FINETUNE, epochs=30, warmup_epochs=3, log_every=40, save_every=200),

@@ -2,50 +2,45 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from mimir_fast.data import DataConfig
-from mimir_fast.methods.mimir import MimirConfig
-from mimir_fast.models.masked_autoencoder import EncoderName, ModelConfig
+from mimir_fast.methods.registry import find_method
+from mimir_fast.models.masked_model import ModelConfig
 from mimir_fast.recipes import find_recipe, register
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
-from mimir_fast.training.pretraining import PretrainConfig
+from mimir_fast.training.pretraining import PretrainConfig, with_method
 
-PretrainMethod = Literal["mae", "adv_mae", "mimir"]
-
-METHOD_NOTES: dict[PretrainMethod, str] = {
-    "mae": "MAE on clean images",
-    "adv_mae": "MAE on adversarial images",
-    "mimir": "MIMIR, preset paper",
-}
+METHODS = ("mae", "adv_mae", "mimir")
 
 
 def register_pretraining(
-    group: str, encoders: tuple[EncoderName, ...], patch_size: int, data: Callable[[], DataConfig],
-    run: Callable[[], RunConfig], note: str, blr: float = 1.5e-4,
-    expected: dict[tuple[PretrainMethod, EncoderName], str] | None = None,
+    group: str, encoders: tuple[str, ...], patch_size: int, data: Callable[[], DataConfig],
+    run: Callable[[], RunConfig], note: str, blr: float = 1.5e-4, *, methods: tuple[str, ...] = METHODS,
+    family: str = "vit", expected: dict[tuple[str, str], str] | None = None, **model: Any,
 ) -> None:  # fmt: skip
-    """GROUP/{mae,adv_mae,mimir}_vit_SIZE for each encoder size.
+    """GROUP/METHOD_FAMILY_SIZE for each method and encoder size.
 
     Args:
-        expected: published natural / robust accuracy after adversarial fine-tuning of these weights.
+        expected: (method, size) → published natural / robust accuracy after adversarial fine-tuning of these weights.
+        model: further options of the model.
     """
     for encoder in encoders:
-        for method, what in METHOD_NOTES.items():
+        for method in methods:
 
-            def build(encoder: EncoderName = encoder, method: PretrainMethod = method) -> PretrainConfig:
-                return PretrainConfig(
-                    method=method,
-                    model=ModelConfig(encoder=encoder, patch_size=patch_size),
+            def build(encoder: str = encoder, method: str = method) -> PretrainConfig:
+                config = PretrainConfig(
+                    model=ModelConfig(family=family, encoder=encoder, patch_size=patch_size, **model),
                     data=data(),
-                    objective=MimirConfig(),
                     optim=OptimizerConfig(blr=blr),
                     run=replace(run()),
                 )
+                return with_method(config, method)
 
             published = (expected or {}).get((method, encoder), "")
-            register(f"{group}/{method}_vit_{encoder}", PretrainConfig, build, f"{what}; {note}", published)
+            what = find_method("pretrain", method).note
+            register(f"{group}/{method}_{family}_{encoder}", PretrainConfig, build, f"{what}; {note}", published)
 
 
 def register_variant(base: str, suffix: str, note: str, expected: str, *, num_steps: int = 1, **mi: Any) -> None:
@@ -53,10 +48,10 @@ def register_variant(base: str, suffix: str, note: str, expected: str, *, num_st
 
     def build() -> PretrainConfig:
         config = find_recipe(PretrainConfig, base)
-        objective = config.objective
-        changed = replace(
-            objective, attack=replace(objective.attack, num_steps=num_steps), mi=replace(objective.mi, **mi)
-        )
-        return replace(config, objective=changed)
+        objective: Any = config.objective
+        objective = replace(objective, attack=replace(objective.attack, num_steps=num_steps))
+        if mi:
+            objective = replace(objective, mi=replace(objective.mi, **mi))
+        return replace(config, objective=objective)
 
     register(f"{base}_{suffix}", PretrainConfig, build, note, expected)

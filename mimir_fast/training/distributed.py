@@ -31,14 +31,14 @@ def parallelize(
     Raises:
         ValueError: a strategy that needs several processes, started with one; or shards that do not fit them.
     """
-    blocks = [*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())]
+    layers: list[nn.Module] = model.layers()  # type: ignore[operator]
     if checkpoint_activations:
-        for block in blocks:
-            # The block's own forward, so that names in checkpoints stay. Its randomness is a function of the step.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        for layer in layers:
+            # The layer's own forward, so that names in checkpoints stay. Its randomness is a function of the step.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     if compile_blocks:
-        for block in blocks:
-            block.compile()
+        for layer in layers:
+            layer.compile()
     if strategy == "auto":
         strategy = "ddp" if world.size > 1 else "single"
     if strategy == "single":
@@ -53,10 +53,10 @@ def parallelize(
     if strategy == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return _shard(model, blocks, world, bf16, shard_ranks)
+    return _shard(model, layers, world, bf16, shard_ranks)
 
 
-def _shard(model: nn.Module, blocks: list[nn.Module], world: World, bf16: bool, shard_ranks: int | None) -> nn.Module:
+def _shard(model: nn.Module, layers: list[nn.Module], world: World, bf16: bool, shard_ranks: int | None) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -68,10 +68,10 @@ def _shard(model: nn.Module, blocks: list[nn.Module], world: World, bf16: bool, 
         raise ValueError(f"--shard_ranks {shard_ranks} does not divide {world.size} ranks; these do: {fits}")
     else:  # parameters are sharded within rows of the mesh and the same in each row
         mesh = init_device_mesh(kind, (world.size // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
-    # Blocks travel in bf16; the root (patch embedding, norms, head) stays in fp32, see MaskedAutoencoder.embed.
+    # Blocks travel in bf16; the root (patch embedding, norms, head) stays in fp32, see Encoder.embed.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
     return model
 

@@ -4,13 +4,13 @@ Parameters are grouped by weight decay (matrices only) and, for layer-wise decay
 multiplied by layer_decay^(L − k) (Clark et al. 2020; BEiT, arXiv 2106.08254).
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from mimir_fast.models.flat_names import flat_parameters
 from mimir_fast.validation import check_choice, check_finite, check_number
 
 
@@ -53,24 +53,20 @@ class OptimizerConfig:
         return self.lr if self.lr is not None else self.blr * batch_size / 256
 
 
-def layer_of(name: str, num_layers: int) -> int:
-    """0 for the embedding, 1 … num_layers for the blocks, num_layers + 1 for everything after them."""
-    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
-        return 0
-    block = re.match(r"blocks\.(\d+)\.", name)
-    return int(block.group(1)) + 1 if block else num_layers + 1
-
-
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups with `params`, `weight_decay` and `lr_scale`, in a fixed order."""
-    num_layers = len(getattr(model, "blocks", ()))
+    """Groups with `params`, `weight_decay` and `lr_scale`, in a fixed order.
+
+    The model says which layer a parameter is of: 0 for the embedding, 1 … L, L + 1 for what comes after.
+    """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in flat_parameters(model):
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and name not in ("cls_token", "mask_token", "pos_embed")
-        layer = layer_of(name, num_layers) if layer_decay < 1 else 0
-        scale = layer_decay ** (num_layers + 1 - layer) if layer_decay < 1 else 1.0
+        decays = parameter.ndim > 1 and not name.startswith(("cls_token", "mask_token", "pos_embed"))
+        layer, scale = 0, 1.0
+        if layer_decay < 1:
+            layer = model.layer_of(name)  # type: ignore[operator]
+            scale = layer_decay ** (model.num_layers + 1 - layer)  # type: ignore[operator]
         empty = {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
         groups.setdefault((layer, decays), empty)["params"].append(parameter)
     return list(groups.values())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import masked_vit
 from torch import Tensor
 
 from mimir_fast.checkpoints.durable import point, write_text
@@ -18,21 +19,21 @@ from mimir_fast.checkpoints.reading import (
     verify,
 )
 from mimir_fast.checkpoints.saving import ALONE, Saver, save_checkpoint
-from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
+from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.training.ema import Ema
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
 from mimir_fast.training.state import group_steps, make_room_for_optimizer, set_group_steps, training_tensors
 
 
 @pytest.fixture
-def model() -> MaskedAutoencoder:
+def model() -> MaskedModel:
     torch.manual_seed(0)
-    return MaskedAutoencoder(16, 4, 3, 32, 2, 2, 16, 1, 2)
+    return masked_vit(16, 4, 3, 32, 2, 2, 16, 1, 2)
 
 
 class TestCheckpoint:
     @pytest.fixture
-    def saved(self, model: MaskedAutoencoder, tmp_path: Path) -> Path:
+    def saved(self, model: MaskedModel, tmp_path: Path) -> Path:
         optimizer = build_optimizer(model, OptimizerConfig())
         sum(p.sum() for p in model.parameters()).backward()
         optimizer.step()
@@ -40,8 +41,8 @@ class TestCheckpoint:
         save_checkpoint(folder, training_tensors(model, optimizer, Ema(model, 0.9)), {"step": 1})
         return folder
 
-    def test_comes_back_bit_for_bit(self, saved: Path, model: MaskedAutoencoder) -> None:
-        other = MaskedAutoencoder(16, 4, 3, 32, 2, 2, 16, 1, 2)
+    def test_comes_back_bit_for_bit(self, saved: Path, model: MaskedModel) -> None:
+        other = masked_vit(16, 4, 3, 32, 2, 2, 16, 1, 2)
         optimizer = build_optimizer(other, OptimizerConfig())
         make_room_for_optimizer(saved, other, optimizer)
         tensors = training_tensors(other, optimizer, Ema(other, 0.9))
@@ -49,13 +50,13 @@ class TestCheckpoint:
         assert all(
             torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True)
         )
-        assert optimizer.state[other.norm.weight]["step"] == 1
+        assert optimizer.state[other.encoder.norm.weight]["step"] == 1
 
     def test_holds_no_pickle(self, saved: Path) -> None:
         assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
 
     def test_another_architecture_is_refused(self, saved: Path) -> None:
-        other = MaskedAutoencoder(16, 4, 3, 64, 2, 2, 16, 1, 2)
+        other = masked_vit(16, 4, 3, 64, 2, 2, 16, 1, 2)
         tensors = {f"model/{name}": t for name, t in other.state_dict().items()}
         with pytest.raises(CheckpointError, match=r"another architecture.*\(1, 1, 32\) in the file"):
             load_checkpoint(saved, tensors)
@@ -153,7 +154,7 @@ def _fail() -> None:
     raise OSError("no space left on device")
 
 
-def test_steps_counted_in_groups_are_kept_as_nvidia_apex_has_them(model: MaskedAutoencoder) -> None:
+def test_steps_counted_in_groups_are_kept_as_nvidia_apex_has_them(model: MaskedModel) -> None:
     """apex's FusedAdam keeps `step` in its parameter groups; lost, Adam would correct its bias as if it began anew."""
     optimizer = build_optimizer(model, OptimizerConfig())
     for group in optimizer.param_groups:

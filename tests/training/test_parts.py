@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import masked_vit
 
-from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
+from mimir_fast.models.flat_names import flat_parameters
+from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.cli import parse_float
 from mimir_fast.training.ema import Ema
@@ -19,9 +21,9 @@ from mimir_fast.training.schedule import cosine_schedule
 
 
 @pytest.fixture
-def model() -> MaskedAutoencoder:
+def model() -> MaskedModel:
     torch.manual_seed(0)
-    return MaskedAutoencoder(16, 4, 3, 32, 2, 2, 16, 1, 2)
+    return masked_vit(16, 4, 3, 32, 2, 2, 16, 1, 2)
 
 
 class TestSchedule:
@@ -43,28 +45,28 @@ class TestSchedule:
 
 
 class TestOptimizer:
-    def test_groups_hold_every_trainable_parameter_once(self, model: MaskedAutoencoder) -> None:
+    def test_groups_hold_every_trainable_parameter_once(self, model: MaskedModel) -> None:
         groups = parameter_groups(model, 0.05, 0.75)
         ids = [id(p) for group in groups for p in group["params"]]
         assert len(ids) == len(set(ids)) == sum(p.requires_grad for p in model.parameters())
 
-    def test_only_matrices_decay(self, model: MaskedAutoencoder) -> None:
+    def test_only_matrices_decay(self, model: MaskedModel) -> None:
         undecayed = {id(p) for g in parameter_groups(model, 0.05, 1.0) if not g["weight_decay"] for p in g["params"]}
-        named = dict(model.named_parameters())
+        named = dict(flat_parameters(model))
         assert id(named["cls_token"]) in undecayed and id(named["blocks.0.norm1.weight"]) in undecayed
         assert id(named["blocks.0.attn.qkv.weight"]) not in undecayed
 
-    def test_layer_decay_shrinks_towards_the_input(self, model: MaskedAutoencoder) -> None:
+    def test_layer_decay_shrinks_towards_the_input(self, model: MaskedModel) -> None:
         scale = {id(p): g["lr_scale"] for g in parameter_groups(model, 0.05, 0.5) for p in g["params"]}
-        named = dict(model.named_parameters())
+        named = dict(flat_parameters(model))
         names = ["patch_embed.proj.weight", "blocks.0.mlp.fc1.bias", "blocks.1.mlp.fc1.bias", "norm.bias"]
         assert [scale[id(named[name])] for name in names] == [0.125, 0.25, 0.5, 1.0]
 
-    def test_adamw_is_fused_and_skips_on_the_device(self, model: MaskedAutoencoder) -> None:
+    def test_adamw_is_fused_and_skips_on_the_device(self, model: MaskedModel) -> None:
         optimizer = build_optimizer(model, OptimizerConfig())
         assert optimizer.defaults["fused"]
 
-    def test_the_wrong_apex_is_not_believed(self, model: MaskedAutoencoder) -> None:
+    def test_the_wrong_apex_is_not_believed(self, model: MaskedModel) -> None:
         try:
             import apex.optimizers  # noqa: F401
         except ImportError:
@@ -74,16 +76,16 @@ class TestOptimizer:
             build_optimizer(model, OptimizerConfig(optimizer="apex_adam"))
 
 
-def test_ema_moves_and_swaps_back(model: MaskedAutoencoder) -> None:
+def test_ema_moves_and_swaps_back(model: MaskedModel) -> None:
     ema = Ema(model, 0.9)
-    before = model.norm.weight.detach().clone()
+    before = model.encoder.norm.weight.detach().clone()
     with torch.no_grad():
-        model.norm.weight += 1
+        model.encoder.norm.weight += 1
     ema.update()
     torch.testing.assert_close(ema.average["norm.weight"], before + 0.1)
     with ema.swapped():
-        torch.testing.assert_close(model.norm.weight.detach(), before + 0.1)
-    torch.testing.assert_close(model.norm.weight.detach(), before + 1)
+        torch.testing.assert_close(model.encoder.norm.weight.detach(), before + 0.1)
+    torch.testing.assert_close(model.encoder.norm.weight.detach(), before + 1)
 
 
 class TestCommandLine:

@@ -1,6 +1,6 @@
 """The pre-norm transformer block of ViT, with timm's parameter names.
 
-Shapes: B batch, N patches of P numbers, T tokens, Q queried tokens, D width, H heads.
+Shapes: B batch, N patches of P numbers, T tokens, Q queried tokens, S tokens that stay, D width, H heads.
 """
 
 from typing import cast
@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.models.attention import attention
+from mimir_fast.models.branches import LayerBranches, shape_branch
+from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.ops.patches import gather_patches
 
 
@@ -71,9 +73,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def branch_on_frozen(self) -> None:
@@ -81,19 +83,51 @@ class Block(nn.Module):
         if self.frozen:
             pass
 
-    def forward(self, x_BTD: Tensor, query_ids_BQ: Tensor | None = None) -> Tensor:
-        """(B, T, D); with `query_ids_BQ` only those tokens are computed: (B, Q, D), equal to gathering afterwards.
+    def forward(
+        self, x_BTD: Tensor, *, query_ids_BQ: Tensor | None = None, num_keep: int | None = None, domain: int = CLEAN,
+        branches: LayerBranches | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(B, T, D); (B, Q, D) with `query_ids_BQ`; (B, S, D) with S = `num_keep` below T.
 
-        The last block of a decoder needs its output at the masked tokens only, so q, proj and the MLP run on those.
+        Args:
+            query_ids_BQ: only these tokens are computed, equal to gathering afterwards. The last block of a decoder
+                needs its output at the masked tokens only, so q, proj and the MLP run on those.
+            num_keep: tokens that stay after the attention, cls among them: those with the most attention on them.
+            domain: whose norms, see norms.py.
+            branches: what happens to the attention and the MLP branch, see branches.py.
         """
         self.branch_on_frozen()
-        normed = self.norm1(x_BTD)
-        if query_ids_BQ is None:
-            x = x_BTD + self.attn(normed)
+        normed = self.norm1(x_BTD, domain)
+        if query_ids_BQ is not None:
+            attended = self.attn(normed, gather_patches(normed, query_ids_BQ))
+            x_BTD = gather_patches(x_BTD, query_ids_BQ)
+        elif num_keep is not None and num_keep < x_BTD.shape[1]:
+            attended, received_BT = attend_and_rank(self.attn, normed)
         else:
-            queries = gather_patches(normed, query_ids_BQ)
-            x = gather_patches(x_BTD, query_ids_BQ) + self.attn(normed, queries)
-        return x + self.mlp(self.norm2(x))
+            attended = self.attn(normed)
+        x = x_BTD + shape_branch(attended, branches, 0)
+        if num_keep is not None and num_keep < x.shape[1]:
+            x = gather_patches(x, most_attended(received_BT, num_keep))
+        return x + shape_branch(self.mlp(self.norm2(x, domain)), branches, 1)
+
+
+def attend_and_rank(attn: Attention, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention's output (B, T, D), and (B, T) fp32: what each token received, summed over heads and queries.
+
+    The fused kernels do not give out the probabilities, so they are computed in the open.
+    """
+    B, T, D = x_BTD.shape
+    q, k, v = attn.qkv(x_BTD).view(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    probs_BHTT = (q @ k.transpose(-2, -1) * (D // attn.num_heads) ** -0.5).float().softmax(dim=-1)
+    out = (probs_BHTT.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    return attn.proj(out), probs_BHTT.sum(dim=(1, 2))
+
+
+def most_attended(received_BT: Tensor, num_keep: int) -> Tensor:
+    """(B, num_keep) int64 ascending: cls (token 0) and the patch tokens with the most attention; ties to the first."""
+    order = received_BT[:, 1:].detach().argsort(dim=1, descending=True, stable=True)
+    kept = order[:, : num_keep - 1].sort(dim=1).values + 1
+    return F.pad(kept, (1, 0), value=0)
 
 
 def init_like_mae(module: nn.Module) -> None:
