@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -138,11 +139,10 @@ class WeightsAndBiases(Logger):
 
     def __init__(self, project: str, folder: Path, config: dict[str, Any]) -> None:
         wandb = import_wandb()
-        # The folder's name is the run's: a resumed run goes on in its own page.
         self._image = wandb.Image
-        self._run = wandb.init(
-            project=project, dir=str(folder), name=folder.name, id=folder.name, resume="allow", config=config
-        )
+        # A function of the folder: a resumed run goes on in its own page.
+        name = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
+        self._run = wandb.init(project=project, dir=str(folder), name=name, id=name, resume="allow", config=config)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._run.log({**values, "step": step}, step=step)

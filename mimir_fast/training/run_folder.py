@@ -153,7 +153,8 @@ class RunFolder:
 
     def diverged(self, step: int, config: dict[str, Any]) -> None:
         """Remember that training blew up, so that a restart does not do the same again for ever."""
-        write_text(self.path / "diverged.json", json.dumps({"step": step, "config": config}, indent=1) + "\n")
+        with suppress(OSError):  # what ended the run is more important than this note of it
+            write_text(self.path / "diverged.json", json.dumps({"step": step, "config": config}, indent=1) + "\n")
 
     def _take(self, wanted: dict[str, Any], resume: bool, overwrite: bool, allow_changes: bool) -> str:
         recorded = self.path / "config.json"
