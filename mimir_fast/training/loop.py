@@ -88,7 +88,8 @@ class Trainer:
         self._position, self.step = self.loader.state_dict(), meta["step"]
         self.guard.skipped, self.guard.in_a_row = meta["skipped"], meta.get("skipped_in_a_row", 0)
         self.losses.first = meta.get("first_loss")
-        self.best_score = float("-inf") if meta["best_score"] is None else meta["best_score"]
+        if meta["best_score"] is not None and (self.folder.checkpoints / "best").exists():
+            self.best_score = meta["best_score"]
         self.checkpoints.saved = self.step
 
     def train(self, stop: StopSignal, watchdog: Watchdog, after_step: Callable[[], None] = lambda: None) -> bool:
@@ -195,7 +196,7 @@ class Trainer:
 
     def _rescue(self, error: Exception) -> None:
         """Save the last whole step, if this process can do so alone: its peers do not know of the error."""
-        if self.world.size == 1 and self._whole and self.step > self.checkpoints.saved >= 0:
+        if self.world.size == 1 and self._whole and self.step not in (0, self.checkpoints.saved):
             self.logger.say(f"{type(error).__name__}: saving step {self.step} before leaving")
             self.checkpoints.save(self.step, *self._state())
             self.checkpoints.settle()

@@ -203,7 +203,8 @@ class RunFolder:
         if self._is_of_this_launch():
             self.notes.append(f"--overwrite: {self.path} was made by this launch ({launch_id()}); going on with it")
             return
-        for path in self.path.iterdir():
+        # config.json says that the folder is ours, so it goes last.
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == "config.json"):
             if path.name != ".lock":
                 remove(path)
 

@@ -74,7 +74,7 @@ def run_session(config: Any, build_task: Callable[[World], Task]) -> Path:
 def _run(config: Any, folder: RunFolder, build_task: Callable[[World], Task], stop: StopSignal) -> None:
     run, world = config.run, folder.world
     if run.wandb:
-        world.on_main(import_wandb)
+        world.on_main(lambda: bool(import_wandb()))
     folder.open(config, resume=run.resume, overwrite=run.overwrite, allow_changes=run.allow_changes)
     watchdog = Watchdog(world, folder.path / "hangs", run.hang_minutes)
     try:
