@@ -20,7 +20,7 @@ from mimir_fast.training.state import training_tensors
 from mimir_fast.training.watchdog import Watchdog
 from mimir_fast.world import World, start_world, stop_world
 
-STEP = 0.25  # seconds of a step that housekeeping is compared with: a fast one
+STEP = 0.1  # seconds of a step that housekeeping is compared with: a fast one
 
 
 def housekeeping(world: World) -> float:
@@ -28,7 +28,7 @@ def housekeeping(world: World) -> float:
     watchdog, agreement = Watchdog(world, None, 15), Agreement(world, 0)
     spent = 0.0
     for step in range(1, 41):
-        time.sleep(STEP / 5)
+        time.sleep(STEP)
         started = time.perf_counter()
         watchdog.beat(step)
         agreement.ask(step, stop=False, save=False)
@@ -67,14 +67,11 @@ def main() -> None:
     world = start_world("cpu")
     seconds = housekeeping(world)
     if world.is_main:
-        print(
-            f"housekeeping {1e6 * seconds:.0f} us a step on {world.size} ranks, {seconds / (STEP / 5):.3%} of {STEP / 5} s"
-        )
+        print(f"housekeeping {1e6 * seconds:.0f} us a step on {world.size} ranks, {seconds / STEP:.3%} of {STEP} s")
     if world.size == 1:
         size, blocked, whole = saving(world, encoder)
-        print(
-            f"save of {encoder}, {size:.2f} GB: blocks {blocked:.3f} s, {blocked / whole:.1%} of {whole:.3f} s until whole"
-        )
+        share = f"{blocked / whole:.1%} of {whole:.3f} s until whole"
+        print(f"save of {encoder}, {size:.2f} GB: blocks {blocked:.3f} s, {share}")
     stop_world()
 
 
