@@ -119,15 +119,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos") as folder:
         zygote = Zygote(Path(folder))
         campaign = Campaign(Path(folder), zygote)
-        stories = list(options.only)
+        stories, known = list(options.only), 0
         while sum(campaign.counts.values()) < options.faults and time.monotonic() - started < 60 * options.minutes:
             if stories and seed % 2:
                 campaign.scenario(name := stories.pop(0), seed)
             else:
                 campaign.chain(seed)
                 name = "chain"
+            print(f"seed {seed} ({name}): {sum(campaign.counts.values())} faults survived", flush=True)
+            for failure in campaign.failures[known:]:
+                print(failure, flush=True)
             known = len(campaign.failures)
-            print(f"seed {seed} ({name}): {sum(campaign.counts.values())} faults, {known} failures", flush=True)
             seed += 1
             if options.write:
                 write(options.write, campaign, f"{options.seed} to {seed - 1}", time.monotonic() - started)

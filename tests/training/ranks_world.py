@@ -1,9 +1,11 @@
-"""Run under torchrun by test_world.py: two ranks agree, fail and save together. Prints one JSON line a rank."""
+"""Run by test_world.py: two ranks agree, fail and save together. Prints one JSON line a rank."""
 
 import json
 import os
+import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -20,8 +22,15 @@ from mimir_fast.training.run_folder import RunFolder
 from mimir_fast.world import start_world, stop_world
 
 found: dict[str, object] = {}
+folder = Path(sys.argv[1])
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+# Both ranks from one interpreter: importing takes longer than all that follows.
+rank = 0 if (second := os.fork()) else 1
+os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+sys.excepthook = lambda *error: (traceback.print_exception(*error), os._exit(1))[0]  # the other one must not wait
 world = start_world("cpu")
-rank, folder = world.rank, Path(sys.argv[1])
 
 
 def failing(on: int) -> int:
@@ -142,3 +151,5 @@ found["bad shards"] = said(lambda: compare(shard_ranks=3))
 sys.stdout.write("RESULT " + json.dumps({"rank": rank, **found}) + "\n")
 sys.stdout.flush()
 stop_world()
+if second:
+    os.waitpid(second, 0)

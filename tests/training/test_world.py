@@ -15,7 +15,7 @@ from mimir_fast.world import refuse_strangers
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     script = Path(__file__).with_name("ranks_world.py")
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    line = [sys.executable, str(script)]
     environment = command_environment()
     environment["PYTHONPATH"] = f"{script.parents[1]}:{environment.get('PYTHONPATH', '')}"
     folder = tmp_path_factory.mktemp("ranks")
