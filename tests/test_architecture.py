@@ -9,16 +9,27 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mimir_fast"
 
 # Room: the rooms (and leaf modules) it may import. `ops` may also use the kernels and the native door.
-LEAVES = {"philox", "versions"}
+LEAVES = {"philox", "versions", "validation", "world"}
 ALLOWED = {
     "ops": {"ops", "_native"},
-    "models": {"models", "ops", "training.checkpoint"},  # reading a run's weights
+    "checkpoints": {"checkpoints"},
+    "models": {"models", "ops", "checkpoints"},  # reading a run's weights
     "attacks": {"attacks", "models", "ops", "losses"},
     "methods": {"methods", "attacks", "models", "ops", "losses", "data.batch"},
     "data": {"data"},
-    "training": {"training", "methods", "attacks", "models", "ops", "data"},
-    "evaluation": {"evaluation", "training", "methods", "attacks", "models", "ops", "data", "losses"},
-    "reproduction": {"reproduction", "recipes", "training", "evaluation", "methods", "attacks", "models", "data"},
+    "training": {"training", "methods", "attacks", "models", "ops", "data", "checkpoints"},
+    "evaluation": {"evaluation", "checkpoints", "training", "methods", "attacks", "models", "ops", "data", "losses"},
+    "reproduction": {
+        "reproduction",
+        "checkpoints",
+        "recipes",
+        "training",
+        "evaluation",
+        "methods",
+        "attacks",
+        "models",
+        "data",
+    },
     "recipes": {"recipes", "training", "methods", "attacks", "models", "data", "evaluation"},
 }
 

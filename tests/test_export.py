@@ -8,12 +8,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.export import ExportConfig, export
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier, load_classifier
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.models.weight_files import WeightsError
 from mimir_fast.ops.patches import patchify
-from mimir_fast.training.checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """An attack leaves no trace: it borrows the model and hands it back as it was.
 
 Gradients go to the input only (`torch.autograd.grad` with one input skips every weight gradient), so the parameters'
-`.grad` and DDP's hooks are never touched. FSDP2 reduces gradients in module hooks: its reduction is switched off
-meanwhile.
+`.grad` and DDP's hooks are never touched. FSDP2 works in module hooks: its reduction is switched off meanwhile, and the
+parameters are gathered once, for all steps of the attack and for the training pass that follows.
 
 A compiled block would compute all its weight gradients and throw them away, a third of the attack's time, so it is
 frozen while the attack runs. That needs the block's help: torch 2.11 compiles for frozen weights but does not guard on
@@ -36,19 +36,39 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
 
     module = unwrap(model)
     sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
-    blocks = [] if sharded else freezable_blocks(module)
+    if sharded:
+        _gather(module, sharded)
+    blocks = freezable_blocks(module)
     frozen = [p for block in blocks for p in block.parameters() if p.requires_grad]
-    syncing = [m._get_fsdp_state()._fsdp_param_group for m in sharded]
-    before = [group.reduce_grads if group is not None else True for group in syncing]
-    for m in sharded:
-        m.set_requires_gradient_sync(False, recurse=False)
     _freeze(blocks, frozen, True)
     try:
         yield module
     finally:
         _freeze(blocks, frozen, False)
-        for m, flag in zip(sharded, before, strict=True):
-            m.set_requires_gradient_sync(flag, recurse=False)
+        if sharded:
+            _give_back(module, sharded)
+
+
+def _gather(root: Any, sharded: list[Any]) -> None:
+    """Whole parameters on every rank, all at once, that stay through backward passes; gradients are not reduced."""
+    root.set_requires_gradient_sync(False)
+    root.set_reshard_after_backward(False)
+    root.set_reshard_after_forward(False)
+    for handle in [m.unshard(async_op=True) for m in sharded]:
+        if handle is not None:
+            handle.wait()
+
+
+def _give_back(root: Any, sharded: list[Any]) -> None:
+    """FSDP's own ways again. In a training step the parameters stay, elsewhere the next reader may want new ones."""
+    training_pass = getattr(root, "training_pass", None)
+    root.set_requires_gradient_sync(training_pass is None or training_pass)
+    root.set_reshard_after_backward(True)
+    root.set_reshard_after_forward(True)
+    root.set_reshard_after_forward(False, recurse=False)  # fully_shard's default for a root
+    if training_pass is None:
+        for m in sharded:
+            m.reshard()
 
 
 def _freeze(blocks: list[Any], parameters: list[nn.Parameter], frozen: bool) -> None:

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
+from mimir_fast.validation import check_number
+
 
 def check_radius(name: str, value: float) -> None:
     """Raises ValueError unless `value` lies in [0, 1], as images do; 8 is taken for 8/255."""
-    if not 0 <= value <= 1:
-        raise ValueError(
-            f"{name}={value:g}, but images live in [0, 1] and {name} with them: wanted 0 <= {name} <= 1. "
-            f"If you meant {value:g} grey levels, type {value:g}/255"
-        )
+    hint = f"images live in [0, 1] and {name} with them"
+    if value > 1:
+        hint += f"; {value:g} looks like {value:g}/255"
+    check_number(name, value, at_least=0, at_most=1, hint=hint)
 
 
 @dataclass
@@ -28,5 +29,4 @@ class LinfThreat:
     def __post_init__(self) -> None:
         check_radius("eps", self.eps)
         check_radius("alpha", self.alpha)
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps={self.num_steps}, wanted 0 or more")
+        check_number("num_steps", self.num_steps, at_least=0)

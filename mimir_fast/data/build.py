@@ -30,6 +30,7 @@ def build_loader(
     world_size: int = 1,
     seed: int = 0,
     accum_iter: int = 1,
+    global_batch: int | None = None,
     shuffle: bool | None = None,
     augment: bool | None = None,
 ) -> Loader:
@@ -41,6 +42,7 @@ def build_loader(
         device: where the batches are wanted.
         seed: of order and augmentation.
         accum_iter: micro-batches of an optimiser step; without effect on an evaluation pass.
+        global_batch: of all ranks and accumulation steps, where they do not divide it; `batch_size` is rounded up then.
         shuffle: an endless shuffled stream (True) or one pass in order (False); the default is True for "train".
         augment: crop and mirror as configured; the default is True for "train".
     Raises:
@@ -55,7 +57,8 @@ def build_loader(
         generated = open_npz(config.generated, source.num_classes)
         order = MixedOrder(len(source), len(generated), config.generated_ratio, seed)
         source = MixedSource(source, generated)
-    plan = BatchPlan(batch_size, rank, world_size, accum_iter if shuffle else 1, stop=None if shuffle else len(source))
+    total, stop = (global_batch, None) if shuffle else (None, len(source))
+    plan = BatchPlan(batch_size, rank, world_size, accum_iter if shuffle else 1, stop=stop, total=total)
 
     kind = choose_loader(source, config, device, augment)
     _check_size(source, config, kind)

@@ -6,6 +6,8 @@ Plain Python on purpose: importing it loads neither numpy nor an image library.
 from dataclasses import dataclass
 from typing import Literal
 
+from mimir_fast.validation import check_finite
+
 LOADERS = ("auto", "resident", "torch", "dali")
 AUGMENTATIONS = ("pad_crop", "resized_crop", "none")
 
@@ -50,6 +52,7 @@ class DataConfig:
     """part of the JPEG files DALI gives to the GPU's hardware decoder, the rest go to its CUDA decoder"""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
         if self.channels not in (1, 3):

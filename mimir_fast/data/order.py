@@ -134,6 +134,8 @@ class BatchPlan:
         accum_iter: micro-batches a rank takes for one optimiser step.
         stop: stream position of the end; None is an endless stream. The last global batch of a finite one is dealt out
             evenly, so ranks differ by at most one sample.
+        total: the global batch where its parts are not all as large (2048 over 7 ranks): they differ by one sample,
+            and `batch_size` is the larger of them. None: all are `batch_size`.
     """
 
     batch_size: int
@@ -141,6 +143,7 @@ class BatchPlan:
     world_size: int = 1
     accum_iter: int = 1
     stop: int | None = None
+    total: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "world_size", "accum_iter"):
@@ -152,7 +155,7 @@ class BatchPlan:
     @property
     def global_batch(self) -> int:
         """Samples of one optimiser step over all ranks."""
-        return self.batch_size * self.world_size * self.accum_iter
+        return self.total or self.batch_size * self.world_size * self.accum_iter
 
     def span(self, cursor: Cursor) -> tuple[int, int]:
         """Stream positions [start, stop) of this rank's next micro-batch; empty at a short end."""

@@ -25,6 +25,7 @@ from mimir_fast.methods.pgd import Pgd
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
+from mimir_fast.validation import check_finite
 
 
 @dataclass
@@ -39,6 +40,7 @@ class ArdPrmConfig:
     """PRM."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.warmup_epochs < 0:
             raise ValueError(f"ard_prm warmup_epochs={self.warmup_epochs}, wanted 0 or more; the paper uses 10")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from mimir_fast.methods.mixing import warmup
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream, normal
+from mimir_fast.validation import check_finite
 
 _MAX_LEVEL = 10.0
 _FILL = 128.0  # grey, for what a geometric operation brings in from outside
@@ -38,6 +39,7 @@ class RandAugmentConfig:
     """The strength rises linearly from 1 to `magnitude` over so many epochs; 10 in the recipes."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.num_ops < 0:
             raise ValueError(f"randaugment num_ops={self.num_ops}, wanted 0 (off) or more; the recipes use 2")
         if not 0 <= self.magnitude <= _MAX_LEVEL:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.losses import MutualInformationPenalty
+from mimir_fast.validation import check_finite
 
 
 @dataclass
@@ -37,6 +38,7 @@ class MutualInformationConfig:
     """Estimate on each rank's batch (authors' code), or on the global batch across ranks."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.weight < 0:
             raise ValueError(f"MI weight {self.weight}, wanted λ >= 0")
         if self.sigma <= 0 or self.alpha <= 0:

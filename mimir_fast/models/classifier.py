@@ -25,6 +25,7 @@ from mimir_fast.models.normalization import NORMALIZATIONS, NormalizationName
 from mimir_fast.models.norms import LayerNorm
 from mimir_fast.models.weight_files import WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops.patches import patchify
+from mimir_fast.validation import check_number
 
 
 @dataclass
@@ -54,6 +55,7 @@ class ClassifierConfig:
         return Architecture(self.family, self.encoder, image_size, self.patch_size, channels)
 
     def __post_init__(self) -> None:
+        check_number("patch_size", self.patch_size, at_least=1)
         check_size(find_family(self.family), self.encoder)
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path}, wanted 0 <= drop_path < 1, such as 0.1")

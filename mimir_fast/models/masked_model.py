@@ -19,6 +19,7 @@ from mimir_fast.models.families import Architecture, build_encoder, check_size, 
 from mimir_fast.models.flat_names import FlatNames
 from mimir_fast.models.norms import CLEAN
 from mimir_fast.ops.patches import gather_patches
+from mimir_fast.validation import check_number
 
 DecoderName = Literal["light", "mae", "linear"]
 Positions = Literal["true", "official"]
@@ -46,6 +47,7 @@ class ModelConfig:
     """Keep norm layers and cls token twice, for clean and for adversarial images; method aemim switches it on."""
 
     def __post_init__(self) -> None:
+        check_number("patch_size", self.patch_size, at_least=1)
         check_size(find_family(self.family), self.encoder)
         if self.decoder not in (*DECODERS, "linear"):
             raise ValueError(f"decoder={self.decoder!r}, wanted one of {', '.join((*DECODERS, 'linear'))}")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mimir_fast.models.checkpoint_files import (
+from mimir_fast.checkpoints.reading import (
     WeightsError,
     read_meta,
     read_tensors,

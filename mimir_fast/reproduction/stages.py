@@ -9,15 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mimir_fast.checkpoints.reading import checkpoints_of, read_meta
 from mimir_fast.data import DataConfig, build_source
 from mimir_fast.evaluation.accuracy import Count, measure
 from mimir_fast.evaluation.autoattack import run_autoattack
 from mimir_fast.evaluation.images import choose_indices, load_images
 from mimir_fast.evaluation.job import weights_digest
 from mimir_fast.evaluation.named_attacks import make_fgsm, make_pgd, natural
-from mimir_fast.models.checkpoint_files import read_meta
 from mimir_fast.models.classifier import load_classifier
-from mimir_fast.training.checkpoint import checkpoints_of
 from mimir_fast.training.distributed import start_world
 from mimir_fast.training.finetuning import FinetuneConfig, finetune
 from mimir_fast.training.pretraining import PretrainConfig, pretrain

@@ -4,13 +4,17 @@ Floats may be typed as fractions (`--attack.eps 8/255`).
 """
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
+from torch.distributed.elastic.multiprocessing.errors import record
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from mimir_fast.data.loaders.skip import TooManyBadFilesError
 from mimir_fast.training.health import TrainingDiverged
+from mimir_fast.world import FailedElsewhere, leave_at_once
 
 T = TypeVar("T")
 
@@ -22,6 +26,8 @@ def parse_float(text: str) -> float:
         ValueError: it is neither.
     """
     numerator, slash, denominator = text.partition("/")
+    if slash and float(denominator) == 0:
+        raise ValueError(f"{text} divides by zero")
     return float(numerator) / float(denominator) if slash else float(text)
 
 
@@ -65,9 +71,12 @@ def peek(args: Sequence[str], flag: str) -> str | None:
 def exit_on_error(main: Callable[[], None]) -> None:
     """Run `main`; an expected error (bad value, missing file or package) is one line on stderr and exit code 2."""
     try:
-        main()
-    except (ValueError, ImportError, OSError, TrainingDiverged) as error:
+        record(main)()  # torchrun shows the first failure of all ranks
+    except (ValueError, ImportError, OSError, TrainingDiverged, FailedElsewhere, TooManyBadFilesError) as error:
         if sys.flags.dev_mode:  # python -X dev: the whole traceback
             raise
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        leave_at_once(2)
+    except Exception:
+        traceback.print_exc()
+        leave_at_once(1)

@@ -1,5 +1,8 @@
 """Exponential moving average of the weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +28,17 @@ class Ema:
         """The averages by parameter name."""
         return self.average
 
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The averages in the weights' place meanwhile, whatever happens."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
     @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange weights and averages in place; call again to undo."""
+    def _swap(self) -> None:
         for name, parameter in self.parameters.items():
             kept = parameter.detach().clone()
             parameter.copy_(self.average[name])

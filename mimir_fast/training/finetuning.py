@@ -9,6 +9,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from mimir_fast.checkpoints.reading import checkpoints_of
 from mimir_fast.data import Batch, DataConfig, build_loader, build_source
 from mimir_fast.data.loaders import Loader
 from mimir_fast.methods.classification import ClassificationConfig
@@ -18,7 +19,6 @@ from mimir_fast.models.classifier import ClassifierConfig, build_classifier
 from mimir_fast.models.families import check_method, find_family
 from mimir_fast.models.loading import LoadReport, initialize
 from mimir_fast.models.weight_files import WeightsChoice
-from mimir_fast.training.checkpoint import checkpoints_of
 from mimir_fast.training.distributed import World
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig

@@ -1,11 +1,13 @@
-"""Keeping a run alive: non-finite steps and signals.
+"""Keeping a run alive: non-finite steps, exploding losses and signals.
 
 A NaN or Inf makes the step a no-op on the device itself (fused AdamW takes a `found_inf` flag), so the host need not
 wait for it; the flag is read when the next step has been queued. The batch that did it is saved for study, and after
 `max_bad_steps` in a row the run stops with advice.
 """
 
+import math
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +16,9 @@ import torch
 from torch import Tensor
 
 from mimir_fast.data.batch import Batch
+from mimir_fast.world import leave_at_once
+
+MAX_SAVED_BATCHES = 20  # of a rank: enough to study, and a bad week does not fill the disk
 
 
 class TrainingDiverged(RuntimeError):
@@ -70,36 +75,77 @@ class StepGuard:
             raise TrainingDiverged(
                 f"loss or gradient was NaN or Inf in {self.in_a_row} steps in a row, last in step {step}. The weights "
                 "are those before them. The MIMIR authors' advice is a tenth of the learning rate: resume with "
-                f"--blr (or --lr) divided by 10 and --allow_changes. The last batch is in {saved}"
+                f"--blr (or --lr) divided by 10 and --allow_changes. The last batch: {saved}"
             )
 
-    def _save(self, step: int, batches: list[Batch]) -> Path:
+    def _save(self, step: int, batches: list[Batch]) -> str:
+        """Where the batch is; a disk that takes no more must not end what a skipped step did not."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         path = self.folder / f"step-{step:08d}-rank{rank}.safetensors"
         tensors = {}
         for index, batch in enumerate(batches):
             for name in ("images", "labels", "samples", "epochs"):
                 tensors[f"{index}/{name}"] = getattr(batch, name).cpu().contiguous()
-        save_file(tensors, path)
-        return path
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if len(list(self.folder.glob(f"*-rank{rank}.safetensors"))) >= MAX_SAVED_BATCHES:
+                return f"not saved: {self.folder} has {MAX_SAVED_BATCHES} already"
+            save_file(tensors, path)
+        except (OSError, SafetensorError) as error:
+            return f"not saved ({error})"
+        return str(path)
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag the loop looks at between steps; a second SIGINT is immediate."""
+    """Turns SIGTERM, SIGINT, SIGHUP and SIGUSR1 into a flag the loop looks at; a second SIGINT is immediate.
+
+    Before `training` is set there is nothing to save, so the process leaves at once, with 0 like after saving.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        self.training = False
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        self._before = {s: signal.signal(s, self._handle) for s in numbers}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT":
+        if number == signal.SIGINT and (self.received == "SIGINT" or not self.training):
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        if not self.training:
+            print(f"{self.received} during the start: nothing to save yet, leaving", file=sys.stderr, flush=True)
+            leave_at_once(0)
 
     def restore(self) -> None:
         """Give the signals back to their former handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+class LossWatch:
+    """Tells a checkpoint of a healthy run from one whose weights have exploded while everything was still finite.
+
+    Such a loss is worse than that of the untrained model, which the first readings give.
+    """
+
+    FACTOR = 2.0
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.last: float | None = None
+
+    def note(self, loss: float) -> None:
+        """A mean over the last steps and all ranks."""
+        self.last = loss
+        if self.first is None and math.isfinite(loss):
+            self.first = abs(loss)
+
+    @property
+    def healthy(self) -> bool:
+        """False when the last reading is more than twice the first one's size."""
+        if self.first is None or self.last is None:
+            return self.last is None
+        return math.isfinite(self.last) and self.last <= self.FACTOR * self.first

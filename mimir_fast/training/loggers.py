@@ -1,13 +1,18 @@
-"""Where a run's numbers and pictures go: terminal, metrics.jsonl, TensorBoard. All share a no-op base."""
+"""Where a run's numbers and pictures go: terminal, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import json
 import math
+import os
 import sys
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mimir_fast.checkpoints.durable import write_text
 
 
 class Logger:
@@ -27,26 +32,54 @@ class Logger:
 
 
 class Loggers(Logger):
-    """Several loggers as one."""
+    """Several loggers as one. One that fails is switched off with a single warning: no log is worth a run.
 
-    def __init__(self, loggers: Sequence[Logger]) -> None:
-        self.loggers = loggers
+    Args:
+        builders: name → what makes it; a logger that cannot be made is missing, with the same warning.
+    """
+
+    def __init__(self, builders: dict[str, Callable[[], Logger]]) -> None:
+        self.loggers: list[Logger] = []
+        for name, build in builders.items():
+            try:
+                self.loggers.append(build())
+            except (OSError, ImportError) as error:
+                self._warn(name, error)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        for logger in self.loggers:
-            logger.scalars(step, values)
+        self._each(lambda logger: logger.scalars(step, values))
 
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-        for logger in self.loggers:
-            logger.picture(step, name, image_HWC)
+        self._each(lambda logger: logger.picture(step, name, image_HWC))
 
     def say(self, text: str) -> None:
-        for logger in self.loggers:
-            logger.say(text)
+        self._each(lambda logger: logger.say(text))
 
     def close(self) -> None:
-        for logger in self.loggers:
-            logger.close()
+        self._each(lambda logger: logger.close())
+
+    def _each(self, call: Callable[[Logger], None]) -> None:
+        for logger in list(self.loggers):
+            try:
+                call(logger)
+            except Exception as error:  # third parties' writers raise what they like
+                self.loggers.remove(logger)
+                self._warn(type(logger).__name__, error)
+
+    def _warn(self, name: str, error: Exception) -> None:
+        if isinstance(error, BrokenPipeError):
+            _close_stdout()  # `| head -1` had enough: nobody reads what is printed from here on
+        text = f"WARNING: {name} failed and is switched off ({type(error).__name__}: {error}); training goes on"
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+        self.say(text)
+
+
+def _close_stdout() -> None:
+    """Let Python's own flush at the end have somewhere to go."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 class JsonLines(Logger):
@@ -54,7 +87,7 @@ class JsonLines(Logger):
 
     def __init__(self, path: Path, first_step: int) -> None:
         kept = [line for line in read_lines(path) if line["step"] < first_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -95,6 +128,43 @@ class TensorBoard(Logger):
 
     def close(self) -> None:
         self._writer.close()
+
+
+class WeightsAndBiases(Logger):
+    """Scalars and pictures for wandb.ai, or wherever WANDB_MODE and WANDB_BASE_URL send them.
+
+    Raises:
+        ImportError: wandb is not installed.
+    """
+
+    def __init__(self, project: str, folder: Path, config: dict[str, Any]) -> None:
+        wandb = import_wandb()
+        self._image = wandb.Image
+        # A function of the folder: a resumed run goes on in its own page.
+        name = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
+        self._run = wandb.init(project=project, dir=str(folder), name=name, id=name, resume="allow", config=config)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self._run.log({**values, "step": step}, step=step)
+
+    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        self._run.log({name: self._image(image_HWC)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def import_wandb() -> Any:
+    """The module.
+
+    Raises:
+        ImportError: naming the command that installs it.
+    """
+    try:
+        import wandb  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise ImportError("--wandb needs Weights & Biases: pip install 'mimir-fast[wandb]', or leave it out") from error
+    return wandb
 
 
 class Pictures(Logger):

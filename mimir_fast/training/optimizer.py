@@ -12,6 +12,7 @@ from torch import nn
 
 from mimir_fast.models.flat_names import flat_parameters
 from mimir_fast.training.schedule import cosine_schedule, stepped_schedule
+from mimir_fast.validation import check_choice, check_finite, check_number
 
 
 @dataclass
@@ -39,12 +40,19 @@ class OptimizerConfig:
     """Of SGD."""
 
     def __post_init__(self) -> None:
-        if self.blr <= 0 or (self.lr is not None and self.lr <= 0):
-            raise ValueError(f"blr={self.blr}, lr={self.lr}: wanted positive learning rates")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay}, wanted 0 < layer_decay <= 1")
-        if not all(0 < part < 1 for part in self.lr_drops):
-            raise ValueError(f"lr_drops={self.lr_drops}, wanted parts of the run between 0 and 1, such as 0.875")
+        check_finite(self)
+        check_choice("optimizer", self.optimizer, ("adamw", "sgd", "apex_adam", "apex_lamb"))
+        check_number("blr", self.blr, above=0)
+        if self.lr is not None:
+            check_number("lr", self.lr, above=0, hint="leave it out to use blr")
+        for name, value in (("min_lr", self.min_lr), ("weight_decay", self.weight_decay)):
+            check_number(name, value, at_least=0)
+        for beta in self.betas:
+            check_number("betas", beta, at_least=0, below=1)
+        check_number("layer_decay", self.layer_decay, above=0, at_most=1, hint="1 is none")
+        check_number("momentum", self.momentum, at_least=0, below=1)
+        for part in self.lr_drops:
+            check_number("lr_drops", part, above=0, below=1, hint="parts of the run, such as 0.875")
 
     def peak_lr(self, batch_size: int) -> float:
         """The learning rate after warm-up for a global batch."""

@@ -6,17 +6,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from mimir_fast.checkpoints.reading import read_meta
 from mimir_fast.data import DataConfig, build_loader
-from mimir_fast.data.order import micro_batch_size
 from mimir_fast.models.attention import attention_backend
-from mimir_fast.training.distributed import World, agree, start_world, stop_world
-from mimir_fast.training.loggers import JsonLines, Logger, Loggers, Pictures, TensorBoard, Terminal
-from mimir_fast.training.loop import RunConfig, Trainer
+from mimir_fast.training.health import StopSignal
+from mimir_fast.training.loggers import (
+    JsonLines,
+    Logger,
+    Loggers,
+    Pictures,
+    TensorBoard,
+    Terminal,
+    WeightsAndBiases,
+    import_wandb,
+)
+from mimir_fast.training.loop import Trainer
 from mimir_fast.training.optimizer import OptimizerConfig
 from mimir_fast.training.pictures import save_curves
-from mimir_fast.training.run_folder import open_run
+from mimir_fast.training.precision import choose_precision
+from mimir_fast.training.profiling import profiled
+from mimir_fast.training.rehearsal import rehearse
+from mimir_fast.training.run_config import RunConfig
+from mimir_fast.training.run_folder import RunFolder, flatten
 from mimir_fast.training.task import Task
+from mimir_fast.training.watchdog import Watchdog
 from mimir_fast.versions import python_command
+from mimir_fast.world import World, start_world, stop_world
 
 
 class SessionConfig(Protocol):
@@ -39,78 +54,142 @@ def run_session(config: Any, build_task: Callable[[World], Task]) -> Path:
         config: a dataclass that is a SessionConfig; written into the folder and the checkpoints.
         build_task: makes the task, with its model, on each process.
     """
-    world = start_world(config.run.device)
+    stop = StopSignal()
+    folder: RunFolder | None = None
     try:
-        return _run(config, world, build_task)
+        world = start_world(config.run.device)
+        folder = RunFolder(config.folder, world)
+        if config.run.dry_run:
+            rehearse(build_trainer(config, folder, build_task, None), stop)
+        else:
+            _run(config, folder, build_task, stop)
+        stop_world()  # not after a failure: others may be waiting in a collective for this process
     finally:
-        stop_world()
+        stop.restore()
+        if folder is not None:
+            folder.close()
+    return config.folder
 
 
-def _run(config: Any, world: World, build_task: Callable[[World], Task]) -> Path:
-    run, folder = config.run, config.folder
-    micro = micro_batch_size(run.batch_size, world.size, run.accum_iter)
-    problem = None
-    if world.is_main:
+def _run(config: Any, folder: RunFolder, build_task: Callable[[World], Task], stop: StopSignal) -> None:
+    run, world = config.run, folder.world
+    if run.wandb:
+        world.on_main(lambda: bool(import_wandb()))
+    folder.open(config, resume=run.resume, overwrite=run.overwrite, allow_changes=run.allow_changes)
+    watchdog = Watchdog(world, folder.path / "hangs", run.hang_minutes)
+    try:
+        checkpoint = folder.choose()
+        trainer = build_trainer(config, folder, build_task, checkpoint)
+        trainer.logger = trainer.checkpoints.logger = logger = build_logger(config, folder, trainer)
+        for note in folder.notes:
+            logger.say(note)
+        logger.say(f"{trainer.task.describe(trainer.loader.num_samples)}\n{surroundings(config, trainer)}")
+        if checkpoint is not None:
+            logger.say(resumed(trainer, read_meta(checkpoint)))
+        stop.training = True
         try:
-            open_run(folder, config, resume=run.resume, overwrite=run.overwrite, allow_changes=run.allow_changes)
-        except FileExistsError as error:
-            problem = error
-    if agree(problem is not None):  # all ranks leave together, one says why
-        raise problem or FileExistsError(f"{folder} cannot be used; rank 0 says why")
-    loader = build_loader(
-        config.data, split="train", batch_size=micro, device=world.device, rank=world.rank, world_size=world.size,
-        seed=run.seed, accum_iter=run.accum_iter,
-    )  # fmt: skip
-    task = build_task(world)
-    trainer = Trainer(task, loader, run, config.optim, json.loads(json.dumps(asdict(config))), folder, world, Logger())
-    resumed = trainer.resume()
-    trainer.logger = logger = build_logger(folder, world, trainer.total_steps, trainer.step)
-    try:
-        logger.say(f"{task.describe(loader.num_samples)}\n{surroundings(config, world, trainer)}")
-        if resumed:
-            logger.say(f"resumed at step {trainer.step} of {trainer.total_steps}")
-        finished = trainer.train()
+            with profiled(run.profile, folder.path / "profile", world) as after_step:
+                finished = trainer.train(stop, watchdog, after_step)
+            if world.is_main:
+                logger.say(closing_words(trainer, finished))
+        finally:
+            logger.close()
+            trainer.loader.close()
+            trainer.checkpoints.close()
     finally:
-        logger.close()
-        loader.close()
-    if world.is_main:
-        print(closing_words(folder, task, trainer, finished), flush=True)
-    return folder
+        watchdog.close()
 
 
-def build_logger(folder: Path, world: World, total_steps: int, first_step: int) -> Logger:
-    """Terminal, metrics.jsonl, TensorBoard and PNG files on the main rank."""
-    if not world.is_main:
+def build_trainer(
+    config: Any, folder: RunFolder, build_task: Callable[[World], Task], checkpoint: Path | None
+) -> Trainer:
+    """The trainer with its data and model, as `checkpoint` left them if there is one. Collective.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
+    run, world = config.run, folder.world
+    meta = {} if checkpoint is None else read_meta(checkpoint)
+    accum = run.accumulation(world.size, meta if "micro_batch" in meta else None)
+    micro, rest = divmod(run.batch_size, world.size * accum)
+    if rest and flatten(config).get("objective.mi.scope") == "global":
+        raise ValueError(
+            f"mi.scope=global needs ranks with as many images each, but {run.batch_size} do not divide over "
+            f"{world.size} ranks x {accum} accumulation steps: change --batch_size or --accum_iter, or --mi.scope rank"
+        )
+    recorded = None if checkpoint is None else meta.get("precision", "bf16" if world.device.type == "cuda" else "fp32")
+    parity = getattr(config, "preset", "") == "official"
+    precision = world.on_main(lambda: choose_precision(run.precision, world.device, parity=parity, recorded=recorded))
+    loader = build_loader(
+        config.data, split="train", batch_size=micro + bool(rest), device=world.device, rank=world.rank,
+        world_size=world.size, seed=run.seed, accum_iter=accum, global_batch=run.batch_size,
+    )  # fmt: skip
+    plain = json.loads(json.dumps(asdict(config)))
+    trainer = Trainer(
+        build_task(world), loader, run, config.optim, plain, folder, world, Logger(), precision=precision,
+        accum_iter=accum,
+    )  # fmt: skip
+    if checkpoint is not None:
+        trainer.restore(checkpoint, meta)
+    return trainer
+
+
+def build_logger(config: Any, folder: RunFolder, trainer: Trainer) -> Logger:
+    """Terminal, metrics.jsonl, TensorBoard and PNG files on the main rank, and what else is asked for."""
+    if not folder.world.is_main:
         return Logger()
-    return Loggers(
-        [
-            Terminal(total_steps, first_step),
-            JsonLines(folder / "metrics.jsonl", first_step),
-            TensorBoard(folder / "tensorboard", first_step),
-            Pictures(folder / "pictures"),
-        ]
-    )
+    path, first = folder.path, trainer.step
+    builders: dict[str, Callable[[], Logger]] = {
+        "the terminal": lambda: Terminal(trainer.total_steps, first),
+        "metrics.jsonl": lambda: JsonLines(path / "metrics.jsonl", first),
+        "TensorBoard": lambda: TensorBoard(path / "tensorboard", first),
+        "pictures": lambda: Pictures(path / "pictures"),
+    }
+    if config.run.wandb:
+        builders["Weights & Biases"] = lambda: WeightsAndBiases(config.run.wandb, path, trainer.config)
+    return Loggers(builders)
 
 
-def surroundings(config: SessionConfig, world: World, trainer: Trainer) -> str:
+def surroundings(config: SessionConfig, trainer: Trainer) -> str:
     """On what it runs, through which backends."""
+    world, precision = trainer.world, trainer.precision
     millions = sum(p.numel() for p in trainer.task.model.parameters() if p.requires_grad) / 1e6
+    accumulated = f" (each accumulates {trainer.accum_iter} micro-batches)" if trainer.accum_iter > 1 else ""
     return (
-        f"{millions:.1f} M parameters, {world.size} x {world.device}, {'bf16' if trainer.bf16 else 'fp32'}, "
-        f"attention: {attention_backend(world.device)}, batch {config.run.batch_size}, "
+        f"{millions:.1f} M parameters, {world.size} x {world.device}, {precision.name} ({precision.reason}), "
+        f"attention: {attention_backend(world.device)}, batch {config.run.batch_size}{accumulated}, "
         f"{trainer.total_steps} steps -> {config.folder}"
     )
 
 
-def closing_words(folder: Path, task: Task, trainer: Trainer, finished: bool) -> str:
+def resumed(trainer: Trainer, meta: dict[str, Any]) -> str:
+    """Where it goes on, and what is not as it was."""
+    text = f"resumed at step {trainer.step} of {trainer.total_steps}"
+    before, size = meta["world_size"], trainer.world.size
+    old, new = meta.get("micro_batch"), trainer.micro_batch
+    if before != size:
+        text += f"; {size} ranks now, {before} before"
+    if old is not None and old != new:
+        text += (
+            f"\nNOTE: micro-batches of {new} images, before of {old}: the mean over the batch is the same, but what is "
+            f"estimated on a micro-batch (mi.scope=rank) sees others; --micro_batch {old} keeps it where ranks allow"
+        )
+    return text
+
+
+def closing_words(trainer: Trainer, finished: bool) -> str:
     """Where everything is and what to type next."""
+    folder, task = trainer.folder.path, trainer.task
     if not finished:
         return f"stopped at step {trainer.step} of {trainer.total_steps}; the same command goes on from there"
     lines = [f"done: {trainer.total_steps} steps", f"  checkpoint  {folder}/checkpoints/step-{trainer.step:08d}"]
     if (folder / "checkpoints" / "best").is_dir():
         lines.append(f"  best        {folder}/checkpoints/best (score {trainer.best_score:.4f})")
-    if save_curves(folder / "metrics.jsonl", folder / "curves.png", task.curves):
-        lines.append(f"  curves      {folder}/curves.png")
+    try:
+        if save_curves(folder / "metrics.jsonl", folder / "curves.png", task.curves):
+            lines.append(f"  curves      {folder}/curves.png")
+    except OSError as error:
+        lines.append(f"  no curves   {error}")
     pictures = sorted((folder / "pictures").glob("*.png"), key=lambda path: path.stat().st_mtime)
     if pictures:
         lines.append(f"  picture     {pictures[-1]}")
@@ -118,4 +197,7 @@ def closing_words(folder: Path, task: Task, trainer: Trainer, finished: bool) ->
         lines.append(
             f"  {trainer.guard.skipped} non-finite steps were skipped; their batches are in {folder}/bad_batches"
         )
+    if trainer.skipped_files:
+        example = next(iter(trainer.loader.skipped), "see the ranks' warnings")
+        lines.append(f"  {trainer.skipped_files} unreadable files were passed over, such as {example}")
     return "\n".join([*lines, f"next: {python_command()} -m {task.next_command(folder)}"])

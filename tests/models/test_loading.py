@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from small_models import masked_vit
 
+from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.models.classifier import Classifier, ClassifierConfig, build_classifier, load_classifier
 from mimir_fast.models.flat_names import flat_parameters
 from mimir_fast.models.loading import initialize, resize_positions
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.weight_files import WeightsError, read_weights
-from mimir_fast.training.checkpoint import save_checkpoint
 
 
 def autoencoder(**options: Any) -> MaskedModel:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from commands import Command
 
+from mimir_fast.checkpoints.reading import checkpoints_of, read_meta, read_tensors
+from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.data.sources import ArraySource
 from mimir_fast.finetune import config_from
 from mimir_fast.methods.probe import ProbeResult
@@ -17,7 +19,6 @@ from mimir_fast.models.classifier import load_classifier
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.models.weight_files import WeightsError
 from mimir_fast.training import finetuning
-from mimir_fast.training.checkpoint import checkpoints_of, read_meta, read_tensors, save_checkpoint
 from mimir_fast.training.finetuning import FinetuneConfig, build_method, finetune
 
 STEPS = 6
@@ -27,7 +28,7 @@ SMALL = [
     "--batch_size", "16", "--max_steps", str(STEPS), "--log_every", "1", "--save_every", "2", "--attack.num_steps", "1",
     "--attack.eps", "24/255", "--randaugment.num_ops", "2", "--mixing.mixup", "0.8", "--mixing.cutmix", "1",
     "--label_smoothing", "0.1", "--ema_decay", "0.9", "--probe.num_images", "16", "--probe.num_steps", "1",
-    "--device", "cpu",
+    "--device", "cpu", "--precision", "fp32",
 ]  # fmt: skip
 Lines = list[dict[str, float]]
 

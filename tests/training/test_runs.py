@@ -12,13 +12,14 @@ import pytest
 import torch
 from commands import Command, command_environment, command_line
 
-from mimir_fast.training.checkpoint import checkpoints_of, read_meta, read_tensors
+from mimir_fast.checkpoints.reading import checkpoints_of, read_meta, read_tensors
 
 STEPS = 6
 # 64 real digits in batches of 16: four steps an epoch, so batches, epochs and checkpoints do not coincide.
 SMALL = [
     "--recipe", "digits/mimir_vit_tiny", "--data.limit", "64", "--batch_size", "16", "--max_steps", str(STEPS),
     "--save_every", "2", "--log_every", "1", "--ema_decay", "0.9", "--mi.weight", "0.1", "--mi.scope", "global",
+    "--precision", "fp32",
 ]  # fmt: skip
 
 

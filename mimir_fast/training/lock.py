@@ -1,0 +1,81 @@
+"""One start at a time in a run folder.
+
+A POSIX record lock on `.lock`: the kernel (or the NFS server) lets go of it when the process ends, however it ends, and
+forked data workers do not inherit it. The file says who holds it.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from mimir_fast.training.launch import launch_id
+
+
+class FolderInUse(OSError):
+    """Another process works in the folder."""
+
+
+class Lock:
+    """Held from `acquire` to `release` or the end of the process.
+
+    Args:
+        path: the lock file; made if need be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+        self.warning: str | None = None
+        """What the person watching should know, once it is held."""
+
+    def acquire(self, patience: float = 60.0) -> None:
+        """Take the lock. A former process of the same launch that is still ending is waited for, `patience` seconds.
+
+        Raises:
+            FolderInUse: another process holds it; says which.
+        """
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        deadline = time.monotonic() + patience
+        while not self._try(descriptor):
+            holder = _read(descriptor)
+            ours = holder.get("launch") is not None and holder.get("launch") == launch_id()
+            if not ours or time.monotonic() > deadline:
+                os.close(descriptor)
+                raise FolderInUse(
+                    f"{self.path.parent} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}, "
+                    f"started {holder.get('started', '?')}: wait for it, stop it, or choose another --output_dir"
+                )
+            time.sleep(0.2)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started, "launch": launch_id()})
+        os.pwrite(descriptor, text.encode().ljust(512), 0)
+        self._file = descriptor
+
+    def release(self) -> None:
+        """Let go; nothing happens when it is not held."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _try(self, descriptor: int) -> bool:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            # Lustre without -o flock and some FUSE mounts: better a run without a lock than none.
+            self.warning = f"{self.path.parent} is on a file system without locks ({error}): start only one run in it"
+        return True
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    try:
+        found = json.loads(os.pread(descriptor, 512, 0))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,45 @@
+"""Checking numbers where configurations are defined: one wording, and NaN and infinity are never let through."""
+
+import math
+from dataclasses import fields
+from typing import Any
+
+
+def check_number(
+    name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf,
+    below: float = math.inf, hint: str = "",
+) -> None:  # fmt: skip
+    """Refuse a number outside of a range.
+
+    Raises:
+        ValueError: it is outside, or no finite number.
+    """
+    if math.isfinite(value) and at_least <= value <= at_most and above < value < below:
+        return
+    low = f"at least {at_least:g}" if above == -math.inf else f"more than {above:g}"
+    high = f"at most {at_most:g}" if below == math.inf else f"less than {below:g}"
+    wanted = [text for text in (low, high) if not text.endswith("inf")] or ["a finite number"]
+    raise ValueError(f"{name}={value:g}, wanted {' and '.join(wanted)}{f' ({hint})' if hint else ''}")
+
+
+def check_finite(config: Any) -> None:
+    """Refuse NaN and infinity in any field of a dataclass, also within tuples.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{field.name}={number}, wanted a finite number")
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Refuse what is not among the choices; typos in Python code come here, those of command lines end earlier.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}, wanted one of {', '.join(map(str, choices))}")

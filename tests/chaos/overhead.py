@@ -1,0 +1,79 @@
+"""What all this costs a step: the housekeeping after it, and a save beside training against one that is waited for.
+
+python tests/chaos/overhead.py [--encoder base] [--ranks 2]
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from mimir_fast.checkpoints.saving import Saver
+from mimir_fast.models.masked_model import ModelConfig, build_masked_model
+from mimir_fast.training.agreement import Agreement
+from mimir_fast.training.ema import Ema
+from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
+from mimir_fast.training.state import training_tensors
+from mimir_fast.training.watchdog import Watchdog
+from mimir_fast.world import World, start_world, stop_world
+
+STEP = 0.1  # seconds of a step that housekeeping is compared with: a fast one
+
+
+def housekeeping(world: World) -> float:
+    """Seconds after each step, with the all-reduce of those steps that have one spread over all."""
+    watchdog, agreement = Watchdog(world, None, 15), Agreement(world, 0)
+    spent = 0.0
+    for step in range(1, 41):
+        time.sleep(STEP)
+        started = time.perf_counter()
+        watchdog.beat(step)
+        agreement.ask(step, stop=False, save=False)
+        spent += time.perf_counter() - started
+    watchdog.close()
+    return spent / 40
+
+
+def saving(world: World, encoder: str) -> tuple[float, float, float]:
+    """GB of a training state with moving average, seconds a save blocks, seconds until it is on the disk."""
+    model = build_masked_model(ModelConfig(encoder=encoder), 224)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    tensors = training_tensors(model, optimizer, Ema(model, 0.99))
+    saver, blocked, whole = Saver(world), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for step in range(4):
+            started = time.perf_counter()
+            saver.start(Path(folder) / "step-00000001", tensors, {"step": step})
+            blocked.append(time.perf_counter() - started)
+            saver.wait()
+            whole.append(time.perf_counter() - started)
+    saver.close()
+    # The first makes the copy's memory; afterwards it is reused.
+    return sum(t.numel() * t.element_size() for t in tensors.values()) / 1e9, median(blocked[1:]), median(whole[1:])
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default="base")
+    encoder = parser.parse_args().encoder
+    world = start_world("cpu")
+    seconds = housekeeping(world)
+    if world.is_main:
+        print(f"housekeeping {1e6 * seconds:.0f} us a step on {world.size} ranks, {seconds / STEP:.3%} of {STEP} s")
+    if world.size == 1:
+        size, blocked, whole = saving(world, encoder)
+        share = f"{blocked / whole:.1%} of {whole:.3f} s until whole"
+        print(f"save of {encoder}, {size:.2f} GB: blocks {blocked:.3f} s, {share}")
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()

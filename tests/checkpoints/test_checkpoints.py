@@ -1,0 +1,188 @@
+"""Checkpoints: what was written comes back, what was damaged is noticed, and training need not wait for the disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import masked_vit
+from torch import Tensor
+
+from mimir_fast.checkpoints.durable import point, write_text
+from mimir_fast.checkpoints.reading import (
+    CheckpointError,
+    DamagedCheckpoint,
+    load_checkpoint,
+    read_meta,
+    read_tensors,
+    resolve_checkpoint,
+    verify,
+)
+from mimir_fast.checkpoints.saving import ALONE, Saver, save_checkpoint
+from mimir_fast.models.masked_model import MaskedModel
+from mimir_fast.training.ema import Ema
+from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
+from mimir_fast.training.state import group_steps, make_room_for_optimizer, set_group_steps, training_tensors
+
+
+@pytest.fixture
+def model() -> MaskedModel:
+    torch.manual_seed(0)
+    return masked_vit(16, 4, 3, 32, 2, 2, 16, 1, 2)
+
+
+class TestCheckpoint:
+    @pytest.fixture
+    def saved(self, model: MaskedModel, tmp_path: Path) -> Path:
+        optimizer = build_optimizer(model, OptimizerConfig())
+        sum(p.sum() for p in model.parameters()).backward()
+        optimizer.step()
+        folder = tmp_path / "checkpoints" / "step-00000001"
+        save_checkpoint(folder, training_tensors(model, optimizer, Ema(model, 0.9)), {"step": 1})
+        return folder
+
+    def test_comes_back_bit_for_bit(self, saved: Path, model: MaskedModel) -> None:
+        other = masked_vit(16, 4, 3, 32, 2, 2, 16, 1, 2)
+        optimizer = build_optimizer(other, OptimizerConfig())
+        make_room_for_optimizer(saved, other, optimizer)
+        tensors = training_tensors(other, optimizer, Ema(other, 0.9))
+        load_checkpoint(saved, tensors)
+        assert all(
+            torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True)
+        )
+        assert optimizer.state[other.encoder.norm.weight]["step"] == 1
+
+    def test_holds_no_pickle(self, saved: Path) -> None:
+        assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
+
+    def test_another_architecture_is_refused(self, saved: Path) -> None:
+        other = masked_vit(16, 4, 3, 64, 2, 2, 16, 1, 2)
+        tensors = {f"model/{name}": t for name, t in other.state_dict().items()}
+        with pytest.raises(CheckpointError, match=r"another architecture.*\(1, 1, 32\) in the file"):
+            load_checkpoint(saved, tensors)
+
+    def test_truncation_is_named(self, saved: Path) -> None:
+        (file,) = saved.glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match=r"truncated .* use an older checkpoint"):
+            read_tensors(saved)
+
+    def test_a_stranger_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "meta.json").write_text('{"format": "something else"}')
+        with pytest.raises(CheckpointError, match="not a mimir_fast checkpoint"):
+            read_meta(tmp_path)
+        with pytest.raises(CheckpointError, match="no checkpoint in"):
+            resolve_checkpoint(tmp_path / "nowhere")
+
+    def test_one_flipped_bit_is_noticed(self, saved: Path) -> None:
+        verify(saved)
+        (file,) = saved.glob("*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        read_meta(saved)  # sizes say nothing
+        with pytest.raises(DamagedCheckpoint, match=r"changed after it was written .* use an older checkpoint"):
+            verify(saved)
+
+    def test_a_cut_description_is_noticed(self, saved: Path) -> None:
+        text = (saved / "meta.json").read_text()
+        for length in (0, 1, len(text) // 2, len(text) - 3):
+            (saved / "meta.json").write_text(text[:length])
+            with pytest.raises(DamagedCheckpoint, match="use an older checkpoint"):
+                verify(saved)
+
+    def test_checkpoints_of_version_1_are_read(self, saved: Path) -> None:
+        meta = json.loads((saved / "meta.json").read_text())
+        files = {name: info["size"] for name, info in meta["files"].items()}
+        (saved / "meta.json").write_text(json.dumps(meta | {"version": 1, "files": files}))
+        verify(saved)
+        assert read_tensors(saved)
+
+    def test_the_half_that_another_host_wrote_is_missed(self, tmp_path: Path) -> None:
+        """What two hosts left that did not share a folder: each half loads as if it were whole, without this check."""
+        from safetensors.torch import save_file
+
+        folder = tmp_path / "step-00000001"
+        folder.mkdir()
+        offsets = {"model/w": {"saved_offsets": [0, 0]}}
+        file = folder / "shard-00001-model-00001-of-00001.safetensors"
+        save_file({"model/w": torch.ones(2, 3)}, file, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+        info = {"size": file.stat().st_size}
+        meta = {"format": "mimir_fast.checkpoint", "version": 1, "step": 1, "files": {file.name: info["size"]}}
+        (folder / "meta.json").write_text(json.dumps(meta))
+        assert read_tensors(folder)["w"].shape == (2, 3)
+        second = {"model/w": {"saved_offsets": [4, 0]}}  # rows 2 and 3 lie on another host
+        file = folder / "shard-00003-model-00001-of-00001.safetensors"
+        save_file({"model/w": torch.ones(2, 3)}, file, metadata={"DCP_SHARDING_INFO": json.dumps(second)})
+        with pytest.raises(DamagedCheckpoint, match="holds 12 of the 18 numbers of model/w"):
+            read_tensors(folder)
+
+
+class TestSaver:
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"model/{i}": torch.full((1024, 1024), float(i)) for i in range(8)}
+
+    def test_training_goes_on_while_a_copy_is_written(self, tmp_path: Path) -> None:
+        tensors, saver = self.tensors(), Saver(ALONE)
+        saver.start(tmp_path / "step-00000001", tensors, {"step": 1})
+        for tensor in tensors.values():
+            tensor.add_(1)  # the next step
+        saver.start(tmp_path / "step-00000002", tensors, {"step": 2})  # waits for the first
+        saver.wait()
+        for step in (1, 2):
+            found = read_tensors(tmp_path / f"step-0000000{step}")
+            assert all(torch.equal(found[str(i)], torch.full((1024, 1024), i + step - 1.0)) for i in range(8))
+        saver.close()
+
+    def test_a_failure_comes_out_of_wait_and_the_next_save_works(self, tmp_path: Path) -> None:
+        saver = Saver(ALONE)
+        saver.start(tmp_path / "step-00000001", self.tensors(), {"step": 1}, _fail)
+        with pytest.raises(OSError, match=r"could not write checkpoint .*no space"):
+            saver.wait()
+        saver.start(tmp_path / "step-00000002", self.tensors(), {"step": 2})
+        saver.wait()
+        verify(tmp_path / "step-00000002")
+        saver.close()
+
+    def test_a_folder_that_cannot_be_made_is_an_error_at_once(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(OSError, match="could not write checkpoint"):
+            Saver(ALONE).start(tmp_path / "file" / "step-00000001", self.tensors(), {"step": 1})
+
+
+def _fail() -> None:
+    raise OSError("no space left on device")
+
+
+def test_steps_counted_in_groups_are_kept_as_nvidia_apex_has_them(model: MaskedModel) -> None:
+    """apex's FusedAdam keeps `step` in its parameter groups; lost, Adam would correct its bias as if it began anew."""
+    optimizer = build_optimizer(model, OptimizerConfig())
+    for group in optimizer.param_groups:
+        group["step"] = 7
+    saved = json.loads(json.dumps(group_steps(optimizer)))
+    other = build_optimizer(model, OptimizerConfig())
+    set_group_steps(other, saved)
+    assert group_steps(other) == [7] * len(other.param_groups)
+    on_device = build_optimizer(model, OptimizerConfig())
+    for group in on_device.param_groups:
+        group["step"] = torch.zeros(1, dtype=torch.int)
+    set_group_steps(on_device, saved)
+    assert all(isinstance(g["step"], Tensor) and int(g["step"]) == 7 for g in on_device.param_groups)
+
+
+class TestDurable:
+    def test_a_failed_write_leaves_the_old_content(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        write_text(path, "old")
+        (tmp_path / "config.json.partial").mkdir()  # in the way of the new one
+        with pytest.raises(OSError):
+            write_text(path, "new")
+        assert path.read_text() == "old"
+
+    def test_a_link_always_points_somewhere(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "best").mkdir()  # as an older version wrote it
+        for name in ("a", "b"):
+            point(tmp_path / "best", name)
+            assert (tmp_path / "best").resolve() == tmp_path / name

@@ -1,0 +1,110 @@
+"""The launch templates: each is read by a parser, and every option in them is one the commands have."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mimir_fast.pretrain import config_from
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+
+
+def mimir_flags(words: list[str]) -> list[str]:
+    """What comes after `-m mimir_fast.pretrain`, without shell variables."""
+    words = words[words.index("mimir_fast.pretrain") + 1 :]
+    return [word.replace('"${RUN_DIR:-runs/mimir}"', "runs/mimir") for word in words]
+
+
+def torchrun_flags(words: list[str]) -> list[str]:
+    """What stands between torchrun and -m, with plausible values for shell variables."""
+    found = words[words.index(next(w for w in words if w.endswith("torchrun"))) + 1 : words.index("-m")]
+    return [re.sub(r'"?\$\{?[A-Za-z_:0-9-]*\}?(:29500)?"?', "2", word) for word in found]
+
+
+def check(words: list[str]) -> None:
+    """Both parsers take what the template gives them."""
+    from torch.distributed.run import get_args_parser
+
+    parsed = get_args_parser().parse_args([*torchrun_flags(words), "-m", "mimir_fast.pretrain"])
+    assert parsed.max_restarts == 3 and parsed.rdzv_backend == "c10d"
+    assert config_from(mimir_flags(words)).run.save_minutes == 15
+
+
+def test_slurm() -> None:
+    path = LAUNCH / "slurm.sbatch"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, flags=re.M))
+    assert options["ntasks-per-node"] == "1" and "requeue" in options and options["signal"] == "USR1@300"
+    command = re.search(r"^srun .*? (torchrun.*?) \"\$@\"", text, flags=re.M | re.S)
+    assert command is not None
+    words = command.group(1).replace("\\\n", " ").split()
+    check(words)
+    assert "SIGUSR1" in next(word for word in words if word.startswith("--signals-to-handle"))
+
+
+def test_slurm_requeues_what_a_signal_ended_but_not_what_diverged(tmp_path: Path) -> None:
+    """The script itself, with the scheduler's programs replaced by ones that write down how they were called."""
+    for name, body in (
+        ("scontrol", 'echo "scontrol $*" >> calls; echo node1'),
+        ("srun", 'echo "srun $*" >> calls; exit ${SRUN_CODE}'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def run(code: int) -> tuple[int, str]:
+        (tmp_path / "calls").unlink(missing_ok=True)
+        environment = {
+            "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7",
+            "SLURM_NNODES": "2", "RUN_DIR": "run", "SRUN_CODE": str(code),
+        }  # fmt: skip
+        line = ["bash", str(LAUNCH / "slurm.sbatch"), "--recipe", "digits/mimir_vit_tiny"]
+        out = subprocess.run(line, cwd=tmp_path, env=environment, timeout=60)
+        return out.returncode, (tmp_path / "calls").read_text()
+
+    code, calls = run(0)
+    assert code == 0 and "requeue" not in calls
+    assert (
+        "--rdzv_id=7" in calls and "--rdzv_endpoint=node1:29500" in calls and calls.rstrip().endswith("mimir_vit_tiny")
+    )
+    code, calls = run(1)
+    assert code == 1 and "scontrol requeue 7" in calls
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "diverged.json").write_text("{}")
+    code, calls = run(1)
+    assert code == 1 and "requeue" not in calls
+
+
+def test_jobset() -> None:
+    jobset: dict[str, Any] = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (workers,) = jobset["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    words = [*container["command"], *container["args"]]
+    check(words)
+    assert f"--nnodes={job['parallelism']}" in words and job["parallelism"] == job["completions"]
+    name = f"{jobset['metadata']['name']}-{workers['name']}-0-0.{jobset['metadata']['name']}"
+    assert f"--rdzv_endpoint={name}:{container['ports'][0]['containerPort']}" in words
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    assert pod["terminationGracePeriodSeconds"] >= 60 and pod["restartPolicy"] == "Never"
+
+
+def test_skypilot() -> None:
+    task: dict[str, Any] = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert set(task) <= {"name", "num_nodes", "resources", "file_mounts", "workdir", "setup", "run"}
+    subprocess.run(["bash", "-n", "-c", task["run"]], check=True)
+    words = task["run"].replace("\\\n", " ").split()
+    check(words[words.index(".venv/bin/torchrun") :])
+    assert task["file_mounts"]["/runs"]["mode"].startswith("MOUNT")
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "jobset.yaml", "skypilot.yaml"])
+def test_the_page_speaks_of_all(name: str) -> None:
+    assert name in (LAUNCH / "README.md").read_text()

@@ -1,0 +1,155 @@
+"""Run by test_world.py: two ranks agree, fail and save together. Prints one JSON line a rank."""
+
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from small_models import masked_vit
+from torch import nn
+
+from mimir_fast.attacks.no_trace import borrowed
+from mimir_fast.checkpoints.reading import load_checkpoint, read_meta, verify
+from mimir_fast.checkpoints.saving import Saver
+from mimir_fast.pretrain import config_from
+from mimir_fast.training.agreement import MAX_STEPS, Agreement
+from mimir_fast.training.distributed import gradient_sync, parallelize
+from mimir_fast.training.run_folder import RunFolder
+from mimir_fast.world import start_world, stop_world
+
+found: dict[str, object] = {}
+folder = Path(sys.argv[1])
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+# Both ranks from one interpreter: importing takes longer than all that follows.
+rank = 0 if (second := os.fork()) else 1
+os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+sys.excepthook = lambda *error: (traceback.print_exception(*error), os._exit(1))[0]  # the other one must not wait
+world = start_world("cpu")
+
+
+def failing(on: int) -> int:
+    if rank == on:
+        raise FileExistsError(f"rank {on} cannot")
+    return rank
+
+
+def said(fn: object) -> str:
+    try:
+        fn()  # type: ignore[operator]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+found["together"] = world.together(lambda: rank * 10)
+found["on_main"] = world.on_main(lambda: f"said by {rank}")
+found["main fails"] = said(lambda: world.on_main(lambda: failing(0)))
+found["the other fails"] = said(lambda: world.together(lambda: failing(1)))
+
+# A folder each host has for itself.
+private = RunFolder(folder / f"host{rank}" / "run", world)
+found["not shared"] = said(lambda: private.open(config_from([]), resume=True, overwrite=False, allow_changes=False))
+private.close()
+
+# One rank is told to stop in step 3; both stop after the same step.
+agreement, step, stopping = Agreement(world, 0), 0, False
+asked = 0
+while not stopping and step < 10 * MAX_STEPS:
+    step += 1
+    time.sleep(0.05)
+    asked += agreement._next <= step
+    stopping, _ = agreement.ask(step, stop=rank == 1 and step >= 3, save=False)
+found["stopped at"], found["asked"] = step, asked
+
+# A save in which the second rank cannot write fails on both; the next one works and holds the halves of both.
+saver = Saver(world)
+tensors = {f"model/{i}": torch.full((64, 8), float(i)) for i in range(4)}
+(folder / "checkpoints").mkdir(exist_ok=True)
+descriptor = os.open(folder, os.O_RDONLY)
+
+
+def save(name: str, poison: bool) -> str:
+    def run() -> None:
+        saver.start(folder / "checkpoints" / name, tensors, {"step": 1})
+        if poison and rank == 1:
+            os.rename(saver_partial(name), saver_partial(name).with_suffix(".gone"))
+        saver.wait()
+
+    return said(run)
+
+
+def saver_partial(name: str) -> Path:
+    return folder / "checkpoints" / f"{name}.partial"
+
+
+found["poisoned save"] = save("step-00000001", poison=True)
+found["next save"] = save("step-00000002", poison=False)
+verify(folder / "checkpoints" / "step-00000002")
+found["files"] = len(read_meta(folder / "checkpoints" / "step-00000002")["files"])
+for tensor in tensors.values():
+    tensor.zero_()
+load_checkpoint(folder / "checkpoints" / "step-00000002", tensors)
+found["loaded"] = [t.mean().item() for t in tensors.values()]
+
+
+# FSDP: an attack of three steps, then a training pass; how often parameters are gathered, and the gradients.
+def attack_and_train(model: nn.Module, reduce: bool) -> None:
+    patches = torch.linspace(0, 1, 4 * 4 * 48).view(4, 4, 48)
+    ids = torch.arange(4).expand(4, 4)
+    with gradient_sync(model, reduce):
+        with borrowed(model) as module:
+            for _ in range(3):
+                patches = patches.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(module(patches, ids)[1].square().sum(), patches)
+                patches = patches + 0.01 * gradient.sign()
+        model(patches.detach(), ids)[1].square().sum().backward()
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return masked_vit(16, 4, 3, 32, 2, 2, 16, 1, 2)
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    whole = [p.grad for p in model.parameters() if p.grad is not None]
+    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in whole]
+
+
+def compare(**options: object) -> dict[str, object]:
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    reference = small()
+    for _ in range(3):
+        attack_and_train(reference, True)
+    model = parallelize(small(), "fsdp", world, bf16=False, compile_blocks=False, **options)  # type: ignore[arg-type]
+    with CommDebugMode() as counted:
+        attack_and_train(model, True)
+    attack_and_train(model, False)  # accumulates
+    attack_and_train(model, True)
+    pairs = zip(gradients(reference), gradients(model), strict=True)
+    names = {str(name).split(".")[-1]: count for name, count in counted.get_comm_counts().items()}
+    with borrowed(model) as module:  # outside of a training pass nothing stays behind
+        module(torch.zeros(1, 4, 48), torch.arange(4).expand(1, 4))
+    sharded = all(hasattr(p, "full_tensor") for p in model.parameters())
+    return {
+        "equal": all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs),
+        "counts": names,
+        "sharded": sharded,
+    }
+
+
+found["fsdp"] = compare()
+found["fsdp recomputed"] = compare(checkpoint_activations=True)
+found["hsdp"] = compare(shard_ranks=1)
+found["bad shards"] = said(lambda: compare(shard_ranks=3))
+sys.stdout.write("RESULT " + json.dumps({"rank": rank, **found}) + "\n")
+sys.stdout.flush()
+stop_world()
+if second:
+    os.waitpid(second, 0)

@@ -1,0 +1,91 @@
+"""Loggers: what they write, and that none of them can end a run."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import command_environment
+
+from mimir_fast.training.loggers import (
+    JsonLines,
+    Logger,
+    Loggers,
+    Pictures,
+    Terminal,
+    duration,
+    import_wandb,
+    read_lines,
+)
+
+
+class TestJsonLines:
+    def test_resuming_drops_what_came_after_the_checkpoint(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        logger = JsonLines(path, 0)
+        for step in range(4):
+            logger.scalars(step, {"loss": float(step)})
+        logger.close()
+        path.write_text(path.read_text() + '{"step": 4, "lo')  # killed in the middle of a line
+        JsonLines(path, 2).close()
+        assert [line["step"] for line in read_lines(path)] == [0, 1]
+
+    def test_nan_is_valid_json(self, tmp_path: Path) -> None:
+        logger = JsonLines(tmp_path / "m.jsonl", 0)
+        logger.scalars(0, {"loss": math.nan})
+        logger.close()
+        assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 0, "loss": None}
+
+    def test_durations(self) -> None:
+        assert [duration(s) for s in (12, 185, 3720)] == ["12 s", "3 min 05 s", "1 h 02 min"]
+
+
+class TestAFailingLogger:
+    def test_is_switched_off_with_one_warning(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "pictures").write_text("a file where the folder should be")
+        builders = {
+            "the terminal": lambda: Terminal(10, 0),
+            "pictures": lambda: Pictures(tmp_path / "pictures"),
+            "metrics": lambda: JsonLines(tmp_path / "m.jsonl", 0),
+        }
+        loggers: Logger = Loggers(builders)  # type: ignore[arg-type]
+        for step in range(3):
+            loggers.picture(step, "grid", np.zeros((4, 4, 3), np.uint8))
+            loggers.scalars(step, {"loss": 1.0})
+        loggers.close()
+        out = capsys.readouterr()
+        assert (out.out + out.err).count("Pictures failed and is switched off (FileExistsError") == 2  # to both streams
+        assert [line["step"] for line in read_lines(tmp_path / "m.jsonl")] == [0, 1, 2]
+
+    def test_that_cannot_be_made_is_missing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "file").write_text("")
+        Loggers({"metrics.jsonl": lambda: JsonLines(tmp_path / "file" / "m.jsonl", 0)}).scalars(0, {"loss": 1.0})
+        assert "metrics.jsonl failed and is switched off" in capsys.readouterr().err
+
+    def test_a_reader_that_has_gone(self, tmp_path: Path) -> None:
+        """`| head -1` closes the pipe: the run used to end with `Broken pipe`, nothing trained."""
+        code = (
+            "import sys; from pathlib import Path; from mimir_fast.training.loggers import *\n"
+            "both = Loggers({'t': lambda: Terminal(500, 0), 'm': lambda: JsonLines(Path(sys.argv[1]), 0)})\n"
+            "for step in range(500): both.scalars(step, {'loss': 1.0, 'text' + 'x' * 500: 1.0})\n"
+            "both.close(); sys.exit(7)"
+        )
+        line = f'{sys.executable} -c "$CODE" {tmp_path / "m.jsonl"} | head -1; exit ${{PIPESTATUS[0]}}'
+        environment = command_environment() | {"CODE": code}
+        out = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment)
+        assert out.returncode == 7 and "Traceback" not in out.stderr and "Exception ignored" not in out.stderr
+        assert out.stderr.count("switched off (BrokenPipeError") == 1
+        assert len(read_lines(tmp_path / "m.jsonl")) == 500
+
+
+def test_weights_and_biases_is_an_extra() -> None:
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match=r"pip install 'mimir-fast\[wandb\]'"):
+            import_wandb()
+    else:
+        assert import_wandb()

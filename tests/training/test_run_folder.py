@@ -1,0 +1,244 @@
+"""A run's folder: one start at a time, nothing deleted that must stay, and a whole checkpoint to go on from."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import command_environment
+
+from mimir_fast.checkpoints.reading import CheckpointError, checkpoints_of, read_meta
+from mimir_fast.checkpoints.saving import save_checkpoint
+from mimir_fast.pretrain import config_from
+from mimir_fast.training.health import TrainingDiverged
+from mimir_fast.training.lock import FolderInUse
+from mimir_fast.training.run_folder import RunFolder, differences
+from mimir_fast.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+LAUNCHES = ("MIMIR_FAST_LAUNCH_ID", "SLURM_JOB_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
+
+
+@pytest.fixture(autouse=True)
+def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in LAUNCHES:
+        monkeypatch.delenv(variable, raising=False)
+
+
+def opened(
+    path: Path, *flags: str, resume: bool = True, overwrite: bool = False, allow_changes: bool = False
+) -> RunFolder:
+    folder = RunFolder(path, ALONE)
+    folder.open(config_from(list(flags)), resume=resume, overwrite=overwrite, allow_changes=allow_changes)
+    return folder
+
+
+def save(run: Path, step: int, **meta: Any) -> Path:
+    target = run / "checkpoints" / f"step-{step:08d}"
+    config = json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else {}
+    save_checkpoint(target, {"model/x": torch.full((64,), float(step))}, {"step": step, "config": config, **meta})
+    return target
+
+
+def damage(checkpoint: Path) -> None:
+    (file,) = checkpoint.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+class TestOpening:
+    def test_what_only_moves_or_speeds_a_run_is_free_to_change(self) -> None:
+        old = {"run": {"device": "cpu", "seed": 0}, "model": {"encoder": "tiny"}}
+        assert differences(old, {"run": {"device": "cuda", "seed": 0}, "model": {"encoder": "tiny"}}) == []
+        assert differences(old, {"run": {"device": "cpu", "seed": 1}, "model": {"encoder": "tiny"}}) == [
+            "run.seed: 0 -> 1"
+        ]
+
+    def test_only_a_run_with_a_checkpoint_is_guarded(self, tmp_path: Path) -> None:
+        """A start that failed early (a typo in --data.root, say) does not stand in the way of the next."""
+        opened(tmp_path, "--seed", "1").close()
+        opened(tmp_path, "--seed", "2").close()
+        save(tmp_path, 1)
+        with pytest.raises(FileExistsError, match=r"run.seed: 2 -> 3"):
+            opened(tmp_path, "--seed", "3")
+        with pytest.raises(FileExistsError, match="--overwrite to start anew"):
+            opened(tmp_path, "--seed", "2", resume=False)
+
+    def test_a_strangers_folder_is_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("mine")
+        with pytest.raises(FileExistsError, match="no run of ours"):
+            opened(tmp_path, overwrite=True, allow_changes=True)
+        assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+    @pytest.mark.parametrize("cut", [0, 1, 100])
+    def test_a_cut_config_is_restored_from_the_checkpoint(self, tmp_path: Path, cut: int) -> None:
+        """Written in place, a kill left 0 bytes: `error: Expecting value: line 1 column 1 (char 0)`."""
+        opened(tmp_path, "--seed", "5").close()
+        save(tmp_path, 1)
+        recorded = tmp_path / "config.json"
+        recorded.write_text(recorded.read_text()[:cut])
+        with pytest.raises(FileExistsError, match=r"run.seed: 5 -> 6"):  # it is still known what it was
+            opened(tmp_path, "--seed", "6")
+        folder = opened(tmp_path, "--seed", "5")
+        assert any("config.json was damaged; restored from step-00000001" in note for note in folder.notes)
+        assert json.loads(recorded.read_text())["run"]["seed"] == 5
+
+    def test_leftovers_of_a_kill_go(self, tmp_path: Path) -> None:
+        opened(tmp_path).close()
+        save(tmp_path, 1)
+        (tmp_path / "checkpoints" / "step-00000002.partial").mkdir()
+        (tmp_path / "config.json.partial").write_text("{")
+        (tmp_path / ".seen-0").touch()
+        opened(tmp_path)
+        assert names(tmp_path) == ["step-00000001"]
+        assert {p.name for p in tmp_path.iterdir()} == {".lock", "checkpoints", "config.json", "environment.json"}
+
+    def test_a_host_that_does_not_share_the_folder_is_found_out(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        with pytest.raises(OSError, match="storage that all hosts share"):
+            RunFolder(tmp_path, ALONE)._find(".seen-elsewhere")
+
+
+HOLD = """
+import sys, time, torch
+from pathlib import Path
+from mimir_fast.pretrain import config_from
+from mimir_fast.training.run_folder import RunFolder
+from mimir_fast.world import World
+folder = RunFolder(Path(sys.argv[1]), World(0, 1, torch.device("cpu")))
+folder.open(config_from([]), resume=True, overwrite=False, allow_changes=False)
+print("held", flush=True)
+time.sleep(120)
+"""
+
+
+class TestLock:
+    def hold(self, run: Path) -> subprocess.Popen[str]:
+        line = [sys.executable, "-c", HOLD, str(run)]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=command_environment())
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        return process
+
+    def test_two_starts_on_one_folder(self, tmp_path: Path) -> None:
+        """Without a lock both "finish", each deleting the other's checkpoints. After kill -9 the folder is free."""
+        process = self.hold(tmp_path)
+        try:
+            with pytest.raises(FolderInUse, match=rf"process {process.pid} on .*: wait for it, stop it, or choose"):
+                opened(tmp_path, overwrite=True)
+            assert (tmp_path / "config.json").exists()
+            process.send_signal(signal.SIGSTOP)  # a stopped process still holds it
+            with pytest.raises(FolderInUse):
+                opened(tmp_path)
+        finally:
+            process.kill()
+            process.wait()
+        opened(tmp_path)
+
+    def test_a_restart_waits_for_the_process_it_replaces(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+        process = self.hold(tmp_path)
+        subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
+        opened(tmp_path)
+        assert process.wait() == -signal.SIGKILL
+
+
+class TestOverwrite:
+    def test_deletes_the_run(self, tmp_path: Path) -> None:
+        opened(tmp_path, "--seed", "1").close()
+        save(tmp_path, 1)
+        opened(tmp_path, "--seed", "2", overwrite=True)
+        assert not checkpoints_of(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("variable", "value"),
+        [("SLURM_JOB_ID", "77"), ("TORCHELASTIC_RESTART_COUNT", "1"), ("MIMIR_FAST_LAUNCH_ID", "run-5")],
+    )
+    def test_a_requeued_or_restarted_launch_keeps_its_own(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+    ) -> None:
+        monkeypatch.setenv(variable, value)
+        opened(tmp_path).close()
+        save(tmp_path, 1)
+        folder = opened(tmp_path, overwrite=True)
+        assert names(tmp_path) == ["step-00000001"]
+        assert "made by this launch" in folder.notes[0]
+
+    def test_another_job_deletes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+        opened(tmp_path).close()
+        save(tmp_path, 1)
+        monkeypatch.setenv("SLURM_JOB_ID", "78")
+        opened(tmp_path, overwrite=True)
+        assert not checkpoints_of(tmp_path)
+
+
+class TestChoice:
+    def test_a_new_run_has_none(self, tmp_path: Path) -> None:
+        assert opened(tmp_path).choose() is None
+
+    def test_the_newest_whole_one_is_taken_and_damaged_ones_put_aside(self, tmp_path: Path) -> None:
+        folder = opened(tmp_path)
+        for step in (1, 2, 3):
+            save(tmp_path, step)
+        damage(tmp_path / "checkpoints" / "step-00000003")
+        (tmp_path / "checkpoints" / "step-00000002" / "meta.json").write_text("{")
+        assert folder.choose() == tmp_path / "checkpoints" / "step-00000001"
+        assert names(tmp_path) == ["step-00000001", "step-00000002.damaged", "step-00000003.damaged"]
+        assert len(folder.notes) == 2 and all("Put aside as" in note for note in folder.notes)
+
+    def test_with_none_whole_nothing_is_touched(self, tmp_path: Path) -> None:
+        """Starting anew by itself would lose what a person might still repair."""
+        folder = opened(tmp_path)
+        damage(save(tmp_path, 1))
+        with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints .* --overwrite to start anew"):
+            folder.choose()
+        assert names(tmp_path) == ["step-00000001"]
+
+    def test_best_and_marked_steps_and_the_last_healthy_one_are_kept(self, tmp_path: Path) -> None:
+        folder = opened(tmp_path)
+        for step in range(1, 10):
+            target = save(tmp_path, step, healthy=step < 5)
+            if step == 2:
+                folder.set_best(target)
+            folder.prune(keep_last=2, keep_every=3)
+        assert names(tmp_path) == ["best", *(f"step-{s:08d}" for s in (2, 3, 4, 6, 8, 9))]
+        assert read_meta(tmp_path / "checkpoints" / "best")["step"] == 2
+
+    def test_best_may_move_back_and_forth_and_frees_the_old_one(self, tmp_path: Path) -> None:
+        folder = opened(tmp_path)
+        for step in (1, 2, 3):
+            folder.set_best(save(tmp_path, step))
+            folder.prune(keep_last=1, keep_every=0)
+        assert names(tmp_path) == ["best", "step-00000003"]
+        assert os.readlink(tmp_path / "checkpoints" / "best") == "step-00000003"
+
+
+class TestDivergence:
+    def test_is_not_repeated_for_ever(self, tmp_path: Path) -> None:
+        """--max-restarts 3 would do the same steps three times; refused at once, each restart costs seconds."""
+        folder = opened(tmp_path)
+        for step, healthy in ((1, True), (2, True), (3, False)):
+            save(tmp_path, step, healthy=healthy)
+        folder.diverged(3, json.loads((tmp_path / "config.json").read_text()))
+        folder.close()
+        with pytest.raises(TrainingDiverged, match="diverged at step 3 and would do so again"):
+            opened(tmp_path)
+        changed = opened(tmp_path, "--blr", "1e-5", allow_changes=True)
+        chosen = changed.choose()
+        assert chosen is not None and chosen.name == "step-00000002"
+        assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000003.diverged"]
+        changed.close()
+        opened(tmp_path, "--blr", "1e-5")  # the mark is gone

@@ -1,0 +1,75 @@
+"""Two real ranks: results and failures are shared, stops are agreed on, saves and FSDP's gathering are collective."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import command_environment
+
+from mimir_fast.world import refuse_strangers
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    script = Path(__file__).with_name("ranks_world.py")
+    line = [sys.executable, str(script)]
+    environment = command_environment()
+    environment["PYTHONPATH"] = f"{script.parents[1]}:{environment.get('PYTHONPATH', '')}"
+    folder = tmp_path_factory.mktemp("ranks")
+    out = subprocess.run([*line, str(folder)], capture_output=True, text=True, timeout=240, env=environment)
+    found = [json.loads(text.split("RESULT ", 1)[1]) for text in out.stdout.splitlines() if "RESULT " in text]
+    assert len(found) == 2, out.stdout + out.stderr
+    return sorted(found, key=lambda result: result["rank"])
+
+
+def test_results_are_everybodys(ranks: list[dict[str, Any]]) -> None:
+    assert [r["together"] for r in ranks] == [[0, 10]] * 2
+    assert [r["on_main"] for r in ranks] == ["said by 0"] * 2
+
+
+def test_failures_are_everybodys_and_name_where_they_happened(ranks: list[dict[str, Any]]) -> None:
+    """Before, the others waited half an hour in a collective that rank 0 never came to."""
+    assert ranks[0]["main fails"] == "FileExistsError: rank 0 cannot"
+    assert ranks[1]["main fails"].startswith("FailedElsewhere: rank 0 (pid ")
+    assert ranks[0]["the other fails"].startswith("FailedElsewhere: rank 1 (pid ")
+    assert ranks[0]["the other fails"].endswith("failed: FileExistsError: rank 1 cannot")
+
+
+def test_folders_that_hosts_do_not_share_are_refused_at_the_start(ranks: list[dict[str, Any]]) -> None:
+    """Each would hold the half of every checkpoint, which nobody could load."""
+    assert "Put --output_dir on storage that all hosts share" in ranks[1]["not shared"]
+    assert "FailedElsewhere: rank 1" in ranks[0]["not shared"]
+
+
+def test_a_signal_on_one_rank_stops_all_after_the_same_step(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["stopped at"] == ranks[1]["stopped at"] >= 3
+    assert ranks[0]["asked"] < ranks[0]["stopped at"]  # not an all-reduce a step
+
+
+def test_a_save_fails_for_all_or_for_none(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert "could not write checkpoint" in found["poisoned save"]
+        assert found["next save"] == "nothing" and found["files"] == 2
+        assert found["loaded"] == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_fsdp_gathers_once_for_the_attack_and_the_training_forward(ranks: list[dict[str, Any]]) -> None:
+    """Three blocks and a root: 4 all-gathers for the attack's six passes and the training forward, 3 for the blocks in
+    the training backward. Resharding after each pass took about 3 · (4 + 3) + 7."""
+    for found in ranks:
+        assert found["fsdp"]["equal"] and found["fsdp"]["sharded"]
+        assert found["fsdp"]["counts"] == {"_allgather_base_": 7, "_reduce_scatter_base_": 4}
+        assert found["fsdp recomputed"]["equal"] and found["hsdp"]["equal"]
+        assert "these do: 1, 2" in found["bad shards"]
+
+
+def test_tasks_of_a_scheduler_that_form_no_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(ValueError, match=r"srun started 8 copies .* see launch/slurm.sbatch"):
+        refuse_strangers()
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    refuse_strangers()
