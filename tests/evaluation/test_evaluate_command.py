@@ -1,6 +1,7 @@
 """`python -m mimir_fast.evaluate` as a user runs it: report, resuming, two processes, all suites."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -44,7 +45,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory):
     torch.save(train_small().state_dict(), path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMALL_NET", str(path))
-        patch.setenv("PYTHONPATH", str(TESTS))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])))
         yield path
 
 

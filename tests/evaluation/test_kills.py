@@ -51,8 +51,8 @@ def numbers(value: Any) -> Any:
 def test_twenty_random_kills_change_no_number(many_digits: Path, tmp_path: Path) -> None:
     torch.jit.script(train_small()).save(str(tmp_path / "small.ts"))
     flags = [
-        "--checkpoint", "small.ts", "--suite", "table", "--autoattack", "no", "--data.source", "idx", "--data.root", "idx",
-        "--data.image_size", "8", "--data.channels", "1", "--eps", "40/255", "--batch_size", "50",
+        "--checkpoint", "small.ts", "--suite", "table", "--autoattack", "no", "--data.source", "idx",
+        "--data.root", "idx", "--data.image_size", "8", "--data.channels", "1", "--eps", "40/255", "--batch_size", "50",
     ]  # fmt: skip
     started = time.monotonic()
     whole = run_module(tmp_path, "mimir_fast.evaluate", *flags, "--output_dir", "whole", timeout=1200)
