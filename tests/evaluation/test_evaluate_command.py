@@ -197,11 +197,11 @@ def test_full_suite_end_to_end(environment: Path, command: Command, tmp_path: Pa
     from PIL import Image
     from safetensors.torch import save_file
 
-    from mimir_fast.models.masked_autoencoder import ModelConfig, build_masked_autoencoder
+    from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        autoencoder = build_masked_autoencoder(ModelConfig(encoder="nano", patch_size=2), 8, 1)
+        autoencoder = build_masked_model(ModelConfig(encoder="nano", patch_size=2), 8, 1)
     save_file(dict(autoencoder.state_dict()), tmp_path / "mae.safetensors")
     digits = load_images(DIGITS, np.arange(40))
     for number in range(40):  # other test set: the classes 1 and 7 only

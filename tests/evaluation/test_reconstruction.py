@@ -8,17 +8,17 @@ from safetensors.torch import save_file
 
 from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.evaluation.reconstruction import load_masked_autoencoder, reconstruct
-from mimir_fast.models.masked_autoencoder import MaskedAutoencoder, ModelConfig, build_masked_autoencoder
+from mimir_fast.models.masked_model import MaskedModel, ModelConfig, build_masked_model
 
 
 @pytest.fixture(scope="module")
-def autoencoder() -> MaskedAutoencoder:
+def autoencoder() -> MaskedModel:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        return build_masked_autoencoder(ModelConfig(encoder="tiny", patch_size=2), 8, 1).eval()
+        return build_masked_model(ModelConfig(encoder="tiny", patch_size=2), 8, 1).eval()
 
 
-def test_sizes_come_from_the_tensors(autoencoder: MaskedAutoencoder, tmp_path: Path) -> None:
+def test_sizes_come_from_the_tensors(autoencoder: MaskedModel, tmp_path: Path) -> None:
     save_file(dict(autoencoder.state_dict()), tmp_path / "mae.safetensors")
     loaded, norm_pix = load_masked_autoencoder(tmp_path / "mae.safetensors")
     assert norm_pix and not loaded.training
@@ -26,7 +26,7 @@ def test_sizes_come_from_the_tensors(autoencoder: MaskedAutoencoder, tmp_path: P
     assert all(torch.equal(loaded.state_dict()[name], t) for name, t in autoencoder.state_dict().items())
 
 
-def test_an_encoder_without_decoder_is_refused(autoencoder: MaskedAutoencoder, tmp_path: Path) -> None:
+def test_an_encoder_without_decoder_is_refused(autoencoder: MaskedModel, tmp_path: Path) -> None:
     encoder = {name: t for name, t in autoencoder.state_dict().items() if not name.startswith(("decoder", "mask"))}
     save_file(encoder, tmp_path / "encoder.safetensors")
     with pytest.raises(ValueError, match="pre-training run"):
@@ -34,7 +34,7 @@ def test_an_encoder_without_decoder_is_refused(autoencoder: MaskedAutoencoder, t
 
 
 def test_visible_patches_stay_and_true_patches_come_back(
-    autoencoder: MaskedAutoencoder, digits_images: EvaluationImages
+    autoencoder: MaskedModel, digits_images: EvaluationImages
 ) -> None:
     images = digits_images.images[:6].float() / 255
     pictures = reconstruct(autoencoder, images, torch.arange(6), seed=0)

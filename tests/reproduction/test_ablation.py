@@ -11,7 +11,7 @@ import torch
 from mimir_fast.data import build_loader
 from mimir_fast.methods.adv_mae import AdvMae
 from mimir_fast.methods.mimir import Mimir
-from mimir_fast.models.masked_autoencoder import build_masked_autoencoder
+from mimir_fast.models.masked_model import build_masked_model
 from mimir_fast.recipes import all_recipes, find_recipe
 from mimir_fast.recipes.__main__ import main
 from mimir_fast.reproduce import config_from, tabulate
@@ -131,12 +131,12 @@ def test_the_share_is_the_gradients_ratio() -> None:
     """λ scales it; at twice λ it is twice as large, and MIMIR's gradient is the sum of the two parts."""
     config = find_recipe(PretrainConfig, "digits/mimir_vit_nano")
     objective = replace(config.objective, mi=replace(config.objective.mi, estimator="nhsic", weight=0.1))
-    model = build_masked_autoencoder(config.model, 32, 3)
+    model = build_masked_model(config.model, 32, 3)
     batch = next(iter(build_loader(config.data, split="train", batch_size=16)))
     once = gradient_share(objective, model, batch)
     twice = gradient_share(replace(objective, mi=replace(objective.mi, weight=0.2)), model, batch)
     assert once > 1e-3 and twice == pytest.approx(2 * once)
-    weight = model.blocks[0].mlp.fc1.weight
+    weight = model.encoder.blocks[0].mlp.fc1.weight
     whole, plain, penalty = (
         torch.autograd.grad(method(model, batch, seed=0, step=0)["loss"], weight)[0]
         for method in (Mimir(objective), AdvMae(objective), PenaltyAlone(objective))

@@ -14,7 +14,7 @@ from mimir_fast.data.sources import ArraySource
 from mimir_fast.finetune import config_from
 from mimir_fast.methods.probe import ProbeResult
 from mimir_fast.models.classifier import load_classifier
-from mimir_fast.models.masked_autoencoder import ModelConfig, build_masked_autoencoder
+from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.models.weight_files import WeightsError
 from mimir_fast.recipes import all_recipes
 from mimir_fast.training import finetuning
@@ -49,7 +49,7 @@ def losses(run: Path) -> list[float]:
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a pre-training run leaves."""
     torch.manual_seed(0)
-    model = build_masked_autoencoder(ModelConfig(encoder="tiny", patch_size=16), image_size=32)
+    model = build_masked_model(ModelConfig(encoder="tiny", patch_size=16), image_size=32)
     run = tmp_path_factory.mktemp("pretrained") / "mimir"
     tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
     save_checkpoint(run / "checkpoints" / "step-00000009", tensors, {"step": 9, "kind": "pretrain", "config": {}})
