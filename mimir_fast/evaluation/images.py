@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.data.sources.base import ArraySource, EncodedSource, ImageSource, SubsetSource
+from mimir_fast.data.sources.base import ArraySource, ImageSource
+from mimir_fast.data.sources.subset import take
 
 
 @dataclass
@@ -182,7 +183,7 @@ def load_from(
             f"{source.name} has images of {source.image_size} x {source.image_size} pixels but image_size is "
             f"{config.image_size}; give --data.image_size {source.image_size}"
         )
-    subset = _subset(source, indices)
+    subset = take(source, indices)
     if (subset.labels < 0).any():
         raise ValueError(f"{source.name} has images without labels: accuracy needs labels")
     pixels, bad = decode_source(subset, config, fitting)
@@ -224,14 +225,6 @@ def decode_source(
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # PIL decodes outside the interpreter's lock
         list(pool.map(fill, range(len(source))))
     return images, bad
-
-
-def _subset(source: ImageSource, indices: np.ndarray) -> ImageSource:
-    if isinstance(source, ArraySource):
-        return ArraySource(source.name, source.images[indices], source.labels[indices], source.classes)
-    if isinstance(source, EncodedSource):
-        return SubsetSource(source, indices)
-    raise TypeError(f"cannot take a part of a {type(source).__name__}")
 
 
 Special = Callable[[str, int, Callable[[], EvaluationImages]], EvaluationImages]
