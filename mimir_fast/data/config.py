@@ -45,7 +45,7 @@ class DataConfig:
     limit: int | None = None
     """use n samples only, evenly spaced so that a folder sorted by class keeps its classes"""
     hold_out: int = 0
-    """training images that are kept aside, evenly spaced, at most a tenth; fine-tuning sets it from --probe.num_images"""
+    """training images that are kept aside, evenly spaced, at most a tenth; fine-tuning sets it to --probe.num_images"""
     resident_gib: float = 4.0
     """`auto` keeps a data set on the device up to this size in GiB"""
     hw_decoder_load: float = 0.75

@@ -1,10 +1,10 @@
 """The probe of every epoch: natural, FGSM and PGD accuracy on a fixed subset, and an alarm.
 
 Its images are held out of the *training* split, because it chooses the best checkpoint: chosen on test images, that
-checkpoint's test accuracy would be flattered. Not an evaluation (that is `python -m mimir_fast.evaluate`): a few hundred
-images, enough to see whether training works and to notice catastrophic overfitting, in which single-step adversarial
-training learns to fool the single step: FGSM accuracy is high while PGD accuracy falls to zero (Wong et al., arXiv
-2001.03994, §5.4).
+checkpoint's test accuracy would be flattered. Not an evaluation (that is `python -m mimir_fast.evaluate`): a few
+hundred images, enough to see whether training works and to notice catastrophic overfitting, in which single-step
+adversarial training learns to fool the single step: FGSM accuracy is high while PGD accuracy falls to zero (Wong et
+al., arXiv 2001.03994, §5.4).
 """
 
 from collections.abc import Iterable

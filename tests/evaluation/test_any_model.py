@@ -123,6 +123,31 @@ def test_robustbench_is_asked_for_where_it_is_installed() -> None:
             load("robustbench:cifar10/Linf/Standard")
 
 
+def test_weights_of_a_run_are_chosen_and_named(tmp_path: Path) -> None:
+    from mimir_fast.models.classifier import ClassifierConfig, build_classifier
+    from mimir_fast.training.checkpoint import save_checkpoint
+
+    run, config = tmp_path / "run", {"model": {"encoder": "nano", "patch_size": 16}}
+    model = build_classifier(ClassifierConfig(encoder="nano", patch_size=16), image_size=32, num_classes=10)
+    places = {"step-00000004": 4.0, "best": 7.0, "step-00000009": 9.0}
+    for name, mark in places.items():
+        state = {n: t.detach().clone() for n, t in model.state_dict().items()}
+        state["head.bias"] = torch.full((10,), mark)
+        tensors = {f"model/{n}": t for n, t in state.items()}
+        if name == "step-00000009":
+            tensors["ema/head.bias"] = torch.full((10,), 90.0)
+        meta = {"step": int(mark), "kind": "finetune", "config": config}
+        save_checkpoint(run / "checkpoints" / name, tensors, meta)
+
+    def bias(weights: str) -> tuple[float, str]:
+        judged = load_model(str(run), num_classes=10, device=CPU, weights=weights)  # type: ignore[arg-type]
+        return float(judged.module.head.bias[0]), judged.weights
+
+    assert bias("best") == (7.0, "best checkpoint") == bias("auto")
+    assert bias("last") == (9.0, "step-00000009 checkpoint, trained weights")
+    assert bias("ema") == (90.0, "step-00000009 checkpoint, moving average")
+
+
 def test_weights_choose_among_checkpoints_of_a_run_only(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="--weights best"):

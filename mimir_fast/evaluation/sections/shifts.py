@@ -55,7 +55,10 @@ def images_of(config: EvaluateConfig, classes: tuple[str, ...], fitting: Fitting
 
     def make(name: str, shard: int, judged: Any) -> EvaluationImages:
         source = open_folder(Path(config.shifts[int(name)]), classes)
-        return load_from(source, config.data, torch.arange(shard, len(source), num_shards).numpy(), fitting)
+        mine = torch.arange(shard, len(source), num_shards)
+        if len(mine) == 0:  # fewer images than processes
+            return judged().take(mine)
+        return load_from(source, config.data, mine.numpy(), fitting)
 
     return make
 
