@@ -46,6 +46,8 @@ class DataConfig:
     """unreadable files that are skipped and reported before the run stops"""
     limit: int | None = None
     """use n samples only, evenly spaced so that a folder sorted by class keeps its classes"""
+    hold_out: int = 0
+    """training images that are kept aside, evenly spaced, at most a tenth; fine-tuning sets it to --probe.num_images"""
     resident_gib: float = 4.0
     """`auto` keeps a data set on the device up to this size in GiB"""
     hw_decoder_load: float = 0.75
@@ -82,6 +84,8 @@ class DataConfig:
             raise ValueError(f"max_bad_files must be 0 or more, got {self.max_bad_files}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1 sample, got {self.limit}; leave it unset for all")
+        if self.hold_out < 0:
+            raise ValueError(f"hold_out must be 0 or more training images, got {self.hold_out}")
         if self.resident_gib < 0:
             raise ValueError(f"resident_gib must be 0 or more, got {self.resident_gib}")
         if not 0 <= self.hw_decoder_load <= 1:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.reconstruction import attack_visible
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.checkpoints.reading import checkpoints_of, read_tensors
+from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.data import DataConfig
 from mimir_fast.data.batch import Batch
 from mimir_fast.export import ExportConfig, export
@@ -28,7 +30,6 @@ from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, View, build_masked_model
 from mimir_fast.models.weight_files import Weights
 from mimir_fast.ops.patches import gather_patches, patchify
-from mimir_fast.training.checkpoint import checkpoints_of, read_tensors, save_checkpoint
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.pretraining import PretrainConfig, pretrain, with_method
 
