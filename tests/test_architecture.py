@@ -15,7 +15,7 @@ ALLOWED = {
     "models": {"models", "ops", "training.checkpoint"},  # reading a run's weights
     "attacks": {"attacks", "models", "ops", "losses"},
     "methods": {"methods", "attacks", "models", "ops", "losses", "data.batch"},
-    "data": {"data"},
+    "data": {"data", "ops.crop_resize"},
     "training": {"training", "methods", "attacks", "models", "ops", "data"},
     "evaluation": {"evaluation", "training", "methods", "attacks", "models", "ops", "data", "losses"},
     "reproduction": {"reproduction", "recipes", "training", "evaluation", "methods", "attacks", "models", "data"},

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.data.crop import cut
 from mimir_fast.data.geometry import plan_geometry
 from mimir_fast.data.loaders.base import Loader
 from mimir_fast.data.loaders.dali import DaliLoader, import_dali
 from mimir_fast.data.loaders.resident import ResidentLoader
 from mimir_fast.data.loaders.skip import SkipLedger, first_readable
-from mimir_fast.data.loaders.workers import WorkerLoader, cut
+from mimir_fast.data.loaders.workers import WorkerLoader
 from mimir_fast.data.order import BatchPlan, MixedOrder, SampleOrder
 from mimir_fast.data.sources import ArraySource, EncodedSource, ImageSource, build_source
 from mimir_fast.data.sources.edm import MixedSource, open_npz

@@ -26,6 +26,8 @@ class DataConfig:
     """auto: resident when the decoded data set fits resident_gib, else DALI when installed (GPU), else torch workers"""
     num_workers: int = 4
     """processes of a rank that read files (torch) or read and parse them (dali); 0 works in the main process"""
+    read_threads: int = 1
+    """files that each process of the torch loader reads at a time; 8 or more hide the delay of a network disk"""
     augment: Literal["pad_crop", "resized_crop", "none"] = "pad_crop"
     """pad_crop: shift by up to crop_padding, zeros outside; resized_crop: random area and ratio, bicubic"""
     crop_padding: int = 4
@@ -60,6 +62,8 @@ class DataConfig:
             raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}")
         if self.num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {self.num_workers}")
+        if self.read_threads < 1:
+            raise ValueError(f"read_threads must be at least 1, got {self.read_threads}")
         if self.crop_padding < 0:
             raise ValueError(f"crop_padding must be 0 or more pixels, got {self.crop_padding}")
         low, high = self.crop_scale

@@ -157,9 +157,9 @@ def decode_source(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, 
     """((N, C, S, S) uint8, position → reason for unreadable files, whose pixels stay black)."""
     if isinstance(source, ArraySource):
         return np.ascontiguousarray(source.images), {}
+    from mimir_fast.data.crop import cut
     from mimir_fast.data.decode import UnreadableImageError
     from mimir_fast.data.geometry import plan_geometry
-    from mimir_fast.data.loaders.workers import cut
 
     side, channels = config.image_size, config.channels
     images, bad = np.zeros((len(source), channels, side, side), np.uint8), {}

@@ -2,8 +2,9 @@
 
     image --box--> part --bicubic resize--> H' x W' --window at anchor, zeros outside--> S x S --mirror-->
 
-The numbers are those of mimir_fast.data.geometry. The pixels are those of PIL's `resize(BICUBIC, box=…)`, bit for bit, on
-every device: PIL rounds its weights to integers (22 fractional bits), so all that follows is integer arithmetic.
+The numbers are those of mimir_fast.data.geometry. The pixels are those of PIL's `resize(BICUBIC, box=…)`, bit for bit,
+on every device: PIL rounds its weights to integers (22 fractional bits), so all that follows is integer arithmetic.
+(Pillow 13 resizes some shapes along the columns first, which rounds otherwise; here the rows are first, as before 13.)
 As in PIL, an antialiasing filter that reaches over the edge of the box sees the image around it.
 
 Shapes: B images, C channels, S the side of the result, K taps: the most pixels of one axis that make an output pixel.
