@@ -90,6 +90,12 @@ def list_files(root: Path, folder: Path, classes: list[str], inner: str = "") ->
     if missing is not None:
         raise ValueError(f"{missing} holds no files; add the images of this class or remove its folder")
     index = kept_index(root, folder.name, fingerprint_of(folders), ("paths", "counts"), make)
+    # It may have come with the data, from anyone: what it names must lie in the folder.
+    outside = np.char.find(index["paths"], b"..") >= 0
+    if any(b".." in bytes(path).split(b"/") for path in index["paths"][outside]) or (
+        np.char.startswith(index["paths"], b"/").any() or index["counts"].sum() != len(index["paths"])
+    ):
+        raise ValueError(f"the index of {folder} names files outside of it; remove {root / '.mimir_fast'}")
     return index["paths"], index["counts"]
 
 
