@@ -20,6 +20,7 @@ from benchmarks.step import Setting, build_model, optimizer_step
 from mimir_fast.data import DataConfig, build_loader
 from mimir_fast.data.loaders import Loader
 from mimir_fast.data.loaders.dali import import_dali
+from mimir_fast.data.prepare import PrepareConfig, prepare
 from mimir_fast.methods.mimir import Mimir, MimirConfig
 
 SIDE = 224
@@ -32,8 +33,10 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
     batch = 1024 if device.type == "cuda" and size != "tiny" else BATCH[size]
     yield waiting_case(device, batch)
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder), 4096 if device.type == "cuda" and size == "full" else FILES[size])
-        yield decoding_case(device, Path(folder), FILES[size])
+        photographs, prepared = Path(folder, "jpeg"), Path(folder, "raw")
+        write_photographs(photographs, FILES[size])
+        prepare(PrepareConfig(str(photographs), str(prepared), splits=("train",)))
+        yield decoding_case(device, photographs, prepared, FILES[size])
 
 
 def waiting_case(device: torch.device, batch: int) -> Case:
@@ -87,18 +90,19 @@ class StepClock:
         return {"data-wait %": 100 * self.loader.wait_seconds / self.elapsed}
 
 
-def decoding_case(device: torch.device, folder: Path, num_files: int) -> Case:
-    """One pass over the files, in batches of 32."""
+def decoding_case(device: torch.device, folder: Path, prepared: Path, num_files: int) -> Case:
+    """One pass over the files, in batches of 32; `prepared` holds the same images as raw shards."""
     workers, batch = min(16, os.cpu_count() or 1), min(32, num_files)
 
-    def ours(kind: Literal["dali", "torch"]) -> Callable[[Tensor], Outputs]:
+    def ours(kind: Literal["dali", "torch", "raw"]) -> Callable[[Tensor], Outputs]:
         """Built at first use: worker processes are costly and a missing library must fail this provider alone."""
         built: list[Loader] = []
 
         def run(_: Tensor) -> Outputs:
             if not built:
+                source, root = ("raw", prepared) if kind == "raw" else ("folder", folder)
                 config = DataConfig(
-                    source="folder", root=str(folder), image_size=SIDE, augment="resized_crop", loader=kind,
+                    source=source, root=str(root), image_size=SIDE, augment="resized_crop", loader=kind,
                     num_workers=workers,
                 )  # fmt: skip
                 built.append(
@@ -138,6 +142,7 @@ def decoding_case(device: torch.device, folder: Path, num_files: int) -> Case:
         [
             Provider("mimir_fast DALI", ours("dali"), law=all_came, skip=dali_missing()),
             Provider("mimir_fast torch workers", ours("torch"), law=all_came),
+            Provider("mimir_fast raw shards", ours("raw"), law=all_came, note="prepared once, 256 pixels, uint8"),
             Provider(
                 "torchvision ImageFolder", torchvision_way, law=all_came, note="PIL, RandomResizedCrop, DataLoader"
             ),

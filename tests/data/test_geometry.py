@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mimir_fast.data import DataConfig
+from mimir_fast.data.crop import cut
 from mimir_fast.data.geometry import draw_box, draw_mirror, draw_shift, plan_geometry
 from mimir_fast.data.loaders.base import to_channels
 from mimir_fast.data.loaders.resident import shift_and_mirror
-from mimir_fast.data.loaders.workers import cut
 
 MANY = np.arange(20_000)
 NOW = np.zeros_like(MANY)

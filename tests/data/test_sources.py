@@ -283,7 +283,7 @@ def test_the_shard_index_is_kept_and_follows_the_file(shards, monkeypatch):
     config = DataConfig(source="webdataset", root=str(shards))
     first = build_source(config, "test")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_scan", lambda shard: pytest.fail(f"{shard} was scanned again"))
+        patch.setattr(module, "scan_shard", lambda shard: pytest.fail(f"{shard} was scanned again"))
         assert (build_source(config, "test").offsets == first.offsets).all()
     shutil.copy(shards / "train-01.tar", shards / "val-00.tar")
     assert len(build_source(config, "test")) == 14

@@ -4,8 +4,15 @@ import difflib
 from collections.abc import Callable
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.data.sources import cifar, digits, folder, idx, shards
-from mimir_fast.data.sources.base import ArraySource, EncodedSource, ImageSource, MissingDataError, take_evenly
+from mimir_fast.data.sources import cifar, digits, folder, idx, raw, shards
+from mimir_fast.data.sources.base import (
+    ArraySource,
+    EncodedSource,
+    ImageSource,
+    MissingDataError,
+    RawSource,
+    take_evenly,
+)
 from mimir_fast.data.sources.subset import hold_out, take
 
 Builder = Callable[[DataConfig, str], ImageSource]
@@ -20,9 +27,10 @@ SOURCES: dict[str, Builder] = {
     "imagenet": folder.build_folder,
     "folder": folder.build_folder,
     "webdataset": shards.build,
+    "raw": raw.build,
 }
 
-__all__ = ["SOURCES", "ArraySource", "EncodedSource", "ImageSource", "MissingDataError", "build_source"]
+__all__ = ["SOURCES", "ArraySource", "EncodedSource", "ImageSource", "MissingDataError", "RawSource", "build_source"]
 
 
 def build_source(config: DataConfig, split: str) -> ImageSource:
