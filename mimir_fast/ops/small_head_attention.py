@@ -25,14 +25,9 @@ def small_head_attention_reference(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tenso
     return torch.einsum("bhts,bshe->bthe", scores.softmax(dim=-1), v_BSHE)
 
 
-def takes(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> bool:
+def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernel computes these: on the CPU, float32, E = 8, and the extension was built."""
-    return (
-        q_BTHE.device.type == "cpu"
-        and q_BTHE.dtype == k_BSHE.dtype == v_BSHE.dtype == torch.float32
-        and q_BTHE.shape[-1] == HEAD_DIM
-        and _BUILT
-    )
+    return device.type == "cpu" and dtype == torch.float32 and head_dim == HEAD_DIM and _BUILT
 
 
 def small_head_attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
