@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mimir_fast.ops.small_head_attention import small_head_attention, takes
+from mimir_fast.ops.native_attention import native_attention, takes
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -114,7 +114,7 @@ def _on_cuda_in_half(s: Situation) -> bool:
 
 # In order of preference: a later one has to be clearly faster than an earlier one (attention_choice.MARGIN).
 CANDIDATES = (
-    Candidate("native", small_head_attention, lambda s: takes(s.device, s.dtype, s.head_dim)),
+    Candidate("native", native_attention, lambda s: takes(s.device, s.dtype, s.head_dim)),
     Candidate("sdpa", sdpa, lambda s: True),
     # torch.compile cannot trace xformers, whose own heads and masks are Python objects.
     Candidate("xformers", xformers, lambda s: _on_cuda_in_half(s) and not s.compiled),
