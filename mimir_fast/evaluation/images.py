@@ -128,8 +128,8 @@ class Fitting:
 
     def __call__(self, pixels: np.ndarray, config: DataConfig) -> np.ndarray:
         """(C, S, S) uint8 of an image (H, W, 1 or 3) uint8."""
-        from mimir_fast.data.geometry import plan_geometry
         from mimir_fast.data.crop import cut
+        from mimir_fast.data.geometry import plan_geometry
 
         side, channels = config.image_size, config.channels
         if self == Fitting() or pixels.shape[:2] == (side, side):  # the data room's own way, as every loader has it
