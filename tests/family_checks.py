@@ -200,8 +200,13 @@ def check_adapters(case: Case) -> None:
     images, places = case.images(), some_places(model.encoder)
     clean, adversarial = model(view_of(model, images, places), view_of(model, images, places, ADVERSARIAL))
     torch.testing.assert_close(clean.latent, adversarial.latent, rtol=1e-5, atol=1e-5)
-    norms = [n for n, p in model.encoder.named_parameters() if "norm" in n.split(".")[-2] and not is_adapter(n)]
     names = dict(model.encoder.named_parameters())
+    norms = [
+        f"{path}.{name}"
+        for path, layer in model.encoder.named_modules()
+        if isinstance(layer, nn.LayerNorm)
+        for name in ("weight", "bias")
+    ]
     assert norms and all(n + "_adversarial" in names for n in norms)
     adversarial.prediction.square().mean().backward()
     for name, parameter in names.items():
@@ -282,7 +287,7 @@ def check_recognised(case: Case) -> None:
 
 
 def check_compiles(case: Case) -> None:
-    """Each layer in one graph, whole images and visible patches, frozen and not."""
+    """A layer in one graph, whole images and visible patches, frozen and not. The second of a Swin moves its windows."""
     encoder = case.encoder()
     images, places = case.images(), some_places(encoder)
     patches = patchify_gather(images, places, encoder.mask_unit)
@@ -295,10 +300,10 @@ def check_compiles(case: Case) -> None:
     torch.compiler.reset()
     # Layers of a class share the limit on the number of graphs.
     with torch._dynamo.config.patch(recompile_limit=64):
-        for layer in encoder.layers():
+        for layer in encoder.layers()[:2]:
             layer.compile(fullgraph=True, backend="aot_eager")
         for frozen in (False, True):
-            for layer in encoder.layers():
+            for layer in encoder.layers()[:2]:
                 layer.frozen = frozen  # type: ignore[assignment]
             for got, exact in zip(both(), wanted, strict=True):
                 torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
