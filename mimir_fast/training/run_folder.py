@@ -245,8 +245,8 @@ class RunFolder:
             return
         if not differences(found["config"], wanted):
             raise TrainingDiverged(
-                f"the run in {self.path} diverged at step {found['first_bad']} and would do so again with the same options: "
-                "resume with --blr (or --lr) divided by 10 and --allow_changes, or --overwrite to start anew"
+                f"the run in {self.path} diverged at step {found['first_bad']} and would do so again with the same "
+                "options: resume with --blr (or --lr) divided by 10 and --allow_changes, or --overwrite to start anew"
             )
         for checkpoint in reversed(checkpoints_of(self.path)):
             if _is_healthy(checkpoint) and step_of(checkpoint) < found["first_bad"]:
