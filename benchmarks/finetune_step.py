@@ -103,7 +103,7 @@ def build_model(setting: Setting, device: torch.device) -> Classifier:
     encoder, side, patch, _ = setting
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = ClassifierConfig(encoder, patch, drop_path=0.0)
+        config = ClassifierConfig(encoder=encoder, patch_size=patch, drop_path=0.0)
         model = build_classifier(config, side, NUM_CLASSES)
         nn.init.normal_(model.head.weight, std=0.05)
     return model.to(device).train()

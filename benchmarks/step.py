@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import plain_mimir
+from benchmarks.authors import AuthorsStep, why_not
 from benchmarks.case import Case, Outputs, Provider, Size, generator
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.adv_mae import AdvMae
@@ -96,6 +97,9 @@ def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: boo
         "MIMIR / MAE": ("mimir_fast MIMIR", "mimir_fast MAE"),
         "official / MAE": ("mimir_fast MIMIR official", "mimir_fast MAE"),
     }
+    providers += rivals(model, setting, official, bf16=bf16)
+    ratios["authors / ours"] = ("authors MIMIR", "mimir_fast MIMIR")
+    ratios["authors / ours official"] = ("authors MIMIR", "mimir_fast MIMIR official")
     if device.type == "cuda":
         providers += ablations(model, mimir, config, bf16=bf16, in_double=in_double)
     if compile_too:
@@ -152,6 +156,32 @@ def ablations(
         Provider("mimir_fast MIMIR, fp32", optimizer_step(model, mimir, bf16=False)),
         Provider("mimir_fast MIMIR, unfused AdamW", optimizer_step(model, mimir, bf16=bf16, fused=False)),
     ]  # fmt: skip
+
+
+def rivals(model: MaskedModel, setting: Setting, config: MimirConfig, *, bf16: bool) -> list[Provider]:
+    """The authors' own MIMIR and MAE steps, from a checkout the user names."""
+    encoder, decoder, side, patch, _ = setting
+    skip = why_not() or ("" if decoder == "light" and encoder != "nano" else "theirs has no such model")
+    if skip:
+        return [Provider("authors MIMIR", lambda inputs: (), skip=skip)]
+    name = f"mae_vit_{'ti' if encoder == 'tiny' else encoder}"
+
+    def provider(label: str, adversarial: bool) -> Provider:
+        step = AuthorsStep(
+            f"{name}_dec128d2b", model.state_dict(), config, image_size=side, patch_size=patch,
+            device=next(model.parameters()).device, bf16=bf16, adversarial=adversarial,
+        )  # fmt: skip
+
+        def same_loss(inputs: Batch, outputs: Outputs) -> str:
+            method = Mimir(config) if adversarial else Mae(config)
+            wanted = float(method(model, inputs, seed=SEED, step=STEP)["loss"])
+            found = float(outputs[0])
+            return "" if abs(found - wanted) < 0.05 * wanted else f"a loss of {found:.3f}, ours is {wanted:.3f}"
+
+        run = lambda inputs: step(inputs.images, inputs.labels)  # noqa: E731
+        return Provider(label, run, law=same_loss, note="their public code, draws of their own")
+
+    return [provider("authors MIMIR", True), provider("authors MAE", False)]
 
 
 def build_model(setting: Setting, device: torch.device) -> MaskedModel:

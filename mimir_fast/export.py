@@ -4,7 +4,7 @@ python -m mimir_fast.export runs/digits/mimir_vit_tiny --format timm --output en
 python -m mimir_fast.export runs/digits/pgd_vit_tiny --format safetensors --output robust.safetensors
 
 `timm` holds what timm's model of the family has, under its names: of a pre-training run the encoder, of a fine-tuned
-run the whole classifier. The constructor's arguments are in the file's metadata and are printed. `safetensors` holds
+run the whole classifier. The Python that builds it is in the file's metadata and is printed. `safetensors` holds
 all weights and the configuration; `--init` and `--checkpoint` of our commands take it.
 """
 
@@ -37,7 +37,7 @@ class ExportConfig:
     output: str
     """The .safetensors file to write."""
     format: Literal["timm", "safetensors"] = "timm"
-    """`timm`: for timm's VisionTransformer. `safetensors`: everything, for our own commands."""
+    """`timm`: for timm's class. `safetensors`: everything, for our own commands."""
     weights: WeightsChoice = "auto"
     """The trained weights (model), their moving average (ema), or the average where there is one (auto)."""
     domain: Literal["", "clean", "adversarial"] = ""
@@ -89,10 +89,9 @@ def export(config: ExportConfig) -> Path:
         architecture, _ = infer_architecture(weights)
         timm_model = find_family(architecture.family).to_timm(encoder_tensors(weights, domain), architecture)
         tensors, arguments = timm_model.tensors, timm_model.arguments
-        metadata = {"format": "pt", "timm": json.dumps(arguments), "class": timm_model.path,
+        metadata = {"format": "pt", "timm": json.dumps(arguments), "class": timm_model.path, "code": timm_model.code,
                     "mean": json.dumps(mean), "std": json.dumps(std)}  # fmt: skip
-        words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        hint = f"{timm_model.path}({words}).load_state_dict(load_file({str(path)!r}))"
+        hint = f"\n{timm_model.code}\nmodel.load_state_dict(safetensors.torch.load_file({str(path)!r}))"
         hint += f"\nimages in [0, 1], then mean {mean}, std {std}"
     else:
         tensors = weights.tensors

@@ -50,7 +50,13 @@ def feature_distance(features_BTD: Tensor, clean_BTD: Tensor, distance: Literal[
 
 
 def attack_features(
-    model: nn.Module, clean: View, start_BKP: Tensor, threat: FeatureAttackConfig, *, domain: int
+    model: nn.Module,
+    clean: View,
+    start_BKP: Tensor,
+    threat: FeatureAttackConfig,
+    *,
+    domain: int,
+    clean_features: Tensor | None = None,
 ) -> Tensor:
     """Adversarial visible patches (B, K, P) whose features, seen as `domain`, are far from the clean ones.
 
@@ -58,10 +64,13 @@ def attack_features(
         clean: the clean view; its features are taken in its own domain.
         start_BKP: where the ascent starts, inside the ball.
         domain: of the adversarial images, see models/norms.py.
+        clean_features: (B, T, D) latent of `clean`, where a training step has it already: a forward pass less.
     """
     with borrowed_in_mode(model) as module:
-        with torch.no_grad():
-            wanted = module(clean, decode=False)
+        if clean_features is None:
+            with torch.no_grad():
+                clean_features = module(clean, decode=False)
+        wanted = clean_features.detach()
 
         def distance(patches_BKP: Tensor) -> Tensor:
             features = module(clean._replace(patches=patches_BKP, domain=domain), decode=False)

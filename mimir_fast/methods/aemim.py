@@ -8,14 +8,13 @@ decoder. The clean adapters are what is fine-tuned and exported. No code was pub
 an option here, and its default is ours: weight, step size, random start.
 
 The features see visible patches only, so only there the attack has a gradient; masked patches of the adversarial image
-keep the random start, as they would in the paper. Both streams go through the model in one call: data parallelism
-sees one forward pass. Works on MAE (default) and on SimMIM (`--model.decoder linear --pixel_loss l1 --mask_unit 32
---norm_pix_loss False --mask_ratio 0.6`).
+keep the random start, as they would in the paper. Works on MAE (the default) and on SimMIM: `--model.decoder linear
+--pixel_loss l1 --mask_unit 32 --no_norm_pix_loss --mask_ratio 0.6`.
 Shapes: B images, N patches, K kept, M masked, P numbers a patch.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from mimir_fast.attacks.features import FeatureAttackConfig, attack_features
 from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mae import Draws, Mae, MaeConfig, Shown, masked_model, preview_rows, reconstruction_loss
+from mimir_fast.methods.masking import Mask
 from mimir_fast.methods.noise_mae import uniform_delta
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.terms import Term, total
@@ -47,6 +47,13 @@ class AemimConfig(MaeConfig):
             raise ValueError(f"adversarial_weight={self.adversarial_weight}, wanted a finite number of 0 or more")
 
 
+class Attacked(NamedTuple):
+    """Visible patches (B, K, P) and the whole image (B, N, P) after the attack."""
+
+    visible: Tensor
+    whole: Tensor
+
+
 class Aemim(Mae):
     """Two reconstructions from two streams through one encoder."""
 
@@ -58,58 +65,61 @@ class Aemim(Mae):
         shape = (model.num_patches, model.encoder.patch_dim)
         return Draws(mask, delta=uniform_delta(batch.samples, shape, self.config.attack.eps, seed=seed, step=step))
 
-    def perturb(self, model: nn.Module, images: Tensor, draws: Draws, target_BMP: Tensor) -> Shown:
-        """The adversarial images, whole: attacked where visible, at the random start where masked."""
-        assert draws.delta is not None, "aemim draws where the attack starts"
-        patches, keep = patchify(images, masked_model(model).patch_size), draws.mask.keep
-        start = (patches + draws.delta).clamp_(0, 1)
-        clean = View(gather_patches(patches, keep), keep, domain=CLEAN)
-        visible = attack_features(model, clean, gather_patches(start, keep), self.config.attack, domain=ADVERSARIAL)
-        return Shown(visible, start.scatter_(1, keep.unsqueeze(-1).expand_as(visible), visible))
-
     def losses(self, model: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """{"loss", "reconstruction": of the clean image, "adversarial": of the adversarial one, before its weight}."""
-        clean, adversarial, shown = self.views(model, batch, draws)
-        assert shown.patches is not None
-        target = masked_targets(
-            batch.images, draws.mask.masked, masked_model(model).patch_size, norm_pix=self.config.norm_pix_loss
+        mask, p, norm_pix = draws.mask, masked_model(model).patch_size, self.config.norm_pix_loss
+        patches = patchify(batch.images, p)
+        view = clean_view(patches, mask)
+        clean = model(view)
+        # The features the attack leads away from are those of the clean stream: computed once.
+        shown = self.attack(model, patches, draws, clean.latent)
+        adversarial = model(View(shown.visible, mask.keep, mask.masked, ADVERSARIAL))
+        own_target = gather_patches(shown.whole, mask.masked)
+        targets = (
+            masked_targets(batch.images, mask.masked, p, norm_pix=norm_pix),
+            normalize_patches(own_target) if norm_pix else own_target,
         )
-        own_target = gather_patches(shown.patches, draws.mask.masked)
-        if self.config.norm_pix_loss:
-            own_target = normalize_patches(own_target)
-        outputs: Any = model(clean, adversarial)
-        kind = self.config.pixel_loss
+        errors = [
+            reconstruction_loss(output.prediction, target, self.config.pixel_loss)
+            for output, target in zip((clean, adversarial), targets, strict=True)
+        ]
         return total(
-            [
-                Term("reconstruction", reconstruction_loss(outputs[0].prediction, target, kind)),
-                Term(
-                    "adversarial",
-                    reconstruction_loss(outputs[1].prediction, own_target, kind),
-                    self.config.adversarial_weight,
-                ),
-            ]
+            [Term("reconstruction", errors[0]), Term("adversarial", errors[1], self.config.adversarial_weight)]
         )
 
-    def views(self, model: nn.Module, batch: Batch, draws: Draws) -> tuple[View, View, Shown]:
-        """The clean and the adversarial view of a batch, and the whole adversarial image."""
-        patches, mask = patchify(batch.images, masked_model(model).patch_size), draws.mask
-        shown = self.perturb(model, batch.images, draws, patches)
-        clean = View(gather_patches(patches, mask.keep), mask.keep, mask.masked, CLEAN)
-        return clean, View(shown.visible, mask.keep, mask.masked, ADVERSARIAL), shown
+    def attack(
+        self, model: nn.Module, patches_BNP: Tensor, draws: Draws, clean_features: Tensor | None = None
+    ) -> "Attacked":
+        """The adversarial image, whole: attacked where visible, at the random start where masked."""
+        assert draws.delta is not None, "aemim draws where the attack starts"
+        keep = draws.mask.keep
+        start = (patches_BNP + draws.delta).clamp_(0, 1)
+        visible = attack_features(
+            model, clean_view(patches_BNP, draws.mask), gather_patches(start, keep), self.config.attack,
+            domain=ADVERSARIAL, clean_features=clean_features,
+        )  # fmt: skip
+        return Attacked(visible, start.scatter_(1, keep.unsqueeze(-1).expand_as(visible), visible))
 
     @torch.no_grad()
     def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """MAE's rows of the clean stream, the adversarial image and its own reconstruction."""
         bare = masked_model(model)
         draws = self.draw(bare, batch, seed=seed, step=step)
-        clean, adversarial, shown = self.views(model, batch, draws)
+        p, norm_pix, patches = bare.patch_size, self.config.norm_pix_loss, patchify(batch.images, bare.patch_size)
+        view, attacked = clean_view(patches, draws.mask), self.attack(model, patches, draws)
         with borrowed_in_mode(model) as module:
-            outputs = module(clean._replace(masked=None), adversarial._replace(masked=None))
-        p, norm_pix = bare.patch_size, self.config.norm_pix_loss
-        rows = preview_rows(batch.images, Shown(clean.patches), draws.mask, outputs[0].prediction.float(), p, norm_pix)
-        assert shown.patches is not None
-        own = preview_rows(unpatchify(shown.patches, p), shown, draws.mask, outputs[1].prediction.float(), p, norm_pix)
+            clean, adversarial = (
+                module(v).prediction.float()
+                for v in (view._replace(masked=None), View(attacked.visible, view.keep, None, ADVERSARIAL))
+            )
+        rows = preview_rows(batch.images, Shown(view.patches), draws.mask, clean, p, norm_pix)
+        own = preview_rows(unpatchify(attacked.whole, p), Shown(attacked.visible), draws.mask, adversarial, p, norm_pix)
         return rows | {"adversarial": own["input"], "adv. reconstr.": own["reconstruction"]}
+
+
+def clean_view(patches_BNP: Tensor, mask: Mask) -> View:
+    """The visible patches of a clean image."""
+    return View(gather_patches(patches_BNP, mask.keep), mask.keep, mask.masked, CLEAN)
 
 
 register(

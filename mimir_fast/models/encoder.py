@@ -25,6 +25,7 @@ class Encoder(nn.Module):
         num_prefix: rows of the latent in front of the patches' (1 with a cls token, else 0).
         num_layers: layers for stochastic depth and layer-wise learning rates.
         num_branches: residual branches of a layer.
+        has_adapters: norms and cls token exist twice, for clean and for adversarial data.
     """
 
     image_size: int
@@ -35,6 +36,7 @@ class Encoder(nn.Module):
     num_prefix: int = 1
     num_layers: int
     num_branches: int = 2
+    has_adapters: bool = False
 
     @property
     def grid(self) -> int:
@@ -51,7 +53,7 @@ class Encoder(nn.Module):
         """P."""
         return self.mask_unit**2 * self.channels
 
-    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None) -> Tensor:
+    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
         """(B, K, D) tokens, (B, K, T, D) where a patch holds several, without anything learned about positions.
 
         In fp32 whatever autocast says: bf16 has a spacing of 1/256 at the top of [0, 1], and ε is 8 of those.
@@ -59,6 +61,7 @@ class Encoder(nn.Module):
         Args:
             patches_BKP: float in [0, 1], (row, column, channel) order inside a patch.
             places_BK: (B, K) int64, where they belong; None when all N are there in raster order.
+            domain: whose norms, for stems that have some; see `encode`.
         """
         raise NotImplementedError
 
@@ -77,6 +80,7 @@ class Encoder(nn.Module):
     def add_adapters(self) -> None:
         """Norm layers and the cls token get a second copy for adversarial data (AEMIM)."""
         add_adapters(self)
+        self.has_adapters = True
         cls_token = getattr(self, "cls_token", None)
         if isinstance(cls_token, nn.Parameter):
             self.register_parameter("cls_token" + SUFFIX, nn.Parameter(cls_token.detach().clone()))

@@ -14,15 +14,31 @@ from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.ops.patches import gather_patches
 
 
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raises ValueError when the heads do not divide the width."""
+    if dim % num_heads:
+        raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+
+
+def project_queries(
+    qkv: nn.Linear, queries_BQD: Tensor, x_BTD: Tensor, heads: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, Q, H, E) of the queries, k and v (B, T, H, E) of all tokens, from one fused projection."""
+    D, bias = x_BTD.shape[2], qkv.bias
+    q_bias, kv_bias = (None, None) if bias is None else (bias[:D], bias[D:])
+    q = F.linear(queries_BQD, qkv.weight[:D], q_bias).unflatten(-1, heads)
+    k, v = F.linear(x_BTD, qkv.weight[D:], kv_bias).unflatten(-1, (2, *heads)).unbind(2)
+    return q, k, v
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv projection."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BTD: Tensor, queries_BQD: Tensor | None = None) -> Tensor:
@@ -32,9 +48,7 @@ class Attention(nn.Module):
         if queries_BQD is None:
             q, k, v = self.qkv(x_BTD).view(B, T, 3, *heads).unbind(2)
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(queries_BQD, weight[:D], bias[:D]).view(B, -1, *heads)
-            k, v = F.linear(x_BTD, weight[D:], bias[D:]).view(B, T, 2, *heads).unbind(2)
+            q, k, v = project_queries(self.qkv, queries_BQD, x_BTD, heads)
         return self.proj(attention(q, k, v).flatten(2))
 
 
@@ -65,23 +79,27 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """x + Attention(LN(x)), then x + MLP(LN(x))."""
+class Layer(nn.Module):
+    """Base of what is compiled and sharded one by one."""
 
     frozen = False
-    """Set while an attack runs on a compiled block, see attacks/no_trace.py."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(dim)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+    """Set while an attack runs on a compiled layer, see attacks/no_trace.py."""
 
     def branch_on_frozen(self) -> None:
-        """For `forward`: torch.compile guards on what is branched on, so a frozen block gets a graph of its own."""
+        """For `forward`: torch.compile guards on what is branched on, so a frozen layer gets a graph of its own."""
         if self.frozen:
             pass
+
+
+class Block(Layer):
+    """x + Attention(LN(x)), then x + MLP(LN(x))."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
         self, x_BTD: Tensor, *, query_ids_BQ: Tensor | None = None, num_keep: int | None = None, domain: int = CLEAN,

@@ -6,7 +6,7 @@ Shapes: N patch tokens (grid × grid), D width, K classes.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -58,6 +58,8 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
     report = LoadReport(weights.origin, notes=list(weights.notes))
     own = model.state_dict()
     _check_architecture(weights, own)
+    architecture = recognise(own)
+    family = None if architecture is None else find_family(architecture.family)
     ready: dict[str, Tensor] = {}
     for name, tensor in weights.tensors.items():
         if name not in own:
@@ -67,6 +69,9 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
         elif name == "pos_embed":
             ready[name] = resize_positions(tensor, own[name].shape[1])
             report.resized.append(f"pos_embed {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
+        elif family is not None and (resized := family.resize(name, tensor, own[name].shape)) is not None:
+            ready[name] = resized
+            report.resized.append(f"{name} {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
         elif name.startswith("head."):
             report.skipped.append(name)
             if name == "head.bias":
@@ -78,6 +83,10 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
                 f"{weights.origin} is of another architecture: {name} is {tuple(tensor.shape)} there, "
                 f"{tuple(own[name].shape)} in the model"
             )
+    biases = [name for name in own if name not in ready and _is_optional_bias(name, weights.tensors)]
+    if biases:
+        ready |= {name: torch.zeros_like(own[name]) for name in biases}
+        report.notes.append(f"{len(biases)} biases of queries, keys and values are not in these weights: zero here")
     report.fresh = [name for name in own if name not in ready]
     absent = [name for name in report.fresh if not name.startswith(("head.", "fc_norm.", "norm."))]
     if absent:
@@ -124,6 +133,9 @@ def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
             for family in all_families().values()
         )
         raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours. Those are {known}")
+    saved = ((weights.config or {}).get("data") or {}).get("image_size")
+    if saved is not None and not find_family(architecture.family).image_size_in_tensors:
+        architecture = replace(architecture, image_size=saved)
     head = weights.tensors.get("head.weight")
     return architecture, None if head is None else len(head)
 
@@ -175,6 +187,13 @@ def _note_normalization(model: nn.Module, weights: Weights, report: LoadReport) 
             f"these weights were trained with normalization {fit}, the model has {chosen}: "
             f"use --model.normalization {fit}"
         )
+
+
+def _is_optional_bias(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """A bias of queries, keys or values that the weights do without, so that zero is what they mean."""
+    projection, _, kind = name.rpartition(".")
+    known = projection.endswith((".attn.qkv", ".attn.qk", ".attn.q", ".attn.k", ".attn.v"))
+    return kind == "bias" and known and name not in tensors and f"{projection}.weight" in tensors
 
 
 def _summary(names: list[str]) -> list[str]:

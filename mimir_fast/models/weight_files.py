@@ -25,7 +25,7 @@ from mimir_fast.checkpoints.reading import (
     resolve_checkpoint,
     saved_tensors,
 )
-from mimir_fast.models.families import all_families
+from mimir_fast.models.families import all_families, under_our_names
 
 WeightsChoice = Literal["auto", "model", "ema"]
 
@@ -99,7 +99,7 @@ def strip_wrappers(content: Any, origin: str) -> dict[str, Tensor]:
             "Wanted a checkpoint of mimir_fast, of the MIMIR authors, or a timm model of one of our families"
         )
     prefix = min(prefixes, key=len)
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return under_our_names({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
 
 
 def _read_checkpoint(folder: Path, which: WeightsChoice) -> Weights:

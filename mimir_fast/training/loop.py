@@ -28,7 +28,6 @@ from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
 from mimir_fast.training.precision import Choice
 from mimir_fast.training.run_config import RunConfig
 from mimir_fast.training.run_folder import RunFolder
-from mimir_fast.training.schedule import cosine_schedule
 from mimir_fast.training.state import group_steps, make_room_for_optimizer, set_group_steps, training_tensors
 from mimir_fast.training.task import Task
 from mimir_fast.training.watchdog import Watchdog
@@ -136,10 +135,9 @@ class Trainer:
 
     def train_step(self, micro: list[Batch]) -> dict[str, Tensor]:
         """One optimiser step on the micro-batches; returns detached scalars on the device."""
-        lr = cosine_schedule(
-            self.step, total_steps=self.total_steps, warmup_steps=self.warmup_steps,
-            peak=self.optim.peak_lr(self.run.batch_size), minimum=self.optim.min_lr,
-        )  # fmt: skip
+        lr = self.optim.lr_at(
+            self.step, batch_size=self.run.batch_size, total_steps=self.total_steps, warmup_steps=self.warmup_steps
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         metrics: dict[str, Tensor] = {}

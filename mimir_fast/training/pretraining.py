@@ -59,9 +59,16 @@ class PretrainConfig:
 
 
 def with_method(config: PretrainConfig, method: str) -> PretrainConfig:
-    """`config` for another method: its options converted, and the decoder the method needs."""
-    decoder: Any = find_method("pretrain", method).decoder or config.model.decoder
-    return replace(config, method=method, model=replace(config.model, decoder=decoder))
+    """`config` for another method: its options converted, and the decoder the method needs.
+
+    SimMIM's mask unit of 32 pixels is for 224²; images that have no four of them a side are masked by the patch.
+    """
+    entry = find_method("pretrain", method)
+    objective = convert(config.objective, entry.config)
+    if objective.mask_unit and config.data.image_size < 4 * objective.mask_unit:
+        objective = replace(objective, mask_unit=None)
+    decoder: Any = entry.decoder or config.model.decoder
+    return replace(config, method=method, objective=objective, model=replace(config.model, decoder=decoder))
 
 
 class Pretraining:

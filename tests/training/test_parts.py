@@ -17,7 +17,7 @@ from mimir_fast.training.ema import Ema
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups
 from mimir_fast.training.pictures import grid, save_curves
-from mimir_fast.training.schedule import cosine_schedule
+from mimir_fast.training.schedule import cosine_schedule, stepped_schedule
 
 
 @pytest.fixture
@@ -38,6 +38,22 @@ class TestSchedule:
     @given(st.integers(0, 200), st.integers(1, 150), st.integers(0, 50))
     def test_never_leaves_its_range(self, step: int, total: int, warmup: int) -> None:
         assert 0 <= cosine_schedule(step, total_steps=total, warmup_steps=warmup, peak=1.0) <= 1
+
+    def test_falls_to_a_tenth_at_each_drop(self) -> None:
+        """SimMIM's 800 epochs, ×0.1 at 700, in units of epochs; and Mo et al.'s 40, with two drops."""
+
+        def lr(step: int) -> float:
+            return stepped_schedule(step, total_steps=800, warmup_steps=10, peak=1e-4, drops=(0.875,))
+
+        assert lr(0) == pytest.approx(1e-5) and lr(9) == lr(10) == lr(699) == 1e-4
+        assert lr(700) == lr(799) == pytest.approx(1e-5)
+        config = OptimizerConfig(optimizer="sgd", lr=0.1, lr_drops=(0.875, 0.95))
+        epochs = [config.lr_at(step, batch_size=64, total_steps=40, warmup_steps=0) for step in range(40)]
+        assert epochs == pytest.approx([0.1] * 35 + [0.01] * 3 + [0.001] * 2)
+
+    def test_refuses_epochs_for_parts_of_the_run(self) -> None:
+        with pytest.raises(ValueError, match="parts of the run between 0 and 1"):
+            OptimizerConfig(lr_drops=(700.0,))
 
     def test_a_shorter_run_keeps_the_fraction_of_warmup(self) -> None:
         assert RunConfig(epochs=800, warmup_epochs=40, batch_size=100).warmup_steps(1000) == 400

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mimir_fast.models.encoder import Encoder
@@ -38,11 +39,29 @@ class Architecture:
 
 @dataclass(frozen=True)
 class TimmModel:
-    """How timm builds the same model: a class by its path, its arguments, and the tensors under its names."""
+    """How timm builds the same model.
+
+    Attributes:
+        path: of the class.
+        arguments: of its constructor.
+        tensors: the state dict, under timm's names.
+        replaced: submodules that no argument describes, as attributes of the model: Python that makes each.
+    """
 
     path: str
     arguments: dict[str, Any]
     tensors: dict[str, Tensor]
+    replaced: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def code(self) -> str:
+        """Python that leaves the model, without its weights, in `model`."""
+        words = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        lines = [
+            f"import collections, safetensors.torch, timm.layers, torch, {self.path.rpartition('.')[0]}",
+            f"model = {self.path}({words})",
+        ]
+        return "\n".join(lines + [f"model.{name} = {made}" for name, made in self.replaced.items()])
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,9 @@ class Family:
         build_decoder: (encoder, width, depth, heads) → decoder, see decoder.py.
         recognise: tensors → architecture, or None when they are of another family.
         to_timm: (tensors, architecture) → the same model in timm.
+        from_timm: tensors under timm's names → under ours; tensors that have ours stay as they are.
+        resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit.
+        image_size_in_tensors: `recognise` can tell the image size; where it cannot, a saved configuration can.
         norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
         undefined: method → why it cannot be used with this family.
     """
@@ -72,6 +94,9 @@ class Family:
     build_decoder: Callable[[Encoder, int, int, int], nn.Module]
     recognise: Callable[[Tensors], Architecture | None]
     to_timm: Callable[[Tensors, Architecture], TimmModel]
+    from_timm: Callable[[Tensors], dict[str, Tensor]] = dict
+    resize: Callable[[str, Tensor, torch.Size], Tensor | None] = lambda name, tensor, shape: None
+    image_size_in_tensors: bool = True
     norm_before_pool: bool = False
     undefined: Mapping[str, str] = field(default_factory=dict)
 
@@ -136,6 +161,14 @@ def recognise(tensors: Tensors) -> Architecture | None:
         if family.anchor in tensors and (found := family.recognise(tensors)) is not None:
             return found
     return None
+
+
+def under_our_names(tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors of a model of timm, or of ours, under our names; others as they are."""
+    for family in all_families().values():
+        if family.anchor in tensors and family.recognise(renamed := family.from_timm(tensors)) is not None:
+            return renamed
+    return dict(tensors)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

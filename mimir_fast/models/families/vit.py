@@ -5,6 +5,7 @@ Shapes: B images, N patches, K visible, P numbers a patch, T = 1 + K tokens, D w
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class VitEncoder(Encoder):
         self.apply(init_like_mae)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None) -> Tensor:
+    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
         """(B, K, D); see Encoder."""
         with torch.autocast(patches_BKP.device.type, enabled=False):
             return self.patch_embed(patches_BKP)
@@ -93,10 +94,10 @@ def recognise(tensors: Tensors) -> Architecture | None:
     return Architecture("vit", size, grid * patch_size, patch_size, channels)
 
 
-def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
-    """timm's VisionTransformer."""
+def timm_arguments(tensors: Tensors, architecture: Architecture) -> dict[str, Any]:
+    """Of timm's VisionTransformer."""
     width, depth, num_heads = SIZES[architecture.size]
-    arguments = {
+    return {
         "img_size": architecture.image_size,
         "patch_size": architecture.patch_size,
         "in_chans": architecture.channels,
@@ -106,6 +107,11 @@ def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
         "num_classes": len(tensors["head.weight"]) if "head.weight" in tensors else 0,
         "global_pool": "avg" if "fc_norm.weight" in tensors else "token",
     }
+
+
+def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
+    """timm's VisionTransformer."""
+    arguments = timm_arguments(tensors, architecture)
     return TimmModel("timm.models.vision_transformer.VisionTransformer", arguments, dict(tensors))
 
 
