@@ -22,7 +22,15 @@ MAX_SAVED_BATCHES = 20  # of a rank: enough to study, and a bad week does not fi
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many non-finite steps in a row."""
+    """Too many non-finite steps in a row.
+
+    Attributes:
+        first_bad: the first of them; the checkpoint of that name holds the weights that led to it.
+    """
+
+    def __init__(self, message: str, first_bad: int = 0) -> None:
+        super().__init__(message)
+        self.first_bad = first_bad
 
 
 class StepGuard:
@@ -75,7 +83,8 @@ class StepGuard:
             raise TrainingDiverged(
                 f"loss or gradient was NaN or Inf in {self.in_a_row} steps in a row, last in step {step}. The weights "
                 "are those before them. The MIMIR authors' advice is a tenth of the learning rate: resume with "
-                f"--blr (or --lr) divided by 10 and --allow_changes. The last batch: {saved}"
+                f"--blr (or --lr) divided by 10 and --allow_changes. The last batch: {saved}",
+                first_bad=step - self.in_a_row + 1,
             )
 
     def _save(self, step: int, batches: list[Batch]) -> str:

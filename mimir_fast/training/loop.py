@@ -121,10 +121,10 @@ class Trainer:
             self.guard.poll()
             watchdog.allow()
             self.checkpoints.finish(self.step, *self._state())
-        except TrainingDiverged:
+        except TrainingDiverged as error:
             self.checkpoints.settle()
             if self.world.is_main:
-                self.folder.diverged(self.step, self.config)
+                self.folder.diverged(error.first_bad, self.config)
             raise
         except Exception as error:
             self._rescue(error)

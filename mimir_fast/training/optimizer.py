@@ -51,8 +51,8 @@ class OptimizerConfig:
             check_number("betas", beta, at_least=0, below=1)
         check_number("layer_decay", self.layer_decay, above=0, at_most=1, hint="1 is none")
         check_number("momentum", self.momentum, at_least=0, below=1)
-        for part in self.lr_drops:
-            check_number("lr_drops", part, above=0, below=1, hint="parts of the run, such as 0.875")
+        if not all(0 < part < 1 for part in self.lr_drops):
+            raise ValueError(f"lr_drops={self.lr_drops}, wanted parts of the run between 0 and 1, such as 0.875")
 
     def peak_lr(self, batch_size: int) -> float:
         """The learning rate after warm-up for a global batch."""

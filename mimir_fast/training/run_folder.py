@@ -151,10 +151,12 @@ class RunFolder:
         """Let `best` stand for a whole checkpoint; it is never without one."""
         point(self.checkpoints / "best", checkpoint.name)
 
-    def diverged(self, step: int, config: dict[str, Any]) -> None:
+    def diverged(self, first_bad: int, config: dict[str, Any]) -> None:
         """Remember that training blew up, so that a restart does not do the same again for ever."""
         with suppress(OSError):  # what ended the run is more important than this note of it
-            write_text(self.path / "diverged.json", json.dumps({"step": step, "config": config}, indent=1) + "\n")
+            write_text(
+                self.path / "diverged.json", json.dumps({"first_bad": first_bad, "config": config}, indent=1) + "\n"
+            )
 
     def _take(self, wanted: dict[str, Any], resume: bool, overwrite: bool, allow_changes: bool) -> str:
         recorded = self.path / "config.json"
@@ -243,15 +245,15 @@ class RunFolder:
             return
         if not differences(found["config"], wanted):
             raise TrainingDiverged(
-                f"the run in {self.path} diverged at step {found['step']} and would do so again with the same options: "
-                "resume with --blr (or --lr) divided by 10 and --allow_changes, or --overwrite to start anew"
+                f"the run in {self.path} diverged at step {found['first_bad']} and would do so again with the same "
+                "options: resume with --blr (or --lr) divided by 10 and --allow_changes, or --overwrite to start anew"
             )
         for checkpoint in reversed(checkpoints_of(self.path)):
-            if _is_healthy(checkpoint):
+            if _is_healthy(checkpoint) and step_of(checkpoint) < found["first_bad"]:
                 break
             move(checkpoint, checkpoint.with_name(checkpoint.name + ".diverged"))
             self.notes.append(
-                f"{checkpoint.name} was saved while the loss exploded; it is kept as {checkpoint.name}.diverged"
+                f"{checkpoint.name} holds weights that exploded; it is kept as {checkpoint.name}.diverged"
             )
         remove(mark)
 

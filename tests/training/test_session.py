@@ -145,7 +145,10 @@ class TestWhatIsSaved:
         with pytest.raises(TrainingDiverged, match="would do so again with the same options"):
             pretrain(config)
         assert [p.name for p in checkpoints_of(tmp_path)] == saved
-        assert max(int(name[5:]) for name in saved) < 3  # none while steps were skipped
+        assert saved == ["step-00000001"]  # none while steps were skipped; its weights are those that gave NaN
+        pretrain(small(tmp_path, "--lr", "1e-4", "--max_steps", "9", "--allow_changes"))
+        assert (tmp_path / "checkpoints" / "step-00000001.diverged").is_dir()
+        assert read_meta(checkpoints_of(tmp_path)[-1])["skipped"] == 0
 
     def test_losses_that_explode_are_told_from_healthy_ones(self) -> None:
         watch = LossWatch()
