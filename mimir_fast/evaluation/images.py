@@ -171,7 +171,7 @@ def decode_source(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, 
             bad[index] = str(error)
             return
         one, sizes = np.array([index]), np.array([pixels.shape[:2]])
-        images[index] = cut(pixels, plan_geometry(config, False, 0, one, one, sizes), 0, side, channels)
+        images[index] = cut([pixels], plan_geometry(config, False, 0, one, one, sizes), side, channels)[0].numpy()
 
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # PIL decodes outside the interpreter's lock
         list(pool.map(fill, range(len(source))))

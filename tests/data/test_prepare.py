@@ -83,7 +83,7 @@ def test_webdataset_shards_hold_the_files_as_they_are(image_folder, tmp_path):
 
 
 def test_the_raw_loader_cuts_what_the_worker_loader_cuts(prepared):
-    """One copies a box and its margin, the other crops whole images: the same up to the last bit of a weight."""
+    """By one fused op both; only where the pixels come from differs."""
     for split, augment in (("train", "resized_crop"), ("train", "pad_crop"), ("test", "none")):
         batches = {}
         for loader in ("raw", "torch"):
@@ -92,7 +92,7 @@ def test_the_raw_loader_cuts_what_the_worker_loader_cuts(prepared):
         for ours, theirs in zip(batches["raw"], batches["torch"], strict=True):
             assert torch.equal(ours.samples, theirs.samples) and torch.equal(ours.labels, theirs.labels)
             assert ours.images.shape[1:] == (3, 48, 48) and ours.images.float().std() > 20
-            assert (ours.images.int() - theirs.images.int()).abs().max() <= 1
+            assert torch.equal(ours.images, theirs.images)
 
 
 def test_threads_change_nothing_and_resuming_is_exact(prepared):
