@@ -31,7 +31,7 @@ Fill = Callable[[Key, np.ndarray], Any]
 """(key, slot (B, …) uint8 to write into) → anything small that can be pickled."""
 
 
-class WorkerKilledError(RuntimeError):
+class WorkerKilledError(OSError):
     """A worker process died again and again."""
 
 
