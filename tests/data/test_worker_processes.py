@@ -18,7 +18,7 @@ from mimir_fast.data.order import BatchPlan, KeyStream, SampleOrder
 
 def fill(key, slot):
     """Each row is filled with its sample's number; sample 13 cannot be read."""
-    samples, epochs = key
+    samples, _ = key
     if 13 in samples:
         raise ValueError("sample 13 is bad")
     slot[: len(samples)] = samples[:, None].astype(np.uint8)

@@ -69,6 +69,6 @@ class SkipLedger:
         reasons = "\n  ".join(list(self.skipped.values())[:5])
         raise TooManyBadFilesError(
             f"{len(self.skipped)} unreadable files in {self.source.name}, more than max_bad_files = "
-            f"{self.max_bad_files}; repair or remove them (a run goes on with a hundredth of its files gone or come), or "
+            f"{self.max_bad_files}; repair or remove them (a run goes on without a hundredth of its files), or "
             f"raise --data.max_bad_files:\n  {reasons}"
         )
