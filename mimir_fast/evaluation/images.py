@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.data.sources.base import ArraySource, EncodedSource, ImageSource, SubsetSource
+from mimir_fast.data.sources.base import ArraySource, ImageSource, subset
 
 
 @dataclass
@@ -133,24 +133,24 @@ def load_images(config: DataConfig, indices: np.ndarray | None = None, split: st
             f"{source.name} has images of {source.image_size} x {source.image_size} pixels but image_size is "
             f"{config.image_size}; give --data.image_size {source.image_size}"
         )
-    subset = _subset(source, indices)
-    if (subset.labels < 0).any():
+    chosen = subset(source, indices)
+    if (chosen.labels < 0).any():
         raise ValueError(f"{source.name} has images without labels: accuracy needs labels")
-    pixels, bad = decode_source(subset, config)
-    if len(bad) == len(subset):
+    pixels, bad = decode_source(chosen, config)
+    if len(bad) == len(chosen):
         raise ValueError(f"none of the {len(bad)} images of {source.name} is readable, such as {bad[0]}")
     images = EvaluationImages(
         to_channels(torch.from_numpy(pixels), config.channels),
-        torch.from_numpy(subset.labels),
+        torch.from_numpy(chosen.labels),
         torch.from_numpy(indices.astype(np.int64)),
-        subset.classes,
+        chosen.classes,
         source.name,
         {},
     )
     if not bad:
         return images
-    readable = torch.tensor([i for i in range(len(subset)) if i not in bad])
-    return replace(images.take(readable), skipped={subset.where(i): reason for i, reason in bad.items()})
+    readable = torch.tensor([i for i in range(len(chosen)) if i not in bad])
+    return replace(images.take(readable), skipped={chosen.where(i): reason for i, reason in bad.items()})
 
 
 def decode_source(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, dict[int, str]]:
@@ -176,11 +176,3 @@ def decode_source(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, 
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # PIL decodes outside the interpreter's lock
         list(pool.map(fill, range(len(source))))
     return images, bad
-
-
-def _subset(source: ImageSource, indices: np.ndarray) -> ImageSource:
-    if isinstance(source, ArraySource):
-        return ArraySource(source.name, source.images[indices], source.labels[indices], source.classes)
-    if isinstance(source, EncodedSource):
-        return SubsetSource(source, indices)
-    raise TypeError(f"cannot take a part of a {type(source).__name__}")

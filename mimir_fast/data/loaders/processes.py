@@ -127,7 +127,12 @@ class _Worker:
     def forget(self) -> None:
         """Wait for what was asked for and is not wanted any more (a pass that was broken off)."""
         while self._owed:
-            self.answer()
+            try:
+                self.answer()
+            except WorkerKilledError:
+                raise
+            except Exception as error:  # of a batch that nobody asks for any more
+                _LOG.info("a batch that is not wanted any more: %s", error)
 
     def end(self) -> None:
         self._pipe.close()
