@@ -1,6 +1,7 @@
 """The command line of the benchmarks."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import authors, compare, plot, record, table
 from benchmarks import ceilings as machine
-from benchmarks import compare, plot, record, table
 from benchmarks.case import Cases, is_ours
 from benchmarks.runner import run_cases
 
@@ -23,6 +24,7 @@ QUESTIONS: dict[str, float] = {
     "nhsic": 4,
     "step": 20,
     "loader": 10,
+    "families": 30,
     "finetune_step": 20,
     "autoattack": 0,
 }
@@ -59,6 +61,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--plot", type=Path, metavar="FILE.png", help="where the picture goes; default beside the records"
     )
     parser.add_argument("--draw", type=Path, metavar="OLD.jsonl", help="only draw --plot from records of earlier runs")
+    parser.add_argument(
+        "--official", type=Path, metavar="PATH", help="a checkout of the MIMIR authors' code, to be timed beside ours"
+    )
     parser.add_argument("--device-suite", action="store_true", help="all gates, then all timings, within --budget")
     parser.add_argument("--budget", type=float, default=540, help="seconds of the device suite")
     options = parser.parse_args(arguments)
@@ -67,6 +72,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown question {', '.join(unknown)}: wanted some of {', '.join(QUESTIONS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA GPU that torch sees; --device cpu works everywhere")
+    if options.official:
+        os.environ[authors.VARIABLE] = str(options.official.resolve())
+        if reason := authors.why_not():
+            parser.error(f"--official: {reason}")
     for name in ("compare", "draw"):
         path = getattr(options, name)
         if path and not path.is_file():

@@ -21,8 +21,8 @@ from benchmarks.case import Case, Outputs, Provider, Size, generator
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.classification import ClassificationConfig, default_attack
 from mimir_fast.methods.pgd import Pgd
-from mimir_fast.models.classifier import ClassifierConfig, VisionTransformer, build_classifier
-from mimir_fast.models.masked_autoencoder import ENCODERS, EncoderName
+from mimir_fast.models.classifier import Classifier, ClassifierConfig, build_classifier
+from mimir_fast.models.families.vit import SIZES as ENCODERS
 from mimir_fast.training.distributed import World, parallelize
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
 
@@ -31,7 +31,7 @@ NUM_CLASSES = 1000
 Run = Callable[[Batch], Outputs]
 
 # encoder, image side, patch, batch
-Setting = tuple[EncoderName, int, int, int]
+Setting = tuple[str, int, int, int]
 SETTINGS: dict[Size, Setting] = {
     "tiny": ("tiny", 32, 16, 2),
     "quick": ("tiny", 224, 16, 4),
@@ -98,18 +98,18 @@ def case(device: torch.device, setting: Setting, *, compile_too: bool) -> Case:
     )
 
 
-def build_model(setting: Setting, device: torch.device) -> VisionTransformer:
+def build_model(setting: Setting, device: torch.device) -> Classifier:
     """A classifier with a head that has opinions: the fresh one's are all but equal."""
     encoder, side, patch, _ = setting
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = ClassifierConfig(encoder, patch, drop_path=0.0)
+        config = ClassifierConfig(encoder=encoder, patch_size=patch, drop_path=0.0)
         model = build_classifier(config, side, NUM_CLASSES)
         nn.init.normal_(model.head.weight, std=0.05)
     return model.to(device).train()
 
 
-def timm_twin(model: VisionTransformer, setting: Setting) -> nn.Module:
+def timm_twin(model: Classifier, setting: Setting) -> nn.Module:
     """timm's vision transformer of the same shape and weights."""
     from timm.models.vision_transformer import VisionTransformer as TimmViT
 
@@ -123,7 +123,7 @@ def timm_twin(model: VisionTransformer, setting: Setting) -> nn.Module:
     return twin.train()
 
 
-def our_step(model: VisionTransformer, *, bf16: bool) -> Run:
+def our_step(model: Classifier, *, bf16: bool) -> Run:
     """(loss, gradient norm) of the package's method and optimiser."""
     method = Pgd(ClassificationConfig(attack=THREAT))
     optimizer = build_optimizer(model, OptimizerConfig())

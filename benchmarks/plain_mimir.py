@@ -8,39 +8,43 @@ Source: He et al., arXiv 2111.06377, and MIMIR, arXiv 2312.04960, Algorithm 1; w
 Shapes: B images, N patches, K kept, P numbers a patch, D encoder width, E decoder width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.hsic import authors as hsic_on_host
 from benchmarks.patches import repeat_gather
-from mimir_fast.methods.adv_mae import Draws
+from mimir_fast.methods.mae import Draws
 from mimir_fast.methods.mimir import MimirConfig
-from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
+from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.ops.patches import patchify, unpatchify
 
 
-def forward(model: MaskedAutoencoder, images: Tensor, ids_keep: Tensor, restore: Tensor) -> tuple[Tensor, Tensor]:
+def forward(model: MaskedModel, images: Tensor, ids_keep: Tensor, restore: Tensor) -> tuple[Tensor, Tensor]:
     """(latent (B, 1 + K, D), prediction (B, N, P)) from whole images."""
-    projection = model.patch_embed.proj
+    encoder: Any = model.encoder
+    decoder: Any = model.decoder
+    projection = encoder.patch_embed.proj
     tokens = F.conv2d(images, projection.weight, projection.bias, projection.stride).flatten(2).transpose(1, 2)
-    x = repeat_gather(tokens + model.pos_embed[:, 1:], ids_keep)
-    cls = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
+    x = repeat_gather(tokens + encoder.pos_embed[:, 1:], ids_keep)
+    cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(x), -1, -1)
     x = torch.cat([cls.to(x.dtype), x], dim=1)
-    for block in model.blocks:
+    for block in encoder.blocks:
         x = block(x)
-    latent = model.norm(x)
+    latent = encoder.norm(x)
 
-    x = model.decoder_embed(latent)
-    missing = model.mask_token.to(x.dtype).repeat(len(x), restore.shape[1] + 1 - x.shape[1], 1)
+    x = decoder.decoder_embed(latent)
+    missing = decoder.mask_token.to(x.dtype).repeat(len(x), restore.shape[1] + 1 - x.shape[1], 1)
     full = repeat_gather(torch.cat([x[:, 1:], missing], dim=1), restore)
-    x = torch.cat([x[:, :1], full], dim=1) + model.decoder_pos_embed
-    for block in model.decoder_blocks:
+    x = torch.cat([x[:, :1], full], dim=1) + decoder.decoder_pos_embed
+    for block in decoder.decoder_blocks:
         x = block(x)
-    return latent, model.decoder_pred(model.decoder_norm(x))[:, 1:]
+    return latent, decoder.decoder_pred(decoder.decoder_norm(x))[:, 1:]
 
 
-def losses(model: MaskedAutoencoder, images: Tensor, draws: Draws, config: MimirConfig) -> dict[str, Tensor]:
+def losses(model: MaskedModel, images: Tensor, draws: Draws, config: MimirConfig) -> dict[str, Tensor]:
     """{"loss": MSE on the masked patches + λ·HSIC}, with the paper's preset."""
     keep, p, attack = draws.mask.keep, model.patch_size, config.attack
     restore = torch.cat([keep, draws.mask.masked], dim=1).argsort(dim=1)

@@ -17,29 +17,23 @@ import torch
 from torch import Tensor
 
 from benchmarks import plain_mimir
+from benchmarks.authors import AuthorsStep, why_not
 from benchmarks.case import Case, Outputs, Provider, Size, generator
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.adv_mae import AdvMae
 from mimir_fast.methods.mae import Mae
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.models.attention import xformers_failure
-from mimir_fast.models.masked_autoencoder import (
-    DECODERS,
-    ENCODERS,
-    DecoderName,
-    EncoderName,
-    MaskedAutoencoder,
-    ModelConfig,
-    build_masked_autoencoder,
-)
+from mimir_fast.models.families.vit import SIZES as ENCODERS
+from mimir_fast.models.masked_model import DECODERS, DecoderName, MaskedModel, ModelConfig, build_masked_model
 from mimir_fast.training.distributed import World, parallelize
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
 
-Losses = Callable[[MaskedAutoencoder, Batch], dict[str, Tensor]]
+Losses = Callable[[MaskedModel, Batch], dict[str, Tensor]]
 SEED, STEP = 0, 0
 
 # encoder, decoder, image side, patch, batch
-Setting = tuple[EncoderName, DecoderName, int, int, int]
+Setting = tuple[str, DecoderName, int, int, int]
 SETTINGS: dict[Size, list[Setting]] = {
     "tiny": [("tiny", "light", 32, 16, 2)],
     "quick": [("tiny", "light", 224, 16, 8)],
@@ -69,16 +63,16 @@ def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: boo
     exact = copy.deepcopy(model).double()
     paper = Mimir(config)
 
-    def mimir(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+    def mimir(model: MaskedModel, batch: Batch) -> dict[str, Tensor]:
         return paper(model, batch, seed=SEED, step=STEP)
 
-    def mae(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+    def mae(model: MaskedModel, batch: Batch) -> dict[str, Tensor]:
         return Mae(config)(model, batch, seed=SEED, step=STEP)
 
-    def mimir_official(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+    def mimir_official(model: MaskedModel, batch: Batch) -> dict[str, Tensor]:
         return Mimir(official)(model, batch, seed=SEED, step=STEP)
 
-    def plain(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+    def plain(model: MaskedModel, batch: Batch) -> dict[str, Tensor]:
         draws = paper.draw(model, batch, seed=SEED, step=STEP)
         return plain_mimir.losses(model, batch.images, draws, config)
 
@@ -103,6 +97,9 @@ def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: boo
         "MIMIR / MAE": ("mimir_fast MIMIR", "mimir_fast MAE"),
         "official / MAE": ("mimir_fast MIMIR official", "mimir_fast MAE"),
     }
+    providers += rivals(model, setting, official, bf16=bf16)
+    ratios["authors / ours"] = ("authors MIMIR", "mimir_fast MIMIR")
+    ratios["authors / ours official"] = ("authors MIMIR", "mimir_fast MIMIR official")
     if device.type == "cuda":
         providers += ablations(model, mimir, config, bf16=bf16, in_double=in_double)
     if compile_too:
@@ -139,15 +136,15 @@ def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: boo
 
 
 def ablations(
-    model: MaskedAutoencoder, mimir: Losses, config: MimirConfig, *, bf16: bool,
+    model: MaskedModel, mimir: Losses, config: MimirConfig, *, bf16: bool,
     in_double: Callable[[Losses], Callable[[Batch], Outputs]],
 ) -> list[Provider]:  # fmt: skip
     """The eager step with one thing changed each."""
 
-    def without_mi(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+    def without_mi(model: MaskedModel, batch: Batch) -> dict[str, Tensor]:
         return AdvMae(config)(model, batch, seed=SEED, step=STEP)
 
-    def with_sdpa(model: MaskedAutoencoder, batch: Batch) -> dict[str, Tensor]:
+    def with_sdpa(model: MaskedModel, batch: Batch) -> dict[str, Tensor]:
         with patch.dict(os.environ, MIMIR_FAST_ATTENTION="sdpa"):
             return mimir(model, batch)
 
@@ -161,12 +158,38 @@ def ablations(
     ]  # fmt: skip
 
 
-def build_model(setting: Setting, device: torch.device) -> MaskedAutoencoder:
+def rivals(model: MaskedModel, setting: Setting, config: MimirConfig, *, bf16: bool) -> list[Provider]:
+    """The authors' own MIMIR and MAE steps, from a checkout the user names."""
+    encoder, decoder, side, patch, _ = setting
+    skip = why_not() or ("" if decoder == "light" and encoder != "nano" else "theirs has no such model")
+    if skip:
+        return [Provider("authors MIMIR", lambda inputs: (), skip=skip)]
+    name = f"mae_vit_{'ti' if encoder == 'tiny' else encoder}"
+
+    def provider(label: str, adversarial: bool) -> Provider:
+        step = AuthorsStep(
+            f"{name}_dec128d2b", model.state_dict(), config, image_size=side, patch_size=patch,
+            device=next(model.parameters()).device, bf16=bf16, adversarial=adversarial,
+        )  # fmt: skip
+
+        def same_loss(inputs: Batch, outputs: Outputs) -> str:
+            method = Mimir(config) if adversarial else Mae(config)
+            wanted = float(method(model, inputs, seed=SEED, step=STEP)["loss"])
+            found = float(outputs[0])
+            return "" if abs(found - wanted) < 0.05 * wanted else f"a loss of {found:.3f}, ours is {wanted:.3f}"
+
+        run = lambda inputs: step(inputs.images, inputs.labels)  # noqa: E731
+        return Provider(label, run, law=same_loss, note="their public code, draws of their own")
+
+    return [provider("authors MIMIR", True), provider("authors MAE", False)]
+
+
+def build_model(setting: Setting, device: torch.device) -> MaskedModel:
     """The same weights at every call."""
     encoder, decoder, side, patch, _ = setting
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return build_masked_autoencoder(ModelConfig(encoder, patch, decoder), side).to(device)
+        return build_masked_model(ModelConfig(encoder=encoder, patch_size=patch, decoder=decoder), side).to(device)
 
 
 def random_batch(batch: int, side: int, device: torch.device, seed: int) -> Batch:
@@ -182,9 +205,7 @@ def as_double(batch: Batch) -> Batch:
     return Batch(batch.images.double() / 255, batch.labels, batch.samples, batch.epochs)
 
 
-def optimizer_step(
-    model: MaskedAutoencoder, losses: Losses, *, bf16: bool, fused: bool = True
-) -> Callable[[Batch], Outputs]:
+def optimizer_step(model: MaskedModel, losses: Losses, *, bf16: bool, fused: bool = True) -> Callable[[Batch], Outputs]:
     """(loss, gradient norm) of a full step."""
     optimizer = build_optimizer(model, OptimizerConfig()) if fused else plain_adamw(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -204,7 +225,7 @@ def optimizer_step(
     return run
 
 
-def plain_adamw(model: MaskedAutoencoder) -> torch.optim.Optimizer:
+def plain_adamw(model: MaskedModel) -> torch.optim.Optimizer:
     """AdamW as it comes."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.05)
 

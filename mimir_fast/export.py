@@ -3,28 +3,29 @@
 python -m mimir_fast.export runs/digits/mimir_vit_tiny --format timm --output encoder.safetensors
 python -m mimir_fast.export runs/digits/pgd_vit_tiny --format safetensors --output robust.safetensors
 
-`timm` holds what timm's VisionTransformer has, under its names: of a pre-training run the encoder, of a fine-tuned one
-the whole classifier. The constructor's arguments are in the file's metadata and are printed. `safetensors` holds all
-weights and the configuration; `--init` and `--checkpoint` of our commands take it.
+`timm` holds what timm's model of the family has, under its names: of a pre-training run the encoder, of a fine-tuned
+run the whole classifier. The Python that builds it is in the file's metadata and is printed. `safetensors` holds
+all weights and the configuration; `--init` and `--checkpoint` of our commands take it.
 """
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from torch import Tensor
 
-from mimir_fast.models.loading import infer_shape
-from mimir_fast.models.masked_autoencoder import ENCODERS
+from mimir_fast.models.families import find_family
+from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.normalization import NORMALIZATIONS
-from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
+from mimir_fast.models.norms import SUFFIX, is_adapter
+from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.training.cli import exit_on_error, parse
 from mimir_fast.versions import python_command
 
-_ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "fc_norm.", "head.")
+Domain = Literal["clean", "adversarial"]
 
 
 @dataclass
@@ -36,9 +37,11 @@ class ExportConfig:
     output: str
     """The .safetensors file to write."""
     format: Literal["timm", "safetensors"] = "timm"
-    """`timm`: for timm's VisionTransformer. `safetensors`: everything, for our own commands."""
+    """`timm`: for timm's class. `safetensors`: everything, for our own commands."""
     weights: WeightsChoice = "auto"
     """The trained weights (model), their moving average (ema), or the average where there is one (auto)."""
+    domain: Literal["", "clean", "adversarial"] = ""
+    """Of weights with adapters (AEMIM), whose norms and cls token; clean when not said. Format timm only."""
     overwrite: bool = False
     """Replace an existing file."""
 
@@ -47,29 +50,18 @@ class ExportConfig:
             raise ValueError(f"--output {self.output}: wanted a name that ends in .safetensors")
 
 
-def timm_arguments(weights: Weights) -> dict[str, Any]:
-    """The arguments of timm.models.vision_transformer.VisionTransformer that fit the weights.
+def encoder_tensors(weights: Weights, domain: Domain) -> dict[str, Tensor]:
+    """The tensors of encoder and head, of one domain where the encoder has adapters: no decoder, no mask token.
 
     Raises:
-        WeightsError: not one of our encoders.
+        WeightsError: the adversarial domain is asked for and the weights have no adapters.
     """
-    shape = infer_shape(weights)
-    width, depth, num_heads = ENCODERS[shape.encoder]
-    return {
-        "img_size": shape.image_size,
-        "patch_size": shape.patch_size,
-        "in_chans": shape.channels,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": num_heads,
-        "num_classes": shape.num_classes or 0,
-        "global_pool": "avg" if "fc_norm.weight" in weights.tensors else "token",
-    }
-
-
-def timm_tensors(weights: Weights) -> dict[str, Tensor]:
-    """The tensors timm's model has: no decoder, no mask token."""
-    return {name: tensor for name, tensor in weights.tensors.items() if name.startswith(_ENCODER_PARTS)}
+    tensors = {n: t for n, t in weights.tensors.items() if not n.startswith(("decoder_", "mask_token"))}
+    adapters = {n.removesuffix(SUFFIX): t for n, t in tensors.items() if is_adapter(n)}
+    if domain == "adversarial" and not adapters:
+        raise WeightsError(f"{weights.origin} has no adapters for adversarial images: leave --domain out")
+    plain = {n: t for n, t in tensors.items() if not is_adapter(n)}
+    return plain | adapters if domain == "adversarial" else plain
 
 
 def export(config: ExportConfig) -> Path:
@@ -85,14 +77,21 @@ def export(config: ExportConfig) -> Path:
     if path.exists() and not config.overwrite:
         raise FileExistsError(f"{path} exists: choose another --output, or --overwrite")
     weights = read_weights(config.source, config.weights)
+    domain: Domain = config.domain or "clean"
+    if not config.domain and any(is_adapter(name) for name in weights.tensors):
+        print(
+            "these weights keep their norms for clean and for adversarial images: the clean ones are exported "
+            "(--domain adversarial for the others)"
+        )
     saved = (weights.config or {}).get("model", {})
     mean, std = NORMALIZATIONS[saved.get("normalization", "none")]
     if config.format == "timm":
-        arguments = timm_arguments(weights)
-        tensors = timm_tensors(weights)
-        metadata = {"format": "pt", "timm": json.dumps(arguments), "mean": json.dumps(mean), "std": json.dumps(std)}
-        words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        hint = f"timm.models.vision_transformer.VisionTransformer({words}).load_state_dict(load_file({str(path)!r}))"
+        architecture, _ = infer_architecture(weights)
+        timm_model = find_family(architecture.family).to_timm(encoder_tensors(weights, domain), architecture)
+        tensors, arguments = timm_model.tensors, timm_model.arguments
+        metadata = {"format": "pt", "timm": json.dumps(arguments), "class": timm_model.path, "code": timm_model.code,
+                    "mean": json.dumps(mean), "std": json.dumps(std)}  # fmt: skip
+        hint = f"\n{timm_model.code}\nmodel.load_state_dict(safetensors.torch.load_file({str(path)!r}))"
         hint += f"\nimages in [0, 1], then mean {mean}, std {std}"
     else:
         tensors = weights.tensors

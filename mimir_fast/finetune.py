@@ -7,6 +7,7 @@ python -m mimir_fast.finetune --help
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mimir_fast.recipes import find_recipe
 from mimir_fast.training.cli import exit_on_error, parse, peek
@@ -14,8 +15,10 @@ from mimir_fast.training.finetuning import FinetuneConfig, finetune
 
 
 def config_from(args: Sequence[str]) -> FinetuneConfig:
-    """Recipe, then flags."""
+    """Recipe, then method, then flags; the options are those of the method."""
     default = find_recipe(FinetuneConfig, peek(args, "--recipe") or FinetuneConfig.recipe)
+    if (method := peek(args, "--method")) is not None:
+        default = replace(default, method=method)
     return parse(FinetuneConfig, args, default=default, prog="python -m mimir_fast.finetune")
 
 

@@ -12,12 +12,14 @@ from dataclasses import replace
 from mimir_fast.methods.mimir import apply_preset
 from mimir_fast.recipes import find_recipe
 from mimir_fast.training.cli import exit_on_error, parse, peek
-from mimir_fast.training.pretraining import PretrainConfig, pretrain
+from mimir_fast.training.pretraining import PretrainConfig, pretrain, with_method
 
 
 def config_from(args: Sequence[str]) -> PretrainConfig:
-    """Recipe, then preset, then flags."""
+    """Recipe, then method, then preset, then flags; the options are those of the method."""
     default = find_recipe(PretrainConfig, peek(args, "--recipe") or PretrainConfig.recipe)
+    if (method := peek(args, "--method")) is not None:
+        default = with_method(default, method)
     preset = peek(args, "--preset")
     if preset in ("paper", "official"):
         default = replace(default, objective=apply_preset(default.objective, preset))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mimir_fast.export import ExportConfig, export
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier, load_classifier
-from mimir_fast.models.masked_autoencoder import ModelConfig, build_masked_autoencoder
+from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.models.weight_files import WeightsError
 from mimir_fast.ops.patches import patchify
 from mimir_fast.training.checkpoint import save_checkpoint
@@ -20,7 +20,7 @@ from mimir_fast.training.checkpoint import save_checkpoint
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
     """A pre-training run's folder, and the model in it."""
     torch.manual_seed(0)
-    model = build_masked_autoencoder(ModelConfig(encoder="tiny", patch_size=8), image_size=32)
+    model = build_masked_model(ModelConfig(encoder="tiny", patch_size=8), image_size=32)
     run = tmp_path_factory.mktemp("runs") / "mimir"
     tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
     save_checkpoint(run / "checkpoints" / "step-00000001", tensors, {"step": 1, "config": {"model": {}}})

@@ -19,7 +19,7 @@ from mimir_fast.attacks.no_trace import unwrap
 from mimir_fast.attacks.pgd import check_images, cross_entropy, linf_ascent, random_start
 from mimir_fast.attacks.reconstruction import attack_visible
 from mimir_fast.attacks.threat_model import LinfThreat
-from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
+from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.hsic import hsic
 from mimir_fast.ops.patches import gather_patches, masked_targets, patchify
 from mimir_fast.ops.random_masks import random_masks
@@ -106,7 +106,7 @@ class ReconstructionErrors:
 
 
 def attack_reconstruction(
-    model: MaskedAutoencoder, images: Tensor, threat: LinfThreat, *, mask_ratio: float = 0.75, norm_pix: bool = True,
+    model: MaskedModel, images: Tensor, threat: LinfThreat, *, mask_ratio: float = 0.75, norm_pix: bool = True,
     samples: Tensor | None = None, seed: int = 0, step: int = 0,
 ) -> ReconstructionErrors:  # fmt: skip
     """How much worse a masked autoencoder fills in clean masked patches when the visible ones are attacked.
@@ -119,8 +119,8 @@ def attack_reconstruction(
     """
     check_images(images)
     bare = unwrap(model)
-    if not isinstance(bare, MaskedAutoencoder):
-        raise ValueError(f"attack_reconstruction wants a MaskedAutoencoder, got {type(bare).__name__}")
+    if not isinstance(bare, MaskedModel):
+        raise ValueError(f"attack_reconstruction wants a MaskedModel, got {type(bare).__name__}")
     if samples is None:
         samples = torch.arange(len(images), device=images.device)
     num_keep = max(1, int(bare.num_patches * (1 - mask_ratio)))
@@ -138,7 +138,7 @@ def attack_reconstruction(
 
         @torch.no_grad()
         def error(patches: Tensor) -> Tensor:
-            prediction = module(patches, keep, masked)[1]
+            prediction = module(View(patches, keep, masked)).prediction
             return (prediction.float() - target).square().mean(dim=(1, 2))
 
         return ReconstructionErrors(error(clean), error(noise), error(attacked))

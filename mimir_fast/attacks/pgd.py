@@ -15,16 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimir_fast.attacks.ascent import BeforeStep, Objective, ascend
 from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
 from mimir_fast.attacks.threat_model import LinfThreat
-from mimir_fast.ops.linf_step import linf_step
 from mimir_fast.ops.random_uniform import random_start_linf
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, K), labels) → (B,) losses, to be maximised."""
-
-Objective = Callable[[Tensor], Tensor]
-"""Images (B, C, H, W) → (B,) values, to be maximised."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -72,38 +69,17 @@ def random_start(images: Tensor, eps: float, *, samples: Tensor | None = None, s
 
 
 def linf_ascent(
-    objective: Objective, images: Tensor, start: Tensor, threat: LinfThreat, *, keep_best: bool = False
+    objective: Objective,
+    images: Tensor,
+    start: Tensor,
+    threat: LinfThreat,
+    *,
+    before_step: BeforeStep | None = None,
+    keep_best: bool = False,
 ) -> Tensor:
-    """Signed-gradient ascent of any objective in the ball around `images`: the loop shared by all attacks here.
-
-    Args:
-        keep_best: return, for each image, the iterate of highest objective (one more forward pass) instead of the last.
-    Returns:
-        (B, C, H, W), detached, within eps of `images` and in [0, 1] to the last bit.
-    """
+    """`ascend` on images (B, C, H, W): the result is within eps of `images` and in [0, 1] to the last bit."""
     low, high = ball_bounds(images, threat.eps)
-    x_adv = start.detach()
-    best, best_value = x_adv, torch.full((len(images),), -torch.inf, device=images.device)
-
-    def remember(x: Tensor, value_B: Tensor) -> None:
-        nonlocal best, best_value
-        better = value_B.detach() > best_value
-        best = torch.where(better.view(-1, 1, 1, 1), x.detach(), best)
-        best_value = torch.where(better, value_B.detach(), best_value)
-
-    for _ in range(threat.num_steps):
-        x_adv = x_adv.detach().requires_grad_()
-        with torch.enable_grad():
-            value_B = objective(x_adv)
-            (grad,) = torch.autograd.grad(value_B.sum(), x_adv)
-        if keep_best:
-            remember(x_adv, value_B)
-        x_adv = linf_step(x_adv.detach(), grad, images, alpha=threat.alpha, eps=threat.eps)
-    if keep_best:
-        with torch.no_grad():
-            remember(x_adv, objective(x_adv))
-        x_adv = best
-    return x_adv.detach().clamp(low, high)
+    return ascend(objective, images, start, threat, before_step=before_step, keep_best=keep_best).clamp(low, high)
 
 
 def pgd(

@@ -15,13 +15,13 @@ half precision. Shapes: B images, N patches, K kept, M masked, P numbers a patch
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.no_trace import borrowed
+from mimir_fast.attacks.ascent import ascend
+from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.threat_model import LinfThreat
-from mimir_fast.ops.linf_step import linf_step
+from mimir_fast.models.masked_model import View
 from mimir_fast.ops.patches import gather_patches, normalize_patches
 
 
@@ -51,12 +51,13 @@ def attack_visible(
         start_BKP: where the ascent starts, inside the ball.
         target_BMP: what the masked patches should have been.
     """
+    with borrowed_in_mode(model) as module:
 
-    def loss_of(patches_BKP: Tensor, module: nn.Module) -> Tensor:
-        prediction = module(patches_BKP, ids_keep_BK, ids_masked_BM)[1]
-        return F.mse_loss(prediction.float(), target_BMP.float(), reduction="sum")
+        def error(patches_BKP: Tensor) -> Tensor:
+            prediction = module(View(patches_BKP, ids_keep_BK, ids_masked_BM)).prediction
+            return F.mse_loss(prediction.float(), target_BMP.float(), reduction="sum")
 
-    return _ascend(model, visible_BKP, start_BKP, loss_of, threat)
+        return ascend(error, visible_BKP, start_BKP, threat)
 
 
 def attack_all(
@@ -64,22 +65,13 @@ def attack_all(
     target: Literal["clean", "adversarial"], norm_pix: bool, threat: LinfThreat,
 ) -> Tensor:  # fmt: skip
     """Adversarial patches (B, N, P) of the whole image; arguments as for `attack_visible`."""
+    with borrowed_in_mode(model) as module:
 
-    def loss_of(patches: Tensor, module: nn.Module) -> Tensor:
-        prediction = module(gather_patches(patches, ids_keep_BK), ids_keep_BK, ids_masked_BM)[1]
-        wanted = gather_patches(patches if target == "adversarial" else patches_BNP, ids_masked_BM)
-        if norm_pix:
-            wanted = normalize_patches(wanted)
-        return F.mse_loss(prediction.float(), wanted.float(), reduction="sum")
+        def error(patches: Tensor) -> Tensor:
+            view = View(gather_patches(patches, ids_keep_BK), ids_keep_BK, ids_masked_BM)
+            wanted = gather_patches(patches if target == "adversarial" else patches_BNP, ids_masked_BM)
+            if norm_pix:
+                wanted = normalize_patches(wanted)
+            return F.mse_loss(module(view).prediction.float(), wanted.float(), reduction="sum")
 
-    return _ascend(model, patches_BNP, start_BNP, loss_of, threat)
-
-
-def _ascend(model: nn.Module, clean: Tensor, start: Tensor, loss_of, threat: LinfThreat) -> Tensor:  # type: ignore[no-untyped-def]
-    x_adv = start
-    with borrowed(model) as module, torch.enable_grad():
-        for _ in range(threat.num_steps):
-            x_adv = x_adv.detach().requires_grad_()
-            (grad,) = torch.autograd.grad(loss_of(x_adv, module), x_adv)
-            x_adv = linf_step(x_adv.detach(), grad, clean, alpha=threat.alpha, eps=threat.eps)
-    return x_adv.detach()
+        return ascend(error, patches_BNP, start_BNP, threat)

@@ -3,6 +3,15 @@
 from dataclasses import dataclass
 
 
+def check_radius(name: str, value: float) -> None:
+    """Raises ValueError unless `value` lies in [0, 1], as images do; 8 is taken for 8/255."""
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"{name}={value:g}, but images live in [0, 1] and {name} with them: wanted 0 <= {name} <= 1. "
+            f"If you meant {value:g} grey levels, type {value:g}/255"
+        )
+
+
 @dataclass
 class LinfThreat:
     """Radius, step size and number of steps of an L∞ attack."""
@@ -17,11 +26,7 @@ class LinfThreat:
     """Start uniformly in the ball (otherwise at the clean image)."""
 
     def __post_init__(self) -> None:
-        for name, value in (("eps", self.eps), ("alpha", self.alpha)):
-            if not 0 <= value <= 1:
-                raise ValueError(
-                    f"{name}={value:g}, but images live in [0, 1] and {name} with them: wanted 0 <= {name} <= 1. "
-                    f"If you meant {value:g} grey levels, type {value:g}/255"
-                )
+        check_radius("eps", self.eps)
+        check_radius("alpha", self.alpha)
         if self.num_steps < 0:
             raise ValueError(f"num_steps={self.num_steps}, wanted 0 or more")

@@ -20,3 +20,7 @@ class Batch:
     labels: Tensor
     samples: Tensor
     epochs: Tensor
+
+    def first(self, count: int) -> "Batch":
+        """The first `count` samples."""
+        return Batch(self.images[:count], self.labels[:count], self.samples[:count], self.epochs[:count])

@@ -12,41 +12,28 @@ from torch import Tensor
 from mimir_fast.attacks.adaptive import attack_reconstruction
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.models.masked_autoencoder import DECODERS, MaskedAutoencoder, ModelConfig, build_masked_autoencoder
+from mimir_fast.models.masked_loading import load_masked_model
+from mimir_fast.models.masked_model import MaskedModel, View
+from mimir_fast.models.weight_files import WeightsError
 from mimir_fast.ops.patches import gather_patches, patchify, unpatchify
 from mimir_fast.ops.random_masks import random_masks
 
 MASK_RATIO = 0.75
 
 
-def load_masked_autoencoder(source: str | Path) -> tuple[MaskedAutoencoder, bool]:
+def load_masked_autoencoder(source: str | Path) -> tuple[MaskedModel, bool]:
     """(model, norm_pix): a pre-trained masked autoencoder in eval mode, and whether it predicts normalised patches.
 
     From anything `read_weights` reads; files that do not say how they were trained count as normalised, as MAE's are.
 
     Raises:
-        WeightsError: unreadable, or of no encoder of ours.
-        ValueError: there is no decoder (an exported encoder, or a classifier).
+        ValueError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, or a classifier).
     """
-    from mimir_fast.models.loading import infer_shape
-    from mimir_fast.models.weight_files import read_weights
-
-    weights = read_weights(source)
-    if "decoder_embed.weight" not in weights.tensors:
-        raise ValueError(
-            f"--pretrained {source}: it holds no decoder, so it is no masked autoencoder; give the pre-training run, "
-            "not an exported encoder or a classifier"
-        )
-    shape, width = infer_shape(weights), len(weights.tensors["decoder_embed.weight"])
-    decoder = next((name for name, (w, _, _) in DECODERS.items() if w == width), None)
-    if decoder is None:
-        raise ValueError(f"--pretrained {source}: a decoder {width} wide is none of {', '.join(DECODERS)}")
-    config = ModelConfig(encoder=shape.encoder, patch_size=shape.patch_size, decoder=decoder)
-    with torch.random.fork_rng([]):
-        model = build_masked_autoencoder(config, shape.image_size, shape.channels)
-    model.load_state_dict(weights.tensors)
-    norm_pix = (weights.config or {}).get("objective", {}).get("norm_pix_loss", True)
-    return model.eval().requires_grad_(False), bool(norm_pix)
+    try:
+        model, objective = load_masked_model(source)
+    except WeightsError as error:
+        raise ValueError(f"--pretrained {source}: {error}") from error
+    return model, bool(objective.get("norm_pix_loss", True))
 
 
 @dataclass
@@ -60,7 +47,7 @@ class ReconstructionReport:
 
 
 def judge_reconstruction(
-    model: MaskedAutoencoder, images: EvaluationImages, threat: LinfThreat, *, batch_size: int, device: torch.device,
+    model: MaskedModel, images: EvaluationImages, threat: LinfThreat, *, batch_size: int, device: torch.device,
     seed: int, norm_pix: bool = True,
 ) -> ReconstructionReport:  # fmt: skip
     """How much an attack on the visible patches hurts, beside random noise of the same size."""
@@ -75,7 +62,7 @@ def judge_reconstruction(
 
 
 @torch.no_grad()
-def reconstruct(model: MaskedAutoencoder, images: Tensor, samples: Tensor, seed: int, norm_pix: bool = True) -> Tensor:
+def reconstruct(model: MaskedModel, images: Tensor, samples: Tensor, seed: int, norm_pix: bool = True) -> Tensor:
     """(B, C, S, S) in [0, 1]: the visible patches and, in place of the masked ones, the prediction.
 
     Args:
@@ -85,7 +72,7 @@ def reconstruct(model: MaskedAutoencoder, images: Tensor, samples: Tensor, seed:
     num_keep = max(1, int(model.num_patches * (1 - MASK_RATIO)))
     keep, masked = random_masks(samples, model.num_patches, num_keep, seed=seed, step=0)
     patches = patchify(images, model.patch_size)
-    prediction = model(gather_patches(patches, keep), keep, masked)[1].float()
+    prediction = model(View(gather_patches(patches, keep), keep, masked)).prediction.float()
     if norm_pix:
         truth = gather_patches(patches, masked)
         prediction = prediction * (truth.var(dim=-1, keepdim=True) + 1e-6).sqrt() + truth.mean(dim=-1, keepdim=True)

@@ -7,8 +7,9 @@ points the one of highest loss. With k = 2 or 3 it is the papers' choice for the
 from torch import Tensor, nn
 
 from mimir_fast.attacks.apgd import apgd
-from mimir_fast.methods.classification import Inputs
+from mimir_fast.methods.classification import ClassificationConfig, Inputs
 from mimir_fast.methods.pgd import Pgd
+from mimir_fast.methods.registry import MethodEntry, register
 
 
 class Apgd(Pgd):
@@ -18,3 +19,6 @@ class Apgd(Pgd):
         """Adversarial images (B, C, H, W) in [0, 1]."""
         attack = self.config.attack
         return apgd(model, inputs.images, inputs.targets, attack.eps, attack.num_steps, keep="best_loss", mode="eval")
+
+
+register(MethodEntry("apgd", "finetune", ClassificationConfig, Apgd, "APGD-k adversarial training"))

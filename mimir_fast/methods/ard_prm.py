@@ -9,20 +9,20 @@ Early in training the attack is weakened in two ways; one rate r, rising from 0 
 
 After the warm-up it is PGD training. Two points of ours: gates and masks belong to the sample (the authors draw one for
 the batch), so they do not depend on the rank count; and r is constant within an epoch, at its middle value.
-Shapes: B images, C channels, H × W pixels, N patches, L blocks.
+Shapes: B images, C channels, H × W pixels, N patches, L layers, R branches.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.attacks.modes import borrowed_in_mode
-from mimir_fast.attacks.pgd import ball_bounds, cross_entropy, random_start
+from mimir_fast.attacks.pgd import cross_entropy, linf_ascent, random_start
 from mimir_fast.methods.classification import ClassificationConfig, Inputs, classifier
 from mimir_fast.methods.pgd import Pgd
-from mimir_fast.ops.linf_step import linf_step
+from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
 
@@ -43,6 +43,13 @@ class ArdPrmConfig:
             raise ValueError(f"ard_prm warmup_epochs={self.warmup_epochs}, wanted 0 or more; the paper uses 10")
 
 
+@dataclass
+class ArdPrmObjective(ClassificationConfig):
+    """What every fine-tuning method shares, and ARD + PRM's own."""
+
+    ard_prm: ArdPrmConfig = field(default_factory=ArdPrmConfig)
+
+
 def pass_rate(epochs_B: Tensor, warmup_epochs: float) -> Tensor:
     """(B,) float32 in [0, 1]: r of each sample's epoch."""
     if warmup_epochs == 0:
@@ -50,11 +57,11 @@ def pass_rate(epochs_B: Tensor, warmup_epochs: float) -> Tensor:
     return ((epochs_B.float() + 0.5) / warmup_epochs).clamp(max=1)
 
 
-def draw_gates(rate_B: Tensor, inputs: Inputs, depth: int, num_steps: int) -> Tensor:
-    """(steps, B, L, 2) bool: where the attack's gradients flow through the residual branches."""
-    num = num_steps * depth * 2
+def draw_gates(rate_B: Tensor, inputs: Inputs, num_layers: int, num_branches: int, num_steps: int) -> Tensor:
+    """(steps, B, L, R) bool: where the attack's gradients flow through the residual branches."""
+    num = num_steps * num_layers * num_branches
     draws = random_uniform(inputs.seed, Stream.BRANCH_GATE, inputs.step, inputs.samples, num)
-    return (draws < rate_B[:, None]).view(-1, num_steps, depth, 2).transpose(0, 1)
+    return (draws < rate_B[:, None]).view(-1, num_steps, num_layers, num_branches).transpose(0, 1)
 
 
 def draw_patch_masks(rate_B: Tensor, inputs: Inputs, grid: int, num_steps: int) -> Tensor:
@@ -69,27 +76,34 @@ def draw_patch_masks(rate_B: Tensor, inputs: Inputs, grid: int, num_steps: int) 
 class ArdPrm(Pgd):
     """PGD training whose attack is held back during the warm-up."""
 
-    def __init__(self, config: ClassificationConfig, own: ArdPrmConfig | None = None) -> None:
-        super().__init__(config)
-        self.own = own or ArdPrmConfig()
+    config: ArdPrmObjective
 
     def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W) in [0, 1]."""
-        threat, images, bare = self.config.attack, inputs.images, classifier(model)
-        rate = pass_rate(inputs.epochs, self.own.warmup_epochs)
-        gates = draw_gates(rate, inputs, len(bare.blocks), threat.num_steps)
-        masks = draw_patch_masks(rate, inputs, bare.image_size // bare.patch_size, threat.num_steps)
-        x_adv = images
+        threat, images, own, bare = self.config.attack, inputs.images, self.config.ard_prm, classifier(model)
+        encoder = bare.encoder
+        rate = pass_rate(inputs.epochs, own.warmup_epochs)
+        gates = draw_gates(rate, inputs, bare.num_layers, encoder.num_branches, threat.num_steps)
+        masks = draw_patch_masks(rate, inputs, encoder.grid, threat.num_steps)
+        start = images
         if threat.random_start:
-            x_adv = random_start(images, threat.eps, samples=inputs.samples, seed=inputs.seed, step=inputs.step)
-        with borrowed_in_mode(model, "as_is") as module, torch.enable_grad():
-            for step in range(threat.num_steps):
-                if self.own.mask_perturbation:
-                    let_through = F.interpolate(masks[step], scale_factor=bare.patch_size, mode="nearest").bool()
-                    x_adv = torch.where(let_through, x_adv, images)
-                x_adv = x_adv.detach().requires_grad_()
-                logits = module(x_adv, None, gates[step] if self.own.drop_gradients else None)
-                (grad,) = torch.autograd.grad(cross_entropy(logits, inputs.targets).sum(), x_adv)
-                x_adv = linf_step(x_adv.detach(), grad, images, alpha=threat.alpha, eps=threat.eps)
-        low, high = ball_bounds(images, threat.eps)
-        return x_adv.detach().clamp(low, high)
+            start = random_start(images, threat.eps, samples=inputs.samples, seed=inputs.seed, step=inputs.step)
+        gate: Tensor | None = None
+
+        def before_step(step: int, x: Tensor) -> Tensor:
+            nonlocal gate
+            gate = gates[step] if own.drop_gradients else None
+            if not own.mask_perturbation:
+                return x
+            let_through = F.interpolate(masks[step], scale_factor=encoder.mask_unit, mode="nearest").bool()
+            return torch.where(let_through, x, images)
+
+        with borrowed_in_mode(model, "as_is") as module:
+
+            def objective(x: Tensor) -> Tensor:
+                return cross_entropy(module(x, None, gate), inputs.targets)
+
+            return linf_ascent(objective, images, start, threat, before_step=before_step)
+
+
+register(MethodEntry("ard_prm", "finetune", ArdPrmObjective, ArdPrm, "ARD + PRM"))

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.no_trace import unwrap
+from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.augmentation import RandAugmentConfig, rand_augment
 from mimir_fast.methods.mixing import MixingConfig, mix, smooth_labels
-from mimir_fast.models.classifier import VisionTransformer, draw_drop_path
+from mimir_fast.models.branches import draw_drop_path
+from mimir_fast.models.classifier import Classifier
 
 
 def default_attack() -> LinfThreat:
@@ -29,7 +31,7 @@ def default_attack() -> LinfThreat:
 
 @dataclass
 class ClassificationConfig:
-    """What every fine-tuning method shares."""
+    """What every fine-tuning method shares; a method with options of its own adds them under its name."""
 
     attack: LinfThreat = field(default_factory=default_attack)
     """The adversary of training; `fast` uses its eps only, `apgd` eps and num_steps, `natural` none of it."""
@@ -52,7 +54,7 @@ class Inputs:
         targets: (B,) int64, or (B, K) probabilities under mixing or smoothing.
         samples, epochs: (B,) int64, as in Batch.
         seed, step: the other coordinates of all randomness.
-        branch_scales: (B, L, 2) factors of stochastic depth, or None.
+        branch_scales: (B, L, R) factors of stochastic depth, or None.
     """
 
     images: Tensor
@@ -82,6 +84,14 @@ class ClassificationMethod(ABC):
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """The method itself."""
 
+    def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
+        """Rows (B, C, H, W) in [0, 1]: images, what PGD makes of them, and the difference, magnified to full range."""
+        images = batch.images.float() / 255 if batch.images.dtype == torch.uint8 else batch.images
+        attack = self.config.attack
+        adversarial = pgd(model, images, batch.labels, attack, samples=batch.samples, seed=seed, step=step)
+        difference = 0.5 + 0.5 * (adversarial - images) / max(attack.eps, 1e-9)
+        return {"input": images, "adversarial": adversarial, "difference": difference}
+
     def prepare(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> Inputs:
         """Augment, scale to [0, 1], mix, smooth, and draw stochastic depth."""
         bare = classifier(model)
@@ -93,13 +103,15 @@ class ClassificationMethod(ABC):
         if self.config.mixing.enabled or self.config.label_smoothing:
             targets = smooth_labels(targets, bare.num_classes, self.config.label_smoothing)
             images, targets = mix(self.config.mixing, images, targets, batch.samples, batch.epochs, seed=seed)
-        scales = draw_drop_path(bare, batch.samples, seed=seed, step=step)
+        scales = draw_drop_path(
+            bare.config.drop_path, bare.num_layers, bare.encoder.num_branches, batch.samples, seed=seed, step=step
+        )
         return Inputs(images, targets, batch.samples, batch.epochs, seed, step, scales)
 
 
-def classifier(model: nn.Module) -> VisionTransformer:
+def classifier(model: nn.Module) -> Classifier:
     """The bare classifier inside whatever wraps it."""
-    return cast(VisionTransformer, unwrap(model))
+    return cast(Classifier, unwrap(model))
 
 
 def train_logits(model: nn.Module, images: Tensor, branch_scales: Tensor | None) -> Tensor:

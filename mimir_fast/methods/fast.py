@@ -6,8 +6,9 @@ A fifth of PGD-10's time, but it can fail all at once (catastrophic overfitting)
 from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import fast_threat, pgd
-from mimir_fast.methods.classification import Inputs
+from mimir_fast.methods.classification import ClassificationConfig, Inputs
 from mimir_fast.methods.pgd import Pgd
+from mimir_fast.methods.registry import MethodEntry, register
 
 
 class Fast(Pgd):
@@ -19,3 +20,6 @@ class Fast(Pgd):
         return pgd(
             model, inputs.images, inputs.targets, threat, samples=inputs.samples, seed=inputs.seed, step=inputs.step
         )
+
+
+register(MethodEntry("fast", "finetune", ClassificationConfig, Fast, "FastAT, one step"))

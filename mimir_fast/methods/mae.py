@@ -1,60 +1,170 @@
-"""Masked autoencoding of clean images (He et al., arXiv 2111.06377): the plain baseline.
+"""Masked autoencoding of clean images (He et al., arXiv 2111.06377): the plain baseline and its relatives' frame.
 
-Shapes: B images, N patches, K kept, M masked, P numbers a patch.
+A step draws (a mask, and whatever else is random), looks (which pixels the encoder is shown), runs the model, and sums
+terms. A relative says what is different: what it draws, how it perturbs what is shown, which terms it pays for.
+Shapes: B images, N patches, K kept, M masked, P numbers a patch, T latent tokens, D width.
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.no_trace import unwrap
 from mimir_fast.data.batch import Batch
-from mimir_fast.methods.masking import draw_mask
-from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
-from mimir_fast.ops.patches import masked_targets, patchify_gather
+from mimir_fast.methods.masking import Mask, draw_mask
+from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.methods.terms import Term, total
+from mimir_fast.models.masked_model import MaskedModel, Output, View
+from mimir_fast.ops.patches import masked_targets, patchify, patchify_gather, unpatchify
+from mimir_fast.ops.random_masks import TokenOrder
 from mimir_fast.philox import Stream
 
 
 @dataclass
 class MaeConfig:
-    """What every masked-autoencoder method shares."""
+    """What every masked method shares."""
 
     mask_ratio: float = 0.75
     """Fraction of the patches that is masked."""
     norm_pix_loss: bool = True
     """Reconstruct patches normalised to zero mean and unit variance each."""
+    mask_unit: int | None = None
+    """Side in pixels of what is masked as a whole, a multiple of the patch; None: the patch. SimMIM: 32."""
+    pixel_loss: Literal["l2", "l1"] = "l2"
+    """Error of the reconstruction: mean squared (MAE) or mean absolute (SimMIM)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio={self.mask_ratio}, wanted a fraction between 0 and 1, such as 0.75")
+        if self.mask_unit is not None and self.mask_unit < 1:
+            raise ValueError(f"mask_unit={self.mask_unit}, wanted a multiple of the patch in pixels, such as 32")
+        if self.pixel_loss not in ("l2", "l1"):
+            raise ValueError(f"pixel_loss={self.pixel_loss!r}, wanted l2 or l1")
 
 
-def autoencoder(model: nn.Module) -> MaskedAutoencoder:
-    """The bare masked autoencoder inside whatever wraps it."""
-    return cast(MaskedAutoencoder, unwrap(model))
+@dataclass
+class Draws:
+    """Everything random in one step."""
+
+    mask: Mask
+    """Of the training forward."""
+    attack_mask: Mask | None = None
+    """Of the attack, where there is one; the same object as `mask` when it is shared."""
+    delta: Tensor | None = None
+    """Where the perturbation starts, in [-eps, eps]: (B, K, P) of the visible patches, or (B, N, P) of all."""
 
 
-def reconstruction_loss(prediction_BMP: Tensor, target_BMP: Tensor) -> Tensor:
-    """Mean squared error over the masked patches, in fp32."""
-    return F.mse_loss(prediction_BMP.float(), target_BMP.float())
+@dataclass
+class Shown:
+    """What the encoder is shown."""
+
+    visible: Tensor
+    """(B, K, P) visible patches, perturbed or not."""
+    patches: Tensor | None = None
+    """(B, N, P) the whole perturbed image, where the perturbation went beyond the visible patches."""
+
+
+@dataclass
+class Step:
+    """One step after the model's forward pass: what terms are made of."""
+
+    model: nn.Module
+    batch: Batch
+    draws: Draws
+    view: View
+    shown: Shown
+    target: Tensor
+    """(B, M, P) the clean masked patches, normalised where the config says so."""
+    output: Output
+
+
+def masked_model(model: nn.Module) -> MaskedModel:
+    """The bare masked model inside whatever wraps it."""
+    return cast(MaskedModel, unwrap(model))
+
+
+def reconstruction_loss(prediction_BMP: Tensor, target_BMP: Tensor, kind: Literal["l2", "l1"] = "l2") -> Tensor:
+    """Mean squared (l2) or absolute (l1) error over the masked patches, in fp32."""
+    error = F.mse_loss if kind == "l2" else F.l1_loss
+    return error(prediction_BMP.float(), target_BMP.float())
 
 
 class Mae:
     """Reconstruct the masked patches from the visible ones."""
 
+    token_order: TokenOrder = "sorted"
+
     def __init__(self, config: MaeConfig) -> None:
         self.config = config
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
-        """{"loss": scalar}; `model` is a MaskedAutoencoder, possibly wrapped for data parallelism."""
-        bare = autoencoder(model)
-        mask = draw_mask(
-            batch.samples, bare.num_patches, self.config.mask_ratio,
-            seed=seed, step=step, stream=Stream.MASK, order="sorted",
+        """{"loss": scalar, …}; `model` is a MaskedModel, possibly wrapped for data parallelism."""
+        return self.losses(model, batch, self.draw(masked_model(model), batch, seed=seed, step=step))
+
+    def draw_mask(self, model: MaskedModel, batch: Batch, stream: Stream, *, seed: int, step: int) -> Mask:
+        """A mask of the configured ratio and unit."""
+        return draw_mask(
+            model, batch.samples, self.config.mask_ratio, seed=seed, step=step, stream=stream, order=self.token_order,
+            mask_unit=self.config.mask_unit,
         )  # fmt: skip
-        visible = patchify_gather(batch.images, mask.keep, bare.patch_size)
-        target = masked_targets(batch.images, mask.masked, bare.patch_size, norm_pix=self.config.norm_pix_loss)
-        _, prediction = model(visible, mask.keep, mask.masked)
-        return {"loss": reconstruction_loss(prediction, target)}
+
+    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int) -> Draws:
+        """All random numbers of the step, as functions of (seed, step, sample)."""
+        return Draws(self.draw_mask(model, batch, Stream.MASK, seed=seed, step=step))
+
+    def perturb(self, model: nn.Module, images: Tensor, draws: Draws, target_BMP: Tensor) -> Shown:
+        """What the encoder is shown of the images; `target_BMP` is the clean target at the training mask."""
+        return Shown(patchify_gather(images, draws.mask.keep, masked_model(model).patch_size))
+
+    def terms(self, step: Step) -> list[Term]:
+        """What the step pays for."""
+        error = reconstruction_loss(step.output.prediction, step.target, self.config.pixel_loss)
+        return [Term("reconstruction", error)]
+
+    def losses(self, model: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """{"loss": …, terms by name where there are several} of one step with the given draws."""
+        return total(self.terms(self.forward(model, batch, draws)))
+
+    def forward(self, model: nn.Module, batch: Batch, draws: Draws) -> Step:
+        """Target, perturbation and the model's forward pass."""
+        mask = draws.mask
+        target = masked_targets(
+            batch.images, mask.masked, masked_model(model).patch_size, norm_pix=self.config.norm_pix_loss
+        )
+        shown = self.perturb(model, batch.images, draws, target)
+        view = View(shown.visible, mask.keep, mask.masked)
+        return Step(model, batch, draws, view, shown, target, model(view))
+
+    @torch.no_grad()
+    def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
+        """Rows (B, C, H, W) in [0, 1]: input, what it was perturbed to, what the encoder sees, the reconstruction."""
+        bare = masked_model(model)
+        draws = self.draw(bare, batch, seed=seed, step=step)
+        target = masked_targets(batch.images, draws.mask.masked, bare.patch_size, norm_pix=self.config.norm_pix_loss)
+        shown = self.perturb(model, batch.images, draws, target)
+        with borrowed_in_mode(model) as module:
+            prediction = module(View(shown.visible, draws.mask.keep)).prediction.float()
+        return preview_rows(batch.images, shown, draws.mask, prediction, bare.patch_size, self.config.norm_pix_loss)
+
+
+def preview_rows(
+    images: Tensor, shown: Shown, mask: Mask, prediction_BNP: Tensor, patch_size: int, norm_pix: bool
+) -> dict[str, Tensor]:
+    """The rows of a preview from predictions everywhere."""
+    patches = patchify(images, patch_size)
+    if norm_pix:  # the prediction is of normalised patches: give each its own contrast back
+        mean, std = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        prediction_BNP = prediction_BNP * std + mean
+    place = mask.keep.unsqueeze(-1).expand_as(shown.visible)
+    perturbed = shown.patches if shown.patches is not None else patches.scatter(1, place, shown.visible)
+    seen = torch.full_like(patches, 0.5).scatter(1, place, shown.visible)
+    completed = prediction_BNP.scatter(1, place, shown.visible)
+    rows = {"input": patches, "adversarial": perturbed, "masked": seen, "reconstruction": completed}
+    return {name: unpatchify(x, patch_size) for name, x in rows.items()}
+
+
+register(MethodEntry("mae", "pretrain", MaeConfig, Mae, "MAE on clean images"))

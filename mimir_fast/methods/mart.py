@@ -8,7 +8,7 @@ their code. "The true class" and "the strongest other class" have no meaning for
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from mimir_fast.methods.classification import (
     accuracy,
     train_logits,
 )
+from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.trades import gaussian_start, kl_divergence
 
 # The authors' constant: it bounds the margin's logarithm, and its gradient, where a wrong class has probability 1.
@@ -40,6 +41,13 @@ class MartConfig:
             raise ValueError(f"mart beta={self.beta}, wanted 0 or more; the paper uses 5")
 
 
+@dataclass
+class MartObjective(ClassificationConfig):
+    """What every fine-tuning method shares, and MART's own."""
+
+    mart: MartConfig = field(default_factory=MartConfig)
+
+
 def mart_loss(logits_BK: Tensor, logits_adv_BK: Tensor, labels_B: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """(boosted cross entropy of the adversarial logits, β·weighted KL); their sum is the loss."""
     logits_BK, logits_adv_BK = logits_BK.float(), logits_adv_BK.float()
@@ -53,14 +61,15 @@ def mart_loss(logits_BK: Tensor, logits_adv_BK: Tensor, labels_B: Tensor, beta: 
 class Mart(ClassificationMethod):
     """Boosted cross entropy, and a divergence that counts most where the clean image is misclassified."""
 
-    def __init__(self, config: ClassificationConfig, own: MartConfig | None = None) -> None:
+    config: MartObjective
+
+    def __init__(self, config: MartObjective) -> None:
         super().__init__(config)
         if config.mixing.enabled or config.label_smoothing:
             raise ValueError(
                 "mart needs hard labels: switch mixing and smoothing off "
                 "(--mixing.mixup 0 --mixing.cutmix 0 --label_smoothing 0), or use another method"
             )
-        self.own = own or MartConfig()
 
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """{"loss", "boosted_loss", "robust_loss" (with β), "accuracy"}, the accuracy on adversarial images."""
@@ -68,10 +77,13 @@ class Mart(ClassificationMethod):
         adversarial = pgd(model, inputs.images, inputs.targets, self.config.attack, start=start)
         both = torch.cat([inputs.images, adversarial])
         logits, logits_adv = train_logits(model, both, inputs.doubled_scales()).chunk(2)
-        boosted, robust = mart_loss(logits, logits_adv, inputs.targets, self.own.beta)
+        boosted, robust = mart_loss(logits, logits_adv, inputs.targets, self.config.mart.beta)
         return {
             "loss": boosted + robust,
             "boosted_loss": boosted.detach(),
             "robust_loss": robust.detach(),
             "accuracy": accuracy(logits_adv, inputs.targets),
         }
+
+
+register(MethodEntry("mart", "finetune", MartObjective, Mart, "MART"))

@@ -1,13 +1,16 @@
-"""Which patches a step sees, and where its attack starts: all draws of a pre-training step, by counters.
+"""Which patches a step sees: the draws of a masked method, by counters.
 
-Kept apart from the methods so that a test can put in draws of its own.
-Shapes: B images, N patches, K kept, M masked, P numbers a patch.
+Kept apart from the methods so that a test can put in draws of its own. A mask hides whole units: the model's
+patches, or larger squares of them (SimMIM hides 32 × 32 pixels of 16 × 16 patches).
+Shapes: B images, N patches, K kept, M masked.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.ops.random_masks import TokenOrder, random_masks
 from mimir_fast.philox import Stream
 
@@ -35,11 +38,43 @@ def num_keep(num_patches: int, mask_ratio: float) -> int:
     return keep
 
 
+def unit_factor(mask_unit: int | None, patch_size: int, image_size: int) -> int:
+    """Patches a side of a unit of `mask_unit` pixels; 1 for None.
+
+    Raises:
+        ValueError: the unit is no multiple of the patch, or does not tile the image.
+    """
+    if mask_unit is None:
+        return 1
+    if mask_unit % patch_size or image_size % mask_unit:
+        fits = [u for u in range(patch_size, image_size, patch_size) if image_size % u == 0]
+        raise ValueError(
+            f"mask_unit={mask_unit} must be a multiple of the patch ({patch_size} pixels) and tile the image "
+            f"({image_size}): {', '.join(map(str, fits)) or 'take smaller patches'} would do"
+        )
+    return mask_unit // patch_size
+
+
 def draw_mask(
-    samples_B: Tensor, num_patches: int, mask_ratio: float, *, seed: int, step: int, stream: Stream, order: TokenOrder
-) -> Mask:
-    """The mask of this (seed, step, sample) in this stream."""
+    model: MaskedModel, samples_B: Tensor, mask_ratio: float, *, seed: int, step: int, stream: Stream,
+    order: TokenOrder, mask_unit: int | None = None,
+) -> Mask:  # fmt: skip
+    """The mask of this (seed, step, sample) in this stream, in the model's patches."""
+    factor = unit_factor(mask_unit, model.patch_size, model.encoder.image_size)
+    num_units = model.num_patches // factor**2
     keep, masked = random_masks(
-        samples_B, num_patches, num_keep(num_patches, mask_ratio), seed=seed, step=step, stream=stream, order=order
+        samples_B, num_units, num_keep(num_units, mask_ratio), seed=seed, step=step, stream=stream, order=order
     )
-    return Mask(keep, masked)
+    if factor == 1:
+        return Mask(keep, masked)
+    keep, masked = (patches_of_units(ids, factor, model.encoder.grid) for ids in (keep, masked))
+    return Mask(keep.sort(dim=1).values if order == "sorted" else keep, masked.sort(dim=1).values)
+
+
+def patches_of_units(ids_BU: Tensor, factor: int, grid: int) -> Tensor:
+    """(B, U·factor²) numbers of the patches inside the units `ids_BU`, of a grid × grid image."""
+    units = grid // factor
+    inside = torch.arange(factor, device=ids_BU.device)
+    offsets = (inside[:, None] * grid + inside[None, :]).flatten()
+    first = ids_BU // units * (factor * grid) + ids_BU % units * factor
+    return (first.unsqueeze(-1) + offsets).flatten(1)

@@ -7,13 +7,16 @@ Shapes: B images, N patches, K kept, P numbers a patch, T = 1 + K tokens, D widt
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mimir_fast.methods.adv_mae import Adversarial, AdvMae, AdvMaeConfig, Draws
-from mimir_fast.methods.mae import autoencoder
+from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
+from mimir_fast.methods.mae import Draws, Shown, Step, masked_model
 from mimir_fast.methods.mutual_information import MutualInformationConfig, mutual_information
+from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.methods.terms import Term
 from mimir_fast.ops.patches import patchify_gather
 
 
@@ -24,23 +27,34 @@ class MimirConfig(AdvMaeConfig):
     mi: MutualInformationConfig = field(default_factory=MutualInformationConfig)
 
 
-def apply_preset(config: MimirConfig, preset: str) -> MimirConfig:
-    """`config` with the points in which paper and authors' code differ set as `paper` or `official` has them."""
-    if preset == "paper":
-        return replace(
-            config,
-            attack=replace(config.attack, mask="shared", target="clean"),
-            mi=replace(config.mi, estimator="hsic", inputs="adversarial", tokens="sorted"),
+def apply_preset(config: Any, preset: str) -> Any:
+    """`config` with the points in which paper and authors' code differ set as `paper` or `official` has them.
+
+    Raises:
+        ValueError: another preset, or a method without that attack.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}: wanted paper or official")
+    if not isinstance(config, AdvMaeConfig):
+        raise ValueError(
+            f"--preset {preset} is about the attack and the penalty of mimir and adv_mae: leave it out here"
         )
-    if preset == "official":
-        return replace(
-            config,
-            attack=replace(config.attack, mask="fresh", target="adversarial"),
-            mi=replace(
-                config.mi, estimator="nhsic", bandwidth="reference", sigma=5.0, inputs="adversarial", tokens="shuffled"
-            ),
-        )
-    raise ValueError(f"unknown preset {preset!r}: wanted paper or official")
+    attack, mi = PRESETS[preset]
+    config = replace(config, attack=replace(config.attack, **attack))
+    return replace(config, mi=replace(config.mi, **mi)) if isinstance(config, MimirConfig) else config
+
+
+# name: (attack, mi)
+PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "paper": (
+        {"mask": "shared", "target": "clean"},
+        {"estimator": "hsic", "inputs": "adversarial", "tokens": "sorted"},
+    ),
+    "official": (
+        {"mask": "fresh", "target": "adversarial"},
+        {"estimator": "nhsic", "bandwidth": "reference", "sigma": 5.0, "inputs": "adversarial", "tokens": "shuffled"},
+    ),
+}
 
 
 class Mimir(AdvMae):
@@ -52,26 +66,20 @@ class Mimir(AdvMae):
         super().__init__(config)
         self.token_order = "shuffled" if config.mi.tokens == "shuffled" else "sorted"
 
-    def combine(
-        self, model: nn.Module, images: Tensor, draws: Draws, adversarial: Adversarial, latent_BTD: Tensor,
-        reconstruction: Tensor,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """{"loss": total, "reconstruction": …, "mi": the estimate before λ}."""
+    def terms(self, step: Step) -> list[Term]:
+        """Reconstruction, and "mi": the estimate before λ."""
         if self.config.mi.estimator == "none":
-            return {"loss": reconstruction}
-        image = self._image(autoencoder(model).patch_size, images, draws, adversarial)
-        mi = mutual_information(self.config.mi, image, latent_BTD)
-        return {
-            "loss": reconstruction + self.config.mi.weight * mi,
-            "reconstruction": reconstruction.detach(),
-            "mi": mi.detach(),
-        }
+            return super().terms(step)
+        bare = masked_model(step.model)
+        image = self._image(bare.patch_size, step.batch.images, step.draws, step.shown)
+        estimate = mutual_information(self.config.mi, image, bare.visible(step.output.latent, step.view))
+        return [*super().terms(step), Term("mi", estimate, self.config.mi.weight)]
 
-    def _image(self, patch_size: int, images: Tensor, draws: Draws, adversarial: Adversarial) -> Tensor:
+    def _image(self, patch_size: int, images: Tensor, draws: Draws, shown: Shown) -> Tensor:
         """(B, N, P), the image side of the estimate: positions aligned between images, as distances demand."""
         B, N = len(images), images.shape[-1] * images.shape[-2] // patch_size**2
-        if self.config.mi.inputs == "adversarial" and adversarial.patches is not None:
-            return adversarial.patches
+        if self.config.mi.inputs == "adversarial" and shown.patches is not None:
+            return shown.patches
         everywhere = torch.arange(N, device=images.device).expand(B, N)
         # A fresh tensor in each case, so the visible patches may be written into it.
         image = patchify_gather(images, everywhere, patch_size)
@@ -79,4 +87,7 @@ class Mimir(AdvMae):
             return image
         if self.config.mi.inputs == "visible":
             image.zero_()
-        return image.scatter_(1, draws.mask.keep.unsqueeze(-1).expand_as(adversarial.visible), adversarial.visible)
+        return image.scatter_(1, draws.mask.keep.unsqueeze(-1).expand_as(shown.visible), shown.visible)
+
+
+register(MethodEntry("mimir", "pretrain", MimirConfig, Mimir, "MIMIR"))

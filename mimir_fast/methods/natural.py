@@ -6,7 +6,8 @@ loss = CE(f(x), y).
 from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import cross_entropy
-from mimir_fast.methods.classification import ClassificationMethod, Inputs, accuracy, train_logits
+from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs, accuracy, train_logits
+from mimir_fast.methods.registry import MethodEntry, register
 
 
 class Natural(ClassificationMethod):
@@ -16,3 +17,6 @@ class Natural(ClassificationMethod):
         """{"loss", "accuracy"}."""
         logits = train_logits(model, inputs.images, inputs.branch_scales)
         return {"loss": cross_entropy(logits, inputs.targets).mean(), "accuracy": accuracy(logits, inputs.targets)}
+
+
+register(MethodEntry("natural", "finetune", ClassificationConfig, Natural, "no adversary"))

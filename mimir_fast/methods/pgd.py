@@ -6,7 +6,8 @@ loss = CE(f(x + δ), y) with δ from k signed-gradient steps in the ε-ball. Oth
 from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import cross_entropy, pgd
-from mimir_fast.methods.classification import ClassificationMethod, Inputs, accuracy, train_logits
+from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs, accuracy, train_logits
+from mimir_fast.methods.registry import MethodEntry, register
 
 
 class Pgd(ClassificationMethod):
@@ -23,3 +24,6 @@ class Pgd(ClassificationMethod):
         """{"loss", "accuracy"}, the accuracy on adversarial images."""
         logits = train_logits(model, self.perturb(model, inputs), inputs.branch_scales)
         return {"loss": cross_entropy(logits, inputs.targets).mean(), "accuracy": accuracy(logits, inputs.targets)}
+
+
+register(MethodEntry("pgd", "finetune", ClassificationConfig, Pgd, "PGD-k adversarial training"))

@@ -8,13 +8,13 @@ both, as in the authors' code. The start is Gaussian because at x' = x the gradi
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.no_trace import borrowed
+from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.pgd import cross_entropy, pgd
 from mimir_fast.methods.classification import (
     ClassificationConfig,
@@ -23,6 +23,7 @@ from mimir_fast.methods.classification import (
     accuracy,
     train_logits,
 )
+from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.philox import Stream, normal
 
 START_STD = 0.001
@@ -38,6 +39,13 @@ class TradesConfig:
     def __post_init__(self) -> None:
         if self.beta < 0:
             raise ValueError(f"trades beta={self.beta}, wanted 0 or more; the paper uses 1 and 6")
+
+
+@dataclass
+class TradesObjective(ClassificationConfig):
+    """What every fine-tuning method shares, and TRADES's own."""
+
+    trades: TradesConfig = field(default_factory=TradesConfig)
 
 
 def gaussian_start(inputs: Inputs) -> Tensor:
@@ -61,13 +69,11 @@ def trades_loss(logits_BK: Tensor, logits_adv_BK: Tensor, targets: Tensor, beta:
 class Trades(ClassificationMethod):
     """Natural cross entropy and the divergence to the worst neighbour."""
 
-    def __init__(self, config: ClassificationConfig, own: TradesConfig | None = None) -> None:
-        super().__init__(config)
-        self.own = own or TradesConfig()
+    config: TradesObjective
 
     def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W): the largest divergence found."""
-        with borrowed(model) as module, torch.no_grad():
+        with borrowed_in_mode(model) as module, torch.no_grad():
             probs = module(inputs.images).float().softmax(dim=1)
         start = gaussian_start(inputs)
         return pgd(model, inputs.images, probs, self.config.attack, loss=kl_divergence, start=start)
@@ -76,10 +82,13 @@ class Trades(ClassificationMethod):
         """{"loss", "natural_loss", "robust_loss" (with β), "accuracy"}, the accuracy on adversarial images."""
         both = torch.cat([inputs.images, self.perturb(model, inputs)])
         logits, logits_adv = train_logits(model, both, inputs.doubled_scales()).chunk(2)
-        natural, robust = trades_loss(logits, logits_adv, inputs.targets, self.own.beta)
+        natural, robust = trades_loss(logits, logits_adv, inputs.targets, self.config.trades.beta)
         return {
             "loss": natural + robust,
             "natural_loss": natural.detach(),
             "robust_loss": robust.detach(),
             "accuracy": accuracy(logits_adv, inputs.targets),
         }
+
+
+register(MethodEntry("trades", "finetune", TradesObjective, Trades, "TRADES"))

@@ -4,14 +4,16 @@ Shapes: N patch tokens (grid × grid), D width, K classes.
 """
 
 import math
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.models.masked_autoencoder import ENCODERS, EncoderName
+from mimir_fast.models.families import Architecture, all_families, find_family, recognise
 from mimir_fast.models.normalization import NORMALIZATIONS
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 
@@ -56,6 +58,8 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
     report = LoadReport(weights.origin, notes=list(weights.notes))
     own = model.state_dict()
     _check_architecture(weights, own)
+    architecture = recognise(own)
+    family = None if architecture is None else find_family(architecture.family)
     ready: dict[str, Tensor] = {}
     for name, tensor in weights.tensors.items():
         if name not in own:
@@ -63,8 +67,11 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
         elif tensor.shape == own[name].shape:
             ready[name] = tensor
         elif name == "pos_embed":
-            ready[name] = resize_positions(tensor, own[name].shape[1] - 1)
+            ready[name] = resize_positions(tensor, own[name].shape[1])
             report.resized.append(f"pos_embed {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
+        elif family is not None and (resized := family.resize(name, tensor, own[name].shape)) is not None:
+            ready[name] = resized
+            report.resized.append(f"{name} {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
         elif name.startswith("head."):
             report.skipped.append(name)
             if name == "head.bias":
@@ -76,6 +83,10 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
                 f"{weights.origin} is of another architecture: {name} is {tuple(tensor.shape)} there, "
                 f"{tuple(own[name].shape)} in the model"
             )
+    biases = [name for name in own if name not in ready and _is_optional_bias(name, weights.tensors)]
+    if biases:
+        ready |= {name: torch.zeros_like(own[name]) for name in biases}
+        report.notes.append(f"{len(biases)} biases of queries, keys and values are not in these weights: zero here")
     report.fresh = [name for name in own if name not in ready]
     absent = [name for name in report.fresh if not name.startswith(("head.", "fc_norm.", "norm."))]
     if absent:
@@ -89,88 +100,80 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
     return report
 
 
-def resize_positions(pos_embed_1TD: Tensor, num_patches: int) -> Tensor:
-    """(1, 1 + num_patches, D): the grid resized by bicubic interpolation, the cls row kept.
+def resize_positions(pos_embed_1TD: Tensor, num_rows: int) -> Tensor:
+    """(1, num_rows, D): the grid resized by bicubic interpolation; a cls row in front of it is kept.
 
     Raises:
-        WeightsError: the rows are no cls token and a square grid.
+        WeightsError: the rows are no square grid, with or without a cls token, or only one of both has that token.
     """
-    old, new = math.isqrt(pos_embed_1TD.shape[1] - 1), math.isqrt(num_patches)
-    if old**2 != pos_embed_1TD.shape[1] - 1 or new**2 != num_patches:
+    rows = pos_embed_1TD.shape[1]
+    old, new = math.isqrt(rows), math.isqrt(num_rows)
+    prefix = int(old**2 != rows)
+    if old**2 + prefix != rows or new**2 + prefix != num_rows:
         raise WeightsError(
-            f"a position embedding of {pos_embed_1TD.shape[1]} rows is no cls row and a square grid: models with a "
-            "distillation token, registers, or without cls token cannot be used"
+            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be square grids, "
+            "with a cls row or without; models with a distillation token or registers cannot be used"
         )
-    grid = pos_embed_1TD[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = pos_embed_1TD[:, prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    rows = grid.flatten(2).transpose(1, 2).to(pos_embed_1TD.dtype)
-    return torch.cat([pos_embed_1TD[:, :1], rows], dim=1)
+    resized = grid.flatten(2).transpose(1, 2).to(pos_embed_1TD.dtype)
+    return torch.cat([pos_embed_1TD[:, :prefix], resized], dim=1)
 
 
-@dataclass(frozen=True)
-class EncoderShape:
-    """What the shapes of a vision transformer's tensors tell."""
-
-    encoder: EncoderName
-    patch_size: int
-    image_size: int
-    channels: int
-    num_classes: int | None
-
-
-def infer_shape(weights: Weights) -> EncoderShape:
-    """Encoder, patch, image size and classes from the tensors alone, so that a bare file needs no configuration.
+def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
+    """The encoder, and the classes of the head if there is one, from the tensors alone: a bare file is enough.
 
     Raises:
-        WeightsError: no encoder of ours has this width and depth.
+        WeightsError: no encoder of ours has such tensors.
     """
-    t = weights.tensors
-    width, channels, patch_size, _ = t["patch_embed.proj.weight"].shape
-    depth = _depth(t)
-    encoder = _encoder_name(width, depth)
-    if encoder is None:
-        known = ", ".join(f"{n} {w}/{d}" for n, (w, d, _) in ENCODERS.items())
-        raise WeightsError(
-            f"{weights.origin}: width {width} and depth {depth} are no encoder of ours (those are {known})"
+    architecture = recognise(weights.tensors)
+    if architecture is None:
+        known = "; ".join(
+            f"{family.title}: {', '.join(f'{name} ({words})' for name, words in family.sizes.items())}"
+            for family in all_families().values()
         )
-    if "pos_embed" not in t or t["pos_embed"].shape[1] - 1 != math.isqrt(t["pos_embed"].shape[1] - 1) ** 2:
-        raise WeightsError(f"{weights.origin} has no position embedding of a cls token and a square grid")
-    grid = math.isqrt(t["pos_embed"].shape[1] - 1)
-    return EncoderShape(
-        encoder, patch_size, grid * patch_size, channels, len(t["head.weight"]) if "head.weight" in t else None
-    )
+        raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours. Those are {known}")
+    saved = ((weights.config or {}).get("data") or {}).get("image_size")
+    if saved is not None and not find_family(architecture.family).image_size_in_tensors:
+        architecture = replace(architecture, image_size=saved)
+    head = weights.tensors.get("head.weight")
+    return architecture, None if head is None else len(head)
 
 
-def _depth(tensors: dict[str, Tensor]) -> int:
-    numbers = [
-        int(name.split(".")[1]) for name in tensors if name.startswith("blocks.") and name.split(".")[1].isdigit()
-    ]
-    return max(numbers, default=-1) + 1
-
-
-def _encoder_name(width: int, depth: int) -> EncoderName | None:
-    return next((name for name, (w, d, _) in ENCODERS.items() if (w, d) == (width, depth)), None)
+def _outline(tensors: Mapping[str, Tensor]) -> str:
+    """Width, depth and patch of a plain vision transformer, for messages; the number of tensors of anything else."""
+    depth = 1 + max((int(n.split(".")[1]) for n in tensors if re.match(r"blocks\.\d+\.", n)), default=-1)
+    first = tensors.get("patch_embed.proj.weight")
+    if first is None or first.ndim != 4 or not depth:
+        return f"{len(tensors)} tensors"
+    return f"width {first.shape[0]}, depth {depth}, patch {first.shape[-1]}, {first.shape[1]} channels"
 
 
 def _check_architecture(weights: Weights, own: dict[str, Tensor]) -> None:
-    name = "patch_embed.proj.weight"
-    theirs, ours = weights.tensors[name].shape, own[name].shape
-    depths = _depth(weights.tensors), _depth(own)
-    if theirs == ours and depths[0] == depths[1]:
-        return
-    fixes = []
-    if theirs[0] != ours[0] or depths[0] != depths[1]:
-        fit = _encoder_name(theirs[0], depths[0])
-        fixes.append(f"--model.encoder {fit}" if fit else "no encoder of ours has that width and depth")
-    if theirs[-1] != ours[-1]:
-        fixes.append(f"--model.patch_size {theirs[-1]}")
-    if theirs[1] != ours[1]:
-        fixes.append(f"--data.channels {theirs[1]}")
-    raise WeightsError(
-        f"{weights.origin} is of another architecture: "
-        f"width {theirs[0]}, depth {depths[0]}, patch {theirs[-1]}, {theirs[1]} channels; the model has "
-        f"width {ours[0]}, depth {depths[1]}, patch {ours[-1]}, {ours[1]} channels. "
-        f"To use it: {' '.join(fixes)}"
+    theirs, ours = recognise(weights.tensors), recognise(own)
+    if theirs is None or ours is None:  # odd sizes have no name: the shapes are compared one by one
+        same = {n: t.shape for n, t in own.items() if n.startswith("blocks.")}
+        if all(n in weights.tensors and weights.tensors[n].shape == shape for n, shape in same.items()):
+            return
+        raise WeightsError(
+            f"{weights.origin} is of another architecture: {_outline(weights.tensors)}; the model has "
+            f"{_outline(own)}. To use it: no encoder of ours has that width and depth"
+        )
+    flags = {"family": "--model.family", "size": "--model.encoder", "patch_size": "--model.patch_size",
+             "channels": "--data.channels"}  # fmt: skip
+    fixes = [f"{flag} {getattr(theirs, n)}" for n, flag in flags.items() if getattr(theirs, n) != getattr(ours, n)]
+    if fixes:
+        raise WeightsError(
+            f"{weights.origin} is of another architecture: {_title(theirs)}; the model is {_title(ours)}. "
+            f"To use it: {' '.join(fixes)}"
+        )
+
+
+def _title(architecture: Architecture) -> str:
+    family = find_family(architecture.family)
+    return (
+        f"{family.title}-{architecture.size} ({family.sizes[architecture.size]}), patch {architecture.patch_size}, "
+        f"{architecture.channels} channels"
     )
 
 
@@ -184,6 +187,13 @@ def _note_normalization(model: nn.Module, weights: Weights, report: LoadReport) 
             f"these weights were trained with normalization {fit}, the model has {chosen}: "
             f"use --model.normalization {fit}"
         )
+
+
+def _is_optional_bias(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """A bias of queries, keys or values that the weights do without, so that zero is what they mean."""
+    projection, _, kind = name.rpartition(".")
+    known = projection.endswith((".attn.qkv", ".attn.qk", ".attn.q", ".attn.k", ".attn.v"))
+    return kind == "bias" and known and name not in tensors and f"{projection}.weight" in tensors
 
 
 def _summary(names: list[str]) -> list[str]:

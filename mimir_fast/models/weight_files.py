@@ -25,10 +25,10 @@ from mimir_fast.models.checkpoint_files import (
     resolve_checkpoint,
     saved_tensors,
 )
+from mimir_fast.models.families import all_families, under_our_names
 
 WeightsChoice = Literal["auto", "model", "ema"]
 
-_ANCHOR = "patch_embed.proj.weight"  # every vision transformer we can use has it, under whatever prefix
 _WRAPPERS = ("model", "model_state_dict", "state_dict", "model_ema")
 
 
@@ -84,15 +84,22 @@ def strip_wrappers(content: Any, origin: str) -> dict[str, Tensor]:
             break
         content = inner
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    anchors = [name for name in tensors if name == _ANCHOR or name.endswith("." + _ANCHOR)]
-    if not anchors:
+    # Each family has a tensor of its own name, under whatever prefix; the shortest prefix is the whole model's.
+    known = {family.anchor for family in all_families().values()}
+    prefixes = {
+        name.removesuffix(anchor)
+        for name in tensors
+        for anchor in known
+        if name == anchor or name.endswith("." + anchor)
+    }
+    if not prefixes:
         some = ", ".join(list(tensors)[:4]) or "no tensors at all"
         raise WeightsError(
-            f"{origin} holds no vision transformer: there is no {_ANCHOR!r} in it (it has {some}). "
-            "Wanted a checkpoint of mimir_fast, of the MIMIR authors, or a timm vit_* model"
+            f"{origin} holds no vision transformer: there is none of {', '.join(sorted(known))} in it (it has {some}). "
+            "Wanted a checkpoint of mimir_fast, of the MIMIR authors, or a timm model of one of our families"
         )
-    prefix = min(anchors, key=len).removesuffix(_ANCHOR)
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    prefix = min(prefixes, key=len)
+    return under_our_names({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
 
 
 def _read_checkpoint(folder: Path, which: WeightsChoice) -> Weights:

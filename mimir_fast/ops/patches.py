@@ -15,6 +15,7 @@ from mimir_fast.ops import _checks
 from mimir_fast.ops.tokens import (
     gather_patches,
     gather_patches_reference,
+    place_patches,
     scatter_patches,
     scatter_patches_reference,
 )
@@ -28,9 +29,11 @@ __all__ = [
     "patchify",
     "patchify_gather",
     "patchify_gather_reference",
+    "place_patches",
     "scatter_patches",
     "scatter_patches_reference",
     "unpatchify",
+    "unpatchify_visible",
 ]
 
 
@@ -61,6 +64,23 @@ def unpatchify(patches_BNP: Tensor, patch_size: int, height: int | None = None) 
         raise ValueError(f"{N} patches of {P} numbers are no grid of {p}x{p} patches (pass height= for non-square)")
     x = patches_BNP.reshape(B, rows, N // rows, p, p, P // (p * p))
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, P // (p * p), rows * p, N // rows * p)
+
+
+def unpatchify_visible(patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """(B, C, H, W) images with the patches in the places `ids_BK`, zero elsewhere: the adjoint of `patchify_gather`.
+
+    Raises:
+        ValueError: sizes or devices do not fit, ids out of range or repeated (on CUDA: with MIMIR_FAST_DEBUG=1).
+        TypeError: ids are not int64.
+    """
+    if patches_BKP.ndim != 3 or patches_BKP.shape[:2] != ids_BK.shape or patches_BKP.shape[2] % patch_size**2:
+        raise ValueError(
+            f"patches must be (B, K, P) with ids (B, K) and P a multiple of {patch_size}², "
+            f"got {tuple(patches_BKP.shape)} and {tuple(ids_BK.shape)}"
+        )
+    _check_size(height, width, patch_size)
+    _checks.check_ids_of("ids", ids_BK, patches_BKP)
+    return _patchify_adjoint(patches_BKP, ids_BK, patch_size, height, width)
 
 
 def patchify_gather_reference(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> Tensor:
@@ -166,6 +186,7 @@ def _(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> Tensor:
 @torch.library.custom_op("mimir_fast::patchify_gather_adjoint", mutates_args=())
 def _patchify_adjoint(patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     """(B, C, H, W): the patches in their places, zero elsewhere."""
+    _checks.check_ids("ids", ids_BK, height // patch_size * (width // patch_size))
     patches, ids, p = patches_BKP.contiguous(), ids_BK.contiguous(), patch_size
     B, K, P = patches.shape
     images = patches.new_zeros((B, P // p**2, height, width))

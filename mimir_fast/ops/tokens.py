@@ -1,6 +1,7 @@
 """Rows of tokens picked by ids, and put back among mask tokens.
 
     gather:   y[b, k] = x[b, ids[b, k]]
+    place:    z[b, n] = v[b, k] where ids[b, k] = n, else 0      (the gather's adjoint)
     scatter:  z[b, n] = (v[b, k] where ids[b, k] = n, else mask_token) + pos_embed[n]
 
 The ids of one image are distinct, so the adjoint of the gather is a scatter without additions (no atomics, the same
@@ -41,6 +42,21 @@ def gather_patches(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
         raise ValueError(f"x must be (B, N, D), got {tuple(x_BND.shape)}")
     _checks.check_ids_of("ids", ids_BK, x_BND)
     return _gather(x_BND, ids_BK)
+
+
+def place_patches(visible_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
+    """(B, N, D) of the rows' dtype: z[b, ids[b, k]] = v[b, k], zeros in the other places.
+
+    Raises:
+        ValueError: shapes or devices do not fit, ids out of range or repeated (on CUDA: with MIMIR_FAST_DEBUG=1).
+        TypeError: ids are not int64.
+    """
+    if visible_BKD.ndim != 3 or visible_BKD.shape[:2] != ids_BK.shape:
+        raise ValueError(
+            f"visible must be (B, K, D) with ids (B, K), got {tuple(visible_BKD.shape)} and {tuple(ids_BK.shape)}"
+        )
+    _checks.check_ids_of("ids", ids_BK, visible_BKD)
+    return _gather_adjoint(visible_BKD, ids_BK, num_patches)
 
 
 def scatter_patches(visible_BKD: Tensor, ids_keep_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
@@ -101,6 +117,7 @@ def _(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
 @torch.library.custom_op("mimir_fast::gather_patches_adjoint", mutates_args=())
 def _gather_adjoint(y_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
     """(B, N, D): y[b, k] at ids[b, k], zero elsewhere."""
+    _checks.check_ids("ids", ids_BK, num_patches)
     y, ids = y_BKD.contiguous(), ids_BK.contiguous()
     B, K, D = y.shape
     if y.is_cuda:

@@ -1,7 +1,7 @@
 """Named recipes: the rows of the papers' tables, and small ones that run anywhere.
 
-A recipe is a function that returns a configuration; it is registered under `DATA/METHOD_MODEL`. Expected numbers of the
-papers stand beside those that have them.
+A recipe is a function that returns a configuration; it is registered under `DATA/METHOD_FAMILY_SIZE[_VARIANT]`. The
+published rows (published/) name the recipes that have their conditions, so the numbers stand beside the recipes.
 """
 
 import difflib
@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from mimir_fast.recipes.published import Row, rows_of
+
 T = TypeVar("T")
 
-_MODULES = ("digits", "fashion_mnist", "cifar10", "tiny_imagenet", "imagenet")
+_MODULES = ("digits", "fashion_mnist", "cifar10", "tiny_imagenet", "imagenet", "imagenet_finetuning")
 
 
 @dataclass(frozen=True)
@@ -22,25 +24,35 @@ class Recipe:
     Attributes:
         build: makes the configuration (its type tells the entry point it belongs to).
         note: one line: what it is, where it comes from.
-        expected: numbers published for it, natural / robust accuracy in per cent.
+        caveat: what separates it from the published numbers, or that none were published for exactly this.
     """
 
     name: str
     config_type: type
     build: Callable[[], Any]
     note: str
-    expected: str = ""
+    caveat: str = ""
+
+    @property
+    def command(self) -> str:
+        """Of `python -m mimir_fast.COMMAND --recipe`: pretrain or finetune."""
+        return self.config_type.__name__.removesuffix("Config").lower()
+
+    @property
+    def expected(self) -> tuple[Row, ...]:
+        """What was published for it: numbers, adversary, table and conditions."""
+        return rows_of(self.command, self.name)
 
 
 _RECIPES: dict[tuple[type, str], Recipe] = {}
 
 
-def register(name: str, config_type: type, build: Callable[[], Any], note: str, expected: str = "") -> None:
+def register(name: str, config_type: type, build: Callable[[], Any], note: str, caveat: str = "") -> None:
     """Add a recipe; the name is unique among those of its configuration type."""
     key = (config_type, name)
     if key in _RECIPES:
         raise ValueError(f"recipe {name} is registered twice")
-    _RECIPES[key] = Recipe(name, config_type, build, note, expected)
+    _RECIPES[key] = Recipe(name, config_type, build, note, caveat)
 
 
 def all_recipes() -> list[Recipe]:

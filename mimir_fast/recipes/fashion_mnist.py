@@ -2,8 +2,7 @@
 
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data import DataConfig
-from mimir_fast.models.masked_autoencoder import EncoderName
-from mimir_fast.recipes.finetuning import METHOD_NOTES, register_finetuning
+from mimir_fast.recipes.finetuning import METHODS, register_finetuning
 from mimir_fast.recipes.pretraining import register_pretraining
 from mimir_fast.training.loop import RunConfig
 
@@ -25,11 +24,11 @@ register_pretraining("fashion_mnist", ("nano",), 8, data, run, "for CPUs", blr=2
 FINETUNE = RunConfig(epochs=20, warmup_epochs=2, batch_size=256, log_every=20, save_every=200)
 PGD5 = LinfThreat(eps=8 / 255, alpha=2.5 / 255, num_steps=5)
 
-encoders: tuple[EncoderName, ...] = ("tiny", "small")
+encoders: tuple[str, ...] = ("tiny", "small")
 for encoder in encoders:
-    for method in METHOD_NOTES:
+    for method in METHODS:
         register_finetuning("fashion_mnist", method, encoder, 4, data, FINETUNE, PGD5, "20 epochs, eps 8/255", blr=1e-3)
-for method in METHOD_NOTES:
+for method in METHODS:
     register_finetuning(
         "fashion_mnist", method, "nano", 8, data, FINETUNE, PGD5, "for CPUs, eps 8/255", blr=4e-3, drop_path=0.0
     )

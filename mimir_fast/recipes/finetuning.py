@@ -2,62 +2,64 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data import DataConfig
-from mimir_fast.methods.ard_prm import ArdPrmConfig
 from mimir_fast.methods.augmentation import RandAugmentConfig
 from mimir_fast.methods.classification import ClassificationConfig
-from mimir_fast.methods.mart import MartConfig
+from mimir_fast.methods.mart import MartObjective
 from mimir_fast.methods.mixing import MixingConfig
+from mimir_fast.methods.registry import find_method
 from mimir_fast.models.classifier import ClassifierConfig
-from mimir_fast.models.masked_autoencoder import EncoderName
 from mimir_fast.recipes import register
-from mimir_fast.training.finetuning import FinetuneConfig, MethodName
+from mimir_fast.training.finetuning import FinetuneConfig
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
 
-METHOD_NOTES: dict[MethodName, str] = {
-    "natural": "no adversary",
-    "pgd": "PGD-k adversarial training",
-    "fast": "FastAT, one step",
-    "apgd": "APGD-k adversarial training",
-    "trades": "TRADES",
-    "mart": "MART",
-    "ard_prm": "ARD + PRM",
-}
+METHODS = ("natural", "pgd", "fast", "apgd", "trades", "mart", "ard_prm")
 
 
-def strong_augmentation(config: ClassificationConfig) -> ClassificationConfig:
-    """RandAugment 2 × m9, MixUp 0.8, CutMix 1.0, smoothing 0.1, their strength rising over 10 epochs."""
-    return replace(
-        config,
-        label_smoothing=0.1,
-        randaugment=RandAugmentConfig(num_ops=2, magnitude=9, warmup_epochs=10),
-        mixing=MixingConfig(mixup=0.8, cutmix=1.0, warmup_epochs=10),
-    )
+MIXING = MixingConfig(mixup=0.8, cutmix=1.0, warmup_epochs=10)
+RANDAUGMENT = RandAugmentConfig(num_ops=2, magnitude=9, warmup_epochs=10)
+"""The papers' strong augmentation: its strength rises over 10 epochs."""
 
 
 def register_finetuning(
-    group: str, method: MethodName, encoder: EncoderName, patch_size: int, data: Callable[[], DataConfig],
-    run: RunConfig, attack: LinfThreat, note: str, *, blr: float = 1e-3, suffix: str = "", expected: str = "",
-    strong: bool = False, layer_decay: float = 0.65, drop_path: float = 0.1, optim: OptimizerConfig | None = None,
+    group: str, method: str, encoder: str, patch_size: int, data: Callable[[], DataConfig],
+    run: RunConfig, attack: LinfThreat, note: str, *, blr: float = 1e-3, suffix: str = "", caveat: str = "",
+    layer_decay: float = 0.65, drop_path: float = 0.1, optim: OptimizerConfig | None = None,
+    family: str = "vit", mixing: MixingConfig | None = None, randaugment: RandAugmentConfig | None = None,
+    label_smoothing: float = 0.0, init: str = "", **model: Any,
 ) -> None:  # fmt: skip
-    """GROUP/METHOD_vit_SIZE[_SUFFIX]."""
+    """GROUP/METHOD_FAMILY_SIZE[_SUFFIX].
+
+    Args:
+        optim: optimiser in place of AdamW with `blr` and `layer_decay`.
+        mixing, randaugment, label_smoothing: off where left out.
+        init: weights it starts from where nothing else is said.
+        model: further options of the model.
+    """
 
     def build() -> FinetuneConfig:
-        objective = ClassificationConfig(attack=replace(attack))
         adamw = OptimizerConfig(blr=blr, weight_decay=0.05, betas=(0.9, 0.999), layer_decay=layer_decay)
-        return FinetuneConfig(
+        config = FinetuneConfig(
             method=method,
-            model=ClassifierConfig(encoder=encoder, patch_size=patch_size, drop_path=drop_path),
+            init=init,
+            model=ClassifierConfig(
+                family=family, encoder=encoder, patch_size=patch_size, drop_path=drop_path, **model
+            ),
             data=data(),
-            objective=strong_augmentation(objective) if strong else objective,
-            mart=MartConfig(beta=6.0),
-            ard_prm=ArdPrmConfig(),
+            objective=ClassificationConfig(
+                attack=replace(attack), label_smoothing=label_smoothing,
+                randaugment=replace(randaugment or RandAugmentConfig()), mixing=replace(mixing or MixingConfig()),
+            ),
             optim=replace(optim) if optim is not None else adamw,
             run=replace(run),
-        )
+        )  # fmt: skip
+        if isinstance(config.objective, MartObjective):
+            config.objective.mart.beta = 6.0  # of the authors' code; 5 in the paper
+        return config
 
-    name = f"{group}/{method}_vit_{encoder}" + (f"_{suffix}" if suffix else "")
-    register(name, FinetuneConfig, build, f"{METHOD_NOTES[method]}; {note}", expected)
+    name = f"{group}/{method}_{family}_{encoder}" + (f"_{suffix}" if suffix else "")
+    register(name, FinetuneConfig, build, f"{find_method('finetune', method).note}; {note}", caveat)

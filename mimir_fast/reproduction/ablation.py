@@ -18,7 +18,7 @@ import torch
 
 from mimir_fast.data import build_loader
 from mimir_fast.methods.mimir import MimirConfig
-from mimir_fast.models.masked_autoencoder import build_masked_autoencoder
+from mimir_fast.models.masked_model import build_masked_model
 from mimir_fast.models.weight_files import read_weights
 from mimir_fast.reproduction.gradient_share import gradient_share
 from mimir_fast.reproduction.stages import Judge, Say, Stopwatch, judge, run_stage
@@ -47,9 +47,8 @@ class Row:
     @property
     def penalty(self) -> MimirConfig | None:
         """The objective, where it has a mutual-information term."""
-        if self.pretrain is None or self.pretrain.method != "mimir" or self.pretrain.objective.mi.estimator == "none":
-            return None
-        return self.pretrain.objective
+        objective = None if self.pretrain is None else self.pretrain.objective
+        return objective if isinstance(objective, MimirConfig) and objective.mi.estimator != "none" else None
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def penalty_shares(row: Row, config: PretrainConfig) -> dict[str, float]:
     batch = next(iter(build_loader(config.data, split="train", batch_size=min(256, config.run.batch_size), seed=1)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        model = build_masked_autoencoder(config.model, config.data.image_size, config.data.channels)
+        model = build_masked_model(config.model, config.data.image_size, config.data.channels)
     share = {"init": gradient_share(row.penalty, model, batch)}
     model.load_state_dict(read_weights(config.folder, "model").tensors)
     return share | {"trained": gradient_share(row.penalty, model, batch)}

@@ -11,27 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
-from mimir_fast.methods.adv_mae import Adversarial, AdvMae, Draws
-from mimir_fast.methods.mae import autoencoder
+from mimir_fast.methods.adv_mae import AdvMae
+from mimir_fast.methods.mae import Step, masked_model
 from mimir_fast.methods.mimir import Mimir, MimirConfig
+from mimir_fast.methods.terms import Term
 
 
 class PenaltyAlone(Mimir):
     """MIMIR without its reconstruction term: loss = λ·I(x + δ, z), everything else as in training."""
 
-    def combine(
-        self, model: nn.Module, images: Tensor, draws: Draws, adversarial: Adversarial, latent_BTD: Tensor,
-        reconstruction: Tensor,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    def terms(self, step: Step) -> list[Term]:
         """The penalty; the prediction stays in the graph with weight 0."""
-        return super().combine(model, images, draws, adversarial, latent_BTD, 0 * reconstruction)
+        return [term if term.name == "mi" else term._replace(weight=0.0) for term in super().terms(step)]
 
 
 def gradient_share(config: MimirConfig, model: nn.Module, batch: Batch, *, seed: int = 0, step: int = 0) -> float:
     """‖λ·∇I‖ / ‖∇MSE‖ for `mimir` with this configuration; the model's gradients are left alone.
 
     Args:
-        model: a MaskedAutoencoder on the batch's device.
+        model: a MaskedModel on the batch's device.
         batch: the size matters: the estimators compare the samples of a batch with each other.
     Raises:
         ValueError: the configuration has no penalty.
@@ -46,10 +44,7 @@ def gradient_share(config: MimirConfig, model: nn.Module, batch: Batch, *, seed:
 
 
 def _encoder_gradient(method: AdvMae, model: nn.Module, batch: Batch, seed: int, step: int) -> Tensor:
-    parameters = [
-        p for name, p in autoencoder(model).named_parameters()
-        if p.requires_grad and not name.startswith(("decoder_", "mask_token"))
-    ]  # fmt: skip
+    parameters = [p for p in masked_model(model).encoder.parameters() if p.requires_grad]
     loss = method(model, batch, seed=seed, step=step)["loss"]
     gradients = torch.autograd.grad(loss, parameters)
     return torch.cat([gradient.flatten().double() for gradient in gradients])

@@ -33,6 +33,7 @@ from mimir_fast.models.checkpoint_files import (
     root_cause,
     saved_tensors,
 )
+from mimir_fast.models.flat_names import flat_parameters
 from mimir_fast.training.distributed import agree
 from mimir_fast.training.ema import Ema
 
@@ -112,7 +113,7 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Em
     tensors = {f"model/{name}": t.detach() for name, t in model.state_dict().items()}
     if ema is not None:
         tensors |= {f"ema/{name}": t for name, t in ema.state_dict().items()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in flat_parameters(model):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
@@ -122,7 +123,7 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Em
 def make_room_for_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Create the empty optimiser state a checkpoint will be loaded into, as the checkpoint names it."""
     saved = saved_tensors(folder)
-    for name, parameter in model.named_parameters():
+    for name, parameter in flat_parameters(model):
         prefix = f"optimizer/{name}/"
         for full_name in (n for n in saved if n.startswith(prefix)):
             info, key = saved[full_name], full_name.removeprefix(prefix)

@@ -84,10 +84,10 @@ def parallelize(model: nn.Module, strategy: Strategy, world: World, *, bf16: boo
     Raises:
         ValueError: a strategy that needs several processes, started with one.
     """
-    blocks = [*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())]
+    layers: list[nn.Module] = model.layers()  # type: ignore[operator]
     if compile_blocks:
-        for block in blocks:
-            block.compile()
+        for layer in layers:
+            layer.compile()
     if strategy == "auto":
         strategy = "ddp" if world.size > 1 else "single"
     if strategy == "single":
@@ -102,18 +102,18 @@ def parallelize(model: nn.Module, strategy: Strategy, world: World, *, bf16: boo
     if strategy == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return _shard(model, blocks, world, bf16)
+    return _shard(model, layers, world, bf16)
 
 
-def _shard(model: nn.Module, blocks: list[nn.Module], world: World, bf16: bool) -> nn.Module:
+def _shard(model: nn.Module, layers: list[nn.Module], world: World, bf16: bool) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    # Blocks travel in bf16; the root (patch embedding, norms, head) stays in fp32, see MaskedAutoencoder.embed.
+    # Blocks travel in bf16; the root (patch embedding, norms, head) stays in fp32, see Encoder.embed.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
     return model
 

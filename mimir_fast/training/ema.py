@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.models.flat_names import flat_parameters
+
 
 class Ema:
     """θ̄ ← decay·θ̄ + (1 − decay)·θ for every trainable parameter, kept in the parameter's own layout."""
@@ -11,7 +13,7 @@ class Ema:
         if not 0 < decay < 1:
             raise ValueError(f"ema_decay={decay}, wanted 0 < decay < 1 (or 0 to switch it off)")
         self.decay = decay
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in flat_parameters(model) if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

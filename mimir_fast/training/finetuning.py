@@ -2,28 +2,21 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import pgd
 from mimir_fast.data import Batch, DataConfig, build_loader, build_source
 from mimir_fast.data.loaders import Loader
-from mimir_fast.methods.apgd import Apgd
-from mimir_fast.methods.ard_prm import ArdPrm, ArdPrmConfig
-from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod
-from mimir_fast.methods.fast import Fast
-from mimir_fast.methods.mart import Mart, MartConfig
-from mimir_fast.methods.natural import Natural
-from mimir_fast.methods.pgd import Pgd
+from mimir_fast.methods.classification import ClassificationConfig
 from mimir_fast.methods.probe import ProbeConfig, probe
-from mimir_fast.methods.trades import Trades, TradesConfig
+from mimir_fast.methods.registry import convert, find_method
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier
+from mimir_fast.models.families import check_method, find_family
 from mimir_fast.models.loading import LoadReport, initialize
-from mimir_fast.models.masked_autoencoder import check_patch_size
 from mimir_fast.models.weight_files import WeightsChoice
 from mimir_fast.training.checkpoint import checkpoints_of
 from mimir_fast.training.distributed import World
@@ -31,8 +24,6 @@ from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
 from mimir_fast.training.pictures import grid
 from mimir_fast.training.session import run_session
-
-MethodName = Literal["natural", "pgd", "fast", "apgd", "trades", "mart", "ard_prm"]
 
 
 def finetune_run() -> RunConfig:
@@ -51,8 +42,8 @@ class FinetuneConfig:
 
     recipe: str = "digits/pgd_vit_tiny"
     """Named starting point of all options below; `python -m mimir_fast.recipes` lists them."""
-    method: MethodName = "pgd"
-    """natural, PGD-k, FastAT, APGD-k, TRADES, MART or ARD+PRM."""
+    method: str = "pgd"
+    """natural, pgd, fast, apgd, trades, mart or ard_prm; its own options follow below."""
     init: str = ""
     """A pre-training run, checkpoint, .safetensors or .pth file, or timm:NAME; empty trains from scratch."""
     init_weights: WeightsChoice = "auto"
@@ -60,34 +51,20 @@ class FinetuneConfig:
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: Annotated[ClassificationConfig, tyro.conf.arg(name="")] = field(default_factory=ClassificationConfig)
-    trades: TradesConfig = field(default_factory=TradesConfig)
-    mart: MartConfig = field(default_factory=MartConfig)
-    ard_prm: ArdPrmConfig = field(default_factory=ArdPrmConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     optim: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(default_factory=finetune_optim)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=finetune_run)
 
     def __post_init__(self) -> None:
-        check_patch_size(self.data.image_size, self.model.patch_size)
-        build_method(self)  # options that do not go together are refused here, before anything starts
+        entry = find_method("finetune", self.method)
+        self.objective = convert(self.objective, entry.config)
+        check_method(self.model.architecture(self.data.image_size, self.data.channels), self.method)
+        entry.build(self.objective)  # options that do not go together are refused here, before anything starts
 
     @property
     def folder(self) -> Path:
         """Where the run lives."""
         return Path(self.run.output_dir or f"runs/{self.recipe}")
-
-
-def build_method(config: FinetuneConfig) -> ClassificationMethod:
-    """The method a configuration names."""
-    objective = config.objective
-    if config.method == "trades":
-        return Trades(objective, config.trades)
-    if config.method == "mart":
-        return Mart(objective, config.mart)
-    if config.method == "ard_prm":
-        return ArdPrm(objective, config.ard_prm)
-    plain: dict[str, type[ClassificationMethod]] = {"natural": Natural, "pgd": Pgd, "fast": Fast, "apgd": Apgd}
-    return plain[config.method](objective)
 
 
 class Finetuning:
@@ -102,7 +79,8 @@ class Finetuning:
     curves: tuple[str, ...] = ("loss", "natural", "pgd", "lr")
 
     def __init__(self, config: FinetuneConfig, world: World) -> None:
-        self.config, self.method = config, build_method(config)
+        self.config = config
+        self.method = find_method("finetune", config.method).build(config.objective)
         self.probe_loader, num_classes = probe_data(config, world)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
@@ -146,18 +124,14 @@ class Finetuning:
 
     def pictures(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, np.ndarray]:
         """Clean images, what the training attack makes of them, and the difference, magnified to full range."""
-        images = batch.images[:8].float() / (255 if batch.images.dtype == torch.uint8 else 1)
-        attack = self.config.objective.attack
-        adversarial = pgd(model, images, batch.labels[:8], attack, samples=batch.samples[:8], seed=seed, step=step)
-        difference = 0.5 + 0.5 * (adversarial - images) / max(attack.eps, 1e-9)
-        return {"attack": grid({"input": images, "adversarial": adversarial, "difference": difference})}
+        return {"attack": grid(self.method.preview(model, batch.first(8), seed=seed, step=step))}
 
     def describe(self, num_samples: int) -> str:
         """What is trained on what, and what the weights came from."""
         config, attack = self.config, self.config.objective.attack
         head = (
             f"{config.method} on {config.data.source} ({num_samples:,} images, {config.data.image_size}²): "
-            f"ViT-{config.model.encoder}/{config.model.patch_size}"
+            f"{find_family(config.model.family).title}-{config.model.encoder}/{config.model.patch_size}"
         )
         if config.method != "natural":
             head += f", eps {255 * attack.eps:.3g}/255"

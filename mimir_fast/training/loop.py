@@ -23,7 +23,6 @@ from mimir_fast.training.ema import Ema
 from mimir_fast.training.health import StepGuard, StopSignal
 from mimir_fast.training.loggers import Logger
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
-from mimir_fast.training.schedule import cosine_schedule
 from mimir_fast.training.task import Task
 
 
@@ -182,10 +181,9 @@ class Trainer:
 
     def train_step(self, micro: list[Batch]) -> dict[str, Tensor]:
         """One optimiser step on the micro-batches; returns detached scalars on the device."""
-        lr = cosine_schedule(
-            self.step, total_steps=self.total_steps, warmup_steps=self.warmup_steps,
-            peak=self.optim.peak_lr(self.run.batch_size), minimum=self.optim.min_lr,
-        )  # fmt: skip
+        lr = self.optim.lr_at(
+            self.step, batch_size=self.run.batch_size, total_steps=self.total_steps, warmup_steps=self.warmup_steps
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         metrics: dict[str, Tensor] = {}

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from small_classifier import EPS
+from small_models import masked_vit
 from torch import Tensor, nn
 
 from mimir_fast.attacks.adaptive import attack_reconstruction, pgd_features, pgd_mi
 from mimir_fast.attacks.pgd import pgd, random_start
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
 from mimir_fast.ops.hsic import hsic
 
 THREAT = LinfThreat(EPS, EPS / 4, 10)
@@ -63,7 +63,7 @@ def test_says_when_a_model_shows_no_features(digits) -> None:
 def test_reconstruction_suffers_from_the_attack_more_than_from_noise(digits) -> None:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = MaskedAutoencoder(8, 2, 1, 32, 2, 4, 32, 1, 4)
+        model = masked_vit(8, 2, 1, 32, 2, 4, 32, 1, 4)
     errors = attack_reconstruction(model, digits[0], THREAT, norm_pix=False)
     attacked, noise = errors.attacked - errors.clean, errors.random - errors.clean
     assert (attacked > 0).float().mean() > 0.9
@@ -72,5 +72,5 @@ def test_reconstruction_suffers_from_the_attack_more_than_from_noise(digits) -> 
 
 
 def test_reconstruction_wants_a_masked_autoencoder(small_model, digits) -> None:
-    with pytest.raises(ValueError, match="MaskedAutoencoder"):
+    with pytest.raises(ValueError, match="MaskedModel"):
         attack_reconstruction(small_model, digits[0], THREAT)

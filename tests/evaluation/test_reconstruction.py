@@ -9,17 +9,17 @@ from safetensors.torch import save_file
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.evaluation.reconstruction import judge_reconstruction, load_masked_autoencoder, reconstruct
-from mimir_fast.models.masked_autoencoder import MaskedAutoencoder, ModelConfig, build_masked_autoencoder
+from mimir_fast.models.masked_model import MaskedModel, ModelConfig, build_masked_model
 
 
 @pytest.fixture(scope="module")
-def autoencoder() -> MaskedAutoencoder:
+def autoencoder() -> MaskedModel:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        return build_masked_autoencoder(ModelConfig(encoder="tiny", patch_size=2), 8, 1).eval()
+        return build_masked_model(ModelConfig(encoder="tiny", patch_size=2), 8, 1).eval()
 
 
-def test_sizes_come_from_the_tensors(autoencoder: MaskedAutoencoder, tmp_path: Path) -> None:
+def test_sizes_come_from_the_tensors(autoencoder: MaskedModel, tmp_path: Path) -> None:
     save_file(dict(autoencoder.state_dict()), tmp_path / "mae.safetensors")
     loaded, norm_pix = load_masked_autoencoder(tmp_path / "mae.safetensors")
     assert norm_pix and not loaded.training
@@ -27,7 +27,7 @@ def test_sizes_come_from_the_tensors(autoencoder: MaskedAutoencoder, tmp_path: P
     assert all(torch.equal(loaded.state_dict()[name], t) for name, t in autoencoder.state_dict().items())
 
 
-def test_an_encoder_without_decoder_is_refused(autoencoder: MaskedAutoencoder, tmp_path: Path) -> None:
+def test_an_encoder_without_decoder_is_refused(autoencoder: MaskedModel, tmp_path: Path) -> None:
     encoder = {name: t for name, t in autoencoder.state_dict().items() if not name.startswith(("decoder", "mask"))}
     save_file(encoder, tmp_path / "encoder.safetensors")
     with pytest.raises(ValueError, match="pre-training run"):
@@ -35,7 +35,7 @@ def test_an_encoder_without_decoder_is_refused(autoencoder: MaskedAutoencoder, t
 
 
 def test_visible_patches_stay_and_true_patches_come_back(
-    autoencoder: MaskedAutoencoder, digits_images: EvaluationImages
+    autoencoder: MaskedModel, digits_images: EvaluationImages
 ) -> None:
     images = digits_images.images[:6].float() / 255
     pictures = reconstruct(autoencoder, images, torch.arange(6), seed=0)
@@ -45,7 +45,7 @@ def test_visible_patches_stay_and_true_patches_come_back(
     assert torch.equal(pictures, reconstruct(autoencoder, images, torch.arange(6), seed=0))
 
 
-def test_report_averages_over_all_images(autoencoder: MaskedAutoencoder, digits_images: EvaluationImages) -> None:
+def test_report_averages_over_all_images(autoencoder: MaskedModel, digits_images: EvaluationImages) -> None:
     images, threat, cpu = digits_images.evenly(10), LinfThreat(0.2, 0.05, 5), torch.device("cpu")
     whole = judge_reconstruction(autoencoder, images, threat, batch_size=10, device=cpu, seed=0)
     parts = judge_reconstruction(autoencoder, images, threat, batch_size=3, device=cpu, seed=0)

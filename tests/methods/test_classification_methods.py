@@ -10,28 +10,32 @@ from torch import Tensor, nn
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.apgd import Apgd
-from mimir_fast.methods.ard_prm import ArdPrm, ArdPrmConfig, draw_gates, draw_patch_masks, pass_rate
+from mimir_fast.methods.ard_prm import ArdPrm, ArdPrmConfig, ArdPrmObjective, draw_gates, draw_patch_masks, pass_rate
 from mimir_fast.methods.augmentation import RandAugmentConfig
 from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs
 from mimir_fast.methods.fast import Fast
-from mimir_fast.methods.mart import Mart, MartConfig, mart_loss
+from mimir_fast.methods.mart import Mart, MartObjective, mart_loss
 from mimir_fast.methods.mixing import MixingConfig
 from mimir_fast.methods.natural import Natural
 from mimir_fast.methods.pgd import Pgd
-from mimir_fast.methods.trades import Trades, TradesConfig, gaussian_start, trades_loss
-from mimir_fast.models.classifier import ClassifierConfig, VisionTransformer, build_classifier
+from mimir_fast.methods.trades import Trades, TradesConfig, TradesObjective, gaussian_start, trades_loss
+from mimir_fast.models.classifier import Classifier, ClassifierConfig, build_classifier
 
 EPS = 8 / 255
 METHODS = [Natural, Pgd, Fast, Apgd, Trades, Mart, ArdPrm]
 ADVERSARIAL = [Pgd, Fast, Apgd, Trades, ArdPrm]
 
 
-def config(**options: Any) -> ClassificationConfig:
-    return ClassificationConfig(attack=LinfThreat(eps=EPS, alpha=2 / 255, num_steps=2, random_start=True), **options)
+OBJECTIVES = {Trades: TradesObjective, Mart: MartObjective, ArdPrm: ArdPrmObjective}
+
+
+def config(kind: type = Pgd, **options: Any) -> Any:
+    threat = LinfThreat(eps=EPS, alpha=2 / 255, num_steps=2, random_start=True)
+    return OBJECTIVES.get(kind, ClassificationConfig)(attack=threat, **options)
 
 
 @pytest.fixture
-def model() -> VisionTransformer:
+def model() -> Classifier:
     torch.manual_seed(0)
     model = build_classifier(ClassifierConfig(encoder="tiny", patch_size=16, drop_path=0.2), 32, 10)
     nn.init.normal_(model.head.weight, std=0.2)
@@ -106,21 +110,21 @@ class TestFormulas:
 
 @pytest.mark.parametrize("kind", METHODS)
 class TestEveryMethod:
-    def test_loss_has_gradients_everywhere(self, kind: Any, model: VisionTransformer, batch: Batch) -> None:
-        out = kind(config())(model, batch, seed=0, step=0)
+    def test_loss_has_gradients_everywhere(self, kind: Any, model: Classifier, batch: Batch) -> None:
+        out = kind(config(kind))(model, batch, seed=0, step=0)
         assert out["loss"].ndim == 0 and 0 <= out["accuracy"] <= 1
         out["loss"].backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         assert not any(value.requires_grad for name, value in out.items() if name != "loss")
 
-    def test_does_not_depend_on_the_rank_count(self, kind: Any, model: VisionTransformer, batch: Batch) -> None:
-        method = kind(config())
+    def test_does_not_depend_on_the_rank_count(self, kind: Any, model: Classifier, batch: Batch) -> None:
+        method = kind(config(kind))
         whole = method(model, batch, seed=3, step=4)["loss"]
         halves = [method(model, part(batch, *span), seed=3, step=4)["loss"] for span in ((0, 4), (4, 8))]
         torch.testing.assert_close(whole, sum(halves) / 2, rtol=1e-4, atol=1e-5)
 
-    def test_is_a_function_of_seed_and_step(self, kind: Any, model: VisionTransformer, batch: Batch) -> None:
-        method = kind(config())
+    def test_is_a_function_of_seed_and_step(self, kind: Any, model: Classifier, batch: Batch) -> None:
+        method = kind(config(kind))
         state = torch.get_rng_state()
         losses = [method(model, batch, seed=0, step=step)["loss"] for step in (0, 0, 1)]
         assert losses[0] == losses[1] and losses[0] != losses[2]
@@ -129,11 +133,11 @@ class TestEveryMethod:
 
 @pytest.mark.parametrize("kind", ADVERSARIAL)
 class TestAttacks:
-    def inputs(self, method: ClassificationMethod, model: VisionTransformer, batch: Batch) -> Inputs:
+    def inputs(self, method: ClassificationMethod, model: Classifier, batch: Batch) -> Inputs:
         return method.prepare(model, batch, seed=0, step=0)
 
-    def test_stays_in_the_ball_and_raises_the_loss(self, kind: Any, model: VisionTransformer, batch: Batch) -> None:
-        method = kind(config())
+    def test_stays_in_the_ball_and_raises_the_loss(self, kind: Any, model: Classifier, batch: Batch) -> None:
+        method = kind(config(kind))
         inputs = self.inputs(method, model, batch)
         adversarial = method.perturb(model, inputs)
         assert (adversarial.double() - inputs.images.double()).abs().max() <= EPS
@@ -145,10 +149,10 @@ class TestAttacks:
             before, after = (F.cross_entropy(model(x), inputs.targets) for x in (inputs.images, adversarial))
             assert after > before
 
-    def test_leaves_no_trace(self, kind: Any, model: VisionTransformer, batch: Batch) -> None:
-        method = kind(config())
+    def test_leaves_no_trace(self, kind: Any, model: Classifier, batch: Batch) -> None:
+        method = kind(config(kind))
         inputs = self.inputs(method, model, batch)
-        model.blocks[0].eval()
+        model.encoder.blocks[0].eval()
         modes = [m.training for m in model.modules()]
         before = {n: t.clone() for n, t in model.state_dict().items()}
         adversarial = method.perturb(model, inputs)
@@ -157,24 +161,24 @@ class TestAttacks:
         assert all(p.grad is None and p.requires_grad for p in model.parameters())
         assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
-    def test_takes_mixed_labels(self, kind: Any, model: VisionTransformer, batch: Batch) -> None:
-        method = kind(config(mixing=MixingConfig(mixup=0.8, cutmix=1.0), label_smoothing=0.1))
+    def test_takes_mixed_labels(self, kind: Any, model: Classifier, batch: Batch) -> None:
+        method = kind(config(kind, mixing=MixingConfig(mixup=0.8, cutmix=1.0), label_smoothing=0.1))
         inputs = self.inputs(method, model, batch)
         assert inputs.targets.shape == (8, 10)
         torch.testing.assert_close(inputs.targets.sum(dim=1), torch.ones(8))
         assert method.losses(model, inputs)["loss"].isfinite()
 
 
-def test_single_forward_of_trades_equals_two(model: VisionTransformer, batch: Batch) -> None:
+def test_single_forward_of_trades_equals_two(model: Classifier, batch: Batch) -> None:
     """Both views in one batch, under the same stochastic depth, give what two forwards give."""
-    method = Trades(config(), TradesConfig(beta=2.0))
+    method = Trades(config(Trades, trades=TradesConfig(beta=2.0)))
     inputs = method.prepare(model, batch, seed=0, step=0)
     views = [model(x, inputs.branch_scales) for x in (inputs.images, method.perturb(model, inputs))]
     wanted = sum(trades_loss(views[0], views[1], inputs.targets, 2.0))
     torch.testing.assert_close(method.losses(model, inputs)["loss"], wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_gaussian_start_has_the_papers_width(model: VisionTransformer, batch: Batch) -> None:
+def test_gaussian_start_has_the_papers_width(model: Classifier, batch: Batch) -> None:
     grey = Batch(torch.full_like(batch.images, 128), batch.labels, batch.samples, batch.epochs)
     inputs = Natural(config()).prepare(model, grey, seed=0, step=0)
     noise = gaussian_start(inputs) - inputs.images
@@ -183,10 +187,10 @@ def test_gaussian_start_has_the_papers_width(model: VisionTransformer, batch: Ba
 
 def test_mart_refuses_soft_labels() -> None:
     with pytest.raises(ValueError, match=r"--mixing\.mixup 0"):
-        Mart(config(mixing=MixingConfig(mixup=0.8)), MartConfig())
+        Mart(config(Mart, mixing=MixingConfig(mixup=0.8)))
 
 
-def test_randaugment_reaches_the_images(model: VisionTransformer, batch: Batch) -> None:
+def test_randaugment_reaches_the_images(model: Classifier, batch: Batch) -> None:
     plain = Natural(config()).prepare(model, batch, seed=0, step=0)
     strong = Natural(config(randaugment=RandAugmentConfig(num_ops=2))).prepare(model, batch, seed=0, step=0)
     assert not torch.equal(plain.images, strong.images)
@@ -196,30 +200,30 @@ def test_randaugment_reaches_the_images(model: VisionTransformer, batch: Batch) 
 class TestArdPrm:
     """Held back during the warm-up, plain PGD afterwards."""
 
-    def test_after_the_warm_up_it_is_pgd(self, model: VisionTransformer, batch: Batch) -> None:
+    def test_after_the_warm_up_it_is_pgd(self, model: Classifier, batch: Batch) -> None:
         batch.epochs.fill_(10)
-        held_back, plain = ArdPrm(config(), ArdPrmConfig(warmup_epochs=10)), Pgd(config())
+        held_back, plain = ArdPrm(config(ArdPrm, ard_prm=ArdPrmConfig(warmup_epochs=10))), Pgd(config())
         inputs = plain.prepare(model, batch, seed=0, step=0)
         assert torch.equal(held_back.perturb(model, inputs), plain.perturb(model, inputs))
 
     @pytest.mark.parametrize("part_of", ["drop_gradients", "mask_perturbation"])
-    def test_each_half_changes_the_attack(self, part_of: str, model: VisionTransformer, batch: Batch) -> None:
+    def test_each_half_changes_the_attack(self, part_of: str, model: Classifier, batch: Batch) -> None:
         off = {"drop_gradients": False, "mask_perturbation": False}
         inputs = Pgd(config()).prepare(model, batch, seed=0, step=0)
-        changed = ArdPrm(config(), ArdPrmConfig(**(off | {part_of: True}))).perturb(model, inputs)
+        changed = ArdPrm(config(ArdPrm, ard_prm=ArdPrmConfig(**(off | {part_of: True})))).perturb(model, inputs)
         assert not torch.equal(changed, Pgd(config()).perturb(model, inputs))
-        neither = ArdPrm(config(), ArdPrmConfig(**off)).perturb(model, inputs)
+        neither = ArdPrm(config(ArdPrm, ard_prm=ArdPrmConfig(**off))).perturb(model, inputs)
         assert torch.equal(neither, Pgd(config()).perturb(model, inputs))
 
     def test_rate_rises_to_one(self) -> None:
         rates = pass_rate(torch.tensor([0, 4, 9, 10, 50]), 10)
         torch.testing.assert_close(rates, torch.tensor([0.05, 0.45, 0.95, 1.0, 1.0]))
 
-    def test_frequencies(self, model: VisionTransformer) -> None:
+    def test_frequencies(self, model: Classifier) -> None:
         samples = torch.arange(500)
         inputs = Inputs(torch.empty(0), samples, samples, samples, seed=0, step=0, branch_scales=None)
         rate = torch.full((500,), 0.3)
-        gates = draw_gates(rate, inputs, depth=12, num_steps=3)
+        gates = draw_gates(rate, inputs, num_layers=12, num_branches=2, num_steps=3)
         assert gates.shape == (3, 500, 12, 2) and abs(gates.float().mean() - 0.3) < 0.01
         masks = draw_patch_masks(rate, inputs, grid=4, num_steps=3)
         assert masks.shape == (3, 500, 1, 4, 4)

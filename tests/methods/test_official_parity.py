@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import masked_vit
 
-from mimir_fast.methods.adv_mae import Draws
+from mimir_fast.data.batch import Batch
+from mimir_fast.methods.mae import Draws
 from mimir_fast.methods.masking import Mask
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
-from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
+from mimir_fast.models.flat_names import flat_parameters
+from mimir_fast.models.masked_model import View
 from mimir_fast.ops.patches import patchify, unpatchify
 from mimir_fast.ops.random_masks import masks_from_noise
 
@@ -31,7 +34,7 @@ class Case:
         info = json.loads((FOLDER / f"{name}.json").read_text())
         kwargs = {key[3:]: value for key, value in info.items() if key.startswith("kw/")}
         norm_pix_loss = kwargs.pop("norm_pix_loss", False)
-        self.model = MaskedAutoencoder(**kwargs)
+        self.model = masked_vit(**kwargs)
         self.model.load_state_dict(self.group("state_dict/"), strict=True)
         config = apply_preset(MimirConfig(norm_pix_loss=norm_pix_loss), "official")
         config.attack.eps, config.attack.alpha = info["eps"], info["alpha"]
@@ -46,9 +49,15 @@ class Case:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Of the whole loss, parameter by parameter."""
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        loss = self.method.losses(self.model, self.tensors["x"], self.draws)["loss"]
+        named = {name: p for name, p in flat_parameters(self.model) if p.requires_grad}
+        loss = self.losses()["loss"]
         return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+    def losses(self) -> dict[str, torch.Tensor]:
+        """Of the step with the authors' draws."""
+        images = self.tensors["x"]
+        nothing = torch.zeros(len(images), dtype=torch.int64)
+        return self.method.losses(self.model, Batch(images, nothing, nothing, nothing), self.draws)
 
     def patches(self, name: str) -> torch.Tensor:
         return patchify(self.tensors[name], self.model.patch_size)
@@ -71,7 +80,7 @@ def test_adversarial_images(case: Case) -> None:
 def test_prediction_and_latent(case: Case) -> None:
     keep = case.draws.mask.keep
     visible = case.patches("adv").gather(1, keep.unsqueeze(-1).expand(-1, -1, case.patches("adv").shape[-1]))
-    latent, prediction = case.model(visible, keep)
+    latent, prediction = case.model(View(visible, keep))[:2]
     torch.testing.assert_close(latent, case.tensors["latent"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(prediction, case.tensors["pred"], rtol=1e-5, atol=1e-5)
 
@@ -82,7 +91,7 @@ def test_mask_layout(case: Case) -> None:
 
 
 def test_losses(case: Case) -> None:
-    out = case.method.losses(case.model, case.tensors["x"], case.draws)
+    out = case.losses()
     torch.testing.assert_close(out["reconstruction"], case.tensors["loss"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out["mi"], case.tensors["hsic"], rtol=1e-3, atol=1e-3)  # theirs is inverted in fp32
     torch.testing.assert_close(out["loss"], case.tensors["total"], rtol=1e-6, atol=1e-6)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_models import masked_vit
 
 from mimir_fast.attacks.reconstruction import ReconstructionAttackConfig
 from mimir_fast.data.batch import Batch
@@ -11,7 +12,7 @@ from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.methods.mae import Mae, MaeConfig
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.methods.mutual_information import MutualInformationConfig
-from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
+from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.patches import masked_targets, patchify, patchify_gather
 
 EPS = 8 / 255
@@ -19,9 +20,9 @@ AXES = [("shared", "clean"), ("shared", "adversarial"), ("fresh", "clean"), ("fr
 
 
 @pytest.fixture
-def model() -> MaskedAutoencoder:
+def model() -> MaskedModel:
     torch.manual_seed(0)
-    return MaskedAutoencoder(16, 4, 3, 32, 2, 2, 16, 2, 2)
+    return masked_vit(16, 4, 3, 32, 2, 2, 16, 2, 2)
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def part(batch: Batch, rows: slice) -> Batch:
 
 
 @pytest.mark.parametrize(("mask", "target"), AXES)
-def test_the_ball_and_the_range_hold(model: MaskedAutoencoder, batch: Batch, mask: str, target: str) -> None:
+def test_the_ball_and_the_range_hold(model: MaskedModel, batch: Batch, mask: str, target: str) -> None:
     method = AdvMae(AdvMaeConfig(attack=ReconstructionAttackConfig(eps=EPS, num_steps=3, mask=mask, target=target)))
     draws = method.draw(model, batch, seed=0, step=5)
     adversarial = method.perturb(model, batch.images, draws, masked_targets(batch.images, draws.mask.masked, 4))
@@ -46,7 +47,7 @@ def test_the_ball_and_the_range_hold(model: MaskedAutoencoder, batch: Batch, mas
     assert (adversarial.patches is None) == ((mask, target) == ("shared", "clean"))
 
 
-def test_a_masked_patch_moves_only_when_the_target_does(model: MaskedAutoencoder, batch: Batch) -> None:
+def test_a_masked_patch_moves_only_when_the_target_does(model: MaskedModel, batch: Batch) -> None:
     """With a clean target no gradient reaches what the attack's mask hides; with an adversarial one it does."""
     for target, moves in (("clean", False), ("adversarial", True)):
         attack = ReconstructionAttackConfig(mask="fresh", target=target, random_start=False)
@@ -58,7 +59,7 @@ def test_a_masked_patch_moves_only_when_the_target_does(model: MaskedAutoencoder
         assert bool((hidden > 0).any()) == moves
 
 
-def test_the_attack_raises_the_loss(model: MaskedAutoencoder, batch: Batch) -> None:
+def test_the_attack_raises_the_loss(model: MaskedModel, batch: Batch) -> None:
     """More with more steps, and more than the random start alone."""
 
     def loss(num_steps: int) -> float:
@@ -70,25 +71,25 @@ def test_the_attack_raises_the_loss(model: MaskedAutoencoder, batch: Batch) -> N
 
 
 @pytest.mark.parametrize(("mask", "target"), AXES)
-def test_an_attack_leaves_no_trace(model: MaskedAutoencoder, batch: Batch, mask: str, target: str) -> None:
+def test_an_attack_leaves_no_trace(model: MaskedModel, batch: Batch, mask: str, target: str) -> None:
     method = AdvMae(AdvMaeConfig(attack=ReconstructionAttackConfig(mask=mask, target=target)))
-    model.norm.weight.grad = torch.ones_like(model.norm.weight)
+    model.encoder.norm.weight.grad = torch.ones_like(model.encoder.norm.weight)
     needs = [p.requires_grad for p in model.parameters()]
     generator = torch.get_rng_state()
     draws = method.draw(model, batch, seed=0, step=0)
     method.perturb(model, batch.images, draws, masked_targets(batch.images, draws.mask.masked, 4))
-    assert torch.equal(model.norm.weight.grad, torch.ones_like(model.norm.weight))
+    assert torch.equal(model.encoder.norm.weight.grad, torch.ones_like(model.encoder.norm.weight))
     assert sum(p.grad is not None for p in model.parameters()) == 1
     assert [p.requires_grad for p in model.parameters()] == needs
     assert torch.equal(torch.get_rng_state(), generator) and model.training
 
 
-def test_a_compiled_model_is_frozen_meanwhile_and_thawed_after(model: MaskedAutoencoder, batch: Batch) -> None:
+def test_a_compiled_model_is_frozen_meanwhile_and_thawed_after(model: MaskedModel, batch: Batch) -> None:
     """The same attack through torch.compile; without freezing it would compute every weight gradient."""
     method = AdvMae(AdvMaeConfig(attack=ReconstructionAttackConfig()))
     eager = method(model, batch, seed=0, step=0)["loss"]
     needs = [p.requires_grad for p in model.parameters()]
-    for block in [*model.blocks, *model.decoder_blocks]:
+    for block in model.layers():
         block.compile(backend="aot_eager")
     method(model, batch, seed=0, step=0)["loss"].backward()
     model.zero_grad()
@@ -100,7 +101,7 @@ def test_a_compiled_model_is_frozen_meanwhile_and_thawed_after(model: MaskedAuto
 
 
 @pytest.mark.parametrize("preset", ["paper", "official"])
-def test_draws_belong_to_the_sample_not_to_the_batch(model: MaskedAutoencoder, batch: Batch, preset: str) -> None:
+def test_draws_belong_to_the_sample_not_to_the_batch(model: MaskedModel, batch: Batch, preset: str) -> None:
     """Half a batch gives half of the draws: what two ranks see is what one sees."""
     method = Mimir(apply_preset(MimirConfig(), preset))
     whole = method.draw(model, batch, seed=3, step=7)
@@ -113,27 +114,29 @@ def test_draws_belong_to_the_sample_not_to_the_batch(model: MaskedAutoencoder, b
     assert not torch.equal(later.mask.keep, whole.mask.keep) and not torch.equal(later.delta, whole.delta)
 
 
-def test_a_shared_mask_is_shared_and_a_fresh_one_is_not(model: MaskedAutoencoder, batch: Batch) -> None:
+def test_a_shared_mask_is_shared_and_a_fresh_one_is_not(model: MaskedModel, batch: Batch) -> None:
     paper = Mimir(apply_preset(MimirConfig(), "paper")).draw(model, batch, seed=0, step=0)
     assert paper.attack_mask is paper.mask
     official = Mimir(apply_preset(MimirConfig(), "official")).draw(model, batch, seed=0, step=0)
     assert not torch.equal(official.attack_mask.keep, official.mask.keep)
 
 
-def test_mae_equals_adv_mae_without_perturbation(model: MaskedAutoencoder, batch: Batch) -> None:
+def test_mae_equals_adv_mae_without_perturbation(model: MaskedModel, batch: Batch) -> None:
     mae = Mae(MaeConfig())(model, batch, seed=0, step=0)["loss"]
     still = ReconstructionAttackConfig(eps=0.0, num_steps=0, random_start=False)
     torch.testing.assert_close(AdvMae(AdvMaeConfig(attack=still))(model, batch, seed=0, step=0)["loss"], mae)
 
 
-def test_mae_loss_is_the_formula(model: MaskedAutoencoder, batch: Batch) -> None:
+def test_mae_loss_is_the_formula(model: MaskedModel, batch: Batch) -> None:
     """Mean over masked patches of the squared error to the per-patch normalised image, written the long way."""
     method = AdvMae(AdvMaeConfig())
     draws = method.draw(model, batch, seed=0, step=0)
     images = batch.images.float() / 255
     patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(8, 16, 48)
     target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    prediction = model(patches.gather(1, draws.mask.keep.unsqueeze(-1).expand(-1, -1, 48)), draws.mask.keep)[1]
+    prediction = model(
+        View(patches.gather(1, draws.mask.keep.unsqueeze(-1).expand(-1, -1, 48)), draws.mask.keep)
+    ).prediction
     error = (prediction - target).square().mean(-1)
     hidden = torch.ones(8, 16).scatter(1, draws.mask.keep, 0)
     wanted = (error * hidden).sum() / hidden.sum()
@@ -144,7 +147,7 @@ def test_mae_loss_is_the_formula(model: MaskedAutoencoder, batch: Batch) -> None
 @pytest.mark.parametrize("tokens", ["sorted", "shuffled", "pooled"])
 @pytest.mark.parametrize("inputs", ["adversarial", "clean", "visible"])
 def test_every_estimator_takes_every_input(
-    model: MaskedAutoencoder, batch: Batch, estimator: str, tokens: str, inputs: str
+    model: MaskedModel, batch: Batch, estimator: str, tokens: str, inputs: str
 ) -> None:
     """The total is reconstruction + λ·MI, and the penalty's gradient reaches the encoder."""
     config = MimirConfig(mi=MutualInformationConfig(estimator=estimator, weight=0.5, inputs=inputs, tokens=tokens))
@@ -152,14 +155,14 @@ def test_every_estimator_takes_every_input(
     torch.testing.assert_close(out["loss"].detach(), out["reconstruction"] + 0.5 * out["mi"])
     assert out["mi"].isfinite() and out["mi"] > 0
     out["loss"].backward()
-    with_penalty = model.blocks[0].attn.qkv.weight.grad.clone()
+    with_penalty = model.encoder.blocks[0].attn.qkv.weight.grad.clone()
     model.zero_grad()
     weightless = replace(config, mi=replace(config.mi, weight=0.0))
     Mimir(weightless)(model, batch, seed=0, step=0)["loss"].backward()
-    assert (with_penalty - model.blocks[0].attn.qkv.weight.grad).abs().max() > 0
+    assert (with_penalty - model.encoder.blocks[0].attn.qkv.weight.grad).abs().max() > 0
 
 
-def test_bf16_keeps_its_islands(model: MaskedAutoencoder, batch: Batch) -> None:
+def test_bf16_keeps_its_islands(model: MaskedModel, batch: Batch) -> None:
     """Under autocast the loss and the penalty come out in fp32, close to their fp32 values."""
     method = Mimir(MimirConfig(mi=MutualInformationConfig(estimator="nhsic")))
     exact = method(model, batch, seed=0, step=0)

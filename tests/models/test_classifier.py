@@ -7,21 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from mimir_fast.models.classifier import (
-    ClassifierConfig,
-    VisionTransformer,
-    attend_and_rank,
-    build_classifier,
-    draw_drop_path,
-    most_attended,
-)
-from mimir_fast.models.vit import Attention
+from mimir_fast.models.branches import draw_drop_path
+from mimir_fast.models.classifier import Classifier, ClassifierConfig, build_classifier
+from mimir_fast.models.layers import Attention, attend_and_rank, most_attended
+from mimir_fast.ops.patches import patchify
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "state_dicts.json").read_text())
 VARIANTS = sorted(name for name in GOLDEN if name.startswith("ft/vit_"))
 
 
-def small_classifier(seed: int = 0, **options: Any) -> VisionTransformer:
+def small_classifier(seed: int = 0, **options: Any) -> Classifier:
     """ViT-tiny on four patches of 16: all the code, little of the work. Its head is not near zero as a fresh one is."""
     torch.manual_seed(seed)
     model = build_classifier(ClassifierConfig(encoder="tiny", patch_size=16, **options), image_size=32, num_classes=10)
@@ -79,26 +74,28 @@ def test_a_forward_is_deterministic_in_train_mode() -> None:
 
 class TestDropPath:
     def test_expectation_and_schedule(self) -> None:
-        scales = draw_drop_path(small_classifier(drop_path=0.3), torch.arange(4000), seed=1, step=2)
+        scales = draw_drop_path(0.3, 12, 2, torch.arange(4000), seed=1, step=2)
         assert scales is not None and scales.shape == (4000, 12, 2)
         torch.testing.assert_close(scales.mean(dim=0), torch.ones(12, 2), rtol=0, atol=0.05)
         dropped = (scales == 0).float().mean(dim=(0, 2))
         torch.testing.assert_close(dropped, torch.linspace(0, 0.3, 12), rtol=0, atol=0.02)
 
     def test_belongs_to_the_sample(self) -> None:
-        model = small_classifier(drop_path=0.3)
-        whole = draw_drop_path(model, torch.arange(16), seed=1, step=2)
-        part = draw_drop_path(model, torch.arange(8, 16), seed=1, step=2)
-        other_step = draw_drop_path(model, torch.arange(16), seed=1, step=3)
+        whole = draw_drop_path(0.2, 12, 2, torch.arange(16), seed=1, step=2)
+        part = draw_drop_path(0.2, 12, 2, torch.arange(8, 16), seed=1, step=2)
+        other_step = draw_drop_path(0.2, 12, 2, torch.arange(16), seed=1, step=3)
         assert torch.equal(whole[8:], part) and not torch.equal(whole, other_step)
 
     def test_a_dropped_block_is_skipped(self) -> None:
         model, images = small_classifier(), torch.rand(2, 3, 32, 32)
         nothing = torch.zeros(2, 12, 2)
-        torch.testing.assert_close(model.forward_features(images, nothing), model.embed(images))
+        encoder = model.encoder
+        patches = encoder.embed(patchify(images, 16), None)
+        embedded = torch.cat([encoder.cls_token.expand(2, -1, -1), patches], dim=1) + encoder.pos_embed
+        torch.testing.assert_close(model.forward_features(images, nothing), embedded)
 
     def test_rate_zero_draws_nothing(self) -> None:
-        assert draw_drop_path(small_classifier(drop_path=0.0), torch.arange(4), seed=0, step=0) is None
+        assert draw_drop_path(0.0, 12, 2, torch.arange(4), seed=0, step=0) is None
 
 
 class TestGradientGates:

@@ -9,21 +9,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_models import masked_vit
 
-from mimir_fast.models.classifier import ClassifierConfig, VisionTransformer, build_classifier, load_classifier
+from mimir_fast.models.classifier import Classifier, ClassifierConfig, build_classifier, load_classifier
+from mimir_fast.models.flat_names import flat_parameters
 from mimir_fast.models.loading import initialize, resize_positions
-from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
+from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.weight_files import WeightsError, read_weights
 from mimir_fast.training.checkpoint import save_checkpoint
 
 
-def autoencoder(**options: Any) -> MaskedAutoencoder:
+def autoencoder(**options: Any) -> MaskedModel:
     torch.manual_seed(3)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return MaskedAutoencoder(**(sizes | options))
+    return masked_vit(**(sizes | options))
 
 
-def classifier(num_classes: int = 10, image_size: int = 32, patch_size: int = 8, **options: Any) -> VisionTransformer:
+def classifier(num_classes: int = 10, image_size: int = 32, patch_size: int = 8, **options: Any) -> Classifier:
     torch.manual_seed(4)
     return build_classifier(ClassifierConfig(encoder="tiny", patch_size=patch_size, **options), image_size, num_classes)
 
@@ -41,14 +43,14 @@ def checkpoint_folder(run: Path, model: torch.nn.Module, *, ema: float | None = 
     """A checkpoint as the training loop writes it; its moving average holds `ema` everywhere."""
     tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
     if ema is not None:
-        tensors |= {f"ema/{n}": torch.full_like(p, ema) for n, p in model.named_parameters() if p.requires_grad}
+        tensors |= {f"ema/{n}": torch.full_like(p, ema) for n, p in flat_parameters(model) if p.requires_grad}
     tensors["optimizer/blocks.0.norm1.weight/exp_avg"] = torch.zeros(192)
     folder = run / "checkpoints" / "step-00000007"
     save_checkpoint(folder, tensors, {"step": 7, **meta})
     return folder
 
 
-def assert_encoder_equal(model: VisionTransformer, source: torch.nn.Module) -> None:
+def assert_encoder_equal(model: Classifier, source: torch.nn.Module) -> None:
     own, theirs = model.state_dict(), source.state_dict()
     for name in own:
         if not name.startswith(("head", "fc_norm")):
@@ -76,8 +78,8 @@ class TestInitialize:
         source, model = autoencoder(), classifier()
         checkpoint_folder(tmp_path, source, ema=0.25)
         report = initialize(model, tmp_path)
-        assert (model.blocks[3].mlp.fc1.weight == 0.25).all() and "moving average" in report.origin
-        assert torch.equal(model.pos_embed, source.pos_embed)  # fixed, so not averaged
+        assert (model.encoder.blocks[3].mlp.fc1.weight == 0.25).all() and "moving average" in report.origin
+        assert torch.equal(model.encoder.pos_embed, source.pos_embed)  # fixed, so not averaged
         initialize(model, tmp_path, "model")
         assert_encoder_equal(model, source)
 
@@ -100,14 +102,14 @@ class TestInitialize:
         source, model = autoencoder(), classifier(image_size=64)
         report = initialize(model, authors_file(tmp_path / "a.pth", source))
         assert report.resized == ["pos_embed (1, 17, 192) -> (1, 65, 192)"]
-        assert torch.equal(model.pos_embed[:, 0], source.pos_embed[:, 0])
+        assert torch.equal(model.encoder.pos_embed[:, 0], source.pos_embed[:, 0])
         # Twice the resolution: the mean over each 2 x 2 group is near the old row.
-        grouped = model.pos_embed[0, 1:].view(4, 2, 4, 2, 192).mean(dim=(1, 3)).flatten(0, 1)
+        grouped = model.encoder.pos_embed[0, 1:].view(4, 2, 4, 2, 192).mean(dim=(1, 3)).flatten(0, 1)
         assert (grouped - source.pos_embed[0, 1:]).abs().mean() < 0.05
 
     def test_resizing_to_the_same_grid_is_the_identity(self) -> None:
         positions = torch.randn(1, 17, 8)
-        torch.testing.assert_close(resize_positions(positions, 16), positions)
+        torch.testing.assert_close(resize_positions(positions, 17), positions)
 
 
 @pytest.mark.parametrize("prefix", ["module.base_model.", "module.", "_orig_mod.", ""])

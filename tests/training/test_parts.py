@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import masked_vit
 
-from mimir_fast.models.masked_autoencoder import MaskedAutoencoder
+from mimir_fast.models.flat_names import flat_parameters
+from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.pretrain import config_from
 from mimir_fast.training import checkpoint as ckpt
 from mimir_fast.training.cli import parse_float
@@ -19,13 +21,13 @@ from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups
 from mimir_fast.training.pictures import grid, save_curves
 from mimir_fast.training.run_folder import differences, open_run
-from mimir_fast.training.schedule import cosine_schedule
+from mimir_fast.training.schedule import cosine_schedule, stepped_schedule
 
 
 @pytest.fixture
-def model() -> MaskedAutoencoder:
+def model() -> MaskedModel:
     torch.manual_seed(0)
-    return MaskedAutoencoder(16, 4, 3, 32, 2, 2, 16, 1, 2)
+    return masked_vit(16, 4, 3, 32, 2, 2, 16, 1, 2)
 
 
 class TestSchedule:
@@ -41,34 +43,50 @@ class TestSchedule:
     def test_never_leaves_its_range(self, step: int, total: int, warmup: int) -> None:
         assert 0 <= cosine_schedule(step, total_steps=total, warmup_steps=warmup, peak=1.0) <= 1
 
+    def test_falls_to_a_tenth_at_each_drop(self) -> None:
+        """SimMIM's 800 epochs, ×0.1 at 700, in units of epochs; and Mo et al.'s 40, with two drops."""
+
+        def lr(step: int) -> float:
+            return stepped_schedule(step, total_steps=800, warmup_steps=10, peak=1e-4, drops=(0.875,))
+
+        assert lr(0) == pytest.approx(1e-5) and lr(9) == lr(10) == lr(699) == 1e-4
+        assert lr(700) == lr(799) == pytest.approx(1e-5)
+        config = OptimizerConfig(optimizer="sgd", lr=0.1, lr_drops=(0.875, 0.95))
+        epochs = [config.lr_at(step, batch_size=64, total_steps=40, warmup_steps=0) for step in range(40)]
+        assert epochs == pytest.approx([0.1] * 35 + [0.01] * 3 + [0.001] * 2)
+
+    def test_refuses_epochs_for_parts_of_the_run(self) -> None:
+        with pytest.raises(ValueError, match="parts of the run between 0 and 1"):
+            OptimizerConfig(lr_drops=(700.0,))
+
     def test_a_shorter_run_keeps_the_fraction_of_warmup(self) -> None:
         assert RunConfig(epochs=800, warmup_epochs=40, batch_size=100).warmup_steps(1000) == 400
         assert RunConfig(epochs=800, warmup_epochs=40, batch_size=100, max_steps=200).warmup_steps(1000) == 10
 
 
 class TestOptimizer:
-    def test_groups_hold_every_trainable_parameter_once(self, model: MaskedAutoencoder) -> None:
+    def test_groups_hold_every_trainable_parameter_once(self, model: MaskedModel) -> None:
         groups = parameter_groups(model, 0.05, 0.75)
         ids = [id(p) for group in groups for p in group["params"]]
         assert len(ids) == len(set(ids)) == sum(p.requires_grad for p in model.parameters())
 
-    def test_only_matrices_decay(self, model: MaskedAutoencoder) -> None:
+    def test_only_matrices_decay(self, model: MaskedModel) -> None:
         undecayed = {id(p) for g in parameter_groups(model, 0.05, 1.0) if not g["weight_decay"] for p in g["params"]}
-        named = dict(model.named_parameters())
+        named = dict(flat_parameters(model))
         assert id(named["cls_token"]) in undecayed and id(named["blocks.0.norm1.weight"]) in undecayed
         assert id(named["blocks.0.attn.qkv.weight"]) not in undecayed
 
-    def test_layer_decay_shrinks_towards_the_input(self, model: MaskedAutoencoder) -> None:
+    def test_layer_decay_shrinks_towards_the_input(self, model: MaskedModel) -> None:
         scale = {id(p): g["lr_scale"] for g in parameter_groups(model, 0.05, 0.5) for p in g["params"]}
-        named = dict(model.named_parameters())
+        named = dict(flat_parameters(model))
         names = ["patch_embed.proj.weight", "blocks.0.mlp.fc1.bias", "blocks.1.mlp.fc1.bias", "norm.bias"]
         assert [scale[id(named[name])] for name in names] == [0.125, 0.25, 0.5, 1.0]
 
-    def test_adamw_is_fused_and_skips_on_the_device(self, model: MaskedAutoencoder) -> None:
+    def test_adamw_is_fused_and_skips_on_the_device(self, model: MaskedModel) -> None:
         optimizer = build_optimizer(model, OptimizerConfig())
         assert optimizer.defaults["fused"]
 
-    def test_the_wrong_apex_is_not_believed(self, model: MaskedAutoencoder) -> None:
+    def test_the_wrong_apex_is_not_believed(self, model: MaskedModel) -> None:
         try:
             import apex.optimizers  # noqa: F401
         except ImportError:
@@ -78,22 +96,22 @@ class TestOptimizer:
             build_optimizer(model, OptimizerConfig(optimizer="apex_adam"))
 
 
-def test_ema_moves_and_swaps_back(model: MaskedAutoencoder) -> None:
+def test_ema_moves_and_swaps_back(model: MaskedModel) -> None:
     ema = Ema(model, 0.9)
-    before = model.norm.weight.detach().clone()
+    before = model.encoder.norm.weight.detach().clone()
     with torch.no_grad():
-        model.norm.weight += 1
+        model.encoder.norm.weight += 1
     ema.update()
     torch.testing.assert_close(ema.average["norm.weight"], before + 0.1)
     ema.swap()
-    torch.testing.assert_close(model.norm.weight.detach(), before + 0.1)
+    torch.testing.assert_close(model.encoder.norm.weight.detach(), before + 0.1)
     ema.swap()
-    torch.testing.assert_close(model.norm.weight.detach(), before + 1)
+    torch.testing.assert_close(model.encoder.norm.weight.detach(), before + 1)
 
 
 class TestCheckpoint:
     @pytest.fixture
-    def saved(self, model: MaskedAutoencoder, tmp_path: Path) -> Path:
+    def saved(self, model: MaskedModel, tmp_path: Path) -> Path:
         optimizer = build_optimizer(model, OptimizerConfig())
         sum(p.sum() for p in model.parameters()).backward()
         optimizer.step()
@@ -101,8 +119,8 @@ class TestCheckpoint:
         ckpt.save_checkpoint(folder, ckpt.training_tensors(model, optimizer, Ema(model, 0.9)), {"step": 1})
         return folder
 
-    def test_comes_back_bit_for_bit(self, saved: Path, model: MaskedAutoencoder) -> None:
-        other = MaskedAutoencoder(16, 4, 3, 32, 2, 2, 16, 1, 2)
+    def test_comes_back_bit_for_bit(self, saved: Path, model: MaskedModel) -> None:
+        other = masked_vit(16, 4, 3, 32, 2, 2, 16, 1, 2)
         optimizer = build_optimizer(other, OptimizerConfig())
         ckpt.make_room_for_optimizer(saved, other, optimizer)
         tensors = ckpt.training_tensors(other, optimizer, Ema(other, 0.9))
@@ -110,13 +128,13 @@ class TestCheckpoint:
         assert all(
             torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True)
         )
-        assert optimizer.state[other.norm.weight]["step"] == 1
+        assert optimizer.state[other.encoder.norm.weight]["step"] == 1
 
     def test_holds_no_pickle(self, saved: Path) -> None:
         assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
 
     def test_another_architecture_is_refused(self, saved: Path) -> None:
-        other = MaskedAutoencoder(16, 4, 3, 64, 2, 2, 16, 1, 2)
+        other = masked_vit(16, 4, 3, 64, 2, 2, 16, 1, 2)
         tensors = {f"model/{name}": t for name, t in other.state_dict().items()}
         with pytest.raises(ckpt.CheckpointError, match=r"another architecture.*\(1, 1, 32\) in the file"):
             ckpt.load_checkpoint(saved, tensors)

@@ -1,0 +1,113 @@
+"""The MIMIR authors' public code as a rival, from a checkout the user names: `python -m benchmarks step --official P`.
+
+It has no licence, so nothing of it is in this repository. Their models and attack are imported from P as they are;
+only `np.float`, gone from today's numpy, is put back in memory. Their step is theirs line by line in what costs time: a
+whole-image attack with its own mask, all patches embedded, nHSIC by inverses on the host, gradient clipping off, AdamW.
+Shapes: B images, C channels, H × W pixels.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.case import Outputs
+from mimir_fast.methods.mimir import MimirConfig
+
+VARIABLE = "MIMIR_FAST_OFFICIAL"
+_PACKAGES = ("models", "util", "MI", "pgd_mae")
+
+
+def checkout() -> Path | None:
+    """Where their code lies, if the user said so."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else None
+
+
+def why_not() -> str:
+    """Why it cannot be run here; empty if it can."""
+    path = checkout()
+    if path is None:
+        return "needs --official PATH, a checkout of github.com/xiaoyunxxy/MIMIR"
+    return "" if (path / "pretrain.py").is_file() else f"{path} is no checkout of MIMIR: there is no pretrain.py"
+
+
+@contextmanager
+def importable(path: Path) -> Iterator[None]:
+    """Their top-level modules have common names: they are importable inside, and forgotten after."""
+    import numpy as np
+
+    if not hasattr(np, "float"):
+        np.float = float  # type: ignore[attr-defined]
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in _PACKAGES}
+    sys.path.insert(0, str(path))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path))
+        for name in [n for n in sys.modules if n.partition(".")[0] in _PACKAGES]:
+            del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+class AuthorsStep:
+    """One pre-training step of their code; calling it returns (loss, gradient norm).
+
+    Args:
+        name: of their constructor, such as `mae_vit_small` or `mae_convit_small`.
+        weights: a state dict of ours; it must fit strictly.
+        config: attack and λ.
+        adversarial: MIMIR; False is their MAE step.
+    """
+
+    def __init__(
+        self, name: str, weights: dict[str, Tensor], config: MimirConfig, *, image_size: int, patch_size: int,
+        device: torch.device, bf16: bool, adversarial: bool = True,
+    ) -> None:  # fmt: skip
+        path = checkout()
+        if path is None:
+            raise ValueError(why_not())
+        with importable(path):
+            module = import_module("models.mae_" + name.split("_")[1])
+            self.model: nn.Module = getattr(module, name)(
+                norm_pix_loss=config.norm_pix_loss, img_size=image_size, patch_size=patch_size
+            )
+            attack: Any = import_module("pgd_mae.pgd_mae").PGD_MAE
+            self.nhsic: Any = import_module("MI.hsic").hsic_normalized_cca
+        self.model.load_state_dict(weights, strict=True)
+        self.model.to(device).train()
+        threat = config.attack
+        self.attack = attack(
+            self.model, eps=threat.eps, alpha=threat.alpha, steps=threat.num_steps, random_start=threat.random_start
+        )
+        self.config, self.bf16, self.adversarial = config, bf16, adversarial
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Outputs:
+        """uint8 images (B, C, H, W) become float in [0, 1], as their loader gives them."""
+        samples = images.float() / 255
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(samples, labels)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach().clone(), norm.detach().clone()
+
+    def loss(self, samples: Tensor, labels: Tensor) -> Tensor:
+        """Their training loop's loss."""
+        ratio = self.config.mask_ratio
+        if not self.adversarial:
+            return self.model(samples, mask_ratio=ratio)[0]
+        adversarial = self.attack(samples, labels)
+        loss, _, _, latent = self.model(samples, mask_ratio=ratio, adv_images=adversarial)
+        with torch.autocast(samples.device.type, enabled=False):
+            penalty = self.nhsic(latent.float().flatten(1), adversarial.flatten(1), sigma=5)
+        return loss + self.config.mi.weight * penalty.to(loss.device)

@@ -1,0 +1,67 @@
+"""Signed-gradient ascent: the loop under every attack here but APGD.
+
+    x ← Π( x + α·sign ∇ₓ Σᵢ objective(x)ᵢ ),   Π: onto the L∞ ball of radius ε around the clean input, and to [0, 1]
+
+In pixels or in patches, on a loss, a distance or an information: the objective is a function of the input alone. Values
+are summed, not averaged: only the sign of the gradient is used, and a mean over a large batch underflows in half
+precision. Shapes: B samples, anything behind.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.ops.linf_step import linf_step
+
+Objective = Callable[[Tensor], Tensor]
+"""Inputs (B, …) → (B,) values, or their sum, to be maximised."""
+
+BeforeStep = Callable[[int, Tensor], Tensor]
+"""(step, input (B, …)) → the input the step starts from."""
+
+
+def ascend(
+    objective: Objective,
+    clean: Tensor,
+    start: Tensor,
+    threat: LinfThreat,
+    *,
+    before_step: BeforeStep | None = None,
+    keep_best: bool = False,
+) -> Tensor:
+    """The perturbed input (B, …), detached, within eps of `clean` and in [0, 1] up to rounding.
+
+    Args:
+        clean: (B, …) float in [0, 1], the centre of the ball.
+        start: (B, …) inside the ball.
+        threat: its eps, alpha and num_steps.
+        before_step: changes the input ahead of each step (ARD + PRM erases part of the perturbation).
+        keep_best: return for each sample the iterate of highest value (one more forward pass), not the last; the
+            objective must give one value a sample then.
+    """
+    x = start.detach()
+    best, best_value = x, torch.full((len(clean),), -torch.inf, device=clean.device)
+
+    def remember(value_B: Tensor) -> None:
+        nonlocal best, best_value
+        better = value_B.detach() > best_value
+        best = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x.detach(), best)
+        best_value = torch.where(better, value_B.detach(), best_value)
+
+    for step in range(threat.num_steps):
+        if before_step is not None:
+            x = before_step(step, x)
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            values = objective(x)
+            (grad,) = torch.autograd.grad(values.sum(), x)
+        if keep_best:
+            remember(values)
+        x = linf_step(x.detach(), grad, clean, alpha=threat.alpha, eps=threat.eps)
+    if keep_best:
+        with torch.no_grad():
+            remember(objective(x))
+        return best
+    return x

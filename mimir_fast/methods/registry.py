@@ -1,0 +1,102 @@
+"""The methods by name, for pre-training and for fine-tuning: their files register themselves, this one finds them."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from mimir_fast.data.batch import Batch
+
+Stage = Literal["pretrain", "finetune"]
+
+
+class Method(Protocol):
+    """What the task calls."""
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
+        """{"loss": scalar to minimise, other detached scalars}; `model` may be wrapped for data parallelism."""
+        ...
+
+    def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
+        """Rows of images (B, C, H, W) in [0, 1] by name, for the run's pictures."""
+        ...
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A method and what it needs.
+
+    Attributes:
+        name: as it is typed.
+        stage: `pretrain` or `finetune`.
+        config: dataclass of its options; they are its command line.
+        build: config → method.
+        note: one line for lists.
+        decoder: the only decoder it works with, or "" for any.
+        adapters: the model keeps norm layers and cls token twice.
+        labels: the model gets a head, and the data must have labels.
+    """
+
+    name: str
+    stage: Stage
+    config: type
+    build: Callable[[Any], Method]
+    note: str
+    decoder: str = ""
+    adapters: bool = False
+    labels: bool = False
+
+
+_METHODS: dict[tuple[Stage, str], MethodEntry] = {}
+
+
+def register(entry: MethodEntry) -> None:
+    """Add a method; its name is unique in its stage."""
+    key = (entry.stage, entry.name)
+    if key in _METHODS:
+        raise ValueError(f"method {entry.name} is registered twice for {entry.stage}")
+    _METHODS[key] = entry
+
+
+def all_methods(stage: Stage) -> dict[str, MethodEntry]:
+    """Every method of a stage by name."""
+    package = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")
+    return {name: entry for (s, name), entry in sorted(_METHODS.items()) if s == stage}
+
+
+def find_method(stage: Stage, name: str) -> MethodEntry:
+    """The method of that name.
+
+    Raises:
+        ValueError: there is none; the message suggests the nearest.
+    """
+    known = all_methods(stage)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(f"unknown method {name!r}{hint} There are {', '.join(known)} for {stage}")
+    return known[name]
+
+
+def convert(config: Any, wanted: type) -> Any:
+    """`config` as options of another method: what differs from its default and exists there too is carried over."""
+    if type(config) is wanted:
+        return config
+    own = {f.name: f for f in fields(config)}
+    carried = {}
+    for f in fields(wanted):
+        if f.name in own and (value := getattr(config, f.name)) != _default(own[f.name]):
+            theirs = _default(f)
+            if theirs is MISSING or theirs is None or type(theirs) is type(value) or isinstance(value, (int, float)):
+                carried[f.name] = value
+    return wanted(**carried)
+
+
+def _default(f: Any) -> Any:
+    return f.default_factory() if f.default_factory is not MISSING else f.default

@@ -1,0 +1,55 @@
+"""Single-stage robust training, an experiment: adversarial masked autoencoding with a classifier on the same latent.
+
+    loss = L( x[masked], decoder(z) ) + w·CE( head(z), y ),   z = f(x + δ) of the visible patches
+
+Can pre-training and adversarial fine-tuning be one stage? MIMIR leaves it open (arXiv 2312.04960, §6). This is the
+simplest answer to try, ours, with no published numbers: the attack is adv-MAE's (it maximises the reconstruction
+error), the head reads the cls token (the mean token where a family has none), and sees a quarter of each image.
+The checkpoint holds encoder, decoder and head, and can be judged or fine-tuned as a classifier as it is.
+"""
+
+from dataclasses import dataclass
+
+from mimir_fast.attacks.pgd import cross_entropy
+from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
+from mimir_fast.methods.mae import Step, masked_model
+from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.methods.terms import Term
+
+
+@dataclass
+class SingleStageConfig(AdvMaeConfig):
+    """adv-MAE's options and the weight of the classifier."""
+
+    class_weight: float = 1.0
+    """Of the cross entropy; ours."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.class_weight < float("inf"):
+            raise ValueError(f"class_weight={self.class_weight}, wanted a finite number of 0 or more")
+
+
+class SingleStage(AdvMae):
+    """Reconstruct and classify from adversarial visible patches."""
+
+    config: SingleStageConfig
+
+    def terms(self, step: Step) -> list[Term]:
+        """Reconstruction and classification."""
+        logits = step.output.logits
+        if logits is None:
+            raise ValueError(
+                f"single_stage classifies, but this {type(masked_model(step.model)).__name__} has no head: "
+                "build it with num_classes"
+            )
+        loss = cross_entropy(logits, step.batch.labels).mean()
+        return [*super().terms(step), Term("classification", loss, self.config.class_weight)]
+
+
+register(
+    MethodEntry(
+        "single_stage", "pretrain", SingleStageConfig, SingleStage,
+        "experiment: adv-MAE and a classifier in one stage", labels=True,
+    )
+)  # fmt: skip

@@ -1,0 +1,30 @@
+"""Class attention (CaiT, arXiv 2103.17239; XCiT, arXiv 2106.09681): only the cls token asks. timm's parameter names.
+
+Shapes: B images, T tokens with cls first, D width, H heads, E = D/H.
+"""
+
+from torch import Tensor, nn
+
+from mimir_fast.models.attention import attention
+from mimir_fast.models.layers import check_heads
+
+
+class ClassAttention(nn.Module):
+    """What the cls token gathers from all tokens, itself among them."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.heads = (num_heads, dim // num_heads)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.k = nn.Linear(dim, dim, bias=qkv_bias)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, 1, D)."""
+        q, k, v = (
+            project(x).unflatten(-1, self.heads)
+            for project, x in ((self.q, x_BTD[:, :1]), (self.k, x_BTD), (self.v, x_BTD))
+        )
+        return self.proj(attention(q, k, v).flatten(2))

@@ -1,0 +1,88 @@
+"""From the latent back to patches: the light transformer of a masked autoencoder, or SimMIM's linear layer.
+
+Names are MAE's and the MIMIR authors'. A family whose authors decode with blocks of their own overrides `build_block`
+and `run` (and, for another position embedding, `positions`) in its own file.
+Shapes: B batch, N patches, K visible, M wanted ones, P numbers a patch, D encoder width, E decoder width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.models.encoder import Encoder
+from mimir_fast.models.layers import Block, init_like_mae
+from mimir_fast.models.norms import LayerNorm
+from mimir_fast.models.positions import sincos_positions
+from mimir_fast.ops.patches import gather_patches, scatter_patches
+
+
+class Decoder(nn.Module):
+    """Mask tokens in the empty places, a few blocks over all of them, a linear head on the wanted ones."""
+
+    def __init__(self, encoder: Encoder, width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.num_prefix, self.num_patches, self.grid = encoder.num_prefix, encoder.num_patches, encoder.grid
+        self.mlp_ratio = mlp_ratio
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        positions = sincos_positions(width, encoder.grid, cls_token=bool(self.num_prefix))
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.decoder_embed = nn.Linear(encoder.width, width)
+        self.decoder_blocks = nn.ModuleList(self.build_block(width, num_heads) for _ in range(depth))
+        self.decoder_norm = LayerNorm(width)
+        self.decoder_pred = nn.Linear(width, encoder.patch_dim)
+        self.apply(init_like_mae)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def build_block(self, width: int, num_heads: int) -> nn.Module:
+        """One block; families override this."""
+        return Block(width, num_heads, self.mlp_ratio)
+
+    def layers(self) -> list[nn.Module]:
+        """The blocks."""
+        return list(self.decoder_blocks)
+
+    def forward(self, latent_BTD: Tensor, places_BK: Tensor | None, ids_BM: Tensor | None = None) -> Tensor:
+        """Predicted patches (B, M, P) at the places `ids_BM`, or (B, N, P) everywhere when it is None."""
+        x = self.decoder_embed(latent_BTD)
+        prefix, visible = x[:, : self.num_prefix], x[:, self.num_prefix :]
+        positions = self.positions()
+        grid = positions[-self.num_patches :]
+        if places_BK is None:
+            full = visible + grid.to(visible.dtype)
+        else:
+            full = scatter_patches(visible, places_BK, self.mask_token[0, 0], grid)
+        if len(positions) > self.num_patches:
+            prefix = prefix + positions[: -self.num_patches].to(x.dtype)
+        return self.decoder_pred(self.decoder_norm(self.run(prefix, full, ids_BM)))
+
+    def positions(self) -> Tensor:
+        """(N, E), or (prefix + N, E) where the prefix has a position too."""
+        return self.decoder_pos_embed[0]
+
+    def run(self, prefix: Tensor, full_BNE: Tensor, ids_BM: Tensor | None) -> Tensor:
+        """(B, M or N, E): the blocks. The last one computes the wanted tokens only."""
+        x = torch.cat([prefix, full_BNE], dim=1) if self.num_prefix else full_BNE
+        queries = None if ids_BM is None else ids_BM + self.num_prefix
+        *first, last = self.decoder_blocks
+        for block in first:
+            x = block(x)
+        x = last(x, query_ids_BQ=queries)
+        return x[:, self.num_prefix :] if queries is None else x
+
+
+class LinearDecoder(nn.Module):
+    """SimMIM's head (arXiv 2111.09886): one linear layer from a token to its patch. The encoder saw the mask tokens."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.num_prefix = encoder.num_prefix
+        self.decoder_pred = nn.Linear(encoder.width, encoder.patch_dim)
+        self.apply(init_like_mae)
+
+    def layers(self) -> list[nn.Module]:
+        """None."""
+        return []
+
+    def forward(self, latent_BTD: Tensor, places_BK: Tensor | None, ids_BM: Tensor | None = None) -> Tensor:
+        """Predicted patches (B, M, P) at the places `ids_BM`, or (B, N, P) everywhere when it is None."""
+        x = latent_BTD[:, self.num_prefix :]
+        return self.decoder_pred(x if ids_BM is None else gather_patches(x, ids_BM))

@@ -1,0 +1,112 @@
+"""What an encoder family offers: one encoder for masked pre-training and for the classifier.
+
+Images come in as patches: squares of `mask_unit` pixels, the smallest thing a mask can hide. Only the visible ones are
+given, with their places. So nothing masked can reach the latent, by construction.
+Shapes: B images, N = grid² patches, K visible ones, P = unit²·C numbers a patch, D width, T tokens inside a patch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.models.branches import Branches
+from mimir_fast.models.norms import CLEAN, SUFFIX, add_adapters
+
+
+class Encoder(nn.Module):
+    """Base of the families.
+
+    Attributes:
+        image_size, channels: of the images.
+        mask_unit: side in pixels of a patch that is masked as a whole.
+        width: D of the latent.
+        token_width: D of the tokens that `embed` gives.
+        num_prefix: rows of the latent in front of the patches' (1 with a cls token, else 0).
+        num_layers: layers for stochastic depth and layer-wise learning rates.
+        num_branches: residual branches of a layer.
+        has_adapters: norms and cls token exist twice, for clean and for adversarial data.
+    """
+
+    image_size: int
+    channels: int
+    mask_unit: int
+    width: int
+    token_width: int
+    num_prefix: int = 1
+    num_layers: int
+    num_branches: int = 2
+    has_adapters: bool = False
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.mask_unit
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.grid**2
+
+    @property
+    def patch_dim(self) -> int:
+        """P."""
+        return self.mask_unit**2 * self.channels
+
+    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
+        """(B, K, D) tokens, (B, K, T, D) where a patch holds several, without anything learned about positions.
+
+        In fp32 whatever autocast says: bf16 has a spacing of 1/256 at the top of [0, 1], and ε is 8 of those.
+
+        Args:
+            patches_BKP: float in [0, 1], (row, column, channel) order inside a patch.
+            places_BK: (B, K) int64, where they belong; None when all N are there in raster order.
+            domain: whose norms, for stems that have some; see `encode`.
+        """
+        raise NotImplementedError
+
+    def encode(
+        self, tokens: Tensor, places_BK: Tensor | None, *, domain: int = CLEAN, branches: Branches | None = None
+    ) -> Tensor:
+        """Latent (B, prefix + K, D) after the final norm, patches in the order of `places_BK`.
+
+        Args:
+            tokens: what `embed` gave; with mask tokens among them for a full-length encoder.
+            domain: 0 clean or 1 adversarial data; 1 needs `add_adapters`.
+            branches: what happens to the residual branches; None leaves them alone.
+        """
+        raise NotImplementedError
+
+    def add_adapters(self) -> None:
+        """Norm layers and the cls token get a second copy for adversarial data (AEMIM)."""
+        add_adapters(self)
+        self.has_adapters = True
+        cls_token = getattr(self, "cls_token", None)
+        if isinstance(cls_token, nn.Parameter):
+            self.register_parameter("cls_token" + SUFFIX, nn.Parameter(cls_token.detach().clone()))
+
+    def cls_of(self, domain: int) -> Tensor:
+        """The cls token (1, 1, D) of a domain."""
+        name = "cls_token" if domain == CLEAN else "cls_token" + SUFFIX
+        token: Any = getattr(self, name)
+        return token
+
+    def layers(self) -> list[nn.Module]:
+        """The layers in their order: what is compiled, sharded and counted one by one."""
+        return list(self.blocks)  # type: ignore[arg-type]
+
+    def layer_of(self, name: str) -> int:
+        """0 for a parameter of the embedding, 1 … num_layers for the layers, num_layers + 1 for what comes after."""
+        if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+            return 0
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        return self.num_layers + 1
+
+
+def fill_in(tokens: Tensor, places_BK: Tensor, mask_token_D: Tensor, num_patches: int) -> Tensor:
+    """(B, N, …, D): the visible tokens in their places, the mask token everywhere else (a full-length encoder)."""
+    B, K = places_BK.shape
+    full = mask_token_D.to(tokens.dtype).expand(B, num_patches, *tokens.shape[2:])
+    index = places_BK.view(B, K, *[1] * (tokens.ndim - 2)).expand_as(tokens)
+    return torch.scatter(full, 1, index, tokens)

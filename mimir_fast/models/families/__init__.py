@@ -1,0 +1,183 @@
+"""The encoder families: one a file, found by itself.
+
+To add one, write a file in this folder that calls `register(Family(…))`; nothing else has to change.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.models.encoder import Encoder
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is needed to build an encoder.
+
+    Attributes:
+        family: a registered name.
+        size: one of the family's sizes.
+        image_size, patch_size, channels: in pixels; `patch_size` is the stem's where a family has stages.
+        options: what only this family knows, such as `positions` of ConViT.
+    """
+
+    family: str
+    size: str
+    image_size: int
+    patch_size: int
+    channels: int = 3
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TimmModel:
+    """How timm builds the same model.
+
+    Attributes:
+        path: of the class.
+        arguments: of its constructor.
+        tensors: the state dict, under timm's names.
+        replaced: submodules that no argument describes, as attributes of the model: Python that makes each.
+    """
+
+    path: str
+    arguments: dict[str, Any]
+    tensors: dict[str, Tensor]
+    replaced: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def code(self) -> str:
+        """Python that leaves the model, without its weights, in `model`."""
+        words = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        lines = [
+            f"import collections, safetensors.torch, timm.layers, torch, {self.path.rpartition('.')[0]}",
+            f"model = {self.path}({words})",
+        ]
+        return "\n".join(lines + [f"model.{name} = {made}" for name, made in self.replaced.items()])
+
+
+@dataclass(frozen=True)
+class Family:
+    """One encoder family.
+
+    Attributes:
+        name: as it is typed.
+        title: as it is printed.
+        sizes: name → what it is, in words.
+        anchor: a tensor that every checkpoint of the family has, by which it is found under any prefix.
+        mask_unit: architecture → side in pixels of what is masked as a whole; refuses sizes that do not fit.
+        build: (architecture, final_norm) → encoder. `final_norm`: with a norm after the last layer.
+        build_decoder: (encoder, width, depth, heads) → decoder, see decoder.py.
+        recognise: tensors → architecture, or None when they are of another family.
+        to_timm: (tensors, architecture) → the same model in timm.
+        from_timm: tensors under timm's names → under ours; tensors that have ours stay as they are.
+        resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit.
+        image_size_in_tensors: `recognise` can tell the image size; where it cannot, a saved configuration can.
+        norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
+        undefined: method → why it cannot be used with this family.
+    """
+
+    name: str
+    title: str
+    sizes: Mapping[str, str]
+    anchor: str
+    mask_unit: Callable[[Architecture], int]
+    build: Callable[[Architecture, bool], Encoder]
+    build_decoder: Callable[[Encoder, int, int, int], nn.Module]
+    recognise: Callable[[Tensors], Architecture | None]
+    to_timm: Callable[[Tensors, Architecture], TimmModel]
+    from_timm: Callable[[Tensors], dict[str, Tensor]] = dict
+    resize: Callable[[str, Tensor, torch.Size], Tensor | None] = lambda name, tensor, shape: None
+    image_size_in_tensors: bool = True
+    norm_before_pool: bool = False
+    undefined: Mapping[str, str] = field(default_factory=dict)
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Add a family; its name is unique."""
+    if family.name in _FAMILIES:
+        raise ValueError(f"family {family.name} is registered twice")
+    _FAMILIES[family.name] = family
+
+
+def all_families() -> dict[str, Family]:
+    """Every family by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return dict(sorted(_FAMILIES.items()))
+
+
+def find_family(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        ValueError: there is none; the message suggests the nearest.
+    """
+    return _look_up(all_families(), name, "encoder family")
+
+
+def check_size(family: Family, size: str) -> None:
+    """Raises ValueError, suggesting the nearest, when the family has no such size."""
+    _look_up(dict(family.sizes), size, f"size of {family.title}")
+
+
+def check_method(architecture: Architecture, method: str) -> int:
+    """The mask unit in pixels of an architecture.
+
+    Raises:
+        ValueError: sizes that do not fit, or a method that is not defined for the family.
+    """
+    family = find_family(architecture.family)
+    if method in family.undefined:
+        raise ValueError(f"method {method} is not defined for {family.title}: {family.undefined[method]}")
+    return family.mask_unit(architecture)
+
+
+def build_encoder(architecture: Architecture, *, final_norm: bool = True) -> Encoder:
+    """The encoder, freshly initialised from torch's global generator.
+
+    Raises:
+        ValueError: unknown family or size, or an image that its patches, stages or windows do not divide.
+    """
+    family = find_family(architecture.family)
+    check_size(family, architecture.size)
+    return family.build(architecture, final_norm)
+
+
+def recognise(tensors: Tensors) -> Architecture | None:
+    """The architecture whose tensors these are, or None."""
+    for family in all_families().values():
+        if family.anchor in tensors and (found := family.recognise(tensors)) is not None:
+            return found
+    return None
+
+
+def under_our_names(tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors of a model of timm, or of ours, under our names; others as they are."""
+    for family in all_families().values():
+        if family.anchor in tensors and family.recognise(renamed := family.from_timm(tensors)) is not None:
+            return renamed
+    return dict(tensors)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` or a full stop, for error messages."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else "."
+
+
+def _look_up(table: dict[str, Any], name: str, what: str) -> Any:
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}{nearest(name, table)} There are {', '.join(table)}")
+    return table[name]

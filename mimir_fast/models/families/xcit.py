@@ -1,0 +1,375 @@
+"""XCiT (arXiv 2106.09681): attention between channels, so its cost is linear in the tokens; patches meet their
+neighbours in a small convolution (local patch interaction). timm's parameter names.
+
+The convolutions, of the stem and of the layers, see the true grid with zeros where patches are masked, and their batch
+norms the visible patches only: nothing leaks, and with nothing masked this is the plain XCiT. With
+`positions="official"` the layers' convolutions take the kept patches for a √K × √K grid, as the MIMIR authors' code
+does (its stem sees the whole image).
+Shapes: B images, N patches, K kept, T tokens, M wanted ones, P numbers a patch, D width, H heads, E = D/H.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimir_fast.models.branches import Branches, LayerBranches, shape_branch
+from mimir_fast.models.class_attention import ClassAttention
+from mimir_fast.models.decoder import Decoder
+from mimir_fast.models.encoder import Encoder
+from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel, register
+from mimir_fast.models.grid_conv import conv_over_grid
+from mimir_fast.models.layers import Layer, Mlp, check_heads
+from mimir_fast.models.norms import CLEAN, BatchNorm, LayerNorm
+from mimir_fast.models.patch_size import check_patch_size
+from mimir_fast.models.pseudo_grid import pseudo_grid
+from mimir_fast.models.timm_names import encoder_tensors, head_arguments
+from mimir_fast.ops.patches import gather_patches
+
+# name: (width, depth, heads, initial scale of the branches). `nano` is ours, `small` timm's xcit_small_12 and the MIMIR
+# authors', `medium` timm's xcit_medium_24, `medium12` the MIMIR authors' medium, half as deep.
+SIZES: dict[str, tuple[int, int, int, float]] = {
+    "nano": (96, 4, 4, 1.0),
+    "small": (384, 12, 8, 1.0),
+    "medium": (512, 24, 8, 1e-5),
+    "medium12": (512, 12, 8, 1.0),
+}
+# Each convolution of the stem halves the image. The paper's have 3 and 4; 1 and 2, for small images, are ours.
+STEM_CONVS = {2: 1, 4: 2, 8: 3, 16: 4}
+
+
+class ChannelAttention(nn.Module):
+    """Cross-covariance attention: softmax over channels of normalised queries and keys."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.heads = (num_heads, dim // num_heads)
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D)."""
+        q, k, v = self.qkv(x_BTD).unflatten(-1, (3, *self.heads)).permute(2, 0, 3, 4, 1)  # each (B, H, E, T)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        probs_BHEE = ((q @ k.transpose(-2, -1)) * self.temperature).softmax(dim=-1)
+        return self.proj((probs_BHEE.to(v.dtype) @ v).permute(0, 3, 1, 2).flatten(2))
+
+
+class LocalInteraction(nn.Module):
+    """Two depthwise 3 × 3 convolutions over the grid."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.bn = BatchNorm(dim)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x_BKD: Tensor, places_BK: Tensor | None, grid: int, domain: int = CLEAN) -> Tensor:
+        """(B, K, D)."""
+        x = F.gelu(conv_over_grid(self.conv1, x_BKD, places_BK, grid))
+        return conv_over_grid(self.conv2, self.bn(x, domain), places_BK, grid)
+
+
+class XcitBlock(Layer):
+    """Three residual branches: attention between channels, neighbours, MLP."""
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, eta: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = ChannelAttention(dim, num_heads, qkv_bias)
+        self.norm3 = LayerNorm(dim)
+        self.local_mp = LocalInteraction(dim)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.gamma1 = nn.Parameter(eta * torch.ones(dim))
+        self.gamma3 = nn.Parameter(eta * torch.ones(dim))
+        self.gamma2 = nn.Parameter(eta * torch.ones(dim))
+
+    def forward(
+        self, x_BKD: Tensor, places_BK: Tensor | None, grid: int, *, query_ids_BQ: Tensor | None = None,
+        domain: int = CLEAN, branches: LayerBranches | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(B, K, D); (B, Q, D) with `query_ids_BQ`: those tokens only, the MLP runs on no others."""
+        self.branch_on_frozen()
+        x = x_BKD + shape_branch(self.gamma1 * self.attn(self.norm1(x_BKD, domain)), branches, 0)
+        local = self.local_mp(self.norm3(x, domain), places_BK, grid, domain)
+        x = x + shape_branch(self.gamma3 * local, branches, 1)
+        if query_ids_BQ is not None:
+            x = gather_patches(x, query_ids_BQ)
+        return x + shape_branch(self.gamma2 * self.mlp(self.norm2(x, domain)), branches, 2)
+
+
+class ClassBlock(Layer):
+    """The cls token gathers from the patches; these pass through the norms only (timm's `tokens_norm`)."""
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, eta: float = 1.0,
+        tokens_norm: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.tokens_norm = tokens_norm
+        self.norm1 = LayerNorm(dim)
+        self.attn = ClassAttention(dim, num_heads, qkv_bias)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.gamma1 = nn.Parameter(eta * torch.ones(dim))
+        self.gamma2 = nn.Parameter(eta * torch.ones(dim))
+
+    def forward(self, x_BTD: Tensor, *, domain: int = CLEAN) -> Tensor:
+        """(B, T, D), cls first."""
+        self.branch_on_frozen()
+        normed = self.norm1(x_BTD, domain)
+        attended = torch.cat([self.attn(normed), normed[:, 1:]], dim=1)
+        x = x_BTD + self.gamma1 * attended
+        if self.tokens_norm:
+            x = self.norm2(x, domain)
+            cls, patches = x[:, :1], x[:, 1:]
+        else:
+            cls, patches = self.norm2(x[:, :1], domain), x[:, 1:]
+        cls = cls + self.gamma2 * self.mlp(cls)
+        return torch.cat([cls, patches + patches], dim=1)  # the published models were trained with this doubling
+
+
+class FourierPositions(nn.Module):
+    """A learned projection of sines and cosines of row and column, which fits every grid."""
+
+    hidden_dim, temperature, eps = 32, 10000.0, 1e-6
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.token_projection = nn.Conv2d(2 * self.hidden_dim, dim, 1)
+
+    def forward(self, grid: int) -> Tensor:
+        """(N, D) in raster order."""
+        weight = self.token_projection.weight
+        steps = torch.arange(1, grid + 1, dtype=torch.float32, device=weight.device)
+        angles = steps / (grid + self.eps) * 2 * math.pi
+        exponents = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32, device=weight.device) / self.hidden_dim
+        angles = angles[:, None] / self.temperature**exponents
+        axis = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(
+            1
+        )  # (grid, hidden_dim), sine and cosine by turns
+        rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
+        features = torch.cat([rows, columns], dim=-1).flatten(0, 1).to(weight.dtype)
+        return F.linear(features, weight.flatten(1), self.token_projection.bias)
+
+
+class ConvStem(nn.Module):
+    """3 × 3 convolutions of stride 2 with batch norms, over visible patches."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        depth = STEM_CONVS[patch_size]
+        widths = [channels, *(dim // 2**halving for halving in reversed(range(depth)))]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+            layers += [nn.Sequential(conv, BatchNorm(after)), nn.GELU()]
+        self.proj = nn.Sequential(*layers[:-1])
+
+    def forward(self, patches_BKP: Tensor, places_BK: Tensor | None, grid: int, domain: int = CLEAN) -> Tensor:
+        """(B, K, D)."""
+        stages: Any = self.proj[::2]
+        x = patches_BKP.to(stages[0][0].weight.dtype)
+        for index, (conv, norm) in enumerate(stages):
+            x = conv_over_grid(conv, F.gelu(x) if index else x, places_BK, grid)
+            x = norm(x.unflatten(-1, (-1, conv.out_channels)), domain).flatten(2)
+        return x
+
+
+def check_stem(image_size: int, patch_size: int) -> int:
+    """The patch size; raises ValueError for patches that do not tile the image or that no stem makes."""
+    check_patch_size(image_size, patch_size)
+    if patch_size not in STEM_CONVS:
+        fits = [str(p) for p in STEM_CONVS if image_size % p == 0]
+        raise ValueError(
+            f"XCiT's stem halves the image 1 to 4 times and cannot make patches of {patch_size} pixels; for images of "
+            f"{image_size} choose {' or '.join(fits) or 'a size that is a multiple of 8'} (the paper's are 8 and 16)"
+        )
+    return patch_size
+
+
+def init_like_xcit(module: nn.Module) -> None:
+    """Truncated normal linear layers with zero biases (the paper's); convolutions and norms as torch makes them."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class XcitEncoder(Encoder):
+    """Layers over the visible patches, then class attention."""
+
+    num_branches = 3
+
+    def __init__(
+        self, width: int, depth: int, num_heads: int, eta: float = 1.0, *, image_size: int, patch_size: int,
+        channels: int = 3, mlp_ratio: float = 4.0, qkv_bias: bool = True, tokens_norm: bool = True,
+        cls_attn_layers: int = 2, use_pos_embed: bool = True, positions: str = "true", final_norm: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_stem(image_size, patch_size)
+        self.image_size, self.mask_unit, self.channels = image_size, patch_size, channels
+        self.width = self.token_width = width
+        self.num_layers, self.num_heads, self.official = depth, num_heads, positions == "official"
+        self.qkv_bias, self.eta, self.tokens_norm = qkv_bias, eta, tokens_norm
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.patch_embed = ConvStem(channels, width, patch_size)
+        self.pos_embed = FourierPositions(width) if use_pos_embed else None
+        self.blocks = nn.ModuleList(XcitBlock(width, num_heads, mlp_ratio, qkv_bias, eta) for _ in range(depth))
+        self.cls_attn_blocks = nn.ModuleList(
+            ClassBlock(width, num_heads, mlp_ratio, qkv_bias, eta, tokens_norm) for _ in range(cls_attn_layers)
+        )
+        self.norm = LayerNorm(width) if final_norm else nn.Identity()
+        self.apply(init_like_xcit)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
+        """(B, K, D); see Encoder."""
+        with torch.autocast(patches_BKP.device.type, enabled=False):
+            return self.patch_embed(patches_BKP, places_BK, self.grid, domain)
+
+    def encode(
+        self, tokens: Tensor, places_BK: Tensor | None, *, domain: int = CLEAN, branches: Branches | None = None
+    ) -> Tensor:
+        """(B, 1 + K, D); the class attention has no stochastic depth, as in timm. See Encoder."""
+        x, grid = tokens, self.grid
+        if self.pos_embed is not None:
+            positions = self.pos_embed(grid)
+            x = x + (positions if places_BK is None else positions[places_BK])
+        if self.official and places_BK is not None:
+            places_BK, grid = None, pseudo_grid(x.shape[1], grid)
+        for index, block in enumerate(self.blocks):
+            x = block(
+                x, places_BK, grid, domain=domain, branches=None if branches is None else branches.of_layer(index)
+            )
+        x = torch.cat([self.cls_of(domain).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        for block in self.cls_attn_blocks:
+            x = block(x, domain=domain)
+        return self.norm(x, domain) if isinstance(self.norm, LayerNorm) else x
+
+    def layers(self) -> list[nn.Module]:
+        """Those over patches and those of the cls token."""
+        return [*self.blocks, *self.cls_attn_blocks]
+
+    def layer_of(self, name: str) -> int:
+        """The class attention has the learning rates of the last layers."""
+        if name.startswith("cls_attn_blocks."):
+            return self.num_layers - len(self.cls_attn_blocks) + int(name.split(".")[1]) + 1
+        return super().layer_of(name)
+
+
+class XcitDecoder(Decoder):
+    """XCiT's layers over the whole grid, and its class attention.
+
+    Of the class attention only the norms and scales touch the patches; its attention and MLP serve the cls token, which
+    is not predicted: they are the authors' and get gradients of zero.
+    """
+
+    def __init__(self, encoder: XcitEncoder, width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__(encoder, width, 0, num_heads, mlp_ratio)
+        del self.decoder_pos_embed
+        self.decoder_pos_embed = FourierPositions(width)  # type: ignore[assignment]
+        self.decoder_blocks = nn.ModuleList(XcitBlock(width, num_heads, mlp_ratio) for _ in range(depth))
+        self.decoder_cls_attn_blocks = nn.ModuleList(
+            ClassBlock(width, num_heads, mlp_ratio, encoder.qkv_bias, encoder.eta, encoder.tokens_norm)
+            for _ in encoder.cls_attn_blocks
+        )
+        self.apply(init_like_xcit)
+
+    def layers(self) -> list[nn.Module]:
+        """The blocks."""
+        return [*self.decoder_blocks, *self.decoder_cls_attn_blocks]
+
+    def positions(self) -> Tensor:
+        """(N, E)."""
+        fourier: Any = self.decoder_pos_embed
+        return fourier(self.grid)
+
+    def run(self, prefix: Tensor, full_BNE: Tensor, ids_BM: Tensor | None) -> Tensor:
+        """(B, M or N, E); see Decoder."""
+        x = full_BNE
+        for index, block in enumerate(self.decoder_blocks):
+            is_last = index == len(self.decoder_blocks) - 1
+            x = block(x, None, self.grid, query_ids_BQ=ids_BM if is_last else None)
+        # What the cls token gathers does not show in the prediction, so it may gather from the wanted patches only.
+        x = torch.cat([prefix, x], dim=1)
+        for block in self.decoder_cls_attn_blocks:
+            x = block(x)
+        return x[:, self.num_prefix :]
+
+
+def build(architecture: Architecture, final_norm: bool) -> XcitEncoder:
+    """The encoder of an architecture; its options: positions, qkv_bias."""
+    options = architecture.options
+    return XcitEncoder(
+        *SIZES[architecture.size], image_size=architecture.image_size, patch_size=architecture.patch_size,
+        channels=architecture.channels, positions=options.get("positions", "true"),
+        qkv_bias=options.get("qkv_bias", True), final_norm=final_norm,
+    )  # fmt: skip
+
+
+def recognise(tensors: Tensors) -> Architecture | None:
+    """From the shapes. No tensor tells the image size: it is taken for 224, or for 32 with patches below 8."""
+    if "blocks.0.attn.temperature" not in tensors:
+        return None
+    convs = [name for name in tensors if name.startswith("patch_embed.proj.") and name.endswith(".0.weight")]
+    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    shape = (tensors["cls_token"].shape[-1], depth, len(tensors["blocks.0.attn.temperature"]))
+    size = next((name for name, (*known, _) in SIZES.items() if tuple(known) == shape), None)
+    patch_size = next((p for p, count in STEM_CONVS.items() if count == len(convs)), None)
+    if size is None or patch_size is None:
+        return None
+    channels = tensors["patch_embed.proj.0.0.weight"].shape[1]
+    options = {"qkv_bias": "blocks.0.attn.qkv.bias" in tensors}
+    return Architecture("xcit", size, 224 if patch_size >= 8 else 32, patch_size, channels, options)
+
+
+def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
+    """timm's Xcit, equal on whole images.
+
+    Raises:
+        ValueError: a patch size that timm's stem has not.
+    """
+    if architecture.patch_size not in (8, 16):
+        raise ValueError(
+            f"timm's Xcit has stems for patches of 8 and 16 pixels, this encoder's are {architecture.patch_size}: "
+            "pre-train with --model.patch_size 8 to export it to timm, or export with --format safetensors"
+        )
+    width, depth, num_heads, _ = SIZES[architecture.size]
+    arguments = {
+        "img_size": architecture.image_size,
+        "patch_size": architecture.patch_size,
+        "in_chans": architecture.channels,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": num_heads,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+        "tokens_norm": True,
+        **head_arguments(tensors, "Xcit"),
+    }
+    own = ("cls_token", "pos_embed.", "patch_embed.", "blocks.", "cls_attn_blocks.", "norm.", "head.")
+    return TimmModel("timm.models.xcit.Xcit", arguments, encoder_tensors(tensors, own))
+
+
+register(
+    Family(
+        name="xcit",
+        title="XCiT",
+        sizes={name: f"{w} wide, {d} deep, {h} heads" for name, (w, d, h, _) in SIZES.items()},
+        anchor="patch_embed.proj.0.0.weight",
+        mask_unit=lambda a: check_stem(a.image_size, a.patch_size),
+        build=build,
+        build_decoder=XcitDecoder,  # type: ignore[arg-type]
+        recognise=recognise,
+        to_timm=to_timm,
+        image_size_in_tensors=False,
+    )
+)

@@ -1,0 +1,159 @@
+"""The pre-norm transformer block of ViT, with timm's parameter names.
+
+Shapes: B batch, N patches of P numbers, T tokens, Q queried tokens, S tokens that stay, D width, H heads.
+"""
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimir_fast.models.attention import attention
+from mimir_fast.models.branches import LayerBranches, shape_branch
+from mimir_fast.models.norms import CLEAN, LayerNorm
+from mimir_fast.ops.patches import gather_patches
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raises ValueError when the heads do not divide the width."""
+    if dim % num_heads:
+        raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+
+
+def project_queries(
+    qkv: nn.Linear, queries_BQD: Tensor, x_BTD: Tensor, heads: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, Q, H, E) of the queries, k and v (B, T, H, E) of all tokens, from one fused projection."""
+    D, bias = x_BTD.shape[2], qkv.bias
+    q_bias, kv_bias = (None, None) if bias is None else (bias[:D], bias[D:])
+    q = F.linear(queries_BQD, qkv.weight[:D], q_bias).unflatten(-1, heads)
+    k, v = F.linear(x_BTD, qkv.weight[D:], kv_bias).unflatten(-1, (2, *heads)).unbind(2)
+    return q, k, v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused qkv projection."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_BTD: Tensor, queries_BQD: Tensor | None = None) -> Tensor:
+        """(B, T, D); or (B, Q, D) when only the tokens `queries_BQD` ask, while all T are attended to."""
+        B, T, D = x_BTD.shape
+        heads = (self.num_heads, D // self.num_heads)
+        if queries_BQD is None:
+            q, k, v = self.qkv(x_BTD).view(B, T, 3, *heads).unbind(2)
+        else:
+            q, k, v = project_queries(self.qkv, queries_BQD, x_BTD, heads)
+        return self.proj(attention(q, k, v).flatten(2))
+
+
+class PatchEmbed(nn.Module):
+    """The patch projection: a convolution by name and shape (timm's), a matrix product by work."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
+        nn.init.zeros_(cast(Tensor, self.proj.bias))
+
+    def forward(self, patches_BNP: Tensor) -> Tensor:
+        """(B, N, D) tokens of patches in (row, column, channel) order."""
+        weight_DP = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(patches_BNP.to(weight_DP.dtype), weight_DP, self.proj.bias)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """Base of what is compiled and sharded one by one."""
+
+    frozen = False
+    """Set while an attack runs on a compiled layer, see attacks/no_trace.py."""
+
+    def branch_on_frozen(self) -> None:
+        """For `forward`: torch.compile guards on what is branched on, so a frozen layer gets a graph of its own."""
+        if self.frozen:
+            pass
+
+
+class Block(Layer):
+    """x + Attention(LN(x)), then x + MLP(LN(x))."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self, x_BTD: Tensor, *, query_ids_BQ: Tensor | None = None, num_keep: int | None = None, domain: int = CLEAN,
+        branches: LayerBranches | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(B, T, D); (B, Q, D) with `query_ids_BQ`; (B, S, D) with S = `num_keep` below T.
+
+        Args:
+            query_ids_BQ: only these tokens are computed, equal to gathering afterwards. The last block of a decoder
+                needs its output at the masked tokens only, so q, proj and the MLP run on those.
+            num_keep: tokens that stay after the attention, cls among them: those with the most attention on them.
+            domain: whose norms, see norms.py.
+            branches: what happens to the attention and the MLP branch, see branches.py.
+        """
+        self.branch_on_frozen()
+        normed = self.norm1(x_BTD, domain)
+        if query_ids_BQ is not None:
+            attended = self.attn(normed, gather_patches(normed, query_ids_BQ))
+            x_BTD = gather_patches(x_BTD, query_ids_BQ)
+        elif num_keep is not None and num_keep < x_BTD.shape[1]:
+            attended, received_BT = attend_and_rank(self.attn, normed)
+        else:
+            attended = self.attn(normed)
+        x = x_BTD + shape_branch(attended, branches, 0)
+        if num_keep is not None and num_keep < x.shape[1]:
+            x = gather_patches(x, most_attended(received_BT, num_keep))
+        return x + shape_branch(self.mlp(self.norm2(x, domain)), branches, 1)
+
+
+def attend_and_rank(attn: Attention, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention's output (B, T, D), and (B, T) fp32: what each token received, summed over heads and queries.
+
+    The fused kernels do not give out the probabilities, so they are computed in the open.
+    """
+    B, T, D = x_BTD.shape
+    q, k, v = attn.qkv(x_BTD).view(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    probs_BHTT = (q @ k.transpose(-2, -1) * (D // attn.num_heads) ** -0.5).float().softmax(dim=-1)
+    out = (probs_BHTT.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    return attn.proj(out), probs_BHTT.sum(dim=(1, 2))
+
+
+def most_attended(received_BT: Tensor, num_keep: int) -> Tensor:
+    """(B, num_keep) int64 ascending: cls (token 0) and the patch tokens with the most attention; ties to the first."""
+    order = received_BT[:, 1:].detach().argsort(dim=1, descending=True, stable=True)
+    kept = order[:, : num_keep - 1].sort(dim=1).values + 1
+    return F.pad(kept, (1, 0), value=0)
+
+
+def init_like_mae(module: nn.Module) -> None:
+    """Xavier-uniform linear layers, zero biases, unit norms (MAE's initialisation); to be used with `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,45 @@
+"""A pre-trained masked model out of a run or a file, for looking at its reconstructions and attacking them."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimir_fast.models.loading import infer_architecture
+from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, build_masked_model
+from mimir_fast.models.norms import is_adapter
+from mimir_fast.models.weight_files import WeightsChoice, WeightsError, read_weights
+
+
+def load_masked_model(source: str | Path, which: WeightsChoice = "auto") -> tuple[MaskedModel, dict[str, Any]]:
+    """(model in eval mode and without gradients, the options of the method it was trained with).
+
+    From anything `read_weights` reads; a bare file has no options: {} stands for MAE's, normalised patches and so on.
+
+    Raises:
+        WeightsError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, a classifier).
+    """
+    weights = read_weights(source, which)
+    if "decoder_pred.weight" not in weights.tensors:
+        raise WeightsError(
+            f"{source} holds no decoder, so it is no masked autoencoder; give the pre-training run, not an exported "
+            "encoder or a classifier"
+        )
+    architecture, num_classes = infer_architecture(weights)
+    saved = (weights.config or {}).get("model", {})
+    config = ModelConfig(**{f.name: saved[f.name] for f in fields(ModelConfig) if f.name in saved})
+    config.family, config.encoder, config.patch_size = architecture.family, architecture.size, architecture.patch_size
+    config.adapters = any(is_adapter(name) for name in weights.tensors)
+    if "decoder_embed.weight" in weights.tensors:
+        width = len(weights.tensors["decoder_embed.weight"])
+        decoder: Any = next((name for name, (w, _, _) in DECODERS.items() if w == width), None)
+        if decoder is None:
+            raise WeightsError(f"{source}: a decoder {width} wide is none of {', '.join(DECODERS)}")
+        config.decoder = decoder
+    else:
+        config.decoder = "linear"
+    with torch.random.fork_rng([]):
+        model = build_masked_model(config, architecture.image_size, architecture.channels, num_classes or 0)
+    model.load_state_dict(weights.tensors)
+    return model.eval().requires_grad_(False), (weights.config or {}).get("objective", {})

@@ -1,0 +1,166 @@
+"""A masked model: an encoder that sees the visible patches of a view, and a decoder that predicts the others.
+
+It works in patch space: a view holds visible patches, not images; nothing walks back to pixels between attack, encoder
+and loss. A view says of which domain its pixels are (AEMIM's clean and adversarial streams). With the linear decoder the encoder runs at full length, over visible and mask tokens (SimMIM).
+
+Parameter names and shapes are those of MAE and of the MIMIR authors, so their checkpoints load strictly.
+Shapes: B batch, N patches, K kept, M masked, P = p·p·C numbers a patch, D encoder width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.models.decoder import LinearDecoder
+from mimir_fast.models.encoder import Encoder, fill_in
+from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
+from mimir_fast.models.flat_names import FlatNames
+from mimir_fast.models.norms import CLEAN
+from mimir_fast.ops.patches import gather_patches
+
+DecoderName = Literal["light", "mae", "linear"]
+Positions = Literal["true", "official"]
+
+# `light` is the MIMIR authors' decoder, `mae` the one of He et al.: (width, depth, heads).
+DECODERS: dict[str, tuple[int, int, int]] = {"light": (128, 2, 16), "mae": (512, 8, 16)}
+
+
+@dataclass
+class ModelConfig:
+    """Which masked model."""
+
+    family: str = "vit"
+    """Encoder family: vit, convit, cait, xcit, convstem, swin, convnext."""
+    encoder: str = "base"
+    """Size within the family; width/depth/heads of ViT: nano 96/4/3 (ours), tiny 192/12/3, small 384/12/6,
+    base 768/12/12, large 1024/24/16."""
+    patch_size: int = 16
+    """Side of a patch in pixels: 2 for 32² images, 4 for 64², 16 for 224²; of the stem in swin and convnext, 4."""
+    decoder: DecoderName = "light"
+    """`light` 128 wide, 2 deep, 16 heads (the authors'); `mae` 512 wide, 8 deep, 16 heads; `linear` SimMIM's."""
+    positions: Positions = "true"
+    """Where convit and xcit believe the kept patches to be: `true`, or the square grid of the `official` code."""
+    adapters: bool = False
+    """Keep norm layers and cls token twice, for clean and for adversarial images; method aemim switches it on."""
+
+    def __post_init__(self) -> None:
+        check_size(find_family(self.family), self.encoder)
+        if self.decoder not in (*DECODERS, "linear"):
+            raise ValueError(f"decoder={self.decoder!r}, wanted one of {', '.join((*DECODERS, 'linear'))}")
+        if self.positions not in ("true", "official"):
+            raise ValueError(f"positions={self.positions!r}, wanted true or official")
+
+    def architecture(self, image_size: int, channels: int = 3) -> Architecture:
+        """What the encoder is built from."""
+        options = {"positions": self.positions}
+        return Architecture(self.family, self.encoder, image_size, self.patch_size, channels, options)
+
+
+class View(NamedTuple):
+    """What the model is shown of a batch, and what it is asked for.
+
+    Attributes:
+        patches: (B, K, P) visible patches in [0, 1], (row, column, channel) order inside a patch.
+        keep: (B, K) int64, where they belong.
+        masked: (B, M) int64, where predictions are wanted; None for everywhere.
+        domain: 0 clean, 1 adversarial; 1 needs a model with adapters.
+    """
+
+    patches: Tensor
+    keep: Tensor
+    masked: Tensor | None = None
+    domain: int = CLEAN
+
+
+class Output(NamedTuple):
+    """Latent (B, prefix + K, D), or of all N patches at full length; predicted patches (B, M, P); logits of a head."""
+
+    latent: Tensor
+    prediction: Tensor
+    logits: Tensor | None = None
+
+
+class MaskedModel(FlatNames):
+    """An encoder over visible patches and a decoder over all of them.
+
+    Args:
+        full_length: mask tokens go into the encoder instead of the decoder.
+        num_classes: of a linear head on the cls token (the mean token where there is none); 0 is no head.
+    """
+
+    flat_parts = ("encoder", "decoder")
+
+    def __init__(
+        self, encoder: Encoder, decoder: nn.Module, *, full_length: bool = False, num_classes: int = 0
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.full_length = encoder, decoder, full_length
+        self.num_patches, self.patch_size, self.channels = encoder.num_patches, encoder.mask_unit, encoder.channels
+        if full_length:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.token_width))
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.head = nn.Linear(encoder.width, num_classes) if num_classes else None
+
+    def encode(self, view: View) -> Tensor:
+        """(B, prefix + K, D) latent in the order of `view.keep`, of all N places in raster order at full length."""
+        if view.domain != CLEAN and not self.encoder.has_adapters:
+            raise ValueError("a view of adversarial data, but the model has no adapters: build it with adapters=True")
+        tokens = self.encoder.embed(view.patches, view.keep, view.domain)
+        if not self.full_length:
+            return self.encoder.encode(tokens, view.keep, domain=view.domain)
+        tokens = fill_in(tokens, view.keep, self.mask_token[0, 0], self.num_patches)
+        return self.encoder.encode(tokens, None, domain=view.domain)
+
+    def visible(self, latent_BTD: Tensor, view: View) -> Tensor:
+        """(B, prefix + K, D): the latent of the visible patches only, whatever the length of the encoder."""
+        if not self.full_length:
+            return latent_BTD
+        prefix = self.encoder.num_prefix
+        rows = gather_patches(latent_BTD[:, prefix:], view.keep)
+        return torch.cat([latent_BTD[:, :prefix], rows], dim=1) if prefix else rows
+
+    @overload
+    def forward(self, view: View, *, decode: Literal[True] = True) -> Output: ...
+    @overload
+    def forward(self, view: View, *, decode: Literal[False]) -> Tensor: ...
+
+    def forward(self, view: View, *, decode: bool = True) -> Output | Tensor:
+        """Latent, prediction and logits of a view; only the latent with `decode=False`."""
+        latent = self.encode(view)
+        if not decode:
+            return latent
+        places = None if self.full_length else view.keep
+        return Output(latent, self.decoder(latent, places, view.masked), self.classify(latent))
+
+    def classify(self, latent_BTD: Tensor) -> Tensor | None:
+        """(B, classes) logits, or None without a head."""
+        if self.head is None:
+            return None
+        return self.head(latent_BTD[:, 0] if self.encoder.num_prefix else latent_BTD.mean(dim=1))
+
+    def layers(self) -> list[nn.Module]:
+        """What is compiled and sharded one by one."""
+        return [*self.encoder.layers(), *self.decoder.layers()]  # type: ignore[operator]
+
+    def layer_of(self, name: str) -> int:
+        """Layer of a parameter for layer-wise learning rates, by its flat name."""
+        return self.encoder.layer_of(name)
+
+    @property
+    def num_layers(self) -> int:
+        """Of the encoder."""
+        return self.encoder.num_layers
+
+
+def build_masked_model(config: ModelConfig, image_size: int, channels: int = 3, num_classes: int = 0) -> MaskedModel:
+    """The model a config names, freshly initialised from torch's global generator."""
+    encoder = build_encoder(config.architecture(image_size, channels))
+    if config.decoder == "linear":
+        decoder: nn.Module = LinearDecoder(encoder)
+    else:
+        decoder = find_family(config.family).build_decoder(encoder, *DECODERS[config.decoder])
+    if config.adapters:
+        encoder.add_adapters()
+    return MaskedModel(encoder, decoder, full_length=config.decoder == "linear", num_classes=num_classes)

@@ -1,0 +1,71 @@
+"""Norm layers that can be kept twice, for clean and for adversarial data (AEMIM's adapters, arXiv 2407.11537).
+
+Without adapters they are torch's, by name and by value. `add_adapter` makes a second copy of the parameters; its names
+end in `_adversarial`; a forward pass says which domain its data are of. Domain 0 is clean, 1 adversarial.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CLEAN, ADVERSARIAL = 0, 1
+SUFFIX = "_adversarial"
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension, eps 1e-6, with an adapter on demand."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps=eps)
+        self.register_parameter("weight" + SUFFIX, None)
+        self.register_parameter("bias" + SUFFIX, None)
+
+    def add_adapter(self) -> None:
+        """A second weight and bias, equal to the first ones."""
+        self.weight_adversarial = nn.Parameter(self.weight.detach().clone())
+        self.bias_adversarial = nn.Parameter(self.bias.detach().clone())
+
+    def forward(self, x: Tensor, domain: int = CLEAN) -> Tensor:
+        """Same shape as x (…, D)."""
+        if domain == CLEAN:
+            return super().forward(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight_adversarial, self.bias_adversarial, self.eps)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of rows of channels, (…, D), with an adapter on demand.
+
+    Rows are whatever tokens there are: of a masked image only the visible ones count (as in SparK, arXiv 2301.03580).
+    """
+
+    def add_adapter(self) -> None:
+        """A second weight and bias, and running statistics of its own, equal to the first ones."""
+        for name, parameter in list(self.named_parameters()):
+            self.register_parameter(name + SUFFIX, nn.Parameter(parameter.detach().clone()))
+        for name, buffer in list(self.named_buffers()):
+            self.register_buffer(name + SUFFIX, buffer.clone())
+
+    def forward(self, x: Tensor, domain: int = CLEAN) -> Tensor:
+        """Same shape as x (…, D)."""
+        suffix = "" if domain == CLEAN else SUFFIX
+        weight, bias, mean, var, count = (
+            getattr(self, name + suffix)
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        )
+        if self.training and self.track_running_stats:
+            count += 1
+        elif self.training:
+            mean = var = None  # an attack borrows the layer: batch statistics, and none remembered
+        rows = x.reshape(-1, x.shape[-1])
+        return F.batch_norm(rows, mean, var, weight, bias, self.training, self.momentum or 0.0, self.eps).view_as(x)
+
+
+def add_adapters(module: nn.Module) -> None:
+    """Every normalisation layer inside gets its second set of parameters."""
+    for layer in module.modules():
+        if isinstance(layer, (LayerNorm, BatchNorm)):
+            layer.add_adapter()
+
+
+def is_adapter(name: str) -> bool:
+    """True for the name of a tensor that serves adversarial data only."""
+    return name.endswith(SUFFIX)

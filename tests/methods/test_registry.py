@@ -1,0 +1,71 @@
+"""A method is one file: found by itself, with options and a command line of its own."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from mimir_fast.methods.adv_mae import AdvMaeConfig
+from mimir_fast.methods.aemim import AemimConfig
+from mimir_fast.methods.mimir import MimirConfig
+from mimir_fast.methods.registry import all_methods, convert, find_method
+from mimir_fast.methods.simmim import SimmimConfig
+from mimir_fast.pretrain import config_from
+from mimir_fast.training.pretraining import PretrainConfig, with_method
+
+
+def test_all_methods_are_found() -> None:
+    assert set(all_methods("pretrain")) >= {"mae", "noise_mae", "adv_mae", "mimir", "simmim", "aemim", "single_stage"}
+    assert set(all_methods("finetune")) >= {"natural", "pgd", "fast", "apgd", "trades", "mart", "ard_prm"}
+
+
+def test_an_unknown_method_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown method 'mimr'; did you mean mimir\?"):
+        find_method("pretrain", "mimr")
+    with pytest.raises(ValueError, match=r"did you mean trades\?"):
+        find_method("finetune", "trade")
+
+
+def test_options_are_carried_over_where_they_mean_the_same() -> None:
+    """What was changed stays, what was not becomes the new method's default, another attack's options do not fit."""
+    mimir = MimirConfig(norm_pix_loss=False)
+    mimir.attack.eps = 4 / 255
+    adv_mae = convert(mimir, AdvMaeConfig)
+    assert type(adv_mae) is AdvMaeConfig and adv_mae.attack.eps == 4 / 255 and not adv_mae.norm_pix_loss
+    aemim = convert(mimir, AemimConfig)
+    assert aemim.attack.eps == 2 / 255 and not aemim.norm_pix_loss
+    assert convert(mimir, SimmimConfig).mask_ratio == 0.6
+    assert convert(MimirConfig(mask_ratio=0.5), SimmimConfig).mask_ratio == 0.5
+
+
+def test_changing_the_method_of_a_config_changes_its_options() -> None:
+    config = with_method(PretrainConfig(method="mimir"), "aemim")
+    assert type(config.objective) is AemimConfig and config.model.adapters
+    config = config_from(["--recipe", "digits/mimir_vit_tiny", "--method", "simmim", "--mask_unit", "8"])
+    assert type(config.objective) is SimmimConfig and config.model.decoder == "linear"
+    assert config.objective.mask_unit == 8
+    assert config_from(["--recipe", "digits/mimir_vit_tiny", "--method", "simmim"]).objective.mask_unit is None
+    assert config_from(["--recipe", "imagenet/mae_vit_base", "--method", "simmim"]).objective.mask_unit == 32
+
+
+def test_simmim_needs_the_linear_decoder() -> None:
+    base = config_from(["--recipe", "digits/mimir_vit_tiny"])
+    with pytest.raises(ValueError, match=r"simmim needs --model.decoder linear"):
+        replace(base, method="simmim")
+
+
+def test_a_mask_unit_must_fit_the_patch() -> None:
+    base = with_method(config_from(["--recipe", "digits/mimir_vit_tiny"]), "mae")
+    with pytest.raises(ValueError, match=r"mask_unit=6 must be a multiple of the patch .4 pixels.*4, 8, 16 would do"):
+        replace(base, objective=replace(base.objective, mask_unit=6))
+
+
+def test_help_shows_the_method_s_options_only() -> None:
+    def help_of(method: str) -> str:
+        command = [sys.executable, "-m", "mimir_fast.pretrain", "--method", method, "--help"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    aemim, mae = help_of("aemim"), help_of("mae")
+    assert "--adversarial_weight" in aemim and "--attack.distance" in aemim and "--mi." not in aemim
+    assert "--adversarial_weight" not in mae and "--attack." not in mae and "--mask_ratio" in mae
