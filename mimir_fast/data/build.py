@@ -133,7 +133,7 @@ def decoded(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, np.nda
         readable[index], pixels = first_readable(index, len(source), source.pixels, config.max_bad_files)
         if pixels is not None:
             one, sizes = np.array([index]), np.array([pixels.shape[:2]])
-            images[index] = cut(pixels, plan_geometry(config, False, 0, one, one, sizes), 0, side, channels)
+            images[index] = cut([pixels], plan_geometry(config, False, 0, one, one, sizes), side, channels)[0].numpy()
 
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # PIL decodes outside the interpreter's lock
         list(pool.map(fill, range(len(source))))

@@ -11,6 +11,8 @@ import fcntl
 import hashlib
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 from mimir_fast.data.npz import map_member
 
 _VERSION = "1"
+_TICK_NS = 100_000_000
 _LOG = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 
@@ -57,10 +60,16 @@ def kept_index(root: Path, name: str, fingerprint: str, names: tuple[str, ...], 
 
 
 def fingerprint_of(paths: list[Path]) -> str:
-    """Names, times of change and sizes."""
-    lines = []
+    """Names, times of change and sizes.
+
+    What was changed just now may change again within the same tick of the clock, which no time would show: then the
+    fingerprint is one that never comes again.
+    """
+    lines, now = [], time.time_ns()
     for path in paths:
         status = path.stat()
+        if now - status.st_mtime_ns < _TICK_NS:
+            lines.append(uuid.uuid4().hex)
         lines.append(f"{path} {status.st_mtime_ns} {status.st_size}")
     return "\n".join(lines)
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.data.sources.base import ArraySource, ImageSource
-from mimir_fast.data.sources.subset import take
+from mimir_fast.data.sources.base import ArraySource, ImageSource, subset
 
 
 @dataclass
@@ -134,7 +133,7 @@ class Fitting:
         side, channels = config.image_size, config.channels
         if self == Fitting() or pixels.shape[:2] == (side, side):  # the data room's own way, as every loader has it
             one, sizes = np.array([0]), np.array([pixels.shape[:2]])
-            return cut(pixels, plan_geometry(config, False, 0, one, one, sizes), 0, side, channels)
+            return cut([pixels], plan_geometry(config, False, 0, one, one, sizes), side, channels)[0].numpy()
         from PIL import Image
 
         from mimir_fast.data.loaders.base import to_channels
@@ -183,24 +182,24 @@ def load_from(
             f"{source.name} has images of {source.image_size} x {source.image_size} pixels but image_size is "
             f"{config.image_size}; give --data.image_size {source.image_size}"
         )
-    subset = take(source, indices)
-    if (subset.labels < 0).any():
+    chosen = subset(source, indices)
+    if (chosen.labels < 0).any():
         raise ValueError(f"{source.name} has images without labels: accuracy needs labels")
-    pixels, bad = decode_source(subset, config, fitting)
-    if len(bad) == len(subset):
+    pixels, bad = decode_source(chosen, config, fitting)
+    if len(bad) == len(chosen):
         raise ValueError(f"none of the {len(bad)} images of {source.name} is readable, such as {bad[0]}")
     images = EvaluationImages(
         to_channels(torch.from_numpy(pixels), config.channels),
-        torch.from_numpy(subset.labels),
+        torch.from_numpy(chosen.labels),
         torch.from_numpy(indices.astype(np.int64)),
-        subset.classes,
+        chosen.classes,
         source.name,
         {},
     )
     if not bad:
         return images
-    readable = torch.tensor([i for i in range(len(subset)) if i not in bad])
-    return replace(images.take(readable), skipped={subset.where(i): reason for i, reason in bad.items()})
+    readable = torch.tensor([i for i in range(len(chosen)) if i not in bad])
+    return replace(images.take(readable), skipped={chosen.where(i): reason for i, reason in bad.items()})
 
 
 def decode_source(

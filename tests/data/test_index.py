@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import stat
+import time
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ def listings(monkeypatch):
 
 
 def build(root, split="train"):
+    time.sleep(0.15)  # an index of what changed just now is not kept
     return build_source(DataConfig(source="folder", root=str(root)), split)
 
 

@@ -5,6 +5,7 @@ import io
 import pickle
 import shutil
 import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,6 +282,7 @@ def test_the_shard_index_is_kept_and_follows_the_file(shards, monkeypatch):
     from mimir_fast.data.sources import shards as module
 
     config = DataConfig(source="webdataset", root=str(shards))
+    time.sleep(0.15)  # an index of what changed just now is not kept
     first = build_source(config, "test")
     with monkeypatch.context() as patch:
         patch.setattr(module, "scan_shard", lambda shard: pytest.fail(f"{shard} was scanned again"))

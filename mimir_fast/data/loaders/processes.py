@@ -31,7 +31,7 @@ Fill = Callable[[Key, np.ndarray], Any]
 """(key, slot (B, …) uint8 to write into) → anything small that can be pickled."""
 
 
-class WorkerKilledError(RuntimeError):
+class WorkerKilledError(OSError):
     """A worker process died again and again."""
 
 
@@ -127,7 +127,12 @@ class _Worker:
     def forget(self) -> None:
         """Wait for what was asked for and is not wanted any more (a pass that was broken off)."""
         while self._owed:
-            self.answer()
+            try:
+                self.answer()
+            except WorkerKilledError:
+                raise
+            except Exception as error:  # of a batch that nobody asks for any more
+                _LOG.info("a batch that is not wanted any more: %s", error)
 
     def end(self) -> None:
         self._pipe.close()

@@ -91,8 +91,7 @@ class Reader:
         pictures = [np.zeros((side, side, 1), np.uint8) if pixels is None else pixels for _, pixels in found]
         sizes = np.array([picture.shape[:2] for picture in pictures], np.int64)
         geometry = plan_geometry(self.config, self.augment, self.seed, samples, epochs, sizes)
-        for row, picture in enumerate(pictures):
-            slot[row] = cut(picture, geometry, row, side, channels)
+        slot[: len(pictures)] = cut(pictures, geometry, side, channels).numpy()
         return wanted, samples, epochs
 
     def _map(self, function: Callable[[int], Any], indices: list[int]) -> Iterable[Any]:

@@ -11,9 +11,10 @@ from mimir_fast.data.sources.base import (
     ImageSource,
     MissingDataError,
     RawSource,
+    subset,
     take_evenly,
 )
-from mimir_fast.data.sources.subset import hold_out, take
+from mimir_fast.data.sources.subset import hold_out
 
 Builder = Callable[[DataConfig, str], ImageSource]
 
@@ -50,5 +51,5 @@ def build_source(config: DataConfig, split: str) -> ImageSource:
     source = SOURCES[config.source](config, "train" if split in ("train", "held_out") else "test")
     if split == "held_out" or (split == "train" and config.hold_out):
         rest, held = hold_out(len(source), config.hold_out)
-        source = take(source, held if split == "held_out" else rest)
+        source = subset(source, held if split == "held_out" else rest)
     return take_evenly(source, config.limit)

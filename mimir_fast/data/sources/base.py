@@ -150,7 +150,11 @@ def take_evenly(source: ImageSource, limit: int | None) -> ImageSource:
     """`limit` samples at equal distances, or the source itself when it is no longer than that."""
     if limit is None or limit >= len(source):
         return source
-    indices = np.arange(limit, dtype=np.int64) * len(source) // limit
+    return subset(source, np.arange(limit, dtype=np.int64) * len(source) // limit)
+
+
+def subset(source: ImageSource, indices: np.ndarray) -> ImageSource:
+    """The samples at `indices`, renumbered."""
     if isinstance(source, ArraySource):
         return ArraySource(source.name, source.images[indices], source.labels[indices], source.classes)
     if isinstance(source, EncodedSource):

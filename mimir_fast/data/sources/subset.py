@@ -1,21 +1,6 @@
-"""Parts of a source: some of its samples, and those a training run never sees."""
+"""The samples of a split that a training run never sees."""
 
 import numpy as np
-
-from mimir_fast.data.sources.base import ArraySource, EncodedSource, ImageSource, SubsetSource
-
-
-def take(source: ImageSource, indices: np.ndarray) -> ImageSource:
-    """The samples at `indices` (N,) int64, renumbered."""
-    if isinstance(source, ArraySource):
-        return ArraySource(source.name, source.images[indices], source.labels[indices], source.classes)
-    if isinstance(source, EncodedSource):
-        return SubsetSource(source, indices)
-    own = getattr(source, "take", None)
-    if callable(own):  # sources that know how
-        part: ImageSource = own(indices)
-        return part
-    raise TypeError(f"cannot take a part of a {type(source).__name__}")
 
 
 def hold_out(num_samples: int, count: int) -> tuple[np.ndarray, np.ndarray]:
