@@ -3,7 +3,11 @@
 python -m mimir_fast.evaluate --checkpoint runs/digits/pgd_vit_tiny --suite quick
 torchrun --nproc_per_node 8 -m mimir_fast.evaluate --checkpoint robust.pth --suite full --eps 4/255 \\
     --data.source imagenet --data.root /data/imagenet --data.image_size 224 --index_file robustbench
+python -m mimir_fast.evaluate --checkpoint timm:resnet50 --norm l2 --eps 0.5 --restarts 5 --targets 9 \\
+    --save_adversarial --data.source imagenet --data.root /data/imagenet --shifts /data/imagenet-a /data/imagenet-r
 python -m mimir_fast.evaluate --help
+
+Several reports side by side: python -m mimir_fast.compare.
 """
 
 import json

@@ -57,8 +57,8 @@ class JudgedModel:
 
     @property
     def opaque(self) -> bool:
-        """Its weights cannot be moved or seen: an exported program, or a plain function."""
-        return any(isinstance(part, Opaque) for part in self.module.modules())
+        """Its weights cannot be moved: an exported program, a TorchScript file, or a plain function."""
+        return any(isinstance(part, (Opaque, torch.jit.ScriptModule)) for part in self.module.modules())
 
     def digest(self) -> str:
         """SHA-256 over names and bytes of the weights, and the code of functions."""

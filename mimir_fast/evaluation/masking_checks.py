@@ -67,7 +67,12 @@ def loss_rises_with_steps(losses: dict[int, Tensor], tolerance: float = 0.02) ->
     words = f"The loss FALLS when PGD takes more steps, {'; '.join(falls)}" if falls else (
         "The loss does not fall when PGD takes more steps"
     )  # fmt: skip
-    return Verdict("loss rises with steps", not falls, f"{words} ({listing}).", {"mean_loss": means, "falls": falls})
+    return Verdict(
+        "loss rises with steps",
+        not falls,
+        f"{words} ({listing}).",
+        {"mean_loss": {str(k): v for k, v in means.items()}, "falls": falls},
+    )
 
 
 def iterative_beats_one_step(fgsm: Tensor, iterative: Tensor) -> Verdict:

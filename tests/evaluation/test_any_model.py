@@ -29,7 +29,7 @@ def test_torch_export_and_torchscript_files_are_attacked_like_the_original(small
     wanted = pgd(small_model, IMAGES, labels, threat, mode="eval")
     for name, kind in (("m.pt2", "torch.export"), ("m.torchscript", "TorchScript")):
         judged = load_model(str(tmp_path / name), num_classes=10, device=CPU)
-        assert judged.kind == kind
+        assert judged.kind == kind and judged.opaque, "no surface of weights that cannot be moved"
         assert judged.digest() != JudgedModel(nn.Flatten(), "", "").digest(), "its weights are seen"
         torch.testing.assert_close(pgd(judged.module, IMAGES, labels, threat, mode="eval"), wanted)
 
