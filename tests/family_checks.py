@@ -287,7 +287,7 @@ def check_recognised(case: Case) -> None:
 
 
 def check_compiles(case: Case) -> None:
-    """A layer in one graph, whole images and visible patches, frozen and not. The second of a Swin moves its windows."""
+    """A layer in one graph, whole images and visible patches, frozen and not. Swin's second moves its windows."""
     encoder = case.encoder()
     images, places = case.images(), some_places(encoder)
     patches = patchify_gather(images, places, encoder.mask_unit)

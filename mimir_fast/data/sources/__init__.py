@@ -14,7 +14,7 @@ from mimir_fast.data.sources.base import (
     subset,
     take_evenly,
 )
-from mimir_fast.data.sources.subset import hold_out
+from mimir_fast.data.sources.held_out import hold_out
 
 Builder = Callable[[DataConfig, str], ImageSource]
 
