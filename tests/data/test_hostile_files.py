@@ -41,7 +41,7 @@ def png(width: int, height: int) -> bytes:
     )
 
 
-@pytest.mark.parametrize("size", [(20_000, 20_000), (60_000, 60_000), (2**31 - 1, 1)], ids=str)
+@pytest.mark.parametrize("size", [(12_000, 12_000), (20_000, 20_000), (60_000, 60_000), (2**31 - 1, 1)], ids=str)
 @pytest.mark.parametrize("judge", [decode, checked_file])
 def test_image_bombs(size, judge):
     with pytest.raises(UnreadableImageError, match="here: "):
@@ -80,7 +80,7 @@ def test_npz_that_claims_more_than_it_holds(tmp_path, shape):
 
 
 def test_npz_bombs_and_objects(tmp_path):
-    bomb = npz_with(tmp_path / "b.npz", "(30000000,)", compression=zipfile.ZIP_DEFLATED, data=bytes(30_000_000))
+    bomb = npz_with(tmp_path / "b.npz", "(8000000,)", compression=zipfile.ZIP_DEFLATED, data=bytes(8_000_000))
     assert bomb.stat().st_size < 100_000
     with pytest.raises(ValueError, match="compressed"):
         map_member(bomb, "image")

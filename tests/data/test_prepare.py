@@ -167,7 +167,7 @@ def test_killed_at_any_moment_it_goes_on(image_folder, tmp_path):
     assert not list(out.glob("**/*.partial"))
 
 
-def test_verify_names_what_is_wrong(image_folder, prepared, command):
+def test_verify_names_what_is_wrong(image_folder, prepared):
     config = config_for(image_folder, prepared, verify=True)
     assert verify(config) == []
     first, second, third = sorted(prepared.glob("train-*.bin"))[:3]
