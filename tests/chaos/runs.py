@@ -67,7 +67,7 @@ class Runs:
 
 
 def final_tensors(run: Path) -> dict[str, tuple[Any, ...]]:
-    """Shard and name → dtype, shape and checksum of every tensor's bytes (a file's header lists its keys in any order)."""
+    """Shard and name → dtype, shape, checksum of every tensor (a file lists its keys in any order)."""
     found: dict[str, tuple[Any, ...]] = {}
     for file in (run / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"):
         content = file.read_bytes()
