@@ -9,7 +9,7 @@ def check_radius(name: str, value: float) -> None:
     """Raises ValueError unless `value` lies in [0, 1], as images do; 8 is taken for 8/255."""
     hint = f"images live in [0, 1] and {name} with them"
     if value > 1:
-        hint += f"; {value:g} looks like {value:g}/255"
+        hint += f"; {value:g} looks like {value:g}/255: type {value:g}/255"
     check_number(name, value, at_least=0, at_most=1, hint=hint)
 
 

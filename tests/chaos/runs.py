@@ -4,6 +4,7 @@ import json
 import random
 import socket
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,30 @@ class Runs:
         return self._references[ranks]
 
     def check_same(self, run: Path, ranks: int = 1) -> None:
-        """Every byte of the last checkpoint (weights, averages, optimiser) and every logged loss."""
+        """Every bit of the last checkpoint (weights, averages, optimiser) and every logged loss."""
         reference = self.reference(ranks)
-        wanted, found = (final_files(r) for r in (reference, run))
-        assert found == wanted, f"{run}: the weights are not those of the undisturbed run"
+        wanted, found = (final_tensors(r) for r in (reference, run))
+        assert wanted, f"{reference}: there is nothing to compare with"
+        other = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+        assert not other, f"{run}: {len(other)} tensors are not those of the undisturbed run, such as {other[:3]}"
         assert losses(run) == losses(reference), f"{run}: the losses are not those of the undisturbed run"
         leftovers = [p.name for p in (run / "checkpoints").iterdir() if p.name.endswith(".partial")]
         assert not leftovers, f"{run}: {leftovers} were left"
 
 
-def final_files(run: Path) -> dict[str, Any]:
-    """Name, size and checksum of the last checkpoint's files."""
-    folder = run / "checkpoints" / f"step-{STEPS:08d}"
-    return dict(json.loads((folder / "meta.json").read_text())["files"])
+def final_tensors(run: Path) -> dict[str, tuple[Any, ...]]:
+    """Shard and name → dtype, shape, checksum of every tensor (a file lists its keys in any order)."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for file in (run / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"):
+        content = file.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        for name, info in header.items():
+            if name != "__metadata__":
+                first, last = info["data_offsets"]
+                data = zlib.crc32(content[start + first : start + last])
+                found[f"{file.name}/{name}"] = (info["dtype"], info["shape"], data)
+    return found
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
