@@ -34,7 +34,8 @@ def map_member(path: Path, name: str) -> np.ndarray:
             # The central directory says where the member's own header starts; the data follow its two variable fields.
             file.seek(member.header_offset)
             name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(_LOCAL_HEADER_BYTES))
-            file.seek(member.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes)
+            start = member.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+            file.seek(start)
             version = np.lib.format.read_magic(file)
             read_header = (
                 np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -42,7 +43,8 @@ def map_member(path: Path, name: str) -> np.ndarray:
             shape, fortran_order, dtype = read_header(file)
             if dtype.hasobject:
                 raise ValueError(f"{path}: {name!r} holds Python objects, expected numbers")
-            claimed, there = int(np.prod(shape, dtype=object)) * dtype.itemsize, path.stat().st_size - file.tell()
+            claimed, there = int(np.prod(shape, dtype=object)) * dtype.itemsize, start + member.file_size - file.tell()
+            there = min(there, path.stat().st_size - file.tell())
             if not 0 <= claimed <= there:
                 raise ValueError(f"{path}: {name!r} claims {claimed} bytes but {there} are there; fetch it again")
             if claimed == 0:

@@ -49,7 +49,5 @@ def test_growth_is_less_than_a_megabyte_an_hour(image_folder, tmp_path, kind):
             sizes.append(private_mb())
     data.close()
     an_hour = float(np.polyfit(steps, sizes, 1)[0]) * STEPS_AN_HOUR
-    print(
-        f"\n{kind}: {sizes[0]:.1f} MB, {sizes[-1]:.1f} MB {steps[-1] - steps[0]} steps later: {an_hour:+.2f} MB an hour"
-    )
+    print(f"\n{kind}: {sizes[0]:.1f} MB, later {sizes[-1]:.1f} MB ({steps[-1] - steps[0]}): {an_hour:+.2f} MB an hour")
     assert an_hour < 1

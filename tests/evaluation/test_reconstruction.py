@@ -22,7 +22,7 @@ def test_sizes_come_from_the_tensors(autoencoder: MaskedModel, tmp_path: Path) -
     save_file(dict(autoencoder.state_dict()), tmp_path / "mae.safetensors")
     loaded, norm_pix = load_masked_autoencoder(tmp_path / "mae.safetensors")
     assert norm_pix and not loaded.training
-    assert (loaded.img_size, loaded.patch_size, loaded.in_chans) == (8, 2, 1)
+    assert (loaded.encoder.image_size, loaded.patch_size, loaded.channels) == (8, 2, 1)
     assert all(torch.equal(loaded.state_dict()[name], t) for name, t in autoencoder.state_dict().items())
 
 
