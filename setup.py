@@ -48,7 +48,7 @@ packages = find_packages(include=["mimir_fast", "mimir_fast.*"])
 setup(
     packages=[*packages, "mimir_kernels"],
     package_dir={"mimir_kernels": "kernels/mimir_kernels"},
-    package_data={"mimir_fast": ["py.typed"]},
+    package_data={"mimir_fast": ["py.typed", "evaluation/*.json"]},
     ext_modules=native_extension(),
     cmdclass={"build_ext": OptionalBuildExt},
 )

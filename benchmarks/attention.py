@@ -6,14 +6,15 @@ Shapes: B images, T tokens, H heads, E head dim, as (B, T, H, E), the layout of 
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from benchmarks.case import Case, Outputs, Provider, Size, generator
 from mimir_fast.models.attention import attention, xformers_failure
+from mimir_fast.models.attention_kernels import forced_sdpa, plain, sdpa, xformers
 
 # B, T, H, E: encoders S and B on visible tokens, MAE's decoder, the light decoder
 SHAPES: dict[Size, list[tuple[int, int, int, int]]] = {
@@ -33,10 +34,11 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:
-    """Forward and backward, in the precision of training on this device."""
+    """Forward and backward, in the precisions of training on this device."""
     cuda = device.type == "cuda"
     for shape in ON_GPU if cuda and size != "tiny" else SHAPES[size]:
-        yield case(device, shape, torch.bfloat16 if cuda else torch.float32)
+        for dtype in (torch.bfloat16,) if cuda else (torch.float32, torch.bfloat16):
+            yield case(device, shape, dtype)
 
 
 def case(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:
@@ -60,8 +62,9 @@ def case(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dt
         [
             Provider("mimir_fast", both_ways(attention)),
             Provider("SDPA, as it chooses", both_ways(sdpa)),
-            *(Provider(f"SDPA {name}", both_ways(forced(backend))) for name, backend in backends.items()),
-            Provider("xformers", both_ways(xformers_kernel), skip=xformers_failure() or ""),
+            Provider("plain products", both_ways(plain)),
+            *(Provider(f"SDPA {name}", both_ways(partial(forced_sdpa, backend))) for name, backend in backends.items()),
+            Provider("xformers", both_ways(xformers), skip=xformers_failure() or ""),
         ],
         baseline="SDPA, as it chooses",
         make_inputs=make_inputs,
@@ -69,7 +72,7 @@ def case(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dt
         tolerance=1e-5 if dtype == torch.float32 else 2e-2,
         flops=14.0 * B * H * T * T * E,
         bytes=float(dtype.itemsize * B * T * H * E * 8),
-        precision="bf16" if cuda else "fp32",
+        precision="fp32" if dtype == torch.float32 else "bf16",
         items=B,
     )
 
@@ -78,28 +81,6 @@ def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ/√E) v."""
     weights = torch.einsum("bthe,bshe->bhts", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
     return torch.einsum("bhts,bshe->bthe", weights, v)
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own, whichever kernel it takes."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-
-
-def forced(backend: SDPBackend) -> Kernel:
-    """PyTorch's own with one kernel allowed."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return sdpa(q, k, v)
-
-    return run
-
-
-def xformers_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """xformers' choice."""
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention(q, k, v)
 
 
 def both_ways(kernel: Kernel) -> Callable[[Four], Outputs]:

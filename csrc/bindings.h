@@ -20,6 +20,8 @@ T* pointer(Address address) {
 // Native functions touch no Python object, so they run without the interpreter lock.
 using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
 
+void bind_crop_resize(pybind11::module_& module);
+void bind_bf16_attention(pybind11::module_& module);
 void bind_linf_step(pybind11::module_& module);
 void bind_pair_tiles(pybind11::module_& module);
 void bind_patches(pybind11::module_& module);

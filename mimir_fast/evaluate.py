@@ -3,7 +3,11 @@
 python -m mimir_fast.evaluate --checkpoint runs/digits/pgd_vit_tiny --suite quick
 torchrun --nproc_per_node 8 -m mimir_fast.evaluate --checkpoint robust.pth --suite full --eps 4/255 \\
     --data.source imagenet --data.root /data/imagenet --data.image_size 224 --index_file robustbench
+python -m mimir_fast.evaluate --checkpoint timm:resnet50 --norm l2 --eps 0.5 --restarts 5 --targets 9 \\
+    --save_adversarial --data.source imagenet --data.root /data/imagenet --shifts /data/imagenet-a /data/imagenet-r
 python -m mimir_fast.evaluate --help
+
+Several reports side by side: python -m mimir_fast.compare.
 """
 
 import json
@@ -14,18 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.evaluation.adapters import timm_settings
 from mimir_fast.evaluation.config import EvaluateConfig
-from mimir_fast.evaluation.suite import evaluate
+from mimir_fast.evaluation.run import evaluate
 from mimir_fast.training.cli import exit_on_error, parse, peek
 
 
-def data_of_run(checkpoint: str) -> DataConfig:
-    """The data the run was trained on, so that a run folder needs no data flags; the defaults for anything else."""
+def data_of(checkpoint: str) -> DataConfig:
+    """The data a run was trained on, so that a run folder needs no data flags; a timm model's own image size; else the
+    defaults."""
+    if checkpoint.startswith(("timm:", "hf-hub:")):
+        size = timm_settings(checkpoint).get("image_size")
+        return DataConfig(image_size=size) if size else DataConfig()
     for folder in (Path(checkpoint), *Path(checkpoint).parents[:2]):
         recorded = folder / "config.json"
         if recorded.is_file():
             saved: dict[str, Any] = json.loads(recorded.read_text()).get("data", {})
-            known = {f.name for f in fields(DataConfig)} - {"limit", "generated"}
+            known = {f.name for f in fields(DataConfig)} - {"limit", "generated", "hold_out"}
             values: dict[str, Any] = {
                 name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known
             }
@@ -36,7 +45,7 @@ def data_of_run(checkpoint: str) -> DataConfig:
 def config_from(args: Sequence[str]) -> EvaluateConfig:
     """The run's own data, then flags."""
     checkpoint = peek(args, "--checkpoint")
-    default = EvaluateConfig(checkpoint, data=data_of_run(checkpoint)) if checkpoint else None
+    default = EvaluateConfig(checkpoint, data=data_of(checkpoint)) if checkpoint else None
     return parse(EvaluateConfig, args, default=default, prog="python -m mimir_fast.evaluate")
 
 

@@ -21,7 +21,7 @@ def backends() -> dict[str, str]:
         "CUDA": f"yes: {torch.cuda.get_device_name()}" if cuda else "no: torch sees no GPU (everything runs on CPU)",
         "C++ ops (mimir_fast._C)": _native(),
         "Triton kernels": _triton(cuda),
-        "xformers attention": "yes" if failure is None else f"no: {failure}; PyTorch's SDPA is used",
+        "xformers attention": "yes" if failure is None else f"no: {failure}; attention is chosen among the others",
         "DALI": _dali(cuda),
         "NVIDIA apex": _apex(),
     }

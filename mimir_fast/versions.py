@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {package: version_of(package) for package in PACKAGES},
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -61,7 +61,8 @@ def python_command() -> str:
     return str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -4,7 +4,9 @@ MIMIR_FAST_REQUIRE=native,triton,dali makes a missing backend an error instead o
 """
 
 import os
+import shutil
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,25 +26,51 @@ os.environ.setdefault("OMP_NUM_THREADS", THREADS)
 torch.set_num_threads(int(THREADS))
 
 REQUIRABLE = {"native": "C++ ops (mimir_fast._C)", "triton": "Triton kernels", "dali": "DALI", "cuda": "CUDA"}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def tools() -> dict[str, str]:
+    """What only tests and evaluation use: name → `yes`, or `no: …` with what to type."""
+    found = {
+        name: "yes" if find_spec(module) else f"no: pip install {package}"
+        for name, module, package in (
+            ("pyautoattack", "pyautoattack", "pyautoattack"),
+            ("torchattacks", "torchattacks", "torchattacks"),
+            ("corruptions", "corrupt_tta", "corrupt-tta"),
+        )
+    }
+    found["chromium"] = "yes" if any(map(shutil.which, BROWSERS)) else "no: apt-get install chromium"
+    found["axe"] = (
+        "yes" if axe_core() else "no: npm install axe-core, and MIMIR_FAST_AXE=…/axe.min.js if it lies elsewhere"
+    )
+    return found
+
+
+def axe_core() -> Path | None:
+    """The accessibility checker's one file: MIMIR_FAST_AXE, or in node_modules here or above."""
+    named = os.environ.get("MIMIR_FAST_AXE")
+    places = [Path(named)] if named else [p / "node_modules/axe-core/axe.min.js" for p in Path(__file__).parents]
+    return next((path for path in places if path.is_file()), None)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """One line a backend."""
     from mimir_fast.info import backends
 
-    return [f"{name}: {state}" for name, state in backends().items()]
+    return [f"{name}: {state}" for name, state in (backends() | tools()).items()]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Stop when a backend that must be here is not."""
     from mimir_fast.info import backends
 
-    states = backends()
+    known = REQUIRABLE | {name: name for name in tools()}
+    states = backends() | tools()
     for name in filter(None, os.environ.get("MIMIR_FAST_REQUIRE", "").split(",")):
-        if name not in REQUIRABLE:
-            raise pytest.UsageError(f"MIMIR_FAST_REQUIRE={name}: wanted some of {','.join(REQUIRABLE)}")
-        if states[REQUIRABLE[name]].startswith("no"):
-            raise pytest.UsageError(f"MIMIR_FAST_REQUIRE={name}: {states[REQUIRABLE[name]]}")
+        if name not in known:
+            raise pytest.UsageError(f"MIMIR_FAST_REQUIRE={name}: wanted some of {','.join(known)}")
+        if states[known[name]].startswith("no"):
+            raise pytest.UsageError(f"MIMIR_FAST_REQUIRE={name}: {states[known[name]]}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ ALLOWED = {
     "models": {"models", "ops", "checkpoints"},  # reading a run's weights
     "attacks": {"attacks", "models", "ops", "losses"},
     "methods": {"methods", "attacks", "models", "ops", "losses", "data.batch"},
-    "data": {"data"},
+    "data": {"data", "ops.crop_resize"},
     "training": {"training", "methods", "attacks", "models", "ops", "data", "checkpoints"},
     "evaluation": {"evaluation", "checkpoints", "training", "methods", "attacks", "models", "ops", "data", "losses"},
     "reproduction": {

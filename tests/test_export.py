@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.export import ExportConfig, export
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier, load_classifier
-from mimir_fast.models.masked_model import ModelConfig, build_masked_model
+from mimir_fast.models.masked_model import ModelConfig, View, build_masked_model
 from mimir_fast.models.weight_files import WeightsError
 from mimir_fast.ops.patches import patchify
 
@@ -55,7 +55,7 @@ def test_an_encoder_has_timms_features(pretrained: tuple[Path, torch.nn.Module],
     theirs, _ = timm_model(export(ExportConfig(str(run), str(tmp_path / "encoder.safetensors"))))
     images = torch.rand(2, 3, 32, 32)
     everything = torch.arange(16).expand(2, -1)
-    ours = model.encode(patchify(images, 8), everything)
+    ours = model.encode(View(patchify(images, 8), everything))
     torch.testing.assert_close(ours, theirs.forward_features(images), rtol=1e-4, atol=1e-5)
 
 

@@ -10,17 +10,19 @@ convention). Shapes: B images, C channels, H × W pixels, N patches, K kept, M m
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.attacks.lp import Threat, ascent, start_of
 from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
 from mimir_fast.attacks.no_trace import unwrap
-from mimir_fast.attacks.pgd import check_images, cross_entropy, linf_ascent, random_start
+from mimir_fast.attacks.pgd import check_images, cross_entropy, random_start
 from mimir_fast.attacks.reconstruction import attack_visible
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.models.masked_model import MaskedModel, View
-from mimir_fast.ops.hsic import hsic
+from mimir_fast.ops.nhsic import nhsic
 from mimir_fast.ops.patches import gather_patches, masked_targets, patchify
 from mimir_fast.ops.random_masks import random_masks
 
@@ -44,38 +46,60 @@ def _features(module: nn.Module, images: Tensor) -> Tensor:
 
 
 def pgd_mi(
-    model: nn.Module, images: Tensor, labels: Tensor, threat: LinfThreat, *, weight: float = 1e-5,
-    estimator: MutualInformation = hsic, samples: Tensor | None = None, seed: int = 0, step: int = 0,
+    model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, *, weight: float | Literal["balanced"] = 1e-5,
+    estimator: MutualInformation = nhsic, samples: Tensor | None = None, seed: int = 0, step: int = 0,
     mode: AttackMode = "eval",
 ) -> Tensor:  # fmt: skip
     """Adversarial images (B, C, H, W) against cross entropy and the mutual information that MIMIR keeps low.
 
-    The estimate is one number a batch, so the attack on an image depends on its batch mates.
+    The estimate is one number a batch, so the attack on an image depends on its batch mates; an image that is alone in
+    its batch shares no information with anything, and is attacked by cross entropy.
 
     Args:
-        weight: λ, as in pre-training.
-        estimator: of I(x+δ, z), such as `hsic`, `nhsic` or `renyi_mi`.
+        weight: λ, as in pre-training, beside the mean cross entropy of the batch; `balanced` chooses it so that both
+            gradients to the images have one norm where the attack starts. At 1e-5 HSIC's gradient is lost in rounding.
+        estimator: of I(x+δ, z), such as `nhsic` (the authors', σ = 5), `hsic` or `renyi_mi`.
         others: as for `pgd`.
     """
     check_images(images)
     images = images.detach()
-    start = random_start(images, threat.eps, samples=samples, seed=seed, step=step) if threat.random_start else images
+    start = start_of(images, threat, samples=samples, seed=seed, step=step)
     with borrowed_in_mode(model, mode) as module:
         head = getattr(module, "forward_head", None)
 
-        def objective(x: Tensor) -> Tensor:
+        def both(x: Tensor) -> tuple[Tensor, Tensor]:
             if callable(head):  # one pass gives features and logits
                 features = module.forward_features(x)  # type: ignore[operator]
                 logits, latent = head(features), features.flatten(1).float()
             else:
                 logits, latent = module(x), _features(module, x)
-            return cross_entropy(logits, labels) + weight * estimator(x, latent)
+            return cross_entropy(logits, labels), estimator(x, latent)
 
-        return linf_ascent(objective, images, start, threat)
+        if len(images) < 2:
+            return ascent(lambda x: cross_entropy(module(x), labels), images, start, threat)
+        # The ascent sums the cross entropy over images, so B·λ there is λ beside the mean.
+        factor = _balance(both, start) if weight == "balanced" else len(images) * float(weight)
+
+        def objective(x: Tensor) -> Tensor:
+            loss, information = both(x)
+            return loss + factor * information / len(x)
+
+        return ascent(objective, images, start, threat)
+
+
+def _balance(both: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> float:
+    """λ at which the gradients of Σ CE and of λ·I have one norm; 0 where I has none."""
+    x = start.detach().requires_grad_()
+    with torch.enable_grad():
+        loss, information = both(x)
+        (of_loss,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
+        (of_information,) = torch.autograd.grad(information, x)
+    norm = float(of_information.double().norm())
+    return float(of_loss.double().norm()) / norm if norm > 0 else 0.0
 
 
 def pgd_features(
-    model: nn.Module, images: Tensor, threat: LinfThreat, *, samples: Tensor | None = None, seed: int = 0,
+    model: nn.Module, images: Tensor, threat: Threat, *, samples: Tensor | None = None, seed: int = 0,
     step: int = 0, mode: AttackMode = "eval",
 ) -> Tensor:  # fmt: skip
     """Adversarial images (B, C, H, W) whose features are far from the clean ones.
@@ -87,13 +111,11 @@ def pgd_features(
     if not threat.random_start:
         raise ValueError("pgd_features needs random_start=True: at the clean image the distance has no gradient")
     images = images.detach()
-    start = random_start(images, threat.eps, samples=samples, seed=seed, step=step)
+    start = start_of(images, threat, samples=samples, seed=seed, step=step)
     with borrowed_in_mode(model, mode) as module:
         with torch.no_grad():
             clean = _features(module, images)
-        return linf_ascent(
-            lambda x: torch.linalg.vector_norm(_features(module, x) - clean, dim=1), images, start, threat
-        )
+        return ascent(lambda x: torch.linalg.vector_norm(_features(module, x) - clean, dim=1), images, start, threat)
 
 
 @dataclass

@@ -3,8 +3,9 @@
     z  = Π( x_t + η·sign ∇L(x_t) )
     x_{t+1} = Π( x_t + a·(z − x_t) + (1 − a)·(x_t − x_{t−1}) ),   a = 0.75 (1 in the first step),  η₀ = 2ε
 
-At checkpoints an image's η is halved, and the search goes on from its best point, if the loss rose in fewer than
-ρ = 75 % of the steps since the last checkpoint, or if neither η nor the best loss changed.
+For an L2 ball, sign ∇L is ∇L / ‖∇L‖₂. At checkpoints an image's η is halved, and the search goes on from its best
+point, if the loss rose in fewer than ρ = 75 % of the steps since the last checkpoint, or if neither η nor the best loss
+changed.
 Croce & Hein, arXiv 2003.01690, Algorithm 1 and §3; losses Eq. 6 (DLR) and §4 (targeted DLR). APGD-k training (Singh et
 al., arXiv 2303.01870): no random start, the model in eval mode, the point of highest loss.
 
@@ -17,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.attacks.lp import project, random_in_ball, steepest
 from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
 from mimir_fast.attacks.pgd import Loss, ball_bounds, check_images, cross_entropy
 from mimir_fast.attacks.threat_model import LinfThreat
@@ -76,6 +78,7 @@ def apgd(
     step: int = 0,
     keep: Literal["best_loss", "adversarial"] = "best_loss",
     mode: AttackMode = "eval",
+    norm: Literal["linf", "l2"] = "linf",
 ) -> Tensor:
     """Adversarial images (B, C, H, W), within eps of the images and in [0, 1] to the last bit.
 
@@ -89,22 +92,60 @@ def apgd(
         random_start: start at a random point that touches the ball's surface, as AutoAttack does.
         samples, seed, step: coordinates of the random start, see `pgd`.
         keep: the point of highest loss (training), or the last misclassified one where there was any (evaluation).
+        norm: of the ball; L1 needs an algorithm of its own (Croce & Hein, arXiv 2103.01208), which pyautoattack has.
     Raises:
         ValueError: bad eps, steps or images, too few classes for the loss, soft labels with `keep="adversarial"`.
     """
-    LinfThreat(eps=eps, alpha=eps, num_steps=num_steps)  # says what is wrong with a bad eps or num_steps
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm={norm!r}, wanted 'linf' or 'l2'; for L1 use AutoAttack's own APGD (pyautoattack)")
+    # Says what is wrong with a bad eps or num_steps; an L2 ball may be larger than 1.
+    LinfThreat(eps=eps if norm == "linf" else min(eps, 1.0), alpha=0.0, num_steps=num_steps)
+    ball: Ball = _LinfBall(images.detach(), eps) if norm == "linf" else _L2Ball(images.detach(), eps)
     check_images(images, values=images.device.type == "cpu")
     if keep == "adversarial" and labels.ndim != 1:
         raise ValueError(f"keep='adversarial' needs hard labels (B,), got labels of shape {tuple(labels.shape)}")
     images = images.detach()
     start = images
     if random_start:
-        start = _surface_start(images, eps, samples=samples, seed=seed, step=step)
+        start = (
+            _surface_start(images, eps, samples=samples, seed=seed, step=step)
+            if norm == "linf"
+            else random_in_ball(images, eps, "l2", samples=samples, seed=seed, step=step, surface=True)
+        )
     with borrowed_in_mode(model, mode) as module:
         loss_of = _loss_function(loss, module, images, labels, targets)
         if num_steps == 0 or len(images) == 0:
             return start
-        return _search(module, images, labels, start, eps, num_steps, loss_of, keep)
+        return _search(module, labels, start, ball, num_steps, loss_of, keep)
+
+
+class _LinfBall:
+    """Signed steps, and the box around the images that is the ball."""
+
+    def __init__(self, images: Tensor, eps: float) -> None:
+        self.eps, (self.low, self.high) = eps, ball_bounds(images, eps)
+
+    def step(self, x: Tensor, grad: Tensor, eta: Tensor) -> Tensor:
+        return x + eta * grad.sign()
+
+    def project(self, x: Tensor) -> Tensor:
+        return x.clamp(self.low, self.high)
+
+
+class _L2Ball:
+    """Steps of length η."""
+
+    def __init__(self, images: Tensor, eps: float) -> None:
+        self.eps, self.images = eps, images
+
+    def step(self, x: Tensor, grad: Tensor, eta: Tensor) -> Tensor:
+        return x + eta * steepest(grad, x, 1.0, "l2")
+
+    def project(self, x: Tensor) -> Tensor:
+        return project(x, self.images, self.eps, "l2")
+
+
+Ball = _LinfBall | _L2Ball
 
 
 def _surface_start(images: Tensor, eps: float, *, samples: Tensor | None, seed: int, step: int) -> Tensor:
@@ -156,16 +197,14 @@ class Schedule:
 
 
 def _search(
-    module: nn.Module, images: Tensor, labels: Tensor, start: Tensor, eps: float, num_steps: int, loss_of: Loss,
-    keep: str,
+    module: nn.Module, labels: Tensor, start: Tensor, ball: Ball, num_steps: int, loss_of: Loss, keep: str
 ) -> Tensor:  # fmt: skip
-    low, high = ball_bounds(images, eps)
     column = (-1, 1, 1, 1)
     x, x_before = start, start
     value, grad, wrong = _evaluate(module, x, labels, loss_of, gradient=True)
     best, best_value, best_grad = x, value, grad
     fooled, found = x, wrong
-    eta = torch.full((len(images), 1, 1, 1), 2 * eps, device=images.device, dtype=images.dtype)
+    eta = torch.full((len(start), 1, 1, 1), 2 * ball.eps, device=start.device, dtype=start.dtype)
     schedule, since_check = Schedule.of(num_steps), 0
     rises = torch.zeros_like(value)
     best_at_check, was_halved = value, torch.ones_like(value, dtype=torch.bool)
@@ -173,8 +212,8 @@ def _search(
 
     for i in range(num_steps):
         momentum = MOMENTUM if i > 0 else 1.0
-        z = (x + eta * grad.sign()).clamp(low, high)
-        x, x_before = (x + momentum * (z - x) + (1 - momentum) * (x - x_before)).clamp(low, high), x
+        z = ball.project(ball.step(x, grad, eta))
+        x, x_before = ball.project(x + momentum * (z - x) + (1 - momentum) * (x - x_before)), x
 
         # The last point is only looked at: nobody will step from it.
         value, grad, wrong = _evaluate(module, x, labels, loss_of, gradient=i + 1 < num_steps)

@@ -53,7 +53,7 @@ def check_images(images: Tensor, *, values: bool = True) -> None:
         if not 0 <= low <= high <= 1:  # also false for NaN
             raise ValueError(
                 f"images span [{low:g}, {high:g}], but ε is measured on images in [0, 1]: do not normalise before the "
-                "attack, put the normalisation into the model (mimir_fast.evaluation.models.Normalized)"
+                "attack, put the normalisation into the model (mimir_fast.evaluation.adapters.Normalized)"
             )
 
 

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -169,17 +169,21 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name) and p.is_dir()), key=step_of)
 
 
-def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint folder itself; of a run folder the best one where it was kept, else the newest.
+def resolve_checkpoint(path: Path, which: Literal["auto", "last", "best"] = "auto") -> Path:
+    """A checkpoint folder itself; of a run folder the newest one, the best one, or the best where it was kept (auto).
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or a checkpoint folder was given and another one asked for.
     """
     if (path / "meta.json").is_file():
+        if which != "auto":
+            raise CheckpointError(f"{path} is one checkpoint: give the run's folder to choose its {which} one")
         return path
     best = path / "checkpoints" / "best"
-    if (best / "meta.json").is_file():
+    if which != "last" and (best / "meta.json").is_file():
         return best
+    if which == "best":
+        raise CheckpointError(f"{path} kept no best checkpoint (a probe chooses it): take the last one")
     found = checkpoints_of(path)
     if not found:
         raise CheckpointError(f"no checkpoint in {path}: wanted a run folder with checkpoints/step-…, or one of these")

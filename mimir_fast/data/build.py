@@ -7,14 +7,16 @@ import numpy as np
 import torch
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.data.crop import cut
 from mimir_fast.data.geometry import plan_geometry
 from mimir_fast.data.loaders.base import Loader
 from mimir_fast.data.loaders.dali import DaliLoader, import_dali
+from mimir_fast.data.loaders.raw import RawLoader
 from mimir_fast.data.loaders.resident import ResidentLoader
 from mimir_fast.data.loaders.skip import SkipLedger, first_readable
-from mimir_fast.data.loaders.workers import WorkerLoader, cut
+from mimir_fast.data.loaders.workers import WorkerLoader
 from mimir_fast.data.order import BatchPlan, MixedOrder, SampleOrder
-from mimir_fast.data.sources import ArraySource, EncodedSource, ImageSource, build_source
+from mimir_fast.data.sources import ArraySource, EncodedSource, ImageSource, RawSource, build_source
 from mimir_fast.data.sources.edm import MixedSource, open_npz
 
 _LOG = logging.getLogger(__name__)
@@ -52,10 +54,11 @@ def build_loader(
     shuffle = split == "train" if shuffle is None else shuffle
     augment = split == "train" if augment is None else augment
     source = build_source(config, split)
-    order: SampleOrder | MixedOrder = SampleOrder(len(source), seed, shuffle)
+    block = source.block if config.shuffle_block is None else config.shuffle_block
+    order: SampleOrder | MixedOrder = SampleOrder(len(source), seed, shuffle, block=block)
     if config.generated is not None and split == "train" and shuffle:
         generated = open_npz(config.generated, source.num_classes)
-        order = MixedOrder(len(source), len(generated), config.generated_ratio, seed)
+        order = MixedOrder(len(source), len(generated), config.generated_ratio, seed, block)
         source = MixedSource(source, generated)
     total, stop = (global_batch, None) if shuffle else (None, len(source))
     plan = BatchPlan(batch_size, rank, world_size, accum_iter if shuffle else 1, stop=stop, total=total)
@@ -75,6 +78,13 @@ def build_loader(
                 f"loader 'dali' decodes image files, but {source.name} holds decoded arrays; use --data.loader resident"
             )
         return DaliLoader(source, config, plan, order, device, augment)
+    if kind == "raw":
+        if not isinstance(source, RawSource):
+            raise ValueError(
+                f"loader 'raw' reads prepared images, but {source.name} is not prepared: python -m "
+                "mimir_fast.data.prepare writes them for --data.source raw"
+            )
+        return RawLoader(source, config, plan, order, device, augment)
     return WorkerLoader(source, config, plan, order, device, augment)
 
 
@@ -86,6 +96,8 @@ def choose_loader(source: ImageSource, config: DataConfig, device: torch.device,
     fixed = source.image_size == config.image_size and not (augment and config.augment == "resized_crop")
     if fixed and gibibytes <= config.resident_gib:
         return "resident"
+    if isinstance(source, RawSource):
+        return "raw"
     if device.type != "cuda" or not isinstance(source, EncodedSource):
         return "torch"
     try:
@@ -121,7 +133,7 @@ def decoded(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, np.nda
         readable[index], pixels = first_readable(index, len(source), source.pixels, config.max_bad_files)
         if pixels is not None:
             one, sizes = np.array([index]), np.array([pixels.shape[:2]])
-            images[index] = cut(pixels, plan_geometry(config, False, 0, one, one, sizes), 0, side, channels)
+            images[index] = cut([pixels], plan_geometry(config, False, 0, one, one, sizes), side, channels)[0].numpy()
 
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # PIL decodes outside the interpreter's lock
         list(pool.map(fill, range(len(source))))
@@ -131,7 +143,7 @@ def decoded(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, np.nda
 def _check_size(source: ImageSource, config: DataConfig, kind: str) -> None:
     """Arrays of another size than the model's are more likely a slip than a wish to resize."""
     resizes = config.augment == "resized_crop" and kind != "resident"
-    if isinstance(source, EncodedSource) or resizes or source.image_size == config.image_size:
+    if isinstance(source, (EncodedSource, RawSource)) or resizes or source.image_size == config.image_size:
         return
     raise ValueError(
         f"{source.name} has images of {source.image_size} x {source.image_size} pixels but image_size is "

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mimir_fast.validation import check_finite
 
-LOADERS = ("auto", "resident", "torch", "dali")
+LOADERS = ("auto", "resident", "torch", "dali", "raw")
 AUGMENTATIONS = ("pad_crop", "resized_crop", "none")
 
 
@@ -17,17 +17,22 @@ class DataConfig:
     """One data set and the way it reaches the model."""
 
     source: str = "digits"
-    """digits, fashion_mnist, idx, cifar10, cifar100, tiny_imagenet, imagenet, folder or webdataset"""
+    """digits, fashion_mnist, idx, cifar10, cifar100, tiny_imagenet, imagenet, folder, webdataset, or raw (what
+    `python -m mimir_fast.data.prepare` wrote: uint8 images mapped into memory, the fastest)"""
     root: str | None = None
     """where the files lie; a brace pattern of tar shards for webdataset; not needed for digits and fashion_mnist"""
     image_size: int = 32
     """height and width of the images a batch holds, in pixels"""
     channels: int = 3
     """1 or 3; grey is repeated to colour, colour is weighed to luminance"""
-    loader: Literal["auto", "resident", "torch", "dali"] = "auto"
-    """auto: resident when the decoded data set fits resident_gib, else DALI when installed (GPU), else torch workers"""
+    loader: Literal["auto", "resident", "torch", "dali", "raw"] = "auto"
+    """auto: resident when the decoded data set fits resident_gib, raw for source raw, else DALI when installed (GPU),
+    else torch workers"""
     num_workers: int = 4
-    """processes of a rank that read files (torch) or read and parse them (dali); 0 works in the main process"""
+    """processes of a rank that read files (torch) or read and parse them (dali), threads that read ahead (raw); 0 works
+    in the main process"""
+    read_threads: int = 1
+    """files that each process of the torch loader reads at a time; 8 or more hide the delay of a network disk"""
     augment: Literal["pad_crop", "resized_crop", "none"] = "pad_crop"
     """pad_crop: shift by up to crop_padding, zeros outside; resized_crop: random area and ratio, bicubic"""
     crop_padding: int = 4
@@ -42,10 +47,15 @@ class DataConfig:
     """npz of generated images (EDM: arrays `image` and `label`) mixed into the training split"""
     generated_ratio: float = 0.7
     """part of each batch that is generated: 0.7 is 7 to 3 real; an epoch is one pass over the real images"""
+    shuffle_block: int | None = None
+    """neighbouring samples that are read together while training, for disks that seek slowly; 0 shuffles all samples;
+    unset: 64 for webdataset, 0 for the others"""
     max_bad_files: int = 50
     """unreadable files that are skipped and reported before the run stops"""
     limit: int | None = None
     """use n samples only, evenly spaced so that a folder sorted by class keeps its classes"""
+    hold_out: int = 0
+    """training images that are kept aside, evenly spaced, at most a tenth; fine-tuning sets it to --probe.num_images"""
     resident_gib: float = 4.0
     """`auto` keeps a data set on the device up to this size in GiB"""
     hw_decoder_load: float = 0.75
@@ -63,6 +73,8 @@ class DataConfig:
             raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}")
         if self.num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {self.num_workers}")
+        if self.read_threads < 1:
+            raise ValueError(f"read_threads must be at least 1, got {self.read_threads}")
         if self.crop_padding < 0:
             raise ValueError(f"crop_padding must be 0 or more pixels, got {self.crop_padding}")
         low, high = self.crop_scale
@@ -80,8 +92,12 @@ class DataConfig:
             )
         if self.max_bad_files < 0:
             raise ValueError(f"max_bad_files must be 0 or more, got {self.max_bad_files}")
+        if self.shuffle_block is not None and self.shuffle_block < 0:
+            raise ValueError(f"shuffle_block must be 0 (shuffle all) or more samples, got {self.shuffle_block}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1 sample, got {self.limit}; leave it unset for all")
+        if self.hold_out < 0:
+            raise ValueError(f"hold_out must be 0 or more training images, got {self.hold_out}")
         if self.resident_gib < 0:
             raise ValueError(f"resident_gib must be 0 or more, got {self.resident_gib}")
         if not 0 <= self.hw_decoder_load <= 1:

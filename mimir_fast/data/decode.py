@@ -5,12 +5,17 @@ One judge for all loaders: what PIL decodes completely is an image, everything e
 
 import io
 import struct
+from typing import Any
 
 import numpy as np
 
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
 _TAIL = 64  # bytes at the end in which the end marker must stand; writers pad with a few zeros
+
+
+MAX_PIXELS = 100_000_000  # ImageNet's largest has 61 million; PIL itself would go on up to 179 million
+MAX_FILE_BYTES = 256 * 2**20
 
 
 class UnreadableImageError(ValueError):
@@ -27,6 +32,7 @@ def decode(content: bytes, where: str) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(content)) as image:
+            _check_size(image)
             pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
     except _refusals() as error:
         raise UnreadableImageError(f"{where}: {_reason(error)}") from error
@@ -48,6 +54,7 @@ def checked_file(content: bytes, where: str) -> tuple[bytes, int, int]:
     if (content.startswith(_JPEG_START) and _JPEG_END in tail) or (content.startswith(_PNG_START) and _PNG_END in tail):
         try:
             with Image.open(io.BytesIO(content)) as image:
+                _check_size(image)
                 if image.mode in ("L", "RGB"):
                     return content, image.height, image.width
         except _refusals() as error:
@@ -64,11 +71,17 @@ def plain_file(pixels: np.ndarray) -> tuple[bytes, int, int]:
     return file.getvalue(), pixels.shape[0], pixels.shape[1]
 
 
+def _check_size(image: Any) -> None:
+    """A header of a few bytes can ask for gigabytes."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}: is this an image bomb?")
+
+
 def _refusals() -> tuple[type[Exception], ...]:
     """All that PIL raises on bytes that are no whole image."""
     from PIL import Image
 
-    return (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+    return (OSError, SyntaxError, ValueError, struct.error, MemoryError, Image.DecompressionBombError)
 
 
 def _reason(error: Exception) -> str:

@@ -21,11 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.modes import borrowed_in_mode
+from mimir_fast.evaluation.config import Norm
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.evaluation.journal import fingerprint, write_atomically
+from mimir_fast.evaluation.measure import fingerprint, write_atomically
 from mimir_fast.evaluation.precision import strict_fp32
 
 Version = Literal["standard", "plus", "rand"]
+ATTACKS: dict[str, tuple[str, ...]] = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
 STANDING = "none"
 _LOG = logging.getLogger(__name__)
 
@@ -70,10 +76,13 @@ def run_autoattack(
     seed: int = 0,
     version: Version = "standard",
     attacks: Sequence[str] | None = None,
+    norm: Norm = "linf",
     settings: Any = None,
     say: Callable[[str], None] = _LOG.info,
+    tick: Callable[[float], None] = lambda share: None,
+    keep: Callable[[Tensor, Tensor, Tensor, str], None] | None = None,
 ) -> Progress:
-    """L∞ AutoAttack on a shard, in fp32.
+    """AutoAttack on a shard, in fp32.
 
     Args:
         model: takes images in [0, 1], returns logits; parameters' gradients and global random state are left alone.
@@ -83,8 +92,11 @@ def run_autoattack(
         version: `standard`, `plus`, or `rand` for models that are not deterministic.
         attacks: only these of the version's attacks, such as ("apgd-ce", "apgd-t"). What they leave standing may fall
             to the others, so the caller must not call it AutoAttack's accuracy.
+        norm: of the ball.
         settings: JSON-able, whatever else the numbers depend on (checkpoint, data).
         say: told one line an attack.
+        tick: told after each batch which part of the work is done, 0 … 1.
+        keep: given (images, labels, samples, attack) of what was broken, a batch at a time.
     Returns:
         the finished progress: `broken_by`, `after`, `seconds`, `warnings`.
     Raises:
@@ -92,38 +104,75 @@ def run_autoattack(
         ValueError: fewer than 4 classes, an attack the version does not have, or `state` belongs to another evaluation.
     """
     part = [] if attacks is None else [list(attacks)]
-    identity = fingerprint([settings, eps, batch_size, seed, version, len(shard), *part])
+    identity = fingerprint([settings, norm, eps, batch_size, seed, version, len(shard), *part])
     progress = _load(state, identity)
     with borrowed_in_mode(model, "eval") as module, strict_fp32(device), _frozen(module), torch.no_grad():
         warnings: list[str] = []
-        attack = _package(module, eps, device, seed, version, warnings)
+        attack = _package(module, eps, device, seed, version, norm, warnings)
         names = list(attack.attacks_to_run if attacks is None else attacks)
         if unknown := set(names) - set(attack.attacks_to_run):
             raise ValueError(f"AutoAttack {version} has no {sorted(unknown)}, only {attack.attacks_to_run}")
-        x, y, _ = next(shard.batches(batch_size, device))
-        _fit_classes(attack, module(x[:1]).shape[-1])
-        if not progress.broken_by:
+
+        def save() -> None:
+            progress.warnings = sorted({*progress.warnings, *warnings})
+            _save(state, progress)
+
+        def told() -> None:
+            tick(_share_done(names, progress, batch_size))
+
+        if len(shard) == 0:
+            progress.after, progress.attack = {"clean": 0}, len(names)
+        elif not progress.broken_by:
+            x, y, _ = next(shard.batches(batch_size, device))
             _check(attack, x, y)
             progress.broken_by = _misclassified(module, shard, batch_size, device)
             progress.after["clean"] = len(progress.standing())
             progress.entered = progress.standing()
+            save()
+        if len(shard) and progress.attack < len(names):
+            x, _, _ = next(shard.batches(1, device))
+            _fit_classes(attack, module(x).shape[-1])
         while progress.attack < len(names) and progress.standing():
             name = names[progress.attack]
-            _run_one(attack, name, progress, shard, batch_size, device, lambda: _save(state, progress))
+            _run_one(attack, name, progress, shard, batch_size, device, save, told, keep)
             progress.after[name] = len(progress.standing())
             say(f"AutoAttack {name}: {progress.after[name]} of {len(shard)} stand, {progress.seconds[name]:.0f} s")
             progress.attack, progress.batch, progress.entered = progress.attack + 1, 0, progress.standing()
-            progress.warnings = sorted({*progress.warnings, *warnings})
-            _save(state, progress)
+            save()
         progress.attack = len(names)
-        progress.warnings = sorted({*progress.warnings, *warnings})
-        _save(state, progress)
+        warnings += square_warning(progress.after, len(shard))
+        save()
     return progress
+
+
+def square_warning(after: dict[str, int], total: int) -> list[str]:
+    """The package's last check: Square, which sees no gradient, must not find what the gradient attacks missed.
+
+    Args:
+        after: standing images after each attack, `clean` first, over all shards.
+        total: images judged.
+    """
+    from pyautoattack import checks
+
+    found: list[str] = []
+    if total:
+        checks.check_square_sr({name: count / total for name, count in after.items()}, logger=_listening(found))
+    return found
+
+
+def _share_done(names: Sequence[str], progress: Progress, batch_size: int) -> float:
+    """Part of the work that is done, weighing the attacks by what they cost on images that stand."""
+    weights = [{"apgd-t": 9.0, "fab-t": 18.0, "fab": 10.0, "square": 17.0}.get(name, 1.0) for name in names]
+    batches = max(1, -(-len(progress.entered) // batch_size))
+    inside = progress.batch / batches if progress.attack < len(names) else 0.0
+    done = sum(weights[: progress.attack]) + (weights[progress.attack] * inside if inside else 0.0)
+    return min(1.0, done / sum(weights))
 
 
 def _run_one(
     attack: Any, name: str, progress: Progress, shard: EvaluationImages, batch_size: int, device: torch.device,
-    save: Callable[[], None],
+    save: Callable[[], None], tick: Callable[[], None],
+    keep: Callable[[Tensor, Tensor, Tensor, str], None] | None,
 ) -> None:  # fmt: skip
     started = time.perf_counter() - progress.seconds.get(name, 0.0)
     perturb = _prepared(attack, name)
@@ -133,12 +182,16 @@ def _run_one(
         x = shard.images[rows].to(device).float() / 255
         y = shard.labels[rows].to(device)
         # A copy goes in: the package reshapes a lone label in place.
-        wrong = attack.get_logits(perturb(x.clone(), y.clone())).argmax(dim=1) != y
+        adversarial = perturb(x.clone(), y.clone())
+        wrong = attack.get_logits(adversarial).argmax(dim=1) != y
         for row in rows[wrong.cpu()].tolist():
             progress.broken_by[row] = name
+        if keep is not None and bool(wrong.any()):
+            keep(adversarial[wrong], y[wrong], shard.samples[rows][wrong.cpu()], name)
         progress.batch += 1
         progress.seconds[name] = time.perf_counter() - started
         save()
+        tick()
 
 
 def _prepared(attack: Any, name: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -160,7 +213,7 @@ def _prepared(attack: Any, name: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _package(
-    module: nn.Module, eps: float, device: torch.device, seed: int, version: Version, warnings: list[str]
+    module: nn.Module, eps: float, device: torch.device, seed: int, version: Version, norm: Norm, warnings: list[str]
 ) -> Any:
     try:
         from pyautoattack import AutoAttack
@@ -168,13 +221,20 @@ def _package(
         raise ImportError(
             "AutoAttack comes from its authors' package: pip install pyautoattack (the name `autoattack` is not theirs)"
         ) from error
-    attack = AutoAttack(module, eps=eps, norm="Linf", version=version, device=device, seed=seed)
-    logger = logging.Logger("pyautoattack", logging.WARNING)  # our own: the package's warnings belong into the report
+    name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
+    attack = AutoAttack(module, eps=eps, norm=name, version=version, device=device, seed=seed)
+    logger = _listening(warnings)
+    attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = logger
+    return attack
+
+
+def _listening(warnings: list[str]) -> logging.Logger:
+    """A logger of our own that collects the package's warnings: they belong into the report."""
+    logger = logging.Logger("pyautoattack", logging.WARNING)
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
-    attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = logger
-    return attack
+    return logger
 
 
 def _fit_classes(attack: Any, num_classes: int) -> None:

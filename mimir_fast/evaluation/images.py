@@ -1,12 +1,12 @@
 """Which images are judged: a subset of a test split, chosen once, written down, decoded once, cut into shards.
 
-A shard is what one process works on. The cut is made when an evaluation starts and kept on disk, so an interrupted
-evaluation goes on with any number of processes.
+A shard is what one process works on: images k, k + S, k + 2S, … of S shards. The cut is made when an evaluation starts
+and kept on disk, so an interrupted evaluation goes on with any number of processes.
 
 Shapes: N images, C channels, S × S pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.data.sources.base import ArraySource, EncodedSource, ImageSource, SubsetSource
+from mimir_fast.data.sources.base import ArraySource, ImageSource, subset
 
 
 @dataclass
@@ -113,19 +113,68 @@ def _by_name(source: ImageSource, names: list[str], path: Path) -> list[int]:
     return [known[Path(name).name] for name in names]
 
 
-def load_images(config: DataConfig, indices: np.ndarray | None = None, split: str = "test") -> EvaluationImages:
-    """Decode images of a split as evaluation wants them: no augmentation, bicubic resize and centre crop if needed.
+@dataclass(frozen=True)
+class Fitting:
+    """How image files become squares: resize the short side to side / crop, cut out the centre.
+
+    Attributes:
+        crop: side of the centre crop as a part of the short side.
+        interpolation: bicubic, bilinear or nearest.
+    """
+
+    crop: float = 0.875
+    interpolation: str = "bicubic"
+
+    def __call__(self, pixels: np.ndarray, config: DataConfig) -> np.ndarray:
+        """(C, S, S) uint8 of an image (H, W, 1 or 3) uint8."""
+        from mimir_fast.data.crop import cut
+        from mimir_fast.data.geometry import plan_geometry
+
+        side, channels = config.image_size, config.channels
+        if self == Fitting() or pixels.shape[:2] == (side, side):  # the data room's own way, as every loader has it
+            one, sizes = np.array([0]), np.array([pixels.shape[:2]])
+            return cut([pixels], plan_geometry(config, False, 0, one, one, sizes), side, channels)[0].numpy()
+        from PIL import Image
+
+        from mimir_fast.data.loaders.base import to_channels
+
+        image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
+        short = int(side / self.crop)
+        width, height = image.size
+        scale = short / min(width, height)
+        # As torchvision's Resize and CenterCrop, which timm's preprocessing is made of: the long side is cut to an int.
+        size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        ways = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+        image = image if scale == 1 else image.resize(size, ways.get(self.interpolation, Image.Resampling.NEAREST))
+        left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+        array = np.asarray(image.crop((left, top, left + side, top + side)))
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        return to_channels(torch.from_numpy(np.ascontiguousarray(array))[None], channels)[0].numpy()
+
+
+def load_images(
+    config: DataConfig, indices: np.ndarray | None = None, split: str = "test", fitting: Fitting | None = None
+) -> EvaluationImages:
+    """Decode images of a split as evaluation wants them: no augmentation, resize and centre crop if needed.
 
     Args:
         indices: (N,) positions in the split, ascending; None for all of it. `config.limit` is not looked at.
+        fitting: how files of another size are resized and cut.
     Raises:
         ValueError: no image is left, the source's arrays have another size than `config.image_size`, or no labels.
     """
-    from mimir_fast.data.loaders.base import to_channels
     from mimir_fast.data.sources import build_source
 
     source = build_source(replace(config, limit=None), split)
-    indices = np.arange(len(source)) if indices is None else indices
+    return load_from(source, config, np.arange(len(source)) if indices is None else indices, fitting)
+
+
+def load_from(
+    source: ImageSource, config: DataConfig, indices: np.ndarray, fitting: Fitting | None = None
+) -> EvaluationImages:
+    """Images of an open source; see `load_images`."""
+    from mimir_fast.data.loaders.base import to_channels
+
     if len(indices) == 0:
         raise ValueError(f"an empty subset of {source.name} was asked for: there is nothing to judge")
     if isinstance(source, ArraySource) and source.image_size != config.image_size:
@@ -133,36 +182,36 @@ def load_images(config: DataConfig, indices: np.ndarray | None = None, split: st
             f"{source.name} has images of {source.image_size} x {source.image_size} pixels but image_size is "
             f"{config.image_size}; give --data.image_size {source.image_size}"
         )
-    subset = _subset(source, indices)
-    if (subset.labels < 0).any():
+    chosen = subset(source, indices)
+    if (chosen.labels < 0).any():
         raise ValueError(f"{source.name} has images without labels: accuracy needs labels")
-    pixels, bad = decode_source(subset, config)
-    if len(bad) == len(subset):
+    pixels, bad = decode_source(chosen, config, fitting)
+    if len(bad) == len(chosen):
         raise ValueError(f"none of the {len(bad)} images of {source.name} is readable, such as {bad[0]}")
     images = EvaluationImages(
         to_channels(torch.from_numpy(pixels), config.channels),
-        torch.from_numpy(subset.labels),
+        torch.from_numpy(chosen.labels),
         torch.from_numpy(indices.astype(np.int64)),
-        subset.classes,
+        chosen.classes,
         source.name,
         {},
     )
     if not bad:
         return images
-    readable = torch.tensor([i for i in range(len(subset)) if i not in bad])
-    return replace(images.take(readable), skipped={subset.where(i): reason for i, reason in bad.items()})
+    readable = torch.tensor([i for i in range(len(chosen)) if i not in bad])
+    return replace(images.take(readable), skipped={chosen.where(i): reason for i, reason in bad.items()})
 
 
-def decode_source(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, dict[int, str]]:
+def decode_source(
+    source: ImageSource, config: DataConfig, fitting: Fitting | None = None
+) -> tuple[np.ndarray, dict[int, str]]:
     """((N, C, S, S) uint8, position → reason for unreadable files, whose pixels stay black)."""
     if isinstance(source, ArraySource):
         return np.ascontiguousarray(source.images), {}
     from mimir_fast.data.decode import UnreadableImageError
-    from mimir_fast.data.geometry import plan_geometry
-    from mimir_fast.data.loaders.workers import cut
 
-    side, channels = config.image_size, config.channels
-    images, bad = np.zeros((len(source), channels, side, side), np.uint8), {}
+    fit, side = fitting or Fitting(), config.image_size
+    images, bad = np.zeros((len(source), config.channels, side, side), np.uint8), {}
 
     def fill(index: int) -> None:
         try:
@@ -170,17 +219,50 @@ def decode_source(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, 
         except (UnreadableImageError, OSError) as error:
             bad[index] = str(error)
             return
-        one, sizes = np.array([index]), np.array([pixels.shape[:2]])
-        images[index] = cut(pixels, plan_geometry(config, False, 0, one, one, sizes), 0, side, channels)
+        images[index] = fit(pixels, config)
 
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # PIL decodes outside the interpreter's lock
         list(pool.map(fill, range(len(source))))
     return images, bad
 
 
-def _subset(source: ImageSource, indices: np.ndarray) -> ImageSource:
-    if isinstance(source, ArraySource):
-        return ArraySource(source.name, source.images[indices], source.labels[indices], source.classes)
-    if isinstance(source, EncodedSource):
-        return SubsetSource(source, indices)
-    raise TypeError(f"cannot take a part of a {type(source).__name__}")
+Special = Callable[[str, int, Callable[[], EvaluationImages]], EvaluationImages]
+"""(a set's name without its kind, shard, the judged images of the shard) → the set's images of the shard."""
+
+
+class ImageSets:
+    """The sets of images an evaluation measures on, a shard at a time.
+
+    Args:
+        indices: (N,) positions of the judged images.
+        kinds: kind of a set, as before the colon in its name → how its shard is made; `all` and `few:N` are known.
+    """
+
+    def __init__(
+        self, source: ImageSource, config: DataConfig, indices: np.ndarray, num_shards: int, fitting: Fitting,
+        kinds: dict[str, Special] | None = None,
+    ) -> None:  # fmt: skip
+        self.source, self.config, self.indices, self.num_shards = source, config, indices, num_shards
+        self.fitting, self.kinds = fitting, dict(kinds or {})
+        self._kept: dict[tuple[str, int], EvaluationImages] = {}
+
+    def shard(self, name: str, number: int) -> EvaluationImages:
+        """Decoded images; the last two sets that were asked for stay in memory beside `all`."""
+        key = (name, number)
+        if key not in self._kept:
+            kept = [k for k in self._kept if k[0] != "all" or k[1] != number]
+            for old in kept[:-1]:
+                del self._kept[old]
+            self._kept[key] = self._make(name, number)
+        return self._kept[key]
+
+    def _make(self, name: str, number: int) -> EvaluationImages:
+        kind, _, rest = name.partition(":")
+        if kind == "all":
+            return load_from(self.source, self.config, self.indices[number :: self.num_shards], self.fitting)
+        if kind == "few":  # chosen among all judged images, so the same ones for any number of shards
+            count = min(int(rest), len(self.indices))
+            chosen = self.indices[np.arange(count) * len(self.indices) // count]
+            whole = self.shard("all", number)
+            return whole.take(torch.isin(whole.samples, torch.from_numpy(chosen)).nonzero()[:, 0])
+        return self.kinds[kind](rest, number, lambda: self.shard("all", number))

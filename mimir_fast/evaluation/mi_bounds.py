@@ -1,12 +1,17 @@
-"""The bounds between robust error and mutual information (MIMIR, arXiv 2312.04960, Prop. 3.2 and 3.3).
+"""The bounds between disagreement and mutual information (MIMIR, arXiv 2312.04960, Propositions 3.2 and 3.3).
 
-    H(F) − H_b(p_e) − p_e·log2(|F| − 1)  ≤  I(x+δ, z)  ≲  H(F(x_re)) − 2·p_e          in bits
+    H(F(x+δ)) − H_b(p_e) − p_e·log2(|F| − 1)  ≤  I(x+δ, z)  ≲  H(F(x_re)) − 2·p_e          in bits
+    p_e = P( F(x+δ) ≠ F(x_re) )
 
-F is the label, |F| the number of classes, p_e the probability that the classifier errs on x+δ, F(x_re) the class it
-sees in the reconstruction. The left side is Fano's inequality: errors can only be rare if z keeps so much information.
-The right side is the paper's approximation, not a theorem for every model.
+F is the class the classifier sees, |F| the number of classes, x_re the reconstruction that the masked autoencoder makes
+of the attacked image x+δ. The left side is Fano's inequality and holds always. The right side assumes that no
+information is lost on the ways x+δ → F(x+δ) and z → x_re; where it lies below the left side, it does not hold there.
+
+The proof of Prop. 3.3 (Eq. 19) arrives at H(F(x+δ)) − 2·p_e, the proposition (Eq. 18) states H(F(x_re)) − 2·p_e: both
+are computed.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,30 +20,24 @@ from torch import Tensor
 
 def entropy(labels: Tensor, num_classes: int) -> float:
     """Entropy in bits of the empirical distribution of (N,) int64 classes; 0 … log2(num_classes)."""
-    p = torch.bincount(labels, minlength=num_classes).double() / len(labels)
-    return -float(torch.special.xlogy(p, p).sum()) / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+    p = torch.bincount(labels.long(), minlength=num_classes).double() / len(labels)
+    return -float(torch.special.xlogy(p, p).sum()) / math.log(2) + 0.0
 
 
 def binary_entropy(p: float) -> float:
     """H_b(p) in bits, 0 ≤ p ≤ 1."""
-    return entropy_of((p, 1 - p))
+    return -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0) + 0.0
 
 
-def entropy_of(probabilities: tuple[float, ...]) -> float:
-    """Entropy in bits of probabilities that sum to 1."""
-    p = torch.tensor(probabilities, dtype=torch.float64)
-    return abs(float(torch.special.xlogy(p, p).sum() / torch.log(torch.tensor(2.0, dtype=torch.float64))))
-
-
-def lower_bound(label_entropy: float, p_error: float, num_classes: int) -> float:
-    """Bits that z must carry about x+δ if the error is p_error; may be negative, which says nothing.
+def lower_bound(prediction_entropy: float, p_error: float, num_classes: int) -> float:
+    """Bits that z must carry about x+δ if the classes differ with probability p_error; below 0 it says nothing.
 
     Raises:
         ValueError: p_error outside of [0, 1], or fewer than 2 classes.
     """
     _check(p_error, num_classes)
-    rest = p_error * float(torch.log2(torch.tensor(float(num_classes - 1)))) if num_classes > 2 else 0.0
-    return label_entropy - binary_entropy(p_error) - rest
+    rest = p_error * math.log2(num_classes - 1) if num_classes > 2 else 0.0
+    return prediction_entropy - binary_entropy(p_error) - rest
 
 
 def upper_bound(reconstruction_entropy: float, p_error: float) -> float:
@@ -56,32 +55,28 @@ def _check(p_error: float, num_classes: int) -> None:
 
 @dataclass
 class Bounds:
-    """The bounds along an ε–accuracy curve; lists of one length, bits.
+    """The bounds at one radius, bits.
 
     Attributes:
-        eps: radii.
-        p_error: robust error at each.
-        lower, upper: `lower_bound`, `upper_bound`; `upper` takes H(F) where there is no reconstruction to look at.
+        p_error: part of the images whose class differs between the attacked image and its reconstruction.
+        lower: Proposition 3.2.
+        upper: Proposition 3.3 as stated, with H(F(x_re)).
+        upper_of_proof: as its proof ends, with H(F(x+δ)).
     """
 
-    eps: list[float]
-    p_error: list[float]
-    lower: list[float]
-    upper: list[float]
+    p_error: float
+    lower: float
+    upper: float
+    upper_of_proof: float
+
+    @property
+    def crossed(self) -> bool:
+        """The approximate upper bound lies below the certain lower one: its assumption fails here."""
+        return self.upper < self.lower
 
 
-def along_curve(
-    accuracy: dict[float, float], labels: Tensor, num_classes: int, reconstructed: Tensor | None = None
-) -> Bounds:
-    """Bounds at each ε.
-
-    Args:
-        accuracy: ε → robust accuracy.
-        labels: (N,) true classes.
-        reconstructed: (N,) classes seen in the reconstructions, if a masked autoencoder is at hand.
-    """
-    h = entropy(labels, num_classes)
-    h_re = h if reconstructed is None else entropy(reconstructed, num_classes)
-    eps = sorted(accuracy)
-    errors = [1 - accuracy[e] for e in eps]
-    return Bounds(eps, errors, [lower_bound(h, p, num_classes) for p in errors], [upper_bound(h_re, p) for p in errors])
+def bounds_of(attacked: Tensor, reconstructed: Tensor, num_classes: int) -> Bounds:
+    """Both bounds from the classes seen in attacked images and in their reconstructions, (N,) int64 each."""
+    p = float((attacked != reconstructed).double().mean())
+    h, h_re = entropy(attacked, num_classes), entropy(reconstructed, num_classes)
+    return Bounds(p, lower_bound(h, p, num_classes), upper_bound(h_re, p), upper_bound(h, p))

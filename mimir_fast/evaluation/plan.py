@@ -1,77 +1,77 @@
-"""The measurements of a suite: which attack on which images, under which name.
-
-Every measurement gives one number an image and is saved batch by batch (journal.py); a report reads them all.
-"""
+"""What is known before anything is measured: the sections of a report plan their measurements from this."""
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Protocol
 
-from mimir_fast.evaluation.config import SUITES, EvaluateConfig
-from mimir_fast.evaluation.named_attacks import (
-    NamedAttack,
-    make_apgd,
-    make_fgsm,
-    make_pgd,
-    make_pgd_features,
-    make_pgd_mi,
-    make_random_noise,
-    make_square,
-    natural,
-)
+from mimir_fast.evaluation.config import EvaluateConfig, radius_text
+from mimir_fast.evaluation.measure import Measurement, Records
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One attack on one set of images.
+class Setup:
+    """The question and what the model and the images are like.
 
     Attributes:
-        name: of the measurement.
-        attack: what is done.
-        images: `all` of the judged ones, or the few for the `checks`.
-        file: of its journals; suites check on different numbers of images and may share a folder.
+        num_images: judged ones.
+        classes: their names, one a class.
+        has_features: the model shows its features (`forward_features`).
+        has_weights: the model's weights can be moved (no exported program, no plain function).
     """
 
-    name: str
-    attack: NamedAttack
-    images: Literal["all", "checks"]
-    file: str
+    config: EvaluateConfig
+    num_images: int
+    classes: tuple[str, ...]
+    has_features: bool = False
+    has_weights: bool = True
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
+
+    @property
+    def few(self) -> str:
+        """The set of images of the checks."""
+        return f"few:{min(self.config.settings.check_images, self.num_images)}"
+
+    def keep(self, name: str) -> Path | None:
+        """Where attacked images of a measurement go, if they are wanted."""
+        return self.config.folder / "adversarial" / name if self.config.save_adversarial else None
+
+    def curve_radii(self) -> list[float]:
+        """Radii of the ε–accuracy curve, ascending: around the asked one, and on to where no model can stand."""
+        config, suite = self.config, self.config.settings
+        if suite.check_images == 0:
+            return []
+        whole = self.largest_radius()
+        radii = [config.eps, *(factor * config.eps for factor in suite.near), *(part * whole for part in suite.far)]
+        # Told apart by what people read: 12/255 and 1.5 · 8/255 may differ in the last bit.
+        distinct = {radius_text(radius, config.norm): radius for radius in radii if radius <= whole * (1 + 1e-9)}
+        return sorted(distinct.values())
+
+    def largest_radius(self) -> float:
+        """From one corner of [0, 1]^D to the other: nothing is out of reach."""
+        data, norm = self.config.data, self.config.norm
+        size = data.channels * data.image_size**2
+        return {"linf": 1.0, "l2": size**0.5, "l1": float(size)}[norm]
 
 
-def curve_radii(config: EvaluateConfig) -> list[float]:
-    """Radii of the ε–accuracy curve: around the asked one, and on to where no model can stand."""
-    suite, eps = SUITES[config.suite], config.eps
-    radii = sorted({*(factor * eps for factor in suite.near), *suite.far})
-    # Told apart by what is written in file names: 12/255 and 1.5 · 8/255 may differ in the last bit.
-    distinct = {radius_key(radius): radius for radius in [*radii, eps] if radius <= 1}
-    return sorted(distinct.values())
+class Section(Protocol):
+    """A part of the report; one file each.
 
+    `measurements` says what must be known of which images; `summarize` turns the finished records into numbers that
+    JSON can hold (None where the part does not apply); `render` turns these numbers, and nothing else, into HTML.
+    """
 
-def radius_key(radius: float) -> str:
-    """A radius in file names: in grey levels."""
-    return f"{radius * 255:.4g}"
+    NAME: str
+    TITLE: str
 
+    def measurements(self, setup: Setup) -> list[Measurement]:
+        """The passes through the model this part needs."""
 
-def main_attacks(config: EvaluateConfig, has_features: bool) -> list[NamedAttack]:
-    """The attacks of the report's first table."""
-    suite, eps, seed = SUITES[config.suite], config.eps, config.seed
-    attacks = [natural(), make_fgsm(eps), *(make_pgd(eps, k, seed) for k in suite.steps)]
-    if suite.adaptive_steps and has_features:
-        attacks.append(make_pgd_mi(eps, suite.adaptive_steps, seed, config.mi_weight))
-        attacks.append(make_pgd_features(eps, suite.adaptive_steps, seed))
-    return attacks
+    def summarize(self, setup: Setup, records: Records) -> dict[str, Any] | None:
+        """Numbers from finished records."""
 
-
-def plan(config: EvaluateConfig, has_features: bool) -> list[Measurement]:
-    """All per-image measurements, cheap ones first."""
-    suite, eps, seed = SUITES[config.suite], config.eps, config.seed
-    on_few = [(f"check_{a.name}", a) for a in (natural(), make_fgsm(eps), make_random_noise(eps, seed))]
-    on_few.append(("check_apgd50", make_apgd(eps, 50, seed)))
-    on_few += [(f"steps_{k}", make_pgd(eps, k, seed)) for k in suite.check_steps]
-    for radius in curve_radii(config):
-        on_few.append((f"curve_{radius_key(radius)}", make_pgd(radius, suite.curve_steps, seed)))
-        on_few.append((f"noise_{radius_key(radius)}", make_random_noise(radius, seed)))
-    on_few.append(("check_square", make_square(eps, suite.square_queries, seed)))
-    return [
-        *(Measurement(a.name, a, "all", a.name) for a in main_attacks(config, has_features)),
-        *(Measurement(name, a, "checks", f"{name}@{suite.check_images}") for name, a in on_few),
-    ]
+    def render(self, numbers: dict[str, Any]) -> str:
+        """HTML of the numbers."""

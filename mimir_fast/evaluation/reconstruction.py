@@ -1,17 +1,13 @@
-"""The masked autoencoder behind a classifier: loading it, attacking its reconstruction, looking at what it fills in.
+"""The masked autoencoder behind a classifier: loading it, and looking at what it fills in.
 
 Shapes: B images, C channels, S × S pixels, N patches, K kept, M masked, P numbers a patch.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mimir_fast.attacks.adaptive import attack_reconstruction
-from mimir_fast.attacks.threat_model import LinfThreat
-from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.models.weight_files import WeightsError
@@ -34,31 +30,6 @@ def load_masked_autoencoder(source: str | Path) -> tuple[MaskedModel, bool]:
     except WeightsError as error:
         raise ValueError(f"--pretrained {source}: {error}") from error
     return model, bool(objective.get("norm_pix_loss", True))
-
-
-@dataclass
-class ReconstructionReport:
-    """Mean squared error on masked patches, averaged over images."""
-
-    clean: float
-    random: float
-    attacked: float
-    num_images: int
-
-
-def judge_reconstruction(
-    model: MaskedModel, images: EvaluationImages, threat: LinfThreat, *, batch_size: int, device: torch.device,
-    seed: int, norm_pix: bool = True,
-) -> ReconstructionReport:  # fmt: skip
-    """How much an attack on the visible patches hurts, beside random noise of the same size."""
-    totals = torch.zeros(3, dtype=torch.float64)
-    for x, _, samples in images.batches(batch_size, device):
-        errors = attack_reconstruction(
-            model, x, threat, mask_ratio=MASK_RATIO, norm_pix=norm_pix, samples=samples, seed=seed
-        )
-        totals += torch.stack([e.double().sum().cpu() for e in (errors.clean, errors.random, errors.attacked)])
-    clean, random, attacked = (totals / len(images)).tolist()
-    return ReconstructionReport(clean, random, attacked, len(images))
 
 
 @torch.no_grad()

@@ -1,20 +1,23 @@
 """results.json: every number with everything it depends on.
 
-{"format": "mimir_fast.evaluation", "verdict": …, "choices": {…}, "environment": {…}, "images": {…},
- "accuracy": {"natural": {…}, "pgd20": {…}}, "autoattack": {…}, "checks": […], …}
+{"format": "mimir_fast.evaluation", "verdicts": {"robustness": {…}, "validity": {…}}, "choices": {…}, "images": {…},
+ "sections": {"accuracy": {…}, "autoattack": {…}, "masking": {…}, …}, "environment": {…}, "command": "…", …}
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+import shlex
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mimir_fast.evaluation.journal import write_atomically
+from mimir_fast.data.config import DataConfig
+from mimir_fast.evaluation.config import NORM_WORDS, EvaluateConfig
+from mimir_fast.evaluation.measure import write_atomically
 from mimir_fast.versions import environment, version_of
 
 FORMAT = "mimir_fast.evaluation"
-VERSION = 1
-PACKAGES = ("pyautoattack", "numpy", "matplotlib", "corrupt-tta", "robustbench")
+VERSION = 2
+PACKAGES = ("pyautoattack", "numpy", "corrupt-tta", "robustbench", "safetensors", "pillow")
 
 
 @dataclass
@@ -22,50 +25,61 @@ class Results:
     """What an evaluation found.
 
     Attributes:
-        verdict: the conclusion in plain words, one sentence a line.
-        choices: the resolved configuration, preprocessing and attack parameters.
-        environment: versions, machine, commit.
-        images: data set, number, indices in the split, skipped files.
-        accuracy: attack → {"label", "correct", "total", "accuracy", "standard_error", "mean_loss", "parameters",
-            "seconds"}.
-        autoattack: {"version", "correct", "total", "after", "seconds", "warnings", …}, or None when it was left out.
-        checks: gradient-masking verdicts.
-        curve: {"eps": […], "accuracy": […], "noise": […]}.
-        corruptions: {"kind", "accuracy": {corruption: {severity: …}}, "mean", "mce"}, or None.
-        extras: loss surface, MI bounds, reconstruction.
+        verdicts: `robustness` (how much of it) and `validity` (may one believe that): {"kind": good, unsure or bad,
+            "large": the headline, "text": why}.
+        choices: the resolved configuration, preprocessing, weights.
+        images: data set, number, indices in the split, unreadable files by path.
+        sections: a section's name → its numbers (sections/NAME.py).
         notes: what the reader must know before believing a number.
+        environment: versions, machine, commit.
+        command: what to type to repeat it.
+        rows: the result as a row of a Markdown and of a LaTeX table.
     """
 
-    verdict: list[str] = field(default_factory=list)
+    verdicts: dict[str, dict[str, str]] = field(default_factory=dict)
     choices: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
-    accuracy: dict[str, dict[str, Any]] = field(default_factory=dict)
-    autoattack: dict[str, Any] | None = None
-    checks: list[dict[str, Any]] = field(default_factory=list)
-    curve: dict[str, Any] = field(default_factory=dict)
-    corruptions: dict[str, Any] | None = None
-    extras: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    rows: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is written."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     def write(self, path: Path) -> None:
         """Save as JSON, in one step."""
-        write_atomically(path, json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n")
+        write_atomically(path, json.dumps(self.as_dict(), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Results":
         """Load what `write` wrote.
 
         Raises:
-            ValueError: not such a file, or of a newer version.
+            ValueError: not such a file, or of another version.
         """
         saved = json.loads(path.read_text())
         if saved.pop("format", None) != FORMAT:
             raise ValueError(f"{path} is no results.json of an evaluation")
         version = saved.pop("version")
-        if version > VERSION:
-            raise ValueError(f"{path} is version {version}, this code reads up to {VERSION}: update mimir-fast")
+        if version != VERSION:
+            fix = "update mimir-fast" if version > VERSION else "evaluate the model again"
+            raise ValueError(f"{path} is version {version}, this code reads version {VERSION}: {fix}")
         return cls(**saved)
+
+    @property
+    def clean(self) -> dict[str, Any]:
+        """Counts without attack."""
+        found: dict[str, Any] = self.sections["accuracy"]["attacks"]["natural"]
+        return found
+
+    @property
+    def robust(self) -> dict[str, Any]:
+        """Counts under the worst of all attacks."""
+        found: dict[str, Any] = self.sections["accuracy"]["robust"]
+        return found
 
 
 def birth_certificate() -> dict[str, Any]:
@@ -75,35 +89,95 @@ def birth_certificate() -> dict[str, Any]:
     return certificate
 
 
-def headline(results: Results) -> list[str]:
-    """The verdict in plain words: accuracies first, then whether to believe them."""
-    lines: list[str] = []
-    eps = results.choices.get("eps_text", "ε")
-    natural = results.accuracy.get("natural")
-    attacked = {name: entry for name, entry in results.accuracy.items() if entry.get("bounds_robustness")}
-    if natural:
-        lines.append(
-            f"Without attack the model is right on {100 * natural['accuracy']:.1f} % of {natural['total']} images."
-        )
-    if results.autoattack:
-        entry = results.autoattack
-        lines.append(
-            f"Under AutoAttack at ε = {eps} it stays right on {100 * entry['accuracy']:.1f} % of {entry['total']}."
-        )
-    elif attacked:
-        worst = min(attacked.values(), key=lambda entry: entry["accuracy"])
-        lines.append(
-            f"Under the strongest attack tried ({worst['label']}, ε = {eps}) it stays right on "
-            f"{100 * worst['accuracy']:.1f} %. AutoAttack was not run: the true robust accuracy can only be lower."
-        )
-    failed = [check["name"] for check in results.checks if not check["passed"]]
+def robustness_verdict(results: Results) -> dict[str, str]:
+    """How much robustness: per image, over all attacks."""
+    clean, robust, numbers = results.clean, results.robust, results.sections["accuracy"]
+    share, chance = robust["accuracy"], 1 / results.images["classes"]
+    ball = f"{NORM_WORDS[numbers['norm']]}, ε = {numbers['eps_text']}"
+    low, high = (f"{100 * v:.1f}" for v in robust["interval"])
+    text = (
+        f"Without attack the model is right on {100 * clean['accuracy']:.1f} % of {clean['total']} images; under all "
+        f"attacks tried ({ball}) it stays right on {robust['correct']} of {robust['total']} (95 % interval {low} to "
+        f"{high} %). "
+    )
+    if share <= chance:
+        kind, end = "bad", "That is no better than guessing."
+    elif share < clean["accuracy"] / 2:
+        kind, end = "unsure", "More than half of what it knows is lost under attack."
+    else:
+        kind, end = "good", "It keeps at least half of what it knows."
+    return {"kind": kind, "large": f"{100 * share:.1f} % robust accuracy", "text": text + end}
+
+
+def validity_verdict(results: Results) -> dict[str, str]:
+    """Whether the robust accuracy may be believed: the checks, and which attacks stand behind it."""
+    checks = results.sections.get("masking", {}).get("checks", [])
+    failed = [check["name"] for check in checks if not check["passed"]]
+    found = results.sections.get("autoattack")
+    whole = found is not None and found["whole"] and found["total"] == found["images"]
     if failed:
-        lines.append(
-            f"Do not trust the robust numbers yet: {len(failed)} of {len(results.checks)} checks show signs of hidden "
-            f"gradients ({'; '.join(failed)})."
-        )
-    elif results.checks:
-        lines.append(
-            f"None of {len(results.checks)} checks shows signs of hidden gradients: the attacks could do their work."
-        )
-    return lines
+        return {
+            "kind": "bad", "large": "Do not trust it yet",
+            "text": f"{len(failed)} of {len(checks)} checks show signs of hidden gradients: {'; '.join(failed)}. The "
+            "true robustness may be far lower.",
+        }  # fmt: skip
+    passed = f"None of {len(checks)} checks shows signs of hidden gradients. " if checks else "No check was run. "
+    if found is None:
+        rest = "AutoAttack was not run: the true robust accuracy can only be lower."
+    elif not found["whole"]:
+        rest = f"Of AutoAttack only {found['title']} ran: the rest may break more."
+    elif not whole:
+        rest = f"{found['title']} ran on {found['total']} of the {found['images']} images, and may break more."
+    else:
+        rest = f"{found['title']} ran on every image."
+    good = bool(checks) and whole
+    return {
+        "kind": "good" if good else "unsure",
+        "large": "The attacks could do their work" if good else "Not settled" if not checks else "No sign against it",
+        "text": passed + rest,
+    }  # fmt: skip
+
+
+def table_rows(results: Results) -> dict[str, str]:
+    """The result as one row: model, images, ball, natural, each attack, worst case."""
+    numbers = results.sections["accuracy"]
+    name = str(results.choices["checkpoint"])
+    columns = [("natural", results.clean["accuracy"])]
+    columns += [(e["label"], e["accuracy"]) for key, e in numbers["attacks"].items() if key != "natural"]
+    if found := results.sections.get("autoattack"):
+        columns.append((found["title"] + (f" ({found['total']})" if found["total"] < found["images"] else ""),
+                        found["accuracy"]))  # fmt: skip
+    columns.append(("all attacks", results.robust["accuracy"]))
+    head = ["model", "images", "ball", *(label for label, _ in columns)]
+    norm = NORM_WORDS[numbers["norm"]]
+    row = [name, str(results.clean["total"]), f"{norm} {numbers['eps_text']}", *(f"{100 * v:.1f}" for _, v in columns)]
+    markdown = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), row))
+    ball = {"linf": r"\ell_\infty", "l2": r"\ell_2", "l1": r"\ell_1"}[numbers["norm"]]
+    plain = name.replace("\\", "/").replace("_", r"\_").replace("&", r"\&")
+    tex = [plain, row[1], f"${ball}$ ${numbers['eps_text']}$", *row[3:]]
+    latex = "% " + " & ".join(head) + "\n" + " & ".join(tex) + r" \\"
+    return {"markdown": markdown, "latex": latex}
+
+
+def command_of(config: EvaluateConfig) -> str:
+    """The command that repeats an evaluation: all that differs from the defaults."""
+    words = ["python", "-m", "mimir_fast.evaluate", "--checkpoint", config.checkpoint]
+
+    def add(prefix: str, value: Any, default: Any) -> None:
+        for known in fields(value):
+            mine, usual = getattr(value, known.name), getattr(default, known.name)
+            if known.name in ("checkpoint", "data") or mine == usual or mine is None or known.name == "overwrite":
+                continue
+            flag = f"--{prefix}{known.name}"
+            if isinstance(mine, bool):
+                words.append(flag if mine else f"--{prefix}no_{known.name}")
+            elif isinstance(mine, tuple):
+                words.extend([flag, *map(str, mine)])
+            elif known.name == "eps":
+                words.extend([flag, config.eps_text])
+            else:
+                words.extend([flag, str(mine)])
+
+    add("", config, EvaluateConfig(config.checkpoint))
+    add("data.", config.data, DataConfig())
+    return shlex.join(words)

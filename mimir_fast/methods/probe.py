@@ -1,8 +1,10 @@
 """The probe of every epoch: natural, FGSM and PGD accuracy on a fixed subset, and an alarm.
 
-Not an evaluation (that is `python -m mimir_fast.evaluate`): a few hundred images, enough to see whether training works
-and to notice catastrophic overfitting, in which single-step adversarial training learns to fool the single step: FGSM
-accuracy is high while PGD accuracy falls to zero (Wong et al., arXiv 2001.03994, §5.4).
+Its images are held out of the *training* split, because it chooses the best checkpoint: chosen on test images, that
+checkpoint's test accuracy would be flattered. Not an evaluation (that is `python -m mimir_fast.evaluate`): a few
+hundred images, enough to see whether training works and to notice catastrophic overfitting, in which single-step
+adversarial training learns to fool the single step: FGSM accuracy is high while PGD accuracy falls to zero (Wong et
+al., arXiv 2001.03994, §5.4).
 """
 
 from collections.abc import Iterable
@@ -26,7 +28,8 @@ class ProbeConfig:
     """The probe of every epoch."""
 
     num_images: int = 512
-    """Test images it looks at, over all ranks; 0 is off."""
+    """Training images it looks at, over all ranks, evenly spaced and never trained on; at most a tenth of the training
+    split. 0 is off: everything is trained on, and no checkpoint is called the best."""
     num_steps: int = 10
     """PGD steps."""
     batch_size: int = 128
@@ -86,7 +89,7 @@ def probe(
         dist.all_reduce(counts)
     natural, single, robust, total = counts.tolist()
     if total == 0:
-        raise ValueError("the probe got no images: give it a non-empty test split, or --probe.num_images 0")
+        raise ValueError("the probe got no images: give it more training images, or --probe.num_images 0")
     return ProbeResult(natural / total, single / total, robust / total, total)
 
 

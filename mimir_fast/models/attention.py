@@ -1,70 +1,84 @@
-"""The one seam through which all attention goes.
+"""The one seam through which all attention goes: the kernel that measured fastest here for these shapes.
 
-On CUDA xformers' `memory_efficient_attention` where it really works: its own binary often does not load on a current
-torch, and its kernels differ in what they take, so a small call for each head dim finds out. On the CPU a kernel of
-ours for the small heads of the light decoder. PyTorch's scaled_dot_product_attention everywhere else.
+`attention_kernels.py` has the candidates, `attention_choice.py` the stopwatch. MIMIR_FAST_ATTENTION pins one by name:
+`sdpa`, `plain`, `native`, `xformers`, `cudnn`, `flash` or `efficient`; where the pinned one cannot run, `sdpa` does.
 Shapes: B batch, T query tokens, S key tokens, H heads, E head dim.
 """
 
+import operator
 import os
-from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mimir_fast.ops import small_head_attention
+from mimir_fast.models.attention_choice import Seconds, fastest
+from mimir_fast.models.attention_kernels import CANDIDATES, KERNELS, Situation
+from mimir_fast.models.attention_kernels import xformers_failure as xformers_failure
 
-_CHOICES = ("auto", "xformers", "sdpa")
-
-
-@cache
-def xformers_failure(head_dim: int = 64) -> str | None:
-    """Why xformers cannot be used here for heads of that many numbers, or None when it can."""
-    if not torch.cuda.is_available():
-        return "xformers has no attention operator for CPU"
-    try:
-        from xformers.ops import memory_efficient_attention
-
-        with torch.inference_mode(False), torch.enable_grad():  # whoever asks first may be evaluating
-            q = torch.zeros(1, 8, 2, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            memory_efficient_attention(q, q, q).sum().backward()
-    except Exception as error:  # a broken binary fails in many ways; any of them means SDPA
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    return None
-
-
-def attention_backend(device: torch.device, head_dim: int = 64) -> str:
-    """`xformers` or `sdpa`: what `attention` runs on this device. MIMIR_FAST_ATTENTION=auto|xformers|sdpa overrides.
-
-    Args:
-        head_dim: 64 in the papers' encoders.
-    Raises:
-        ValueError: the variable has another value.
-        RuntimeError: xformers is demanded and does not work.
-    """
-    wanted = os.environ.get("MIMIR_FAST_ATTENTION", "auto")
-    if wanted not in _CHOICES:
-        raise ValueError(f"MIMIR_FAST_ATTENTION={wanted!r}, wanted one of {', '.join(_CHOICES)}")
-    if wanted == "sdpa" or (wanted == "auto" and device.type != "cuda"):
-        return "sdpa"
-    failure = xformers_failure(head_dim)
-    if failure is None:
-        return "xformers"
-    if wanted == "xformers":
-        raise RuntimeError(f"MIMIR_FAST_ATTENTION=xformers, but it does not work here: {failure}")
-    return "sdpa"
+_chosen: dict[tuple[str, Situation], tuple[str, Seconds]] = {}
 
 
 def attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
     """softmax(q kᵀ/√E) v, as (B, T, H, E)."""
-    # xformers has no fp32 tensor-core kernel worth having and none for double: those go to SDPA.
-    eager_half = q_BTHE.dtype in (torch.float16, torch.bfloat16) and not torch.compiler.is_compiling()
-    if eager_half and attention_backend(q_BTHE.device, q_BTHE.shape[-1]) == "xformers":
-        from xformers.ops import memory_efficient_attention
+    (_, T, H, E), S = q_BTHE.shape, k_BSHE.shape[1]
+    backward = torch.is_grad_enabled() and (q_BTHE.requires_grad or k_BSHE.requires_grad or v_BSHE.requires_grad)
+    if torch.compiler.is_compiling():
+        # The kernel is a constant of the graph, and so are the lengths it follows from (`index`: not symbolic).
+        lengths = operator.index(T), operator.index(S), operator.index(H), operator.index(E)
+        name = _constant_choice(q_BTHE.device, q_BTHE.dtype, *lengths, backward, True)
+    else:
+        name = _choice(q_BTHE.device, q_BTHE.dtype, T, S, H, E, backward, False)
+    return KERNELS[name](q_BTHE, k_BSHE, v_BSHE)
 
-        return memory_efficient_attention(q_BTHE, k_BSHE, v_BSHE)
-    if small_head_attention.takes(q_BTHE, k_BSHE, v_BSHE):
-        return small_head_attention.small_head_attention(q_BTHE, k_BSHE, v_BSHE)
-    out = F.scaled_dot_product_attention(q_BTHE.transpose(1, 2), k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2))
-    return out.transpose(1, 2)
+
+def attention_backend(device: torch.device, head_dim: int = 64) -> str:
+    """The kernel MIMIR_FAST_ATTENTION pins for this device, or `fastest measured` when each shape finds its own.
+
+    Args:
+        head_dim: 64 in the papers' encoders; only xformers asks.
+    Raises:
+        ValueError: the variable has an unknown value.
+        RuntimeError: xformers is pinned and does not work here.
+    """
+    wanted = _wanted()
+    if wanted == "xformers" and (failure := xformers_failure(head_dim)) is not None:
+        raise RuntimeError(f"MIMIR_FAST_ATTENTION=xformers, but it does not work here: {failure}")
+    return "fastest measured" if wanted == "auto" else wanted
+
+
+def attention_choices() -> list[str]:
+    """One line for each situation met so far in this process: the kernel chosen, and the milliseconds of each."""
+    lines = []
+    for (_, situation), (name, seconds) in _chosen.items():
+        times = ", ".join(f"{other} {1e3 * s:.3g}" for other, s in sorted(seconds.items(), key=lambda item: item[1]))
+        lines.append(f"{situation}: {name}" + (f" (ms: {times})" if times else ""))
+    return lines
+
+
+def _choice(
+    device: torch.device, dtype: torch.dtype, T: int, S: int, H: int, E: int, backward: bool, compiled: bool
+) -> str:
+    """The kernel's name; after the first call for a situation it is a look-up."""
+    key = _wanted(), Situation(device, dtype, T, S, H, E, backward, compiled)
+    if key not in _chosen:
+        _chosen[key] = _decide(*key)
+    return _chosen[key][0]
+
+
+# For torch.compile: run while tracing, its answer becomes part of the graph.
+_constant_choice = torch.compiler.assume_constant_result(_choice)
+
+
+def _decide(wanted: str, situation: Situation) -> tuple[str, Seconds]:
+    if wanted == "auto":
+        return fastest(situation)
+    attention_backend(situation.device, situation.head_dim)  # says so if xformers is demanded and broken
+    pinned = next(c for c in CANDIDATES if c.name == wanted)
+    return (wanted if pinned.takes(situation) else "sdpa"), {}
+
+
+def _wanted() -> str:
+    wanted = os.environ.get("MIMIR_FAST_ATTENTION", "auto")
+    if wanted != "auto" and wanted not in KERNELS:
+        raise ValueError(f"MIMIR_FAST_ATTENTION={wanted!r}, wanted one of auto, {', '.join(KERNELS)}")
+    return wanted

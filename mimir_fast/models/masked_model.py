@@ -1,7 +1,8 @@
 """A masked model: an encoder that sees the visible patches of a view, and a decoder that predicts the others.
 
 It works in patch space: a view holds visible patches, not images; nothing walks back to pixels between attack, encoder
-and loss. A view says of which domain its pixels are (AEMIM's clean and adversarial streams). With the linear decoder the encoder runs at full length, over visible and mask tokens (SimMIM).
+and loss. A view says of which domain its pixels are (AEMIM's clean and adversarial streams). With the linear decoder
+the encoder runs at full length, over visible and mask tokens (SimMIM).
 
 Parameter names and shapes are those of MAE and of the MIMIR authors, so their checkpoints load strictly.
 Shapes: B batch, N patches, K kept, M masked, P = p·p·C numbers a patch, D encoder width.

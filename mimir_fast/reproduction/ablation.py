@@ -109,8 +109,7 @@ def run_ablation(ablation: Ablation, *, say: Say = print) -> list[CellResult]:
                 continue
             say(f"[{number}/{len(cells)}] {row.title}, seed {seed}")
             result = run_cell(row, seed, ablation, folder)
-            with ablation.results.open("a") as file:
-                file.write(json.dumps(asdict(result)) + "\n")
+            append_result(ablation.results, result)
             say(f"    {_in_words(result)}   {sum(result.seconds.values()):.0f} s")
     return read_results(ablation.results)
 
@@ -147,6 +146,18 @@ def penalty_shares(row: Row, config: PretrainConfig) -> dict[str, float]:
     share = {"init": gradient_share(row.penalty, model, batch)}
     model.load_state_dict(read_weights(config.folder, "model").tensors)
     return share | {"trained": gradient_share(row.penalty, model, batch)}
+
+
+def append_result(path: Path, result: CellResult) -> None:
+    """Add a line; what a kill left of the one before is ended first, or this one would be lost with it."""
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # two processes share the cells, and this file
+        file.seek(0, 2)
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write((json.dumps(asdict(result)) + "\n").encode())
 
 
 def read_results(path: Path) -> list[CellResult]:

@@ -6,26 +6,24 @@ it was.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mimir_fast.checkpoints.reading import checkpoints_of, read_meta
 from mimir_fast.data import DataConfig, build_source
-from mimir_fast.evaluation.accuracy import Count, measure
-from mimir_fast.evaluation.autoattack import run_autoattack
-from mimir_fast.evaluation.images import choose_indices, load_images
-from mimir_fast.evaluation.job import weights_digest
-from mimir_fast.evaluation.named_attacks import make_fgsm, make_pgd, natural
-from mimir_fast.models.classifier import load_classifier
-from mimir_fast.training.distributed import start_world
+from mimir_fast.evaluation.autoattack import ATTACKS
+from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.measure import Count
+from mimir_fast.evaluation.results import Results
+from mimir_fast.evaluation.run import evaluate
 from mimir_fast.training.finetuning import FinetuneConfig, finetune
 from mimir_fast.training.pretraining import PretrainConfig, pretrain
 
 Say = Callable[[str], None]
 
-# AutoAttack *standard*, in its order; the first two are gradient attacks and break nearly all that falls.
-AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+AUTOATTACK = ATTACKS["standard"]
 APGD_PART = AUTOATTACK[:2]
+"""The gradient attacks break nearly all that falls."""
 
 
 class Interrupted(Exception):
@@ -57,7 +55,7 @@ def steps_done(run: Path) -> int:
 
 @dataclass(frozen=True)
 class Judge:
-    """By what a classifier is judged.
+    """By what a classifier is judged: the suite `table` on these images.
 
     Attributes:
         eps: radius of the L∞ ball, images in [0, 1].
@@ -78,40 +76,40 @@ class Judge:
     @property
     def autoattack_title(self) -> str:
         """What the last column may be called: AutoAttack only where all of it ran."""
-        return "AutoAttack" if self.autoattack == AUTOATTACK else "APGD-CE + APGD-T"
+        return "AutoAttack" if set(self.autoattack) == set(AUTOATTACK) else "APGD-CE + APGD-T"
+
+    def suite(self, run: Path, data: DataConfig, folder: Path, device: str = "auto") -> EvaluateConfig:
+        """The evaluation of a run's last weights."""
+        return EvaluateConfig(
+            str(run), "table", replace(data, limit=None), "last", eps=self.eps, limit=self.num_images,
+            batch_size=self.batch_size, output_dir=str(folder), seed=self.seed, device=device,
+            autoattack="yes" if self.autoattack_images else "no", autoattack_images=self.autoattack_images or None,
+            autoattack_attacks=() if self.autoattack == AUTOATTACK else self.autoattack,
+        )  # fmt: skip
 
 
 def judge(run: Path, data: DataConfig, rules: Judge, folder: Path, *, device: str = "auto") -> dict[str, Count]:
     """Accuracies of the run's last weights on test images; goes on where an interrupted call ended.
 
     Args:
-        folder: where progress is kept, batch by batch.
+        folder: of the evaluation: progress, results.json, report.html.
     Returns:
-        `natural`, `fgsm`, `pgd20` and `autoattack`. An image that PGD-20 broke but AutoAttack did not counts as
-        standing in the latter: the columns are independent measurements.
+        see `counts_of`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    device_of = start_world(device).device
-    model = load_classifier(run).to(device_of)
-    source = build_source(data, "test")
-    images = load_images(data, choose_indices(source, rules.num_images, None))
-    identity = {"weights": weights_digest(model), "count": len(images)}
-    found: dict[str, Count] = {}
-    for attack in (natural(), make_fgsm(rules.eps), make_pgd(rules.eps, 20, rules.seed)):
-        record = measure(
-            model, images, attack.run, batch_size=rules.batch_size, device=device_of,
-            journal=folder / f"{attack.name}.jsonl", settings=identity | attack.parameters,
-        )  # fmt: skip
-        correct = record.tensor("correct")
-        found[attack.name] = Count(int(correct.sum()), len(correct))
-    if rules.autoattack_images:
-        few = images.evenly(rules.autoattack_images)
-        progress = run_autoattack(
-            model, few, rules.eps, batch_size=rules.batch_size, device=device_of, state=folder / "autoattack.json",
-            seed=rules.seed, attacks=rules.autoattack, settings=identity,
-        )  # fmt: skip
-        found["autoattack"] = Count(len(progress.standing()), len(few))
-    return found
+    return counts_of(evaluate(rules.suite(run, data, folder, device), say=lambda line: None))
+
+
+def counts_of(results: Results) -> dict[str, Count]:
+    """`natural`, `fgsm`, `pgd20`, `autoattack` where it ran, and `worst`: right under all of them, image by image.
+
+    The first columns are independent measurements: an image that PGD-20 broke and AutoAttack did not stands in the
+    latter; `worst` is the one number to quote.
+    """
+    entries = dict(results.sections["accuracy"]["attacks"])
+    if found := results.sections.get("autoattack"):
+        entries["autoattack"] = found
+    entries["worst"] = results.robust
+    return {name: Count(entry["correct"], entry["total"]) for name, entry in entries.items()}
 
 
 class Stopwatch:

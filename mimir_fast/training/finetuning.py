@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mimir_fast.checkpoints.reading import checkpoints_of
 from mimir_fast.data import Batch, DataConfig, build_loader, build_source
 from mimir_fast.data.loaders import Loader
+from mimir_fast.data.sources.held_out import hold_out
 from mimir_fast.methods.classification import ClassificationConfig
 from mimir_fast.methods.probe import ProbeConfig, probe
 from mimir_fast.methods.registry import convert, find_method
@@ -56,6 +57,8 @@ class FinetuneConfig:
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=finetune_run)
 
     def __post_init__(self) -> None:
+        # What the probe looks at is not trained on: the best checkpoint is chosen without a test image.
+        self.data = replace(self.data, hold_out=self.probe.num_images)
         entry = find_method("finetune", self.method)
         self.objective = convert(self.objective, entry.config)
         check_method(self.model.architecture(self.data.image_size, self.data.channels), self.method)
@@ -148,7 +151,8 @@ class Finetuning:
 
 
 def probe_data(config: FinetuneConfig, world: World) -> tuple[Loader | None, int]:
-    """This rank's share of the probe's images (None when it is off), and the number of classes.
+    """This rank's share of the probe's images, which are held out of the training split (None when the probe is off or
+    the split is too small to spare any), and the number of classes.
 
     Raises:
         ValueError: missing labels, or the splits differ in their classes.
@@ -163,11 +167,12 @@ def probe_data(config: FinetuneConfig, world: World) -> tuple[Loader | None, int
     if (train.labels < 0).any():
         raise ValueError(f"{train.name} has samples without labels: fine-tuning needs a labelled data set")
     # The same number of images on every rank, or a sharded model would wait for a rank that is done.
-    count = min(config.probe.num_images, len(test)) // world.size * world.size
+    whole = build_source(replace(config.data, limit=None, hold_out=0), "train")
+    count = len(hold_out(len(whole), config.data.hold_out)[1]) // world.size * world.size
     if count == 0:
         return None, train.num_classes
     loader = build_loader(
-        replace(config.data, limit=count, generated=None), split="test", batch_size=config.probe.batch_size,
+        replace(config.data, limit=count, generated=None), split="held_out", batch_size=config.probe.batch_size,
         device=world.device, rank=world.rank, world_size=world.size,
     )  # fmt: skip
     return loader, train.num_classes

@@ -11,6 +11,8 @@ from mimir_fast.attacks.pgd import pgd, random_start
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.ops.hsic import hsic
+from mimir_fast.ops.nhsic import nhsic
+from mimir_fast.ops.renyi_mi import renyi_mi
 
 THREAT = LinfThreat(EPS, EPS / 4, 10)
 
@@ -32,9 +34,27 @@ def test_pgd_mi_raises_the_mutual_information(small_model, digits) -> None:
     def information(x: Tensor) -> float:
         return float(hsic(x, small_model.forward_features(x)))
 
-    heavy = pgd_mi(small_model, images, labels, THREAT, weight=1e9)
+    heavy = pgd_mi(small_model, images, labels, THREAT, weight=1e9, estimator=hsic)
     assert information(heavy) > 1.02 * information(pgd(small_model, images, labels, THREAT))
     assert information(heavy) > information(images)
+
+
+def test_balanced_weight_makes_both_gradients_equal(small_model, digits) -> None:
+    """At λ = 1e-5 HSIC is lost in rounding: the attack is PGD, bit for bit nearly everywhere; balanced it is not."""
+    images, labels = digits
+    plain = pgd(small_model, images, labels, THREAT)
+    faint = pgd_mi(small_model, images, labels, THREAT, weight=1e-5, estimator=hsic)
+    heard = pgd_mi(small_model, images, labels, THREAT, weight="balanced", estimator=hsic)
+    assert (faint != plain).float().mean() < 0.02
+    assert (heard != plain).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("estimator", [nhsic, hsic, renyi_mi], ids=lambda f: f.__name__)
+def test_an_image_alone_in_its_batch_is_attacked_by_cross_entropy(small_model, digits, estimator) -> None:
+    """129 images in batches of 128 end so."""
+    images, labels = digits[0][:1], digits[1][:1]
+    found = pgd_mi(small_model, images, labels, THREAT, weight=1.0, estimator=estimator)
+    torch.testing.assert_close(found, pgd(small_model, images, labels, THREAT))
 
 
 def test_pgd_features_moves_features_further_than_noise_or_pgd(small_model, digits) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mimir_fast.data import DataConfig, build_loader
+from mimir_fast.data.npz import map_member
 from mimir_fast.data.sources import MissingDataError
-from mimir_fast.data.sources.edm import map_member, open_npz
+from mimir_fast.data.sources.edm import open_npz
 
 
 def generated_images(count: int, side: int = 32, channels: int = 1) -> np.ndarray:

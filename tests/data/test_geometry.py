@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mimir_fast.data import DataConfig
+from mimir_fast.data.crop import cut, to_grey
 from mimir_fast.data.geometry import draw_box, draw_mirror, draw_shift, plan_geometry
 from mimir_fast.data.loaders.base import to_channels
 from mimir_fast.data.loaders.resident import shift_and_mirror
-from mimir_fast.data.loaders.workers import cut
+from mimir_fast.ops.crop_resize import crop_resize_reference
 
 MANY = np.arange(20_000)
 NOW = np.zeros_like(MANY)
@@ -76,13 +77,13 @@ def test_evaluation_is_resize_256_and_centre_crop_224(shape):
     geometry = plan_geometry(DataConfig(image_size=224), False, 0, MANY[:1], NOW[:1], np.array([shape]))
     bicubic = transforms.InterpolationMode.BICUBIC
     theirs = transforms.CenterCrop(224)(transforms.Resize(256, bicubic)(Image.fromarray(pixels)))
-    assert (cut(pixels, geometry, 0, 224, 3) == np.asarray(theirs).transpose(2, 0, 1)).all()
+    assert (cut([pixels], geometry, 224, 3)[0].numpy() == np.asarray(theirs).transpose(2, 0, 1)).all()
 
 
 def test_an_image_of_the_right_size_is_left_alone_in_evaluation():
     pixels = np.random.Generator(np.random.Philox(2)).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     geometry = plan_geometry(DataConfig(image_size=32), False, 0, MANY[:1], NOW[:1], np.array([[32, 32]]))
-    assert (cut(pixels, geometry, 0, 32, 3) == pixels.transpose(2, 0, 1)).all()
+    assert (cut([pixels], geometry, 32, 3)[0].numpy() == pixels.transpose(2, 0, 1)).all()
 
 
 @pytest.mark.parametrize("shape", [(64, 3, 32, 32), (5, 1, 7, 7), (1, 3, 1, 1), (0, 3, 8, 8)], ids=str)
@@ -110,3 +111,22 @@ def test_grey_and_colour():
         assert (image[0].numpy() == np.asarray(theirs)).all()
     assert torch.equal(to_channels(grey, 3), grey.expand(-1, 3, -1, -1))
     assert to_channels(colour, 3) is colour
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_crops_of_several_pictures_are_pils_within_one_level(channels):
+    """Only a box and its margin are copied, so a weight's last bit can differ from PIL's on the whole picture."""
+    rng = np.random.Generator(np.random.Philox(3))
+    pictures = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((90, 70, 3), (41, 160, 1), (300, 280, 3))]
+    sizes = np.array([picture.shape[:2] for picture in pictures])
+    for epoch in range(6):
+        config, now = DataConfig(image_size=40, augment="resized_crop"), np.full(3, epoch)
+        geometry = plan_geometry(config, True, 1, np.arange(3), now, sizes)
+        got = cut(pictures, geometry, 40, channels).numpy().astype(int)
+        whole = [picture if picture.shape[2] == channels else np.repeat(picture, 3, 2) if channels == 3 else
+                 to_grey(picture) for picture in pictures]  # fmt: skip
+        plan = np.concatenate([sizes, geometry.box, geometry.size, geometry.anchor, geometry.mirror[:, None]], axis=1)
+        for row, picture in enumerate(whole):
+            one = torch.from_numpy(np.concatenate([[0], plan[row]]).astype(np.int64))[None]
+            wanted = crop_resize_reference(torch.from_numpy(np.ascontiguousarray(picture)).flatten(), one, 40, channels)
+            assert np.abs(got[row] - wanted[0].numpy().astype(int)).max() <= 1

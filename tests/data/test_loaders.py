@@ -137,6 +137,24 @@ def test_state_of_another_stream_is_refused(config):
         take(config, 1, start={**state, "num_samples": 1000})
 
 
+def test_a_few_files_gone_or_come_do_not_end_a_run(caplog):
+    """`repair or remove them` is what the message about bad files says; resuming must then work, and say so."""
+    config = DataConfig(limit=1000)
+    _, state = take(config, 3)
+    batches, _ = take(DataConfig(limit=995), 1, start=state)
+    assert "had 1000 samples when this run was saved and has 995 now" in caplog.text
+    assert len(batches[0].samples) == 4
+    with pytest.raises(ValueError, match="num_samples = 1000, this one has 900"):
+        take(DataConfig(limit=900), 1, start=state)
+
+
+def test_a_stream_that_another_version_ordered_is_gone_on_with_and_said(caplog):
+    _, state = take(DataConfig(), 3)
+    del state["order"]
+    take(DataConfig(), 1, start=state)
+    assert "saved under another order of samples" in caplog.text
+
+
 def test_state_within_an_accumulated_step_needs_the_same_cut(config):
     whole, _ = take(config, 6, batch_size=2, accum_iter=3)
     _, state = take(config, 2, batch_size=2, accum_iter=3)

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimir_fast.data.order import BatchPlan, Cursor, MixedOrder, SampleOrder, micro_batch_size, permutation
+from mimir_fast.data.order import (
+    BatchPlan,
+    Cursor,
+    KeyStream,
+    MixedOrder,
+    SampleOrder,
+    micro_batch_size,
+    shuffled,
+)
 
 
 def stream(order, plan, steps, cursor=None):
@@ -17,26 +25,76 @@ def stream(order, plan, steps, cursor=None):
     return np.stack(rows), cursor
 
 
+def permutation(num, seed=0, epoch=0, **options):
+    return shuffled(np.arange(num), num, seed, epoch, **options)
+
+
 @given(num=st.integers(1, 300), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 10_000))
 @settings(deadline=None, max_examples=50)
 def test_a_permutation_holds_every_sample_once(num, seed, epoch):
     assert sorted(permutation(num, seed, epoch)) == list(range(num))
 
 
-def test_permutations_differ_by_epoch_and_seed_and_are_uniform():
-    first = permutation(1000, 0, 0)
-    assert (first == permutation(1000, 0, 0)).all()
-    assert (first == permutation(1000, 0, 1)).mean() < 0.02
-    assert (first == permutation(1000, 1, 0)).mean() < 0.02
-    counts = np.zeros((4, 4))
+def test_a_part_of_a_permutation_costs_only_that_part():
+    """No list of all samples: a place in an epoch of 2^50 samples is found at once."""
+    whole = permutation(1000)
+    assert (shuffled(np.arange(300, 310), 1000, 0, 0) == whole[300:310]).all()
+    far = shuffled(np.array([0, 2**50 - 1]), 2**50, 0, 0)
+    assert (far >= 0).all() and (far < 2**50).all()
+
+
+def test_permutations_differ_by_epoch_seed_and_part_and_are_uniform():
+    first = permutation(1000)
+    assert (first == permutation(1000)).all()
+    for other in ({"epoch": 1}, {"seed": 1}, {"part": 1}, {"stream": 6}):
+        assert (first == permutation(1000, **other)).mean() < 0.02
+    counts, orders = np.zeros((4, 4)), set()
     for epoch in range(4000):
-        counts[permutation(4, 0, epoch), np.arange(4)] += 1
+        order = permutation(4, epoch=epoch)
+        counts[order, np.arange(4)] += 1
+        orders.add(tuple(order))
     assert np.abs(counts / 4000 - 0.25).max() < 0.03  # each sample at each place: 4.4 standard deviations
+    assert len(orders) == 24  # odd and even ones
+
+
+def test_neighbours_are_parted():
+    order = permutation(100_000)
+    assert (np.abs(np.diff(order)) == 1).sum() < 12  # 2 are expected
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.02
 
 
 def test_the_order_never_changes():
     """A resumed run must see the old order, so these values are part of the format."""
-    assert permutation(8, seed=0, epoch=0).tolist() == [7, 5, 2, 3, 4, 0, 6, 1]
+    assert permutation(8).tolist() == [4, 2, 7, 6, 1, 0, 3, 5]
+    assert SampleOrder(1000, seed=3, block=4).at(0, 4)[0].tolist() == [813, 70, 855, 64]
+
+
+@given(num=st.integers(1, 700), block=st.integers(1, 9), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_blocks_hold_every_sample_once(num, block, seed, epoch):
+    samples, epochs = SampleOrder(num, seed, block=block).at(epoch * num, (epoch + 1) * num)
+    assert sorted(samples) == list(range(num)) and (epochs == epoch).all()
+
+
+def test_blocks_are_read_a_window_at_a_time():
+    """64 blocks of 4 make a window: it touches 64 runs of neighbours, and another epoch touches other ones."""
+    order = SampleOrder(10_000, block=4)
+    windows = [set(order.at(start, start + 256)[0] // 4) for start in (0, 256, 10_000)]
+    assert all(len(window) == 64 for window in windows)
+    assert not windows[0] & windows[1] and len(windows[0] & windows[2]) < 16
+    first = order.at(0, 256)[0]
+    assert (np.diff(first) == 1).mean() < 0.1  # shuffled within the window
+
+
+def test_a_key_stream_is_the_plan_and_the_order():
+    keys = KeyStream(SampleOrder(10, seed=1), BatchPlan(4, stop=10))
+    assert [key[0].tolist() for key in keys] == [SampleOrder(10, seed=1).at(*span)[0].tolist() for span in
+                                                 ((0, 4), (4, 8), (8, 10))]  # fmt: skip
+    assert (keys.after(1)[0][0] == keys[1][0]).all() and keys.has(2) and not keys.has(3)
+    with pytest.raises(IndexError, match="no micro-batch 3"):
+        keys[3]
+    ends = [list(KeyStream(SampleOrder(2), BatchPlan(1, rank, 4, stop=2))) for rank in range(4)]
+    assert sorted(len(keys) for keys in ends) == [0, 0, 1, 1]  # a rank's share can be empty
 
 
 @given(

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.threat_model import LinfThreat
-from mimir_fast.evaluation.job import weights_digest
-from mimir_fast.evaluation.models import FromProbabilities, Normalized, load_model
+from mimir_fast.evaluate import config_from
+from mimir_fast.evaluation.adapters import FromProbabilities, JudgedModel, Normalized, load_model
 from mimir_fast.evaluation.sanity import inspect_model
 
 CPU = torch.device("cpu")
@@ -29,8 +29,8 @@ def test_torch_export_and_torchscript_files_are_attacked_like_the_original(small
     wanted = pgd(small_model, IMAGES, labels, threat, mode="eval")
     for name, kind in (("m.pt2", "torch.export"), ("m.torchscript", "TorchScript")):
         judged = load_model(str(tmp_path / name), num_classes=10, device=CPU)
-        assert judged.kind == kind
-        assert weights_digest(judged.module) != weights_digest(nn.Flatten()), "its weights are seen"
+        assert judged.kind == kind and judged.opaque, "no surface of weights that cannot be moved"
+        assert judged.digest() != JudgedModel(nn.Flatten(), "", "").digest(), "its weights are seen"
         torch.testing.assert_close(pgd(judged.module, IMAGES, labels, threat, mode="eval"), wanted)
 
 
@@ -50,6 +50,7 @@ def test_timm_models_get_their_normalisation_inside() -> None:
     timm = pytest.importorskip("timm")
     judged = load_model("timm:vit_tiny_patch16_224@random", num_classes=7, device=CPU)
     assert judged.notes == ["the weights are random: nothing was trained"]
+    assert judged.made_for == {"image_size": 224, "crop": 0.9, "interpolation": "bicubic"}
     assert isinstance(judged.module, Normalized)
     images = torch.rand(2, 3, 224, 224)
     config = timm.get_pretrained_cfg("vit_tiny_patch16_224")
@@ -60,7 +61,8 @@ def test_timm_models_get_their_normalisation_inside() -> None:
     torch.testing.assert_close(judged.module.forward_head(judged.module.forward_features(images)), wanted)
 
 
-def test_timm_without_network_says_that_the_weights_are_random(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_without_network_judges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights would be judged as if they were the model."""
     timm = pytest.importorskip("timm")
     create = timm.create_model
 
@@ -70,8 +72,86 @@ def test_timm_without_network_says_that_the_weights_are_random(monkeypatch: pyte
         return create(name, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    judged = load_model("timm:resnet18", num_classes=10, device=CPU)
-    assert "RANDOM" in judged.notes[0] and "no route to host" in judged.notes[0]
+    with pytest.raises(ImportError, match=r"no route to host.*@random"):
+        load_model("timm:resnet18", num_classes=10, device=CPU)
+
+
+def test_timm_models_bring_their_size_and_hear_of_another() -> None:
+    pytest.importorskip("timm")
+    assert config_from(["--checkpoint", "timm:vit_tiny_patch16_384"]).data.image_size == 384
+    assert config_from(["--checkpoint", "timm:vit_tiny_patch16_384", "--data.image_size", "32"]).data.image_size == 32
+    judged = load_model("timm:vit_tiny_patch16_224@random", num_classes=10, device=CPU, image_size=32)
+    assert "judged at 32², made for 224²" in judged.notes
+    assert judged.module(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_own_normalisation_takes_the_place_of_the_models() -> None:
+    pytest.importorskip("timm")
+    options = {"num_classes": 7, "device": CPU}
+    plain = load_model("timm:resnet18@random", **options)
+    asked = load_model("timm:resnet18@random", **options, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
+    asked.module.model.load_state_dict(plain.module.model.state_dict())
+    images = torch.rand(2, 3, 64, 64)
+    mean = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
+    torch.testing.assert_close(asked.module(images), plain.module.model((images - mean) / 0.5))
+    assert "as asked" in asked.preprocessing
+
+
+def test_a_functions_code_is_part_of_what_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights tell two plain functions apart; a resumed evaluation must not mix them."""
+    import importlib
+    import sys
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    digests = []
+    for factor in (1, 22):
+        text = f"def make():\n    return lambda x: x.flatten(1)[:, :10] * {factor}\n"
+        (tmp_path / "some_function.py").write_text(text)
+        sys.modules.pop("some_function", None)
+        importlib.invalidate_caches()
+        digests.append(load_model("some_function:make", num_classes=10, device=CPU).digest())
+    assert digests[0] != digests[1]
+
+
+def test_robustbench_is_asked_for_where_it_is_installed() -> None:
+    from importlib.util import find_spec
+
+    with pytest.raises(ValueError, match="DATA/NORM/NAME"):
+        load("robustbench:cifar10/NAME")
+    if find_spec("robustbench") is None:
+        with pytest.raises(ImportError, match="install it aside"):
+            load("robustbench:cifar10/Linf/Standard")
+
+
+def test_weights_of_a_run_are_chosen_and_named(tmp_path: Path) -> None:
+    from mimir_fast.checkpoints.saving import save_checkpoint
+    from mimir_fast.models.classifier import ClassifierConfig, build_classifier
+
+    run, config = tmp_path / "run", {"model": {"encoder": "nano", "patch_size": 16}}
+    model = build_classifier(ClassifierConfig(encoder="nano", patch_size=16), image_size=32, num_classes=10)
+    places = {"step-00000004": 4.0, "best": 7.0, "step-00000009": 9.0}
+    for name, mark in places.items():
+        state = {n: t.detach().clone() for n, t in model.state_dict().items()}
+        state["head.bias"] = torch.full((10,), mark)
+        tensors = {f"model/{n}": t for n, t in state.items()}
+        if name == "step-00000009":
+            tensors["ema/head.bias"] = torch.full((10,), 90.0)
+        meta = {"step": int(mark), "kind": "finetune", "config": config}
+        save_checkpoint(run / "checkpoints" / name, tensors, meta)
+
+    def bias(weights: str) -> tuple[float, str]:
+        judged = load_model(str(run), num_classes=10, device=CPU, weights=weights)  # type: ignore[arg-type]
+        return float(judged.module.head.bias[0]), judged.weights
+
+    assert bias("best") == (7.0, "best checkpoint") == bias("auto")
+    assert bias("last") == (9.0, "step-00000009 checkpoint, trained weights")
+    assert bias("ema") == (90.0, "step-00000009 checkpoint, moving average")
+
+
+def test_weights_choose_among_checkpoints_of_a_run_only(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="--weights best"):
+        load_model(str(tmp_path / "w.safetensors"), num_classes=10, device=CPU, weights="best")
 
 
 @pytest.mark.parametrize(

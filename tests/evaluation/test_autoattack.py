@@ -8,7 +8,7 @@ import torch
 from small_classifier import EPS, SmallNet
 from torch import nn
 
-from mimir_fast.evaluation.autoattack import run_autoattack
+from mimir_fast.evaluation.autoattack import run_autoattack, square_warning
 from mimir_fast.evaluation.images import EvaluationImages
 
 pyautoattack = pytest.importorskip("pyautoattack")
@@ -84,8 +84,12 @@ def test_five_classes_have_four_targets(few: EvaluationImages) -> None:
     """The package would look for a ninth wrong class."""
     images = few.take((few.labels < 5).nonzero()[:, 0])
     model = SmallNet(num_classes=5).eval()
-    progress = run_autoattack(model, images, 0.3, batch_size=8, device=CPU)
-    assert set(progress.broken_by) <= {"clean", "none", "apgd-ce", "apgd-t", "fab-t", "square"}
+    weak = run_autoattack(model, images, 0.05, batch_size=8, device=CPU)
+    right = [name != "clean" for name in weak.broken_by]
+    assert any(right), "an untrained net must guess some image, or nothing is attacked"
+    strong = run_autoattack(model, images, 0.9, batch_size=8, device=CPU)
+    assert not strong.standing() and {"apgd-ce"} <= set(strong.broken_by)
+    assert next(iter(strong.after)) == "clean" and strong.after["clean"] == sum(right)
 
 
 def test_the_packages_warnings_reach_the_report(few: EvaluationImages) -> None:
@@ -95,3 +99,47 @@ def test_the_packages_warnings_reach_the_report(few: EvaluationImages) -> None:
 
     progress = run_autoattack(Dice().eval(), few.evenly(4), 1.0, batch_size=4, device=CPU)
     assert any("randomized" in warning for warning in progress.warnings)
+
+
+def test_warnings_outlive_a_kill_in_the_first_attack(few: EvaluationImages, tmp_path: Path) -> None:
+    class Mortal(SmallNet):
+        """Draws noise, and dies in the first attack of its first life."""
+
+        lives = 40
+
+        def forward(self, images):
+            self.lives -= 1
+            if self.lives < 0:
+                raise KeyboardInterrupt
+            return super().forward(images) + 0.01 * torch.randn(len(images), 10)
+
+    model, state = Mortal().eval(), tmp_path / "s.json"
+    images = few.take(torch.arange(4))
+    with torch.no_grad():  # labels the net agrees with, so that there is something to attack
+        images.labels = model(images.images.float() / 255).argmax(1)
+    model.lives = 40
+    with pytest.raises(KeyboardInterrupt):
+        run_autoattack(model, images, 0.01, batch_size=4, device=CPU, state=state)
+    saved = json.loads(state.read_text())
+    assert saved["attack"] == 0 and any("randomized" in warning for warning in saved["warnings"])
+
+
+def test_square_that_finds_more_than_the_gradients_is_said() -> None:
+    """AutoAttack's own last check, over the counts of all shards."""
+    assert square_warning({"clean": 90, "apgd-ce": 60, "apgd-t": 60, "fab-t": 60, "square": 58}, 100)
+    assert not square_warning({"clean": 90, "apgd-ce": 60, "apgd-t": 60, "fab-t": 60, "square": 60}, 100)
+    assert not square_warning({"clean": 900, "apgd-ce": 600, "apgd-t": 600, "fab-t": 600, "square": 599}, 1000)
+
+
+@pytest.mark.parametrize(("norm", "package_norm", "eps"), [("l2", "L2", 0.8), ("l1", "L1", 3.0)])
+def test_other_norms_equal_a_direct_call(small_model, few: EvaluationImages, norm, package_norm, eps) -> None:
+    """Two of the attacks, to be quick; the whole of L∞ is compared above."""
+    names = ("apgd-ce", "apgd-t")
+    with torch.random.fork_rng([]):
+        direct = pyautoattack.AutoAttack(small_model, eps=eps, norm=package_norm, version="standard", seed=0)
+        direct.attacks_to_run = list(names)
+        x_adv, _ = direct.run_standard_evaluation(few.images.float() / 255, few.labels, batch_size=6)
+    with torch.no_grad():
+        stands = (small_model(x_adv).argmax(1) == few.labels).tolist()
+    progress = run_autoattack(small_model, few, eps, batch_size=6, device=CPU, attacks=names, norm=norm)
+    assert [name == "none" for name in progress.broken_by] == stands and 0 < sum(stands) < 12

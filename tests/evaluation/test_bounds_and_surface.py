@@ -1,16 +1,18 @@
 """The mutual-information bounds against cases solved by hand, and the loss surface against its definition."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from mimir_fast.attacks.pgd import cross_entropy
+from mimir_fast.attacks.pgd import cross_entropy, fgsm
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.evaluation.loss_surface import filter_normalized_direction, loss_surface
-from mimir_fast.evaluation.mi_bounds import along_curve, binary_entropy, entropy, lower_bound, upper_bound
+from mimir_fast.evaluation.loss_surface import filter_normalized_direction, input_surface, weight_surface
+from mimir_fast.evaluation.mi_bounds import Bounds, binary_entropy, bounds_of, entropy, lower_bound
+from mimir_fast.evaluation.sections import information
 
 
 def test_entropy_in_bits() -> None:
@@ -37,13 +39,36 @@ def test_fano_holds_for_a_known_channel() -> None:
     assert lower_bound(2.0, p, num_classes) == pytest.approx(information)
 
 
-def test_bounds_along_a_curve() -> None:
-    found = along_curve({0.1: 0.5, 0.0: 1.0}, torch.arange(10), 10, torch.zeros(10, dtype=torch.long))
-    assert found.eps == [0.0, 0.1] and found.p_error == [0.0, 0.5]
-    assert found.lower[0] == pytest.approx(math.log2(10)) and found.lower[1] < found.lower[0]
-    assert found.upper == [pytest.approx(upper_bound(0.0, 0.0)), pytest.approx(-1.0)]
+def test_bounds_are_those_of_the_propositions() -> None:
+    """Eight images, two classes seen; three of them change class in the reconstruction."""
+    attacked = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    rebuilt = torch.tensor([0, 0, 0, 1, 1, 1, 0, 0])
+    found = bounds_of(attacked, rebuilt, 4)
+    p = 3 / 8
+    h_b = -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+    h_rebuilt = -(5 / 8) * math.log2(5 / 8) - (3 / 8) * math.log2(3 / 8)
+    assert found.p_error == p
+    assert found.lower == pytest.approx(1.0 - h_b - p * math.log2(3))
+    assert found.upper == pytest.approx(h_rebuilt - 2 * p)
+    assert found.upper_of_proof == pytest.approx(1.0 - 2 * p)
     with pytest.raises(ValueError, match="probability"):
         lower_bound(1.0, 1.5, 10)
+
+
+def test_crossed_bounds_are_said() -> None:
+    """Of two classes the other one, always: the code tells all of the image, and the approximation nothing."""
+    attacked = torch.arange(10) % 2
+    found = bounds_of(attacked, 1 - attacked, 2)
+    assert (found.lower, found.upper) == (pytest.approx(1.0), pytest.approx(-1.0)) and found.crossed
+    agreed = bounds_of(attacked, attacked, 2)
+    assert not agreed.crossed
+
+    def words(bounds: Bounds) -> str:
+        point = {"eps": 0.1, "label": "0.1", **asdict(bounds), "crossed": bounds.crossed}
+        return information.render({"points": [point], "count": 10, "norm": "linf", "batch_size": 16})
+
+    assert "BELOW the lower one at ε = 0.1" in words(found)
+    assert "BELOW" not in words(agreed) and "above the lower one at every ε" in words(agreed)
 
 
 def test_directions_have_the_norms_of_the_filters(small_model) -> None:
@@ -63,24 +88,46 @@ def test_surface_is_the_loss_with_moved_weights(small_model, digits_images: Eval
 
     images, labels = digits_images.images[:40].float() / 255, digits_images.labels[:40]
     before = parameters_to_vector(small_model.parameters()).clone()
-    found = loss_surface(small_model, images, labels, radius=0.8, num_points=5, seed=1)
+    found = weight_surface(small_model, images, labels, radius=0.8, num_points=5, seed=1)
+    assert found.shape == (40, 5, 5)
     assert torch.equal(parameters_to_vector(small_model.parameters()), before)
     with torch.no_grad():
-        centre = cross_entropy(small_model(images), labels).mean()
-        torch.testing.assert_close(found.loss[2, 2], centre)
+        torch.testing.assert_close(found[:, 2, 2], cross_entropy(small_model(images), labels))
         moved = copy.deepcopy(small_model)
-        for which, step in ((0, found.steps[4]), (1, found.steps[1])):
+        for which, step in ((0, 0.8), (1, -0.4)):
             direction = filter_normalized_direction(small_model, 1, which)
             for name, p in moved.named_parameters():
                 if name in direction:
                     p += step * direction[name]
-        torch.testing.assert_close(found.loss[4, 1], cross_entropy(moved(images), labels).mean())
-    assert found.loss[2, 2] < found.loss[0, 0]
+        torch.testing.assert_close(found[:, 4, 1], cross_entropy(moved(images), labels))
+    assert found[:, 2, 2].mean() < found[:, 0, 0].mean()
+
+
+def test_biases_stay_or_move_along_themselves(small_model) -> None:
+    """Li et al.'s two rules for parameters of one dimension."""
+    still = filter_normalized_direction(small_model, 0, 0)
+    copied = filter_normalized_direction(small_model, 0, 0, "copied")
+    assert all(torch.equal(copied[name], direction) for name, direction in still.items())
+    lines = {name: p for name, p in small_model.named_parameters() if p.ndim < 2}
+    assert lines and set(copied) - set(still) == set(lines)
+    assert all(torch.equal(copied[name], p) for name, p in lines.items())
+
+
+def test_input_surface_rises_along_the_gradient(small_model, digits_images: EvaluationImages) -> None:
+    part = digits_images.evenly(40)
+    images = part.images.float() / 255
+    found = input_surface(small_model, images, part.labels, part.samples, radius=40 / 255, num_points=5).mean(dim=0)
+    with torch.no_grad():
+        torch.testing.assert_close(found[2, 2], cross_entropy(small_model(images), part.labels).mean())
+    fgsm_ = fgsm(small_model, images, part.labels, 40 / 255, mode="eval")
+    with torch.no_grad():
+        torch.testing.assert_close(found[4, 2], cross_entropy(small_model(fgsm_), part.labels).mean())
+    assert found[4, 2] > 3 * found[2, 4] and found[4, 2] > found[3, 2] > found[2, 2]
 
 
 def test_surface_needs_an_odd_grid_and_weights(small_model, digits_images: EvaluationImages) -> None:
     images, labels = digits_images.images[:4].float() / 255, digits_images.labels[:4]
     with pytest.raises(ValueError, match="odd"):
-        loss_surface(small_model, images, labels, num_points=4)
+        weight_surface(small_model, images, labels, num_points=4)
     with pytest.raises(ValueError, match="no weight matrices"):
-        loss_surface(nn.Flatten(), images, labels)
+        weight_surface(nn.Flatten(), images, labels)

@@ -1,21 +1,31 @@
-"""`python -m mimir_fast.evaluate` as a user runs it: report, resuming, two processes, a browser's look at the page."""
+"""`python -m mimir_fast.evaluate` as a user runs it: report, resuming, two processes, all suites."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
-from html import unescape
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from commands import Command
-from small_classifier import EPS, train_small
+from commands import Command, command_environment, command_line
+from safetensors.torch import load_file
+from small_classifier import DIGITS, EPS, small_net, train_small
 
 from mimir_fast.evaluate import config_from
 from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.images import load_images
+from mimir_fast.evaluation.measure import Measurement, clean, read_journal, under
+from mimir_fast.evaluation.progress import TimeLeft
+from mimir_fast.evaluation.report import render
 from mimir_fast.evaluation.results import Results
-from mimir_fast.evaluation.suite import evaluate
+from mimir_fast.evaluation.run import evaluate
+from mimir_fast.evaluation.sections import SECTIONS
 
 TESTS = Path(__file__).parents[1]
 FLAGS = [
@@ -35,7 +45,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory):
     torch.save(train_small().state_dict(), path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMALL_NET", str(path))
-        patch.setenv("PYTHONPATH", str(TESTS))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])))
         yield path
 
 
@@ -53,58 +63,56 @@ def finished(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_results_hold_every_choice(finished: Path) -> None:
     results = Results.read(finished / "results.json")
-    assert results.accuracy["natural"]["total"] == 40 == results.images["count"] == len(results.images["indices"])
-    robust = results.accuracy["pgd20"]
-    assert 0 < robust["correct"] < results.accuracy["natural"]["correct"]
+    attacks = results.sections["accuracy"]["attacks"]
+    assert results.clean["total"] == 40 == results.images["count"] == len(results.images["indices"])
+    robust = attacks["pgd20"]
+    assert 0 < robust["correct"] < results.clean["correct"]
     assert robust["parameters"] == {
-        "eps": EPS, "alpha": EPS / 4, "num_steps": 20, "random_start": True, "loss": "ce", "seed": 0,
+        "eps": EPS, "alpha": EPS / 4, "num_steps": 20, "random_start": True, "loss": "ce", "restarts": 1, "seed": 0,
     }  # fmt: skip
-    assert robust["largest_linf"] <= EPS + 1e-6
+    assert robust["largest"] <= EPS + 1e-6
     assert results.choices["eps_text"] == "40/255" and results.choices["preprocessing"]
     assert results.environment["packages"]["torch"] and "commit" in results.environment
-    assert len(results.checks) == 6 and results.curve["eps"][0] == 0
-    assert "AutoAttack was not run" in " ".join(results.verdict)
+    assert len(results.sections["masking"]["checks"]) == 6 and results.sections["curve"]["eps"][0] == 0
+    assert "AutoAttack was not run" in results.verdicts["validity"]["text"]
+    assert results.verdicts["validity"]["kind"] == "unsure", "without AutoAttack nothing is settled"
 
 
-def test_report_stands_alone(finished: Path) -> None:
+def test_the_headline_is_the_worst_case_of_each_image(finished: Path) -> None:
+    """Counted anew from the journals: right when clean, and under everything that was tried within the ball."""
+    results = Results.read(finished / "results.json")
+    standing: set[int] = set()
+    inside = [
+        *("natural", "fgsm", "pgd20", "check_fgsm", "check_random", "check_apgd50", "check_square"),
+        *(f"steps_{k}" for k in (1, 2, 5, 10, 20)), "curve_20_255", "noise_20_255", "curve_40_255", "noise_40_255",
+    ]  # fmt: skip
+    journals = {path.name.split(".")[0].split("@")[0]: path for path in (finished / "progress").glob("*.jsonl")}
+    for name in inside:
+        rows = read_journal(journals[name]).values
+        mine = {s for s, right in zip(rows["sample"], rows["correct"], strict=True) if right}
+        standing = mine if name == "natural" else standing & mine
+    broken = results.sections["accuracy"]["broken_by"]
+    assert {int(s) for s, name in broken.items() if name == "none"} == standing
+    assert results.robust["correct"] == len(standing) <= results.sections["accuracy"]["attacks"]["pgd20"]["correct"]
+    clean = read_journal(journals["natural"]).values
+    wrong = {s for s, right in zip(clean["sample"], clean["correct"], strict=True) if not right}
+    assert wrong and {int(s) for s, name in broken.items() if name == "clean"} == wrong
+
+
+def test_the_written_command_repeats_it(finished: Path) -> None:
+    results = Results.read(finished / "results.json")
+    words = shlex.split(results.command)[3:]
+    again = config_from(words)
+    assert asdict(again) == asdict(config_from([*FLAGS, "--output_dir", "out"]))
+    assert results.rows["latex"].endswith(r"\\") and "small\\_net" in results.rows["latex"]
+    assert len({line.count("|") for line in results.rows["markdown"].splitlines()}) == 1
+
+
+def test_rendering_needs_the_results_alone(finished: Path) -> None:
     page = (finished / "report.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page), "nothing is loaded from anywhere"
-    assert page.count("data:image/png;base64,") >= 3
-    assert 'name="viewport"' in page
-    for words in ("PGD-20", "Are the gradients honest?", "AutoAttack was not run", "40/255"):
-        assert words in page
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-def test_page_fits_the_browser(finished: Path, tmp_path: Path, width: int) -> None:
-    """In headless Chromium: no sideways scrolling of the page, every picture decoded and no wider than its column."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    probe = """<script>addEventListener("load", () => {
-      const root = document.documentElement, images = [...document.images];
-      parent.postMessage(JSON.stringify({page: root.scrollWidth, window: root.clientWidth,
-        images: images.length, broken: images.filter(i => !i.naturalWidth).length,
-        wide: images.filter(i => i.getBoundingClientRect().right > root.clientWidth + 1).length}), "*");
-    });</script>"""
-    page = (finished / "report.html").read_text().replace("</head>", probe + "</head>")
-    (tmp_path / "page.html").write_text(page)
-    # A frame gives the page its width: the window of a headless browser cannot be made as narrow as a phone.
-    (tmp_path / "frame.html").write_text(
-        "<!doctype html><title></title><script>addEventListener('message', e => { document.title = e.data })</script>"
-        f'<iframe src="page.html" style="width:{width}px;height:3000px;border:0"></iframe>'
-    )
-    shown = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom",
-         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", (tmp_path / "frame.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
-    ).stdout  # fmt: skip
-    title = re.search(r"<title>(.+?)</title>", shown)
-    assert title, shown[:500]
-    seen = json.loads(unescape(title.group(1)))
-    assert seen["window"] == width
-    assert seen["page"] <= width, "the page scrolls sideways"
-    assert seen["images"] >= 3 and seen["broken"] == seen["wide"] == 0
+    assert page == render(Results.read(finished / "results.json"))
+    embedded = re.search(r'<script type="application/json" id="results">(.*?)</script>', page, re.S)
+    assert embedded and json.loads(embedded.group(1)) == json.loads((finished / "results.json").read_text())
 
 
 def test_goes_on_after_an_interruption(finished: Path, tmp_path: Path) -> None:
@@ -115,12 +123,33 @@ def test_goes_on_after_an_interruption(finished: Path, tmp_path: Path) -> None:
     (folder / "progress" / "fgsm.0of1.jsonl").unlink()
     cut = folder / "progress" / "pgd20.0of1.jsonl"
     cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:2]))
-    untouched = (folder / "progress" / "steps_5@64.0of1.jsonl").stat().st_mtime_ns
+    untouched = (folder / "progress" / "steps_5@few-40.0of1.jsonl").stat().st_mtime_ns
     after = evaluate(config_from([*FLAGS, "--output_dir", str(folder)]), say=quiet)
-    assert (folder / "progress" / "steps_5@64.0of1.jsonl").stat().st_mtime_ns == untouched
-    before = Results.read(finished / "results.json")
-    for name in before.accuracy:
-        assert after.accuracy[name]["correct"] == before.accuracy[name]["correct"]
+    assert (folder / "progress" / "steps_5@few-40.0of1.jsonl").stat().st_mtime_ns == untouched
+    assert without_times(after.as_dict()) == without_times(Results.read(finished / "results.json").as_dict())
+
+
+def without_times(value: Any) -> Any:
+    """Results but for seconds and for where they were written."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "output_dir", "command")}
+    return [without_times(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def test_killed_again_and_again_it_ends_with_the_same_numbers(
+    finished: Path, environment: Path, tmp_path: Path
+) -> None:
+    """`kill -9` at moments of its own choosing; the last start finishes what the others began."""
+    line = command_line("mimir_fast.evaluate", *FLAGS, "--output_dir", "out")
+    for delay in (3.0, 4.5, 6.0):
+        process = subprocess.Popen(line, cwd=tmp_path, env=command_environment(), stdout=subprocess.DEVNULL)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    after = evaluate(config_from([*FLAGS, "--output_dir", str(tmp_path / "out")]), say=quiet)
+    assert without_times(after.as_dict()) == without_times(Results.read(finished / "results.json").as_dict())
 
 
 def test_two_processes_count_as_one(finished: Path, environment: Path, command: Command, tmp_path: Path) -> None:
@@ -129,12 +158,150 @@ def test_two_processes_count_as_one(finished: Path, environment: Path, command: 
     assert done.returncode == 0, done.stderr
     one, two = Results.read(finished / "results.json"), Results.read(tmp_path / "out" / "results.json")
     assert two.choices["num_shards"] == 2
-    for name in ("natural", "fgsm", "pgd20"):
-        assert abs(one.accuracy[name]["correct"] - two.accuracy[name]["correct"]) <= 1, name
+    broken = [r.sections["accuracy"]["broken_by"] for r in (one, two)]
+    assert sum(broken[0][s] != broken[1][s] for s in broken[0]) <= 1, "but for Square, whose draws are a batch's"
+    assert one.images == two.images
     # One process can finish what two began.
     (tmp_path / "out" / "progress" / "fgsm.1of2.jsonl").unlink()
     again = evaluate(config_from([*FLAGS, "--output_dir", str(tmp_path / "out")]), say=quiet)
-    assert again.accuracy["fgsm"]["correct"] == two.accuracy["fgsm"]["correct"]
+    assert without_times(again.sections) == without_times(two.sections)
+
+
+def test_paper_suite_end_to_end(environment: Path, command: Command, tmp_path: Path) -> None:
+    """AutoAttack, PGD-100, the adaptive attacks; AutoAttack's accuracy is a direct call's, image by image."""
+    pyautoattack = pytest.importorskip("pyautoattack")
+    flags = [*FLAGS[:-4], "--limit", "10", "--batch_size", "10", "--suite", "paper", "--output_dir", "out"]
+    done = command("mimir_fast.evaluate", *flags)
+    assert done.returncode == 0, done.stderr
+    results = Results.read(tmp_path / "out" / "results.json")
+    assert set(results.sections["accuracy"]["attacks"]) == {
+        "natural", "fgsm", "pgd20", "pgd100", "pgd_mi100", "pgd_fea100"
+    }  # fmt: skip
+    found = results.sections["autoattack"]
+    assert found["whole"] and found["title"] == "AutoAttack" and found["total"] == 10
+    model, images = small_net(), load_images(DIGITS, np.array(results.images["indices"]))
+    with torch.random.fork_rng([]):
+        direct = pyautoattack.AutoAttack(model, eps=EPS, version="standard", seed=0)
+        x_adv, _ = direct.run_standard_evaluation(images.images.float() / 255, images.labels, batch_size=10)
+    with torch.no_grad():
+        stands = (model(x_adv).argmax(1) == images.labels).tolist()
+    rows = read_journal(tmp_path / "out" / "progress" / "autoattack.0of1.jsonl").values
+    assert [bool(right) for right in rows["correct"]] == stands
+    assert found["correct"] == sum(stands) >= results.robust["correct"]
+    assert len(results.sections["masking"]["checks"]) == 7
+    assert results.verdicts["validity"]["text"].endswith("AutoAttack ran on every image.")
+
+
+def test_full_suite_end_to_end(environment: Path, command: Command, tmp_path: Path) -> None:
+    """Everything there is, on few images, with a masked autoencoder, a second model, and other test sets."""
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    from mimir_fast.models.masked_model import ModelConfig, build_masked_model
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        autoencoder = build_masked_model(ModelConfig(encoder="nano", patch_size=2), 8, 1)
+    save_file(dict(autoencoder.state_dict()), tmp_path / "mae.safetensors")
+    digits = load_images(DIGITS, np.arange(40))
+    for number in range(40):  # other test set: the classes 1 and 7 only
+        label = int(digits.labels[number])
+        if label in (1, 7):
+            (tmp_path / "shifted" / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(digits.images[number, 0].numpy()).save(tmp_path / "shifted" / str(label) / f"{number}.png")
+    flags = [
+        *FLAGS[:-4], "--limit", "6", "--batch_size", "6", "--suite", "full", "--output_dir", "out",
+        "--autoattack_images", "3", "--pretrained", "mae.safetensors", "--shifts", "shifted", "--targets", "2",
+        "--restarts", "2", "--transfer_from", "small_classifier:small_net", "--save_adversarial", "--mi_balanced",
+    ]  # fmt: skip
+    done = command("mimir_fast.evaluate", *flags)
+    assert done.returncode == 0, done.stderr
+    results = Results.read(tmp_path / "out" / "results.json")
+    assert set(results.sections) == {section.NAME for section in SECTIONS}
+    assert any("Common corruptions were left out" in note for note in results.notes)
+    shifted = results.sections["shifts"]["shifted"]
+    assert shifted["classes"] == 2 and shifted["accuracy"] > 0.8 and shifted["total"] >= 4
+    points = results.sections["information"]["points"]
+    assert all({"lower", "upper", "crossed", "renyi_bits"} <= set(point) for point in points)
+    surfaces = results.sections["surface"]
+    assert set(surfaces) == {"surface_inputs", "surface_clean", "surface_attacked"}
+    assert np.array(surfaces["surface_inputs"]["loss"]).shape == (15, 15)
+    own = results.sections["transfer"]["small_classifier:small_net"]
+    assert own["accuracy"] == own["source_accuracy"], "attacked on itself it falls as itself"
+    assert "On 3 of the 6" in (tmp_path / "out" / "report.html").read_text()
+    kept = load_file(next((tmp_path / "out" / "adversarial" / "pgd20").iterdir()))
+    images = load_images(DIGITS, np.array(results.images["indices"])).images.float() / 255
+    assert (kept["images"] - images).abs().max() <= EPS + 1e-6
+    with torch.no_grad():
+        assert torch.equal(small_net()(kept["images"]).argmax(1), kept["predictions"])
+    right = int((kept["predictions"] == kept["labels"]).sum())
+    assert right == results.sections["accuracy"]["attacks"]["pgd20"]["correct"]
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", "0.8"), ("l1", "3")])
+def test_other_norms_end_to_end(environment: Path, tmp_path: Path, norm: str, eps: str) -> None:
+    flags = [*FLAGS, "--norm", norm, "--limit", "20", "--output_dir", str(tmp_path / "out")]
+    flags[flags.index("--eps") + 1] = eps
+    results = evaluate(config_from(flags), say=quiet)
+    entry = results.sections["accuracy"]["attacks"]["pgd20"]
+    assert 0 < entry["correct"] < results.clean["correct"] and entry["largest"] <= float(eps) * (1 + 1e-6)
+    assert results.sections["curve"]["accuracy"][-1] < 0.2, "at the largest radius nothing is out of reach"
+    assert f"ε = {eps}" in results.verdicts["robustness"]["text"]
+    with pytest.raises(ValueError, match=r"--norm l2 needs a radius of its own.*0\.5"):
+        EvaluateConfig("a.pth", norm="l2")
+
+
+def test_unreadable_files_of_all_shards_reach_the_record(environment: Path, command: Command, tmp_path: Path) -> None:
+    from PIL import Image
+
+    digits = load_images(DIGITS, np.arange(60))
+    for number in range(60):
+        folder = tmp_path / "data" / "val" / str(int(digits.labels[number]))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digits.images[number, 0].numpy()).save(folder / f"{number:03d}.png")
+    bad = sorted((tmp_path / "data" / "val").rglob("*.png"))[10:12]  # neighbours: one in each of two shards
+    for path in bad:
+        path.write_bytes(b"no image")
+    flags = [
+        "--checkpoint", "small_classifier:small_net", "--data.source", "folder", "--data.root", "data",
+        "--suite", "table", "--data.image_size", "8", "--data.channels", "1", "--eps", "40/255", "--autoattack", "no",
+        "--output_dir", "out",
+    ]  # fmt: skip
+    done = command("mimir_fast.evaluate", *flags, ranks=2)
+    assert done.returncode == 0, done.stderr
+    results = Results.read(tmp_path / "out" / "results.json")
+    assert {Path(path).name for path in results.images["skipped"]} == {path.name for path in bad}
+    assert results.images["count"] == 58 == results.clean["total"]
+    assert any("2 unreadable files" in note for note in results.notes)
+
+
+def test_a_model_no_better_than_guessing_is_said(environment: Path, tmp_path: Path) -> None:
+    """Its normalisation is wrong: the numbers are of no model anyone trained."""
+    flags = [*FLAGS, "--suite", "table", "--autoattack", "no", "--mean", "9", "--std", "0.01", "--output_dir",
+             str(tmp_path / "out")]  # fmt: skip
+    results = evaluate(config_from(flags), say=quiet)
+    assert results.clean["accuracy"] < 0.3
+    assert any("guessing gives 10.0 %" in note for note in results.notes)
+    assert results.verdicts["robustness"]["kind"] == "bad"
+
+
+def test_time_left_is_that_of_the_slowest_process(tmp_path: Path) -> None:
+    items = [Measurement("a", under(clean), cost=2.0), Measurement("b", under(clean), images="few:4", cost=8.0)]
+    clock = TimeLeft(tmp_path, items, 16, 1, 0, 1)
+    tick = clock.ticker(items[0], 16, quiet)
+    clock._since -= 8.0
+    tick(8)
+    share, left = clock.own()
+    assert share == pytest.approx(0.25) and left == pytest.approx(24, rel=0.05)
+    tick(16)
+    clock.finished()
+    clock.ticker(items[1], 4, quiet)
+    clock.finished()  # found finished on disk: no work of this start, and nothing left
+    assert clock.own() == (pytest.approx(1.0), 0.0)
+    two = TimeLeft(tmp_path, items, 16, 2, 0, 2)
+    (tmp_path / "time.1of2.json").write_text("[0.5, 7200]")
+    two.ticker(items[0], 8, quiet)(8)
+    assert "2.0 h left" in two.words()
 
 
 @pytest.mark.parametrize(
@@ -144,6 +311,10 @@ def test_two_processes_count_as_one(finished: Path, environment: Path, command: 
         (["--limit", "0"], "no image to judge"),
         (["--data.source", "fashion_mnist", "--data.root", "/nowhere"], "/nowhere"),
         (["--corruptions", "/nowhere"], "zenodo"),
+        (["--shifts", "/nowhere"], "/nowhere"),
+        (["--autoattack_attacks", "apgd"], "apgd-ce"),
+        (["--mean", "0.5"], "--std"),
+        (["--crop", "1.5"], "0.875"),
         (["--data.image_size", "9"], "--data.image_size"),
         (["--index_file", "missing.txt", "--data.limit", "3"], "missing.txt"),
     ],
@@ -171,10 +342,11 @@ def test_run_folder_brings_its_own_data(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(saved))
     config = config_from(["--checkpoint", str(tmp_path), "--data.channels", "3"])
     assert (config.data.source, config.data.image_size, config.data.limit) == ("cifar10", 32, None)
-    assert config.folder == tmp_path / "evaluation" / "quick"
+    assert config.folder == tmp_path / "evaluation" / "quick-linf-8_255"
 
 
 def test_default_folders_and_eps_text() -> None:
-    assert EvaluateConfig("timm:resnet18").folder == Path("runs/evaluation/timm_resnet18-quick")
+    assert EvaluateConfig("timm:resnet18").folder == Path("runs/evaluation/timm_resnet18/quick-linf-8_255")
     assert EvaluateConfig("a.pth", eps=4 / 255).eps_text == "4/255"
+    assert EvaluateConfig("a.pth", eps=0.5 / 255).eps_text == "0.5/255"
     assert EvaluateConfig("a.pth", eps=0.3).eps_text == "0.3"

@@ -1,6 +1,7 @@
 """Images, journals and accuracy: exact counts, the same on resume, in any batch, on a loader or in memory."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch import nn
 from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data import build_loader, build_source
-from mimir_fast.evaluation.accuracy import Count, accuracy, measure
-from mimir_fast.evaluation.images import EvaluationImages, choose_indices, load_images
-from mimir_fast.evaluation.journal import Journal
-from mimir_fast.evaluation.named_attacks import make_pgd, make_random_noise, make_square, step_size
+from mimir_fast.evaluation.attacks import make_apgd, make_pgd, make_random_noise, make_square, make_targeted, step_size
+from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.images import EvaluationImages, Fitting, ImageSets, choose_indices, load_images
+from mimir_fast.evaluation.measure import Count, Helpers, Journal, accuracy, measure, take
 
+ASKED = EvaluateConfig("a model", data=DIGITS, eps=EPS)
 CPU = torch.device("cpu")
 
 
@@ -97,7 +99,7 @@ def test_accuracy_over_a_loader_equals_accuracy_in_memory(small_model, digits_im
 
 
 def test_killed_measurement_goes_on_where_it_was(small_model, digits_images: EvaluationImages, tmp_path: Path) -> None:
-    attack, file = make_pgd(EPS, 5, seed=0), tmp_path / "pgd.jsonl"
+    attack, file = make_pgd(ASKED, 5), tmp_path / "pgd.jsonl"
     images = digits_images.evenly(50)
     whole = measure(small_model, images, attack.run, batch_size=16, device=CPU)
     calls = []
@@ -129,13 +131,92 @@ def test_journal_refuses_another_measurement(tmp_path: Path) -> None:
         Journal(tmp_path / "j", {"eps": 2})
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.8), ("l1", 4.0)])
+def test_attacks_of_other_norms_stay_in_their_ball(small_model, digits_images, norm: str, eps: float) -> None:
+    images = digits_images.evenly(20)
+    asked = EvaluateConfig("a model", data=DIGITS, norm=norm, eps=eps)  # type: ignore[arg-type]
+    for attack in (make_random_noise(asked), make_square(asked, 20), make_pgd(asked, 5), make_apgd(asked, 10)):
+        record = measure(small_model, images, attack.run, batch_size=20, device=CPU)
+        assert 0.5 * eps < record.tensor(norm).max() <= eps * (1 + 1e-6), attack.name
+
+
+def test_restarts_and_targets_only_break_more(small_model, digits_images: EvaluationImages) -> None:
+    images = digits_images.evenly(60)
+
+    def standing(config: EvaluateConfig, make=make_pgd) -> torch.Tensor:
+        return measure(small_model, images, make(config, 5).run, batch_size=60, device=CPU).tensor("correct")
+
+    once = standing(ASKED)
+    thrice = standing(replace(ASKED, restarts=3))
+    assert (thrice <= once).all() and thrice.sum() < once.sum(), "a restart that finds nothing new tests nothing"
+    one, many = (standing(replace(ASKED, targets=k), make_targeted) for k in (1, 6))
+    assert (many <= one).all() and many.sum() < one.sum()
+
+
+def test_alpha_is_taken(small_model, digits_images: EvaluationImages) -> None:
+    tiny = make_pgd(replace(ASKED, alpha=1e-6), 1)
+    assert tiny.parameters["alpha"] == 1e-6
+    with pytest.raises(ValueError, match="--alpha"):
+        replace(ASKED, alpha=0.0)
+
+
+def test_wilson_intervals_are_sound_at_the_ends() -> None:
+    """Against the roots of (p − x)² = z²·x(1 − x)/n, which define them."""
+    for correct, total in ((0, 20), (20, 20), (7, 20), (300, 1000)):
+        p, z2 = correct / total, 1.959964**2
+        a, b, c = 1 + z2 / total, -(2 * p + z2 / total), p * p
+        root = (b * b - 4 * a * c) ** 0.5
+        assert Count(correct, total).interval == pytest.approx(((-b - root) / (2 * a), (-b + root) / (2 * a)), abs=1e-9)
+
+
+def test_few_images_are_the_same_for_any_number_of_shards() -> None:
+    source = build_source(DIGITS, "test")
+    indices = choose_indices(source, 50, None)
+    chosen = []
+    for shards in (1, 3):
+        sets = ImageSets(source, DIGITS, indices, shards, Fitting())
+        chosen.append(sorted(s for k in range(shards) for s in sets.shard("few:7", k).samples.tolist()))
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 7
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (41, 97)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+def test_resizing_equals_torchvisions(size: tuple[int, int], interpolation: str) -> None:
+    """The transforms timm's preprocessing is made of."""
+    transforms = pytest.importorskip("torchvision.transforms")
+    from PIL import Image
+
+    from mimir_fast.data import DataConfig
+
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    side, crop = 48, 0.8
+    mode = transforms.InterpolationMode(interpolation)
+    wanted = transforms.Compose([transforms.Resize(int(side / crop), mode), transforms.CenterCrop(side)])
+    expected = np.asarray(wanted(Image.fromarray(pixels))).transpose(2, 0, 1)
+    found = Fitting(crop, interpolation)(pixels, DataConfig(source="folder", image_size=side))
+    assert np.array_equal(found, expected)
+
+
+def test_rows_may_be_grids_and_words(small_model, digits_images: EvaluationImages, tmp_path: Path) -> None:
+    """A loss surface is a grid an image, an example a picture: both come back from disk as they went."""
+
+    def outcome(model, images, labels, samples, helpers: Helpers):
+        return {"grid": images[:, 0, :2, :2], "word": [f"image {s}" for s in samples.tolist()]}
+
+    images = digits_images.evenly(5)
+    for _ in range(2):
+        record = take(outcome, small_model, images, batch_size=2, device=CPU, journal=tmp_path / "j", settings=1)
+        torch.testing.assert_close(record.tensor("grid"), images.images[:, 0, :2, :2].double() / 255)
+        assert record.values["word"] == [f"image {s}" for s in images.samples.tolist()]
+
+
 def test_step_sizes_are_the_papers() -> None:
     assert step_size(8 / 255, 20) == pytest.approx(2 / 255)
     assert step_size(4 / 255, 100) == pytest.approx(1 / 255)
     assert step_size(8 / 255, 1) == 8 / 255
 
 
-@pytest.mark.parametrize("attack", [make_random_noise(EPS, 0), make_square(EPS, 20, 0)], ids=lambda a: a.name)
+@pytest.mark.parametrize("attack", [make_random_noise(ASKED), make_square(ASKED, 20)], ids=lambda a: a.name)
 def test_attacks_without_gradients_stay_in_the_ball(small_model, digits_images: EvaluationImages, attack) -> None:
     images = digits_images.evenly(20)
     state = torch.get_rng_state()

@@ -6,9 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.evaluation.reconstruction import judge_reconstruction, load_masked_autoencoder, reconstruct
+from mimir_fast.evaluation.reconstruction import load_masked_autoencoder, reconstruct
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, build_masked_model
 
 
@@ -43,11 +42,3 @@ def test_visible_patches_stay_and_true_patches_come_back(
     assert (kept >= 4).all(), "a quarter of 16 patches is visible"
     assert pictures.min() >= 0 and pictures.max() <= 1
     assert torch.equal(pictures, reconstruct(autoencoder, images, torch.arange(6), seed=0))
-
-
-def test_report_averages_over_all_images(autoencoder: MaskedModel, digits_images: EvaluationImages) -> None:
-    images, threat, cpu = digits_images.evenly(10), LinfThreat(0.2, 0.05, 5), torch.device("cpu")
-    whole = judge_reconstruction(autoencoder, images, threat, batch_size=10, device=cpu, seed=0)
-    parts = judge_reconstruction(autoencoder, images, threat, batch_size=3, device=cpu, seed=0)
-    assert whole.attacked == pytest.approx(parts.attacked, rel=1e-4)
-    assert whole.attacked > whole.clean and whole.num_images == 10

@@ -193,7 +193,11 @@ def test_timm_computes_the_same_from_the_exported_file(family: str, tmp_path: Pa
             parameter.add_(0.02 * torch.randn_like(parameter))
     run = tmp_path / "run"
     tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
-    save_checkpoint(run / "checkpoints" / "step-00000001", tensors, {"step": 1, "config": {"model": asdict(config)}})
+    save_checkpoint(
+        run / "checkpoints" / "step-00000001",
+        tensors,
+        {"step": 1, "config": {"model": asdict(config), "data": {"image_size": 32}}},
+    )
     path = export(ExportConfig(str(run), str(tmp_path / "timm.safetensors")))
     theirs = build_in_timm(path)
     images = torch.rand(2, 3, 32, 32)

@@ -74,7 +74,7 @@ def test_noise_is_of_the_attack_s_size_and_a_function_of_the_sample(batch: Batch
     assert torch.equal(method.draw(model, half, seed=0, step=4).delta, draws.delta[:3])
     still = NoiseMae(NoiseMaeConfig(eps=0.0))(model, batch, seed=0, step=4)["loss"]
     torch.testing.assert_close(still, Mae(MaeConfig())(model, batch, seed=0, step=4)["loss"])
-    with pytest.raises(ValueError, match="type 8/255"):
+    with pytest.raises(ValueError, match="looks like 8/255"):
         NoiseMaeConfig(eps=8)
 
 

@@ -175,7 +175,7 @@ def test_bf16_keeps_its_islands(model: MaskedModel, batch: Batch) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ReconstructionAttackConfig(eps=8), r"eps=8, .*type 8/255"),
+        (lambda: ReconstructionAttackConfig(eps=8), r"eps=8, .*looks like 8/255"),
         (lambda: MaeConfig(mask_ratio=75), "fraction between 0 and 1"),
         (lambda: MutualInformationConfig(weight=-1), "λ >= 0"),
         (lambda: MutualInformationConfig(sigma=0), "positive"),

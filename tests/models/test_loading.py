@@ -79,7 +79,7 @@ class TestInitialize:
         checkpoint_folder(tmp_path, source, ema=0.25)
         report = initialize(model, tmp_path)
         assert (model.encoder.blocks[3].mlp.fc1.weight == 0.25).all() and "moving average" in report.origin
-        assert torch.equal(model.encoder.pos_embed, source.pos_embed)  # fixed, so not averaged
+        assert torch.equal(model.encoder.pos_embed, source.encoder.pos_embed)  # fixed, so not averaged
         initialize(model, tmp_path, "model")
         assert_encoder_equal(model, source)
 
@@ -102,10 +102,10 @@ class TestInitialize:
         source, model = autoencoder(), classifier(image_size=64)
         report = initialize(model, authors_file(tmp_path / "a.pth", source))
         assert report.resized == ["pos_embed (1, 17, 192) -> (1, 65, 192)"]
-        assert torch.equal(model.encoder.pos_embed[:, 0], source.pos_embed[:, 0])
+        assert torch.equal(model.encoder.pos_embed[:, 0], source.encoder.pos_embed[:, 0])
         # Twice the resolution: the mean over each 2 x 2 group is near the old row.
         grouped = model.encoder.pos_embed[0, 1:].view(4, 2, 4, 2, 192).mean(dim=(1, 3)).flatten(0, 1)
-        assert (grouped - source.pos_embed[0, 1:]).abs().mean() < 0.05
+        assert (grouped - source.encoder.pos_embed[0, 1:]).abs().mean() < 0.05
 
     def test_resizing_to_the_same_grid_is_the_identity(self) -> None:
         positions = torch.randn(1, 17, 8)

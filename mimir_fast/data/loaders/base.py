@@ -1,20 +1,27 @@
-"""The one interface of all loaders, and what they share: position, resuming, waiting time, skipped files.
+"""The one interface of all loaders: a stream of keys (mimir_fast.data.order) and a way to read them.
 
 A loader is an iterable of `Batch`. Training streams never end and straddle epochs; evaluation is one pass in the
-source's order with a short last batch. The position is the number of stream samples that whole global batches have used
-up, so it means the same on any number of ranks.
+source's order with a short last batch. What a batch holds is a function of its number, so a loader knows only how many
+whole batches were taken, however far its reader has read ahead. The position is counted in stream samples that whole
+global batches have used up, so it means the same on any number of ranks.
 """
 
+import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mimir_fast.data.batch import Batch
-from mimir_fast.data.order import BatchPlan, Cursor, MixedOrder, SampleOrder
+from mimir_fast.data.order import BatchPlan, Cursor, KeyStream, MixedOrder, SampleOrder
+
+_ORDER = "swap-or-not 1"  # which function orders the samples; a state says under which it was saved
+_FEW = 0.01  # part of the samples that may come or go between two starts of a run
+_LOG = logging.getLogger(__name__)
 
 
 class Loader(ABC):
@@ -46,30 +53,36 @@ class Loader(ABC):
         """Global batches that cover an epoch, the last one perhaps in part."""
         return -(-self.epoch_length // self.plan.global_batch)
 
+    @property
+    def num_skipped(self) -> int:
+        """Unreadable files met so far on this rank."""
+        return len(self.skipped)
+
     def __iter__(self) -> Iterator[Batch]:
         """A training stream goes on where it is; an evaluation pass begins anew (or where it was loaded to)."""
         if self.plan.stop is not None:
             self._cursor, self._first = self._first, Cursor()
         generation = self._repositioned
-        batches = self._batches(self._cursor)
-        while not self.plan.is_over(self._cursor):
-            cursor = self._cursor
-            self._cursor = self.plan.advance(cursor)
-            if self.plan.span(cursor)[0] == self.plan.span(cursor)[1]:
-                continue  # a rank's share of the last global batch can be empty
-            started = time.perf_counter()
-            batch = next(batches)
-            self.wait_seconds += time.perf_counter() - started
-            yield batch
-            if generation != self._repositioned:
-                raise RuntimeError("load_state_dict moved this loader while it was iterated; call iter(loader) again")
+        with closing(self._read(KeyStream(self.order, self.plan, self._cursor))) as batches:
+            while True:
+                started = time.perf_counter()
+                batch = next(batches, None)
+                self.wait_seconds += time.perf_counter() - started
+                if batch is None:
+                    return
+                self._cursor = self.plan.advance(self._cursor)
+                yield batch
+                if generation != self._repositioned:
+                    raise RuntimeError(
+                        "load_state_dict moved this loader while it was iterated; call iter(loader) again"
+                    )
 
     @abstractmethod
-    def _batches(self, cursor: Cursor) -> Iterator[Batch]:
-        """This rank's non-empty micro-batches from `cursor` on."""
+    def _read(self, keys: KeyStream) -> Generator[Batch, None, None]:
+        """The micro-batches of `keys`, in its order."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain integers; taken between steps it can be loaded on other ranks or with another batch size."""
+        """Plain numbers and words; taken between steps it can be loaded on other ranks or with another batch size."""
         return {
             "position": self._cursor.position,
             "micro_step": self._cursor.micro_step,
@@ -77,18 +90,27 @@ class Loader(ABC):
             "accum_iter": self.plan.accum_iter,
             "num_samples": self.num_samples,
             "seed": self.order.seed,
+            "order": self._order_name,
         }
+
+    @property
+    def _order_name(self) -> str:
+        block = self.order.block
+        return f"{_ORDER}, blocks of {block}" if block else _ORDER
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken.
 
+        A data set from which a few files were removed (or repaired ones added) since is gone on with, and so is a
+        stream that another version ordered; a warning says that this epoch will not be exact.
         Raises:
             ValueError: another data set or seed, or a state taken within an accumulated step on other ranks.
         """
-        for name, ours in (("num_samples", self.num_samples), ("seed", self.order.seed)):
-            if state[name] != ours:
+        before, now = state["num_samples"], self.num_samples
+        for name, was, ours in (("num_samples", before, now), ("seed", state["seed"], self.order.seed)):
+            if was != ours and (name == "seed" or abs(before - now) > _FEW * before):
                 raise ValueError(
-                    f"the saved stream had {name} = {state[name]}, this one has {ours}: it would continue on other "
+                    f"the saved stream had {name} = {was}, this one has {ours}: it would continue on other "
                     "samples; resume with the same data and seed, or start a new run"
                 )
         same_cut = (state["global_batch"], state["accum_iter"]) == (self.plan.global_batch, self.plan.accum_iter)
@@ -97,6 +119,16 @@ class Loader(ABC):
                 f"the state was saved within a step (after {state['micro_step']} of its micro-batches); it can only be "
                 "resumed with the same batch size, ranks and accum_iter"
             )
+        if before != now:
+            _LOG.warning(
+                "the data set had %d samples when this run was saved and has %d now: going on at the same place; in "
+                "this epoch some samples may come twice and others not", before, now,
+            )  # fmt: skip
+        elif state.get("order") != self._order_name:
+            _LOG.warning(
+                "this run was saved under another order of samples (%s; now %s): in this epoch some samples come twice "
+                "and others not", state.get("order", "sorted keys"), self._order_name,
+            )  # fmt: skip
         self._cursor = self._first = Cursor(state["position"], state["micro_step"])
         self._repositioned += 1
 

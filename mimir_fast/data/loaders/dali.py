@@ -11,9 +11,10 @@ visits the host. On a machine without one the same pipeline runs with `device_id
 
 import logging
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from mimir_fast.data.decode import checked_file, decode, plain_file
 from mimir_fast.data.geometry import plan_geometry
 from mimir_fast.data.loaders.base import Loader
 from mimir_fast.data.loaders.skip import SkipLedger, first_readable
-from mimir_fast.data.order import BatchPlan, Cursor, MixedOrder, SampleOrder
+from mimir_fast.data.order import BatchPlan, KeyStream, MixedOrder, SampleOrder
 from mimir_fast.data.sources.base import EncodedSource
 
 _PIPELINE_DEPTH = 2
@@ -70,27 +71,26 @@ class DaliLoader(Loader):
         self._ledger = SkipLedger(source, config.max_bad_files, self.skipped)
         self._feed_depth = max(2, config.num_workers)
         self._pipeline: Any = None
-        self._used_up_from: Cursor | None = None  # where the finished pass began
+        self._used_up_from: KeyStream | None = None  # where the finished pass began
         self._suspects: frozenset[int] = frozenset()
 
-    def _batches(self, cursor: Cursor) -> Iterator[Batch]:
-        if self._pipeline is not None and self._used_up_from == cursor:
+    def _read(self, keys: KeyStream) -> Generator[Batch, None, None]:
+        if self._pipeline is not None and self._used_up_from == keys:
             self._pipeline.reset()  # another evaluation pass: keep its processes
         else:
-            self._build(cursor)
-        started_at = cursor
+            self._build(keys)
+        started_at = keys
         self._used_up_from = None
-        for span in self.plan.spans(cursor):
-            wanted, epochs = self.order.at(*span)
+        for number, (wanted, epochs) in enumerate(keys):
             try:
                 images, received = self._pipeline.run()
             except RuntimeError as failure:
                 # DALI neither says which file it was nor goes on. So let PIL decode all that may be in the pipeline,
                 # and begin anew from here; if that fails, too, the files are not to blame.
-                started_at = cursor
-                self._suspects |= self._in_flight(cursor)
+                started_at = keys.after(number)
+                self._suspects |= self._in_flight(started_at)
                 _LOG.warning("DALI stopped (%s); PIL looks at the files it was working on", _last_line(failure))
-                self._build(cursor)
+                self._build(started_at)
                 try:
                     images, received = self._pipeline.run()
                 except RuntimeError as error:
@@ -98,7 +98,6 @@ class DaliLoader(Loader):
                         "it failed again with files that PIL had decoded; --data.loader torch does without DALI"
                     )
                     raise
-            cursor = self.plan.advance(cursor)
             samples = np.array(received.as_tensor()).reshape(-1)
             self._ledger.compare(wanted, samples)
             yield self._to_batch(images, torch.from_numpy(samples), torch.from_numpy(epochs))
@@ -118,10 +117,10 @@ class DaliLoader(Loader):
         )
         return Batch(result, labels, samples, epochs)
 
-    def _build(self, cursor: Cursor) -> None:
+    def _build(self, keys: KeyStream) -> None:
         self.close()
         config, on_gpu = self.config, self.device.type == "cuda"
-        feed = _Feed(self.source, config, self.plan, self.order, cursor, self.augment, self._suspects)
+        feed = _Feed(self.source, config, keys, self.augment, self._suspects)
         device_id = None
         if on_gpu:
             device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
@@ -136,14 +135,10 @@ class DaliLoader(Loader):
         )
         self._pipeline.build()
 
-    def _in_flight(self, cursor: Cursor) -> frozenset[int]:
-        """Samples of all batches that DALI may have begun when the batch at `cursor` failed."""
-        spans = self.plan.spans(cursor)
-        pieces = [
-            self.order.at(*span)[0]
-            for span, _ in zip(spans, range(self._feed_depth + 2 * _PIPELINE_DEPTH), strict=False)
-        ]
-        return frozenset(np.concatenate(pieces).tolist())
+    def _in_flight(self, keys: KeyStream) -> frozenset[int]:
+        """Samples of all batches that DALI may have begun when the first of `keys` failed."""
+        begun = islice(keys, self._feed_depth + 2 * _PIPELINE_DEPTH)
+        return frozenset(np.concatenate([samples for samples, _ in begun]).tolist())
 
     def close(self) -> None:
         self._pipeline = self._used_up_from = None  # its processes end with it
@@ -193,15 +188,13 @@ class _Feed:
     """What DALI calls, in its own processes: the number of a micro-batch in, bytes and numbers out.
 
     Attributes:
-        cursor: where the stream of micro-batches begins.
+        keys: the stream of micro-batches.
         suspects: samples that PIL must decode, because DALI failed with one of them.
     """
 
     source: EncodedSource
     config: DataConfig
-    plan: BatchPlan
-    order: SampleOrder | MixedOrder
-    cursor: Cursor
+    keys: KeyStream
     augment: bool
     suspects: frozenset[int]
 
@@ -213,17 +206,15 @@ class _Feed:
     def __call__(self, number: int) -> tuple[list[np.ndarray], ...]:
         if multiprocessing.parent_process() is not None:
             torch.set_num_threads(1)  # a forked process cannot use its parent's OpenMP threads: it would hang
-        cursor = self.plan.advance(self.cursor, number)
-        start, stop = self.plan.span(cursor) if not self.plan.is_over(cursor) else (0, 0)
-        if start == stop:
+        if not self.keys.has(number):
             raise StopIteration
-        wanted, epochs = self.order.at(start, stop)
+        wanted, epochs = self.keys[number]
         limit = self.config.max_bad_files
         found = [first_readable(int(index), len(self.source), self._read, limit) for index in wanted]
         samples = np.array([index for index, _ in found], np.int64)
         files = [plain_file(np.zeros((1, 1, 1), np.uint8)) if file is None else file for _, file in found]
         sizes = np.array([(height, width) for _, height, width in files], np.int64)
-        geometry = plan_geometry(self.config, self.augment, self.order.seed, samples, epochs, sizes)
+        geometry = plan_geometry(self.config, self.augment, self.keys.order.seed, samples, epochs, sizes)
         box = geometry.box.astype(np.int32)
         columns: list[Any] = [
             [np.frombuffer(content, np.uint8) for content, _, _ in files],

@@ -6,7 +6,7 @@ few slices, one row gather and one pixel gather: no Python a sample, no host syn
 Shapes: N samples in the set, M in a window, B in a micro-batch, C channels, H = W pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from itertools import islice
 
 import numpy as np
@@ -17,7 +17,7 @@ from mimir_fast.data.batch import Batch
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.geometry import draw_mirror, draw_shift
 from mimir_fast.data.loaders.base import Loader, to_channels
-from mimir_fast.data.order import BatchPlan, Cursor, MixedOrder, SampleOrder
+from mimir_fast.data.order import BatchPlan, Key, KeyStream, MixedOrder, SampleOrder
 
 _WINDOW = 16384  # samples whose numbers are drawn at a time: a few ms of host work
 
@@ -49,20 +49,18 @@ class ResidentLoader(Loader):
         self.config, self.device, self.augment, self.readable = config, device, augment, readable_N
         self.images, self.labels = images_NCHW.to(device), labels_N.to(device)
 
-    def _batches(self, cursor: Cursor) -> Iterator[Batch]:
-        spans = self.plan.spans(cursor)
-        while window := list(islice(spans, max(1, _WINDOW // self.plan.batch_size))):
+    def _read(self, keys: KeyStream) -> Generator[Batch, None, None]:
+        stream = iter(keys)
+        while window := list(islice(stream, max(1, _WINDOW // self.plan.batch_size))):
             columns = self._draw(window)
             start = 0
-            for span in window:
-                stop = start + span[1] - span[0]
-                yield self._cut(columns[:, start:stop])
-                start = stop
+            for samples, _ in window:
+                yield self._cut(columns[:, start : start + len(samples)])
+                start += len(samples)
 
-    def _draw(self, window: list[tuple[int, int]]) -> Tensor:
+    def _draw(self, window: list[Key]) -> Tensor:
         """(5, M) int64 on the device: sample, epoch, shift y, shift x, mirror."""
-        pieces = [self.order.at(*span) for span in window]
-        samples, epochs = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        samples, epochs = (np.concatenate(column) for column in zip(*window, strict=True))
         if self.readable is not None:
             samples = self.readable[samples]
         columns = np.zeros((5, len(samples)), np.int64)

@@ -16,8 +16,8 @@ _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class TooManyBadFilesError(RuntimeError):
-    """More files than `max_bad_files` are unreadable."""
+class TooManyBadFilesError(ValueError):
+    """More files than `max_bad_files` are unreadable: the data are at fault, and the command says so in one line."""
 
 
 def first_readable(index: int, length: int, read: Callable[[int], T], max_bad_files: int) -> tuple[int, T | None]:
@@ -69,5 +69,6 @@ class SkipLedger:
         reasons = "\n  ".join(list(self.skipped.values())[:5])
         raise TooManyBadFilesError(
             f"{len(self.skipped)} unreadable files in {self.source.name}, more than max_bad_files = "
-            f"{self.max_bad_files}; repair or remove them, or raise --data.max_bad_files:\n  {reasons}"
+            f"{self.max_bad_files}; repair or remove them (a run goes on without a hundredth of its files), or "
+            f"raise --data.max_bad_files:\n  {reasons}"
         )

@@ -1,27 +1,27 @@
-"""Torch DataLoader workers: PIL decoding and cropping in processes; works for every source.
+"""Worker processes: files are read and decoded by PIL and cut by the fused crop; works for every source.
 
-One item of the DataLoader is a whole micro-batch: its sampler hands out (samples, epochs) from the counter-based order,
-a worker reads and crops them all. The worker draws nothing: the crops come from mimir_fast.data.geometry.
+A worker reads and cuts a whole micro-batch. It draws nothing: the samples come from the counter-based order, the crops
+from mimir_fast.data.geometry.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mimir_fast.data.batch import Batch
 from mimir_fast.data.config import DataConfig
-from mimir_fast.data.geometry import Geometry, plan_geometry
+from mimir_fast.data.crop import cut
+from mimir_fast.data.geometry import plan_geometry
 from mimir_fast.data.loaders.base import Loader
+from mimir_fast.data.loaders.processes import Workers
 from mimir_fast.data.loaders.skip import SkipLedger, first_readable
-from mimir_fast.data.order import BatchPlan, Cursor, MixedOrder, SampleOrder
+from mimir_fast.data.order import BatchPlan, Key, KeyStream, MixedOrder, SampleOrder
 from mimir_fast.data.sources.base import ImageSource
 
-_PREFETCHED_BATCHES = 4  # a worker
-Key = tuple[np.ndarray, np.ndarray]  # samples, epochs
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # samples asked for, samples read (-1: none to be had), epochs
 
 
 class WorkerLoader(Loader):
@@ -38,88 +38,66 @@ class WorkerLoader(Loader):
     ) -> None:
         super().__init__(plan, order)
         self.device, self.labels = device, torch.from_numpy(source.labels)
-        self._keys = _Keys(plan, order)
         self._ledger = SkipLedger(source, config.max_bad_files, self.skipped)
-        parallel: dict[str, Any] = {}
-        if config.num_workers:
-            # Forked workers share the source's arrays and memory maps; a spawned one would pickle its own copy.
-            parallel = {
-                "persistent_workers": True,
-                "prefetch_factor": _PREFETCHED_BATCHES,
-                "multiprocessing_context": "fork",
-            }
-        self._loader: DataLoader[Any] | None = DataLoader(
-            _Reader(source, config, order.seed, augment),
-            sampler=self._keys,
-            batch_size=None,
-            num_workers=config.num_workers,
-            collate_fn=_unchanged,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # else its base seed is drawn from torch's global generator
-            **parallel,
-        )
+        self._shape = (plan.batch_size, config.channels, config.image_size, config.image_size)
+        self._reader = Reader(source, config, order.seed, augment)
+        self._num_workers = config.num_workers
+        self._workers: Workers | None = None
+        self._closed = False
 
-    def _batches(self, cursor: Cursor) -> Iterator[Batch]:
-        if self._loader is None:
+    def _read(self, keys: KeyStream) -> Generator[Batch, None, None]:
+        if self._closed:
             raise RuntimeError("this loader was closed; build a new one")
-        self._keys.cursor = cursor
-        for images, wanted, samples, epochs in self._loader:
-            self._ledger.compare(wanted.numpy(), samples.numpy())
-            yield Batch(*(self._send(column) for column in (images, self.labels[samples], samples, epochs)))
+        if self._num_workers and self._workers is None:
+            self._workers = Workers(self._reader, self._shape, self._num_workers)
+        for slot, (wanted, samples, epochs) in self._workers.read(keys) if self._workers else self._here(keys):
+            self._ledger.compare(wanted, samples)
+            images = torch.empty((len(samples), *slot.shape[1:]), dtype=torch.uint8, pin_memory=self._pinned)
+            images.copy_(torch.from_numpy(slot[: len(samples)]))
+            columns = images, self.labels[samples], torch.from_numpy(samples), torch.from_numpy(epochs)
+            yield Batch(*(column.to(self.device, non_blocking=True) for column in columns))
 
-    def _send(self, column: Tensor) -> Tensor:
-        return column.to(self.device, non_blocking=True)
+    def _here(self, keys: KeyStream) -> Generator[tuple[np.ndarray, Found], None, None]:
+        slot = np.empty(self._shape, np.uint8)
+        for key in keys:
+            yield slot, self._reader(key, slot)
+
+    @property
+    def _pinned(self) -> bool:
+        return self.device.type == "cuda"
 
     def close(self) -> None:
-        self._loader = None  # its workers end with it
+        self._closed = True
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
 
 
-class _Keys(Sampler[Key]):
-    """What is asked of the workers: the micro-batches' samples and epochs from `cursor` on."""
-
-    def __init__(self, plan: BatchPlan, order: SampleOrder | MixedOrder) -> None:
-        self.plan, self.order, self.cursor = plan, order, Cursor()
-
-    def __iter__(self) -> Iterator[Key]:
-        for span in self.plan.spans(self.cursor):
-            yield self.order.at(*span)
-
-
-class _Reader(Dataset[Any]):
+class Reader:
     """The worker's part: samples and epochs in, images out."""
 
     def __init__(self, source: ImageSource, config: DataConfig, seed: int, augment: bool) -> None:
         self.source, self.config, self.seed, self.augment = source, config, seed, augment
+        self._pool: ThreadPoolExecutor | None = None
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Images (B, C, S, S) uint8, samples asked for, samples read (-1: none to be had), epochs."""
+    def __call__(self, key: Key, slot: np.ndarray) -> Found:
+        """Fill the first rows of the slot, (B, C, S, S) uint8."""
         wanted, epochs = key
-        limit, side = self.config.max_bad_files, self.config.image_size
-        found = [first_readable(int(index), len(self.source), self.source.pixels, limit) for index in wanted]
+        limit, side, channels = self.config.max_bad_files, self.config.image_size, self.config.channels
+        found = list(
+            self._map(lambda index: first_readable(index, len(self.source), self.source.pixels, limit), wanted.tolist())
+        )
         samples = np.array([index for index, _ in found], np.int64)
         pictures = [np.zeros((side, side, 1), np.uint8) if pixels is None else pixels for _, pixels in found]
         sizes = np.array([picture.shape[:2] for picture in pictures], np.int64)
         geometry = plan_geometry(self.config, self.augment, self.seed, samples, epochs, sizes)
-        images = [cut(picture, geometry, row, side, self.config.channels) for row, picture in enumerate(pictures)]
-        columns = (np.stack(images), wanted, samples, epochs)
-        return tuple(torch.from_numpy(column) for column in columns)  # type: ignore[return-value]
+        slot[: len(pictures)] = cut(pictures, geometry, side, channels).numpy()
+        return wanted, samples, epochs
 
-
-def cut(pixels: np.ndarray, geometry: Geometry, row: int, side: int, channels: int) -> np.ndarray:
-    """(channels, side, side) uint8: what row `row` of the geometry makes of one (H, W, C) image; PIL's bicubic."""
-    from PIL import Image
-
-    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-    image = image.convert("RGB" if channels == 3 else "L")
-    y, x, height, width = geometry.box[row].tolist()
-    new_height, new_width = geometry.size[row].tolist()
-    image = image.resize((new_width, new_height), Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
-
-    top, left = geometry.anchor[row].tolist()
-    window = image.crop((left, top, left + side, top + side))  # zeros where it reaches outside
-    result = np.asarray(window).reshape(side, side, channels).transpose(2, 0, 1)
-    return np.ascontiguousarray(result[:, :, ::-1] if geometry.mirror[row] else result)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
+    def _map(self, function: Callable[[int], Any], indices: list[int]) -> Iterable[Any]:
+        """In order; several at a time where files are slow to come."""
+        if self.config.read_threads == 1:
+            return map(function, indices)
+        if self._pool is None:  # made here and not earlier: threads do not survive a fork
+            self._pool = ThreadPoolExecutor(self.config.read_threads)
+        return self._pool.map(function, indices)

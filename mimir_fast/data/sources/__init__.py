@@ -4,8 +4,17 @@ import difflib
 from collections.abc import Callable
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.data.sources import cifar, digits, folder, idx, shards
-from mimir_fast.data.sources.base import ArraySource, EncodedSource, ImageSource, MissingDataError, take_evenly
+from mimir_fast.data.sources import cifar, digits, folder, idx, raw, shards
+from mimir_fast.data.sources.base import (
+    ArraySource,
+    EncodedSource,
+    ImageSource,
+    MissingDataError,
+    RawSource,
+    subset,
+    take_evenly,
+)
+from mimir_fast.data.sources.held_out import hold_out
 
 Builder = Callable[[DataConfig, str], ImageSource]
 
@@ -19,23 +28,28 @@ SOURCES: dict[str, Builder] = {
     "imagenet": folder.build_folder,
     "folder": folder.build_folder,
     "webdataset": shards.build,
+    "raw": raw.build,
 }
 
-__all__ = ["SOURCES", "ArraySource", "EncodedSource", "ImageSource", "MissingDataError", "build_source"]
+__all__ = ["SOURCES", "ArraySource", "EncodedSource", "ImageSource", "MissingDataError", "RawSource", "build_source"]
 
 
 def build_source(config: DataConfig, split: str) -> ImageSource:
-    """The named source's split ("train" or "test"; "val" is another name of "test").
+    """The named source's split ("train" or "test"; "val" is another name of "test"), or the part of "train" that is
+    "held_out" of it (`config.hold_out`).
 
     Raises:
         ValueError: unknown source or split, or damaged files.
         MissingDataError: the files are not there; the message says how to get them.
     """
-    if split not in ("train", "test", "val"):
-        raise ValueError(f"split must be 'train' or 'test' (or 'val'), got {split!r}")
+    if split not in ("train", "held_out", "test", "val"):
+        raise ValueError(f"split must be 'train', 'held_out' or 'test' (or 'val'), got {split!r}")
     if config.source not in SOURCES:
         near = difflib.get_close_matches(config.source, SOURCES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown source {config.source!r}; {hint}Known: {', '.join(SOURCES)}")
-    source = SOURCES[config.source](config, "train" if split == "train" else "test")
+    source = SOURCES[config.source](config, "train" if split in ("train", "held_out") else "test")
+    if split == "held_out" or (split == "train" and config.hold_out):
+        rest, held = hold_out(len(source), config.hold_out)
+        source = subset(source, held if split == "held_out" else rest)
     return take_evenly(source, config.limit)

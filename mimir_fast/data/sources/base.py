@@ -23,11 +23,16 @@ class ImageSource(ABC):
         classes: one name a class.
         labels: (N,) int64; -1 where a sample has no label.
         image_size: height and width when all images share them and are square, else None.
+        block: neighbouring samples that should be read together (see SampleOrder); 0 where any order is as good.
     """
 
-    def __init__(self, name: str, classes: Sequence[str], labels: np.ndarray, image_size: int | None = None) -> None:
+    block = 0
+
+    def __init__(
+        self, name: str, classes: Sequence[str], labels: np.ndarray | list[int], image_size: int | None = None
+    ) -> None:
         self.name, self.classes, self.image_size = name, tuple(classes), image_size
-        self.labels = np.asarray(labels, dtype=np.int64)
+        self.labels = np.array(labels, dtype=np.int64)  # a copy: an index may be mapped and read-only
         if len(self.labels) == 0:
             raise ValueError(f"{name} has no samples")
 
@@ -87,6 +92,46 @@ class EncodedSource(ImageSource):
         return decode(self.read(index), self.where(index))
 
 
+class RawSource(ImageSource):
+    """Uint8 images of any sizes that lie decoded in files and are mapped into memory.
+
+    Args:
+        files: the files, each with images (height, width, channels) one after the other.
+        table: `shard_ids`, `offsets` (bytes), `heights`, `widths`, each (N,) integers.
+        channels: 1 or 3.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classes: Sequence[str],
+        labels: np.ndarray,
+        files: Sequence[Path],
+        table: dict[str, np.ndarray],
+        channels: int,
+    ) -> None:
+        super().__init__(name, classes, labels)
+        self.files, self.table, self.channels = tuple(files), table, channels
+        self.sizes = np.stack([table["heights"], table["widths"]], axis=1).astype(np.int64)
+        self._maps: dict[int, np.ndarray] = {}
+
+    def pixels(self, index: int) -> np.ndarray:
+        shard, offset = int(self.table["shard_ids"][index]), int(self.table["offsets"][index])
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(self.files[shard], np.uint8, mode="r")
+        height, width = self.sizes[index].tolist()
+        content = self._maps[shard][offset : offset + height * width * self.channels]
+        return content.reshape(height, width, self.channels).view(np.ndarray)
+
+    def where(self, index: int) -> str:
+        return f"{self.files[self.table['shard_ids'][index]]} at byte {self.table['offsets'][index]}"
+
+    def take(self, indices: np.ndarray) -> "RawSource":
+        """Some samples, renumbered."""
+        table = {name: column[indices] for name, column in self.table.items()}
+        return RawSource(self.name, self.classes, self.labels[indices], self.files, table, self.channels)
+
+
 class SubsetSource(EncodedSource):
     """Some samples of an encoded source, renumbered."""
 
@@ -105,11 +150,17 @@ def take_evenly(source: ImageSource, limit: int | None) -> ImageSource:
     """`limit` samples at equal distances, or the source itself when it is no longer than that."""
     if limit is None or limit >= len(source):
         return source
-    indices = np.arange(limit, dtype=np.int64) * len(source) // limit
+    return subset(source, np.arange(limit, dtype=np.int64) * len(source) // limit)
+
+
+def subset(source: ImageSource, indices: np.ndarray) -> ImageSource:
+    """The samples at `indices`, renumbered."""
     if isinstance(source, ArraySource):
         return ArraySource(source.name, source.images[indices], source.labels[indices], source.classes)
     if isinstance(source, EncodedSource):
         return SubsetSource(source, indices)
+    if isinstance(source, RawSource):
+        return source.take(indices)
     raise TypeError(f"cannot take a part of a {type(source).__name__}")
 
 

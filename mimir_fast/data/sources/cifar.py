@@ -61,7 +61,16 @@ def read_pickle(path: Path, label_key: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         with path.open("rb") as file:
             batch = _ArrayUnpickler(file, encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        MemoryError,
+    ) as error:
         raise ValueError(f"{path} is not a CIFAR batch: {error}; unpack the published archive again") from error
     entries = batch if isinstance(batch, dict) else {}
     entries = {key.decode() if isinstance(key, bytes) else str(key): value for key, value in entries.items()}

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.data.decode import MAX_FILE_BYTES, UnreadableImageError
+from mimir_fast.data.index import fingerprint_of, kept_index
 from mimir_fast.data.sources.base import EncodedSource, MissingDataError, existing_root
 
 _TEST_FOLDERS = ("val", "validation", "test")
@@ -20,22 +22,32 @@ class FileSource(EncodedSource):
 
     Args:
         root: the folder the paths are relative to.
-        paths: relative, one a sample.
+        paths: relative, one a sample; as (N,) bytes perhaps mapped from an index.
     """
 
     def __init__(
-        self, name: str, root: Path, paths: list[str], labels: list[int], classes: list[str], size: int | None = None
+        self,
+        name: str,
+        root: Path,
+        paths: np.ndarray | list[str],
+        labels: np.ndarray | list[int],
+        classes: list[str],
+        size: int | None = None,
     ) -> None:
-        super().__init__(name, classes, np.asarray(labels, dtype=np.int64), size)
+        super().__init__(name, classes, labels, size)
         self.root = root
         # One array of bytes, not a million str: forked workers share it, for no reference count in it ever changes.
-        self._paths = np.array([os.fsencode(path) for path in paths])
+        self._paths = np.array([os.fsencode(path) for path in paths]) if isinstance(paths, list) else paths
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(bytes(self._paths[index]))
 
     def read(self, index: int) -> bytes:
-        return self.path(index).read_bytes()
+        with self.path(index).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE_BYTES:
+                raise UnreadableImageError(f"{self.where(index)}: {size} bytes are more than an image has")
+            return file.read()
 
     def where(self, index: int) -> str:
         return str(self.path(index))
@@ -56,13 +68,35 @@ def build_folder(config: DataConfig, split: str) -> FileSource:
         raise ValueError(
             f"{folder} has classes that {root / 'train'} lacks: {', '.join(unknown[:3])}; rename or remove"
         )
-    paths: list[str] = []
-    labels: list[int] = []
-    for name in present:
-        files = _files(folder / name)
-        paths += [f"{name}/{file}" for file in files]
-        labels += [classes.index(name)] * len(files)
+    paths, counts = list_files(root, folder, present)
+    labels = np.repeat([classes.index(name) for name in present], counts)
     return FileSource(config.source, folder, paths, labels, classes)
+
+
+def list_files(root: Path, folder: Path, classes: list[str], inner: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """All files of folder/<class>/<inner>: paths relative to `folder`, (N,) bytes, and how many each class has.
+
+    Listed once and kept under `root` or in the user's cache (mimir_fast.data.index).
+    """
+    folders = [folder / name / inner for name in classes]
+
+    def make() -> dict[str, np.ndarray]:
+        files = [_files(each) for each in folders]
+        prefixes = [os.path.join(name, inner, "") for name in classes]
+        paths = [os.fsencode(prefix + file) for prefix, those in zip(prefixes, files, strict=True) for file in those]
+        return {"paths": np.array(paths), "counts": np.array([len(those) for those in files])}
+
+    missing = next((each for each in folders if not each.is_dir()), None)
+    if missing is not None:
+        raise ValueError(f"{missing} holds no files; add the images of this class or remove its folder")
+    index = kept_index(root, folder.name, fingerprint_of(folders), ("paths", "counts"), make)
+    # It may have come with the data, from anyone: what it names must lie in the folder.
+    outside = np.char.find(index["paths"], b"..") >= 0
+    if any(b".." in bytes(path).split(b"/") for path in index["paths"][outside]) or (
+        np.char.startswith(index["paths"], b"/").any() or index["counts"].sum() != len(index["paths"])
+    ):
+        raise ValueError(f"the index of {folder} names files outside of it; remove {root / '.mimir_fast'}")
+    return index["paths"], index["counts"]
 
 
 def build_tiny_imagenet(config: DataConfig, split: str) -> FileSource:
@@ -74,12 +108,8 @@ def build_tiny_imagenet(config: DataConfig, split: str) -> FileSource:
         raise MissingDataError(f"{root} has no folder train: give --data.root {advice}")
     classes = _class_folders(root / "train")
     if split == "train":
-        paths: list[str] = []
-        labels: list[int] = []
-        for label, name in enumerate(classes):
-            files = _files(root / "train" / name / "images")
-            paths += [f"{name}/images/{file}" for file in files]
-            labels += [label] * len(files)
+        paths, counts = list_files(root, root / "train", classes, "images")
+        labels = np.repeat(np.arange(len(classes)), counts)
         return FileSource("tiny_imagenet", root / "train", paths, labels, classes, size=64)
     listing = root / "val" / "val_annotations.txt"
     if not listing.is_file():
@@ -89,8 +119,8 @@ def build_tiny_imagenet(config: DataConfig, split: str) -> FileSource:
     if unknown:
         raise ValueError(f"{listing} is damaged: it names classes that train/ lacks, such as {sorted(unknown)[:3]}")
     numbers = {name: label for label, name in enumerate(classes)}
-    paths, labels = [f"images/{file}" for file, _ in rows], [numbers[name] for _, name in rows]
-    return FileSource("tiny_imagenet", root / "val", paths, labels, classes, size=64)
+    files, owners = [f"images/{file}" for file, _ in rows], [numbers[name] for _, name in rows]
+    return FileSource("tiny_imagenet", root / "val", files, owners, classes, size=64)
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -106,8 +136,7 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> list[str]:
-    entries = os.scandir(folder) if folder.is_dir() else ()
-    files = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
+    files = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_file())
     if not files:
         raise ValueError(f"{folder} holds no files; add the images of this class or remove its folder")
     return files

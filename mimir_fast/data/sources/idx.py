@@ -6,6 +6,7 @@ images are padded with zeros to the wanted size: 2 pixels a side make 32, which 
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ ADVICE = (
     "install Debian's package (apt-get install dataset-fashion-mnist), or let torchvision fetch it "
     "(torchvision.datasets.FashionMNIST('data', download=True)) and give --data.root data"
 )
+MAX_BYTES = 2**32  # of a file; EMNIST, the largest of the kind, has half a GB
 _PREFIX = {"train": "train", "test": "t10k"}
 
 
@@ -33,18 +35,21 @@ def read_idx(path: Path) -> np.ndarray:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
-            content = file.read()
-    except (EOFError, gzip.BadGzipFile) as error:
+            head = file.read(4)
+            if len(head) < 4 or head[:3] != b"\0\0\x08":
+                raise ValueError(f"{path} is not an IDX file of uint8 (first bytes {head.hex(' ')}, expected 00 00 08)")
+            sizes = file.read(4 * head[3])
+            shape = tuple(int(size) for size in np.frombuffer(sizes[: len(sizes) // 4 * 4], dtype=">i4"))
+            count = math.prod(shape)
+            if min(shape, default=0) < 0 or count > MAX_BYTES:
+                raise ValueError(f"{path} claims the shape {shape}, which no such file has; fetch it again")
+            content = file.read(count + 1)  # no more than that: a few KB of gzip can be gigabytes
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is no complete gzip file ({error}); fetch it again") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not an IDX file of uint8 (first bytes {content[:4].hex(' ')}, expected 00 00 08)")
-    start = 4 + 4 * content[3]
-    shape = tuple(int(size) for size in np.frombuffer(content[4:start], dtype=">i4"))
-    if len(content) - start != math.prod(shape):
-        raise ValueError(
-            f"{path} is cut short or damaged: {len(content) - start} values for the shape {shape}; fetch it again"
-        )
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
+    if len(content) != count:
+        there = "more" if len(content) > count else len(content)
+        raise ValueError(f"{path} is cut short or damaged: {there} values for the shape {shape}; fetch it again")
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
 def build(config: DataConfig, split: str) -> ArraySource:

@@ -1,24 +1,26 @@
 """WebDataset shards with random access: tar files in which a sample is the neighbouring members of one key.
 
-Streaming a shard would tie the order of samples to the shards. An index of (shard, offset, size, label), made once by
-reading the tar headers and kept on disk, lets any sample be read by one seek; so order, ranks and resuming work as for
-every other source.
+An index of (shard, offset, size, label), made once by reading the tar headers and kept on disk, lets any sample be read
+by one seek; so ranks and resuming work as for every other source. The order is one of shuffled blocks (`block`), so
+that a disk reads runs of neighbours: the samples of a shard are expected to be mixed, as `mimir_fast.data.prepare` and
+everybody else writes them.
 """
 
-import hashlib
 import json
-import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.data.decode import MAX_FILE_BYTES
+from mimir_fast.data.index import fingerprint_of, kept_index
 from mimir_fast.data.sources.base import EncodedSource, MissingDataError
 
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "webp", "bmp")
 _LABEL_KEYS = ("label", "cls", "class", "target")  # in a .json member
-_COLUMNS = ("offsets", "sizes", "labels")
+_COLUMNS = ("shard_ids", "offsets", "sizes", "labels")
+_LABEL_BYTES = 2**20  # of a .cls or .json member; more is no label
 _ADVICE = (
     "give --data.root a brace pattern such as 'shards/train-{0000..0146}.tar', or a folder whose tar files start with "
     "train and val"
@@ -40,6 +42,8 @@ class ShardSource(EncodedSource):
         super().__init__("webdataset", classes, labels)
         self.shards, self.shard_ids, self.offsets, self.sizes = shards, shard_ids, offsets, sizes
 
+    block = 64
+
     def read(self, index: int) -> bytes:
         with self.shards[self.shard_ids[index]].open("rb") as file:
             file.seek(self.offsets[index])
@@ -52,9 +56,14 @@ class ShardSource(EncodedSource):
 def build(config: DataConfig, split: str) -> ShardSource:
     """All samples of the split's shards that have an image; labels from the .cls or .json member, -1 without."""
     shards = find_shards(config.root, split)
-    parts = [index_shard(shard) for shard in shards]
-    shard_ids = np.repeat(np.arange(len(shards)), [len(part["sizes"]) for part in parts])
-    offsets, sizes, labels = (np.concatenate([part[name] for part in parts]) for name in _COLUMNS)
+
+    def make() -> dict[str, np.ndarray]:
+        parts = [scan_shard(shard) for shard in shards]
+        ids = np.repeat(np.arange(len(shards)), [part.shape[1] for part in parts])
+        return dict(zip(_COLUMNS, [ids, *np.concatenate(parts, axis=1)], strict=True))
+
+    index = kept_index(shards[0].parent, f"{split}-tar", fingerprint_of(shards), _COLUMNS, make)
+    shard_ids, offsets, sizes, labels = (index[name] for name in _COLUMNS)
     if len(sizes) == 0:
         raise ValueError(f"{shards[0]} … hold no images: expected members named <key>.jpg and <key>.cls")
     return ShardSource(shards, shard_ids, offsets, sizes, labels)
@@ -89,31 +98,12 @@ def find_shards(root: str | None, split: str) -> list[Path]:
     return shards
 
 
-def index_shard(shard: Path) -> dict[str, np.ndarray]:
-    """offsets, sizes and labels, (n,) int64 each, of one tar file's images; cached under the user's cache folder.
+def scan_shard(shard: Path) -> np.ndarray:
+    """(3, n) int64: offset, size and label of each image of a tar file. Nothing is unpacked.
 
     Raises:
-        ValueError: not a tar file, compressed, or cut short.
+        ValueError: not a tar file, compressed, cut short, or with a member whose name leads out of it.
     """
-    status = shard.stat()
-    identity = f"{shard.resolve()} {status.st_size} {status.st_mtime_ns}"
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    cached = cache_home / "mimir_fast" / "shards" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
-    if cached.is_file():
-        return dict(zip(_COLUMNS, np.load(cached), strict=True))
-    table = _scan(shard)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        aside = cached.with_name(f"{cached.stem}.{os.getpid()}.npy")
-        np.save(aside, table)
-        aside.replace(cached)  # whole or not at all: other ranks index the same shards now
-    except OSError:
-        pass  # a read-only home costs the scan each time, nothing else
-    return dict(zip(_COLUMNS, table, strict=True))
-
-
-def _scan(shard: Path) -> np.ndarray:
-    """(3, n) int64: offset, size, label."""
     from webdataset.tariterators import base_plus_ext
 
     rows: list[list[int]] = []
@@ -121,6 +111,8 @@ def _scan(shard: Path) -> np.ndarray:
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
+                if member.name.startswith("/") or ".." in member.name.split("/"):
+                    raise ValueError(f"{shard}: a member is called {member.name!r}, outside of the archive; refused")
                 if not member.isfile():
                     continue
                 key, extension = base_plus_ext(member.name)
@@ -134,7 +126,8 @@ def _scan(shard: Path) -> np.ndarray:
                     image = (member.offset_data, member.size)
                 elif extension in ("cls", "json"):
                     content = archive.extractfile(member)
-                    label = _parse_label(content.read() if content else b"", extension, f"{shard}: {member.name}")
+                    text = content.read(_LABEL_BYTES) if content else b""
+                    label = _parse_label(text, extension, f"{shard}: {member.name}")
     except tarfile.TarError as error:
         raise ValueError(f"{shard} is not a whole, uncompressed tar file ({error}); make or fetch it again") from error
     if image is not None:
@@ -142,6 +135,8 @@ def _scan(shard: Path) -> np.ndarray:
     table = np.array(rows, dtype=np.int64).reshape(-1, 3).T
     if table.size and (table[0] + table[1]).max() > shard.stat().st_size:
         raise ValueError(f"{shard} is cut short: its last image ends past the end of the file; fetch it again")
+    if table.size and table[1].max() > MAX_FILE_BYTES:
+        raise ValueError(f"{shard} holds a file of {table[1].max()} bytes, more than an image has; refused")
     return table
 
 

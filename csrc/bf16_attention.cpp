@@ -1,0 +1,329 @@
+// Softmax attention in bfloat16 for short sequences, a head at a time, without a matrix of scores in memory.
+//
+// A head of a masked autoencoder (50 to 200 tokens of 8 to 64 numbers) fits the second-level cache whole. It is padded
+// and rearranged once; then come a few queries at a time, products on AMX tiles (bf16_matrix.h), and the softmax in
+// float32 while the scores lie in the first-level cache. Scores stand as (keys, queries), so that the sums of a softmax
+// run down the vectors, and what comes out is already the operand of the next product.
+// Heads are independent and each is one thread's, so the number of threads does not change a bit of the result.
+//
+// Legend as in small_head_attention.cpp: B images, T queries, S keys, H heads of E numbers. Padded with zeros: T and S
+// to multiples of 32, E to kDepth = 32 as an inner dimension and to 16 as an outer one. C queries at a time.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "bf16_matrix.h"
+#include "bindings.h"
+#include "parallel.h"
+
+namespace mimir {
+namespace {
+
+#ifdef MIMIR_BF16_MATRIX
+// GCC's own intrinsics start from registers they leave undefined on purpose (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+constexpr std::int64_t kDepth = 32;
+constexpr std::int64_t kForwardQueries = 32, kBackwardQueries = 128, kKeys = 64;
+
+struct Tokens {
+    std::uint16_t* data;
+    std::int64_t batch_stride, token_stride, E;
+
+    MIMIR_INLINE std::uint16_t* at(std::int64_t b, std::int64_t t, std::int64_t h) const {
+        return data + b * batch_stride + t * token_stride + h * E;
+    }
+};
+
+struct Problem {
+    std::int64_t T, S, H, E;
+    bool amx;
+    Tokens q, k, v, out;
+    float* lse;  // (B, H, T)
+    Tokens grad, dq, dk, dv;  // backward only
+};
+
+std::int64_t padded(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+
+// Pieces of one block of memory that a thread keeps for its next call: fresh pages cost more than the arithmetic.
+class Scratch {
+  public:
+    explicit Scratch(std::int64_t bytes) {
+        thread_local struct Memory {
+            void* begin = nullptr;
+            std::int64_t bytes = 0;
+            ~Memory() { std::free(begin); }
+        } memory;
+        if (memory.bytes < bytes) {
+            std::free(memory.begin);
+            memory.begin = std::aligned_alloc(64, padded(bytes, 64));
+            memory.bytes = memory.begin == nullptr ? 0 : bytes;
+            if (memory.begin == nullptr) throw std::bad_alloc();
+        }
+        next_ = static_cast<char*>(memory.begin);
+    }
+    template <typename Number>
+    Number* take(std::int64_t count) {
+        auto* piece = reinterpret_cast<Number*>(next_);
+        next_ += padded(count * static_cast<std::int64_t>(sizeof(Number)), 64);
+        return piece;
+    }
+
+  private:
+    char* next_;
+};
+
+// Tokens of head h → (rows, depth), zeros around.
+void pad(const Tokens& tokens, std::int64_t b, std::int64_t h, std::int64_t count, std::int64_t rows, std::int64_t depth,
+         std::uint16_t* to) {
+    for (std::int64_t t = 0; t < count; ++t) {
+        std::memcpy(to + t * depth, tokens.at(b, t, h), tokens.E * 2);
+        std::memset(to + t * depth + tokens.E, 0, (depth - tokens.E) * 2);
+    }
+    std::memset(to + count * depth, 0, (rows - count) * depth * 2);
+}
+
+// (rows, columns) float32, columns a multiple of 16, scaled → the bfloat16 tokens of head h.
+MIMIR_BF16_INLINE void write(const float* from, std::int64_t columns, float scale, const Tokens& tokens, std::int64_t b,
+                             std::int64_t first, std::int64_t count, std::int64_t h) {
+    for (std::int64_t t = 0; t < count; ++t) {
+        std::uint16_t* to = tokens.at(b, first + t, h);
+        for (std::int64_t e = 0; e < tokens.E; e += 16) {
+            const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(from + t * columns + e), _mm512_set1_ps(scale));
+            const __mmask16 inside = tokens.E - e >= 16 ? 0xffff : (1u << (tokens.E - e)) - 1;
+            _mm256_mask_storeu_epi16(to + e, inside, to_bf16(x));
+        }
+    }
+}
+
+// Scores of 32 queries (keys, 32) → unnormalised probabilities as pairs of keys, and their sums.
+MIMIR_BF16_INLINE void softmax(const float* scores, std::int64_t S, std::int64_t keys, float scale, std::uint32_t* pairs,
+                               float* sums, float* lse) {
+    const __m512 to_exponent = _mm512_set1_ps(scale * 1.44269504f);
+    for (int half = 0; half < 32; half += 16) {
+        const float* column = scores + half;
+        __m512 largest = _mm512_loadu_ps(column);
+        for (std::int64_t j = 1; j < S; ++j) largest = _mm512_max_ps(largest, _mm512_loadu_ps(column + 32 * j));
+        const __m512 shift = _mm512_mul_ps(largest, to_exponent);
+        __m512 sum = _mm512_setzero_ps();
+        for (std::int64_t j = 0; j < keys; j += 2) {
+            __m512 p[2];
+            for (int i = 0; i < 2; ++i) {
+                p[i] = _mm512_setzero_ps();
+                if (j + i < S) {
+                    p[i] = exp2_of_nonpositive(_mm512_fmsub_ps(_mm512_loadu_ps(column + 32 * (j + i)), to_exponent, shift));
+                    sum = _mm512_add_ps(sum, p[i]);
+                }
+            }
+            _mm512_storeu_si512(pairs + 16 * j + half, interleave(to_bf16(p[0]), to_bf16(p[1])));
+        }
+        _mm512_storeu_ps(sums + half, sum);
+        _mm512_storeu_ps(lse + half, _mm512_mul_ps(largest, _mm512_set1_ps(scale)));
+    }
+    for (int t = 0; t < 32; ++t) lse[t] += std::log(sums[t]);
+}
+
+MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t end) {
+    const std::int64_t T = padded(p.T, 32), S = padded(p.S, 32), depth = padded(p.E, kDepth), E = padded(p.E, 16);
+    constexpr std::int64_t C = kForwardQueries;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(p.E));
+    Scratch scratch(2 * (2 * T * depth + 3 * S * depth + S * E) + 4 * (S * C + S / 2 * C + 2 * E * C) + 1024);
+    auto* rows = scratch.take<std::uint16_t>(std::max(T, S) * depth);  // of q, then of v
+    auto* keys = scratch.take<std::uint16_t>(S * depth);
+    auto* queries = scratch.take<std::uint32_t>(T * depth / 2);  // (depth/2, T)
+    auto* value_pairs = scratch.take<std::uint32_t>(S / 2 * E);
+    auto* values = scratch.take<std::uint32_t>(E * S / 2);  // (E, S) bfloat16
+    auto *scores = scratch.take<float>(S * C), *out = scratch.take<float>(E * C), *turned = scratch.take<float>(E * C);
+    auto* probabilities = scratch.take<std::uint32_t>(S / 2 * C);
+    float sums[C], lse[C];
+    const Tiles tiles(p.amx);
+    for (std::int64_t head = begin; head < end; ++head) {
+        const std::int64_t b = head / p.H, h = head % p.H;
+        pad(p.q, b, h, p.T, T, depth, rows);
+        transpose(reinterpret_cast<std::uint32_t*>(rows), T, depth / 2, queries);
+        pad(p.k, b, h, p.S, S, depth, keys);
+        pad(p.v, b, h, p.S, S, depth, rows);
+        pair_rows(rows, depth, S, E, value_pairs);
+        transpose(value_pairs, S / 2, E, values);
+        for (std::int64_t t = 0; t < p.T; t += C) {
+            multiply(p.amx, S, C, depth, {keys, depth}, {queries + t, T}, {scores, C}, false);
+            softmax(scores, p.S, S, scale, probabilities, sums, lse);
+            multiply(p.amx, E, C, S, {reinterpret_cast<std::uint16_t*>(values), S}, {probabilities, C}, {out, C}, false);
+            for (int half = 0; half < 32; half += 16) {
+                const __m512 share = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_loadu_ps(sums + half));
+                for (std::int64_t e = 0; e < E; ++e) {
+                    float* x = out + e * C + half;
+                    _mm512_storeu_ps(x, _mm512_mul_ps(_mm512_loadu_ps(x), share));
+                }
+            }
+            transpose(reinterpret_cast<std::uint32_t*>(out), E, C, reinterpret_cast<std::uint32_t*>(turned));
+            const std::int64_t count = std::min(C, p.T - t);
+            write(turned, E, 1.0f, p.out, b, t, count, h);
+            std::memcpy(p.lse + head * p.T + t, lse, count * sizeof(float));
+        }
+    }
+}
+
+// A block of (keys, 32) scores s and products dp → p and ds = p (dp − along) as operands: rows of queries, and of ds
+// also pairs of keys. Keys from `inside` on are padding.
+struct Operands {
+    std::uint16_t *p, *ds;  // (keys, C)
+    std::uint32_t* ds_pairs;  // (keys/2, C)
+    std::int64_t C;
+};
+
+MIMIR_BF16_INLINE void differentiate(const float* scores, const float* products, std::int64_t keys, std::int64_t inside,
+                                     float scale, const float* lse, const float* along, Operands to) {
+    const __m512 to_exponent = _mm512_set1_ps(scale * 1.44269504f), zero = _mm512_setzero_ps();
+    for (int half = 0; half < 32; half += 16) {
+        const __m512 shift = _mm512_mul_ps(_mm512_loadu_ps(lse + half), _mm512_set1_ps(1.44269504f));
+        const __m512 mean = _mm512_loadu_ps(along + half);
+        for (std::int64_t j = 0; j < keys; j += 2) {
+            __m256i ds[2];
+            for (int i = 0; i < 2; ++i) {
+                __m512 p = zero;
+                if (j + i < inside) {
+                    const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + 32 * (j + i) + half), to_exponent, shift);
+                    p = exp2_of_nonpositive(x);
+                }
+                const __m512 dp = _mm512_loadu_ps(products + 32 * (j + i) + half);
+                ds[i] = to_bf16(_mm512_mul_ps(p, _mm512_sub_ps(dp, mean)));
+                _mm256_storeu_si256((__m256i*)(to.p + (j + i) * to.C + half), to_bf16(p));
+                _mm256_storeu_si256((__m256i*)(to.ds + (j + i) * to.C + half), ds[i]);
+            }
+            _mm512_storeu_si512(to.ds_pairs + j / 2 * to.C + half, interleave(ds[0], ds[1]));
+        }
+    }
+}
+
+// Σ_e grad_e out_e of each query.
+MIMIR_BF16_INLINE float inner_product(const std::uint16_t* a, const std::uint16_t* b, std::int64_t E) {
+    __m512 sum = _mm512_setzero_ps();
+    for (std::int64_t e = 0; e < E; e += 32) {
+        const __mmask32 inside = E - e >= 32 ? 0xffffffffu : (1u << (E - e)) - 1;
+        const auto x = (__m512bh)_mm512_maskz_loadu_epi16(inside, a + e), y = (__m512bh)_mm512_maskz_loadu_epi16(inside, b + e);
+        sum = _mm512_dpbf16_ps(sum, x, y);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_t end) {
+    const std::int64_t T = padded(p.T, 32), S = padded(p.S, 32), C = std::min(kBackwardQueries, T);
+    const std::int64_t depth = padded(p.E, kDepth), E = padded(p.E, 16);
+    const float scale = 1.0f / std::sqrt(static_cast<float>(p.E));
+    Scratch scratch(2 * (5 * T + 4 * S) * depth + 2 * 3 * S * C + 4 * (2 * S * E + 2 * E * C + 2 * kKeys * 32 + 2 * T) + 4096);
+    auto* rows = scratch.take<std::uint16_t>(T * depth);  // of q, then of grad
+    auto *queries = scratch.take<std::uint32_t>(depth / 2 * T), *grads = scratch.take<std::uint32_t>(depth / 2 * T);
+    auto *query_pairs = scratch.take<std::uint32_t>(T / 2 * E), *grad_pairs = scratch.take<std::uint32_t>(T / 2 * E);
+    auto *keys = scratch.take<std::uint16_t>(S * depth), *values = scratch.take<std::uint16_t>(S * depth);
+    auto *key_pairs = scratch.take<std::uint32_t>(S / 2 * E), *turned_keys = scratch.take<std::uint32_t>(E * S / 2);
+    auto *scores = scratch.take<float>(kKeys * 32), *products = scratch.take<float>(kKeys * 32);
+    auto *lse = scratch.take<float>(T), *along = scratch.take<float>(T);
+    auto *probabilities = scratch.take<std::uint16_t>(S * C), *ds = scratch.take<std::uint16_t>(S * C);
+    auto* ds_pairs = scratch.take<std::uint32_t>(S / 2 * C);
+    auto *dk = scratch.take<float>(S * E), *dv = scratch.take<float>(S * E);
+    auto *dq = scratch.take<float>(E * C), *turned = scratch.take<float>(E * C);
+    const Tiles tiles(p.amx);
+    for (std::int64_t head = begin; head < end; ++head) {
+        const std::int64_t b = head / p.H, h = head % p.H;
+        pad(p.q, b, h, p.T, T, depth, rows);
+        transpose(reinterpret_cast<std::uint32_t*>(rows), T, depth / 2, queries);
+        pair_rows(rows, depth, T, E, query_pairs);
+        pad(p.grad, b, h, p.T, T, depth, rows);
+        transpose(reinterpret_cast<std::uint32_t*>(rows), T, depth / 2, grads);
+        pair_rows(rows, depth, T, E, grad_pairs);
+        pad(p.k, b, h, p.S, S, depth, keys);
+        pad(p.v, b, h, p.S, S, depth, values);
+        pair_rows(keys, depth, S, E, key_pairs);
+        transpose(key_pairs, S / 2, E, turned_keys);
+        for (std::int64_t t = 0; t < T; ++t) {
+            const bool inside = t < p.T;
+            lse[t] = inside ? p.lse[head * p.T + t] : 0.0f;
+            along[t] = inside ? inner_product(p.grad.at(b, t, h), p.out.at(b, t, h), p.E) : 0.0f;
+        }
+        for (std::int64_t t = 0; t < p.T; t += C) {
+            const std::int64_t width = std::min(C, T - t);
+            for (std::int64_t c = 0; c < width; c += 32) {
+                for (std::int64_t j = 0; j < S; j += kKeys) {
+                    const std::int64_t count = std::min(kKeys, S - j);
+                    multiply(p.amx, count, 32, depth, {keys + j * depth, depth}, {queries + t + c, T}, {scores, 32}, false);
+                    multiply(p.amx, count, 32, depth, {values + j * depth, depth}, {grads + t + c, T}, {products, 32},
+                             false);
+                    const Operands to = {probabilities + j * C + c, ds + j * C + c, ds_pairs + j / 2 * C + c, C};
+                    differentiate(scores, products, count, p.S - j, scale, lse + t + c, along + t + c, to);
+                }
+            }
+            const bool add = t > 0;
+            multiply(p.amx, S, E, width, {probabilities, C}, {grad_pairs + t / 2 * E, E}, {dv, E}, add);
+            multiply(p.amx, S, E, width, {ds, C}, {query_pairs + t / 2 * E, E}, {dk, E}, add);
+            multiply(p.amx, E, width, S, {reinterpret_cast<std::uint16_t*>(turned_keys), S}, {ds_pairs, C}, {dq, C}, false);
+            transpose(reinterpret_cast<std::uint32_t*>(dq), E, C, reinterpret_cast<std::uint32_t*>(turned));
+            write(turned, E, scale, p.dq, b, t, std::min(C, p.T - t), h);
+        }
+        write(dk, E, scale, p.dk, b, 0, p.S, h);
+        write(dv, E, 1.0f, p.dv, b, 0, p.S, h);
+    }
+}
+
+// (B, tokens, H, E) contiguous.
+Tokens whole(Address address, std::int64_t tokens, std::int64_t H, std::int64_t E) {
+    return {pointer<std::uint16_t>(address), tokens * H * E, H * E, E};
+}
+
+Problem problem(std::int64_t T, std::int64_t S, std::int64_t H, std::int64_t E, bool amx,
+                const std::vector<std::int64_t>& strides, Address q, Address k, Address v, Address out, Address lse) {
+    Problem p{};
+    p.T = T;
+    p.S = S;
+    p.H = H;
+    p.E = E;
+    p.amx = amx;
+    p.q = {pointer<std::uint16_t>(q), strides[0], strides[1], E};
+    p.k = {pointer<std::uint16_t>(k), strides[2], strides[3], E};
+    p.v = {pointer<std::uint16_t>(v), strides[4], strides[5], E};
+    p.out = whole(out, T, H, E);
+    p.lse = pointer<float>(lse);
+    return p;
+}
+
+// strides: (image, token) of q, k and v, in numbers; out and lse are contiguous. E: a multiple of 8.
+void forward(Address q, Address k, Address v, Address out, Address lse, std::int64_t B, std::int64_t T, std::int64_t S,
+             std::int64_t H, std::int64_t E, const std::vector<std::int64_t>& strides, bool amx, int threads) {
+    const Problem p = problem(T, S, H, E, amx, strides, q, k, v, out, lse);
+    parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { forward_heads(p, begin, end); });
+}
+
+void backward(Address grad, Address q, Address k, Address v, Address out, Address lse, Address dq, Address dk,
+              Address dv, std::int64_t B, std::int64_t T, std::int64_t S, std::int64_t H, std::int64_t E,
+              const std::vector<std::int64_t>& strides, bool amx, int threads) {
+    Problem p = problem(T, S, H, E, amx, strides, q, k, v, out, lse);
+    p.grad = whole(grad, T, H, E);
+    p.dq = whole(dq, T, H, E);
+    p.dk = whole(dk, S, H, E);
+    p.dv = whole(dv, S, H, E);
+    parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { backward_heads(p, begin, end); });
+}
+
+// "amx", "avx512", or "" where neither is there and the two functions above must not be called.
+std::string unit(int) {
+    return bf16_unit() == Bf16Unit::amx ? "amx" : bf16_unit() == Bf16Unit::avx512 ? "avx512" : "";
+}
+
+#else
+std::string unit(int) { return ""; }
+#endif
+
+}  // namespace
+
+void bind_bf16_attention(pybind11::module_& module) {
+    module.def("bf16_unit", &unit, "what computes bf16_attention here: amx, avx512 or nothing");
+#ifdef MIMIR_BF16_MATRIX
+    module.def("bf16_attention", &forward, Unlocked());
+    module.def("bf16_attention_backward", &backward, Unlocked());
+#endif
+}
+
+}  // namespace mimir

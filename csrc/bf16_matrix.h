@@ -1,0 +1,219 @@
+// Products of small bfloat16 matrices, summed in float32, on AMX tiles or on AVX-512's bf16 dot products.
+//
+// Both units take the same layout: A row by row, B with two rows interleaved, so that one 32-bit lane of B holds the
+// two numbers that meet a pair of A. Legend: A (M, K), B as (K/2, N) pairs, C (M, N) float32; M and N multiples of 16,
+// K of 32, all aligned to 64 bytes a row.
+#pragma once
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
+#define MIMIR_BF16_MATRIX 1
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cpuid.h>
+#include <cstdint>
+
+#include "multiversion.h"
+
+// Compiled for these instructions whatever the rest of the file is; `bf16_unit` says whether they may be run.
+#define MIMIR_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,fma")))
+#define MIMIR_BF16_INLINE MIMIR_BF16 MIMIR_INLINE
+
+namespace mimir {
+
+enum class Bf16Unit { none, avx512, amx };
+
+// The best unit of this processor. Asks the kernel for the tile registers, once for the process.
+inline Bf16Unit bf16_unit() {
+    static const Bf16Unit unit = [] {
+        if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return Bf16Unit::none;
+        unsigned a, b, c, d;
+        if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return Bf16Unit::none;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Bf16Unit::none;
+        const bool has_amx = (d >> 22 & 1) && (d >> 24 & 1);
+        constexpr long kRequestPermission = 0x1023, kTileData = 18;
+        return has_amx && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? Bf16Unit::amx : Bf16Unit::avx512;
+    }();
+    return unit;
+}
+
+// While one lives on a thread, its tile registers are eight of 16 rows of 64 bytes.
+class Tiles {
+  public:
+    MIMIR_BF16 explicit Tiles(bool amx) : amx_(amx) {
+        if (!amx_) return;
+        struct alignas(64) {
+            std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            std::uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } config;
+        _tile_loadconfig(&config);
+    }
+    MIMIR_BF16 ~Tiles() {
+        if (amx_) _tile_release();
+    }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+
+  private:
+    bool amx_;
+};
+
+struct MatrixA {
+    const std::uint16_t* data;
+    std::int64_t stride;  // in numbers
+};
+struct MatrixB {
+    const std::uint32_t* data;
+    std::int64_t stride;  // in pairs
+};
+struct MatrixC {
+    float* data;
+    std::int64_t stride;
+};
+
+// Two by two tiles of C (or fewer, at the edges): each loaded tile of A and B is used twice.
+template <int kRows, int kColumns>
+MIMIR_BF16_INLINE void amx_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K, bool add) {
+    const std::int64_t stride = c.stride * 4;
+    if (add) {
+        _tile_loadd(0, c.data, stride);
+        if (kColumns > 1) _tile_loadd(1, c.data + 16, stride);
+        if (kRows > 1) _tile_loadd(2, c.data + 16 * c.stride, stride);
+        if (kRows > 1 && kColumns > 1) _tile_loadd(3, c.data + 16 * c.stride + 16, stride);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (std::int64_t k = 0; k < K; k += 32) {
+        _tile_loadd(4, a.data + k, a.stride * 2);
+        if (kRows > 1) _tile_loadd(5, a.data + 16 * a.stride + k, a.stride * 2);
+        _tile_loadd(6, b.data + k / 2 * b.stride, b.stride * 4);
+        if (kColumns > 1) _tile_loadd(7, b.data + k / 2 * b.stride + 16, b.stride * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        if (kColumns > 1) _tile_dpbf16ps(1, 4, 7);
+        if (kRows > 1) _tile_dpbf16ps(2, 5, 6);
+        if (kRows > 1 && kColumns > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c.data, stride);
+    if (kColumns > 1) _tile_stored(1, c.data + 16, stride);
+    if (kRows > 1) _tile_stored(2, c.data + 16 * c.stride, stride);
+    if (kRows > 1 && kColumns > 1) _tile_stored(3, c.data + 16 * c.stride + 16, stride);
+}
+
+// 16 rows of C in 16 vector registers.
+MIMIR_BF16_INLINE void avx512_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K, bool add) {
+    __m512 sums[16];
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; ++m) sums[m] = add ? _mm512_loadu_ps(c.data + m * c.stride) : _mm512_setzero_ps();
+    for (std::int64_t k = 0; k < K / 2; ++k) {
+        const __m512bh pairs = (__m512bh)_mm512_loadu_si512(b.data + k * b.stride);
+#pragma GCC unroll 16
+        for (int m = 0; m < 16; ++m) {
+            const auto* row = reinterpret_cast<const std::int32_t*>(a.data + m * a.stride);
+            sums[m] = _mm512_dpbf16_ps(sums[m], (__m512bh)_mm512_set1_epi32(row[k]), pairs);
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; ++m) _mm512_storeu_ps(c.data + m * c.stride, sums[m]);
+}
+
+// C = A·B, or C += A·B.
+MIMIR_BF16_INLINE void multiply(bool amx, std::int64_t M, std::int64_t N, std::int64_t K, MatrixA a, MatrixB b, MatrixC c,
+                                bool add) {
+    const std::int64_t step = amx ? 32 : 16;
+    for (std::int64_t m = 0; m < M; m += step) {
+        for (std::int64_t n = 0; n < N; n += step) {
+            const MatrixA a_m = {a.data + m * a.stride, a.stride};
+            const MatrixB b_n = {b.data + n, b.stride};
+            const MatrixC c_mn = {c.data + m * c.stride + n, c.stride};
+            if (!amx) {
+                avx512_block(a_m, b_n, c_mn, K, add);
+            } else if (m + 16 < M) {
+                n + 16 < N ? amx_block<2, 2>(a_m, b_n, c_mn, K, add) : amx_block<2, 1>(a_m, b_n, c_mn, K, add);
+            } else {
+                n + 16 < N ? amx_block<1, 2>(a_m, b_n, c_mn, K, add) : amx_block<1, 1>(a_m, b_n, c_mn, K, add);
+            }
+        }
+    }
+}
+
+// Two rows of 16 bfloat16 → 16 pairs, the first row in the low halves.
+MIMIR_BF16_INLINE __m512i interleave(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
+MIMIR_BF16_INLINE __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+// (rows, columns) of bfloat16 → (rows/2, columns) pairs of one column's neighbours.
+MIMIR_BF16_INLINE void pair_rows(const std::uint16_t* from, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                                 std::uint32_t* to) {
+    for (std::int64_t r = 0; r < rows; r += 2) {
+        for (std::int64_t c = 0; c < columns; c += 16) {
+            const __m256i even = _mm256_loadu_si256((const __m256i*)(from + r * stride + c));
+            const __m256i odd = _mm256_loadu_si256((const __m256i*)(from + (r + 1) * stride + c));
+            _mm512_storeu_si512(to + r / 2 * columns + c, interleave(even, odd));
+        }
+    }
+}
+
+// 16×16 numbers of 32 bits.
+MIMIR_BF16_INLINE void transpose_block(const std::uint32_t* from, std::int64_t from_stride, std::uint32_t* to,
+                                       std::int64_t to_stride) {
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * from_stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    // r[4g + c] holds, in lane l, columns 4l + c of rows 4g … 4g + 3: now lanes and groups change places.
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        const __m512i low01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), high01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+        const __m512i low23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+        const __m512i high23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+        _mm512_storeu_si512(to + c * to_stride, _mm512_shuffle_i32x4(low01, low23, 0x88));
+        _mm512_storeu_si512(to + (8 + c) * to_stride, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+        _mm512_storeu_si512(to + (4 + c) * to_stride, _mm512_shuffle_i32x4(high01, high23, 0x88));
+        _mm512_storeu_si512(to + (12 + c) * to_stride, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+    }
+}
+
+// (rows, columns) → (columns, rows) of 32-bit numbers, both multiples of 16.
+MIMIR_BF16_INLINE void transpose(const std::uint32_t* from, std::int64_t rows, std::int64_t columns, std::uint32_t* to) {
+    for (std::int64_t r = 0; r < rows; r += 16) {
+        for (std::int64_t c = 0; c < columns; c += 16) {
+            transpose_block(from + r * columns + c, columns, to + c * rows + r, rows);
+        }
+    }
+}
+
+// 2^x for x ≤ 0 to 2e-7 relative; NaN stays.
+MIMIR_BF16_INLINE __m512 exp2_of_nonpositive(__m512 x) {
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(x, n);  // in [-1/2, 1/2]
+    __m512 p = _mm512_set1_ps(1.5403530e-4f);  // Taylor series of 2^f, ln(2)^k / k!
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3333558e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+}  // namespace mimir
+#endif

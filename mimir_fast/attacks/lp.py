@@ -1,0 +1,165 @@
+"""Projected gradient ascent in L2 and L1 balls; what pgd.py is for L∞.
+
+    L2   step along ∇L / ‖∇L‖₂, project by scaling δ
+    L1   step along the signs of the largest 5 % of the gradient, among pixels that can still move that way; project
+         onto the ball and [0, 1] together: doing one after the other wastes most of the ball in high dimensions
+
+Madry et al., arXiv 1706.06083 (L2); Tramèr & Boneh, arXiv 1904.13000, §4 (sparse L1 steps); Croce & Hein, arXiv
+2103.01208, §3 (the L1 ball and the box together). Starts are functions of (seed, step, sample), as everywhere here.
+
+Shapes: B images, C channels, H × W pixels, D = C·H·W.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
+from mimir_fast.attacks.pgd import Loss, Objective, check_images, cross_entropy, linf_ascent, random_start
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.ops.random_uniform import random_uniform
+from mimir_fast.philox import Stream, normal
+
+SPARSITY = 0.05
+
+
+@dataclass
+class LpThreat:
+    """Radius, step size and number of steps of an L2 or L1 attack on images in [0, 1]."""
+
+    norm: Literal["l2", "l1"] = "l2"
+    """Shape of the ball."""
+    eps: float = 0.5
+    """Radius: 0.5 (L2) and 12 (L1) are usual on CIFAR-10."""
+    alpha: float = 0.125
+    """Length of a step, in the ball's own norm."""
+    num_steps: int = 20
+    """Steps."""
+    random_start: bool = True
+    """Start at random in the ball (otherwise at the clean image)."""
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("l2", "l1"):
+            raise ValueError(f"norm={self.norm!r}, wanted 'l2' or 'l1'; L∞ is LinfThreat")
+        if self.eps < 0 or self.alpha < 0 or self.num_steps < 0:
+            raise ValueError(
+                f"eps={self.eps:g}, alpha={self.alpha:g}, num_steps={self.num_steps}: none may be negative"
+            )
+
+
+Threat = LinfThreat | LpThreat
+
+
+def size_of(delta: Tensor, norm: str) -> Tensor:
+    """(B,) size of perturbations (B, …) in the norm `linf`, `l2` or `l1`."""
+    return torch.linalg.vector_norm(delta.flatten(1), {"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
+
+
+def project(x: Tensor, images: Tensor, eps: float, norm: Literal["l2", "l1"]) -> Tensor:
+    """The point of the ball around `images` and of [0, 1] that x (B, C, H, W) is moved to; the nearest one for L1."""
+    delta = (x - images).flatten(1)
+    if norm == "l2":
+        length = delta.norm(dim=1, keepdim=True)
+        # The clamp only shortens δ: images are in [0, 1] themselves. A hair inside, for rounding.
+        delta = delta * (eps * (1 - 1e-6) / length.clamp_min(1e-12)).clamp(max=1)
+        return (images + delta.view_as(x)).clamp(0, 1)
+    clean = images.flatten(1)
+    low, high = -clean, 1 - clean
+
+    def shrunk(amount: Tensor) -> Tensor:
+        return torch.maximum(torch.minimum(delta.sign() * (delta.abs() - amount).clamp_min(0), high), low)
+
+    # ‖shrunk(λ)‖₁ falls with λ: bisection finds the least λ that fits, to the last bits of fp32.
+    least = torch.zeros(len(x), 1, device=x.device, dtype=x.dtype)
+    most = torch.where(shrunk(least).abs().sum(1, keepdim=True) <= eps, least, delta.abs().amax(1, keepdim=True))
+    for _ in range(32):
+        middle = (least + most) / 2
+        fits = shrunk(middle).abs().sum(1, keepdim=True) <= eps * (1 - 1e-6)
+        least, most = torch.where(fits, least, middle), torch.where(fits, middle, most)
+    return (clean + shrunk(most)).view_as(x).clamp(0, 1)
+
+
+def steepest(grad: Tensor, x: Tensor, alpha: float, norm: Literal["l2", "l1"]) -> Tensor:
+    """A step of length alpha (B, C, H, W) up the gradient."""
+    flat = grad.flatten(1)
+    if norm == "l2":
+        return (alpha * flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)).view_as(x)
+    pixels = x.flatten(1)
+    stuck = ((pixels <= 0) & (flat < 0)) | ((pixels >= 1) & (flat > 0))
+    useful = flat.abs().masked_fill(stuck, 0)
+    count = max(1, round(SPARSITY * useful.shape[1]))
+    chosen = useful.topk(count, dim=1).indices
+    step = torch.zeros_like(flat).scatter(1, chosen, flat.sign().gather(1, chosen) * useful.gather(1, chosen).sign())
+    return (alpha * step / step.abs().sum(1, keepdim=True).clamp_min(1)).view_as(x)
+
+
+def random_in_ball(
+    images: Tensor, eps: float, norm: Literal["l2", "l1"], *, samples: Tensor | None = None, seed: int = 0,
+    step: int = 0, surface: bool = False,
+) -> Tensor:  # fmt: skip
+    """Images (B, C, H, W) at uniformly random points of the ball (or of its surface), cut to [0, 1]."""
+    if samples is None:
+        samples = torch.arange(len(images), device=images.device)
+    samples, size = samples.to(images.device), images[0].numel() if len(images) else 1
+    if norm == "l2":
+        noise = normal(seed, Stream.ATTACK_START, step, samples, size)
+        noise = noise / noise.norm(dim=1, keepdim=True)
+    else:  # signs times exponential variables, over their sum: uniform on the L1 sphere
+        draws = random_uniform(seed, Stream.ATTACK_START, step, samples, size)
+        folded = (2 * draws - 1).abs().clamp_min(1e-7)
+        noise = -(2 * draws - 1).sign() * folded.log()
+        noise = noise / noise.abs().sum(dim=1, keepdim=True)
+    if not surface:
+        depth = random_uniform(seed + 1, Stream.ATTACK_START, step, samples, 1)
+        noise = noise * depth ** (1 / size)
+    return project(images + (eps * noise).view_as(images).to(images.dtype), images, eps, norm)
+
+
+def start_of(
+    images: Tensor, threat: Threat, *, samples: Tensor | None = None, seed: int = 0, step: int = 0
+) -> Tensor:  # fmt: skip
+    """Where an attack of any norm starts."""
+    if not threat.random_start:
+        return images
+    if isinstance(threat, LinfThreat):
+        return random_start(images, threat.eps, samples=samples, seed=seed, step=step)
+    return random_in_ball(images, threat.eps, threat.norm, samples=samples, seed=seed, step=step)
+
+
+def ascent(objective: Objective, images: Tensor, start: Tensor, threat: Threat) -> Tensor:
+    """Gradient ascent of any objective in a ball of any norm; the last iterate (B, C, H, W), detached."""
+    if isinstance(threat, LinfThreat):
+        return linf_ascent(objective, images, start, threat)
+    x = start.detach()
+    for _ in range(threat.num_steps):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(objective(x).sum(), x)
+        x = x.detach()
+        x = project(x + steepest(grad, x, threat.alpha, threat.norm), images, threat.eps, threat.norm)
+    return x.detach()
+
+
+def attack_classifier(
+    model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, *, loss: Loss = cross_entropy,
+    samples: Tensor | None = None, seed: int = 0, step: int = 0, mode: AttackMode = "eval",
+) -> Tensor:  # fmt: skip
+    """PGD of any norm: adversarial images (B, C, H, W). Arguments as for `mimir_fast.attacks.pgd.pgd`."""
+    check_images(images, values=mode == "eval" or images.device.type == "cpu")
+    images = images.detach()
+    start = start_of(images, threat, samples=samples, seed=seed, step=step)
+    with borrowed_in_mode(model, mode) as module:
+        return ascent(lambda x: loss(module(x), labels), images, start, threat)
+
+
+def aimed_at(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss z_t − z_y, (B,): rises as the target class t (B,) int64 wins over the true one."""
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        logits = logits.float()
+        return (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+
+    return loss

@@ -1,0 +1,63 @@
+"""Models side by side, from finished evaluations.
+
+python -m mimir_fast.compare runs/a runs/b evaluation/of/c --output comparison
+python -m mimir_fast.compare --help
+
+Writes comparison/comparison.html and comparison.md; differences are paired, image by image, with the first one.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mimir_fast.evaluation.comparison import html, load, markdown
+from mimir_fast.evaluation.measure import write_atomically
+from mimir_fast.training.cli import exit_on_error, parse
+
+
+@dataclass
+class CompareConfig:
+    """Finished evaluations side by side: one table, paired differences, ε curves."""
+
+    evaluations: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """results.json files, evaluation folders, or run folders (their newest evaluation)."""
+    output: str = "comparison"
+    """Folder of comparison.html and comparison.md."""
+
+    def __post_init__(self) -> None:
+        if not self.evaluations:
+            raise ValueError("name the evaluations to compare: python -m mimir_fast.compare runs/a runs/b")
+
+
+def compare(config: CompareConfig) -> Path:
+    """Write both files and return the page's path; the Markdown is printed.
+
+    Raises:
+        FileNotFoundError, ValueError: an evaluation is missing, or of another version.
+    """
+    judged = load(config.evaluations)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = markdown(judged)
+    write_atomically(folder / "comparison.md", text)
+    write_atomically(folder / "comparison.html", html(judged))
+    print(f"{text}\n{folder / 'comparison.html'}")
+    return folder / "comparison.html"
+
+
+def config_from(args: Sequence[str]) -> CompareConfig:
+    """The configuration of a command line."""
+    return parse(CompareConfig, args, prog="python -m mimir_fast.compare")
+
+
+def main() -> None:
+    """The command."""
+    compare(config_from(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    exit_on_error(main)

@@ -1,0 +1,353 @@
+"""Any model can be judged: it only has to take images in [0, 1] and return logits.
+
+    runs/my_finetune, model.safetensors, robust.pth     ours and the authors' (mimir_fast.models.classifier)
+    timm:resnet18    timm:resnet18@random    timm:resnet18@weights.safetensors
+    hf-hub:ORG/NAME  a timm model on the Hugging Face hub
+    robustbench:cifar10/Linf/NAME      a model of RobustBench's zoo, where that package is installed
+    model.pt2        a torch.export program
+    model.ts         a TorchScript file (told from others by its content, any suffix)
+    package.module:function    function() returns a module or any callable
+
+Shapes: B images, C channels, H × W pixels, K classes.
+"""
+
+import hashlib
+import importlib
+import inspect
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+KINDS = (
+    "a run folder, a .safetensors or .pth file, timm:NAME, hf-hub:ORG/NAME, robustbench:DATA/NORM/NAME, a .pt2 "
+    "(torch.export) or TorchScript file, module:function"
+)
+Choice = Literal["auto", "last", "best", "ema"]
+
+
+@dataclass
+class JudgedModel:
+    """A model ready to be attacked: on its device, fp32, in eval mode, parameters frozen.
+
+    Attributes:
+        module: images (B, C, H, W) in [0, 1] → logits (B, K).
+        name: what the user typed.
+        kind: which of the ways above.
+        preprocessing: the normalisation inside, in words.
+        notes: what a reader of the numbers must know, such as "weights are random".
+        weights: which weights of a run were loaded, in words.
+        made_for: how images were prepared for it where it says so: `image_size`, `crop`, `interpolation`.
+        code: digest of the code behind it, where that is part of what is judged.
+    """
+
+    module: nn.Module
+    name: str
+    kind: str
+    preprocessing: str = "inside the model"
+    notes: list[str] = field(default_factory=list)
+    weights: str = ""
+    made_for: dict[str, Any] = field(default_factory=dict)
+    code: str = ""
+
+    @property
+    def opaque(self) -> bool:
+        """Its weights cannot be moved: an exported program, a TorchScript file, or a plain function."""
+        return any(isinstance(part, (Opaque, torch.jit.ScriptModule)) for part in self.module.modules())
+
+    def digest(self) -> str:
+        """SHA-256 over names and bytes of the weights, and the code of functions."""
+        digest = hashlib.sha256(self.code.encode())
+        hidden = (part.weights for part in self.module.modules() if isinstance(part, Opaque))
+        named = chain(self.module.state_dict().items(), *(weights.items() for weights in hidden))
+        for name, tensor in sorted(named, key=lambda pair: pair[0]):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+class Normalized(nn.Module):
+    """A model with its normalisation in front, so that attacks work on images in [0, 1].
+
+    Args:
+        model: takes (x − mean) / std.
+        mean, std: one number a channel, of images in [0, 1].
+    """
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, K) logits of images (B, C, H, W) in [0, 1]."""
+        return self.model((images - self.mean) / self.std)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The inner model's features."""
+        return self.model.forward_features((images - self.mean) / self.std)  # type: ignore[operator]
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """The inner model's logits from its features."""
+        return self.model.forward_head(features)  # type: ignore[operator]
+
+
+class Opaque(nn.Module):
+    """A callable whose train and eval modes are not ours to switch: an exported program, or a plain function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        # In a tuple, so that it is no submodule: an exported program refuses train() and eval().
+        self._function = (function,)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Whatever the function returns."""
+        return self._function[0](images)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Named tensors of the program; empty for a plain function."""
+        inner = self._function[0]
+        return dict(inner.state_dict()) if isinstance(inner, nn.Module) else {}
+
+
+class FromProbabilities(nn.Module):
+    """Logits of a model that returns probabilities: their logarithm has the same softmax, and honest gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, K) log-probabilities."""
+        return self.model(images).clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+def load_model(
+    spec: str, *, num_classes: int | None, device: torch.device, channels: int = 3, weights: Choice = "auto",
+    image_size: int | None = None, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
+    probabilities: bool = False,
+) -> JudgedModel:  # fmt: skip
+    """The model `spec` names.
+
+    Args:
+        num_classes: of the data: sizes a timm model with random weights, and is checked by a checkpoint with a head.
+        channels, image_size: of the data: size a timm model.
+        weights: of a run folder, which checkpoint.
+        mean, std: normalise by these, in place of what the model brings.
+        probabilities: the model returns probabilities; their logarithm is judged.
+    Raises:
+        FileNotFoundError: it looks like a path and there is none.
+        ValueError: none of the kinds, or a checkpoint without a classification head.
+        ImportError: the module or the package it needs cannot be imported, or weights cannot be downloaded.
+    """
+    judged = _find(spec, num_classes, channels, device, weights, image_size)
+    if mean is not None and std is not None:
+        if judged.kind == "mimir_fast":
+            raise ValueError(f"--mean/--std: {spec} has its normalisation inside ({judged.preprocessing}); leave them")
+        inner = judged.module.model if isinstance(judged.module, Normalized) else judged.module
+        judged.module = Normalized(inner, mean, std)
+        judged.preprocessing = f"mean {mean}, std {std}, as asked"
+    if probabilities:
+        judged.module = FromProbabilities(judged.module)
+    judged.module = judged.module.to(device).float().eval()
+    for parameter in judged.module.parameters():
+        parameter.requires_grad_(False)
+    return judged
+
+
+def _find(
+    spec: str, num_classes: int | None, channels: int, device: torch.device, weights: Choice, image_size: int | None
+) -> JudgedModel:  # fmt: skip
+    path = Path(spec)
+    if weights != "auto" and not path.is_dir():
+        raise ValueError(f"--weights {weights} chooses among the checkpoints of a run folder; {spec} is none")
+    if spec.startswith(("timm:", "hf-hub:")):
+        return _timm(spec, num_classes, channels, image_size)
+    if spec.startswith("robustbench:"):
+        return _robustbench(spec)
+    if path.suffix == ".pt2" and path.is_file():
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(torch.export.load(spec), device)
+        return JudgedModel(Opaque(program.module()), spec, "torch.export", code=file_digest(path))
+    if path.is_file() and _is_torchscript(path):
+        module = torch.jit.load(spec, map_location="cpu")
+        return JudgedModel(module, spec, "TorchScript", code=file_digest(path))
+    if path.exists():
+        return _ours(spec, num_classes, weights)
+    if ":" in spec and "/" not in spec:
+        return _function(spec)
+    raise FileNotFoundError(f"--checkpoint {spec}: there is no such file or folder; a model is given as {KINDS}")
+
+
+def _ours(spec: str, num_classes: int | None, weights: Choice) -> JudgedModel:
+    from mimir_fast.checkpoints.reading import resolve_checkpoint
+    from mimir_fast.models.classifier import load_classifier
+    from mimir_fast.models.weight_files import WeightsChoice
+
+    path, words = Path(spec), ""
+    kind: WeightsChoice = {"auto": "auto", "best": "auto", "last": "model", "ema": "ema"}[weights]  # type: ignore[assignment]
+    if path.is_dir():
+        path = resolve_checkpoint(path, "last" if weights == "ema" else weights)
+        words = f"{path.name} checkpoint" + {"model": ", trained weights", "ema": ", moving average"}.get(kind, "")
+    module = load_classifier(path, kind, num_classes=num_classes)
+    return JudgedModel(module, spec, "mimir_fast", _our_preprocessing(module), weights=words)
+
+
+def timm_settings(spec: str) -> dict[str, Any]:
+    """What a timm model says of its preprocessing: `image_size`, `crop`, `interpolation`; empty for an unknown one."""
+    try:
+        import timm
+
+        name, _, _ = spec.removeprefix("timm:").partition("@")
+        found = timm.get_pretrained_cfg(name) if spec.startswith("timm:") else _hub_settings(spec)
+    except Exception:  # no timm, no such model, no network: said when the model itself is loaded
+        return {}
+    return _made_for(found.to_dict()) if found is not None else {}
+
+
+def _hub_settings(spec: str) -> Any:
+    from timm.models import PretrainedCfg, load_model_config_from_hf
+
+    return PretrainedCfg(**load_model_config_from_hf(spec.removeprefix("hf-hub:"))[0])
+
+
+def _made_for(settings: dict[str, Any]) -> dict[str, Any]:
+    size = settings.get("input_size")
+    known = {
+        "image_size": size[-1] if size else None,
+        "crop": settings.get("crop_pct"),
+        "interpolation": settings.get("interpolation"),
+    }
+    return {name: value for name, value in known.items() if value}
+
+
+def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | None) -> JudgedModel:
+    import timm
+
+    name, _, weights = spec.removeprefix("timm:").partition("@")
+    if spec.startswith("timm:") and not timm.is_model(name.split(".")[0]):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise ValueError(f"timm has no model {name!r}; near it: {near or 'none, see timm.list_models()'}")
+    notes: list[str] = []
+    sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
+    made_for = timm_settings(spec)
+    if image_size and image_size != made_for.get("image_size", image_size):
+        notes.append(f"judged at {image_size}², made for {made_for['image_size']}²")
+    if weights and weights != "random":
+        if not Path(weights).is_file():
+            raise FileNotFoundError(
+                f"{spec}: there is no file {weights}; timm:{name}@FILE wants a weights file of timm's"
+            )
+        model = _create(name, image_size, made_for, checkpoint_path=weights, **sizes)
+    elif weights == "random":
+        model, random = _create(name, image_size, made_for, **sizes), "the weights are random: nothing was trained"
+        notes.append(random)
+    else:
+        try:
+            model = _create(name, image_size, made_for, pretrained=True)
+        except Exception as error:  # whatever the download runs into: no network, no such file, a refused connection
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            raise ImportError(
+                f"{spec}: its weights cannot be downloaded ({reason}). Give a downloaded file as timm:NAME@FILE, or "
+                "timm:NAME@random if you mean to judge an untrained network"
+            ) from error
+    settings: dict[str, Any] = dict(model.pretrained_cfg)
+    mean, std = settings.get("mean"), settings.get("std")
+    if mean is None or std is None or len(mean) != channels:
+        return JudgedModel(model, spec, "timm", "none", notes, made_for=made_for)
+    words = f"mean {mean}, std {std}, inside the model"
+    return JudgedModel(Normalized(model, tuple(mean), tuple(std)), spec, "timm", words, notes, made_for=made_for)
+
+
+def _create(name: str, image_size: int | None, made_for: dict[str, Any], **options: Any) -> Any:
+    """A timm model, told of the image size where it is not its own and it must know (vision transformers)."""
+    import timm
+
+    if image_size and image_size != made_for.get("image_size", image_size):
+        try:
+            return timm.create_model(name, img_size=image_size, **options)
+        except TypeError:  # a network that takes any size
+            pass
+    return timm.create_model(name, **options)
+
+
+def _robustbench(spec: str) -> JudgedModel:
+    parts = spec.removeprefix("robustbench:").split("/")
+    if len(parts) not in (1, 3):
+        raise ValueError(f"{spec}: wanted robustbench:NAME, or robustbench:DATA/NORM/NAME such as cifar10/Linf/NAME")
+    try:
+        from robustbench.utils import load_model as fetch
+    except ImportError as error:
+        raise ImportError(
+            f"{spec} needs RobustBench's package, which pins old versions of others: install it aside, in an "
+            f"environment of its own ({error})"
+        ) from error
+    dataset, threat, name = parts if len(parts) == 3 else ("cifar10", "Linf", parts[0])
+    try:
+        module = fetch(model_name=name, dataset=dataset, threat_model=threat)
+    except KeyError as error:
+        raise ValueError(f"{spec}: RobustBench has no such model ({error})") from error
+    except Exception as error:  # its downloads raise many types
+        raise ImportError(f"{spec}: its weights cannot be had ({type(error).__name__}: {error})") from error
+    return JudgedModel(module, spec, "RobustBench")
+
+
+def _function(spec: str) -> JudgedModel:
+    module_name, _, function_name = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"--checkpoint {spec}: cannot import {module_name} ({error}); run from its folder or set PYTHONPATH"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"--checkpoint {spec}: {module_name} has no function {function_name!r} that returns a model")
+    model = function()
+    if not callable(model):
+        raise ValueError(f"--checkpoint {spec}: {function_name}() returned {type(model).__name__}, wanted a module")
+    return JudgedModel(
+        model if isinstance(model, nn.Module) else Opaque(model), spec, "module:function", code=_code_of(module, model)
+    )
+
+
+def _code_of(module: Any, model: Any) -> str:
+    """The files that say what a function computes: its module's, and those of the classes it is made of."""
+    parts = model.modules() if isinstance(model, nn.Module) else [model]
+    found = {inspect.getsourcefile(module)}
+    for part in parts:
+        kind = part if inspect.isfunction(part) else type(part)
+        if kind.__module__.split(".")[0] not in ("torch", "builtins", "timm", "functools"):
+            try:
+                found.add(inspect.getsourcefile(kind))
+            except TypeError:  # made in C or at run time
+                continue
+    return " ".join(sorted(file_digest(Path(name)) for name in found if name))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, shortened."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _is_torchscript(path: Path) -> bool:
+    """A TorchScript archive holds code; torch.save's files do not."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def _our_preprocessing(module: nn.Module) -> str:
+    name = getattr(getattr(module, "config", None), "normalization", None)
+    return f"normalization={name}, inside the model" if name else "inside the model"

@@ -1,0 +1,287 @@
+"""Several evaluations side by side: one table, paired differences with intervals, ε curves in one figure.
+
+Models judged on the same images are compared image by image: the difference of two robust accuracies is then far more
+certain than their intervals say, because what is hard for one model is hard for the other. Nothing is measured here;
+everything comes from results.json.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mimir_fast.evaluation.charts import Line, line_chart
+from mimir_fast.evaluation.config import NORM_WORDS
+from mimir_fast.evaluation.html import figure, figures, page, paragraph, percent, span, table
+from mimir_fast.evaluation.results import Results
+from mimir_fast.evaluation.statistics import mcnemar_two_sided, paired_difference
+
+PUBLISHED = Path(__file__).with_name("robustbench.json")
+
+
+@dataclass
+class Judged:
+    """One evaluation, under the name it bears in the tables."""
+
+    name: str
+    path: Path
+    results: Results
+
+    @property
+    def standing(self) -> dict[str, bool]:
+        """Sample → right under every attack tried."""
+        broken: dict[str, str] = self.results.sections["accuracy"]["broken_by"]
+        return {sample: name == "none" for sample, name in broken.items()}
+
+    @property
+    def right(self) -> dict[str, bool]:
+        """Sample → right without attack."""
+        broken: dict[str, str] = self.results.sections["accuracy"]["broken_by"]
+        return {sample: name != "clean" for sample, name in broken.items()}
+
+    @property
+    def ball(self) -> str:
+        """Norm and radius."""
+        numbers = self.results.sections["accuracy"]
+        return f"{NORM_WORDS[numbers['norm']]}, ε = {numbers['eps_text']}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired comparison of a model with the first one.
+
+    Attributes:
+        only_first, only_other: images only one of the two has right.
+        total: images both were judged on.
+    """
+
+    measure: str
+    name: str
+    only_first: int
+    only_other: int
+    total: int
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """(other less first, low, high), 95 %."""
+        return paired_difference(self.only_other, self.only_first, self.total)
+
+    @property
+    def p(self) -> float:
+        """Exact McNemar, two-sided."""
+        return mcnemar_two_sided(self.only_first, self.only_other)
+
+
+def find_results(path: Path) -> Path:
+    """results.json of an evaluation: the file, its folder, or the newest evaluation in a run's folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if path.is_file():
+        return path
+    if (path / "results.json").is_file():
+        return path / "results.json"
+    found = sorted(path.glob("evaluation/*/results.json"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(
+            f"{path} holds no results.json: evaluate it first (python -m mimir_fast.evaluate --checkpoint {path})"
+        )
+    return found[-1]
+
+
+def load(paths: Sequence[str]) -> list[Judged]:
+    """The evaluations, named by what tells them apart.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such evaluation, or it is of another version.
+    """
+    files = [find_results(Path(path)) for path in paths]
+    read = [Results.read(file) for file in files]
+    names = [str(results.choices["checkpoint"]) for results in read]
+    if len(set(names)) < len(names):  # one model judged twice: the folders differ
+        names = [str(file.parent) for file in files]
+    return [Judged(n, f, r) for n, f, r in zip(names, files, read, strict=True)]
+
+
+def warnings(judged: Sequence[Judged]) -> list[str]:
+    """What makes the numbers incomparable."""
+    found = []
+    first = judged[0]
+    for other in judged[1:]:
+        if other.ball != first.ball:
+            found.append(
+                f"{other.name} was judged at {other.ball}, {first.name} at {first.ball}: not the same question."
+            )
+        mine, theirs = first.results.images, other.results.images
+        if mine["source"] != theirs["source"] or mine["classes"] != theirs["classes"]:
+            found.append(f"{other.name} was judged on {theirs['source']}, {first.name} on {mine['source']}.")
+        elif set(other.standing) != set(first.standing):
+            common = len(set(other.standing) & set(first.standing))
+            found.append(f"{other.name} and {first.name} share {common} images; only these are compared in pairs.")
+        tried = [set(j.results.sections["accuracy"]["tried"]) for j in (first, other)]
+        if tried[0] != tried[1]:
+            more = "; ".join(sorted(tried[0] ^ tried[1]))
+            found.append(
+                f"{other.name} and {first.name} faced different attacks ({more}): the worst cases differ in rigour."
+            )
+    for one in judged:
+        if one.results.verdicts["validity"]["kind"] == "bad":
+            found.append(f"{one.name}: {one.results.verdicts['validity']['text']}")
+    return found
+
+
+def differences(judged: Sequence[Judged]) -> list[Difference]:
+    """Every other model against the first, without attack and under all attacks, on the images both saw."""
+    first, found = judged[0], []
+    for other in judged[1:]:
+        if other.ball != first.ball or other.results.images["source"] != first.results.images["source"]:
+            continue
+        for measure, mine, theirs in (
+            ("no attack", first.right, other.right),
+            ("all attacks", first.standing, other.standing),
+        ):
+            common = sorted(set(mine) & set(theirs))
+            only_first = sum(mine[s] and not theirs[s] for s in common)
+            only_other = sum(theirs[s] and not mine[s] for s in common)
+            if common:
+                found.append(Difference(measure, other.name, only_first, only_other, len(common)))
+    return found
+
+
+def main_table(judged: Sequence[Judged]) -> list[list[str]]:
+    """Head and one line a model."""
+    keys: list[str] = []
+    labels: dict[str, str] = {}
+    for one in judged:
+        for key, entry in one.results.sections["accuracy"]["attacks"].items():
+            if key not in keys:
+                keys.append(key)
+                labels[key] = entry["label"]
+    with_autoattack = any("autoattack" in one.results.sections for one in judged)
+    head = ["model", "images", "ball", *(labels[k] for k in keys), *(["AutoAttack"] if with_autoattack else []),
+            "all attacks", "95 % interval", "believable?"]  # fmt: skip
+    lines = [head]
+    for one in judged:
+        attacks = one.results.sections["accuracy"]["attacks"]
+        cells = [percent(attacks[k]["accuracy"]) if k in attacks else "" for k in keys]
+        if with_autoattack:
+            found = one.results.sections.get("autoattack")
+            few = f" of {found['total']}" if found and found["total"] < found["images"] else ""
+            cells.append(percent(found["accuracy"]) + few if found and found["whole"] else "")
+        robust = one.results.robust
+        lines.append([one.name, str(robust["total"]), one.ball, *cells, percent(robust["accuracy"]),
+                      span(robust["interval"]), one.results.verdicts["validity"]["large"]])  # fmt: skip
+    return lines
+
+
+def difference_table(judged: Sequence[Judged]) -> list[list[str]]:
+    """Head and one line a model and measure; empty when nothing can be paired."""
+    lines = [["compared with " + judged[0].name, "measure", "difference", "95 % interval", "p", "images",
+              "only the first right", "only this one right"]]  # fmt: skip
+    for d in differences(judged):
+        value, low, high = d.interval
+        lines.append(
+            [d.name, d.measure, f"{100 * value:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}",
+             "< 0.001" if d.p < 0.001 else f"{d.p:.2g}", str(d.total), str(d.only_first), str(d.only_other)]
+        )  # fmt: skip
+    return lines if len(lines) > 1 else []
+
+
+def published_rows(results: Results, limit: int = 10) -> list[list[str]]:
+    """Models of RobustBench for the same data, norm and radius, the most robust first; empty where it has none."""
+    known = json.loads(PUBLISHED.read_text())
+    numbers = results.sections["accuracy"]
+    norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[numbers["norm"]]
+    entries = [
+        e for e in known["models"]
+        if e["data"] == results.images["source"] and e["norm"] == norm and e["eps"] == numbers["eps_text"]
+    ]  # fmt: skip
+    entries.sort(key=lambda e: -e["autoattack"])
+    return [
+        [e["name"], e["architecture"], f"{e['clean']:.2f} %", f"{e['autoattack']:.2f} %"] for e in entries[:limit]
+    ]  # fmt: skip
+
+
+def curves(judged: Sequence[Judged]) -> str:
+    """All ε curves in one figure, with their intervals; "" when there is none."""
+    with_curve = [one for one in judged if "curve" in one.results.sections]
+    if not with_curve:
+        return ""
+    norm = with_curve[0].results.sections["curve"]["norm"]
+    unit, eps = 255 if norm == "linf" else 1, with_curve[0].results.sections["curve"]["judged"]
+    lines = []
+    for one in with_curve:
+        found = one.results.sections["curve"]
+        if found["norm"] != norm:
+            continue
+        rows = [
+            (unit * e, 100 * a, (100 * low, 100 * high))
+            for e, a, (low, high) in zip(found["eps"], found["accuracy"], found["interval"], strict=True)
+            if e <= 4 * eps
+        ]
+        label = f"{one.name} ({found['count']} images, PGD-{found['num_steps']})"
+        lines.append(Line(label, [(e, a) for e, a, _ in rows], [band for _, _, band in rows]))
+    ticks = sorted({x for line in lines for x, _ in line.points})
+    words = "Accuracy under PGD against ε, each model with its 95 % interval."
+    said = "; ".join(f"{line.label}: " + ", ".join(f"{y:.1f} % at {x:.4g}" for x, y in line.points) for line in lines)
+    chart = line_chart(
+        lines, f"{words} {said}.", x_label="ε · 255" if unit == 255 else "ε", y_label="accuracy (%)", percent=True,
+        x_ticks=[(x, f"{x:.4g}") for x in ticks], x_from=0.0, mark=(unit * eps, f"judged at {unit * eps:.4g}"),
+    )  # fmt: skip
+    return figures(figure(chart, words))
+
+
+def markdown(judged: Sequence[Judged]) -> str:
+    """The tables for a README or an issue."""
+
+    def text(lines: Sequence[Sequence[str]]) -> str:
+        head, *body = lines
+        rows = [head, ["---"] * len(head), *body]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
+
+    parts = [text(main_table(judged))]
+    if found := difference_table(judged):
+        parts.append(text(found))
+    if rows := published_rows(judged[0].results):
+        parts.append(text([_published_head(), *rows]) + f"\n{_published_words()}\n")
+    parts += [f"- {warning}\n" for warning in warnings(judged)]
+    return "\n".join(parts)
+
+
+def html(judged: Sequence[Judged]) -> str:
+    """The page."""
+    title = "Side by side: " + ", ".join(one.name for one in judged)
+    head, *body = main_table(judged)
+    numbers = [i for i in range(1, len(head) - 1) if i != 2]
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        *(paragraph(warning, "note") for warning in warnings(judged)),
+        "<h2>Accuracy</h2>",
+        table(head, body, numbers=numbers, caption="Wilson intervals"),
+    ]
+    if found := difference_table(judged):
+        head, *body = found
+        said = "In percentage points, of the same images: exact McNemar test, Bonett and Price's interval"
+        parts += ["<h2>Differences</h2>", table(head, body, numbers=range(2, len(head)), caption=said)]
+    if chart := curves(judged):
+        parts += ["<h2>How accuracy falls with ε</h2>", chart]
+    if rows := published_rows(judged[0].results):
+        parts += ["<h2>Published beside it</h2>", paragraph(_published_words()),
+                  table(_published_head(), rows, numbers=(2, 3))]  # fmt: skip
+    data: dict[str, Any] = {one.name: str(one.path) for one in judged}
+    return page(title, "\n".join(parts), {"compared": data})
+
+
+def _published_head() -> list[str]:
+    return ["RobustBench", "architecture", "natural", "AutoAttack"]
+
+
+def _published_words() -> str:
+    known = json.loads(PUBLISHED.read_text())
+    return (
+        f"The most robust models of RobustBench for this data and ball ({known['source']}), on its own test images: "
+        "all 10,000 of CIFAR, 5000 of ImageNet."
+    )

@@ -1,0 +1,94 @@
+"""A few images, what the attack does to them, and what the model sees; click one to see the perturbation."""
+
+import base64
+import io
+from html import escape
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.lp import attack_classifier
+from mimir_fast.evaluation.attacks import make_threat
+from mimir_fast.evaluation.html import paragraph
+from mimir_fast.evaluation.measure import Helpers, Measurement, Records, Row
+from mimir_fast.evaluation.plan import Setup
+
+NAME, TITLE = "examples", "Examples"
+IMAGES, STEPS = 12, 20
+
+
+def png(pixels: Tensor) -> str:
+    """(C, H, W) in [0, 1] as the text of a PNG file in base64."""
+    from PIL import Image
+
+    levels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    array = levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def measurements(setup: Setup) -> list[Measurement]:
+    """Pictures and predictions of a few images under PGD-20."""
+    config = setup.config
+    if not config.settings.check_images:
+        return []
+    threat = make_threat(config.norm, config.eps, STEPS, config.alpha)
+
+    def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor, helpers: Helpers) -> Row:
+        x = attack_classifier(model, images, labels, threat, samples=samples, seed=config.seed)
+        with torch.no_grad():
+            before, after = (model(pixels).softmax(dim=1).max(dim=1) for pixels in (images, x))
+        delta = x - images
+        largest = float(delta.abs().amax()) or 1.0
+        return {
+            "label": labels, "before": before.indices, "after": after.indices,
+            "before_sure": before.values, "after_sure": after.values,
+            "clean_png": [png(p) for p in images], "attacked_png": [png(p) for p in x],
+            "delta_png": [png(0.5 + 0.5 * d / largest) for d in delta],
+        }  # fmt: skip
+
+    few = f"few:{min(IMAGES, setup.num_images)}"
+    parameters = {"norm": config.norm, "eps": config.eps, "num_steps": STEPS, "seed": config.seed}
+    return [Measurement("examples", outcome, parameters, few, cost=3.0 * STEPS)]
+
+
+def summarize(setup: Setup, records: Records) -> dict[str, Any] | None:
+    """One entry an image, those first that the attack broke."""
+    items = measurements(setup)
+    if not items:
+        return None
+    rows = records.rows(items[0])
+    entries = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    for entry in entries:
+        for name in ("label", "before", "after"):
+            entry[name] = setup.classes[entry[name]]
+    entries.sort(key=lambda e: not (e["before"] == e["label"] != e["after"]))
+    return {"images": entries, "eps_text": setup.config.eps_text}
+
+
+def render(numbers: dict[str, Any]) -> str:
+    """Small pictures that unfold."""
+    parts = []
+    for entry in numbers["images"]:
+        broken = entry["after"] != entry["label"]
+        words = f"{entry['label']}: seen as {entry['before']}, under attack as {entry['after']}"
+        mark = "is-bad" if broken else "is-good"
+        trio = "".join(
+            f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{entry[name]}">'
+            f"<figcaption>{escape(alt)}</figcaption></figure>"
+            for name, alt in (
+                ("clean_png", f"clean: {entry['before']}, {100 * entry['before_sure']:.0f} % sure"),
+                ("delta_png", "perturbation, magnified to full range"),
+                ("attacked_png", f"attacked: {entry['after']}, {100 * entry['after_sure']:.0f} % sure"),
+            )
+        )
+        parts.append(
+            f'<details><summary><img alt="{escape(words)}" src="data:image/png;base64,{entry["attacked_png"]}">'
+            f'<span class="{mark}">{"broken" if broken else "stands"}</span>: {escape(entry["label"])}'
+            f"{' → ' + escape(entry['after']) if broken else ''}</summary>"
+            f'<div class="trio">{trio}</div></details>'
+        )
+    words = f"Attacked by PGD-{STEPS}, ε = {numbers['eps_text']}; click a picture to compare it with the clean one."
+    return paragraph(words) + f'<div class="examples">{"".join(parts)}</div>'

@@ -1,0 +1,84 @@
+"""Attacks of other kinds than the judged ball: other norms, bending, turning, JPEG coefficients."""
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+
+from mimir_fast.attacks.lp import attack_classifier
+from mimir_fast.attacks.unforeseen import elastic, jpeg, turn
+from mimir_fast.evaluation.attacks import NamedAttack, make_threat
+from mimir_fast.evaluation.config import NORM_WORDS, EvaluateConfig, Norm, radius_text
+from mimir_fast.evaluation.html import paragraph, percent, span, table
+from mimir_fast.evaluation.measure import Measurement, Records
+from mimir_fast.evaluation.plan import Setup
+
+NAME, TITLE = "unforeseen", "Unforeseen attacks"
+STEPS = 20
+
+
+def attacks(config: EvaluateConfig) -> list[NamedAttack]:
+    """All kinds; sizes are for images of 32 pixels and scale with the side."""
+    scale, seed = config.data.image_size / 32, config.seed
+    volume = (config.data.image_size / 32) * (config.data.channels / 3) ** 0.5
+    radii: dict[Norm, float] = {"linf": 8 / 255, "l2": 0.5 * volume, "l1": 12 * volume**2}
+    found = [_ball(config, norm, radius) for norm, radius in radii.items() if norm != config.norm]
+
+    def bend(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        return elastic(model, x, y, pixels=1.5 * scale, num_steps=STEPS, samples=samples, seed=seed)
+
+    def rotate(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        return turn(model, x, y, degrees=30, shift=0.1)
+
+    def compress(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        return jpeg(model, x, y, eps=0.5, num_steps=STEPS, samples=samples, seed=seed)
+
+    found += [
+        NamedAttack("elastic", f"elastic, {1.5 * scale:g} pixels", bend,
+                    {"pixels": 1.5 * scale, "grid": 8, "num_steps": STEPS, "seed": seed}, 3.0 * STEPS, False),
+        NamedAttack("turn", "rotation to 30°, shift to 10 %", rotate,
+                    {"degrees": 30, "shift": 0.1, "angles": 7, "shifts": 9}, 63.0, False),
+        NamedAttack("jpeg", "JPEG coefficients, half a quantisation step", compress,
+                    {"eps": 0.5, "num_steps": STEPS, "seed": seed}, 3.0 * STEPS, False),
+    ]  # fmt: skip
+    return found
+
+
+def _ball(config: EvaluateConfig, norm: Norm, radius: float) -> NamedAttack:
+    threat = make_threat(norm, radius, STEPS)
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        return attack_classifier(model, x, y, threat, samples=samples, seed=config.seed)
+
+    label = f"{NORM_WORDS[norm]} PGD-{STEPS}, ε = {radius_text(radius, norm)}"
+    return NamedAttack(
+        f"unforeseen_{norm}", label, run, {**asdict(threat), "seed": config.seed}, 3.0 * STEPS, False
+    )  # fmt: skip
+
+
+def measurements(setup: Setup) -> list[Measurement]:
+    """Every kind on every image."""
+    if not setup.config.wants_unforeseen:
+        return []
+    return [attack.on(keep=setup.keep(attack.name)) for attack in attacks(setup.config)]
+
+
+def summarize(setup: Setup, records: Records) -> dict[str, Any] | None:
+    """Counts of each kind."""
+    items = measurements(setup)
+    if not items:
+        return None
+    return {
+        item.name: {"label": item.label, **records.count(item).as_dict(), "parameters": item.parameters}
+        for item in items
+    }
+
+
+def render(numbers: dict[str, Any]) -> str:
+    """The table."""
+    rows = [[e["label"], percent(e["accuracy"]), span(e["interval"])] for e in numbers.values()]
+    words = (
+        "The model was judged above within one ball; these attacks leave it. They are written after Kang et al., arXiv "
+        "1908.08016, and not calibrated as theirs are: compare models by them, not with published scores."
+    )
+    return paragraph(words) + table(["attack", "accuracy", "95 % interval"], rows, numbers=(1, 2))

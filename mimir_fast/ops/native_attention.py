@@ -1,0 +1,117 @@
+"""Softmax attention on the CPU where general kernels are slow: short sequences, small heads.
+
+    o = softmax(q kᵀ/√E) v
+
+C++ only, two kernels: bfloat16 by matrix units (csrc/bf16_attention.cpp: AMX, or AVX-512's bf16 products), and float32
+for heads of 8 numbers (csrc/small_head_attention.cpp). Both keep the log-sum-exp of each query's scores, so that the
+backward pass needs no T×S matrix either. `models/attention_choice.py` finds out where they are the fastest.
+Shapes: B images, T queries, S keys, H heads, E numbers a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimir_fast import _native
+from mimir_fast.ops.rbf import differentiate_twice
+
+# Asked once: torch.compile cannot trace the questions.
+_BF16_UNIT = _native.run("bf16_unit") if _native.has("bf16_attention") else ""
+_HAS_SMALL = _native.has("small_head_attention")
+SMALL_HEAD = 8
+LARGEST_HEAD = 128
+
+
+def native_attention_reference(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
+    """The definition; the kernels are tested against it."""
+    scores = torch.einsum("bthe,bshe->bhts", q_BTHE, k_BSHE) / q_BTHE.shape[-1] ** 0.5
+    return torch.einsum("bhts,bshe->bthe", scores.softmax(dim=-1), v_BSHE)
+
+
+def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether a kernel computes these: on the CPU, float32 with E = 8, or bfloat16 with E = 8, 16, … 128."""
+    if device.type != "cpu":
+        return False
+    if dtype == torch.bfloat16:
+        return bool(_BF16_UNIT) and head_dim % 8 == 0 and 0 < head_dim <= LARGEST_HEAD
+    return _HAS_SMALL and dtype == torch.float32 and head_dim == SMALL_HEAD
+
+
+def native_attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
+    """(B, T, H, E) of one dtype that `takes`; differentiable twice."""
+    return _attention(q_BTHE, k_BSHE, v_BSHE)[0]
+
+
+def _dense_heads(tokens: Tensor) -> Tensor:
+    """The tensor itself if the heads of a token lie in one piece, as in a slice of a fused projection; else a copy."""
+    return tokens if tokens.stride()[2:] == (tokens.shape[3], 1) else tokens.contiguous()
+
+
+def _run(suffix: str, q: Tensor, k: Tensor, v: Tensor, before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> None:
+    (B, T, H, E), S = q.shape, k.shape[1]
+    strides = [stride for tensor in (q, k, v) for stride in tensor.stride()[:2]]
+    if q.dtype == torch.bfloat16:
+        tail = (B, T, S, H, E, strides, _BF16_UNIT == "amx")
+        _native.run("bf16_attention" + suffix, *before, q, k, v, *after, *tail)
+    else:
+        _native.run("small_head_attention" + suffix, *before, q, k, v, *after, B, T, S, H, strides)
+
+
+@torch.library.custom_op("mimir_fast::native_attention", mutates_args=())
+def _attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp of the scores (B, H, T) in float32."""
+    q, k, v = (_dense_heads(t) for t in (q_BTHE, k_BSHE, v_BSHE))
+    B, T, H, _ = q.shape
+    out, lse = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+    _run("", q, k, v, (), (out, lse))
+    return out, lse
+
+
+@_attention.register_fake
+def _(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q_BTHE.shape
+    return q_BTHE.new_empty(q_BTHE.shape), q_BTHE.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("mimir_fast::native_attention_backward", mutates_args=())
+def _attention_backward(
+    grad_BTHE: Tensor, q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, out_BTHE: Tensor, lse_BHT: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (_dense_heads(t) for t in (q_BTHE, k_BSHE, v_BSHE))
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    _run("_backward", q, k, v, (grad_BTHE.contiguous(),), (out_BTHE, lse_BHT, dq, dk, dv))
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(
+    grad_BTHE: Tensor, q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, out_BTHE: Tensor, lse_BHT: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q_BTHE, k_BSHE, v_BSHE))
+    return dq, dk, dv
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_BTHE: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _attention_backward(grad_BTHE, *ctx.saved_tensors)
+
+
+_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _save_for_second(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    grad, *inputs = ctx.saved_tensors
+    to_inputs, (to_grad,) = differentiate_twice(native_attention_reference, inputs, (grad,), cotangents)
+    return (to_grad, *to_inputs, None, None)
+
+
+_attention_backward.register_autograd(_second_backward, setup_context=_save_for_second)

@@ -1,0 +1,106 @@
+"""L2 and L1 balls: projections against their definition, attacks that stay inside and climb."""
+
+import pytest
+import torch
+from small_classifier import EPS
+from torch import Tensor
+
+from mimir_fast.attacks.apgd import apgd
+from mimir_fast.attacks.lp import LpThreat, attack_classifier, project, random_in_ball, size_of, steepest
+from mimir_fast.attacks.pgd import cross_entropy, pgd
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.evaluation.images import EvaluationImages
+
+RADII = {"l2": 0.8, "l1": 4.0}
+
+
+@pytest.fixture(scope="module")
+def digits(digits_images: EvaluationImages) -> tuple[Tensor, Tensor]:
+    part = digits_images.evenly(40)
+    return part.images.float() / 255, part.labels
+
+
+@pytest.mark.parametrize("norm", RADII)
+def test_projection_lands_inside_and_moves_nothing_that_is_inside(digits, norm) -> None:
+    images, _ = digits
+    far = images + torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    found = project(far, images, RADII[norm], norm)
+    assert size_of(found - images, norm).max() <= RADII[norm] and found.min() >= 0 and found.max() <= 1
+    assert size_of(found - images, norm).min() > 0.5 * RADII[norm], "the ball is used, not only respected"
+    inside = project(found, images, RADII[norm], norm)
+    torch.testing.assert_close(inside, found, rtol=0, atol=2e-6)
+
+
+def test_the_l1_projection_is_the_nearest_point(digits) -> None:
+    """Against a convex solver: no feasible point that gradient steps find lies nearer."""
+    images = digits[0][:6]
+    far = images + torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    found = project(far, images, 2.0, "l1")
+    distance = (found - far).flatten(1).norm(dim=1)
+    for seed in range(200):
+        other = images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+        mixed = found + 0.1 * (project(other, images, 2.0, "l1") - found)  # the set is convex: this is inside
+        assert ((mixed - far).flatten(1).norm(dim=1) >= distance - 1e-5).all()
+
+
+@pytest.mark.parametrize("norm", RADII)
+def test_random_points_fill_the_ball_and_depend_on_the_sample_only(digits, norm) -> None:
+    images = torch.full_like(digits[0], 0.5)
+    samples = torch.arange(40)
+    whole = random_in_ball(images, 0.3, norm, samples=samples, surface=True)
+    torch.testing.assert_close(size_of(whole - images, norm), torch.full((40,), 0.3), rtol=1e-4, atol=0)
+    part = random_in_ball(images[7:9], 0.3, norm, samples=samples[7:9], surface=True)
+    assert torch.equal(part, whole[7:9])
+
+
+@pytest.mark.parametrize("norm", RADII)
+def test_steps_have_the_asked_length_and_climb(digits, norm) -> None:
+    images, _ = digits
+    grad = torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
+    step = steepest(grad, images, 0.25, norm)
+    torch.testing.assert_close(size_of(step, norm), torch.full((40,), 0.25), rtol=1e-4, atol=0)
+    assert ((step * grad).flatten(1).sum(dim=1) > 0).all()
+    if norm == "l1":
+        assert not ((images <= 0) & (step < 0)).any() and not ((images >= 1) & (step > 0)).any()
+
+
+@pytest.mark.parametrize("norm", RADII)
+def test_pgd_beats_noise_and_stays_in_the_ball(small_model, digits, norm) -> None:
+    images, labels = digits
+    threat = LpThreat(norm, RADII[norm], RADII[norm] / 4, 20)
+    x = attack_classifier(small_model, images, labels, threat)
+    assert size_of(x - images, norm).max() <= RADII[norm] and x.min() >= 0 and x.max() <= 1
+    with torch.no_grad():
+        noise = random_in_ball(images, RADII[norm], norm, surface=True)
+        losses = [cross_entropy(small_model(v), labels).mean() for v in (images, noise, x)]
+    assert losses[2] > 5 * losses[1] > 0
+    assert all(p.grad is None for p in small_model.parameters())
+
+
+def test_linf_threats_are_pgds_own(small_model, digits) -> None:
+    threat = LinfThreat(EPS, EPS / 4, 5)
+    assert torch.equal(
+        attack_classifier(small_model, *digits, threat, seed=3), pgd(small_model, *digits, threat, seed=3, mode="eval")
+    )
+
+
+def test_apgd_l2_against_the_authors_package(small_model, digits) -> None:
+    """The same ball, losses of one size: starts differ, so values agree on average only."""
+    package = pytest.importorskip("pyautoattack.autopgd_base")
+    images, labels = digits
+    ours = apgd(small_model, images, labels, 0.8, 50, random_start=True, keep="adversarial", norm="l2")
+    assert size_of(ours - images, "l2").max() <= 0.8
+    theirs = package.APGDAttack(small_model, norm="L2", eps=0.8, n_iter=50, n_restarts=1, seed=0, device="cpu")
+    x = theirs.perturb(images.clone(), labels.clone())
+    with torch.no_grad():
+        broken = [(small_model(v).argmax(1) != labels).sum() for v in (ours, x)]
+    assert broken[0] > 0 and abs(int(broken[0]) - int(broken[1])) <= 2
+
+
+def test_bad_norms_and_radii_are_explained() -> None:
+    with pytest.raises(ValueError, match="LinfThreat"):
+        LpThreat("linf")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="negative"):
+        LpThreat("l2", -1.0)
+    with pytest.raises(ValueError, match="pyautoattack"):
+        apgd(torch.nn.Identity(), torch.rand(1, 1, 2, 2), torch.zeros(1).long(), 1.0, 1, norm="l1")  # type: ignore[arg-type]

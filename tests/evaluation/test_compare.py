@@ -1,0 +1,109 @@
+"""Models side by side: paired differences against counting by hand, and the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import Command
+from small_classifier import DIGITS, EPS
+
+from mimir_fast.compare import CompareConfig, compare, config_from
+from mimir_fast.evaluation import comparison
+from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.results import Results
+from mimir_fast.evaluation.run import evaluate
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two networks of unequal training, judged on the same digits; one of them at another ε as well."""
+    import torch
+    from small_classifier import train_small
+
+    folder = tmp_path_factory.mktemp("compared")
+    found = {}
+    for name, steps, eps in (("long", 120, EPS), ("short", 40, EPS), ("easy", 40, EPS / 4)):
+        torch.jit.script(train_small(steps)).save(str(folder / f"{name}.ts"))
+        config = EvaluateConfig(
+            str(folder / f"{name}.ts"), "table", DIGITS, eps=eps, limit=60, autoattack="no",
+            output_dir=str(folder / name),
+        )  # fmt: skip
+        evaluate(config, say=lambda line: None)
+        found[name] = folder / name
+    return found
+
+
+def test_differences_are_counted_image_by_image(folders: dict[str, Path]) -> None:
+    judged = comparison.load([str(folders["long"]), str(folders["short"])])
+    first, other = (one.results.sections["accuracy"]["broken_by"] for one in judged)
+    only_first = sum(first[s] == "none" != other[s] for s in first)
+    only_other = sum(other[s] == "none" != first[s] for s in first)
+    found = {d.measure: d for d in comparison.differences(judged)}["all attacks"]
+    assert (found.only_first, found.only_other, found.total) == (only_first, only_other, 60)
+    value, low, high = found.interval
+    accuracies = [one.results.robust["accuracy"] for one in judged]
+    assert value == pytest.approx(accuracies[1] - accuracies[0]) and low < value < high
+    assert only_first != only_other, "two equal models would test nothing"
+    assert not comparison.warnings(judged)
+
+
+def test_other_radii_are_not_compared_in_pairs(folders: dict[str, Path]) -> None:
+    judged = comparison.load([str(folders["long"]), str(folders["easy"])])
+    assert comparison.differences(judged) == []
+    assert any("not the same question" in warning for warning in comparison.warnings(judged))
+
+
+def test_models_on_other_images_share_some(folders: dict[str, Path], tmp_path: Path) -> None:
+    saved = json.loads((folders["short"] / "results.json").read_text())
+    broken = saved["sections"]["accuracy"]["broken_by"]
+    saved["sections"]["accuracy"]["broken_by"] = dict(list(broken.items())[:25])
+    (tmp_path / "results.json").write_text(json.dumps(saved))
+    judged = comparison.load([str(folders["long"]), str(tmp_path)])
+    assert {d.total for d in comparison.differences(judged)} == {25}
+    assert any("share 25 images" in warning for warning in comparison.warnings(judged))
+
+
+def test_the_command_writes_both_files(folders: dict[str, Path], command: Command, tmp_path: Path) -> None:
+    done = command("mimir_fast.compare", str(folders["long"]), str(folders["short"]), "--output", "side")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "side" / "comparison.md").read_text()
+    assert "PGD-20" in text and "compared with" in text and done.stdout.startswith(text)
+    page = (tmp_path / "side" / "comparison.html").read_text()
+    assert "long.ts" in page and "Bonett" in page and "src=" not in page
+
+
+def test_curves_are_overlaid_and_a_run_folder_is_found(folders: dict[str, Path], tmp_path: Path) -> None:
+    runs = []
+    for name in ("long", "short"):
+        results = Results.read(folders[name] / "results.json")
+        results.sections["curve"] = {
+            "norm": "linf", "judged": EPS, "eps": [0.0, EPS], "accuracy": [0.9, 0.3], "count": 40, "num_steps": 10,
+            "interval": [[0.8, 0.95], [0.2, 0.4]],
+        }  # fmt: skip
+        folder = tmp_path / name / "evaluation" / "quick-linf-40_255"
+        folder.mkdir(parents=True)
+        results.write(folder / "results.json")
+        runs.append(str(tmp_path / name))
+    page = compare(CompareConfig(tuple(runs), str(tmp_path / "side"))).read_text()
+    assert page.count("<svg") == 1 and page.count("PGD-10)</text>") == 2
+
+
+def test_published_rows_are_of_the_same_data_norm_and_radius(folders: dict[str, Path]) -> None:
+    results = Results.read(folders["long"] / "results.json")
+    assert comparison.published_rows(results) == [], "RobustBench has no digits"
+    results.images["source"] = "cifar10"
+    results.sections["accuracy"] |= {"norm": "linf", "eps_text": "8/255"}
+    rows = comparison.published_rows(results)
+    robust = [float(row[3].removesuffix(" %")) for row in rows]
+    assert len(rows) == 10 and robust == sorted(robust, reverse=True) and robust[0] > 70
+    results.sections["accuracy"] |= {"norm": "l2", "eps_text": "0.5"}
+    assert comparison.published_rows(results) and comparison.published_rows(results) != rows
+
+
+def test_what_is_missing_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="evaluate it first"):
+        comparison.load([str(tmp_path)])
+    (tmp_path / "results.json").write_text('{"format": "mimir_fast.evaluation", "version": 1}')
+    with pytest.raises(ValueError, match="evaluate the model again"):
+        comparison.load([str(tmp_path)])
+    assert config_from(["a", "b", "--output", "c"]) == CompareConfig(("a", "b"), "c")

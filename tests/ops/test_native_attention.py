@@ -1,0 +1,148 @@
+"""Attention in C++: the definition's values and derivatives, on any layout, any number of threads, each unit."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimir_fast import _native
+from mimir_fast.models.attention import attention
+from mimir_fast.ops import native_attention as op
+from mimir_fast.ops.native_attention import native_attention, native_attention_reference, takes
+
+CPU = torch.device("cpu")
+UNIT = _native.run("bf16_unit") if _native.has("bf16_unit") else ""
+UNITS = {"amx": ["amx", "avx512"], "avx512": ["avx512"], "": []}[UNIT]
+SHAPES = [(1, 1, 1, 1), (2, 5, 16, 3), (2, 17, 15, 2), (3, 147, 197, 4), (1, 300, 33, 1), (1, 33, 300, 1)]
+
+pytestmark = pytest.mark.skipif(not _native.has("small_head_attention"), reason="the C++ extension was not built")
+
+
+@pytest.fixture(params=["fp32", *UNITS])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
+    """float32, and bfloat16 on every unit that this processor has."""
+    if request.param == "fp32":
+        yield torch.float32
+    else:
+        monkeypatch.setattr(op, "_BF16_UNIT", request.param)
+        yield torch.bfloat16
+
+
+def random_qkv(B: int, T: int, S: int, H: int, dtype: torch.dtype = torch.float32, E: int = 8) -> list[Tensor]:
+    rng = torch.Generator().manual_seed(T)
+    return [torch.randn(B, n, H, E, generator=rng).to(dtype).requires_grad_() for n in (T, S, S)]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+@pytest.mark.parametrize("E", [8, 16, 24, 64, 128])
+@pytest.mark.parametrize(("B", "T", "S", "H"), SHAPES)
+def test_equals_the_definition(B: int, T: int, S: int, H: int, E: int, dtype: torch.dtype) -> None:
+    if not takes(CPU, dtype, E):
+        pytest.skip("float32 has heads of 8 only")
+    qkv = random_qkv(B, T, S, H, dtype, E)
+    exact = [t.detach().double().requires_grad_() for t in qkv]
+    others = [t.detach().requires_grad_() for t in qkv]
+    out, wanted, pytorch = native_attention(*qkv), native_attention_reference(*exact), sdpa(*others)
+    grad = torch.randn(out.shape).to(dtype)
+    ours = [out, *torch.autograd.grad(out, qkv, grad)]
+    truth = [wanted, *torch.autograd.grad(wanted, exact, grad.double())]
+    theirs = [pytorch, *torch.autograd.grad(pytorch, others, grad)]
+    for mine, exactly, fused in zip(ours, truth, theirs, strict=True):
+        allowed = 2 * (fused.double() - exactly).norm() + 1e-6 * (exactly.norm() + 1)
+        assert (mine.double() - exactly).norm() <= allowed
+
+
+def test_peaked_scores_neither_overflow_nor_lose_the_winner(dtype: torch.dtype) -> None:
+    q, k, v = (t.detach() for t in random_qkv(2, 9, 33, 2, dtype))
+    out = native_attention(64 * q, 64 * k, v)  # powers of two: exact in bf16
+    wanted = native_attention_reference(64 * q.double(), 64 * k.double(), v.double())
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-2, atol=1e-3)  # scores of 1e5 in fp32
+    for index in range(3):
+        poisoned = [q, k, v]
+        poisoned[index] = poisoned[index] * torch.nan
+        assert native_attention(*poisoned).isnan().all()
+
+
+def test_slices_of_a_fused_projection_are_read_where_they_lie(dtype: torch.dtype) -> None:
+    fused = torch.randn(2, 13, 3, 4, 8).to(dtype)
+    q, k, v = fused.unbind(2)
+    assert not q.is_contiguous()
+    assert torch.equal(native_attention(q, k, v), native_attention(*(t.contiguous() for t in (q, k, v))))
+    swapped = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]  # heads apart: copied first
+    assert torch.equal(native_attention(*swapped), native_attention(q, k, v))
+
+
+def test_neighbours_in_memory_do_not_leak_in(dtype: torch.dtype) -> None:
+    """Padding to whole tiles reads nothing beyond the tokens, and writes nothing there."""
+    q, k, v = (t.detach() for t in random_qkv(1, 18, 19, 1, dtype))
+    fenced = [torch.full((3, *t.shape[1:]), torch.nan, dtype=dtype) for t in (q, k, v)]
+    for fence, t in zip(fenced, (q, k, v), strict=True):
+        fence[1] = t[0]
+    inside = [fence[1:2] for fence in fenced]
+    assert torch.equal(native_attention(*inside), native_attention(q, k, v))
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    qkv = random_qkv(2, 40, 40, 5, dtype)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        out = native_attention(*qkv)
+        results.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_products_of_pytorch_and_ours_take_turns_on_the_tiles() -> None:
+    """Both configure the processor's tile registers; neither may find the other's configuration in its way."""
+    if UNIT != "amx":
+        pytest.skip("no AMX here")
+    a = torch.randn(512, 512).bfloat16()
+    qkv = random_qkv(2, 50, 50, 3, torch.bfloat16, 64)
+    product, out = a @ a, native_attention(*qkv)
+    for _ in range(3):
+        assert torch.equal(a @ a, product)
+        assert torch.equal(native_attention(*qkv), out)
+
+
+def test_attention_offers_it_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (t.detach() for t in random_qkv(1, 4, 4, 2))
+    monkeypatch.setenv("MIMIR_FAST_ATTENTION", "native")
+    assert takes(CPU, torch.float32, 8)
+    assert torch.equal(attention(q, k, v), native_attention(q, k, v))
+    assert not takes(CPU, torch.float64, 8) and not takes(CPU, torch.float32, 16)
+    assert takes(CPU, torch.bfloat16, 64) == bool(UNIT)
+    assert not takes(CPU, torch.bfloat16, 12) and not takes(CPU, torch.bfloat16, 136)
+    wide = torch.randn(1, 4, 2, 16)
+    torch.testing.assert_close(attention(wide, wide, wide), native_attention_reference(wide, wide, wide))
+
+
+def test_second_order() -> None:
+    qkv = random_qkv(1, 3, 4, 1)
+    exact = [t.detach().double().requires_grad_() for t in qkv]
+    seconds = []
+    for function, inputs in ((native_attention, qkv), (native_attention_reference, exact)):
+        firsts = torch.autograd.grad(function(*inputs).sin().sum(), inputs, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in firsts), inputs))
+    for ours, theirs in zip(*seconds, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_op_contract_and_fullgraph(dtype: torch.dtype) -> None:
+    qkv = random_qkv(2, 5, 6, 2, dtype)
+    torch.library.opcheck(torch.ops.mimir_fast.native_attention.default, tuple(qkv))
+    compiled = torch.compile(native_attention, fullgraph=True, backend="inductor")
+    grad = torch.randn(2, 5, 2, 8).to(dtype)
+    compiled_out, out = compiled(*qkv), native_attention(*qkv)
+    for mine, eager in zip(
+        (compiled_out, *torch.autograd.grad(compiled_out, qkv, grad)),
+        (out, *torch.autograd.grad(out, qkv, grad)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, eager)
