@@ -15,11 +15,12 @@ from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.data.sources import ArraySource
 from mimir_fast.finetune import config_from
 from mimir_fast.methods.probe import ProbeResult
+from mimir_fast.methods.registry import find_method
 from mimir_fast.models.classifier import load_classifier
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.models.weight_files import WeightsError
 from mimir_fast.training import finetuning
-from mimir_fast.training.finetuning import FinetuneConfig, build_method, finetune
+from mimir_fast.training.finetuning import FinetuneConfig, finetune
 
 STEPS = 6
 # 64 digits in batches of 16, patches of 16 pixels; everything random is switched on.
@@ -110,7 +111,7 @@ def test_an_overfitted_run_is_said_loudly(
 def test_every_method_is_built_from_its_recipe(method: str) -> None:
     config = config_from(["--recipe", f"digits/{method}_vit_nano"])
     assert config.recipe == f"digits/{method}_vit_nano" and config.method == method
-    build_method(config)
+    find_method("finetune", config.method).build(config.objective)
 
 
 class TestBadInput:
