@@ -90,8 +90,8 @@ def close_the_pipe(runs: Runs, run: Path, rng: random.Random) -> Process:
     reader, writer = os.pipe()
     link = Path(f"/proc/{os.getpid()}/fd/{writer}")
     process = runs.start(run, output=link)
+    os.read(reader, 1)  # by now the process has opened its end
     os.close(writer)
-    os.read(reader, 1)
     os.close(reader)
     assert process.wait(PATIENCE) == 0, "a closed pipe ended the run"
     return process

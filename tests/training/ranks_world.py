@@ -15,6 +15,7 @@ from torch import nn
 from mimir_fast.attacks.no_trace import borrowed
 from mimir_fast.checkpoints.reading import load_checkpoint, read_meta, verify
 from mimir_fast.checkpoints.saving import Saver
+from mimir_fast.models.masked_model import View
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.agreement import MAX_STEPS, Agreement
 from mimir_fast.training.distributed import gradient_sync, parallelize
@@ -106,9 +107,9 @@ def attack_and_train(model: nn.Module, reduce: bool) -> None:
         with borrowed(model) as module:
             for _ in range(3):
                 patches = patches.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(module(patches, ids)[1].square().sum(), patches)
+                (gradient,) = torch.autograd.grad(module(View(patches, ids)).prediction.square().sum(), patches)
                 patches = patches + 0.01 * gradient.sign()
-        model(patches.detach(), ids)[1].square().sum().backward()
+        model(View(patches.detach(), ids)).prediction.square().sum().backward()
 
 
 def small() -> nn.Module:
@@ -135,7 +136,7 @@ def compare(**options: object) -> dict[str, object]:
     pairs = zip(gradients(reference), gradients(model), strict=True)
     names = {str(name).split(".")[-1]: count for name, count in counted.get_comm_counts().items()}
     with borrowed(model) as module:  # outside of a training pass nothing stays behind
-        module(torch.zeros(1, 4, 48), torch.arange(4).expand(1, 4))
+        module(View(torch.zeros(1, 4, 48), torch.arange(4).expand(1, 4)))
     sharded = all(hasattr(p, "full_tensor") for p in model.parameters())
     return {
         "equal": all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs),
