@@ -1,6 +1,6 @@
-"""The MIMIR authors' public code as a rival, from a checkout the user names: `python -m benchmarks step --official PATH`.
+"""The MIMIR authors' public code as a rival, from a checkout the user names: `python -m benchmarks step --official P`.
 
-It has no licence, so nothing of it is in this repository. Their models and attack are imported from PATH as they are;
+It has no licence, so nothing of it is in this repository. Their models and attack are imported from P as they are;
 only `np.float`, gone from today's numpy, is put back in memory. Their step is theirs line by line in what costs time: a
 whole-image attack with its own mask, all patches embedded, nHSIC by inverses on the host, gradient clipping off, AdamW.
 Shapes: B images, C channels, H × W pixels.

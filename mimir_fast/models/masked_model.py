@@ -1,8 +1,7 @@
 """A masked model: an encoder that sees the visible patches of a view, and a decoder that predicts the others.
 
 It works in patch space: a view holds visible patches, not images; nothing walks back to pixels between attack, encoder
-and loss. One call takes one view or several (AEMIM's clean and adversarial streams), so data parallelism sees one
-forward pass. With the linear decoder the encoder runs at full length, over visible and mask tokens (SimMIM).
+and loss. A view says of which domain its pixels are (AEMIM's clean and adversarial streams). With the linear decoder the encoder runs at full length, over visible and mask tokens (SimMIM).
 
 Parameter names and shapes are those of MAE and of the MIMIR authors, so their checkpoints load strictly.
 Shapes: B batch, N patches, K kept, M masked, P = p·p·C numbers a patch, D encoder width.
@@ -123,22 +122,17 @@ class MaskedModel(FlatNames):
         return torch.cat([latent_BTD[:, :prefix], rows], dim=1) if prefix else rows
 
     @overload
-    def forward(self, view: View, /, *, decode: Literal[True] = True) -> Output: ...
+    def forward(self, view: View, *, decode: Literal[True] = True) -> Output: ...
     @overload
-    def forward(self, view: View, /, *, decode: Literal[False]) -> Tensor: ...
-    @overload
-    def forward(self, first: View, second: View, /, *others: View) -> list[Output]: ...
+    def forward(self, view: View, *, decode: Literal[False]) -> Tensor: ...
 
-    def forward(self, *views: View, decode: bool = True) -> Output | Tensor | list[Output]:
-        """Latent and prediction of a view, or a list of them; only the latent with `decode=False` (one view)."""
-        outputs = []
-        for view in views:
-            latent = self.encode(view)
-            if not decode:
-                return latent
-            places = None if self.full_length else view.keep
-            outputs.append(Output(latent, self.decoder(latent, places, view.masked), self.classify(latent)))
-        return outputs[0] if len(views) == 1 else outputs
+    def forward(self, view: View, *, decode: bool = True) -> Output | Tensor:
+        """Latent, prediction and logits of a view; only the latent with `decode=False`."""
+        latent = self.encode(view)
+        if not decode:
+            return latent
+        places = None if self.full_length else view.keep
+        return Output(latent, self.decoder(latent, places, view.masked), self.classify(latent))
 
     def classify(self, latent_BTD: Tensor) -> Tensor | None:
         """(B, classes) logits, or None without a head."""

@@ -37,7 +37,7 @@ TEN_STEPS = {"num_steps": 10, "alpha": 2 / 255}
 register_variant("cifar10/adv_mae_vit_tiny", "10step", "10 attack steps of 2/255", PAPER_ONLY, attack=TEN_STEPS)
 register_variant("cifar10/adv_mae_vit_tiny_official", "10step", "10 attack steps of 2/255", attack=TEN_STEPS)
 for weight in ("1e-3", "1e-6"):
-    mi = {"weight": float(weight)}
+    mi: dict[str, object] = {"weight": float(weight)}
     register_variant("cifar10/mimir_vit_tiny", f"hsic_{weight}", f"HSIC, λ {weight}", PAPER_ONLY, mi=mi)
     register_variant("cifar10/mimir_vit_tiny_official", weight, f"nHSIC, λ {weight}", mi=mi)
 # α and the clean image as in the authors' code. Their bandwidth saturates (every I is log2 of the batch), so ours is

@@ -32,7 +32,7 @@ SMALL = RunConfig(epochs=40, warmup_epochs=4, batch_size=128, log_every=5, save_
 # SimMIM's 32 pixels are the whole digit: a quarter of its side is masked as one, as 32 of 224 are a seventh.
 EVERY_METHOD = (*METHODS_VIT, "simmim", "aemim", "single_stage")
 register_pretraining(
-    "digits", ("nano",), 8, data, lambda: SMALL, "a minute on two CPU cores", blr=2e-3,
+    "digits", ("nano",), 8, data, lambda: SMALL, "sized for a minute on two CPU cores", blr=2e-3,
     methods=EVERY_METHOD, options={"simmim": {"mask_unit": 8}},
 )  # fmt: skip
 
@@ -40,7 +40,7 @@ register_pretraining(
 FAMILIES = {"convit": 8, "cait": 8, "xcit": 8, "convstem": 8, "swin": 2, "convnext": 2}
 for family, patch_size in FAMILIES.items():
     register_pretraining(
-        "digits", ("nano",), patch_size, data, lambda: SMALL, "a minute on two CPU cores", blr=2e-3,
+        "digits", ("nano",), patch_size, data, lambda: SMALL, "sized for a minute on two CPU cores", blr=2e-3,
         methods=("mimir",), family=family,
     )  # fmt: skip
 
@@ -71,6 +71,6 @@ for family, patch_size in FAMILIES.items():
     register_finetuning(
         "digits", "pgd", "nano", patch_size, lambda: replace(data(), augment="none"),
         replace(FINETUNE, epochs=10, warmup_epochs=1, log_every=40, save_every=200),
-        replace(PGD2, alpha=4 / 255, num_steps=5), "a minute on two CPU cores, eps 16/255",
+        replace(PGD2, alpha=4 / 255, num_steps=5), "sized for a minute on two CPU cores, eps 16/255",
         blr=6e-3, layer_decay=1.0, drop_path=0.0, family=family,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """ImageNet-1k pre-training as in MIMIR (arXiv 2312.04960): 800 epochs, batch 2048, patch 16; and its neighbours."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from mimir_fast.data import DataConfig
@@ -42,9 +43,16 @@ register_pretraining(
 
 # MAE's own decoder and batch (He et al.), and AEMIM on it, which adds an adversarial stream.
 MAE_RUN = replace(run(), batch_size=4096, save_every=625)
+
+
+def mae_run(epochs: int) -> Callable[[], RunConfig]:
+    """MAE's schedule of so many epochs."""
+    return lambda: replace(MAE_RUN, epochs=epochs)
+
+
 for suffix, epochs in (("800ep", 800), ("1600ep", 1600)):
     register_pretraining(
-        "imagenet", ("base",), 16, data, lambda epochs=epochs: replace(MAE_RUN, epochs=epochs),
+        "imagenet", ("base",), 16, data, mae_run(epochs),
         f"{epochs} epochs, batch 4096, MAE's decoder", methods=("mae", "aemim"), suffix=suffix, decoder="mae",
         caveat="AEMIM did not publish batch, weight and step size: MAE's batch, ours elsewhere",
     )  # fmt: skip

@@ -1,7 +1,6 @@
 """The machinery of an experiment: cells run, are found finished, and become a table."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from mimir_fast.data import build_loader
 from mimir_fast.methods.adv_mae import AdvMae
 from mimir_fast.methods.mimir import Mimir
 from mimir_fast.models.masked_model import build_masked_model
-from mimir_fast.recipes import all_recipes, find_recipe
-from mimir_fast.recipes.__main__ import main
+from mimir_fast.recipes import find_recipe
 from mimir_fast.reproduce import config_from, tabulate
 from mimir_fast.reproduction.ablation import Ablation, Row, read_results, run_ablation, select
 from mimir_fast.reproduction.fashion import SIZES, rows_of
@@ -81,50 +79,9 @@ def test_the_fashion_rows_differ_in_pretraining_only(size: str) -> None:
         select(rows, "mae,mimr")
 
 
-def test_every_recipe_builds_and_names_are_found() -> None:
-    recipes = all_recipes()
-    assert len(recipes) > 60
-    for recipe in recipes:
-        assert isinstance(find_recipe(recipe.config_type, recipe.name), recipe.config_type)
-
-
-def test_published_numbers_stand_beside_their_recipes() -> None:
-    expected = {recipe.name: recipe.expected for recipe in all_recipes() if recipe.expected}
-    assert "54.55 AA" in expected["cifar10/pgd_vit_base"]
-    assert any(name.startswith("imagenet/") for name in expected) and any("tiny_imagenet" in n for n in expected)
-
-
 def test_commands_parse() -> None:
     assert config_from(["fashion_ablation", "--size", "full", "--seeds", "5"]).seeds == 5  # type: ignore[union-attr]
     assert Path(config_from(["digits_demo"]).output_dir).name == "digits_demo"
-
-
-def test_published_numbers_are_accuracies() -> None:
-    """`natural / robust KIND [/ robust KIND]`, natural above robust, all in per cent."""
-    published = [recipe.expected for recipe in all_recipes() if recipe.expected]
-    assert len(published) > 20
-    for text in published:
-        natural, *robust = text.split(" / ")
-        assert robust and all(re.fullmatch(r"\d\d\.\d\d (AA|PGD)", part) for part in robust), text
-        assert all(float(part.split()[0]) < float(natural) < 100 for part in robust), text
-
-
-def test_a_variant_differs_from_its_base_in_what_it_names() -> None:
-    base = find_recipe(PretrainConfig, "cifar10/mimir_vit_tiny")
-    variant = find_recipe(PretrainConfig, "cifar10/mimir_vit_tiny_renyi_1e-3")
-    mi = replace(base.objective.mi, estimator="renyi", alpha=1.01, weight=1e-3)
-    assert variant == replace(base, recipe=variant.recipe, objective=replace(base.objective, mi=mi))
-    assert find_recipe(PretrainConfig, "cifar10/adv_mae_vit_tiny_10step").objective.attack.num_steps == 10
-
-
-def test_the_list_fits_a_hundred_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    main()
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 100
-    for recipe in all_recipes():
-        assert any(line.split()[:1] == [recipe.name] for line in lines), f"{recipe.name} is cut short"
-    assert any("Swin-L" in line and "not built" in line for line in lines)
 
 
 def test_the_share_is_the_gradients_ratio() -> None:

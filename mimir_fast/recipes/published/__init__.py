@@ -44,9 +44,7 @@ class Row:
     @property
     def values(self) -> str:
         """`84.82 natural / 57.51 PGD-20 / 52.96 AA`; empty where the papers give none."""
-        return " / ".join(
-            f"{value:.4g} {what}" if value > 100 else f"{value:.2f} {what}" for what, value in self.numbers
-        )
+        return " / ".join(f"{value:g} {what}" if value > 100 else f"{value:.2f} {what}" for what, value in self.numbers)
 
 
 def accuracies(natural: float, **robust: float) -> tuple[tuple[str, float], ...]:

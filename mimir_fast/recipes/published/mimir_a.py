@@ -121,12 +121,12 @@ def _imagenet() -> list[Row]:
                         unresolved=clash if mimir and (model, eps) == ("ViT-S", 4) else "",
                     )
                 )  # fmt: skip
-    for model, name, both in (
+    for model, name, pairs in (
         ("ConViT-S", "convit_small", ((74.72, 55.65), (72.08, 42.62))),
         ("XCiT-S", "xcit_small", ((74.39, 55.21), (71.77, 40.97))),
         ("XCiT-M", "xcit_medium", ((73.63, 53.04), (72.01, 42.39))),
     ):
-        for eps, ending, (natural, pgd) in zip((2, 4), ("_eps2", ""), both, strict=True):
+        for eps, ending, (natural, pgd) in zip((2, 4), ("_eps2", ""), pairs, strict=True):
             rows.append(
                 Row(
                     "MIMIR-a Table 4", f"ImageNet {model}, MIMIR → FastAT", accuracies(natural, pgd100=pgd),
@@ -278,7 +278,7 @@ def _seconds() -> list[Row]:
         Row(
             "MIMIR-a Table 10, b Table 12", f"{model}, {method}, seconds of an epoch on 4 × A6000",
             tuple(zip(sources, seconds, strict=True)),
-            why_not="a time of four GPUs that were not at hand; python -m benchmarks times our steps",
+            why_not="times (and memory, not repeated here) of four GPUs not at hand; ours: python -m benchmarks",
             remark="one more forward and backward cannot cost MIMIR 2 % over MAE: those runs waited for their loader"
             if method == "MIMIR" else "",
         )

@@ -11,7 +11,7 @@ def _table_1() -> list[Row]:
         Row("MIMIR-b Table 1", f"ImageNet {system}", accuracies(natural, aa=aa), AA4, why_not=why)
         for system, natural, aa, why in (
             ("ResNet-50, PGD-1, 100 epochs (Bai et al.)", 67.44, 35.54, f"{theirs}; ResNet is no system of ours"),
-            ("DeiT-S, PGD-1, 100 epochs (Bai et al.)", 66.62, 36.56, f"{theirs}; near: imagenet/fast_vit_small_scratch"),
+            ("DeiT-S, PGD-1, 100 epochs (Bai et al.)", 66.62, 36.56, f"{theirs}; see fast_vit_small_scratch"),
             ("DeiT-S, PGD-1, 110 epochs (Debenedetti et al.)", 66.80, 37.90, theirs),
             ("ViT-S, PGD-3, 120 epochs (Mao et al.)", 66.43, 39.20, theirs),
             ("ViT-S, PGD-3, 300 epochs (Liu et al.)", 70.7, 43.7, theirs),
