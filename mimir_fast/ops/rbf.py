@@ -69,9 +69,8 @@ def _rbf_minus_one_backward(grad_NN: Tensor, x_ND: Tensor, gamma: Tensor, k_NN: 
         from mimir_kernels.laplacian import laplacian_product as kernel
 
         with torch.cuda.device_of(x_ND):
-            x = center_rows(x_ND).rows_ND
-            grad_x = torch.empty_like(x)
-            kernel(weights, x, gamma, grad_x, 0)
+            grad_x = torch.empty_like(x_ND, dtype=torch.float32, memory_format=torch.contiguous_format)
+            kernel(weights, center_rows(x_ND), gamma, grad_x, 0)
         return grad_x.to(x_ND.dtype)
     with full_precision(x_ND.device):
         return (_laplacian_product(weights, centered_rows(x_ND, k_NN.dtype)) * (-4 * gamma)).to(x_ND.dtype)
