@@ -31,27 +31,7 @@ std::string check_ids(Address ids_address, std::int64_t B, std::int64_t K, std::
     return "";
 }
 
-// out[b, k] = x[b, ids[b, k]].
-void gather_rows(Address x_address, Address ids_address, Address out_address, std::int64_t B, std::int64_t K,
-                 std::int64_t row_bytes, std::int64_t batch_stride, std::int64_t row_stride, int threads) {
-    const auto* x = pointer<const char>(x_address);
-    const auto* ids = pointer<const std::int64_t>(ids_address);
-    auto* out = pointer<char>(out_address);
-    const std::int64_t grain = GRAIN_BYTES / std::max<std::int64_t>(row_bytes, 1) + 1;
-    parallel_for(B * K, grain, threads, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-            std::memcpy(out + i * row_bytes, x + i / K * batch_stride + ids[i] * row_stride, row_bytes);
-        }
-    });
-}
-
-// inverse[n] = k where ids[k] = n, else -1.
-void invert(const std::int64_t* ids, std::int64_t K, std::vector<std::int64_t>& inverse) {
-    std::fill(inverse.begin(), inverse.end(), -1);
-    for (std::int64_t k = 0; k < K; ++k) inverse[ids[k]] = k;
-}
-
-// out[b, ids[b, k]] = y[b, k], zero elsewhere: the adjoint of gather_rows. Each output row is written once.
+// out[b, ids[b, k]] = y[b, k], zero elsewhere: the adjoint of a gather. Each output row is written once.
 void scatter_rows(Address y_address, Address ids_address, Address out_address, std::int64_t B, std::int64_t K,
                   std::int64_t N, std::int64_t row_bytes, int threads) {
     const auto* y = pointer<const char>(y_address);
@@ -106,7 +86,6 @@ void scatter_tokens(Address visible_address, Address ids_address, Address mask_t
 
 void bind_tokens(pybind11::module_& module) {
     module.def("check_ids", &check_ids, Unlocked());
-    module.def("gather_rows", &gather_rows, Unlocked());
     module.def("scatter_rows", &scatter_rows, Unlocked());
     module.def("scatter_tokens", &scatter_tokens, Unlocked());
 }

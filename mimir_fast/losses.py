@@ -9,11 +9,12 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from mimir_fast.ops._checks import check_choice, check_positive
+from mimir_fast.ops.bandwidth import BANDWIDTHS, Bandwidth
 from mimir_fast.ops.global_batch import gather_batch
 from mimir_fast.ops.global_hsic import global_hsic
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic
 from mimir_fast.ops.nhsic import nhsic
-from mimir_fast.ops.rbf import BANDWIDTHS, Bandwidth, check_choice, check_positive
 from mimir_fast.ops.renyi_mi import renyi_mi
 
 Information = Literal["hsic", "nhsic", "renyi"]

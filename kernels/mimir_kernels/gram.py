@@ -4,28 +4,30 @@ Shapes: N samples, D features, tiles of BLOCK×BLOCK pairs, BLOCK_D features a s
 n_i = ‖x_i‖², g_ij = x_i·x_j.
 
 **Precision.** The distance d²_ij = n_i + n_j − 2·g_ij subtracts numbers of its own size, and the estimators subtract
-again; so Gram entries should be good to about 1e-6. Rows arrive mean-centred fp32, which removes the worst. The rest:
+again; so Gram entries should be good to about 1e-6. Rows are mean-centred, which removes the worst. The rest:
 
-- *Operands.* An fp32 number is hi + lo, two bf16 numbers, to 2⁻¹⁷. `bf16x3` multiplies hi·hi + hi·lo + lo·hi: three
-  products at bf16's rate. `bf16` is hi·hi alone, good to 1e-5 where D is so large that rounding averages out. (TF32
-  would be one product at half the rate, but Hopper's wgmma reads fp32 from shared memory and drops the last 13 bits:
-  each operand shrinks by 2⁻¹² or so, a bias of 5e-4 in d².) `ieee` is fp32 on ordinary cores, ten times slower, for
-  whoever inverts the kernel matrix.
+- *Operands.* An fp32 number is hi + lo, two bf16 numbers, to 2⁻¹⁷. The product is hi·hi + hi·lo + lo·hi: three at
+  bf16's rate. (TF32 would be one product at half the rate, but Hopper's wgmma reads fp32 from shared memory and drops
+  the last 13 bits: each operand shrinks by 2⁻¹² or so, a bias of 5e-4 in d².) `center_rows` writes the two planes once;
+  split in here, they would pass through registers at every step, and cost as many instructions as the products take.
 - *Accumulator.* Tensor cores round their running sum towards zero (Ootomo and Yokota 2022). Over D = 150,528 that is
   9,408 truncations, all one way. So each step's product starts from zero and is added to the sum on the ordinary
   cores, which round to nearest.
 - *Norms.* The products left out, lo·lo, average to zero between two rows but not within one: taken from the diagonal
   of this Gram matrix, n_i would be 1.3e-6 short, and every distance with it. `center_rows` sums exact squares in fp32.
 
-**Work.** Only tiles with i ≥ j: N²·D multiply-adds, threefold with `bf16x3`. A 128×128 tile does 3·128² of them for
-each 2·128 fp32 numbers it reads: 96 FLOP a byte, above what Hopper's L2 needs (about 80) and below HBM's (200), so the
-tiles of one split of D run side by side (t is the fast grid axis) and find their rows in L2.
-N = 512 has only 10 tiles for 132 processors: hence the splits of D, whose number depends on (N, D) alone and whose
-partial tiles are summed in a fixed order. No atomics: the same input gives the same bits.
+**Work.** Only tiles with i ≥ j: N²·D multiply-adds, threefold. A 128×128 tile does 3·128² of them for each 2·128
+numbers (four bytes in two planes) that it reads: 96 FLOP a byte, above what Hopper's L2 needs (about 80) and below
+HBM's (200), so the tiles of one split of D run side by side (t is the fast grid axis) and find their rows in L2.
+N = 512 has only 10 tiles for 132 processors: hence the splits of D, as many as fill whole waves of the processors
+(`num_splits`), whose partial tiles are summed in a fixed order. No atomics: on one GPU model the same input gives the
+same bits.
+
+`gram_by_library` is the same split as batched products of cuBLAS: both halves of the matrix, so 4/3 of the work.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,13 +37,15 @@ from torch import Tensor
 from mimir_kernels.aot import CAPABILITIES, AotCase
 from mimir_kernels.interpret import INTERPRETED
 
-Precision = Literal["bf16x3", "bf16", "ieee"]
-TENSOR_CORE_PRECISIONS: tuple[Precision, ...] = ("bf16x3", "bf16")
+# A split pays for its start and for a partial tile, 64 kB written once and read twice: counted on an H100's bandwidth,
+# the time of some 500 features of the product (a prediction; benchmarks/hsic.py would show it wrong).
+PART_COST = 512
+PART_MINIMUM = 1024
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a tile is computed; a function of (precision, capability), not of a timing, so that bits are reproducible."""
+    """How a tile is computed; a function of the capability, not of a timing, so that bits are reproducible."""
 
     block: int
     block_d: int
@@ -49,13 +53,11 @@ class TileConfig:
     num_stages: int
 
 
-def gram_config(precision: Precision, capability: int) -> TileConfig:
+def gram_config(capability: int) -> TileConfig:
     """Pinned tiles: the largest that leave no register spilled (tests/kernels/aot_table.json)."""
-    if precision == "ieee":  # ordinary cores: the operands of both axes sit in registers
-        return TileConfig(64, 32, 4, 3)
     if capability < 90:  # mma.sync keeps operands in registers, wgmma and tcgen05 in shared memory
-        return TileConfig(64, 32, 8, 4) if precision == "bf16x3" else TileConfig(128, 32, 8, 4)
-    return TileConfig(128, 32, 8, 4)
+        return TileConfig(64, 32, 4, 4)
+    return TileConfig(128, 64, 8, 3)
 
 
 def capability_of(device: torch.device) -> int:
@@ -79,43 +81,53 @@ def round_bf16(x, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def accumulate(acc, a, b, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc + a·b for fp32 a (M, K), b (K, N): the product is summed from zero, then added with rounding to nearest."""
-    if PRECISION == "ieee":
-        total = tl.dot(a, b, acc, input_precision="ieee")
-    else:
-        a_hi = round_bf16(a, INTERPRET)
-        b_hi = round_bf16(b, INTERPRET)
-        part = tl.zeros(acc.shape, dtype=tl.float32)
-        if PRECISION == "bf16x3":
-            a_lo = round_bf16(a - a_hi.to(tl.float32), INTERPRET)
-            b_lo = round_bf16(b - b_hi.to(tl.float32), INTERPRET)
-            part = tl.dot(a_hi, b_lo, part, input_precision="ieee")
-            part = tl.dot(a_lo, b_hi, part, input_precision="ieee")
-        part = tl.dot(a_hi, b_hi, part, input_precision="ieee")
-        # An fma by one is an addition that Triton does not fold back into the tensor core's accumulator.
-        total = tl.fma(part, tl.full(acc.shape, 1.0, tl.float32), acc)
-    return total
+def split_bf16(x, INTERPRET: tl.constexpr):
+    """fp32 → hi + lo."""
+    hi = round_bf16(x, INTERPRET)
+    return hi, round_bf16(x - hi.to(tl.float32), INTERPRET)
+
+
+@triton.jit
+def accumulate(acc, a_hi, a_lo, b_hi, b_lo):
+    """acc + a·b for a (M, K) and b (K, N) in halves: summed from zero, then added with rounding to nearest."""
+    part = tl.zeros(acc.shape, dtype=tl.float32)
+    part = tl.dot(a_hi, b_lo, part, input_precision="ieee")
+    part = tl.dot(a_lo, b_hi, part, input_precision="ieee")
+    part = tl.dot(a_hi, b_hi, part, input_precision="ieee")
+    # An fma by one is an addition that Triton does not fold back into the tensor core's accumulator.
+    return tl.fma(part, tl.full(acc.shape, 1.0, tl.float32), acc)
+
+
+@triton.jit
+def load_plane(ptrs, mask, INTERPRET: tl.constexpr):
+    """bf16 operands; the interpreter multiplies bf16 wrongly, and bf16 numbers in fp32 exactly."""
+    plane = tl.load(ptrs, mask=mask, other=0.0)
+    if INTERPRET:
+        plane = plane.to(tl.float32)
+    return plane
 
 
 @triton.jit
 def gram_tile(
-    x_ptr, rows, cols, num_rows, num_features, begin, end,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    hi_ptr, lo_ptr, rows, cols, num_rows, num_features, begin, end,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) tile of X·Xᵀ at the given rows and columns of contiguous x, over features [begin, end)."""
+    """(BLOCK_M, BLOCK_N) tile of X·Xᵀ at the given rows and columns of x = hi + lo, over features [begin, end)."""
     features = tl.arange(0, BLOCK_D)
-    a_ptrs = x_ptr + rows[:, None].to(tl.int64) * num_features + (begin + features)[None, :]
-    b_ptrs = x_ptr + cols[None, :].to(tl.int64) * num_features + (begin + features)[:, None]
+    a_offsets = rows[:, None].to(tl.int64) * num_features + (begin + features)[None, :]
+    b_offsets = cols[None, :].to(tl.int64) * num_features + (begin + features)[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for d in range(begin, end, BLOCK_D):
         inside = features < end - d
-        a = tl.load(a_ptrs, mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=(cols < num_rows)[None, :] & inside[:, None], other=0.0)
-        acc = accumulate(acc, a, b, PRECISION, INTERPRET)
-        a_ptrs += BLOCK_D
-        b_ptrs += BLOCK_D
+        a_mask = (rows < num_rows)[:, None] & inside[None, :]
+        b_mask = (cols < num_rows)[None, :] & inside[:, None]
+        a_hi = load_plane(hi_ptr + a_offsets, a_mask, INTERPRET)
+        a_lo = load_plane(lo_ptr + a_offsets, a_mask, INTERPRET)
+        b_hi = load_plane(hi_ptr + b_offsets, b_mask, INTERPRET)
+        b_lo = load_plane(lo_ptr + b_offsets, b_mask, INTERPRET)
+        acc = accumulate(acc, a_hi, a_lo, b_hi, b_lo)
+        a_offsets += BLOCK_D
+        b_offsets += BLOCK_D
     return acc
 
 
@@ -130,9 +142,9 @@ def triangular_index(t):
 
 @triton.jit
 def _center_rows_kernel(
-    x_ptr, stride_n, mean_ptr, centered_ptr, norms_ptr, num_features, BLOCK_D: tl.constexpr
+    x_ptr, stride_n, mean_ptr, hi_ptr, lo_ptr, norms_ptr, num_features, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr
 ):  # fmt: skip
-    """One row: subtract the mean, keep fp32, and sum the squares on the way."""
+    """One row: subtract the mean, write the halves, and sum the squares of the whole on the way."""
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for d in range(0, num_features, BLOCK_D):
@@ -140,15 +152,18 @@ def _center_rows_kernel(
         inside = features < num_features
         x = tl.load(x_ptr + row * stride_n + features, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(inside, x - tl.load(mean_ptr + features, mask=inside, other=0.0), 0.0)
-        tl.store(centered_ptr + row * num_features + features, x, mask=inside)
+        hi, lo = split_bf16(x, INTERPRET)
+        tl.store(hi_ptr + row * num_features + features, hi.to(tl.bfloat16), mask=inside)
+        tl.store(lo_ptr + row * num_features + features, lo.to(tl.bfloat16), mask=inside)
         squares += x * x
     tl.store(norms_ptr + row, tl.sum(squares, axis=0))
 
 
 class CenteredRows(NamedTuple):
-    """Samples minus their mean, (N, D) fp32 contiguous, and their squared norms, (N,) fp32."""
+    """Samples minus their mean as hi + lo, (N, D) bf16 contiguous each, and their squared norms, (N,) fp32."""
 
-    rows_ND: Tensor
+    hi_ND: Tensor
+    lo_ND: Tensor
     norms_N: Tensor
 
 
@@ -156,17 +171,20 @@ def center_rows(x_ND: Tensor) -> CenteredRows:
     """Centre samples (N, D) of fp32, bf16 or fp16 and any strides. Traffic beside the mean: one read, one write."""
     num_rows, num_features = x_ND.shape
     x = x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
-    centered = torch.empty((num_rows, num_features), dtype=torch.float32, device=x.device)
-    norms = centered.new_empty(num_rows)
+    hi = torch.empty((num_rows, num_features), dtype=torch.bfloat16, device=x.device)
+    lo = torch.empty_like(hi)
+    norms = torch.empty(num_rows, device=x.device)
     mean = x.mean(dim=0, dtype=torch.float32)
-    _center_rows_kernel[(num_rows,)](x, x.stride(0), mean, centered, norms, num_features, BLOCK_D=4096, num_warps=8)
-    return CenteredRows(centered, norms)
+    _center_rows_kernel[(num_rows,)](
+        x, x.stride(0), mean, hi, lo, norms, num_features, BLOCK_D=4096, INTERPRET=INTERPRETED, num_warps=8
+    )
+    return CenteredRows(hi, lo, norms)
 
 
 @triton.jit
 def _gram_splits_kernel(
-    x_ptr, tiles_ptr, num_rows, num_features, features_per_split, num_tiles,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    hi_ptr, lo_ptr, tiles_ptr, num_rows, num_features, features_per_split, num_tiles,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Split s of lower tile t → tiles[s, t, :, :]."""
     t, s = tl.program_id(0), tl.program_id(1)
@@ -175,43 +193,89 @@ def _gram_splits_kernel(
     begin = s * features_per_split
     end = tl.minimum(begin + features_per_split, num_features)
     gram = gram_tile(
-        x_ptr, i * BLOCK + offsets, j * BLOCK + offsets, num_rows, num_features, begin, end,
-        BLOCK, BLOCK, BLOCK_D, PRECISION, INTERPRET,
+        hi_ptr, lo_ptr, i * BLOCK + offsets, j * BLOCK + offsets, num_rows, num_features, begin, end,
+        BLOCK, BLOCK, BLOCK_D, INTERPRET,
     )  # fmt: skip
     base = (s.to(tl.int64) * num_tiles + t) * BLOCK * BLOCK
     tl.store(tiles_ptr + base + offsets[:, None] * BLOCK + offsets[None, :], gram)
 
 
-def num_splits(num_rows: int, num_features: int, block: int) -> int:
-    """Splits of D that fill a large GPU twice over and leave at least 1024 features each; by (N, D) alone."""
-    blocks = triton.cdiv(num_rows, block)
-    num_tiles = blocks * (blocks + 1) // 2
-    return max(1, min(triton.cdiv(264, num_tiles), num_features // 1024))
+def processors_of(device: torch.device) -> int:
+    """Streaming multiprocessors; for the interpreter those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def gram_splits(x_ND: Tensor, precision: Precision = "bf16x3") -> Tensor:
-    """Partial Gram tiles (S, T, BLOCK, BLOCK) fp32 of x (N, D), fp32 contiguous; sum over S.
+def num_splits(num_tiles: int, length: int, processors: int) -> int:
+    """Into how many parts to cut the inner dimension of `num_tiles` products, a function of the GPU model and shapes.
+
+    All programs of a wave take the time of one, so S parts take ⌈T·S / processors⌉ waves of length/S + PART_COST. The
+    least of that, and of equals the fewest parts: at N = 512 on 132 processors 13, which leaves 2 of them idle.
+    """
+    most = max(1, min(length // PART_MINIMUM, processors))
+    return min(
+        range(1, most + 1),
+        key=lambda s: (triton.cdiv(num_tiles * s, processors) * (triton.cdiv(length, s) + PART_COST), s),
+    )
+
+
+def gram_splits(x: CenteredRows, *, config: TileConfig | None = None, splits: int | None = None) -> Tensor:
+    """Partial Gram tiles (S, T, BLOCK, BLOCK) fp32; sum over S.
 
     Tile t is at block row i and block column j ≤ i with t = i(i+1)/2 + j; entries beyond N are zero.
+
+    Args:
+        config, splits: how to compute it, instead of what `gram_config` and `num_splits` say for this device.
     """
-    num_rows, num_features = x_ND.shape
-    config = gram_config(precision, capability_of(x_ND.device))
+    num_rows, num_features = x.hi_ND.shape
+    device = x.hi_ND.device
+    config = config or gram_config(capability_of(device))
     blocks = triton.cdiv(num_rows, config.block)
     num_tiles = blocks * (blocks + 1) // 2
-    splits = num_splits(num_rows, num_features, config.block)
+    splits = splits or num_splits(num_tiles, num_features, processors_of(device))
     per_split = triton.cdiv(triton.cdiv(num_features, splits), config.block_d) * config.block_d
     splits = triton.cdiv(num_features, per_split)
-    tiles = x_ND.new_empty((splits, num_tiles, config.block, config.block))
+    tiles = torch.empty((splits, num_tiles, config.block, config.block), device=device)
     _gram_splits_kernel[(num_tiles, splits)](
-        x_ND, tiles, num_rows, num_features, per_split, num_tiles,
-        BLOCK=config.block, BLOCK_D=config.block_d, PRECISION=precision, INTERPRET=INTERPRETED,
+        x.hi_ND, x.lo_ND, tiles, num_rows, num_features, per_split, num_tiles,
+        BLOCK=config.block, BLOCK_D=config.block_d, INTERPRET=INTERPRETED,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return tiles
 
 
+def gram_by_library(x: CenteredRows, *, block: int = 128, chunk: int = 2048) -> Tensor:
+    """What `gram_splits` gives, with one split, from batched products of the library: hi·hi + hi·lo + (hi·lo)ᵀ.
+
+    Args:
+        chunk: features summed by tensor cores alone, which truncate; chunks are added with rounding to nearest.
+    """
+    num_rows, num_features = x.hi_ND.shape
+    whole = num_features // chunk * chunk
+    pieces = [slice(0, whole)] if whole else []
+    pieces += [slice(whole, num_features)] if whole < num_features else []
+    square, cross = (torch.zeros((num_rows, num_rows), device=x.hi_ND.device) for _ in range(2))
+    for piece in pieces:
+        hi, lo = (plane[:, piece].unflatten(1, (-1, min(chunk, piece.stop - piece.start))) for plane in x[:2])
+        hi, lo = hi.transpose(0, 1), lo.transpose(0, 1)  # (chunks, N, features), strided: nothing is copied
+        square += _batched_product(hi, hi).sum(dim=0)
+        cross += _batched_product(hi, lo).sum(dim=0)
+    gram = square + cross + cross.mT
+    blocks = triton.cdiv(num_rows, block)
+    padded = torch.nn.functional.pad(gram, (0, blocks * block - num_rows) * 2)
+    tiles = padded.unflatten(0, (blocks, block)).unflatten(2, (blocks, block)).transpose(1, 2)
+    i, j = torch.tril_indices(blocks, blocks, device=gram.device)
+    return tiles[i, j][None].contiguous()
+
+
+def _batched_product(a: Tensor, b: Tensor) -> Tensor:
+    """a·bᵀ of bf16 in fp32."""
+    if a.device.type == "cuda":
+        return torch.bmm(a, b.mT, out_dtype=torch.float32)
+    return a.float() @ b.float().mT  # out_dtype is CUDA's
+
+
 def aot_cases() -> list[AotCase]:
-    """Centring of each dtype, and the split Gram kernel at each (precision, capability)."""
+    """Centring of each dtype, and the split Gram kernel at each capability."""
     center = [
         AotCase(
             f"gram.center_{dtype}",
@@ -220,33 +284,33 @@ def aot_cases() -> list[AotCase]:
                 "x_ptr": f"*{dtype}",
                 "stride_n": "i32",
                 "mean_ptr": "*fp32",
-                "centered_ptr": "*fp32",
+                "hi_ptr": "*bf16",
+                "lo_ptr": "*bf16",
                 "norms_ptr": "*fp32",
-            }
-            | {"num_features": "i32"},
-            {"BLOCK_D": 4096},
+                "num_features": "i32",
+            },
+            {"BLOCK_D": 4096, "INTERPRET": False},
             divisible_by_16=("stride_n", "num_features"),
             num_warps=8,
             vector_loads=True,
         )
         for dtype in ("fp32", "bf16")
     ]
-    signature = {"x_ptr": "*fp32", "tiles_ptr": "*fp32"}
+    signature = {"hi_ptr": "*bf16", "lo_ptr": "*bf16", "tiles_ptr": "*fp32"}
     signature |= dict.fromkeys(("num_rows", "num_features", "features_per_split", "num_tiles"), "i32")
     return center + [
         AotCase(
-            f"gram.splits_{precision}",
+            "gram.splits",
             _gram_splits_kernel,
             signature,
-            {"BLOCK": config.block, "BLOCK_D": config.block_d, "PRECISION": precision, "INTERPRET": False},
+            {"BLOCK": config.block, "BLOCK_D": config.block_d, "INTERPRET": False},
             divisible_by_16=("num_features", "features_per_split"),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             vector_loads=True,
-            tensor_cores=precision != "ieee",
+            tensor_cores=True,
             capabilities=(capability,),
         )
-        for precision in (*TENSOR_CORE_PRECISIONS, "ieee")
         for capability in CAPABILITIES
-        for config in [gram_config(precision, capability)]
+        for config in [gram_config(capability)]
     ]

@@ -15,14 +15,28 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_kernels.aot import CAPABILITIES, AotCase
-from mimir_kernels.gram import TENSOR_CORE_PRECISIONS, Precision, accumulate, capability_of, gram_config
+from mimir_kernels.gram import (
+    CenteredRows,
+    TileConfig,
+    accumulate,
+    capability_of,
+    load_plane,
+    num_splits,
+    processors_of,
+    split_bf16,
+)
 from mimir_kernels.interpret import INTERPRETED
+
+
+def laplacian_config(capability: int) -> TileConfig:
+    """As `gram_config`; the weights are split on the way, in registers."""
+    return TileConfig(64, 32, 4, 4) if capability < 90 else TileConfig(128, 32, 8, 4)
 
 
 @triton.jit
 def _laplacian_kernel(
-    weights_ptr, x_ptr, gamma_ptr, out_ptr, first_row, panel_rows, num_rows, num_features, cols_per_split,
-    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    weights_ptr, hi_ptr, lo_ptr, gamma_ptr, out_ptr, first_row, panel_rows, num_rows, num_features, cols_per_split,
+    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A BLOCK×BLOCK tile of the output → out[split, row of the panel, feature]."""
     split = tl.program_id(2)
@@ -33,47 +47,52 @@ def _laplacian_kernel(
     end = tl.minimum(begin + cols_per_split, num_rows)
     cols = tl.arange(0, BLOCK_J)
     weights_ptrs = weights_ptr + rows[:, None].to(tl.int64) * num_rows + (begin + cols)[None, :]
-    x_ptrs = x_ptr + (begin + cols)[:, None].to(tl.int64) * num_features + features[None, :]
+    x_offsets = (begin + cols)[:, None].to(tl.int64) * num_features + features[None, :]
     totals = tl.zeros((BLOCK,), dtype=tl.float32)
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for j in range(begin, end, BLOCK_J):
         inside = cols < end - j
         weights = tl.load(weights_ptrs, mask=row_mask & inside[None, :], other=0.0)
-        x_j = tl.load(x_ptrs, mask=inside[:, None] & feature_mask, other=0.0)
         totals += tl.sum(weights, axis=1)
-        acc = accumulate(acc, weights, x_j, PRECISION, INTERPRET)
+        weights_hi, weights_lo = split_bf16(weights, INTERPRET)
+        x_hi = load_plane(hi_ptr + x_offsets, inside[:, None] & feature_mask, INTERPRET)
+        x_lo = load_plane(lo_ptr + x_offsets, inside[:, None] & feature_mask, INTERPRET)
+        acc = accumulate(acc, weights_hi, weights_lo, x_hi, x_lo)
         weights_ptrs += BLOCK_J
-        x_ptrs += BLOCK_J * tl.cast(num_features, tl.int64)  # a launcher hands over 1 as a constant, which has no .to
+        x_offsets += BLOCK_J * tl.cast(
+            num_features, tl.int64
+        )  # a launcher hands over 1 as a constant, which has no .to
     inside = row_mask & feature_mask
-    x_i = tl.load(
-        x_ptr + (first_row + rows)[:, None].to(tl.int64) * num_features + features[None, :], mask=inside, other=0.0
-    )
+    own = (first_row + rows)[:, None].to(tl.int64) * num_features + features[None, :]
+    x_i = tl.load(hi_ptr + own, mask=inside, other=0.0).to(tl.float32)
+    x_i += tl.load(lo_ptr + own, mask=inside, other=0.0).to(tl.float32)
     scale = -4.0 * tl.load(gamma_ptr).to(tl.float32)
     out_rows = split.to(tl.int64) * panel_rows + rows[:, None]
     tl.store(out_ptr + out_rows * num_features + features[None, :], scale * (totals[:, None] * x_i - acc), mask=inside)
 
 
 def laplacian_product(
-    weights_PN: Tensor, x_ND: Tensor, gamma: Tensor, out_PD: Tensor, first_row: int, precision: Precision = "bf16x3"
-) -> None:
+    weights_PN: Tensor, x: CenteredRows, gamma: Tensor, out_PD: Tensor, first_row: int,
+    *, config: TileConfig | None = None, splits: int | None = None,
+) -> None:  # fmt: skip
     """Write −4γ Σ_j C_ij (x_i − x_j) for rows i = first_row … first_row + P − 1.
 
     Args:
-        weights_PN: rows of symmetric C, fp32 contiguous.    x_ND: fp32 contiguous.    gamma: scalar tensor.
+        weights_PN: rows of symmetric C, fp32 contiguous.    gamma: scalar tensor.
         out_PD: fp32 contiguous, overwritten.
+        config, splits: as for `gram_splits`.
     """
     panel_rows, num_rows = weights_PN.shape
-    num_features = x_ND.shape[1]
-    config = gram_config(precision, capability_of(x_ND.device))
+    num_features = x.hi_ND.shape[1]
+    config = config or laplacian_config(capability_of(x.hi_ND.device))
     grid = triton.cdiv(panel_rows, config.block), triton.cdiv(num_features, config.block)
-    # By shape alone; a split keeps at least 1024 columns.
-    splits = max(1, min(triton.cdiv(264, grid[0] * grid[1]), num_rows // 1024))
+    splits = splits or num_splits(grid[0] * grid[1], num_rows, processors_of(x.hi_ND.device))
     per_split = triton.cdiv(triton.cdiv(num_rows, splits), config.block_d) * config.block_d
     splits = triton.cdiv(num_rows, per_split)
     parts = out_PD[None] if splits == 1 else out_PD.new_empty((splits, *out_PD.shape))
     _laplacian_kernel[(*grid, splits)](
-        weights_PN, x_ND, gamma, parts, first_row, panel_rows, num_rows, num_features, per_split,
-        BLOCK=config.block, BLOCK_J=config.block_d, PRECISION=precision, INTERPRET=INTERPRETED,
+        weights_PN, x.hi_ND, x.lo_ND, gamma, parts, first_row, panel_rows, num_rows, num_features, per_split,
+        BLOCK=config.block, BLOCK_J=config.block_d, INTERPRET=INTERPRETED,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
@@ -81,15 +100,15 @@ def laplacian_product(
 
 
 def aot_cases() -> list[AotCase]:
-    """Each (precision, capability)."""
-    signature = {"weights_ptr": "*fp32", "x_ptr": "*fp32", "gamma_ptr": "*fp64", "out_ptr": "*fp32"}
+    """Each capability."""
+    signature = {"weights_ptr": "*fp32", "hi_ptr": "*bf16", "lo_ptr": "*bf16", "gamma_ptr": "*fp64", "out_ptr": "*fp32"}
     sizes = ("first_row", "panel_rows", "num_rows", "num_features", "cols_per_split")
     return [
         AotCase(
-            f"laplacian.product_{precision}",
+            "laplacian.product",
             _laplacian_kernel,
             signature | dict.fromkeys(sizes, "i32"),
-            {"BLOCK": config.block, "BLOCK_J": config.block_d, "PRECISION": precision, "INTERPRET": False},
+            {"BLOCK": config.block, "BLOCK_J": config.block_d, "INTERPRET": False},
             divisible_by_16=sizes,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -97,7 +116,6 @@ def aot_cases() -> list[AotCase]:
             tensor_cores=True,
             capabilities=(capability,),
         )
-        for precision in TENSOR_CORE_PRECISIONS
         for capability in CAPABILITIES
-        for config in [gram_config(precision, capability)]
+        for config in [laplacian_config(capability)]
     ]

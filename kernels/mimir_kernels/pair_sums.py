@@ -16,16 +16,18 @@ FLOP, threefold on tensor cores: forward N²(D_x + D_y); backward 2N²·D for ea
 2N²(D_x + D_y) besides. Everything is summed in a fixed order: the same input gives the same bits on the same GPU model.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mimir_kernels.aot import AotCase
-from mimir_kernels.gram import CenteredRows, Precision, center_rows
+from mimir_kernels.gram import CenteredRows, center_rows, gram_splits
 from mimir_kernels.laplacian import laplacian_product
 from mimir_kernels.pair_tiles import BLOCK_M, pair_sums, pair_weights, pair_weights_panel
-from mimir_kernels.rbf import rbf_matrix
+from mimir_kernels.rbf import Gram, rbf_matrix
 
 DENSE_ROWS = 4096
 PANEL_BYTES = 256 * 2**20
@@ -49,7 +51,13 @@ def _dense_weights_kernel(
 
 
 def forward(
-    x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor, keep: bool, *, precision: Precision = "bf16x3"
+    x_ND: Tensor,
+    y_ND: Tensor,
+    gamma_x: Tensor,
+    gamma_y: Tensor,
+    keep: bool,
+    *,
+    gram: Gram = gram_splits,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The three sums, and the kernel matrices if they are wanted for the backward pass.
 
@@ -57,6 +65,7 @@ def forward(
         x_ND, y_ND: (N, D_x) and (N, D_y), fp32, bf16 or fp16, any strides, N ≥ 1; need not be centred.
         gamma_x, gamma_y: floating scalar tensors on the same device; the host does not read them.
         keep: return k and l as (N, N) fp32, else as (0, 0).
+        gram: who computes the Gram matrices for N ≤ DENSE_ROWS, see `rbf.rbf_matrix`.
     Returns:
         s (scalar), r (N,), q (N,) float64; k, l fp32.
     """
@@ -65,15 +74,15 @@ def forward(
     same = x_ND.is_set_to(y_ND) and gamma_x.is_set_to(gamma_y)
     x = center_rows(x_ND)
     y = x if same else center_rows(y_ND)
-    nothing = x.rows_ND.new_empty((0, 0))
+    nothing = x.norms_N.new_empty((0, 0))
     if num_rows > DENSE_ROWS and not keep:
-        s, r, q = pair_sums(x, y, gamma_x, gamma_y, same=same, precision=precision)
+        s, r, q = pair_sums(x, y, gamma_x, gamma_y, same=same)
         return s, r, q.clone() if same else q, nothing, nothing.clone()
-    k, r, _ = rbf_matrix(x, gamma_x, precision=precision)
+    k, r, _ = rbf_matrix(x, gamma_x, gram=gram)
     if same:
         s, q, l = torch.linalg.vector_norm(k, dtype=torch.float64).square(), r.clone(), k
     else:
-        l, q, s = rbf_matrix(y, gamma_y, k, precision)
+        l, q, s = rbf_matrix(y, gamma_y, k, gram)
     if not keep:
         return s, r, q, nothing, nothing.clone()
     return s, r, q, k, l.clone() if same else l
@@ -91,33 +100,39 @@ def backward(
     l_NN: Tensor,
     need_x: bool,
     need_y: bool,
-    *,
-    precision: Precision = "bf16x3",
+    gram: Gram = gram_splits,
+    **how: Any,
 ) -> tuple[Tensor, Tensor]:
     """∂x (N, D_x) and ∂y (N, D_y), fp32; (0, D) where not needed.
 
     Args:
         grad_s (scalar), grad_r (N,), grad_q (N,): gradients to the sums, floating.
         k_NN, l_NN: as `forward` returned them; empty ones are computed again.
+        how: `config` and `splits` of `laplacian_product`.
         The rest as for `forward`.
     """
-    x, y = center_rows(x_ND), center_rows(y_ND)
-    num_rows = len(x_ND)
+    num_rows, kept = len(x_ND), len(k_NN) > 0
     half_r, half_q = ((g / 2).to(torch.float32).contiguous() for g in (grad_r, grad_q))
-    grad_x = torch.empty_like(x.rows_ND if need_x else x.rows_ND[:0])
-    grad_y = torch.empty_like(y.rows_ND if need_y else y.rows_ND[:0])
-    if num_rows > DENSE_ROWS and not len(k_NN):
-        _streaming_backward(grad_s, half_r, half_q, x, y, gamma_x, gamma_y, grad_x, grad_y, precision)
+    grad_x, grad_y = (
+        torch.empty((num_rows if need else 0, t.shape[1]), device=t.device)
+        for t, need in ((x_ND, need_x), (y_ND, need_y))
+    )
+    if not kept and num_rows > DENSE_ROWS:
+        x, y = center_rows(x_ND), center_rows(y_ND)
+        _streaming_backward(grad_s, half_r, half_q, x, y, gamma_x, gamma_y, grad_x, grad_y)
         return grad_x, grad_y
-    k = k_NN if len(k_NN) else rbf_matrix(x, gamma_x, precision=precision)[0]
-    l = l_NN if len(l_NN) else rbf_matrix(y, gamma_y, precision=precision)[0]
+    # Training wants ∂z only: with the kernel matrices at hand the images (0.3 GB at N = 512) are not looked at again.
+    rows_x = center_rows(x_ND) if need_x or not kept else None
+    rows_y = center_rows(y_ND) if need_y or not kept else None
+    k = k_NN if rows_x is None or kept else rbf_matrix(rows_x, gamma_x, gram=gram)[0]
+    l = l_NN if rows_y is None or kept else rbf_matrix(rows_y, gamma_y, gram=gram)[0]
     weights = torch.empty_like(k)
-    if need_x:
+    if need_x and rows_x is not None:
         _dense_weights(k, l, grad_s, half_r, weights)
-        laplacian_product(weights, x.rows_ND, gamma_x, grad_x, 0, precision)
-    if need_y:
+        laplacian_product(weights, rows_x, gamma_x, grad_x, 0, **how)
+    if need_y and rows_y is not None:
         _dense_weights(l, k, grad_s, half_q, weights)
-        laplacian_product(weights, y.rows_ND, gamma_y, grad_y, 0, precision)
+        laplacian_product(weights, rows_y, gamma_y, grad_y, 0, **how)
     return grad_x, grad_y
 
 
@@ -136,7 +151,7 @@ def panel_rows(num_rows: int, num_panels: int) -> int:
 
 def _streaming_backward(
     grad_s: Tensor, half_r_N: Tensor, half_q_N: Tensor, x: CenteredRows, y: CenteredRows,
-    gamma_x: Tensor, gamma_y: Tensor, grad_x: Tensor, grad_y: Tensor, precision: Precision,
+    gamma_x: Tensor, gamma_y: Tensor, grad_x: Tensor, grad_y: Tensor,
 ) -> None:  # fmt: skip
     num_rows, need_x, need_y = len(half_r_N), len(grad_x) > 0, len(grad_y) > 0
     rows = panel_rows(num_rows, need_x + need_y)
@@ -146,12 +161,12 @@ def _streaming_backward(
         to_x = buffers[0, : end - first] if need_x else None
         to_y = buffers[-1, : end - first] if need_y else None
         pair_weights_panel(
-            x, y, gamma_x, gamma_y, grad_s, half_r_N, half_q_N, to_x, to_y, first, precision=precision
+            x, y, gamma_x, gamma_y, grad_s, half_r_N, half_q_N, to_x, to_y, first
         )  # fmt: skip
         if to_x is not None:
-            laplacian_product(to_x, x.rows_ND, gamma_x, grad_x[first:end], first, precision)
+            laplacian_product(to_x, x, gamma_x, grad_x[first:end], first)
         if to_y is not None:
-            laplacian_product(to_y, y.rows_ND, gamma_y, grad_y[first:end], first, precision)
+            laplacian_product(to_y, y, gamma_y, grad_y[first:end], first)
 
 
 def aot_cases() -> list[AotCase]:

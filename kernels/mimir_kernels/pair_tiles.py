@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_kernels.aot import AotCase
-from mimir_kernels.gram import TENSOR_CORE_PRECISIONS, CenteredRows, Precision, gram_tile, triangular_index
+from mimir_kernels.gram import CenteredRows, gram_tile, triangular_index
 from mimir_kernels.interpret import INTERPRETED
 from mimir_kernels.rbf import rbf_minus_one
 
@@ -35,13 +35,12 @@ PANEL_BLOCKS = 32  # rows of tiles whose partial sums are kept at a time: 1 kB o
 
 @triton.jit
 def _rbf_tile(
-    x_ptr, norms_ptr, gamma_ptr, rows, cols, num_rows, num_features,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    hi_ptr, lo_ptr, norms_ptr, gamma_ptr, rows, cols, num_rows, num_features,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, BLOCK_N) of K − 1 at the given rows and columns."""
     gram = gram_tile(
-        x_ptr, rows, cols, num_rows, num_features, 0, num_features, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, INTERPRET
+        hi_ptr, lo_ptr, rows, cols, num_rows, num_features, 0, num_features, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRET
     )
     norms_i = tl.load(norms_ptr + rows, mask=rows < num_rows, other=0.0)
     norms_j = tl.load(norms_ptr + cols, mask=cols < num_rows, other=0.0)
@@ -50,10 +49,11 @@ def _rbf_tile(
 
 @triton.jit
 def _pair_sums_kernel(
-    x_ptr, y_ptr, x_norms_ptr, y_norms_ptr, gamma_x_ptr, gamma_y_ptr, row_slots_ptr, col_slots_ptr, products_ptr,
+    x_hi_ptr, x_lo_ptr, y_hi_ptr, y_lo_ptr, x_norms_ptr, y_norms_ptr, gamma_x_ptr, gamma_y_ptr,
+    row_slots_ptr, col_slots_ptr, products_ptr,
     first_tile, first_block, panel_rows, num_rows, x_features, y_features, row_slots_stride, col_slots_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, SAME: tl.constexpr, INTERPRET: tl.constexpr,
+    SAME: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Lower tile → row_slots[r|q, j, row of the panel], col_slots[r|q, block of the panel, column], products[tile]."""
     # A square of the lower triangle is two tiles wide.
@@ -66,8 +66,8 @@ def _pair_sums_kernel(
     row_slots = row_slots_ptr + j.to(tl.int64) * panel_rows + (i - first_block) * BLOCK_M + tl.arange(0, BLOCK_M)
     col_slots = col_slots_ptr + (i - first_block).to(tl.int64) * num_rows + cols
     k = _rbf_tile(
-        x_ptr, x_norms_ptr, gamma_x_ptr, rows, cols, num_rows, x_features,
-        BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
+        x_hi_ptr, x_lo_ptr, x_norms_ptr, gamma_x_ptr, rows, cols, num_rows, x_features,
+        BLOCK_M, BLOCK_N, BLOCK_D, INTERPRET,
     )  # fmt: skip
     k = tl.where(below, k, 0.0)
     tl.store(row_slots, tl.sum(k, axis=1))
@@ -76,8 +76,8 @@ def _pair_sums_kernel(
         l = k
     else:
         l = _rbf_tile(
-            y_ptr, y_norms_ptr, gamma_y_ptr, rows, cols, num_rows, y_features,
-            BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, INTERPRET,
+            y_hi_ptr, y_lo_ptr, y_norms_ptr, gamma_y_ptr, rows, cols, num_rows, y_features,
+            BLOCK_M, BLOCK_N, BLOCK_D, INTERPRET,
         )  # fmt: skip
         l = tl.where(below, l, 0.0)
         tl.store(row_slots + row_slots_stride, tl.sum(l, axis=1))
@@ -94,17 +94,18 @@ def pair_weights(k, l, grad_s, half_i, half_j, rows, cols):
 
 @triton.jit
 def _pair_weights_kernel(
-    x_ptr, y_ptr, x_norms_ptr, y_norms_ptr, gamma_x_ptr, gamma_y_ptr,
+    x_hi_ptr, x_lo_ptr, y_hi_ptr, y_lo_ptr, x_norms_ptr, y_norms_ptr, gamma_x_ptr, gamma_y_ptr,
     grad_s_ptr, half_r_ptr, half_q_ptr, x_weights_ptr, y_weights_ptr,
     first_row, end_row, num_rows, x_features, y_features,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     NEED_X: tl.constexpr, NEED_Y: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile of the weights of ∂x and of ∂y, rows first_row … end_row − 1 → weights[row − first_row, column]."""
     rows = first_row + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = _rbf_tile(
-        x_ptr,
+        x_hi_ptr,
+        x_lo_ptr,
         x_norms_ptr,
         gamma_x_ptr,
         rows,
@@ -114,11 +115,11 @@ def _pair_weights_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_D,
-        PRECISION,
         INTERPRET,
     )
     l = _rbf_tile(
-        y_ptr,
+        y_hi_ptr,
+        y_lo_ptr,
         y_norms_ptr,
         gamma_y_ptr,
         rows,
@@ -128,7 +129,6 @@ def _pair_weights_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_D,
-        PRECISION,
         INTERPRET,
     )
     grad_s = tl.load(grad_s_ptr).to(tl.float32)
@@ -145,10 +145,10 @@ def _pair_weights_kernel(
 
 
 def pair_sums(
-    x: CenteredRows, y: CenteredRows, gamma_x: Tensor, gamma_y: Tensor, *, same: bool, precision: Precision
+    x: CenteredRows, y: CenteredRows, gamma_x: Tensor, gamma_y: Tensor, *, same: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s (scalar), r (N,) and q (N,), float64. `same`: y and its γ are x and its γ."""
-    num_rows, device = len(x.rows_ND), x.rows_ND.device
+    num_rows, device = len(x.hi_ND), x.hi_ND.device
     num_sums = 1 if same else 2
     num_blocks = triton.cdiv(num_rows, BLOCK_M)
     panel = min(PANEL_BLOCKS, num_blocks)
@@ -164,10 +164,10 @@ def pair_sums(
         row_slots.zero_()
         col_slots.zero_()
         _pair_sums_kernel[(end_tile - first_tile,)](
-            x.rows_ND, y.rows_ND, x.norms_N, y.norms_N, gamma_x, gamma_y, row_slots, col_slots, products,
-            first_tile, first, panel * BLOCK_M, num_rows, x.rows_ND.shape[1], y.rows_ND.shape[1],
+            x.hi_ND, x.lo_ND, y.hi_ND, y.lo_ND, x.norms_N, y.norms_N, gamma_x, gamma_y, row_slots, col_slots, products,
+            first_tile, first, panel * BLOCK_M, num_rows, x.hi_ND.shape[1], y.hi_ND.shape[1],
             row_slots.stride(0), col_slots.stride(0),
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, PRECISION=precision, SAME=same, INTERPRET=INTERPRETED,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, SAME=same, INTERPRET=INTERPRETED,
             num_warps=NUM_WARPS, num_stages=NUM_STAGES,
         )  # fmt: skip
         rows = slice(first * BLOCK_M, min(last * BLOCK_M, num_rows))
@@ -180,24 +180,25 @@ def pair_sums(
 def pair_weights_panel(
     x: CenteredRows, y: CenteredRows, gamma_x: Tensor, gamma_y: Tensor,
     grad_s: Tensor, half_r_N: Tensor, half_q_N: Tensor, x_weights_PN: Tensor | None, y_weights_PN: Tensor | None,
-    first_row: int, *, precision: Precision,
+    first_row: int,
 ) -> None:  # fmt: skip
     """Write rows first_row … first_row + P − 1 of C for ∂x and for ∂y (None: not needed), fp32 contiguous."""
     given = [w for w in (x_weights_PN, y_weights_PN) if w is not None]
     panel_rows, num_rows = given[0].shape
     _pair_weights_kernel[(triton.cdiv(panel_rows, BLOCK_M), triton.cdiv(num_rows, BLOCK_N))](
-        x.rows_ND, y.rows_ND, x.norms_N, y.norms_N, gamma_x, gamma_y, grad_s, half_r_N, half_q_N,
+        x.hi_ND, x.lo_ND, y.hi_ND, y.lo_ND, x.norms_N, y.norms_N, gamma_x, gamma_y, grad_s, half_r_N, half_q_N,
         given[0] if x_weights_PN is None else x_weights_PN, given[0] if y_weights_PN is None else y_weights_PN,
-        first_row, first_row + panel_rows, num_rows, x.rows_ND.shape[1], y.rows_ND.shape[1],
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, PRECISION=precision,
+        first_row, first_row + panel_rows, num_rows, x.hi_ND.shape[1], y.hi_ND.shape[1],
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
         NEED_X=x_weights_PN is not None, NEED_Y=y_weights_PN is not None, INTERPRET=INTERPRETED,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
 
 
 def aot_cases() -> list[AotCase]:
-    """Forward and backward at each precision; the same tile on every architecture."""
-    inputs = dict.fromkeys(("x_ptr", "y_ptr", "x_norms_ptr", "y_norms_ptr"), "*fp32")
+    """Forward and backward; the same tile on every architecture."""
+    inputs = dict.fromkeys(("x_hi_ptr", "x_lo_ptr", "y_hi_ptr", "y_lo_ptr"), "*bf16")
+    inputs |= dict.fromkeys(("x_norms_ptr", "y_norms_ptr"), "*fp32")
     inputs |= dict.fromkeys(("gamma_x_ptr", "gamma_y_ptr"), "*fp64")
     features = {"num_rows": "i32", "x_features": "i32", "y_features": "i32"}
     sums = inputs | {"row_slots_ptr": "*fp32", "col_slots_ptr": "*fp32", "products_ptr": "*fp64"} | features
@@ -213,16 +214,15 @@ def aot_cases() -> list[AotCase]:
     ]
     return [
         AotCase(
-            f"pair_tiles.{name}_{precision}",
+            f"pair_tiles.{name}",
             kernel,
             signature,
-            tile | flags | {"PRECISION": precision},
+            tile | flags,
             divisible_by_16=("x_features", "y_features", "num_rows"),
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
             vector_loads=True,
             tensor_cores=True,
         )
-        for precision in TENSOR_CORE_PRECISIONS
         for name, kernel, signature, flags in variants
     ]

@@ -23,6 +23,7 @@ def _pixel_offsets(
     inside_row,
     ids_ptr,
     K,
+    num_patches,
     columns,
     stride_b,
     stride_c,
@@ -31,13 +32,12 @@ def _pixel_offsets(
     C: tl.constexpr,
     PATCH: tl.constexpr,
 ):
-    """Where the numbers of these patches lie in the image: int64 (BLOCK_R, BLOCK_P)."""
-    id = tl.load(ids_ptr + row, mask=inside_row, other=0)
+    """Where the numbers of these patches lie in the image: int64 (BLOCK_R, BLOCK_P), and which patches exist there."""
+    id = tl.load(ids_ptr + row, mask=inside_row, other=-1)
     corner = (row // K).to(tl.int64) * stride_b + (id // columns * stride_h + id % columns * stride_w) * PATCH
     y, x, c = element // (C * PATCH), element // C % PATCH, element % C
-    return (
-        corner[:, None] + (y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w + c.to(tl.int64) * stride_c)[None, :]
-    )
+    pixel = y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w + c.to(tl.int64) * stride_c
+    return corner[:, None] + pixel[None, :], ((id >= 0) & (id < num_patches))[:, None]
 
 
 @triton.jit
@@ -47,6 +47,7 @@ def _patchify_gather_kernel(
     out_ptr,
     R,
     K,
+    num_patches,
     columns,
     stride_b,
     stride_c,
@@ -63,10 +64,11 @@ def _patchify_gather_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     element = tl.arange(0, BLOCK_P)
     inside = (row < R)[:, None] & (element < P)[None, :]
-    offsets = _pixel_offsets(
-        row, element, row < R, ids_ptr, K, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
+    offsets, known = _pixel_offsets(
+        row, element, row < R, ids_ptr, K, num_patches, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
     )
-    x = tl.load(images_ptr + offsets, mask=inside, other=0).to(tl.float32)
+    x = tl.load(images_ptr + offsets, mask=inside & known, other=0)  # nobody's memory is read for a wrong id
+    x = x.to(tl.float32)
     if images_ptr.dtype.element_ty == tl.uint8:
         x = tl.div_rn(x, 255.0)  # `/` would be an approximate division
     if NORM:
@@ -84,6 +86,7 @@ def _patchify_scatter_kernel(
     images_ptr,
     R,
     K,
+    num_patches,
     columns,
     stride_b,
     stride_c,
@@ -98,16 +101,22 @@ def _patchify_scatter_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     element = tl.arange(0, BLOCK_P)
     inside = (row < R)[:, None] & (element < P)[None, :]
-    offsets = _pixel_offsets(
-        row, element, row < R, ids_ptr, K, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
+    offsets, known = _pixel_offsets(
+        row, element, row < R, ids_ptr, K, num_patches, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
     )
     x = tl.load(patches_ptr + row.to(tl.int64)[:, None] * P + element[None, :], mask=inside)
-    tl.store(images_ptr + offsets, x, mask=inside)
+    tl.store(images_ptr + offsets, x, mask=inside & known)
 
 
 def _blocks(P: int) -> tuple[int, int]:
     block_p = triton.next_power_of_2(P)
     return max(TILE // block_p, 1), block_p
+
+
+def _grid(images_BCHW: Tensor, patch_size: int) -> tuple[int, int]:
+    """How many patches an image has, and how many of them lie side by side."""
+    rows, columns = (side // patch_size for side in images_BCHW.shape[2:])
+    return rows * columns, columns
 
 
 def patchify_gather(
@@ -117,7 +126,7 @@ def patchify_gather(
     (B, K), C, P = ids_BK.shape, images_BCHW.shape[1], out_BKP.shape[2]
     block_r, block_p = _blocks(P)
     if out_BKP.numel():
-        sizes = (B * K, K, images_BCHW.shape[3] // patch_size, *images_BCHW.stride())
+        sizes = (B * K, K, *_grid(images_BCHW, patch_size), *images_BCHW.stride())
         with torch.cuda.device_of(out_BKP):
             _patchify_gather_kernel[(triton.cdiv(B * K, block_r),)](
                 *(images_BCHW, ids_BK, out_BKP, *sizes, eps, C, patch_size, norm, block_r, block_p)
@@ -129,7 +138,7 @@ def patchify_scatter(patches_BKP: Tensor, ids_BK: Tensor, images_BCHW: Tensor, p
     (B, K), C, P = ids_BK.shape, images_BCHW.shape[1], patches_BKP.shape[2]
     block_r, block_p = _blocks(P)
     if patches_BKP.numel():
-        sizes = (B * K, K, images_BCHW.shape[3] // patch_size, *images_BCHW.stride())
+        sizes = (B * K, K, *_grid(images_BCHW, patch_size), *images_BCHW.stride())
         with torch.cuda.device_of(images_BCHW):
             _patchify_scatter_kernel[(triton.cdiv(B * K, block_r),)](
                 *(patches_BKP, ids_BK, images_BCHW, *sizes, C, patch_size, block_r, block_p)
@@ -138,7 +147,7 @@ def patchify_scatter(patches_BKP: Tensor, ids_BK: Tensor, images_BCHW: Tensor, p
 
 def aot_cases() -> list[AotCase]:
     """224² images in patches of 16 (stride_w = 1 is specialised away), and CIFAR's patches of 2."""
-    sizes = dict.fromkeys(("R", "K", "columns", "stride_b", "stride_c", "stride_h"), "i32")
+    sizes = dict.fromkeys(("R", "K", "num_patches", "columns", "stride_b", "stride_c", "stride_h"), "i32")
 
     def gather(name: str, pixel: str, out: str, patch: int, norm: bool) -> AotCase:
         block_r, block_p = _blocks(patch * patch * 3)

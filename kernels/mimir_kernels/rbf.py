@@ -10,13 +10,17 @@ all of it stays in or near L2; a program owns ROWS×BLOCK entries, few enough th
 of 128 entries are fp32, everything beyond is summed in float64 in a fixed order.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mimir_kernels.aot import AotCase
-from mimir_kernels.gram import CenteredRows, Precision, gram_splits
+from mimir_kernels.gram import CenteredRows, gram_splits
+
+Gram = Callable[[CenteredRows], Tensor]
 
 ROWS = 8  # 32 bytes down a column: a whole sector when a tile is read across
 SPLITS_AT_ONCE = 4  # independent loads in flight
@@ -74,18 +78,19 @@ def _rbf_rows_kernel(
 
 
 def rbf_matrix(
-    x: CenteredRows, gamma: Tensor, other_NN: Tensor | None = None, precision: Precision = "bf16x3"
+    x: CenteredRows, gamma: Tensor, other_NN: Tensor | None = None, gram: Gram = gram_splits
 ) -> tuple[Tensor, Tensor, Tensor]:
     """K − 1 of mean-centred rows with its row sums, and the sum of its product with another matrix.
 
     Args:
         gamma: scalar tensor on the same device, any floating dtype.
         other_NN: (N, N) fp32 contiguous.
+        gram: `gram_splits`, that with its options bound, or `gram_by_library`.
     Returns:
         k (N, N) fp32, row sums (N,) float64, Σ k∘other float64 scalar (0 without other).
     """
-    num_rows = len(x.rows_ND)
-    tiles = gram_splits(x.rows_ND, precision)
+    num_rows = len(x.hi_ND)
+    tiles = gram(x)
     num_splits, num_tiles, block, _ = tiles.shape
     blocks = triton.cdiv(num_rows, block)
     k_NN = tiles.new_empty((num_rows, num_rows))

@@ -14,19 +14,29 @@ from torch import Tensor
 from mimir_kernels.aot import AotCase
 
 TILE = 2048
+INVERSE_BLOCK = 256
 
 
 @triton.jit
 def _gather_rows_kernel(
-    x_ptr, ids_ptr, out_ptr, R, K, D, stride_b, stride_n, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr, ids_ptr, out_ptr, R, K, N, D, stride_b, stride_n, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (row < R)[:, None] & (column < D)[None, :]
     id = tl.load(ids_ptr + row, mask=row < R, other=0)  # int64, and so are the offsets made of it
     source = (row // K).to(tl.int64) * stride_b + id * stride_n
-    x = tl.load(x_ptr + source[:, None] + column[None, :], mask=inside)
+    known = inside & ((id >= 0) & (id < N))[:, None]  # nobody's memory is read for a wrong id
+    x = tl.load(x_ptr + source[:, None] + column[None, :], mask=known, other=0.0)
     tl.store(out_ptr + row.to(tl.int64)[:, None] * D + column[None, :], x, mask=inside)
+
+
+@triton.jit
+def _inverse_kernel(ids_ptr, inverse_ptr, R, K, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    id = tl.load(ids_ptr + row, mask=row < R, other=-1)
+    known = (id >= 0) & (id < N)
+    tl.store(inverse_ptr + (row // K).to(tl.int64) * N + id, row % K, mask=known)
 
 
 @triton.jit
@@ -67,15 +77,27 @@ def _blocks(D: int) -> tuple[int, int]:
 
 
 def gather_rows(x_BND: Tensor, ids_BK: Tensor, out_BKD: Tensor) -> None:
-    """out[b, k] = x[b, ids[b, k]]; rows of x dense, ids and out contiguous."""
-    (B, K), D = ids_BK.shape, x_BND.shape[2]
+    """out[b, k] = x[b, ids[b, k]], zeros for an id outside [0, N); rows of x dense, ids and out contiguous."""
+    (B, K), (_, N, D) = ids_BK.shape, x_BND.shape
     block_r, block_d = _blocks(D)
     if out_BKD.numel():
         grid = (triton.cdiv(B * K, block_r), triton.cdiv(D, block_d))
         with torch.cuda.device_of(out_BKD):
             _gather_rows_kernel[grid](
-                x_BND, ids_BK, out_BKD, B * K, K, D, x_BND.stride(0), x_BND.stride(1), block_r, block_d
+                x_BND, ids_BK, out_BKD, B * K, K, N, D, x_BND.stride(0), x_BND.stride(1), block_r, block_d
             )
+
+
+def inverse(ids_BK: Tensor, num_patches: int) -> Tensor:
+    """(B, N) int32: k where ids[b, k] = n, −1 where no id names patch n; ids outside [0, N) name none."""
+    B, K = ids_BK.shape
+    out = torch.full((B, num_patches), -1, dtype=torch.int32, device=ids_BK.device)
+    if ids_BK.numel():
+        with torch.cuda.device_of(out):
+            _inverse_kernel[(triton.cdiv(B * K, INVERSE_BLOCK),)](
+                ids_BK, out, B * K, K, num_patches, BLOCK=INVERSE_BLOCK
+            )
+    return out
 
 
 def scatter_rows(
@@ -104,7 +126,7 @@ def aot_cases() -> list[AotCase]:
             f"tokens.gather_{D}_{dtype}",
             _gather_rows_kernel,
             {"x_ptr": f"*{dtype}", "ids_ptr": "*i64", "out_ptr": f"*{dtype}"}
-            | dict.fromkeys(("R", "K", "D", "stride_b", "stride_n"), "i32"),
+            | dict.fromkeys(("R", "K", "N", "D", "stride_b", "stride_n"), "i32"),
             {"BLOCK_R": block_r, "BLOCK_D": block_d},
             ("D", "stride_b", "stride_n"),
             vector_loads=True,
@@ -122,7 +144,14 @@ def aot_cases() -> list[AotCase]:
             vector_loads=True,
         )
 
+    inverse = AotCase(
+        "tokens.inverse",
+        _inverse_kernel,
+        {"ids_ptr": "*i64", "inverse_ptr": "*i32"} | dict.fromkeys(("R", "K", "N"), "i32"),
+        {"BLOCK": INVERSE_BLOCK},
+    )
     return [
+        inverse,
         gather("bf16", 768),
         gather("fp32", 768),
         scatter("bf16", 768, False),

@@ -5,6 +5,7 @@ would stop the pipeline, so there they run only with `MIMIR_FAST_DEBUG=1`.
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +14,12 @@ from mimir_fast import _native
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether to look at the numbers in this tensor: on the CPU always, elsewhere in debug mode."""
+    """Whether to look at the numbers in this tensor: on the CPU always, elsewhere in debug mode.
+
+    Never while torch.compile traces: there are no numbers yet. The bodies of ops look when they run.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return tensor.device.type == "cpu" or os.environ.get("MIMIR_FAST_DEBUG", "0") == "1"
 
 
@@ -94,3 +100,56 @@ def check_range(clamp: tuple[float, float]) -> None:
     """Raises ValueError unless clamp is (low, high) with low ≤ high."""
     if len(clamp) != 2 or not clamp[0] <= clamp[1]:
         raise ValueError(f"clamp must be (low, high) with low <= high, got {clamp}")
+
+
+def as_samples(x: Tensor, y: Tensor, *, minimum: int = 2) -> tuple[Tensor, Tensor]:
+    """x (N, …) and y (N, …) as (N, D_x) and (N, D_y), after refusing what no estimator could use.
+
+    Args:
+        minimum: the least N the estimator is defined for.
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: different numbers of samples or devices, too few samples, no features.
+    """
+    for name, t in (("x", x), ("y", y)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"wanted {name} as a torch.Tensor (N, ...), got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"wanted floating-point {name}, got {t.dtype}: convert it, e.g. {name}.float() / 255")
+        if t.dim() == 0:
+            raise ValueError(f"wanted {name} of shape (N, ...), got a scalar")
+        if t.shape[0] and not t[0].numel():
+            raise ValueError(f"wanted at least one feature per sample, got {name} of shape {tuple(t.shape)}")
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"wanted the same number of samples in x and y (row i of both is sample i), "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if x.device != y.device:
+        raise ValueError(f"wanted x and y on one device, got {x.device} and {y.device}: move one with .to(...)")
+    if x.shape[0] < minimum:
+        raise ValueError(f"wanted at least {minimum} samples, got N={x.shape[0]}")
+    return x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1)
+
+
+def check_choice(name: str, given: str, choices: Sequence[str]) -> None:
+    """Raises ValueError listing the choices if `given` is none of them."""
+    if given not in choices:
+        raise ValueError(f"wanted {name} as one of {', '.join(map(repr, choices))}, got {given!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises ValueError unless value > 0 (NaN is refused too)."""
+    if not value > 0:
+        raise ValueError(f"wanted {name} > 0, got {value}")
+
+
+def must_be_finite(sums: Tensor, **samples: Tensor) -> None:
+    """Refuse NaN and Inf in the samples, at the price of looking at sums they went into instead.
+
+    On CUDA this would make the host wait, so there it happens only under MIMIR_FAST_DEBUG=1.
+    """
+    if values_are_checked(sums) and not bool(sums.isfinite().all()):
+        bad = [name for name, t in samples.items() if not bool(t.isfinite().all())]
+        where = f"found NaN or Inf in {' and '.join(bad)}" if bad else "the distances overflow float32"
+        raise ValueError(f"wanted finite samples, {where}: look at what produced them (learning rate, loss scale)")

@@ -12,17 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mimir_fast.ops._checks import as_samples, check_choice
+from mimir_fast.ops._precision import accumulation_dtype, no_autocast
+from mimir_fast.ops.bandwidth import Bandwidth, gamma
+from mimir_fast.ops.distances import centered_rows
 from mimir_fast.ops.hsic import Estimator, check_estimator, hsic_from_sums
 from mimir_fast.ops.pair_sums import pair_sums
-from mimir_fast.ops.rbf import (
-    Bandwidth,
-    accumulation_dtype,
-    as_samples,
-    centered_rows,
-    check_choice,
-    gamma,
-    no_autocast,
-)
 
 Kernel = Literal["rbf", "linear"]
 

@@ -14,18 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mimir_fast.ops._checks import as_samples, must_be_finite
+from mimir_fast.ops._precision import accumulation_dtype, full_precision
+from mimir_fast.ops.bandwidth import Bandwidth, gamma
+from mimir_fast.ops.distances import centered_rows
 from mimir_fast.ops.global_batch import all_gather, group_size
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic, hsic_from_sums
 from mimir_fast.ops.pair_tiles import inner_product, kernel_from_gram_, pair_weights
-from mimir_fast.ops.rbf import (
-    Bandwidth,
-    accumulation_dtype,
-    as_samples,
-    centered_rows,
-    full_precision,
-    gamma,
-    must_be_finite,
-)
 
 
 def global_hsic(

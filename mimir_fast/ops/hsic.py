@@ -12,8 +12,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from mimir_fast.ops._checks import as_samples, check_choice
+from mimir_fast.ops._precision import accumulation_dtype
+from mimir_fast.ops.bandwidth import Bandwidth, gamma
 from mimir_fast.ops.pair_sums import pair_sums, pair_sums_reference
-from mimir_fast.ops.rbf import Bandwidth, accumulation_dtype, as_samples, check_choice, gamma
 
 Estimator = Literal["biased", "unbiased"]
 Normalizer = Literal["n2", "(n-1)^2"]

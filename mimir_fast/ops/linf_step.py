@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mimir_fast import _native
 from mimir_fast.ops import _checks
+from mimir_fast.ops._dispatch import runs_native, runs_triton
 
 
 def linf_step_reference(
@@ -108,14 +109,14 @@ def _linf_step_out(
     """One step written to `out`: the C++ or the Triton kernel; the definition for dtypes they do not know."""
     if out.numel() == 0:
         return
-    native = out.dtype == grad.dtype == torch.float32 and _native.has("linf_step")
-    if out.dtype == torch.float64 or (out.device.type == "cpu" and not native):
+    native = runs_native("linf_step", out, grad)
+    if not native and not runs_triton(out):
         out.copy_(linf_step_reference(x_adv, grad, x, alpha, eps if radii is None else radii, low, high))
         return
     dense_out = out if _native.dense(out) else torch.empty_like(out)
     x_adv, grad, x = (_laid_out_like(dense_out, tensor) for tensor in (x_adv, grad, x))
     values, inner = (None, 1) if radii is None else eps_pattern(radii, dense_out)
-    if out.device.type == "cpu":
+    if native:
         values = torch.tensor([eps]) if values is None else values
         if inner == 1 and 1 < len(values) < 512:
             values = values.repeat(1024 // len(values))  # channels last: longer runs, same pattern

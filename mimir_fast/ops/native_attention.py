@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
-from mimir_fast.ops.rbf import differentiate_twice
+from mimir_fast.ops._autograd import differentiate_twice
 
 # Asked once: torch.compile cannot trace the questions.
 _BF16_UNIT = _native.run("bf16_unit") if _native.has("bf16_attention") else ""

@@ -13,15 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimir_fast.ops.rbf import (
-    accumulation_dtype,
-    as_samples,
-    check_positive,
-    differentiate_twice,
-    gamma,
-    rbf_minus_one_reference,
-)
-from mimir_fast.ops.rbf_matrix import rbf_minus_one
+from mimir_fast.ops._autograd import differentiate_twice
+from mimir_fast.ops._checks import as_samples, check_positive
+from mimir_fast.ops._precision import accumulation_dtype
+from mimir_fast.ops.bandwidth import gamma
+from mimir_fast.ops.rbf import rbf_minus_one, rbf_minus_one_reference
 
 
 def center(k_NN: Tensor) -> Tensor:
@@ -52,9 +48,11 @@ def nhsic(x: Tensor, y: Tensor, *, sigma: float = 5.0, eps: float = 1e-5) -> Ten
     Args:
         x, y: any floating dtype, N ≥ 2 samples in the first dimension, the rest is flattened.
         sigma: kernel width, > 0 (the authors' 5).
-        eps: regularisation, > 0 (the authors' 1e-5).
+        eps: regularisation, > 0 (the authors' 1e-5). It has to stand above the rounding of the kernels, about 1e-7 in
+            float32: below, K̄ + eps·N·I may have negative eigenvalues and no Cholesky factor.
     Returns:
-        scalar, float32 (float64 if an input is), differentiable to both inputs, twice through the definition.
+        scalar, float32 (float64 if an input is), differentiable to both inputs, twice through the definition. NaN, with
+        NaN gradients, where a factorisation failed: raise eps, or give float64.
     Raises:
         TypeError: an input is not a floating-point tensor.
         ValueError: unequal or too few samples, mixed devices, σ or eps ≤ 0; NaN or Inf (on CUDA only under
@@ -91,9 +89,12 @@ def _regularised(k_NN: Tensor, c: float) -> Tensor:
 def _inverse(a_NN: Tensor) -> Tensor:
     """Of a symmetric positive definite matrix."""
     # cholesky_ex reports a failure in a tensor on the device, where `cholesky` makes the host wait to look at it.
-    # HKH + cI is positive definite unless it holds NaNs, and then so does the value. LAPACK's result is column by
-    # column, hence the transpose, which a symmetric matrix does not notice.
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(a_NN).L).mT.contiguous()
+    # HKH + cI is positive definite but for rounding; where c is below the rounding of K it may not be, and the factor
+    # is then half finished: NaN says so. LAPACK's result is column by column, hence the transpose, which a symmetric
+    # matrix does not notice.
+    factor, failed = torch.linalg.cholesky_ex(a_NN)
+    inverse = torch.cholesky_inverse(factor).mT.contiguous()
+    return inverse.masked_fill_(failed != 0, torch.nan)
 
 
 def _identity_minus(p_NN: Tensor, c: float) -> Tensor:

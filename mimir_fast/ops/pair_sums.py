@@ -21,14 +21,11 @@ import torch
 from torch import Tensor
 
 from mimir_fast.ops import pair_tiles
-from mimir_fast.ops.rbf import (
-    accumulation_dtype,
-    differentiate_twice,
-    full_precision,
-    must_be_finite,
-    rbf_minus_one_reference,
-    triton_takes,
-)
+from mimir_fast.ops._autograd import differentiate_twice
+from mimir_fast.ops._checks import must_be_finite
+from mimir_fast.ops._dispatch import runs_triton
+from mimir_fast.ops._precision import accumulation_dtype, full_precision
+from mimir_fast.ops.rbf import rbf_minus_one_reference
 
 
 def pair_sums_reference(x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +49,7 @@ def pair_sums(x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor) -> t
 
 def _kernels_for(x_ND: Tensor, y_ND: Tensor) -> Any:
     """The module whose `forward` and `backward` compute these: Triton's, or tiles by C++ and PyTorch."""
-    if triton_takes(x_ND, y_ND):
+    if runs_triton(x_ND, y_ND):
         from mimir_kernels import pair_sums as kernels
 
         return kernels

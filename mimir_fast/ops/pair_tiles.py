@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
-from mimir_fast.ops.rbf import accumulation_dtype, centered_rows
+from mimir_fast.ops._dispatch import runs_native
+from mimir_fast.ops._precision import accumulation_dtype
+from mimir_fast.ops.distances import centered_rows
 
 # Up to this many samples the two N×N matrices (16 MB each on a CPU, 64 MB on a GPU) are cheaper to keep for the
 # backward pass than to compute again.
@@ -207,7 +209,7 @@ def pair_weights(
 
 def native(tile: Tensor) -> bool:
     """Whether csrc/pair_tiles.cpp takes this tile."""
-    return tile.device.type == "cpu" and tile.dtype == torch.float32 and _native.has("pair_weight_tile")
+    return runs_native("pair_weight_tile", tile)
 
 
 def _address(sums: Tensor | None) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mimir_fast import _native
 from mimir_fast.ops import _checks
+from mimir_fast.ops._dispatch import runs_native, runs_triton
 from mimir_fast.ops.tokens import (
     gather_patches,
     gather_patches_reference,
@@ -154,13 +155,13 @@ def _read(images: Tensor, ids: Tensor, patch_size: int, norm_eps: float | None) 
     dtype = torch.float32 if is_uint8 else images.dtype
     norm, eps = norm_eps is not None, norm_eps or 0.0
     shape = (*ids.shape, patch_size**2 * C)
-    if images.is_cuda and dtype != torch.float64:
+    if runs_triton(images):
         from mimir_kernels import patches as kernels
 
         out = torch.empty(shape, dtype=dtype, device=images.device)
         kernels.patchify_gather(images, ids, out, patch_size, norm, eps)
         return out
-    if not images.is_cuda and dtype == torch.float32 and _native.has("patchify_gather"):
+    if runs_native("patchify_gather", images, dtype=torch.uint8 if is_uint8 else torch.float32):
         out = torch.empty(shape)
         layout = (C, patch_size, columns, images.stride())
         _native.run("patchify_gather", images, ids, out, *ids.shape, *layout, is_uint8, norm, eps)
@@ -190,11 +191,11 @@ def _patchify_adjoint(patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, heig
     patches, ids, p = patches_BKP.contiguous(), ids_BK.contiguous(), patch_size
     B, K, P = patches.shape
     images = patches.new_zeros((B, P // p**2, height, width))
-    if patches.is_cuda:
+    if runs_triton(patches, any_dtype=True):
         from mimir_kernels import patches as kernels
 
         kernels.patchify_scatter(patches, ids, images, p)
-    elif patches.dtype == torch.float32 and _native.has("patchify_scatter"):
+    elif runs_native("patchify_scatter", patches):
         layout = (P // p**2, p, width // p, images.stride())
         _native.run("patchify_scatter", patches, ids, images, B, K, *layout)
     else:

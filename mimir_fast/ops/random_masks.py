@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mimir_fast import _native
 from mimir_fast.ops import _checks
+from mimir_fast.ops._dispatch import runs_native, runs_triton
 from mimir_fast.philox import Stream, random_bits, signed_seed, steps_of
 
 TokenOrder = Literal["shuffled", "sorted"]
@@ -78,12 +79,12 @@ def _random_masks(
     samples_B: Tensor, steps_B: Tensor, num_patches: int, num_keep: int, seed: int, stream: int, shuffled: bool
 ) -> tuple[Tensor, Tensor]:
     samples, steps = samples_B.contiguous(), steps_B.contiguous()
-    if samples_B.is_cuda:
+    if runs_triton(samples):
         from mimir_kernels import random_masks as kernels
 
         if num_patches <= kernels.MAX_PATCHES:
             return kernels.random_masks(samples, steps, num_patches, num_keep, seed, stream, shuffled)
-    elif _native.has("random_masks"):
+    elif runs_native("random_masks", samples, dtype=None):
         keep, masked = (samples.new_empty((len(samples), count)) for count in (num_keep, num_patches - num_keep))
         _native.run(
             "random_masks",

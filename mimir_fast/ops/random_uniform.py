@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mimir_fast import _native, philox
 from mimir_fast.ops import _checks
+from mimir_fast.ops._dispatch import runs_native, runs_triton
 from mimir_fast.philox import Stream, signed_seed, steps_of
 
 
@@ -92,11 +93,11 @@ def _check_samples(samples_B: Tensor) -> None:
 
 @torch.library.custom_op("mimir_fast::random_uniform", mutates_args=())
 def _random_uniform(samples_B: Tensor, steps_B: Tensor, num: int, seed: int, stream: int) -> Tensor:
-    if samples_B.is_cuda:
+    if runs_triton(samples_B):
         from mimir_kernels import random_uniform as kernels
 
         return kernels.random_uniform(samples_B.contiguous(), steps_B.contiguous(), num, seed, stream)
-    if not _native.has("random_uniform"):
+    if not runs_native("random_uniform", samples_B, dtype=None):
         return philox.uniform(seed, stream, steps_B, samples_B, num)
     out = torch.empty(len(samples_B), num)
     samples, steps = samples_B.contiguous(), steps_B.contiguous()
@@ -115,11 +116,11 @@ def _random_start(
 ) -> Tensor:
     x = x.contiguous()
     samples, steps = samples_B.contiguous(), steps_B.contiguous()
-    if x.is_cuda and x.dtype != torch.float64:
+    if runs_triton(x):
         from mimir_kernels import random_uniform as kernels
 
         return kernels.random_start(x, samples, steps, seed, stream, eps, low, high)
-    if x.dtype == torch.float32 and _native.has("random_start"):
+    if runs_native("random_start", x):
         out = torch.empty_like(x)
         num = x.numel() // max(len(x), 1)
         _native.run("random_start", x, samples, steps, out, len(x), num, seed % 2**64, stream, eps, low, high)

@@ -18,16 +18,11 @@ from math import log
 import torch
 from torch import Tensor
 
+from mimir_fast.ops._checks import as_samples, check_positive
+from mimir_fast.ops._precision import accumulation_dtype
+from mimir_fast.ops.bandwidth import Bandwidth, gamma
 from mimir_fast.ops.pair_sums import pair_sums
-from mimir_fast.ops.rbf import (
-    Bandwidth,
-    accumulation_dtype,
-    as_samples,
-    check_positive,
-    gamma,
-    rbf_minus_one_reference,
-)
-from mimir_fast.ops.rbf_matrix import rbf_minus_one
+from mimir_fast.ops.rbf import rbf_minus_one, rbf_minus_one_reference
 
 
 def renyi_mi_reference(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mimir_fast import _native
 from mimir_fast.ops import _checks
+from mimir_fast.ops._dispatch import runs_native, runs_triton
 
 
 def gather_patches_reference(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
@@ -94,19 +95,19 @@ def _dense_rows(x: Tensor) -> Tensor:
 @torch.library.custom_op("mimir_fast::gather_patches", mutates_args=())
 def _gather(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
     _checks.check_ids("ids", ids_BK, x_BND.shape[1])
-    x, ids = _dense_rows(x_BND), ids_BK.contiguous()
-    out = x.new_empty((*ids.shape, x.shape[2]))
-    if x.is_cuda:
+    ids = ids_BK.contiguous()
+    if runs_triton(x_BND, any_dtype=True):
         from mimir_kernels import tokens as kernels
 
+        x = _dense_rows(x_BND)
+        out = x.new_empty((*ids.shape, x.shape[2]))
         kernels.gather_rows(x, ids, out)
-    elif _native.has("gather_rows"):
-        size = x.element_size()
-        row_bytes, strides = size * x.shape[2], (size * x.stride(0), size * x.stride(1))
-        _native.run("gather_rows", x, ids, out, *ids.shape, row_bytes, *strides)
-    else:
-        return gather_patches_reference(x, ids)
-    return out
+        return out
+    if x_BND.is_contiguous():  # whole rows move faster this way than number by number, and than by C++ of our own
+        B, N, D = x_BND.shape
+        first_rows = torch.arange(0, B * N, N, device=ids.device) if N else ids.new_zeros(B)
+        return x_BND.view(B * N, D).index_select(0, (ids + first_rows[:, None]).flatten()).view(*ids.shape, D)
+    return gather_patches_reference(x_BND, ids)
 
 
 @_gather.register_fake
@@ -120,12 +121,12 @@ def _gather_adjoint(y_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
     _checks.check_ids("ids", ids_BK, num_patches)
     y, ids = y_BKD.contiguous(), ids_BK.contiguous()
     B, K, D = y.shape
-    if y.is_cuda:
+    if runs_triton(y, any_dtype=True):
         from mimir_kernels import tokens as kernels
 
         out = y.new_empty((B, num_patches, D))
-        kernels.scatter_rows(y, _inverse(ids, num_patches), None, None, out)
-    elif _native.has("scatter_rows"):
+        kernels.scatter_rows(y, kernels.inverse(ids, num_patches), None, None, out)
+    elif runs_native("scatter_rows", y, dtype=None):
         out = y.new_empty((B, num_patches, D))
         _native.run("scatter_rows", y, ids, out, B, K, num_patches, D * y.element_size())
     else:
@@ -146,11 +147,11 @@ def _scatter_tokens(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, p
     mask_token, pos_embed = mask_token_D.contiguous(), pos_embed_ND.contiguous()
     B, K = ids.shape
     out = visible.new_empty((B, N, D))
-    if visible.is_cuda:
+    if runs_triton(visible, any_dtype=True):
         from mimir_kernels import tokens as kernels
 
-        kernels.scatter_rows(visible, _inverse(ids, N), mask_token, pos_embed, out)
-    elif visible.dtype == torch.float32 and _native.has("scatter_tokens"):
+        kernels.scatter_rows(visible, kernels.inverse(ids, N), mask_token, pos_embed, out)
+    elif runs_native("scatter_tokens", visible, mask_token, pos_embed):
         strides = 4 * visible.stride(0), 4 * visible.stride(1)
         _native.run("scatter_tokens", visible, ids, mask_token, pos_embed, out, B, K, N, D, *strides)
     else:
@@ -163,11 +164,20 @@ def _(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: T
     return visible_BKD.new_empty((visible_BKD.shape[0], *pos_embed_ND.shape))
 
 
-def _inverse(ids_BK: Tensor, num_patches: int) -> Tensor:
-    """(B, N) int32: k where ids[b, k] = n, −1 where no id names patch n."""
-    B, K = ids_BK.shape
-    places = torch.arange(K, dtype=torch.int32, device=ids_BK.device).expand(B, K)
-    return torch.full((B, num_patches), -1, dtype=torch.int32, device=ids_BK.device).scatter_(1, ids_BK, places)
+@torch.library.custom_op("mimir_fast::masked_rows", mutates_args=())
+def _masked_rows(ids_BK: Tensor, num_patches: int) -> Tensor:
+    """(B, N) booleans: True where no id names the patch."""
+    ids = ids_BK.contiguous()
+    if runs_triton(ids):
+        from mimir_kernels import tokens as kernels
+
+        return kernels.inverse(ids, num_patches) < 0
+    return torch.ones((len(ids), num_patches), dtype=torch.bool, device=ids.device).scatter_(1, ids, False)
+
+
+@_masked_rows.register_fake
+def _(ids_BK: Tensor, num_patches: int) -> Tensor:
+    return ids_BK.new_empty((len(ids_BK), num_patches), dtype=torch.bool)
 
 
 def _gather_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -197,7 +207,7 @@ def _scatter_backward(ctx, grad_BND: Tensor):  # type: ignore[no-untyped-def]
     needs_visible, _, needs_token, needs_pos = ctx.needs_input_grad
     grad_token = None
     if needs_token:  # one matrix-vector product instead of a copy of the masked rows
-        masked = grad_BND.new_ones(grad_BND.shape[:2]).scatter(1, ids, 0.0)
+        masked = _masked_rows(ids, grad_BND.shape[1]).to(grad_BND.dtype)
         grad_token = masked.flatten() @ grad_BND.flatten(0, 1)
     return (
         _gather(grad_BND, ids) if needs_visible else None,

@@ -5,6 +5,7 @@ reads before writing shows.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-gram, pair_sums, pair_tiles, rbf = (
-    pytest.importorskip(f"mimir_kernels.{name}") for name in ("gram", "pair_sums", "pair_tiles", "rbf")
+gram, laplacian, pair_sums, pair_tiles = (
+    pytest.importorskip(f"mimir_kernels.{name}") for name in ("gram", "laplacian", "pair_sums", "pair_tiles")
 )
 
 # (N, D_x, D_y): the awkward ones; two tiles a side, one sample, one feature, an odd number of everything
@@ -191,23 +192,71 @@ def test_strides_and_half_precision(triton_device):
         assert all(torch.equal(u, v) for u, v in zip(strided[:3], contiguous[:3], strict=True))
 
 
-def test_bf16_products_are_an_option(triton_device):
-    """One tensor-core product instead of three: rounding of the operands shows, as much as it should."""
-    x, gamma = samples(32, 512, 0, triton_device), scalar(1 / 512, triton_device)
-    k = [pair_sums.forward(x, x.clone(), gamma, gamma, True, precision=p)[3] for p in ("bf16", "bf16x3")]
-    wanted = rbf_minus_one(x, gamma)
-    assert relative_error(k[1], wanted) < 1e-6
-    assert 1e-5 < relative_error(k[0], wanted) < 1e-3
+# Hopper's own tile with three splits, at a size that interprets; a tile for old GPUs; the library's products.
+WAYS = {
+    "sm_90, 3 splits": lambda: partial(gram.gram_splits, config=gram.gram_config(90), splits=3),
+    "sm_80, 1 split": lambda: partial(gram.gram_splits, config=gram.gram_config(80), splits=1),
+    "library": lambda: partial(gram.gram_by_library, block=64, chunk=96),
+}
 
 
-@pytest.mark.parametrize("precision", ["bf16x3", "ieee"])
-def test_kernel_matrix_is_symmetric_to_the_last_bit(precision, triton_device):
-    """Cholesky factors and inverses magnify an asymmetry; `ieee` is for them."""
-    x, gamma = samples(70, 40, 0, triton_device), scalar(1 / 40, triton_device)
-    k, row_sums, _ = rbf.rbf_matrix(gram.center_rows(x), gamma, precision=precision)
-    assert torch.equal(k, k.T)
-    assert relative_error(k, rbf_minus_one(x, gamma)) < (1e-6 if precision == "bf16x3" else 2e-7)
-    assert relative_error(row_sums, k.double().sum(1)) < 1e-7
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(140, 320, 33), (13, 60, 128)], ids=str)
+def test_every_way_to_a_gram_matrix(shape, way, triton_device):
+    """The configuration a GPU would choose is a function of its model: here each is asked for by name."""
+    n, d_x, d_y = shape
+    x, y = samples(n, d_x, 0, triton_device), samples(n, d_y, 1, triton_device)
+    gammas = scalar(0.02 / d_x, triton_device), scalar(0.5 / d_y, triton_device)
+    s, r, q, k, l_ = pair_sums.forward(x, y, *gammas, True, gram=WAYS[way]())
+    wanted = (*sums(x, y, *gammas), rbf_minus_one(x, gammas[0]), rbf_minus_one(y, gammas[1]))
+    for actual, want in zip((s, r, q, k, l_), wanted, strict=True):
+        assert relative_error(actual, want) < 2e-6
+    assert torch.equal(k, k.T) and torch.equal(l_, l_.T)
+
+
+@pytest.mark.parametrize("capability, splits", [(90, 3), (90, 1), (80, 2)])
+def test_gradient_by_the_tiles_of_each_generation(capability, splits, triton_device):
+    n, d = 140, 130
+    x, gamma = samples(n, d, 0, triton_device), scalar(0.1, triton_device)
+    weights = samples(n, n, 1, triton_device)
+    weights = weights + weights.T
+    out = torch.empty(n, d, device=triton_device)
+    config = laplacian.laplacian_config(capability)
+    laplacian.laplacian_product(weights, gram.center_rows(x), gamma, out, 0, config=config, splits=splits)
+    exact = x.double()
+    wanted = -0.4 * (weights.double().sum(1, keepdim=True) * exact - weights.double() @ exact)
+    assert relative_error(out, wanted) < 3e-5
+
+
+def test_halves_of_a_number_carry_seventeen_bits(triton_device):
+    x = samples(20, 300, 0, triton_device) * 100
+    halves = gram.center_rows(x)
+    centred = x.double() - x.double().mean(0)
+    assert relative_error(halves.hi_ND.double() + halves.lo_ND.double(), centred) < 2**-17
+    assert relative_error(halves.norms_N, centred.square().sum(1)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "num_rows, splits", [(512, 13), (1024, 11), (256, 44), (4096, 1)], ids=lambda value: f"{value}"
+)
+def test_splits_fill_waves(num_rows, splits):
+    """On 132 processors, D = 150,528. N = 512 has 10 tiles: 13 splits leave 2 processors idle in a single wave."""
+    blocks = num_rows // 128
+    num_tiles = blocks * (blocks + 1) // 2
+    assert gram.num_splits(num_tiles, 150_528, 132) == splits
+    waves = -(-num_tiles * splits // 132)
+    assert num_tiles * splits >= 0.97 * 132 * waves
+    assert gram.num_splits(num_tiles, 200, 132) == 1  # too short to share
+
+
+def test_an_unneeded_gradient_reads_nothing(triton_device, monkeypatch):
+    """Training wants ∂z only: with the kernel matrices kept, the images are not centred again."""
+    x, y = samples(20, 12, 0, triton_device), samples(20, 7, 1, triton_device)
+    gamma, ones = scalar(0.1, triton_device), torch.ones(20, dtype=torch.float64, device=triton_device)
+    *_, k, l_ = pair_sums.forward(x, y, gamma, gamma, True)
+    wanted = pair_sums.backward(gamma, ones, ones, x, y, gamma, gamma, k, l_, True, True)[1]
+    actual = pair_sums.backward(gamma, ones, ones, x * torch.nan, y, gamma, gamma, k, l_, False, True)
+    assert actual[0].shape == (0, 12) and torch.equal(actual[1], wanted)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import threading
 from itertools import permutations
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast import hsic
+from mimir_fast.ops._precision import full_precision
+from mimir_fast.ops.bandwidth import gamma
 from mimir_fast.ops.hsic import hsic_reference
 
 OPTIONS = [
@@ -151,6 +154,44 @@ def test_fast_matmuls_do_not_reach_the_distances(device: torch.device) -> None:
     assert torch.equal(actual, expected)
 
 
+def test_the_median_rule_is_of_full_precision_too(device: torch.device) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = (100 + torch.rand(64, 2048, generator=g)).to(device)
+    expected = gamma(x, 5.0, "median")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(gamma(x, 5.0, "median"), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("permitted", ["highest", "medium"])
+def test_threads_hand_the_permission_for_fast_products_back(permitted: str) -> None:
+    """It is the process's: two threads inside at once, the first to leave must not give it back, the last must."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(permitted)
+    given = torch.backends.mkldnn.matmul.fp32_precision
+    both_inside, first_left = threading.Barrier(2), threading.Event()
+    seen = []
+
+    def first() -> None:
+        with full_precision(torch.device("cpu")):
+            both_inside.wait(10)
+        first_left.set()
+
+    thread = threading.Thread(target=first)
+    with full_precision(torch.device("cpu")):
+        thread.start()
+        both_inside.wait(10)
+        first_left.wait(10)
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+    thread.join()
+    after = torch.backends.mkldnn.matmul.fp32_precision
+    torch.set_float32_matmul_precision(before)
+    assert after == given and not {"tf32", "bf16"} & set(seen)
+
+
 @pytest.mark.parametrize("options", OPTIONS[:1] + OPTIONS[3:6], ids=str)
 def test_compiles_without_graph_break(options: dict[str, str], device: torch.device) -> None:
     x, y = (t.requires_grad_() for t in dependent(20, device, torch.float32))
@@ -159,7 +200,7 @@ def test_compiles_without_graph_break(options: dict[str, str], device: torch.dev
         return hsic(x, (2 * y).tanh(), **options)
 
     expected = torch.autograd.grad(loss(x, y), (x, y))
-    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, y), (x, y))
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x, y), (x, y))
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-9)
 

@@ -109,10 +109,12 @@ def test_registration(device):
     torch.library.opcheck(torch.ops.mimir_fast.linf_step, (*leaves, None, 0.01, 0.03, 0.0, 1.0))
 
 
-def test_compiles_without_graph_break(device):
+@pytest.mark.parametrize("eps", [8 / 255, torch.tensor([0.01, 0.02, 0.03]).reshape(3, 1, 1)], ids=["number", "radii"])
+def test_compiles_without_graph_break(eps, device):
     x_adv, grad, x = (tensor.to(device) for tensor in operands((3, 3, 8, 8)))
-    compiled = torch.compile(lambda a, g, b: linf_step(a, g, b, **STEP) * 2, fullgraph=True)
-    assert_same(compiled(x_adv, grad, x), linf_step(x_adv, grad, x, **STEP) * 2)
+    eps = eps.to(device) if isinstance(eps, torch.Tensor) else eps
+    compiled = torch.compile(lambda a, g, b, eps: linf_step(a, g, b, alpha=0.01, eps=eps) * 2, fullgraph=True)
+    assert_same(compiled(x_adv, grad, x, eps), linf_step(x_adv, grad, x, alpha=0.01, eps=eps) * 2)
 
 
 def test_same_without_the_native_kernel(monkeypatch):

@@ -7,9 +7,10 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops import pair_sums as pair_sums_module
 from mimir_fast.ops import pair_tiles
+from mimir_fast.ops.bandwidth import gamma
+from mimir_fast.ops.distances import squared_distances
 from mimir_fast.ops.pair_sums import pair_sums, pair_sums_reference
-from mimir_fast.ops.rbf import gamma, squared_distances
-from mimir_fast.ops.rbf_matrix import rbf_minus_one
+from mimir_fast.ops.rbf import rbf_minus_one
 
 # (N, D_x, D_y): one tile, its edges, several tiles with a ragged last one, more features than samples
 SHAPES = [(2, 1, 1), (7, 3, 5), (64, 33, 1), (257, 20, 8), (530, 5, 60), (31, 2000, 300)]

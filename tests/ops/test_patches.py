@@ -158,6 +158,20 @@ def test_triton_kernels(case, layout, dtype, triton_device):
     assert torch.equal(back, unpatchify(full, p, H))
 
 
+def test_triton_reads_and_writes_nothing_for_a_wrong_id(triton_device):
+    from mimir_kernels import patches as kernels
+
+    images = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8, device=triton_device)
+    ids = torch.tensor([[3, -1, 4, 2**40]], device=triton_device)
+    patches = torch.full((1, 4, 12), torch.nan, device=triton_device)
+    kernels.patchify_gather(images, ids, patches, 2, False, 0.0)
+    assert torch.equal(patches[:, :1], patchify_gather_reference(images, ids[:, :1], 2))
+    assert not patches[:, 1:].any()
+    back = torch.zeros(1, 3, 4, 4, device=triton_device)
+    kernels.patchify_scatter(torch.ones_like(patches), ids, back, 2)
+    assert torch.equal(back[..., 2:, 2:], torch.ones(1, 3, 2, 2, device=triton_device)) and back.sum() == 12
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
 def test_registration(dtype, device):
     case = (2, 3, 8, 12, 4, 3)

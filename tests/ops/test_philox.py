@@ -142,7 +142,10 @@ def test_registration(device):
 def test_compiles_without_graph_break(device):
     samples, x = SAMPLES.to(device), torch.rand(4, 3, 2, 2, device=device)
 
+    radii = torch.tensor([0.1, 0.0, 0.2], device=device).view(3, 1, 1)
+
     def start(x, step):
+        x = random_start_linf(x, samples, seed=3, step=step, eps=radii)
         return random_start_linf(x, samples, seed=3, step=step, eps=0.1) + random_uniform(3, 0, step, samples, 1).sum()
 
     compiled = torch.compile(start, fullgraph=True)

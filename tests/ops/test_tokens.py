@@ -96,7 +96,6 @@ def test_same_without_the_native_kernel(monkeypatch):
 
 @pytest.mark.parametrize("shape", [*SHAPES[1:], (2, 20, 9, 768), (2, 5, 3, 1030)], ids=str)
 def test_triton_kernels(shape, triton_device):
-    from mimir_fast.ops.tokens import _inverse
     from mimir_kernels import tokens as kernels
 
     B, N, K, D = shape
@@ -105,10 +104,39 @@ def test_triton_kernels(shape, triton_device):
     y, z, adjoint = (torch.full((B, rows, D), torch.nan, device=triton_device) for rows in (K, N, N))
     kernels.gather_rows(x, ids, y)
     assert torch.equal(y, gather_patches_reference(x, ids))
-    kernels.scatter_rows(visible, _inverse(ids, N), mask_token, pos_embed, z)
+    kernels.scatter_rows(visible, kernels.inverse(ids, N), mask_token, pos_embed, z)
     assert torch.equal(z, scatter_patches_reference(visible, ids, mask_token, pos_embed))
-    kernels.scatter_rows(visible, _inverse(ids, N), None, None, adjoint)
+    kernels.scatter_rows(visible, kernels.inverse(ids, N), None, None, adjoint)
     assert torch.equal(adjoint, torch.zeros_like(z).scatter(1, ids.unsqueeze(-1).expand(-1, -1, D), visible))
+
+
+def test_triton_reads_and_writes_nothing_for_a_wrong_id(triton_device):
+    """On a GPU ids are not looked at; a wrong one gives zeros, and nobody's memory is touched."""
+    from mimir_kernels import tokens as kernels
+
+    ids = torch.tensor([[1, -1, 3], [2**40, 0, 2]], device=triton_device)
+    x = torch.randn(2, 3, 8, device=triton_device)
+    y = torch.full((2, 3, 8), torch.nan, device=triton_device)
+    kernels.gather_rows(x, ids, y)
+    zeros = torch.zeros(8, device=triton_device)
+    for row, wanted in ((y[0], (x[0, 1], zeros, zeros)), (y[1], (zeros, x[1, 0], x[1, 2]))):
+        assert torch.equal(row, torch.stack(wanted))
+    assert kernels.inverse(ids, 3).tolist() == [[-1, 0, -1], [1, -1, 2]]
+
+
+@pytest.mark.cuda
+def test_wrong_ids_on_cuda_do_not_stop_the_device():
+    ids = torch.tensor([[0, 99]], device="cuda")
+    x = torch.randn(1, 4, 16, device="cuda", requires_grad=True)
+    y = gather_patches(x, ids)
+    assert not y[0, 1].any()
+    token, positions = torch.randn(16, device="cuda", requires_grad=True), torch.zeros(4, 16, device="cuda")
+    z = scatter_patches(y, ids, token, positions)
+    assert torch.equal(z[0, 1:], token.expand(3, -1))
+    grad_x, grad_token = torch.autograd.grad(z.sum(), (x, token))
+    torch.cuda.synchronize()
+    assert torch.equal(grad_x[0, 0], torch.ones(16, device="cuda")) and not grad_x[0, 1:].any()
+    assert torch.equal(grad_token, torch.full((16,), 3.0, device="cuda"))
 
 
 def test_registration(device):

@@ -1,0 +1,38 @@
+"""Who computes an op: Triton, C++, or the definition in PyTorch. Every op asks here, in this order.
+
+Devices are asked by name: what is neither `cuda` nor `cpu` (MPS, XPU, meta) runs the definition.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from mimir_fast import _native
+
+
+def runs_triton(*tensors: Tensor, any_dtype: bool = False) -> bool:
+    """Whether `mimir_kernels` computes these: on an Ampere GPU or newer with Triton installed, and not in float64.
+
+    Args:
+        any_dtype: the kernel only moves numbers, float64 ones too.
+    """
+    if any(tensor.device.type != "cuda" for tensor in tensors):
+        return False
+    if not any_dtype and any(tensor.dtype == torch.float64 for tensor in tensors):
+        return False
+    return _has_triton(tensors[0].device)
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    """bfloat16 tensor cores, which `bf16x3` products need, came with compute capability 8.0."""
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def runs_native(function: str, *tensors: Tensor, dtype: torch.dtype | None = torch.float32) -> bool:
+    """Whether this C++ function computes these: all on the CPU, of one dtype (None: of any), and it was built."""
+    return _native.has(function) and all(
+        tensor.device.type == "cpu" and (dtype is None or tensor.dtype == dtype) for tensor in tensors
+    )

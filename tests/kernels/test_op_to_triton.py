@@ -1,0 +1,81 @@
+"""From the public functions through registration and dispatch into the Triton kernels: the way a GPU takes.
+
+Without a GPU the kernels are interpreted, and dispatch is told that the CPU has Triton and no C++.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import mimir_fast
+from mimir_fast.ops import linf_step, pair_sums, patches, random_masks, random_uniform, rbf, tokens
+
+pytest.importorskip("triton")
+
+ROOMS = (linf_step, pair_sums, patches, random_masks, random_uniform, rbf, tokens)
+Call = Callable[[dict[str, Tensor]], Tensor]
+
+
+def operands(device: torch.device) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng)
+
+    given = {
+        "x": normal(20, 33) + 3,
+        "z": normal(20, 12),
+        "images": torch.rand(2, 3, 8, 8, generator=rng),
+        "tokens": normal(2, 16, 8),
+        "visible": normal(2, 5, 8),
+        "mask_token": normal(8),
+        "positions": normal(16, 8),
+        "ids": torch.rand(2, 16, generator=rng).argsort(1)[:, :5].contiguous(),
+        "samples": torch.tensor([7, 2**33]),
+    }
+    return {name: t.to(device) for name, t in given.items()}
+
+
+CALLS: dict[str, Call] = {
+    "hsic": lambda t: mimir_fast.hsic(t["x"], t["z"], sigma_x=1.0, sigma_y=1.0),
+    "nhsic": lambda t: mimir_fast.nhsic(t["x"], t["z"], sigma=1.0, eps=1e-2),
+    "renyi_mi": lambda t: mimir_fast.renyi_mi(t["x"], t["z"]),
+    "gather_patches": lambda t: mimir_fast.gather_patches(t["tokens"], t["ids"]),
+    "scatter_patches": lambda t: mimir_fast.scatter_patches(t["visible"], t["ids"], t["mask_token"], t["positions"]),
+    "patchify_gather": lambda t: mimir_fast.patchify_gather(t["images"], t["ids"], 2),
+    "masked_targets": lambda t: mimir_fast.masked_targets(t["images"], t["ids"], 2),
+    "linf_step": lambda t: mimir_fast.linf_step(t["images"], t["images"] - 0.5, t["images"], alpha=0.1, eps=0.05),
+    "random_start_linf": lambda t: mimir_fast.random_start_linf(t["images"], t["samples"], seed=3, step=1, eps=0.1),
+    "random_masks": lambda t: mimir_fast.random_masks(t["samples"], 16, 5, seed=3, step=1)[0].double(),
+}
+
+
+def value_and_gradients(call: Call, given: dict[str, Tensor]) -> list[Tensor]:
+    leaves = {name: t.clone().requires_grad_() if t.is_floating_point() else t for name, t in given.items()}
+    value = call(leaves)
+    if not value.requires_grad:
+        return [value]
+    wanted = [t for t in leaves.values() if t.requires_grad]
+    grads = torch.autograd.grad(value.sin().sum(), wanted, allow_unused=True)
+    return [value.detach(), *[g for g in grads if g is not None]]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_behind_the_public_function(name, triton_device, monkeypatch):
+    expected = value_and_gradients(CALLS[name], operands(torch.device("cpu")))
+    asked = []
+
+    def runs_triton(*given: Tensor, any_dtype: bool = False) -> bool:
+        asked.append(given)
+        return any_dtype or all(t.dtype != torch.float64 for t in given)
+
+    if triton_device.type == "cpu":
+        for module in ROOMS:
+            monkeypatch.setattr(module, "runs_triton", runs_triton)
+        monkeypatch.setattr(linf_step, "runs_native", lambda *_: False)
+    actual = value_and_gradients(CALLS[name], operands(triton_device))
+    assert asked or triton_device.type == "cuda"
+    for ours, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), wanted, rtol=2e-4, atol=2e-5)
