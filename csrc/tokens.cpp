@@ -31,6 +31,12 @@ std::string check_ids(Address ids_address, std::int64_t B, std::int64_t K, std::
     return "";
 }
 
+// inverse[n] = k where ids[k] = n, else -1.
+void invert(const std::int64_t* ids, std::int64_t K, std::vector<std::int64_t>& inverse) {
+    std::fill(inverse.begin(), inverse.end(), -1);
+    for (std::int64_t k = 0; k < K; ++k) inverse[ids[k]] = k;
+}
+
 // out[b, ids[b, k]] = y[b, k], zero elsewhere: the adjoint of a gather. Each output row is written once.
 void scatter_rows(Address y_address, Address ids_address, Address out_address, std::int64_t B, std::int64_t K,
                   std::int64_t N, std::int64_t row_bytes, int threads) {
