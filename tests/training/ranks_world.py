@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import sys
 import time
@@ -78,17 +79,19 @@ descriptor = os.open(folder, os.O_RDONLY)
 
 
 def save(name: str, poison: bool) -> str:
+    """What went wrong. Poisoned: the second rank may write files of 64 bytes only, as if its disk were full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
     def run() -> None:
         saver.start(folder / "checkpoints" / name, tensors, {"step": 1})
-        if poison and rank == 1:
-            os.rename(saver_partial(name), saver_partial(name).with_suffix(".gone"))
         saver.wait()
 
-    return said(run)
-
-
-def saver_partial(name: str) -> Path:
-    return folder / "checkpoints" / f"{name}.partial"
+    if poison and rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        return said(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 found["poisoned save"] = save("step-00000001", poison=True)
