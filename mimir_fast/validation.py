@@ -1,6 +1,8 @@
-"""Checking numbers where configurations are defined: one wording, and NaN and infinity are never let through."""
+"""Checking what configurations hold, where they are defined: one wording, and NaN and infinity are never let through."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -43,3 +45,9 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name}={value!r}, wanted one of {', '.join(map(str, choices))}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` or a full stop, for messages about an unknown name."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else "."

@@ -1,6 +1,5 @@
 """The methods by name, for pre-training and for fine-tuning: their files register themselves, this one finds them."""
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
+from mimir_fast.validation import nearest
 
 Stage = Literal["pretrain", "finetune"]
 
@@ -78,9 +78,7 @@ def find_method(stage: Stage, name: str) -> MethodEntry:
     """
     known = all_methods(stage)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise ValueError(f"unknown method {name!r}{hint} There are {', '.join(known)} for {stage}")
+        raise ValueError(f"unknown method {name!r}{nearest(name, known)} There are {', '.join(known)} for {stage}")
     return known[name]
 
 

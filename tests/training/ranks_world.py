@@ -75,7 +75,6 @@ found["stopped at"], found["asked"] = step, asked
 saver = Saver(world)
 tensors = {f"model/{i}": torch.full((64, 8), float(i)) for i in range(4)}
 (folder / "checkpoints").mkdir(exist_ok=True)
-descriptor = os.open(folder, os.O_RDONLY)
 
 
 def save(name: str, poison: bool) -> str:

@@ -3,7 +3,6 @@
 To add one, write a file in this folder that calls `register(Family(…))`; nothing else has to change.
 """
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.models.encoder import Encoder
+from mimir_fast.validation import nearest
 
 Tensors = Mapping[str, Tensor]
 
@@ -169,12 +169,6 @@ def under_our_names(tensors: Tensors) -> dict[str, Tensor]:
         if family.anchor in tensors and family.recognise(renamed := family.from_timm(tensors)) is not None:
             return renamed
     return dict(tensors)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` or a full stop, for error messages."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else "."
 
 
 def _look_up(table: dict[str, Any], name: str, what: str) -> Any:
