@@ -1,4 +1,4 @@
-"""Checking what configurations hold, where they are defined: one wording, and NaN and infinity are never let through."""
+"""Checking what configurations hold, where they are defined: one wording; NaN and infinity are never let through."""
 
 import difflib
 import math

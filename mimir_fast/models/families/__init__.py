@@ -5,7 +5,7 @@ To add one, write a file in this folder that calls `register(Family(…))`; noth
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
