@@ -1,4 +1,4 @@
-"""Attacks that know the defence: on what MIMIR bounds (PGD-MI), on features (PGD-fea), and on the reconstruction.
+"""Adaptive attacks: on what MIMIR bounds (PGD-MI), on features (PGD-fea), and on the reconstruction.
 
     PGD-MI    maximise  mean CE(f(x+δ), y) + λ·I(x+δ, z),    z the features of x+δ
     PGD-fea   maximise  ‖g(x+δ) − g(x)‖₂,                    g the features; labels are not used
