@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from mimir_fast.attacks.features import FeatureAttackConfig, attack_features
 from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.data.batch import Batch
-from mimir_fast.methods.mae import Draws, Mae, MaeConfig, Shown, masked_model, preview_rows, reconstruction_loss
+from mimir_fast.methods.mae import (
+    Draws,
+    MaeConfig,
+    MaskedMethod,
+    Shown,
+    masked_model,
+    preview_rows,
+    reconstruction_loss,
+)
 from mimir_fast.methods.masking import Mask
 from mimir_fast.methods.noise_mae import uniform_delta
 from mimir_fast.methods.registry import MethodEntry, register
@@ -54,7 +62,7 @@ class Attacked(NamedTuple):
     whole: Tensor
 
 
-class Aemim(Mae):
+class Aemim(MaskedMethod):
     """Two reconstructions from two streams through one encoder."""
 
     config: AemimConfig
