@@ -341,7 +341,7 @@ def test_limit_takes_evenly_so_that_all_classes_stay(image_folder):
 
 
 def test_unknown_names_suggest_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'cifar10'"):
+    with pytest.raises(ValueError, match="did you mean cifar10"):
         build_source(DataConfig(source="cifar-10"), "train")
     with pytest.raises(ValueError, match="'train', 'held_out' or 'test'"):
         build_source(DataConfig(), "training")
