@@ -19,12 +19,12 @@ from commands import Command, command_environment
 
 pytestmark = pytest.mark.slow
 
-# Steps of a tenth of a second: restarts take seconds, and something must be left to do after each.
+# Steps of some tenths of a second: restarts take seconds, and something must be left to do after each.
 JOB = [
-    "--recipe", "digits/mimir_vit_tiny", "--batch_size", "48", "--max_steps", "5000", "--save_every", "10",
+    "--recipe", "digits/mimir_vit_tiny", "--batch_size", "24", "--max_steps", "5000", "--save_every", "5",
     "--log_every", "1", "--precision", "fp32", "--mi.scope", "global",
 ]  # fmt: skip
-COMPARED = 60  # steps; later the order of sums has been amplified by training
+COMPARED = 40  # steps; later the order of sums has been amplified by training
 
 
 class Agents:
@@ -65,8 +65,8 @@ class Agents:
     def until(self, condition: Callable[[], bool], seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert all(agent.poll() is None for agent in self.alive), self.said()
-            assert time.monotonic() < deadline, self.said()
+            assert all(agent.poll() is None for agent in self.alive), self.said()[-3000:]
+            assert time.monotonic() < deadline, self.said()[-3000:]
             time.sleep(0.05)
 
 
@@ -83,11 +83,11 @@ def test_an_agent_is_lost_and_comes_back(agents: Agents, command: Command, tmp_p
     agents.start("first")  # it hosts the rendezvous, as the head node does
     agents.until(lambda: _listening(agents.port))
     second = agents.start("second")
-    agents.until(lambda: steps(run) >= 5)
+    agents.until(lambda: steps(run) >= 12)
     assert ranks(run) == 2
 
     agents.lose(second)
-    agents.until(lambda: ranks(run) == 1 and "2 before" in agents.said())
+    agents.until(lambda: ranks(run) == 1 and "1 ranks now, 2 before" in agents.said())
     before = steps(run)
     agents.until(lambda: steps(run) >= before + 5)
     assert "each accumulates 2 micro-batches" in agents.said()
