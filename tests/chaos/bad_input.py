@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from chaos.runs import Runs
 
+BAD_INPUT = "bad value on a command line"
 SAMPLE = 60  # of some hundred, in one story
 NOT_IN_FLAGS = ("objective", "optim", "run")  # their options stand at the top of the command line
 BAD: dict[Any, tuple[str, ...]] = {
@@ -39,7 +40,7 @@ def bad_command_lines(runs: Runs, run: Path, rng: random.Random) -> dict[str, in
         name = flag.removeprefix("--").rpartition(".")[2]
         assert name in said or str(value) in said, f"{module} {line} is not named: {said}"
         assert not run.exists(), f"{module} {line} made the folder"
-    return {"bad value on a command line": len(lines)}
+    return {BAD_INPUT: len(lines)}
 
 
 def cases() -> Iterator[tuple[str, str, str, str | None]]:

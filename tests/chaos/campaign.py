@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from chaos.bad_input import BAD_INPUT
 from chaos.chains import CHAINS
 from chaos.runs import Runs
 from chaos.scenarios import SCENARIOS
@@ -42,7 +43,7 @@ def story_of(seed: int) -> str:
 
 
 def play(seed: int, runs: Runs) -> dict[str, Any]:
-    """The line of the record: faults and how often each was survived, or why the story of `seed` failed."""
+    """A line of the record: faults and how often each was survived, or why the story of `seed` failed."""
     name, started = story_of(seed), time.monotonic()
     folder = runs.folder / f"{name}-{seed}"
     folder.mkdir()
@@ -53,12 +54,15 @@ def play(seed: int, runs: Runs) -> dict[str, Any]:
     except Exception:
         failure = traceback.format_exc()
     runs.clean(folder)
-    where = environment()
-    return {
-        "seed": seed, "story": name, "survived": survived, "failure": failure,
-        "seconds": round(time.monotonic() - started, 1), "commit": where["commit"],
-        "machine": f"{where['cpu']}, {where['cpu_count']} cores", "torch": where["packages"]["torch"],
-    }  # fmt: skip
+    seconds = round(time.monotonic() - started, 1)
+    return {"seed": seed, "story": name, "survived": survived, "failure": failure, "seconds": seconds}
+
+
+def birth_certificate() -> dict[str, str]:
+    """Where and with what a line was made."""
+    found = environment()
+    machine = f"{found['cpu']}, {found['cpu_count']} cores"
+    return {"commit": str(found["commit"]), "machine": machine, "torch": found["packages"]["torch"]}
 
 
 def read(record: Path) -> dict[int, dict[str, Any]]:
@@ -82,8 +86,9 @@ def table(results: dict[int, dict[str, Any]]) -> str:
     failed = [str(seed) for seed, result in results.items() if result["failure"]]
     minutes = sum(result["seconds"] for result in results.values()) / 60
     commits, machines = ({r[key] for r in results.values()} for key in ("commit", "machine"))
+    bad = counts[BAD_INPUT]
     about = (
-        f"{sum(counts.values())} faults and bad inputs in {len(results)} stories (seeds {min(results)} to "
+        f"{sum(counts.values()) - bad} faults and {bad} bad inputs in {len(results)} stories (seeds {min(results)} to "
         f"{max(results)}, {minutes:.0f} minutes on one core); failures: {', '.join(failed) or 'none'}. Commit "
         f"{', '.join(sorted(commits))}; {', '.join(sorted(machines))}, Python {platform.python_version()}, torch "
         f"{', '.join(sorted({r['torch'] for r in results.values()}))}, {platform.platform()}.\n\n"
@@ -102,6 +107,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="a page with the marks <!-- campaign --> and <!-- end -->")
     options = parser.parse_args()
     deadline, results, failures = time.monotonic() + 60 * options.minutes, read(options.record), 0
+    where = birth_certificate()
     with tempfile.TemporaryDirectory(prefix="chaos", ignore_cleanup_errors=True) as folder:
         zygote = Zygote(Path(folder))
         runs = Runs(Path(folder), zygote)
@@ -110,7 +116,7 @@ def main() -> int:
             survived = sum(sum(result["survived"].values()) for result in results.values())
             if survived >= options.faults and not options.repeat:
                 break
-            results[seed] = result = play(seed, runs)
+            results[seed] = result = play(seed, runs) | where
             with options.record.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             failures += result["failure"] is not None
