@@ -94,7 +94,7 @@ def _as_torchrun(processes: list[Process]) -> None:
     while all(p.poll() is None for p in processes):
         assert time.monotonic() < deadline, [p.said() for p in processes]
         time.sleep(0.02)
-    for seconds, number in ((5, signal.SIGTERM), (20, signal.SIGKILL)):
+    for seconds, number in ((3, signal.SIGTERM), (6, signal.SIGKILL)):
         deadline = time.monotonic() + seconds
         while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -18,6 +18,7 @@ from mimir_fast.training.loggers import (
     Logger,
     Loggers,
     Pictures,
+    TensorBoard,
     Terminal,
     duration,
     import_wandb,
@@ -82,6 +83,19 @@ class TestAFailingLogger:
         assert out.returncode == 7 and "Traceback" not in out.stderr and "Exception ignored" not in out.stderr
         assert out.stderr.count("switched off (BrokenPipeError") == 1
         assert len(read_lines(tmp_path / "m.jsonl")) == 500
+
+
+@pytest.mark.parametrize("resumed_at", [0, 3])
+def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path: Path, resumed_at: int) -> None:
+    """Also of a start that was killed before its first one: its curve does not lie under the next."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, last, value in ((0, 6, 1.0), (resumed_at, 5, 2.0)):
+        logger = TensorBoard(tmp_path, first)
+        for step in range(first, last):
+            logger.scalars(step, {"loss": value})
+        logger.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in events] == [(s, 1.0 if s < resumed_at else 2.0) for s in range(5)]
 
 
 def test_weights_and_biases_is_an_extra() -> None:
