@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mimir_fast.checkpoints.reading import load_checkpoint
 from mimir_fast.data.batch import Batch
@@ -23,7 +22,7 @@ from mimir_fast.training.ema import Ema
 from mimir_fast.training.health import LossWatch, StepGuard, StopSignal, TrainingDiverged
 from mimir_fast.training.loggers import Logger
 from mimir_fast.training.meter import Meter
-from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
+from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients
 from mimir_fast.training.precision import Choice
 from mimir_fast.training.run_config import RunConfig
 from mimir_fast.training.run_folder import RunFolder
@@ -142,7 +141,7 @@ class Trainer:
             for name, value in out.items():
                 metrics[name] = metrics.get(name, 0) + value.detach() * weight
         self.guard.poll()
-        norm = self._clip_gradients()
+        norm = clip_gradients(self.task.model, self.run.clip_grad)
         self._whole = False
         self.guard.step(self.step, torch.isfinite(norm), micro)
         self.optimizer.zero_grad(set_to_none=True)
@@ -150,14 +149,6 @@ class Trainer:
             self.ema.update()
         self.step, self._position, self._whole = self.step + 1, self.loader.state_dict(), True
         return metrics | {"grad_norm": norm}
-
-    def _clip_gradients(self) -> Tensor:
-        """Norm of the whole gradient, before clipping."""
-        parameters = [p for p in self.task.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.run.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.run.clip_grad, norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint of the last whole step holds: tensors, and meta data as JSON knows them."""
