@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mimir_fast.checkpoints.reading import load_checkpoint
 from mimir_fast.data.batch import Batch
@@ -166,7 +165,8 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.run.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.run.clip_grad, norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # A DTensor's, whose class is not imported for the sake of --help.
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint of the last whole step holds: tensors, and meta data as JSON knows them."""
