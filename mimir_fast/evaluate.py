@@ -1,4 +1,4 @@
-"""Judge the robustness of any classifier.
+"""Evaluate the robustness of any classifier.
 
 python -m mimir_fast.evaluate --checkpoint runs/digits/pgd_vit_nano --suite quick
 torchrun --nproc_per_node 8 -m mimir_fast.evaluate --checkpoint robust.pth --suite full --eps 4/255 \\

@@ -43,7 +43,7 @@ class ModelConfig:
     decoder: DecoderName = "light"
     """`light` 128 wide, 2 deep, 16 heads (the authors'); `mae` 512 wide, 8 deep, 16 heads; `linear` SimMIM's."""
     positions: Positions = "true"
-    """Where convit and xcit believe the kept patches to be: `true`, or the square grid of the `official` code."""
+    """Where convit and xcit assume the kept patches to be: `true`, or the square grid of the `official` code."""
     adapters: bool = False
     """Keep norm layers and cls token twice, for clean and for adversarial images; method aemim switches it on."""
 

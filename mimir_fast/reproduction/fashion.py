@@ -63,7 +63,7 @@ class Size:
             "selection. "
             f"Natural and PGD-20 on the same {judged:,} test images, {self.rules.autoattack_title} on {few} of them. "
             "Accuracy in %, mean ± sample standard deviation over seeds; PGD-20 − adv-MAE is paired by seed. "
-            "‖λ∇I‖/‖∇MSE‖: how loud the mutual-information term is in the encoder's gradient. "
+            "‖λ∇I‖/‖∇MSE‖: the mutual-information term's share of the encoder's gradient. "
             "`paper`: natural / PGD-10 of CIFAR-10 ViT-T in arXiv 2312.04960, by its code: "
             "other data, 100 times the budget."
         )

@@ -260,7 +260,7 @@ def _adaptive() -> list[Row]:
                     tuple(zip(("PGD-20", "PGD-MI-100", "PGD-fea-100"), values, strict=True)),
                     "eps 8/255" if group != "imagenet" else "eps 4/255, or 2/255",
                     f"{group}/mimir_{name}_official", f"{group}/{method}_{name}{ending}",
-                    remark="judge with python -m mimir_fast.evaluate --suite paper",
+                    remark="evaluate with python -m mimir_fast.evaluate --suite paper",
                     unresolved=clash.get((source, model), ""),
                 )
             )  # fmt: skip
