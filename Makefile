@@ -22,8 +22,8 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[all,dev,docs]'
 	touch $@
 
-pretrain: setup ## MIMIR pre-training on real digits, under three minutes on two CPU cores
-	$(BIN)/torchrun --standalone -m mimir_fast.pretrain --recipe digits/mimir_vit_tiny $(ARGS)
+pretrain: setup ## MIMIR pre-training on real digits, about a minute on two CPU cores
+	$(BIN)/torchrun --standalone -m mimir_fast.pretrain --recipe digits/mimir_vit_nano $(ARGS)
 
 demo: setup ## pre-train, fine-tune, evaluate, report, about six minutes on two CPU cores
 	$(BIN)/python -m mimir_fast.reproduce digits_demo $(ARGS)

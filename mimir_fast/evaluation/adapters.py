@@ -4,9 +4,9 @@
     timm:resnet18    timm:resnet18@random    timm:resnet18@weights.safetensors
     hf-hub:ORG/NAME  a timm model on the Hugging Face hub
     robustbench:cifar10/Linf/NAME      a model of RobustBench's zoo, where that package is installed
-    model.pt2        a torch.export program
+    model.pt2        a torch.export program; runs code of whoever made it, for torch unpickles it
     model.ts         a TorchScript file (told from others by its content, any suffix)
-    package.module:function    function() returns a module or any callable
+    package.module:function    function() returns a module or any callable; runs its code
 
 Shapes: B images, C channels, H × W pixels, K classes.
 """
@@ -14,6 +14,7 @@ Shapes: B images, C channels, H × W pixels, K classes.
 import hashlib
 import importlib
 import inspect
+import logging
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ KINDS = (
     "(torch.export) or TorchScript file, module:function"
 )
 Choice = Literal["auto", "last", "best", "ema"]
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -177,6 +179,7 @@ def _find(
     if path.suffix == ".pt2" and path.is_file():
         from torch.export.passes import move_to_device_pass
 
+        _runs_code(spec, "torch.export unpickles what is in the file")
         program = move_to_device_pass(torch.export.load(spec), device)
         return JudgedModel(Opaque(program.module()), spec, "torch.export", code=file_digest(path))
     if path.is_file() and _is_torchscript(path):
@@ -304,6 +307,7 @@ def _robustbench(spec: str) -> JudgedModel:
 
 def _function(spec: str) -> JudgedModel:
     module_name, _, function_name = spec.partition(":")
+    _runs_code(spec, f"{module_name} is imported and {function_name}() called")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -319,6 +323,11 @@ def _function(spec: str) -> JudgedModel:
     return JudgedModel(
         model if isinstance(model, nn.Module) else Opaque(model), spec, "module:function", code=_code_of(module, model)
     )
+
+
+def _runs_code(spec: str, how: str) -> None:
+    """Said before it happens: all other kinds of models are tensors, a name, or a program without system calls."""
+    _LOG.warning("--checkpoint %s runs code with your rights (%s): judge only what you trust", spec, how)
 
 
 def _code_of(module: Any, model: Any) -> str:

@@ -77,7 +77,7 @@ class EvaluateConfig:
 
     checkpoint: str
     """Run folder, .safetensors or .pth file, timm:NAME, hf-hub:ORG/NAME, robustbench:DATA/NORM/NAME, .pt2 or
-    TorchScript file, or module:function."""
+    TorchScript file, or module:function. The .pt2 file and module:function run code: only from those you trust."""
     suite: SuiteName = "quick"
     """quick: minutes on a laptop; paper: the papers' attacks and AutoAttack; full: all there is; table: natural, FGSM,
     PGD-20 and AutoAttack only."""

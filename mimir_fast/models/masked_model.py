@@ -85,6 +85,13 @@ class Output(NamedTuple):
     logits: Tensor | None = None
 
 
+class Encoded(NamedTuple):
+    """A view the model has encoded already, and its latent."""
+
+    view: View
+    latent: Tensor
+
+
 class MaskedModel(FlatNames):
     """An encoder over visible patches and a decoder over all of them.
 
@@ -125,17 +132,27 @@ class MaskedModel(FlatNames):
         return torch.cat([latent_BTD[:, :prefix], rows], dim=1) if prefix else rows
 
     @overload
-    def forward(self, view: View, *, decode: Literal[True] = True) -> Output: ...
+    def forward(self, view: View, *, decode: Literal[True] = True, beside: Encoded | None = None) -> Output: ...
     @overload
     def forward(self, view: View, *, decode: Literal[False]) -> Tensor: ...
 
-    def forward(self, view: View, *, decode: bool = True) -> Output | Tensor:
-        """Latent, prediction and logits of a view; only the latent with `decode=False`."""
+    def forward(self, view: View, *, decode: bool = True, beside: Encoded | None = None) -> Output | Tensor:
+        """Latent, prediction and logits of a view; only the latent with `decode=False`.
+
+        Args:
+            beside: an encoded view of as many patches; the output then has its rows first, those of `view` after them.
+                One pass through the decoder for both: its weights are read, and their gradients written, once.
+        """
         latent = self.encode(view)
         if not decode:
             return latent
-        places = None if self.full_length else view.keep
-        return Output(latent, self.decoder(latent, places, view.masked), self.classify(latent))
+        keep, masked = view.keep, view.masked
+        if beside is not None:
+            latent, keep = torch.cat([beside.latent, latent]), torch.cat([beside.view.keep, keep])
+            if masked is not None and beside.view.masked is not None:
+                masked = torch.cat([beside.view.masked, masked])
+        places = None if self.full_length else keep
+        return Output(latent, self.decoder(latent, places, masked), self.classify(latent))
 
     def classify(self, latent_BTD: Tensor) -> Tensor | None:
         """(B, classes) logits, or None without a head."""

@@ -97,6 +97,22 @@ def test_own_normalisation_takes_the_place_of_the_models() -> None:
     assert "as asked" in asked.preprocessing
 
 
+def test_what_runs_code_is_said_before_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A module does when it is imported, and a .pt2 file when torch unpickles it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "hostile.py").write_text("raise RuntimeError('it ran')\n")
+    with pytest.raises(RuntimeError, match="it ran"):
+        load_model("hostile:make", num_classes=10, device=CPU)
+    assert "hostile:make runs code with your rights" in caplog.text
+    caplog.clear()
+    (tmp_path / "m.pt2").write_bytes(b"no program")
+    with pytest.raises(Exception, match=r".+"):
+        load_model(str(tmp_path / "m.pt2"), num_classes=10, device=CPU)
+    assert "torch.export unpickles" in caplog.text
+
+
 def test_a_functions_code_is_part_of_what_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights tell two plain functions apart; a resumed evaluation must not mix them."""
     import importlib

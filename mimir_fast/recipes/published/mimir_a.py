@@ -124,7 +124,7 @@ def _imagenet() -> list[Row]:
     for model, name, pairs in (
         ("ConViT-S", "convit_small", ((74.72, 55.65), (72.08, 42.62))),
         ("XCiT-S", "xcit_small", ((74.39, 55.21), (71.77, 40.97))),
-        ("XCiT-M", "xcit_medium", ((73.63, 53.04), (72.01, 42.39))),
+        ("XCiT-M", "xcit_medium12", ((73.63, 53.04), (72.01, 42.39))),
     ):
         for eps, ending, (natural, pgd) in zip((2, 4), ("_eps2", ""), pairs, strict=True):
             rows.append(
