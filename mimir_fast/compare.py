@@ -1,4 +1,4 @@
-"""Models side by side, from finished evaluations.
+"""Compare models from finished evaluations.
 
 python -m mimir_fast.compare runs/a runs/b evaluation/of/c --output comparison
 python -m mimir_fast.compare --help
@@ -21,7 +21,7 @@ from mimir_fast.training.cli import exit_on_error, parse
 
 @dataclass
 class CompareConfig:
-    """Finished evaluations side by side: one table, paired differences, ε curves."""
+    """Compare finished evaluations: one table, paired differences, ε curves."""
 
     evaluations: Annotated[tuple[str, ...], tyro.conf.Positional]
     """results.json files, evaluation folders, or run folders (their newest evaluation)."""

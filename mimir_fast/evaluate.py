@@ -1,6 +1,6 @@
-"""Judge the robustness of any classifier.
+"""Evaluate the robustness of any classifier.
 
-python -m mimir_fast.evaluate --checkpoint runs/digits/pgd_vit_tiny --suite quick
+python -m mimir_fast.evaluate --checkpoint runs/digits/pgd_vit_nano --suite quick
 torchrun --nproc_per_node 8 -m mimir_fast.evaluate --checkpoint robust.pth --suite full --eps 4/255 \\
     --data.source imagenet --data.root /data/imagenet --data.image_size 224 --index_file robustbench
 python -m mimir_fast.evaluate --checkpoint timm:resnet50 --norm l2 --eps 0.5 --restarts 5 --targets 9 \\

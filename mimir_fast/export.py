@@ -1,7 +1,7 @@
 """Take the weights out of a run: into timm, or into one safetensors file.
 
-python -m mimir_fast.export runs/digits/mimir_vit_tiny --format timm --output encoder.safetensors
-python -m mimir_fast.export runs/digits/pgd_vit_tiny --format safetensors --output robust.safetensors
+python -m mimir_fast.export runs/digits/mimir_vit_nano --format timm --output encoder.safetensors
+python -m mimir_fast.export runs/digits/pgd_vit_nano --format safetensors --output robust.safetensors
 
 `timm` holds what timm's model of the family has, under its names: of a pre-training run the encoder, of a fine-tuned
 run the whole classifier. The Python that builds it is in the file's metadata and is printed. `safetensors` holds

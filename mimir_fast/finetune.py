@@ -1,6 +1,6 @@
 """Fine-tune a pre-trained encoder into a robust classifier.
 
-python -m mimir_fast.finetune --recipe digits/pgd_vit_tiny --init runs/digits/mimir_vit_tiny
+python -m mimir_fast.finetune --recipe digits/pgd_vit_nano --init runs/digits/mimir_vit_nano
 torchrun --nproc_per_node 8 -m mimir_fast.finetune --recipe imagenet/fast_vit_base --init checkpoint-799.pth
 python -m mimir_fast.finetune --help
 """

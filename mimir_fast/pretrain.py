@@ -1,6 +1,6 @@
 """Pre-train a robust masked autoencoder.
 
-python -m mimir_fast.pretrain --recipe digits/mimir_vit_tiny
+python -m mimir_fast.pretrain --recipe digits/mimir_vit_nano
 torchrun --nproc_per_node 8 -m mimir_fast.pretrain --recipe imagenet/mimir_vit_base --data.root /data/imagenet
 python -m mimir_fast.pretrain --help
 """

@@ -4,7 +4,7 @@ python -m mimir_fast.reproduce digits_demo   # `make demo`: a robust classifier 
 python -m mimir_fast.reproduce fashion_ablation --size reduced --seeds 3
 python -m mimir_fast.reproduce --help
 
-Both go on where they were killed when the same command is given again.
+Both resume when the same command is given again.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Versions, machine and commit: the birth certificate of every number this package writes down."""
+"""Versions, machine and commit: recorded with every number this package writes down."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""What data to read and how: the typed configuration of the data room.
+"""What data to read and how: its typed configuration.
 
 Plain Python on purpose: importing it loads neither numpy nor an image library.
 """

@@ -1,4 +1,4 @@
-"""Any model can be judged: it only has to take images in [0, 1] and return logits.
+"""Any model can be evaluated: it only has to take images in [0, 1] and return logits.
 
     runs/my_finetune, model.safetensors, robust.pth     ours and the authors' (mimir_fast.models.classifier)
     timm:resnet18    timm:resnet18@random    timm:resnet18@weights.safetensors
@@ -122,7 +122,7 @@ class Opaque(nn.Module):
 
 
 class FromProbabilities(nn.Module):
-    """Logits of a model that returns probabilities: their logarithm has the same softmax, and honest gradients."""
+    """Logits of a model that returns probabilities: their logarithm has the same softmax, and useful gradients."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def load_model(
         channels, image_size: of the data: size a timm model.
         weights: of a run folder, which checkpoint.
         mean, std: normalise by these, in place of what the model brings.
-        probabilities: the model returns probabilities; their logarithm is judged.
+        probabilities: the model returns probabilities; their logarithm is evaluated.
     Raises:
         FileNotFoundError: it looks like a path and there is none.
         ValueError: none of the kinds, or a checkpoint without a classification head.
@@ -245,7 +245,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | N
     sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     made_for = timm_settings(spec)
     if image_size and image_size != made_for.get("image_size", image_size):
-        notes.append(f"judged at {image_size}², made for {made_for['image_size']}²")
+        notes.append(f"evaluated at {image_size}², made for {made_for['image_size']}²")
     if weights and weights != "random":
         if not Path(weights).is_file():
             raise FileNotFoundError(
@@ -262,7 +262,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | N
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
             raise ImportError(
                 f"{spec}: its weights cannot be downloaded ({reason}). Give a downloaded file as timm:NAME@FILE, or "
-                "timm:NAME@random if you mean to judge an untrained network"
+                "timm:NAME@random if you mean to evaluate an untrained network"
             ) from error
     settings: dict[str, Any] = dict(model.pretrained_cfg)
     mean, std = settings.get("mean"), settings.get("std")

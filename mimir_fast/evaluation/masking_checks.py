@@ -1,4 +1,4 @@
-"""Is the robustness real, or are the gradients hidden? Symptoms of gradient masking, with verdicts in plain words.
+"""Gradient-masking checks: symptoms by which a model looks more robust than it is, each with what was observed.
 
 Athalye et al., arXiv 1802.00420, §3.1, and Carlini et al., arXiv 1902.06705, §3: iterative attacks beat one step, more
 steps never hurt the attacker, black-box attacks do not beat white-box ones, an unbounded attack always succeeds, and
@@ -31,7 +31,7 @@ class Verdict:
         name: short, for the table.
         passed: no symptom was found.
         sentence: what was seen, in plain words.
-        numbers: what it was judged by.
+        numbers: what it was decided by.
     """
 
     name: str

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mimir_fast.models.flat_names import flat_parameters
 from mimir_fast.training.schedule import cosine_schedule, stepped_schedule
@@ -134,4 +133,5 @@ def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if largest is not None:
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    # A DTensor's, whose class is not imported for the sake of --help.
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -81,7 +81,7 @@ def test_timm_models_bring_their_size_and_hear_of_another() -> None:
     assert config_from(["--checkpoint", "timm:vit_tiny_patch16_384"]).data.image_size == 384
     assert config_from(["--checkpoint", "timm:vit_tiny_patch16_384", "--data.image_size", "32"]).data.image_size == 32
     judged = load_model("timm:vit_tiny_patch16_224@random", num_classes=10, device=CPU, image_size=32)
-    assert "judged at 32², made for 224²" in judged.notes
+    assert "evaluated at 32², made for 224²" in judged.notes
     assert judged.module(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
