@@ -32,7 +32,7 @@ def test_ssl_hsic() -> None:
 def test_timm_adversarial_training() -> None:
     """Adversarial training is what makes the difference under attack."""
     module = load("timm_adversarial_training")
-    robust, natural = module.main(num_steps=60), module.main(num_steps=30, adversarial=False)
+    robust, natural = module.main(num_steps=60), module.main(num_steps=60, adversarial=False)
     assert robust["natural"] > 0.6 and natural["natural"] > 0.6
     assert robust["robust"] > natural["robust"] + 0.15
 
