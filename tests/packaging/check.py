@@ -41,7 +41,8 @@ print("used:", mimir_fast.__version__)
 
 def run(*line: str, cwd: Path, **environment: str) -> str:
     """What the command prints, on stdout and then on stderr."""
-    out = subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=os.environ | environment)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
+    out = subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=environment)
     if out.returncode:
         sys.exit(f"{' '.join(line)}\n{out.stdout}{out.stderr}")
     return out.stdout + out.stderr
