@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 from chaos.runs import Runs
 
 BAD_INPUT = "bad value on a command line"
-SAMPLE = 60  # of some hundred, in one story
+SAMPLE = 120  # of some hundred, in one story
 NOT_IN_FLAGS = ("objective", "optim", "run")  # their options stand at the top of the command line
 BAD: dict[Any, tuple[str, ...]] = {
     float: ("nan", "inf", "-inf", "1/0", "much"),

@@ -24,7 +24,7 @@ from chaos.runs import (
 )
 from chaos.zygote import Process
 
-MOST = 12  # faults of processes in a chain; those of files come between
+MOST = 12  # faults of processes in a chain, half as many of two ranks; those of files come between
 NOTHING_TO_LOSE = ("config.json cut short", "leftovers of other kills")  # may meet a run with any number of checkpoints
 
 
@@ -52,7 +52,7 @@ def _through(
     met: list[str] = []
     all_said = ""
     try:
-        for _ in range(MOST):
+        for _ in range(MOST // job.ranks):
             name, said = disturb()
             met.append(name)
             assert "Traceback" not in said, said

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +96,12 @@ def data_and_workers(runs: Runs, run: Path, rng: random.Random) -> dict[str, int
 
     def kill_worker(process: Process) -> int:
         """How many there were."""
-        workers = _children(process.pid)
-        for worker in workers:
-            os.kill(worker, signal.SIGKILL)
-        return len(workers)
+        killed = 0
+        for worker in _children(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+                killed += 1
+        return killed
 
     process = runs.start(run, job=job)
     _until(lambda: steps_logged(run) >= rng.randint(2, 4), process)

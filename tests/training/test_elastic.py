@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ JOB = [
     "--recipe", "digits/mimir_vit_tiny", "--batch_size", "24", "--max_steps", "5000", "--save_every", "5",
     "--log_every", "1", "--precision", "fp32", "--mi.scope", "global",
 ]  # fmt: skip
+# launch/README.md says why: a host that comes later would wait for an address that is not given again.
+SEPARATE_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 COMPARED = 40  # steps; later the order of sums has been amplified by training
 
 
@@ -46,7 +49,7 @@ class Agents:
         ]  # fmt: skip
         with (self.run.parent / f"{name}.txt").open("w") as output:
             agent = subprocess.Popen(
-                line, env=command_environment(), stdout=output, stderr=subprocess.STDOUT, text=True,
+                line, env=command_environment() | SEPARATE_STORE, stdout=output, stderr=subprocess.STDOUT, text=True,
                 start_new_session=True,
             )  # fmt: skip
         self.alive.append(agent)
@@ -55,7 +58,8 @@ class Agents:
     def lose(self, agent: subprocess.Popen[str]) -> None:
         """The host is gone: agent and worker, at once."""
         for pid in [*_descendants(agent.pid), agent.pid]:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         agent.wait()
         self.alive.remove(agent)
 
@@ -138,5 +142,8 @@ def _listening(port: int) -> bool:
 
 
 def _descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return []
     return [found for child in map(int, children) for found in [*_descendants(child), child]]
