@@ -169,7 +169,7 @@ def _serve() -> None:
     import mimir_fast.finetune
     import mimir_fast.models.families
     import mimir_fast.pretrain
-    import mimir_fast.training.session  # noqa: F401
+    import mimir_fast.training.session
 
     for name in (
         "sklearn.datasets",
