@@ -1,6 +1,5 @@
 """Runs that meet one fault after another until they are through, and must be as if nothing had happened."""
 
-import json
 import random
 import signal
 import time
@@ -9,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from chaos.faults import FILE_FAULTS, PROCESS_FAULTS
+from chaos.faults import PROCESS_FAULTS, damage
 from chaos.runs import (
     DDP,
     FINETUNE,
@@ -19,13 +18,12 @@ from chaos.runs import (
     STEPS,
     Job,
     Runs,
+    step_checkpoints,
     wait_until_random_moment,
-    whole_checkpoints,
 )
 from chaos.zygote import Process
 
 MOST = 12  # faults of processes in a chain, half as many of two ranks; those of files come between
-NOTHING_TO_LOSE = ("config.json cut short", "leftovers of other kills")  # may meet a run with any number of checkpoints
 
 
 def chain(job: Job, runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
@@ -59,8 +57,7 @@ def _through(
             all_said += said
             if _finished(run):
                 break
-            if rng.random() < 0.6:
-                met += _damage(run, rng)
+            met += damage(run, rng)
         runs.finish(run, job=job)
         runs.check_same(run, job, said=all_said)
     except Exception as error:
@@ -102,17 +99,7 @@ def _as_torchrun(processes: list[Process]) -> None:
             process.signal(number)
 
 
-def _damage(run: Path, rng: random.Random) -> list[str]:
-    name = rng.choice(list(FILE_FAULTS))
-    if name not in NOTHING_TO_LOSE and len(whole_checkpoints(run)) < 2:
-        return []  # with nothing to fall back to the run rightly refuses; a test of its own has that
-    if not (run / "config.json").exists() or not (run / "checkpoints").exists():
-        return []
-    FILE_FAULTS[name](run, rng)
-    return [name]
-
-
 def _finished(run: Path) -> bool:
     """The last checkpoint is there."""
-    found = whole_checkpoints(run)
-    return bool(found) and json.loads((found[-1] / "meta.json").read_text())["step"] == STEPS
+    found = step_checkpoints(run)
+    return bool(found) and found[-1].name == f"step-{STEPS:08d}"

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from chaos.runs import PATIENCE, Job, Runs, wait_until_random_moment, whole_checkpoints
+from chaos.runs import PATIENCE, Job, Runs, step_checkpoints, wait_until_random_moment
 from chaos.zygote import Process
+
+from mimir_fast.checkpoints.reading import CheckpointError, verify
 
 # At the entry of one of these the process is killed: within renaming, syncing, writing, listing, deleting, talking.
 RENAME, BUSY = "rename,renameat,renameat2", ("write", "openat", "close")
@@ -129,15 +131,15 @@ PROCESS_FAULTS: dict[str, Disturb] = {
 }
 
 
-def cut_tensors(run: Path, rng: random.Random) -> None:
-    """The newest checkpoint's tensors end too early."""
-    file = _newest_file(run)
+def cut_tensors(checkpoint: Path, rng: random.Random) -> None:
+    """The tensors end too early."""
+    file = next(checkpoint.glob("*.safetensors"))
     os.truncate(file, rng.randrange(file.stat().st_size))
 
 
-def flip_bits(run: Path, rng: random.Random) -> None:
-    """One byte of the newest checkpoint is another."""
-    file = _newest_file(run)
+def flip_bits(checkpoint: Path, rng: random.Random) -> None:
+    """One byte of the tensors is another."""
+    file = next(checkpoint.glob("*.safetensors"))
     place = rng.randrange(file.stat().st_size)
     with file.open("r+b") as stream:
         stream.seek(place)
@@ -146,20 +148,20 @@ def flip_bits(run: Path, rng: random.Random) -> None:
         stream.write(bytes([byte ^ (1 << rng.randrange(8))]))
 
 
-def cut_meta(run: Path, rng: random.Random) -> None:
-    """The newest checkpoint's description ends too early."""
-    meta = whole_checkpoints(run)[-1] / "meta.json"
+def cut_meta(checkpoint: Path, rng: random.Random) -> None:
+    """The description ends too early."""
+    meta = checkpoint / "meta.json"
     os.truncate(meta, rng.randrange(meta.stat().st_size - 2))
 
 
-def lose_a_file(run: Path, rng: random.Random) -> None:
-    """A file of the newest checkpoint is gone."""
-    rng.choice(sorted(whole_checkpoints(run)[-1].iterdir())).unlink()
+def lose_a_file(checkpoint: Path, rng: random.Random) -> None:
+    """A file is gone."""
+    rng.choice(sorted(checkpoint.iterdir())).unlink()
 
 
 def cut_config(run: Path, rng: random.Random) -> None:
     """config.json ends too early."""
-    os.truncate(run / "config.json", rng.randrange((run / "config.json").stat().st_size - 2))
+    os.truncate(run / "config.json", rng.randrange(max(1, (run / "config.json").stat().st_size - 2)))
 
 
 def leave_rubbish(run: Path, rng: random.Random) -> None:
@@ -171,18 +173,43 @@ def leave_rubbish(run: Path, rng: random.Random) -> None:
     (run / "config.json.partial").write_text("{")
 
 
-FILE_FAULTS: dict[str, Callable[[Path, random.Random], None]] = {
+CHECKPOINT_FAULTS: dict[str, Callable[[Path, random.Random], None]] = {
     "newest checkpoint cut short": cut_tensors,
     "newest checkpoint with a flipped bit": flip_bits,
     "newest checkpoint's meta.json cut short": cut_meta,
     "newest checkpoint lost a file": lose_a_file,
+}
+FOLDER_FAULTS: dict[str, Callable[[Path, random.Random], None]] = {
     "config.json cut short": cut_config,
     "leftovers of other kills": leave_rubbish,
 }
 
 
-def _newest_file(run: Path) -> Path:
-    return next(whole_checkpoints(run)[-1].glob("*.safetensors"))
+def damage(run: Path, rng: random.Random) -> list[str]:
+    """What was done to the files of a run that is down: to its folder, and to all but one of its checkpoints at most.
+
+    With no whole checkpoint left the run rightly refuses to go on; a test of its own has that.
+    """
+    if not (run / "config.json").exists() or not (run / "checkpoints").exists():
+        return []
+    done = [name for name in FOLDER_FAULTS if rng.random() < 0.3]
+    for name in done:
+        FOLDER_FAULTS[name](run, rng)
+    found = step_checkpoints(run)[::-1]
+    for checkpoint in found[: rng.randint(0, max(0, len(found) - 1))]:
+        if not _is_whole(checkpoint):  # damaged before, and the start after that was killed too soon to see it
+            continue
+        done.append(rng.choice(list(CHECKPOINT_FAULTS)))
+        CHECKPOINT_FAULTS[done[-1]](checkpoint, rng)
+    return done
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        verify(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _traced(pid: int) -> bool:
