@@ -45,14 +45,14 @@ CHAINS: dict[str, Callable[[Runs, Path, random.Random], dict[str, int]]] = {
 
 
 def _through(
-    job: Job, runs: Runs, run: Path, rng: random.Random, disturb: Callable[[], tuple[str, str]]
+    job: Job, runs: Runs, run: Path, rng: random.Random, disturb: Callable[[], tuple[list[str], str]]
 ) -> dict[str, int]:
     met: list[str] = []
     all_said = ""
     try:
         for _ in range(MOST // job.ranks):
             name, said = disturb()
-            met.append(name)
+            met += name
             assert "Traceback" not in said, said
             all_said += said
             if _finished(run):
@@ -66,23 +66,23 @@ def _through(
     return dict(Counter(met))
 
 
-def _disturb(job: Job, runs: Runs, run: Path, rng: random.Random) -> tuple[str, str]:
+def _disturb(job: Job, runs: Runs, run: Path, rng: random.Random) -> tuple[list[str], str]:
+    """What was done, nothing if it came too late, and what the process said."""
     name = rng.choice(list(PROCESS_FAULTS))
-    return name, PROCESS_FAULTS[name](runs, run, job, rng).said()
+    process, happened = PROCESS_FAULTS[name](runs, run, job, rng)
+    return [name] if happened else [], process.said()
 
 
-def _disturb_ranks(job: Job, runs: Runs, run: Path, rng: random.Random) -> tuple[str, str]:
+def _disturb_ranks(job: Job, runs: Runs, run: Path, rng: random.Random) -> tuple[list[str], str]:
     processes = runs.start_ranks(run, job=job)
     wait_until_random_moment(processes[0], run, rng)
-    victim = rng.choice(processes)
     what = rng.choice(("one of two ranks killed", "both ranks killed", "SIGTERM to one of two ranks"))
-    if what == "SIGTERM to one of two ranks":
-        victim.signal(signal.SIGTERM)
-    else:
-        for process in processes if what == "both ranks killed" else [victim]:
-            process.kill()
+    number = signal.SIGTERM if what == "SIGTERM to one of two ranks" else signal.SIGKILL
+    victims = processes if what == "both ranks killed" else [rng.choice(processes)]
+    happened = [process.signal(number) for process in victims]
     _as_torchrun(processes)
-    return f"{what} ({job.name})", ""  # what a torn connection makes a rank say is torch's own
+    # What a torn connection makes a rank say is torch's own.
+    return [f"{what} ({job.name})"] if all(happened) else [], ""
 
 
 def _as_torchrun(processes: list[Process]) -> None:
