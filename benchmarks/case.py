@@ -20,6 +20,7 @@ class Provider:
         name: what the table calls it; ours begin with `mimir_fast`.
         run: one set of inputs → outputs, freshly allocated, gradients among them where the case has a backward pass.
         tolerance: overrides the case's, for a formula that is known to be inexact; `note` says why.
+        precision: overrides the case's, where the providers of a case compute in different ones.
         law: (inputs, outputs) → what is wrong, or nothing. For a provider that draws random numbers of its own and so
             cannot equal the definition; it is held against this instead.
         reference: its own definition, where the providers of a case do different things (a MAE step beside MIMIR's).
@@ -30,7 +31,8 @@ class Provider:
 
     name: str
     run: Callable[[Any], Outputs]
-    tolerance: float | None = None
+    tolerance: float | tuple[float, ...] | None = None
+    precision: str = ""
     law: Callable[[Any, Outputs], str] | None = None
     reference: Callable[[Any], Outputs] | None = None
     report: Callable[[], dict[str, float]] | None = None
@@ -79,6 +81,11 @@ class Case:
         names = [provider.name for provider in self.providers]
         if self.baseline not in names or len(set(names)) < len(names):
             raise ValueError(f"case {self.name}: baseline {self.baseline!r} must be one of distinct {names}")
+
+    @property
+    def labels(self) -> list[str]:
+        """What `--only` may call it."""
+        return [self.name, *(f"{name}={value}" for name, value in self.params.items())]
 
 
 Cases = Callable[[torch.device, Size], Iterator[Case]]

@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     size.add_argument("--full", dest="size", action="store_const", const="full", help="the sizes of the promises; long")
     size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="does it run; times mean nothing")
     parser.set_defaults(size="quick")
-    parser.add_argument("--only", metavar="CASE", help="cases of this name, such as hsic_fwd_bwd")
+    parser.add_argument("--only", metavar="CASE", help="cases of this name or parameter: hsic_fwd_bwd, image=32")
     parser.add_argument("--box", type=float, help="seconds of timing a case, instead of the question's own")
     parser.add_argument(
         "--compare", type=Path, metavar="OLD.jsonl", help="exit with 1 on a regression beyond the noise"
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options.questions or (QUESTIONS if size == "full" else QUICK)
     for question in chosen:
         box_s = options.box or QUESTIONS[question] * {"tiny": 0.02, "quick": 1, "full": 3}[size]
-        cases = (case for case in cases_of(question)(device, size) if options.only in (None, case.name))
+        cases = (case for case in cases_of(question)(device, size) if options.only in (None, *case.labels))
         for records in run_cases(cases, device, ceilings, box_s=box_s, say=progress):
             table.print_case(records)
             record.append(output, records)

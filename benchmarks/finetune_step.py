@@ -68,13 +68,17 @@ def case(device: torch.device, setting: Setting, *, compile_too: bool) -> Case:
 
     providers = [
         Provider("mimir_fast bf16", our_step(model, bf16=True)),
-        Provider("mimir_fast fp32", our_step(model, bf16=False)),
-        Provider("plain fp32", plain_step(rival, bf16=False), skip=missing, note="torchattacks.PGD, timm, AdamW"),
+        Provider("mimir_fast fp32", our_step(model, bf16=False), precision="fp32"),
+        Provider(
+            "plain fp32", plain_step(rival, bf16=False), precision="fp32", skip=missing,
+            note="torchattacks.PGD, timm, AdamW",
+        ),
         Provider("plain bf16", plain_step(rival, bf16=True), skip=missing, note="the same inside autocast"),
-    ]
+    ]  # fmt: skip
     ratios = {
         "plain fp32 / ours bf16": ("plain fp32", "mimir_fast bf16"),
         "plain bf16 / ours bf16": ("plain bf16", "mimir_fast bf16"),
+        "plain fp32 / ours fp32": ("plain fp32", "mimir_fast fp32"),
     }
     if compile_too:
         fast = copy.deepcopy(model)

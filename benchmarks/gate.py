@@ -42,7 +42,7 @@ def judge(case: Case, provider: Provider, inputs: object, reference: Outputs) ->
         return Verdict(None, None, same, provider.law(inputs, outputs))
     errors = [relative_errors(output, ref) for output, ref in zip(outputs, reference, strict=True)]
     rel_fro, max_rel = (max(pair[i] for pair in errors) for i in (0, 1))
-    limits = [provider.tolerance] * len(errors) if provider.tolerance is not None else limits_of(case, len(errors))
+    limits = limits_of(case.tolerance if provider.tolerance is None else provider.tolerance, len(errors))
     # Written so that a NaN, for which every comparison is false, does not pass.
     bad = [
         f"output {i}: error {error[0]:.1e}, allowed {limit:.0e}"
@@ -52,9 +52,9 @@ def judge(case: Case, provider: Provider, inputs: object, reference: Outputs) ->
     return Verdict(rel_fro, max_rel, same, "; ".join(bad))
 
 
-def limits_of(case: Case, count: int) -> Sequence[float]:
+def limits_of(tolerance: float | tuple[float, ...], count: int) -> Sequence[float]:
     """The tolerance of each output."""
-    return case.tolerance if isinstance(case.tolerance, tuple) else [case.tolerance] * count
+    return tolerance if isinstance(tolerance, tuple) else [tolerance] * count
 
 
 def relative_errors(output: Tensor, reference: Tensor) -> tuple[float, float]:

@@ -56,9 +56,9 @@ def run_case(
 def _blank(case: Case, provider: Provider, ceilings: Ceilings) -> Record:
     flops = case.flops if provider.flops is None else provider.flops
     return Record(
-        case.name, provider.name, case.params, ceilings.floor_ms(flops, case.bytes, case.precision), flops=flops,
-        bytes=case.bytes, baseline=case.baseline, note=provider.skip or provider.note,
-        status="skipped" if provider.skip else "ok",
+        case.name, provider.name, case.params,
+        ceilings.floor_ms(flops, case.bytes, provider.precision or case.precision), flops=flops, bytes=case.bytes,
+        baseline=case.baseline, note=provider.skip or provider.note, status="skipped" if provider.skip else "ok",
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@
 // to multiples of 32, E to kDepth = 32 as an inner dimension and to 16 as an outer one. C queries at a time.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -18,6 +17,7 @@
 #include "bf16_matrix.h"
 #include "bindings.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace mimir {
 namespace {
@@ -44,36 +44,6 @@ struct Problem {
     Tokens q, k, v, out;
     float* lse;  // (B, H, T)
     Tokens grad, dq, dk, dv;  // backward only
-};
-
-std::int64_t padded(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
-
-// Pieces of one block of memory that a thread keeps for its next call: fresh pages cost more than the arithmetic.
-class Scratch {
-  public:
-    explicit Scratch(std::int64_t bytes) {
-        thread_local struct Memory {
-            void* begin = nullptr;
-            std::int64_t bytes = 0;
-            ~Memory() { std::free(begin); }
-        } memory;
-        if (memory.bytes < bytes) {
-            std::free(memory.begin);
-            memory.begin = std::aligned_alloc(64, padded(bytes, 64));
-            memory.bytes = memory.begin == nullptr ? 0 : bytes;
-            if (memory.begin == nullptr) throw std::bad_alloc();
-        }
-        next_ = static_cast<char*>(memory.begin);
-    }
-    template <typename Number>
-    Number* take(std::int64_t count) {
-        auto* piece = reinterpret_cast<Number*>(next_);
-        next_ += padded(count * static_cast<std::int64_t>(sizeof(Number)), 64);
-        return piece;
-    }
-
-  private:
-    char* next_;
 };
 
 // Tokens of head h → (rows, depth), zeros around.
@@ -130,7 +100,7 @@ MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t
     const std::int64_t T = padded(p.T, 32), S = padded(p.S, 32), depth = padded(p.E, kDepth), E = padded(p.E, 16);
     constexpr std::int64_t C = kForwardQueries;
     const float scale = 1.0f / std::sqrt(static_cast<float>(p.E));
-    Scratch scratch(2 * (2 * T * depth + 3 * S * depth + S * E) + 4 * (S * C + S / 2 * C + 2 * E * C) + 1024);
+    Scratch<Use::own> scratch(2 * (2 * T * depth + 3 * S * depth + S * E) + 4 * (S * C + S / 2 * C + 2 * E * C) + 1024);
     auto* rows = scratch.take<std::uint16_t>(std::max(T, S) * depth);  // of q, then of v
     auto* keys = scratch.take<std::uint16_t>(S * depth);
     auto* queries = scratch.take<std::uint32_t>(T * depth / 2);  // (depth/2, T)
@@ -214,7 +184,7 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
     const std::int64_t T = padded(p.T, 32), S = padded(p.S, 32), C = std::min(kBackwardQueries, T);
     const std::int64_t depth = padded(p.E, kDepth), E = padded(p.E, 16);
     const float scale = 1.0f / std::sqrt(static_cast<float>(p.E));
-    Scratch scratch(2 * (5 * T + 4 * S) * depth + 2 * 3 * S * C + 4 * (2 * S * E + 2 * E * C + 2 * kKeys * 32 + 2 * T) + 4096);
+    Scratch<Use::own> scratch(2 * (5 * T + 4 * S) * depth + 2 * 3 * S * C + 4 * (2 * S * E + 2 * E * C + 2 * kKeys * 32 + 2 * T) + 4096);
     auto* rows = scratch.take<std::uint16_t>(T * depth);  // of q, then of grad
     auto *queries = scratch.take<std::uint32_t>(depth / 2 * T), *grads = scratch.take<std::uint32_t>(depth / 2 * T);
     auto *query_pairs = scratch.take<std::uint32_t>(T / 2 * E), *grad_pairs = scratch.take<std::uint32_t>(T / 2 * E);

@@ -5,6 +5,7 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "C++ kernels of mimir_fast for the CPU; call them through mimir_fast._native";
     mimir::bind_crop_resize(module);
     mimir::bind_bf16_attention(module);
+    mimir::bind_bf16_layers(module);
     mimir::bind_linf_step(module);
     mimir::bind_pair_tiles(module);
     mimir::bind_patches(module);

@@ -14,9 +14,10 @@ from typing import Annotated
 
 import tyro
 
+from mimir_fast.command import run
 from mimir_fast.evaluation.comparison import html, load, markdown
 from mimir_fast.evaluation.measure import write_atomically
-from mimir_fast.training.cli import exit_on_error, parse
+from mimir_fast.training.cli import parse
 
 
 @dataclass
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    run(main)

@@ -17,11 +17,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from mimir_fast.command import run
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.adapters import timm_settings
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.run import evaluate
-from mimir_fast.training.cli import exit_on_error, parse, peek
+from mimir_fast.training.cli import parse, peek
 
 
 def data_of(checkpoint: str) -> DataConfig:
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    run(main)

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mimir_fast.command import run
 from mimir_fast.recipes import find_recipe
-from mimir_fast.training.cli import exit_on_error, parse, peek
+from mimir_fast.training.cli import parse, peek
 from mimir_fast.training.finetuning import FinetuneConfig, finetune
 
 
@@ -28,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    run(main)

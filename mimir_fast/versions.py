@@ -18,6 +18,9 @@ PACKAGES = (
 )  # fmt: skip
 
 
+COMPLETION_HINT = "--print_completion bash|zsh prints what a shell needs to complete mimir-fast."
+
+
 def version_of(package: str) -> str | None:
     """The installed version of a distribution; None when it is absent."""
     try:
@@ -59,6 +62,11 @@ def python_command() -> str:
     if found and Path(found).absolute() == python:
         return "python"
     return str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python)
+
+
+def called_as(prog: str) -> str:
+    """The program's name in messages: `prog`, or `mimir-fast COMMAND` when it was started so."""
+    return sys.argv[0] if sys.argv[0].startswith("mimir-fast ") else prog
 
 
 def cpu_name() -> str:

@@ -18,7 +18,7 @@ _FENCE = re.compile(
     r"(?:<!-- test: (?P<marker>\w+) -->\n)?^```(?P<language>\w+)?(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
     flags=re.M | re.S,
 )
-_INLINE = re.compile(r"`((?:python -m|torchrun|sbatch|kubectl|sky|make|pip install) [^`]*)`")
+_INLINE = re.compile(r"`((?:python -m|torchrun|sbatch|kubectl|sky|make|mimir-fast|pip install) [^`]*)`")
 
 
 @dataclass(frozen=True)

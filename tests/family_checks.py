@@ -218,7 +218,9 @@ def check_adapters(case: Case) -> None:
         for name, parameter in names.items():
             if is_adapter(name):
                 parameter.add_(0.1)
-        again, moved = (model(view) for view in views)
+    again, moved = (
+        model(view) for view in views
+    )  # with gradients, as before: another attention might be faster without
     assert torch.equal(again.latent, clean.latent) and not torch.equal(moved.latent, adversarial.latent)
     kept = {n: t for n, t in model.encoder.state_dict().items() if not is_adapter(n)}
     exported = find_family(case.family).to_timm(model.encoder.state_dict(), case.architecture)

@@ -17,6 +17,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mimir_fast.ops.bf16_layers import weights_stay
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, or the module itself."""
@@ -42,7 +44,8 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     frozen = [p for block in blocks for p in block.parameters() if p.requires_grad]
     _freeze(blocks, frozen, True)
     try:
-        yield module
+        with weights_stay():
+            yield module
     finally:
         _freeze(blocks, frozen, False)
         if sharded:

@@ -81,7 +81,7 @@ def iterative_beats_one_step(fgsm: Tensor, iterative: Tensor) -> Verdict:
     p = mcnemar(only_one, only_many)
     passed = p >= LEVEL
     counts = f"one step alone breaks {only_one} images, many steps alone {only_many}; {_p(p)}"
-    left = f"{_percent(iterative)} left by PGD, {_percent(fgsm)} by one step"
+    left = f"accuracy {_percent(iterative)} under PGD, {_percent(fgsm)} under one step"
     if not passed:
         sentence = f"PGD is WEAKER than one step: {left} ({counts})."
     elif only_one > only_many:
@@ -106,8 +106,8 @@ def black_box_never_beats_white_box(white: Tensor, black: Tensor) -> Verdict:
         else f"which one in {round(1 / ODD_ONE)} odd images would explain ({_p(new)})"
     )
     sentence = (
-        f"The black-box attack leaves {_percent(black)}, the gradient attacks {_percent(white)}; it breaks {words} "
-        f"that the gradients did not, {end}."
+        f"Accuracy {_percent(black)} under the black-box attack, {_percent(white)} under gradient attacks; it breaks "
+        f"{words} that the gradients did not, {end}."
     )
     numbers = {"only_black_box": only_black, "only_white_box": only_white, "p_new": new, "p_stronger": stronger}
     return Verdict("black-box never beats white-box", passed, sentence, numbers)

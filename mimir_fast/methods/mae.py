@@ -20,6 +20,7 @@ from mimir_fast.methods.masking import Mask, draw_mask
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.terms import Term, total
 from mimir_fast.models.masked_model import MaskedModel, Output, View
+from mimir_fast.ops.bf16_layers import weights_stay
 from mimir_fast.ops.patches import masked_targets, patchify, patchify_gather, unpatchify
 from mimir_fast.ops.random_masks import TokenOrder
 from mimir_fast.philox import Stream
@@ -104,7 +105,8 @@ class MaskedMethod(ABC):
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """{"loss": scalar, …}; `model` is a MaskedModel, possibly wrapped for data parallelism."""
-        return self.losses(model, batch, self.draw(masked_model(model), batch, seed=seed, step=step))
+        with weights_stay():
+            return self.losses(model, batch, self.draw(masked_model(model), batch, seed=seed, step=step))
 
     @abstractmethod
     def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int) -> Draws:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from mimir_fast.models.attention import attention
 from mimir_fast.models.branches import LayerBranches, shape_branch
 from mimir_fast.models.norms import CLEAN, LayerNorm
+from mimir_fast.models.projections import Mlp as Mlp
+from mimir_fast.models.projections import project, project_by
 from mimir_fast.ops.patches import gather_patches
 
 
@@ -21,13 +23,19 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 
 def project_queries(
-    qkv: nn.Linear, queries_BQD: Tensor, x_BTD: Tensor, heads: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, Q, H, E) of the queries, k and v (B, T, H, E) of all tokens, from one fused projection."""
+    qkv: nn.Linear, queries_BQD: Tensor, x_BTD: Tensor, heads: tuple[int, int], norm: LayerNorm | None = None,
+    domain: int = CLEAN,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q (B, Q, H, E) of the queries, k and v (B, T, H, E) of all tokens, from one fused projection.
+
+    Args:
+        norm: of both, where they come without.
+    """
     D, bias = x_BTD.shape[2], qkv.bias
     q_bias, kv_bias = (None, None) if bias is None else (bias[:D], bias[D:])
-    q = F.linear(queries_BQD, qkv.weight[:D], q_bias).unflatten(-1, heads)
-    k, v = F.linear(x_BTD, qkv.weight[D:], kv_bias).unflatten(-1, (2, *heads)).unbind(2)
+    q = project_by(qkv.weight[:D], q_bias, queries_BQD, norm=norm, domain=domain).unflatten(-1, heads)
+    kv = project_by(qkv.weight[D:], kv_bias, x_BTD, norm=norm, domain=domain)
+    k, v = kv.unflatten(-1, (2, *heads)).unbind(2)
     return q, k, v
 
 
@@ -41,15 +49,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BTD: Tensor, queries_BQD: Tensor | None = None) -> Tensor:
-        """(B, T, D); or (B, Q, D) when only the tokens `queries_BQD` ask, while all T are attended to."""
+    def forward(
+        self, x_BTD: Tensor, queries_BQD: Tensor | None = None, *, norm: LayerNorm | None = None, domain: int = CLEAN,
+        residual: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(B, T, D); or (B, Q, D) when only the tokens `queries_BQD` ask, while all T are attended to.
+
+        Args:
+            norm: in front, of tokens and queries.
+            residual: added to the output, of its shape.
+        """
         B, T, D = x_BTD.shape
         heads = (self.num_heads, D // self.num_heads)
         if queries_BQD is None:
-            q, k, v = self.qkv(x_BTD).view(B, T, 3, *heads).unbind(2)
+            q, k, v = project(self.qkv, x_BTD, norm=norm, domain=domain).view(B, T, 3, *heads).unbind(2)
         else:
-            q, k, v = project_queries(self.qkv, queries_BQD, x_BTD, heads)
-        return self.proj(attention(q, k, v).flatten(2))
+            q, k, v = project_queries(self.qkv, queries_BQD, x_BTD, heads, norm, domain)
+        return project(self.proj, attention(q, k, v).flatten(2), residual=residual)
 
 
 class PatchEmbed(nn.Module):
@@ -65,18 +81,6 @@ class PatchEmbed(nn.Module):
         """(B, N, D) tokens of patches in (row, column, channel) order."""
         weight_DP = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(patches_BNP.to(weight_DP.dtype), weight_DP, self.proj.bias)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with GELU between."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Layer(nn.Module):
@@ -115,18 +119,21 @@ class Block(Layer):
             branches: what happens to the attention and the MLP branch, see branches.py.
         """
         self.branch_on_frozen()
-        normed = self.norm1(x_BTD, domain)
-        if query_ids_BQ is not None:
-            attended = self.attn(normed, gather_patches(normed, query_ids_BQ))
-            x_BTD = gather_patches(x_BTD, query_ids_BQ)
-        elif num_keep is not None and num_keep < x_BTD.shape[1]:
-            attended, received_BT = attend_and_rank(self.attn, normed)
+        if num_keep is not None and num_keep < x_BTD.shape[1]:
+            attended, received_BT = attend_and_rank(self.attn, self.norm1(x_BTD, domain))
+            x = gather_patches(x_BTD + shape_branch(attended, branches, 0), most_attended(received_BT, num_keep))
         else:
-            attended = self.attn(normed)
-        x = x_BTD + shape_branch(attended, branches, 0)
-        if num_keep is not None and num_keep < x.shape[1]:
-            x = gather_patches(x, most_attended(received_BT, num_keep))
-        return x + shape_branch(self.mlp(self.norm2(x, domain)), branches, 1)
+            # Only what is asked for goes through q, proj and the MLP; norms are per token, so they may come after.
+            queries = None if query_ids_BQ is None else gather_patches(x_BTD, query_ids_BQ)
+            x = x_BTD if queries is None else queries
+            if branches is None:
+                x = self.attn(x_BTD, queries, norm=self.norm1, domain=domain, residual=x)
+            else:
+                attended = self.attn(x_BTD, queries, norm=self.norm1, domain=domain)
+                x = x + shape_branch(attended, branches, 0)
+        if branches is None:
+            return self.mlp.after(self.norm2, x, domain, residual=True)
+        return x + shape_branch(self.mlp.after(self.norm2, x, domain), branches, 1)
 
 
 def attend_and_rank(attn: Attention, x_BTD: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,13 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, domain: int = CLEAN) -> Tensor:
         """Same shape as x (…, D)."""
+        return F.layer_norm(x, self.normalized_shape, *self.of(domain))
+
+    def of(self, domain: int) -> tuple[Tensor, Tensor, float]:
+        """Weight, bias and eps for the data of a domain."""
         if domain == CLEAN:
-            return super().forward(x)
-        return F.layer_norm(x, self.normalized_shape, self.weight_adversarial, self.bias_adversarial, self.eps)
+            return self.weight, self.bias, self.eps
+        return self.weight_adversarial, self.bias_adversarial, self.eps
 
 
 class BatchNorm(nn.BatchNorm1d):

@@ -1,7 +1,9 @@
 """Every block of the documentation does what the page says: python is run, commands are run or parsed."""
 
+import json
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,7 @@ def run_small(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in WITH_RUNS if any(b.marker == "run" for b in blocks_of(p))], ids=name)
 def test_the_page_runs_as_typed(page: Path, tmp_path: Path) -> None:
-    """Each command in a process of its own, at full size; minutes."""
+    """Each command in a process of its own, at full size; minutes. `-rP` shows how long each took."""
     for block in blocks_of(page):
         if block.language in PYTHON and block.marker != "parse":
             target = tmp_path / (block.title or "block.py")
@@ -109,8 +111,14 @@ def test_the_page_runs_as_typed(page: Path, tmp_path: Path) -> None:
             if words[0] == "make":
                 words = known.make_command(words[1])
             if found := known.module_of(words):
+                started = time.monotonic()
                 line = [sys.executable, "-m", found[0], *found[1]]
                 out = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=command_environment())
                 assert out.returncode == 0, (
                     f"{block.place}: {' '.join(words)}\n{out.stdout[-2000:]}{out.stderr[-2000:]}"
                 )
+                print(f"{time.monotonic() - started:6.0f} s  {' '.join(words)}\n{out.stdout[-400:]}")
+    if page.name == "tutorial.md":
+        (results,) = (tmp_path / "runs/digits/pgd_vit_nano").glob("evaluation/*/results.json")
+        robust = json.loads(results.read_text())["sections"]["accuracy"]["robust"]
+        assert robust["interval"][0] > 0.2, "clearly above chance, which is 0.1"

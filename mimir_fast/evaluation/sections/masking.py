@@ -89,7 +89,7 @@ def render(numbers: dict[str, Any]) -> str:
     )
     points = [(float(k), v) for k, v in numbers["mean_loss"].items()]
     first, last = points[0], points[-1]
-    words = f"Mean loss under PGD goes from {first[1]:.3g} at {first[0]:g} steps to {last[1]:.3g} at {last[0]:g}."
+    words = f"Mean loss under PGD-{first[0]:g}: {first[1]:.3g}; under PGD-{last[0]:g}: {last[1]:.3g}."
     chart = line_chart(
         [Line("mean loss", points)], words, x_label="steps of PGD", y_label="mean loss",
         x_ticks=[(k, f"{k:g}") for k, _ in points], x_from=0.0,

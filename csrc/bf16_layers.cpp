@@ -1,0 +1,299 @@
+// Linear layers of a transformer in bfloat16, with what stands around them: y = [r +] W·[LN](x) + b, and
+// y = [x +] W₂·gelu(W₁·LN(x) + b₁) + b₂, forwards and backwards, in one pass over the rows each.
+//
+// A thread takes a few hundred rows at a time through all of it, so that what lies between the products stays in its
+// cache, and weights come packed (bf16_product.h), once for as many calls as they stay the same. A row's result depends
+// on no other row, and sums over rows are made of blocks of 32 in their order: threads do not change a bit.
+//
+// Legend: M rows, K inputs, N outputs, H hidden numbers; x, r, y and their gradients float32 or bfloat16.
+#include <algorithm>
+#include <vector>
+
+#include "bf16_rows.h"
+#include "bindings.h"
+#include "parallel.h"
+
+namespace mimir {
+namespace {
+
+#ifdef MIMIR_BF16_MATRIX
+constexpr std::int64_t kRows = 256;  // at a time
+
+Matrix matrix(Address data, bool wide, std::int64_t columns) { return {pointer<char>(data), wide, columns}; }
+
+// Weights (N, K) → panels for x Wᵀ and, where wanted, for g W.
+MIMIR_BF16 void pack_panels(const Matrix& weight, std::int64_t N, std::uint32_t* forward, std::uint32_t* backward,
+                            std::int64_t begin, std::int64_t end) {
+    const std::int64_t across = padded(N, kPanel), along = padded(weight.columns, kPanel), panels = across / kPanel;
+    for (std::int64_t i = begin; i < end; ++i) {
+        if (i < panels) {
+            pack_rows(weight, N, i, forward + i * along / 2 * kPanel);
+        } else {
+            pack_columns(weight, 0, N, across, i - panels, backward + (i - panels) * across / 2 * kPanel);
+        }
+    }
+}
+
+void pack(Address weight, bool wide, std::int64_t N, std::int64_t K, Address forward, Address backward, int threads) {
+    const std::int64_t panels = padded(N, kPanel) / kPanel + (backward == 0 ? 0 : padded(K, kPanel) / kPanel);
+    parallel_for(panels, 4, threads, [&](std::int64_t begin, std::int64_t end) {
+        pack_panels(matrix(weight, wide, K), N, pointer<std::uint32_t>(forward), pointer<std::uint32_t>(backward), begin,
+                    end);
+    });
+}
+
+// A panel of products (rows, 32) + bias [+ residual] → columns n … n + 31 of the output.
+MIMIR_BF16_INLINE void finish(const float* c, std::int64_t row, std::int64_t count, std::int64_t n, const float* bias,
+                              const Matrix* residual, const Matrix& out) {
+    for (std::int64_t half = 0; half < kPanel; half += 16) {
+        const __mmask16 inside = lanes(out.columns - n - half);
+        if (inside == 0) return;
+        const __m512 b = bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(inside, bias + n + half);
+        for (std::int64_t r = 0; r < count; ++r) {
+            __m512 v = _mm512_add_ps(_mm512_loadu_ps(c + r * kPanel + half), b);
+            if (residual != nullptr) v = _mm512_add_ps(v, residual->load(row + r, n + half, inside));
+            out.store(row + r, n + half, v, inside);
+        }
+    }
+}
+
+struct Linear {
+    std::int64_t M, K, N;
+    bool amx;
+    Matrix x, out;  // backward: out is the gradient
+    Norm norm;
+    float* statistics;
+    const std::uint32_t* panels;
+    const float* bias;
+    const Matrix* residual;
+};
+
+MIMIR_BF16 void linear_rows(const Linear& p, std::int64_t begin, std::int64_t end) {
+    const std::int64_t depth = padded(p.K, kPanel), stride = row_length(p.K);
+    Scratch<Use::own> scratch(2 * kRows * stride + 4 * kRows * kPanel + 128);
+    auto* a = scratch.take<std::uint16_t>(kRows * stride);
+    auto* c = scratch.take<float>(kRows * kPanel);
+    const Tiles tiles(p.amx);
+    for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
+        const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
+        stage(p.x, row, count, rows, p.norm, p.statistics, false, a, stride);
+        for (std::int64_t n = 0; n < p.N; n += kPanel) {
+            panel_product(p.amx, {a, stride}, rows, p.panels + n * depth / 2, depth, {c, kPanel});
+            finish(c, row, count, n, p.bias, p.residual, p.out);
+        }
+    }
+}
+
+// Gradients of the input and the norm for some rows; what the weight's needs is put down.
+MIMIR_BF16 void linear_rows_backward(const Linear& p, const Matrix* dx, const NormGradient& sums,
+                                     const WeightGradient* weight, std::int64_t begin, std::int64_t end) {
+    const std::int64_t depth = padded(p.N, kPanel), g_stride = row_length(p.N), x_stride = row_length(p.K);
+    Scratch<Use::own> scratch(2 * kRows * (g_stride + x_stride) + 4 * kRows * x_stride + 256);
+    auto* g = scratch.take<std::uint16_t>(kRows * g_stride);
+    auto* x = scratch.take<std::uint16_t>(kRows * x_stride);
+    auto* grad = scratch.take<float>(kRows * x_stride);
+    const Tiles tiles(p.amx);
+    for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
+        const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
+        stage(p.out, row, count, rows, {nullptr, nullptr, 0}, nullptr, true, g, g_stride);
+        if (weight != nullptr) {
+            stage(p.x, row, count, rows, p.norm, p.statistics, true, x, x_stride);
+            weight->take(row, rows, {g, g_stride}, {x, x_stride});
+        }
+        if (dx == nullptr) continue;
+        for (std::int64_t k = 0; k < p.K; k += kPanel) {
+            panel_product(p.amx, {g, g_stride}, rows, p.panels + k * depth / 2, depth, {grad + k, x_stride});
+        }
+        for (std::int64_t r = 0; r < count; ++r) {
+            const float* from = grad + r * x_stride;
+            if (p.norm.gamma != nullptr) {
+                norm_backward(p.x, row + r, p.norm, p.statistics, from, nullptr, *dx, sums);
+                continue;
+            }
+            for (std::int64_t k = 0; k < p.K; k += 16) dx->store(row + r, k, _mm512_loadu_ps(from + k), lanes(p.K - k));
+        }
+    }
+}
+
+MIMIR_BF16 void write_weight(const WeightGradient& gradient, bool amx, float* weight, float* bias, std::int64_t begin,
+                             std::int64_t end) {
+    const Tiles tiles(amx);
+    for (std::int64_t block = begin; block < end; block += 16) {
+        gradient.write(amx, block, std::min(block + 16, end), weight, bias);
+    }
+}
+
+void linear(Address x, bool wide, Address gamma, Address beta, double eps, Address panels, Address bias, Address residual,
+            bool residual_wide, Address out, bool out_wide, Address statistics, std::int64_t M, std::int64_t K,
+            std::int64_t N, bool amx, int threads) {
+    const Matrix r = matrix(residual, residual_wide, N);
+    const Linear p = {M, K, N, amx, matrix(x, wide, K), matrix(out, out_wide, N),
+                      {pointer<float>(gamma), pointer<float>(beta), static_cast<float>(eps)}, pointer<float>(statistics),
+                      pointer<std::uint32_t>(panels), pointer<float>(bias), residual == 0 ? nullptr : &r};
+    parallel_for(padded(M, 32) / 32, 1, threads, [&](std::int64_t begin, std::int64_t end) { linear_rows(p, begin, end); });
+}
+
+// dx, dgamma, dbeta, dweight, dbias: 0 where not wanted; a norm's two together, and only with dx.
+void linear_backward(Address grad, bool grad_wide, Address x, bool wide, Address gamma, Address beta, Address statistics,
+                     Address panels, Address dx, Address dgamma, Address dbeta, Address dweight, Address dbias,
+                     std::int64_t M, std::int64_t K, std::int64_t N, bool amx, int threads) {
+    const Linear p = {M, K, N, amx, matrix(x, wide, K), matrix(grad, grad_wide, N),
+                      {pointer<float>(gamma), pointer<float>(beta), 0.0f}, pointer<float>(statistics),
+                      pointer<std::uint32_t>(panels), nullptr, nullptr};
+    Scratch<Use::shared> scratch(WeightGradient::bytes(M, N, K) + 8 * padded(M, 32) / 32 * K + 256);
+    const WeightGradient weight(M, N, K, scratch);
+    const NormGradient sums = {dgamma == 0 ? nullptr : scratch.take<float>(padded(M, 32) / 32 * 2 * K), K};
+    const Matrix to = matrix(dx, wide, K);
+    parallel_for(padded(M, 32) / 32, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        linear_rows_backward(p, dx == 0 ? nullptr : &to, sums, dweight == 0 ? nullptr : &weight, begin, end);
+    });
+    if (dgamma != 0) add_blocks(sums, M, pointer<float>(dgamma), pointer<float>(dbeta));
+    if (dweight == 0) return;
+    parallel_for(padded(N, kPanel) / kPanel, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        write_weight(weight, amx, pointer<float>(dweight), pointer<float>(dbias), begin, end);
+    });
+}
+
+struct Mlp {
+    std::int64_t M, K, H;
+    bool amx, residual;
+    Matrix x, out;  // backward: out is the gradient
+    Norm norm;
+    float* statistics;
+    const std::uint32_t *panels1, *panels2;  // backward: of the other direction
+    const float *bias1, *bias2;
+    Matrix hidden;  // before the GELU; data == nullptr: not wanted
+};
+
+MIMIR_BF16 void mlp_rows(const Mlp& p, std::int64_t begin, std::int64_t end) {
+    const std::int64_t depth = padded(p.K, kPanel), stride = row_length(p.K);
+    const std::int64_t inner = padded(p.H, kPanel), h_stride = row_length(p.H);
+    Scratch<Use::own> scratch(2 * kRows * (stride + h_stride) + 4 * kRows * kPanel + 256);
+    auto *a = scratch.take<std::uint16_t>(kRows * stride), *h = scratch.take<std::uint16_t>(kRows * h_stride);
+    auto* c = scratch.take<float>(kRows * kPanel);
+    const Tiles tiles(p.amx);
+    for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
+        const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
+        stage(p.x, row, count, rows, p.norm, p.statistics, false, a, stride);
+        for (std::int64_t n = 0; n < p.H; n += kPanel) {
+            panel_product(p.amx, {a, stride}, rows, p.panels1 + n * depth / 2, depth, {c, kPanel});
+            for (std::int64_t half = 0; half < kPanel; half += 16) {
+                const __mmask16 inside = lanes(p.H - n - half);
+                const __m512 b = _mm512_maskz_loadu_ps(inside, p.bias1 + n + half);
+                for (std::int64_t r = 0; r < rows; ++r) {
+                    // Rounded first, as if it had been stored in between: the backward pass reads it rounded.
+                    const __m256i before = to_bf16(_mm512_add_ps(_mm512_loadu_ps(c + r * kPanel + half), b));
+                    if (p.hidden.data != nullptr && r < count) {
+                        auto* to = reinterpret_cast<std::uint16_t*>(p.hidden.data) + (row + r) * p.H + n + half;
+                        _mm256_mask_storeu_epi16(to, inside, before);
+                    }
+                    const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(before), 16));
+                    put(h + r * h_stride + n + half, gelu(wide));
+                }
+            }
+        }
+        for (std::int64_t n = 0; n < p.K; n += kPanel) {
+            panel_product(p.amx, {h, h_stride}, rows, p.panels2 + n * inner / 2, inner, {c, kPanel});
+            finish(c, row, count, n, p.bias2, p.residual ? &p.x : nullptr, p.out);
+        }
+    }
+}
+
+MIMIR_BF16 void mlp_rows_backward(const Mlp& p, const Matrix& dx, const NormGradient& sums, const WeightGradient* first,
+                                  const WeightGradient* second, std::int64_t begin, std::int64_t end) {
+    const std::int64_t depth = padded(p.K, kPanel), stride = row_length(p.K);
+    const std::int64_t inner = padded(p.H, kPanel), h_stride = row_length(p.H);
+    Scratch<Use::own> scratch(2 * kRows * (2 * stride + 2 * h_stride) + 4 * kRows * (stride + kPanel) + 512);
+    auto *g = scratch.take<std::uint16_t>(kRows * stride), *x = scratch.take<std::uint16_t>(kRows * stride);
+    auto *dh = scratch.take<std::uint16_t>(kRows * h_stride), *h = scratch.take<std::uint16_t>(kRows * h_stride);
+    auto *grad = scratch.take<float>(kRows * stride), *c = scratch.take<float>(kRows * kPanel);
+    const Tiles tiles(p.amx);
+    for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
+        const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
+        stage(p.out, row, count, rows, {nullptr, nullptr, 0}, nullptr, true, g, stride);
+        for (std::int64_t n = 0; n < p.H; n += kPanel) {
+            panel_product(p.amx, {g, stride}, rows, p.panels2 + n * depth / 2, depth, {c, kPanel});
+            for (std::int64_t half = 0; half < kPanel; half += 16) {
+                const __mmask16 inside = lanes(p.H - n - half);
+                for (std::int64_t r = 0; r < rows; ++r) {
+                    const __m512 v = p.hidden.load(row + r, n + half, r < count ? inside : 0);
+                    const Normal phi = normal(v);
+                    const __m512 slope = _mm512_fmadd_ps(
+                        _mm512_mul_ps(v, _mm512_set1_ps(0.39894228f)), phi.bell, phi.probability);
+                    const std::int64_t at = r * h_stride + n + half;
+                    put(dh + at, _mm512_mul_ps(_mm512_loadu_ps(c + r * kPanel + half), slope));
+                    if (second != nullptr) put(h + at, _mm512_mul_ps(v, phi.probability));
+                }
+            }
+        }
+        if (second != nullptr) {
+            second->take(row, rows, {g, stride}, {h, h_stride});
+            stage(p.x, row, count, rows, p.norm, p.statistics, true, x, stride);
+            first->take(row, rows, {dh, h_stride}, {x, stride});
+        }
+        for (std::int64_t k = 0; k < p.K; k += kPanel) {
+            panel_product(p.amx, {dh, h_stride}, rows, p.panels1 + k * inner / 2, inner, {grad + k, stride});
+        }
+        for (std::int64_t r = 0; r < count; ++r) {
+            const Matrix* along = p.residual ? &p.out : nullptr;
+            norm_backward(p.x, row + r, p.norm, p.statistics, grad + r * stride, along, dx, sums);
+        }
+    }
+}
+
+void mlp(Address x, bool wide, Address gamma, Address beta, double eps, Address panels1, Address bias1, Address panels2,
+         Address bias2, bool residual, Address out, Address hidden, Address statistics, std::int64_t M, std::int64_t K,
+         std::int64_t H, bool amx, int threads) {
+    const Mlp p = {M, K, H, amx, residual, matrix(x, wide, K), matrix(out, residual && wide, K),
+                   {pointer<float>(gamma), pointer<float>(beta), static_cast<float>(eps)}, pointer<float>(statistics),
+                   pointer<std::uint32_t>(panels1), pointer<std::uint32_t>(panels2), pointer<float>(bias1),
+                   pointer<float>(bias2), matrix(hidden, false, H)};
+    parallel_for(padded(M, 32) / 32, 1, threads, [&](std::int64_t begin, std::int64_t end) { mlp_rows(p, begin, end); });
+}
+
+// parameters: gamma, beta, weight 1, bias 1, weight 2, bias 2; nowhere (0) if their gradients are not wanted.
+void mlp_backward(Address grad, Address x, bool wide, Address gamma, Address beta, Address statistics, Address hidden,
+                  Address panels1, Address panels2, bool residual, Address dx, const std::vector<Address>& parameters,
+                  std::int64_t M, std::int64_t K, std::int64_t H, bool amx, int threads) {
+    const Mlp p = {M, K, H, amx, residual, matrix(x, wide, K), matrix(grad, residual && wide, K),
+                   {pointer<float>(gamma), pointer<float>(beta), 0.0f}, pointer<float>(statistics),
+                   pointer<std::uint32_t>(panels1), pointer<std::uint32_t>(panels2), nullptr, nullptr,
+                   matrix(hidden, false, H)};
+    const bool all = !parameters.empty();
+    Scratch<Use::shared> scratch(
+        all ? WeightGradient::bytes(M, H, K) + WeightGradient::bytes(M, K, H) + 8 * padded(M, 32) / 32 * K + 256 : 64);
+    if (!all) {
+        parallel_for(padded(M, 32) / 32, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+            mlp_rows_backward(p, matrix(dx, wide, K), {nullptr, K}, nullptr, nullptr, begin, end);
+        });
+        return;
+    }
+    const WeightGradient first(M, H, K, scratch), second(M, K, H, scratch);
+    const NormGradient sums = {scratch.take<float>(padded(M, 32) / 32 * 2 * K), K};
+    parallel_for(padded(M, 32) / 32, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        mlp_rows_backward(p, matrix(dx, wide, K), sums, &first, &second, begin, end);
+    });
+    add_blocks(sums, M, pointer<float>(parameters[0]), pointer<float>(parameters[1]));
+    const std::int64_t blocks1 = padded(H, kPanel) / kPanel, blocks2 = padded(K, kPanel) / kPanel;
+    parallel_for(blocks1, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        write_weight(first, amx, pointer<float>(parameters[2]), pointer<float>(parameters[3]), begin, end);
+    });
+    parallel_for(blocks2, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        write_weight(second, amx, pointer<float>(parameters[4]), pointer<float>(parameters[5]), begin, end);
+    });
+}
+#endif
+
+}  // namespace
+
+void bind_bf16_layers(pybind11::module_& module) {
+#ifdef MIMIR_BF16_MATRIX
+    module.def("bf16_pack", &pack, Unlocked());
+    module.def("bf16_linear", &linear, Unlocked());
+    module.def("bf16_linear_backward", &linear_backward, Unlocked());
+    module.def("bf16_mlp", &mlp, Unlocked());
+    module.def("bf16_mlp_backward", &mlp_backward, Unlocked());
+#endif
+}
+
+}  // namespace mimir

@@ -1,0 +1,205 @@
+"""Linear layers in bfloat16 with what stands around them: the definition, any size, each unit, any threads."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mimir_fast import _native
+from mimir_fast.models.layers import Block
+from mimir_fast.ops import bf16_layers as op
+from mimir_fast.ops.bf16_layers import Norm, linear, linear_reference, mlp, mlp_reference, packed, weights_stay
+
+UNIT = _native.run("bf16_unit") if _native.has("bf16_mlp") else ""
+UNITS = {"amx": ["amx", "avx512"], "avx512": ["avx512"], "": []}[UNIT]
+# tokens, inputs, hidden: a real one, then one, primes, more rows than are taken at a time, exact tiles
+SHAPES = [(100, 96, 384), (1, 1, 1), (5, 33, 47), (590, 40, 70), (64, 32, 64)]
+
+pytestmark = pytest.mark.skipif(not UNIT, reason="no bf16 unit here, or the C++ extension was not built")
+
+
+@pytest.fixture(params=UNITS)
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every unit that this processor has."""
+    monkeypatch.setattr(op, "_UNIT", request.param)
+    yield request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32 stream", "bf16 stream"])
+def stream(request: pytest.FixtureRequest) -> torch.dtype:
+    """The dtype of what flows between the layers."""
+    return request.param
+
+
+def draw(M: int, K: int, H: int, stream: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """x (M, K) and gamma, beta, W1, b1, W2, b2."""
+    rng = torch.Generator().manual_seed(M + K)
+    shapes = [(M, K), (K,), (K,), (H, K), (H,), (K, H), (K,)]
+    x, gamma, *rest = (torch.randn(shape, generator=rng) for shape in shapes)
+    rest = [t / t.shape[-1] ** 0.5 for t in rest]
+    return x.to(stream).requires_grad_(), [t.requires_grad_() for t in (1 + 0.1 * gamma, *rest)]
+
+
+def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    out = function(*inputs)
+    return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+
+def assert_as_good_as_autocast(
+    fused: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: list[Tensor], shape: tuple[int, ...]
+) -> None:
+    """Against float64: no further away than twice what PyTorch's autocast is, output and every gradient."""
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ours = with_gradients(fused, inputs, grad)
+    exact = with_gradients(definition, [t.detach().double().requires_grad_() for t in inputs], grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = with_gradients(definition, [t.detach().requires_grad_() for t in inputs], grad)
+    for index, (mine, truth, other) in enumerate(zip(ours, exact, theirs, strict=True)):
+        assert mine.dtype == (inputs[index - 1].dtype if index else mine.dtype)
+        allowed = 2 * (other.double() - truth).norm() + 4e-3 * truth.norm() + 1e-6
+        assert (mine.double() - truth).norm() <= allowed, index
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize(("M", "K", "H"), SHAPES)
+def test_mlp_equals_the_definition(M: int, K: int, H: int, residual: bool, stream: torch.dtype, unit: str) -> None:
+    x, parameters = draw(M, K, H, stream)
+
+    def by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, gamma, beta, *rest: function(x, Norm(gamma, beta, 1e-6), *rest, residual=residual)
+
+    assert_as_good_as_autocast(by(mlp), by(mlp_reference), [x, *parameters], (M, K))
+    assert by(mlp)(x, *parameters).dtype == (stream if residual else torch.bfloat16)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(("M", "K", "H"), SHAPES)
+def test_linear_equals_the_definition(M: int, K: int, H: int, normed: bool, stream: torch.dtype, unit: str) -> None:
+    x, (gamma, beta, weight, bias, *_) = draw(M, K, H, stream)
+    residual = torch.randn(M, H, generator=torch.Generator().manual_seed(2)).to(stream).requires_grad_()
+
+    def by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *norm: Tensor) -> Tensor:
+            return function(x, weight, bias, Norm(*norm, 1e-6) if norm else None, residual)
+
+        return run
+
+    norm = [gamma, beta] if normed else []
+    assert_as_good_as_autocast(by(linear), by(linear_reference), [x, weight, bias, residual, *norm], (M, H))
+    plain = linear(x, weight, None)
+    assert plain.dtype == torch.bfloat16
+    torch.testing.assert_close(plain.float(), x.float() @ weight.T, rtol=2e-2, atol=5e-2)
+
+
+def test_an_attack_gets_the_inputs_gradient_and_nothing_else(unit: str) -> None:
+    x, parameters = draw(40, 64, 96, torch.float32)
+    norm, rest = Norm(*parameters[:2], 1e-6), parameters[2:]
+    frozen = [p.detach() for p in parameters]
+    for function in (
+        lambda x, norm, rest: mlp(x, norm, *rest),
+        lambda x, norm, rest: linear(x, rest[0], rest[1], norm),
+    ):
+        (free,) = torch.autograd.grad(function(x, norm, rest).float().square().sum(), x)
+        (fixed,) = torch.autograd.grad(
+            function(x, Norm(*frozen[:2], 1e-6), frozen[2:]).float().square().sum(), x
+        )  # fmt: skip
+        assert torch.equal(free, fixed)
+        assert all(p.grad is None for p in parameters)
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted(unit: str) -> None:
+    x, parameters = draw(40, 64, 96, torch.float32)
+    args = (list(parameters), [*packed(parameters[2]), *packed(parameters[4])], 1e-6, True)
+    assert op._mlp(x, *args, False)[1].numel() == 0
+    assert torch.equal(op._mlp(x, *args, False)[0], op._mlp(x, *args, True)[0])
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(unit: str, stream: torch.dtype) -> None:
+    x, (gamma, beta, *rest) = draw(300, 96, 160, stream)
+    norm, before, results = Norm(gamma, beta, 1e-6), torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        out = mlp(linear(x, torch.eye(96), None, norm, x), norm, *rest)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), [x, gamma, beta, *rest])])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_layouts_and_poison(unit: str) -> None:
+    """A slice that is not dense is read right; NaN stays in its row."""
+    x, (gamma, beta, *rest) = draw(36, 64, 96, torch.float32)
+    norm = Norm(gamma, beta, 1e-6)
+    rows = x.detach().view(4, 9, 64)[:, 1:]
+    assert torch.equal(mlp(rows, norm, *rest), mlp(rows.contiguous(), norm, *rest))
+    bad = rows.contiguous()
+    bad[2, 3, 5] = torch.nan
+    out = mlp(bad, norm, *rest)
+    assert out[2, 3].isnan().all() and int(out.isnan().any(-1).sum()) == 1
+
+
+def test_weights_are_packed_once_where_they_stay_and_afresh_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+    pack = op._pack
+
+    def counted(weight: Tensor) -> Any:
+        nonlocal count
+        count += 1
+        return pack(weight)
+
+    monkeypatch.setattr(op, "_pack", counted)
+    weight, x = torch.randn(32, 32), torch.randn(8, 32)
+    with weights_stay():
+        linear(x, weight, None)
+        with weights_stay():
+            linear(x, weight, None)
+        linear(x, weight, None)
+        assert count == 1
+        linear(x, weight[:16], None)
+        linear(x, weight[16:], None)
+        assert count == 3  # slices are weights of their own
+    before = linear(x, weight, None)
+    weight.data.mul_(2)  # by a way that leaves no version behind
+    torch.testing.assert_close(linear(x, weight, None), 2 * before)
+    assert count == 5
+
+
+def test_op_contract() -> None:
+    x, parameters = draw(6, 16, 20, torch.float32)
+    gamma, beta, weight, bias, *_ = parameters
+    torch.library.opcheck(torch.ops.mimir_fast.bf16_pack.default, (weight.detach(),))
+    arguments = (x, gamma, beta, 1e-6, weight, bias, None, *packed(weight.detach()))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.mimir_fast.bf16_linear.default, arguments, test_utils=checks)
+    packs = [*packed(weight.detach()), *packed(parameters[4].detach())]
+    torch.library.opcheck(
+        torch.ops.mimir_fast.bf16_mlp.default, (x, parameters, packs, 1e-6, True, True), test_utils=checks
+    )
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_block_takes_it_under_autocast_and_only_there(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if UNIT != "amx":
+        pytest.skip("used where there is AMX")
+    torch.manual_seed(0)
+    block, x = Block(64, 4), torch.randn(2, 9, 64)
+    ids = torch.tensor([[1, 4, 5], [0, 2, 8]]) if asked else None
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return mlp(*args, **kwargs)
+
+    monkeypatch.setattr(op, "mlp", counted)
+    exact = block(x, query_ids_BQ=ids)
+    assert calls == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = block(x, query_ids_BQ=ids)
+        assert calls == 1
+        monkeypatch.setattr(op, "_UNIT", "")
+        slow = block(x, query_ids_BQ=ids)
+        assert calls == 1
+    assert fast.dtype == slow.dtype == torch.float32
+    assert (fast - exact).norm() <= 1.5 * (slow - exact).norm()
