@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "hsic": "mimir_fast.ops.hsic",
+    "hsic_test": "mimir_fast.ops.independence",
     "nhsic": "mimir_fast.ops.nhsic",
     "renyi_mi": "mimir_fast.ops.renyi_mi",
     "cka": "mimir_fast.ops.cka",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from mimir_fast.ops.global_batch import gather_batch as gather_batch
     from mimir_fast.ops.global_hsic import global_hsic as global_hsic
     from mimir_fast.ops.hsic import hsic as hsic
+    from mimir_fast.ops.independence import hsic_test as hsic_test
     from mimir_fast.ops.linf_step import linf_step as linf_step
     from mimir_fast.ops.nhsic import nhsic as nhsic
     from mimir_fast.ops.patches import masked_targets as masked_targets

@@ -1,4 +1,4 @@
-"""Models side by side, from finished evaluations.
+"""Compare models from finished evaluations.
 
 python -m mimir_fast.compare runs/a runs/b evaluation/of/c --output comparison
 python -m mimir_fast.compare --help
@@ -14,14 +14,15 @@ from typing import Annotated
 
 import tyro
 
+from mimir_fast.command import run
 from mimir_fast.evaluation.comparison import html, load, markdown
 from mimir_fast.evaluation.measure import write_atomically
-from mimir_fast.training.cli import exit_on_error, parse
+from mimir_fast.training.cli import parse
 
 
 @dataclass
 class CompareConfig:
-    """Finished evaluations side by side: one table, paired differences, ε curves."""
+    """Compare finished evaluations: one table, paired differences, ε curves."""
 
     evaluations: Annotated[tuple[str, ...], tyro.conf.Positional]
     """results.json files, evaluation folders, or run folders (their newest evaluation)."""
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    run(main)

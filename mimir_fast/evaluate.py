@@ -1,6 +1,6 @@
-"""Judge the robustness of any classifier.
+"""Evaluate the robustness of any classifier.
 
-python -m mimir_fast.evaluate --checkpoint runs/digits/pgd_vit_tiny --suite quick
+python -m mimir_fast.evaluate --checkpoint runs/digits/pgd_vit_nano --suite quick
 torchrun --nproc_per_node 8 -m mimir_fast.evaluate --checkpoint robust.pth --suite full --eps 4/255 \\
     --data.source imagenet --data.root /data/imagenet --data.image_size 224 --index_file robustbench
 python -m mimir_fast.evaluate --checkpoint timm:resnet50 --norm l2 --eps 0.5 --restarts 5 --targets 9 \\
@@ -17,11 +17,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from mimir_fast.command import run
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.adapters import timm_settings
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.run import evaluate
-from mimir_fast.training.cli import exit_on_error, parse, peek
+from mimir_fast.training.cli import parse, peek
 
 
 def data_of(checkpoint: str) -> DataConfig:
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    run(main)

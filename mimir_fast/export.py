@@ -1,7 +1,7 @@
 """Take the weights out of a run: into timm, or into one safetensors file.
 
-python -m mimir_fast.export runs/digits/mimir_vit_tiny --format timm --output encoder.safetensors
-python -m mimir_fast.export runs/digits/pgd_vit_tiny --format safetensors --output robust.safetensors
+python -m mimir_fast.export runs/digits/mimir_vit_nano --format timm --output encoder.safetensors
+python -m mimir_fast.export runs/digits/pgd_vit_nano --format safetensors --output robust.safetensors
 
 `timm` holds what timm's model of the family has, under its names: of a pre-training run the encoder, of a fine-tuned
 run the whole classifier. The Python that builds it is in the file's metadata and is printed. `safetensors` holds
@@ -17,12 +17,13 @@ from typing import Annotated, Literal
 import tyro
 from torch import Tensor
 
+from mimir_fast.command import run
 from mimir_fast.models.families import find_family
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.normalization import NORMALIZATIONS
 from mimir_fast.models.norms import SUFFIX, is_adapter
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
-from mimir_fast.training.cli import exit_on_error, parse
+from mimir_fast.training.cli import parse
 from mimir_fast.versions import python_command
 
 Domain = Literal["clean", "adversarial"]
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    run(main)

@@ -1,6 +1,6 @@
 """Fine-tune a pre-trained encoder into a robust classifier.
 
-python -m mimir_fast.finetune --recipe digits/pgd_vit_tiny --init runs/digits/mimir_vit_tiny
+python -m mimir_fast.finetune --recipe digits/pgd_vit_nano --init runs/digits/mimir_vit_nano
 torchrun --nproc_per_node 8 -m mimir_fast.finetune --recipe imagenet/fast_vit_base --init checkpoint-799.pth
 python -m mimir_fast.finetune --help
 """
@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mimir_fast.command import run
 from mimir_fast.recipes import find_recipe
-from mimir_fast.training.cli import exit_on_error, parse, peek
+from mimir_fast.training.cli import parse, peek
 from mimir_fast.training.finetuning import FinetuneConfig, finetune
 
 
@@ -28,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    run(main)

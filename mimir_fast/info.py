@@ -1,12 +1,14 @@
 """`python -m mimir_fast.info`: which backends run here, at which versions, and the clashes known to us."""
 
+import argparse
 import importlib
 import importlib.util
 import platform
 from collections.abc import Iterator
 
 import mimir_fast
-from mimir_fast.versions import PACKAGES, version_of
+from mimir_fast.command import SHELLS
+from mimir_fast.versions import PACKAGES, called_as, version_of
 
 
 def backends() -> dict[str, str]:
@@ -83,6 +85,16 @@ def clashes() -> Iterator[str]:
 
 def main() -> None:
     """Print it all."""
+    # Not tyro: this command says what is missing, so it needs nothing.
+    parser = argparse.ArgumentParser(
+        prog=called_as("python -m mimir_fast.info"), description=(__doc__ or "").partition(": ")[2]
+    )
+    parser.add_argument("--print_completion", metavar="bash|zsh", choices=SHELLS, help="a script for the shell")
+    if shell := parser.parse_args().print_completion:
+        from mimir_fast.completion import script
+
+        print(script(shell))
+        return
     print(f"mimir_fast {mimir_fast.__version__}   Python {platform.python_version()}   {platform.platform()}")
     print("\nbackends")
     for name, state in backends().items():

@@ -39,6 +39,7 @@ class Stream(IntEnum):
     BRANCH_GATE = 11
     PATCH_GATE = 12
     AUGMENT_STRENGTH = 13
+    PERMUTATION = 14
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, rounds: int = 10) -> tuple[Tensor, ...]:

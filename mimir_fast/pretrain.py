@@ -1,6 +1,6 @@
 """Pre-train a robust masked autoencoder.
 
-python -m mimir_fast.pretrain --recipe digits/mimir_vit_tiny
+python -m mimir_fast.pretrain --recipe digits/mimir_vit_nano
 torchrun --nproc_per_node 8 -m mimir_fast.pretrain --recipe imagenet/mimir_vit_base --data.root /data/imagenet
 python -m mimir_fast.pretrain --help
 """
@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mimir_fast.command import run
 from mimir_fast.methods.mimir import apply_preset
 from mimir_fast.recipes import find_recipe
-from mimir_fast.training.cli import exit_on_error, parse, peek
+from mimir_fast.training.cli import parse, peek
 from mimir_fast.training.pretraining import PretrainConfig, pretrain, with_method
 
 
@@ -32,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    run(main)

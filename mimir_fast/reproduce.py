@@ -4,7 +4,7 @@ python -m mimir_fast.reproduce digits_demo   # `make demo`: a robust classifier 
 python -m mimir_fast.reproduce fashion_ablation --size reduced --seeds 3
 python -m mimir_fast.reproduce --help
 
-Both go on where they were killed when the same command is given again.
+Both resume when the same command is given again.
 """
 
 import sys
@@ -15,12 +15,13 @@ from typing import Annotated
 
 import tyro
 
+from mimir_fast.command import run
 from mimir_fast.reproduction.ablation import Ablation, read_results, run_ablation
 from mimir_fast.reproduction.demo import run_demo
 from mimir_fast.reproduction.fashion import SizeName, fashion_ablation
 from mimir_fast.reproduction.stages import Interrupted
 from mimir_fast.reproduction.tables import markdown, plot, print_table, table
-from mimir_fast.training.cli import exit_on_error, parse
+from mimir_fast.training.cli import parse
 
 
 @dataclass
@@ -105,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    run(main)

@@ -1,4 +1,4 @@
-"""Versions, machine and commit: the birth certificate of every number this package writes down."""
+"""Versions, machine and commit: recorded with every number this package writes down."""
 
 import os
 import platform
@@ -16,6 +16,9 @@ PACKAGES = (
     "mimir-fast", "torch", "torchvision", "timm", "triton", "xformers", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
     "apex", "safetensors", "tyro", "tensorboard", "webdataset", "scikit-learn", "pyautoattack",
 )  # fmt: skip
+
+
+COMPLETION_HINT = "--print_completion bash|zsh prints what a shell needs to complete mimir-fast."
 
 
 def version_of(package: str) -> str | None:
@@ -59,6 +62,11 @@ def python_command() -> str:
     if found and Path(found).absolute() == python:
         return "python"
     return str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python)
+
+
+def called_as(prog: str) -> str:
+    """The program's name in messages: `prog`, or `mimir-fast COMMAND` when it was started so."""
+    return sys.argv[0] if sys.argv[0].startswith("mimir-fast ") else prog
 
 
 def cpu_name() -> str:

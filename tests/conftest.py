@@ -37,6 +37,8 @@ def tools() -> dict[str, str]:
             ("pyautoattack", "pyautoattack", "pyautoattack"),
             ("torchattacks", "torchattacks", "torchattacks"),
             ("corruptions", "corrupt_tta", "corrupt-tta"),
+            ("mkdocs", "mkdocstrings", "'.[docs]'"),
+            ("notebooks", "nbclient", "nbclient nbformat ipykernel"),
         )
     }
     found["chromium"] = "yes" if any(map(shutil.which, BROWSERS)) else "no: apt-get install chromium"

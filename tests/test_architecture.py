@@ -16,7 +16,7 @@ ALLOWED = {
     "models": {"models", "ops", "checkpoints"},  # reading a run's weights
     "attacks": {"attacks", "models", "ops", "losses"},
     "methods": {"methods", "attacks", "models", "ops", "losses", "data.batch"},
-    "data": {"data", "ops.crop_resize"},
+    "data": {"data", "ops.crop_resize", "command"},  # prepare is a command
     "training": {"training", "methods", "attacks", "models", "ops", "data", "checkpoints"},
     "evaluation": {"evaluation", "checkpoints", "training", "methods", "attacks", "models", "ops", "data", "losses"},
     "reproduction": {
@@ -30,7 +30,7 @@ ALLOWED = {
         "models",
         "data",
     },
-    "recipes": {"recipes", "training", "methods", "attacks", "models", "data", "evaluation"},
+    "recipes": {"recipes", "training", "methods", "attacks", "models", "data", "evaluation", "command"},
 }
 
 

@@ -1,4 +1,4 @@
-"""Attacks that know the defence: on what MIMIR bounds (PGD-MI), on features (PGD-fea), and on the reconstruction.
+"""Adaptive attacks: on what MIMIR bounds (PGD-MI), on features (PGD-fea), and on the reconstruction.
 
     PGD-MI    maximise  mean CE(f(x+δ), y) + λ·I(x+δ, z),    z the features of x+δ
     PGD-fea   maximise  ‖g(x+δ) − g(x)‖₂,                    g the features; labels are not used
@@ -53,13 +53,12 @@ def pgd_mi(
     """Adversarial images (B, C, H, W) against cross entropy and the mutual information that MIMIR keeps low.
 
     The estimate is one number a batch, so the attack on an image depends on its batch mates; an image that is alone in
-    its batch shares no information with anything, and is attacked by cross entropy.
+    its batch shares no information with anything, and is attacked by cross entropy. Other arguments as for `pgd`.
 
     Args:
         weight: λ, as in pre-training, beside the mean cross entropy of the batch; `balanced` chooses it so that both
             gradients to the images have one norm where the attack starts. At 1e-5 HSIC's gradient is lost in rounding.
         estimator: of I(x+δ, z), such as `nhsic` (the authors', σ = 5), `hsic` or `renyi_mi`.
-        others: as for `pgd`.
     """
     check_images(images)
     images = images.detach()

@@ -2,7 +2,7 @@
 
 The step waits only while the tensors are copied to (pinned) host memory; torch.distributed.checkpoint writes the copy
 in a thread, and `_finish` in another checks, describes, syncs and renames it. The thread's agreements go through a
-process group of their own.
+process group of their own. torch.distributed.checkpoint takes long to import, so that is left until a run saves.
 """
 
 import json
@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mimir_fast.checkpoints.durable import PARTIAL, crc32, move, remove, sync
 from mimir_fast.checkpoints.reading import FORMAT, VERSION, root_cause
@@ -41,6 +37,8 @@ class Saver:
     """Writes one checkpoint at a time while training goes on. All methods but `done` are collective."""
 
     def __init__(self, world: World) -> None:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
         self.world = world.separate()
         cuda = world.device.type == "cuda"
         # One stager for all saves: pinned memory is costly to get, so it keeps and reuses its copy.
@@ -56,6 +54,9 @@ class Saver:
         Raises:
             OSError: the save before this one failed, or this one cannot begin.
         """
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
         self.wait()
         partial = folder.with_name(folder.name + PARTIAL)
         try:
@@ -91,6 +92,8 @@ class Saver:
     def _finish(
         self, written: Any, partial: Path, folder: Path, meta: dict[str, Any], then: Callable[[], None] | None
     ) -> None:
+        from torch.distributed.checkpoint.api import CheckpointException
+
         def describe() -> dict[str, dict[str, Any]]:
             try:
                 written.result()

@@ -1,4 +1,4 @@
-"""The data room: sources (what images there are), order (which comes when), loaders (how they reach the device).
+"""Data: sources (what images there are), order (which comes when), loaders (how they reach the device).
 
     config = DataConfig(source="fashion_mnist", image_size=32)
     loader = build_loader(config, split="train", batch_size=128, device="cpu", seed=0)

@@ -1,4 +1,4 @@
-"""What data to read and how: the typed configuration of the data room.
+"""What data to read and how: its typed configuration.
 
 Plain Python on purpose: importing it loads neither numpy nor an image library.
 """
@@ -6,8 +6,11 @@ Plain Python on purpose: importing it loads neither numpy nor an image library.
 from dataclasses import dataclass
 from typing import Literal
 
-from mimir_fast.validation import check_finite
+from mimir_fast.validation import check_finite, nearest
 
+SOURCES = (
+    "digits", "fashion_mnist", "idx", "cifar10", "cifar100", "tiny_imagenet", "imagenet", "folder", "webdataset", "raw",
+)  # fmt: skip
 LOADERS = ("auto", "resident", "torch", "dali", "raw")
 AUGMENTATIONS = ("pad_crop", "resized_crop", "none")
 
@@ -63,6 +66,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        if self.source not in SOURCES:
+            raise ValueError(
+                f"unknown source {self.source!r}{nearest(self.source, SOURCES)} Known: {', '.join(SOURCES)}"
+            )
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
         if self.channels not in (1, 3):

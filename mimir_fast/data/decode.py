@@ -1,6 +1,6 @@
-"""Encoded images to pixels with PIL, and the judgement whether a file is an image at all.
+"""Encoded images to pixels with PIL, and the decision whether a file is an image at all.
 
-One judge for all loaders: what PIL decodes completely is an image, everything else is skipped.
+One rule for all loaders: what PIL decodes completely is an image, everything else is skipped.
 """
 
 import io

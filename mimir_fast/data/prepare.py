@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from mimir_fast.command import run
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.index import write_whole
 from mimir_fast.data.loaders.skip import TooManyBadFilesError
@@ -35,6 +36,7 @@ from mimir_fast.data.order import shuffled
 from mimir_fast.data.shard_files import Job, ShardNote, checksum, read_note, write_shard
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource, MissingDataError
+from mimir_fast.versions import COMPLETION_HINT, called_as
 
 _ADVICE = "run the command that wrote it again; it goes on where it was"
 
@@ -255,24 +257,21 @@ def verify(config: PrepareConfig) -> list[str]:
 
 
 def main() -> None:
-    """The command; an expected error is one line and exit code 2, shards that fail --verify are exit code 1."""
-    try:
-        config = tyro.cli(PrepareConfig, prog="python -m mimir_fast.data.prepare", use_underscores=True)
-        if config.verify:
-            faults = verify(config)
-            print("\n".join(faults) or f"{config.out}: all shards are as they were written")
-            raise SystemExit(bool(faults))
-        for split, manifest in prepare(config).items():
-            print(
-                f"{split}: {manifest.num_images} images in {len(manifest.shards)} shards, "
-                f"{len(manifest.skipped)} files left out"
-                + (f" ({config.out}/{split}.json lists them)" if manifest.skipped else "")
-            )
-        print(f"next: --data.source {config.format} --data.root {config.out}")
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    """The command; shards that fail --verify are exit code 1."""
+    prog, description = called_as("python -m mimir_fast.data.prepare"), f"{PrepareConfig.__doc__}\n\n{COMPLETION_HINT}"
+    config = tyro.cli(PrepareConfig, prog=prog, description=description, use_underscores=True)
+    if config.verify:
+        faults = verify(config)
+        print("\n".join(faults) or f"{config.out}: all shards are as they were written")
+        raise SystemExit(bool(faults))
+    for split, manifest in prepare(config).items():
+        print(
+            f"{split}: {manifest.num_images} images in {len(manifest.shards)} shards, "
+            f"{len(manifest.skipped)} files left out"
+            + (f" ({config.out}/{split}.json lists them)" if manifest.skipped else "")
+        )
+    print(f"next: --data.source {config.format} --data.root {config.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

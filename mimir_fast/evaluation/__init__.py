@@ -1,1 +1,1 @@
-"""The evaluation room: is this robustness real? One file an idea; `suite.py` puts them together."""
+"""Evaluation: attacks, gradient-masking checks and the report. `run.py` puts them together."""

@@ -1,12 +1,12 @@
-"""Any model can be judged: it only has to take images in [0, 1] and return logits.
+"""Any model can be evaluated: it only has to take images in [0, 1] and return logits.
 
     runs/my_finetune, model.safetensors, robust.pth     ours and the authors' (mimir_fast.models.classifier)
     timm:resnet18    timm:resnet18@random    timm:resnet18@weights.safetensors
     hf-hub:ORG/NAME  a timm model on the Hugging Face hub
     robustbench:cifar10/Linf/NAME      a model of RobustBench's zoo, where that package is installed
-    model.pt2        a torch.export program
+    model.pt2        a torch.export program; runs code of whoever made it, for torch unpickles it
     model.ts         a TorchScript file (told from others by its content, any suffix)
-    package.module:function    function() returns a module or any callable
+    package.module:function    function() returns a module or any callable; runs its code
 
 Shapes: B images, C channels, H × W pixels, K classes.
 """
@@ -14,6 +14,7 @@ Shapes: B images, C channels, H × W pixels, K classes.
 import hashlib
 import importlib
 import inspect
+import logging
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ KINDS = (
     "(torch.export) or TorchScript file, module:function"
 )
 Choice = Literal["auto", "last", "best", "ema"]
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -120,7 +122,7 @@ class Opaque(nn.Module):
 
 
 class FromProbabilities(nn.Module):
-    """Logits of a model that returns probabilities: their logarithm has the same softmax, and honest gradients."""
+    """Logits of a model that returns probabilities: their logarithm has the same softmax, and useful gradients."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -143,7 +145,7 @@ def load_model(
         channels, image_size: of the data: size a timm model.
         weights: of a run folder, which checkpoint.
         mean, std: normalise by these, in place of what the model brings.
-        probabilities: the model returns probabilities; their logarithm is judged.
+        probabilities: the model returns probabilities; their logarithm is evaluated.
     Raises:
         FileNotFoundError: it looks like a path and there is none.
         ValueError: none of the kinds, or a checkpoint without a classification head.
@@ -177,6 +179,7 @@ def _find(
     if path.suffix == ".pt2" and path.is_file():
         from torch.export.passes import move_to_device_pass
 
+        _runs_code(spec, "torch.export unpickles what is in the file")
         program = move_to_device_pass(torch.export.load(spec), device)
         return JudgedModel(Opaque(program.module()), spec, "torch.export", code=file_digest(path))
     if path.is_file() and _is_torchscript(path):
@@ -242,7 +245,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | N
     sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     made_for = timm_settings(spec)
     if image_size and image_size != made_for.get("image_size", image_size):
-        notes.append(f"judged at {image_size}², made for {made_for['image_size']}²")
+        notes.append(f"evaluated at {image_size}², made for {made_for['image_size']}²")
     if weights and weights != "random":
         if not Path(weights).is_file():
             raise FileNotFoundError(
@@ -259,7 +262,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | N
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
             raise ImportError(
                 f"{spec}: its weights cannot be downloaded ({reason}). Give a downloaded file as timm:NAME@FILE, or "
-                "timm:NAME@random if you mean to judge an untrained network"
+                "timm:NAME@random if you mean to evaluate an untrained network"
             ) from error
     settings: dict[str, Any] = dict(model.pretrained_cfg)
     mean, std = settings.get("mean"), settings.get("std")
@@ -304,6 +307,7 @@ def _robustbench(spec: str) -> JudgedModel:
 
 def _function(spec: str) -> JudgedModel:
     module_name, _, function_name = spec.partition(":")
+    _runs_code(spec, f"{module_name} is imported and {function_name}() called")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -319,6 +323,11 @@ def _function(spec: str) -> JudgedModel:
     return JudgedModel(
         model if isinstance(model, nn.Module) else Opaque(model), spec, "module:function", code=_code_of(module, model)
     )
+
+
+def _runs_code(spec: str, how: str) -> None:
+    """Said before it happens: all other kinds of models are tensors, a name, or a program without system calls."""
+    _LOG.warning("--checkpoint %s runs code with your rights (%s): judge only what you trust", spec, how)
 
 
 def _code_of(module: Any, model: Any) -> str:

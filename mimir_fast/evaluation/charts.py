@@ -47,10 +47,12 @@ class Plane:
         self.x_range, self.y_range, self.height = x, y, height
 
     def x(self, value: float) -> float:
+        """Pixels from the left edge."""
         low, high = self.x_range
         return LEFT + (value - low) / max(high - low, 1e-12) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
+        """Pixels from the top edge."""
         low, high = self.y_range
         return self.height - BOTTOM - (value - low) / max(high - low, 1e-12) * (self.height - TOP - BOTTOM)
 

@@ -112,12 +112,10 @@ def warnings(judged: Sequence[Judged]) -> list[str]:
     first = judged[0]
     for other in judged[1:]:
         if other.ball != first.ball:
-            found.append(
-                f"{other.name} was judged at {other.ball}, {first.name} at {first.ball}: not the same question."
-            )
+            found.append(f"{other.name} was evaluated at {other.ball}, {first.name} at {first.ball}: not comparable.")
         mine, theirs = first.results.images, other.results.images
         if mine["source"] != theirs["source"] or mine["classes"] != theirs["classes"]:
-            found.append(f"{other.name} was judged on {theirs['source']}, {first.name} on {mine['source']}.")
+            found.append(f"{other.name} was evaluated on {theirs['source']}, {first.name} on {mine['source']}.")
         elif set(other.standing) != set(first.standing):
             common = len(set(other.standing) & set(first.standing))
             found.append(f"{other.name} and {first.name} share {common} images; only these are compared in pairs.")
@@ -125,7 +123,8 @@ def warnings(judged: Sequence[Judged]) -> list[str]:
         if tried[0] != tried[1]:
             more = "; ".join(sorted(tried[0] ^ tried[1]))
             found.append(
-                f"{other.name} and {first.name} faced different attacks ({more}): the worst cases differ in rigour."
+                f"{other.name} and {first.name} faced different attacks ({more}): "
+                "their robust accuracies are not equally strict."
             )
     for one in judged:
         if one.results.verdicts["validity"]["kind"] == "bad":
@@ -162,7 +161,7 @@ def main_table(judged: Sequence[Judged]) -> list[list[str]]:
                 labels[key] = entry["label"]
     with_autoattack = any("autoattack" in one.results.sections for one in judged)
     head = ["model", "images", "ball", *(labels[k] for k in keys), *(["AutoAttack"] if with_autoattack else []),
-            "all attacks", "95 % interval", "believable?"]  # fmt: skip
+            "all attacks", "95 % interval", "checks"]  # fmt: skip
     lines = [head]
     for one in judged:
         attacks = one.results.sections["accuracy"]["attacks"]
@@ -180,7 +179,7 @@ def main_table(judged: Sequence[Judged]) -> list[list[str]]:
 def difference_table(judged: Sequence[Judged]) -> list[list[str]]:
     """Head and one line a model and measure; empty when nothing can be paired."""
     lines = [["compared with " + judged[0].name, "measure", "difference", "95 % interval", "p", "images",
-              "only the first right", "only this one right"]]  # fmt: skip
+              "only the first correct", "only this one correct"]]  # fmt: skip
     for d in differences(judged):
         value, low, high = d.interval
         lines.append(
@@ -229,7 +228,7 @@ def curves(judged: Sequence[Judged]) -> str:
     said = "; ".join(f"{line.label}: " + ", ".join(f"{y:.1f} % at {x:.4g}" for x, y in line.points) for line in lines)
     chart = line_chart(
         lines, f"{words} {said}.", x_label="ε · 255" if unit == 255 else "ε", y_label="accuracy (%)", percent=True,
-        x_ticks=[(x, f"{x:.4g}") for x in ticks], x_from=0.0, mark=(unit * eps, f"judged at {unit * eps:.4g}"),
+        x_ticks=[(x, f"{x:.4g}") for x in ticks], x_from=0.0, mark=(unit * eps, f"evaluated at {unit * eps:.4g}"),
     )  # fmt: skip
     return figures(figure(chart, words))
 
@@ -253,7 +252,7 @@ def markdown(judged: Sequence[Judged]) -> str:
 
 def html(judged: Sequence[Judged]) -> str:
     """The page."""
-    title = "Side by side: " + ", ".join(one.name for one in judged)
+    title = "Comparison: " + ", ".join(one.name for one in judged)
     head, *body = main_table(judged)
     numbers = [i for i in range(1, len(head) - 1) if i != 2]
     parts = [
@@ -267,9 +266,9 @@ def html(judged: Sequence[Judged]) -> str:
         said = "In percentage points, of the same images: exact McNemar test, Bonett and Price's interval"
         parts += ["<h2>Differences</h2>", table(head, body, numbers=range(2, len(head)), caption=said)]
     if chart := curves(judged):
-        parts += ["<h2>How accuracy falls with ε</h2>", chart]
+        parts += ["<h2>Accuracy against ε</h2>", chart]
     if rows := published_rows(judged[0].results):
-        parts += ["<h2>Published beside it</h2>", paragraph(_published_words()),
+        parts += ["<h2>Published models</h2>", paragraph(_published_words()),
                   table(_published_head(), rows, numbers=(2, 3))]  # fmt: skip
     data: dict[str, Any] = {one.name: str(one.path) for one in judged}
     return page(title, "\n".join(parts), {"compared": data})

@@ -19,7 +19,7 @@ class Suite:
     """How much a suite does.
 
     Attributes:
-        limit: images judged when no limit is given; None for the whole test split.
+        limit: images evaluated when no limit is given; None for the whole test split.
         steps: of the PGD attacks.
         adaptive_steps: of PGD-MI and PGD-fea; 0 leaves them out.
         autoattack: run it.
@@ -66,18 +66,18 @@ SUITES: dict[str, Suite] = {
         check_steps=(1, 2, 5, 10, 20, 50, 100), curve_steps=20, near=NEAR, far=FAR, square_queries=5000,
         surface_points=15, mi=True, unforeseen=True,
     ),
-    # The numbers of a table and nothing beside them: an ablation judges dozens of models.
+    # The numbers of a table and nothing beside them: an ablation evaluates dozens of models.
     "table": Suite(limit=None, steps=(20,), autoattack=True),
 }  # fmt: skip
 
 
 @dataclass
 class EvaluateConfig:
-    """Judge the robustness of any classifier and write one report."""
+    """Evaluate the robustness of any classifier and write one report."""
 
     checkpoint: str
     """Run folder, .safetensors or .pth file, timm:NAME, hf-hub:ORG/NAME, robustbench:DATA/NORM/NAME, .pt2 or
-    TorchScript file, or module:function."""
+    TorchScript file, or module:function. The .pt2 file and module:function run code: only from those you trust."""
     suite: SuiteName = "quick"
     """quick: minutes on a laptop; paper: the papers' attacks and AutoAttack; full: all there is; table: natural, FGSM,
     PGD-20 and AutoAttack only."""
@@ -92,13 +92,14 @@ class EvaluateConfig:
     alpha: float | None = None
     """Step size of PGD; left out: ε/4 (2/255 at 8/255, as the papers have it)."""
     restarts: int = 1
-    """Random starts of each PGD; an image is right if none of them breaks it."""
+    """Random starts of each PGD; an image counts as correct if none of them breaks it."""
     targets: int = 0
     """Aim PGD at that many of the likeliest wrong classes, one after the other; 0 leaves targeted attacks out."""
     limit: int | None = None
-    """Judge that many test images, evenly spaced; left out: what the suite says."""
+    """Evaluate that many test images, evenly spaced; left out: what the suite says."""
     index_file: str | None = None
-    """File of positions or file names to judge, one a line; `robustbench` for its 5000 ImageNet images."""
+    """Positions or file names of the images to evaluate, a file with one per line; `robustbench` for its 5000 ImageNet
+    images."""
     batch_size: int = 128
     """Images a forward pass."""
     output_dir: str | None = None
@@ -111,7 +112,7 @@ class EvaluateConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
     outputs: Literal["logits", "probabilities"] = "logits"
-    """What the model returns; probabilities are judged by their logarithm."""
+    """What the model returns; of probabilities the logarithm is taken."""
     mean: tuple[float, ...] | None = None
     """Normalise images by this mean, one number a channel, before the model; left out: what the model brings."""
     std: tuple[float, ...] | None = None
@@ -126,7 +127,7 @@ class EvaluateConfig:
     autoattack_version: Literal["standard", "plus", "rand"] = "standard"
     """`rand` for models that are not deterministic."""
     autoattack_images: int | None = None
-    """Run AutoAttack on that many of the judged images, evenly spaced; left out: on all."""
+    """Run AutoAttack on that many of the images, evenly spaced; left out: on all."""
     autoattack_attacks: tuple[str, ...] = ()
     """Only these of its attacks, such as apgd-ce apgd-t; the result is then not called AutoAttack."""
     mi_estimator: MiEstimator = "nhsic"
@@ -140,10 +141,10 @@ class EvaluateConfig:
     unforeseen: Literal["suite", "yes", "no"] = "suite"
     """Attacks of other kinds: other norms, elastic deformation, rotation and shift, changes of JPEG coefficients."""
     shifts: tuple[str, ...] = ()
-    """Folders of class folders to judge without attack, such as ImageNet-A, ImageNet-R or ImageNet-V2; where a folder
-    has some of the classes only, the others' logits are left out."""
+    """Folders of class folders to evaluate without attack, such as ImageNet-A, ImageNet-R or ImageNet-V2; where a
+    folder has some of the classes only, the others' logits are left out."""
     transfer_from: tuple[str, ...] = ()
-    """Models, named as for checkpoint, whose PGD-20 images this model must withstand."""
+    """Other models, named as for checkpoint: PGD-20 images made on them are shown to this model."""
     pretrained: str | None = None
     """Pre-training run or file of the masked autoencoder behind the classifier: its reconstruction is attacked too, and
     the bounds of Propositions 3.2 and 3.3 can be drawn."""
@@ -171,7 +172,7 @@ class EvaluateConfig:
         if self.targets < 0:
             raise ValueError(f"--targets {self.targets}, wanted 0 (none) or more")
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit {self.limit} leaves no image to judge; give at least 1, or leave it out")
+            raise ValueError(f"--limit {self.limit} leaves no image to evaluate; give at least 1, or leave it out")
         if self.autoattack_images is not None and self.autoattack_images < 1:
             raise ValueError(f"--autoattack_images {self.autoattack_images}: give at least 1, or --autoattack no")
         if self.crop is not None and not 0 < self.crop <= 1:

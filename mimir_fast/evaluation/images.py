@@ -74,7 +74,7 @@ def choose_indices(source: ImageSource, limit: int | None, index_file: str | Non
     if limit is not None and index_file is not None:
         raise ValueError("give --limit or --index_file, not both")
     if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit} leaves no image to judge; give a number of at least 1, or leave it out")
+        raise ValueError(f"--limit {limit} leaves no image to evaluate; give a number of at least 1, or leave it out")
     if index_file is None:
         count = len(source) if limit is None else min(limit, len(source))
         return np.arange(count, dtype=np.int64) * len(source) // count
@@ -83,7 +83,7 @@ def choose_indices(source: ImageSource, limit: int | None, index_file: str | Non
         raise FileNotFoundError(f"--index_file {index_file}: no such file; one position or file name a line")
     lines = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"{path} is empty: it leaves no image to judge; write one position or file name a line")
+        raise ValueError(f"{path} is empty: it leaves no image to evaluate; write one position or file name a line")
     numbers = [int(line) for line in lines] if all(line.isdigit() for line in lines) else _by_name(source, lines, path)
     if max(numbers) >= len(source):
         raise ValueError(f"{path} asks for image {max(numbers)}, but {source.name} has {len(source)} (0 is the first)")
@@ -91,7 +91,7 @@ def choose_indices(source: ImageSource, limit: int | None, index_file: str | Non
 
 
 def robustbench_list() -> Path:
-    """The list of 5000 ImageNet validation images that RobustBench judges on, from the installed package."""
+    """The list of 5000 ImageNet validation images that RobustBench evaluates on, from the installed package."""
     from importlib.util import find_spec
 
     spec = find_spec("robustbench")
@@ -131,7 +131,7 @@ class Fitting:
         from mimir_fast.data.geometry import plan_geometry
 
         side, channels = config.image_size, config.channels
-        if self == Fitting() or pixels.shape[:2] == (side, side):  # the data room's own way, as every loader has it
+        if self == Fitting() or pixels.shape[:2] == (side, side):  # as data/ does it, as every loader has it
             one, sizes = np.array([0]), np.array([pixels.shape[:2]])
             return cut([pixels], plan_geometry(config, False, 0, one, one, sizes), side, channels)[0].numpy()
         from PIL import Image
@@ -176,7 +176,7 @@ def load_from(
     from mimir_fast.data.loaders.base import to_channels
 
     if len(indices) == 0:
-        raise ValueError(f"an empty subset of {source.name} was asked for: there is nothing to judge")
+        raise ValueError(f"an empty subset of {source.name} was asked for: there is nothing to evaluate")
     if isinstance(source, ArraySource) and source.image_size != config.image_size:
         raise ValueError(
             f"{source.name} has images of {source.image_size} x {source.image_size} pixels but image_size is "

@@ -1,4 +1,4 @@
-"""Is the robustness real, or are the gradients hidden? Symptoms of gradient masking, with verdicts in plain words.
+"""Gradient-masking checks: symptoms by which a model looks more robust than it is, each with what was observed.
 
 Athalye et al., arXiv 1802.00420, §3.1, and Carlini et al., arXiv 1902.06705, §3: iterative attacks beat one step, more
 steps never hurt the attacker, black-box attacks do not beat white-box ones, an unbounded attack always succeeds, and
@@ -31,7 +31,7 @@ class Verdict:
         name: short, for the table.
         passed: no symptom was found.
         sentence: what was seen, in plain words.
-        numbers: what it was judged by.
+        numbers: what it was decided by.
     """
 
     name: str
@@ -81,7 +81,7 @@ def iterative_beats_one_step(fgsm: Tensor, iterative: Tensor) -> Verdict:
     p = mcnemar(only_one, only_many)
     passed = p >= LEVEL
     counts = f"one step alone breaks {only_one} images, many steps alone {only_many}; {_p(p)}"
-    left = f"{_percent(iterative)} left by PGD, {_percent(fgsm)} by one step"
+    left = f"accuracy {_percent(iterative)} under PGD, {_percent(fgsm)} under one step"
     if not passed:
         sentence = f"PGD is WEAKER than one step: {left} ({counts})."
     elif only_one > only_many:
@@ -106,8 +106,8 @@ def black_box_never_beats_white_box(white: Tensor, black: Tensor) -> Verdict:
         else f"which one in {round(1 / ODD_ONE)} odd images would explain ({_p(new)})"
     )
     sentence = (
-        f"The black-box attack leaves {_percent(black)}, the gradient attacks {_percent(white)}; it breaks {words} "
-        f"that the gradients did not, {end}."
+        f"Accuracy {_percent(black)} under the black-box attack, {_percent(white)} under gradient attacks; it breaks "
+        f"{words} that the gradients did not, {end}."
     )
     numbers = {"only_black_box": only_black, "only_white_box": only_white, "p_new": new, "p_stronger": stronger}
     return Verdict("black-box never beats white-box", passed, sentence, numbers)

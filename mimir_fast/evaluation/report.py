@@ -9,14 +9,14 @@ from mimir_fast.evaluation.html import listing, page, paragraph
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.sections import SECTIONS
 
-QUESTIONS = {"robustness": "How robust is it?", "validity": "Can that be believed?"}
+QUESTIONS = {"robustness": "How robust is it?", "validity": "Can the number be trusted?"}
 
 
 def render(results: Results) -> str:
     """The page; a function of the results alone."""
     name = str(results.choices.get("checkpoint", "model"))
     parts = [
-        f"<h1>Is it robust? {escape(name)}</h1>",
+        f"<h1>Robustness of {escape(name)}</h1>",
         paragraph(_subtitle(results), "soft"),
         f'<div class="verdicts">{"".join(_verdict(k, v) for k, v in results.verdicts.items())}</div>',
         *(paragraph(note, "note") for note in results.notes),
@@ -51,7 +51,7 @@ def _repeat(results: Results) -> str:
     shown: dict[str, Any] = {"choices": results.choices, "images": images, "environment": results.environment}
     shown["attacks"] = {n: e["parameters"] for n, e in results.sections["accuracy"]["attacks"].items()}
     return (
-        '<section id="repeat"><h2>To repeat and to quote it</h2>'
+        '<section id="repeat"><h2>Reproduce and cite</h2>'
         + f'<pre tabindex="0" aria-label="The command">{escape(results.command)}</pre>'
         + listing("As a row of a Markdown table", results.rows["markdown"])
         + listing("As a row of a LaTeX table", results.rows["latex"])

@@ -25,7 +25,7 @@ class Results:
     """What an evaluation found.
 
     Attributes:
-        verdicts: `robustness` (how much of it) and `validity` (may one believe that): {"kind": good, unsure or bad,
+        verdicts: `robustness` (how much of it) and `validity` (can it be trusted): {"kind": good, unsure or bad,
             "large": the headline, "text": why}.
         choices: the resolved configuration, preprocessing, weights.
         images: data set, number, indices in the split, unreadable files by path.
@@ -96,32 +96,31 @@ def robustness_verdict(results: Results) -> dict[str, str]:
     ball = f"{NORM_WORDS[numbers['norm']]}, ε = {numbers['eps_text']}"
     low, high = (f"{100 * v:.1f}" for v in robust["interval"])
     text = (
-        f"Without attack the model is right on {100 * clean['accuracy']:.1f} % of {clean['total']} images; under all "
-        f"attacks tried ({ball}) it stays right on {robust['correct']} of {robust['total']} (95 % interval {low} to "
-        f"{high} %). "
+        f"{robust['correct']} of {robust['total']} images are classified correctly without attack and under every "
+        f"attack tried ({ball}); 95 % interval {low} to {high} %. Natural accuracy: {100 * clean['accuracy']:.1f} %. "
     )
     if share <= chance:
-        kind, end = "bad", "That is no better than guessing."
+        kind, end = "bad", "The robust accuracy is no better than chance."
     elif share < clean["accuracy"] / 2:
-        kind, end = "unsure", "More than half of what it knows is lost under attack."
+        kind, end = "unsure", "More than half of the natural accuracy is lost under attack."
     else:
-        kind, end = "good", "It keeps at least half of what it knows."
+        kind, end = "good", "At least half of the natural accuracy is kept under attack."
     return {"kind": kind, "large": f"{100 * share:.1f} % robust accuracy", "text": text + end}
 
 
 def validity_verdict(results: Results) -> dict[str, str]:
-    """Whether the robust accuracy may be believed: the checks, and which attacks stand behind it."""
+    """Whether the robust accuracy can be trusted: the gradient-masking checks, and which attacks were run."""
     checks = results.sections.get("masking", {}).get("checks", [])
     failed = [check["name"] for check in checks if not check["passed"]]
     found = results.sections.get("autoattack")
     whole = found is not None and found["whole"] and found["total"] == found["images"]
     if failed:
         return {
-            "kind": "bad", "large": "Do not trust it yet",
-            "text": f"{len(failed)} of {len(checks)} checks show signs of hidden gradients: {'; '.join(failed)}. The "
-            "true robustness may be far lower.",
+            "kind": "bad", "large": "Gradient masking suspected",
+            "text": f"{len(failed)} of {len(checks)} gradient-masking checks failed: {'; '.join(failed)}. The true "
+            "robust accuracy may be far lower.",
         }  # fmt: skip
-    passed = f"None of {len(checks)} checks shows signs of hidden gradients. " if checks else "No check was run. "
+    passed = f"All {len(checks)} gradient-masking checks passed. " if checks else "No gradient-masking check was run. "
     if found is None:
         rest = "AutoAttack was not run: the true robust accuracy can only be lower."
     elif not found["whole"]:
@@ -131,9 +130,10 @@ def validity_verdict(results: Results) -> dict[str, str]:
     else:
         rest = f"{found['title']} ran on every image."
     good = bool(checks) and whole
+    unmasked = "No sign of gradient masking" + ("" if whole else ", AutoAttack not complete")
     return {
         "kind": "good" if good else "unsure",
-        "large": "The attacks could do their work" if good else "Not settled" if not checks else "No sign against it",
+        "large": unmasked if checks else "Not checked",
         "text": passed + rest,
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Is this model fit to be judged? Looked at once, before hours are spent.
+"""Can this model be evaluated? Looked at once, before hours are spent.
 
 Refused: a wrong number of classes, outputs that are no logits, probabilities. Said: a model that is not deterministic.
 Shapes: B images, C channels, H × W pixels, K classes.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 PROBABILITIES_HELP = (
     "the model returns probabilities, and attacks need logits: the softmax flattens the loss and hides gradients. "
-    "Remove the softmax, or give --outputs probabilities to judge their logarithm"
+    "Remove the softmax, or give --outputs probabilities to take their logarithm"
 )
 
 

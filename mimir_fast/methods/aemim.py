@@ -22,12 +22,20 @@ from torch import Tensor, nn
 from mimir_fast.attacks.features import FeatureAttackConfig, attack_features
 from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.data.batch import Batch
-from mimir_fast.methods.mae import Draws, Mae, MaeConfig, Shown, masked_model, preview_rows, reconstruction_loss
+from mimir_fast.methods.mae import (
+    Draws,
+    MaeConfig,
+    MaskedMethod,
+    Shown,
+    masked_model,
+    preview_rows,
+    reconstruction_loss,
+)
 from mimir_fast.methods.masking import Mask
 from mimir_fast.methods.noise_mae import uniform_delta
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.terms import Term, total
-from mimir_fast.models.masked_model import MaskedModel, View
+from mimir_fast.models.masked_model import Encoded, MaskedModel, View
 from mimir_fast.models.norms import ADVERSARIAL, CLEAN
 from mimir_fast.ops.patches import gather_patches, masked_targets, normalize_patches, patchify, unpatchify
 from mimir_fast.philox import Stream
@@ -54,7 +62,7 @@ class Attacked(NamedTuple):
     whole: Tensor
 
 
-class Aemim(Mae):
+class Aemim(MaskedMethod):
     """Two reconstructions from two streams through one encoder."""
 
     config: AemimConfig
@@ -70,18 +78,18 @@ class Aemim(Mae):
         mask, p, norm_pix = draws.mask, masked_model(model).patch_size, self.config.norm_pix_loss
         patches = patchify(batch.images, p)
         view = clean_view(patches, mask)
-        clean = model(view)
         # The features the attack leads away from are those of the clean stream: computed once.
+        clean = Encoded(view, model(view, decode=False))
         shown = self.attack(model, patches, draws, clean.latent)
-        adversarial = model(View(shown.visible, mask.keep, mask.masked, ADVERSARIAL))
+        output = model(View(shown.visible, mask.keep, mask.masked, ADVERSARIAL), beside=clean)
         own_target = gather_patches(shown.whole, mask.masked)
         targets = (
             masked_targets(batch.images, mask.masked, p, norm_pix=norm_pix),
             normalize_patches(own_target) if norm_pix else own_target,
         )
         errors = [
-            reconstruction_loss(output.prediction, target, self.config.pixel_loss)
-            for output, target in zip((clean, adversarial), targets, strict=True)
+            reconstruction_loss(prediction, target, self.config.pixel_loss)
+            for prediction, target in zip(output.prediction.chunk(2), targets, strict=True)
         ]
         return total(
             [Term("reconstruction", errors[0]), Term("adversarial", errors[1], self.config.adversarial_weight)]

@@ -1,10 +1,11 @@
 """Masked autoencoding of clean images (He et al., arXiv 2111.06377): the plain baseline and its relatives' frame.
 
-A step draws (a mask, and whatever else is random), looks (which pixels the encoder is shown), runs the model, and sums
-terms. A relative says what is different: what it draws, how it perturbs what is shown, which terms it pays for.
+A step of `Mae` draws (a mask, and whatever else is random), looks (which pixels the encoder is shown), runs the model,
+and sums terms. A relative says what differs: what it draws, how it perturbs what is shown, which terms it pays for.
 Shapes: B images, N patches, K kept, M masked, P numbers a patch, T latent tokens, D width.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -94,8 +95,8 @@ def reconstruction_loss(prediction_BMP: Tensor, target_BMP: Tensor, kind: Litera
     return error(prediction_BMP.float(), target_BMP.float())
 
 
-class Mae:
-    """Reconstruct the masked patches from the visible ones."""
+class MaskedMethod(ABC):
+    """What is drawn for a step, then its losses; `preview` shows both."""
 
     token_order: TokenOrder = "sorted"
 
@@ -107,6 +108,18 @@ class Mae:
         with weights_stay():
             return self.losses(model, batch, self.draw(masked_model(model), batch, seed=seed, step=step))
 
+    @abstractmethod
+    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int) -> Draws:
+        """All random numbers of the step, as functions of (seed, step, sample)."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """{"loss": …, terms by name where there are several} of one step with the given draws."""
+
+    @abstractmethod
+    def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
+        """Rows (B, C, H, W) in [0, 1] of what a step sees and makes."""
+
     def draw_mask(self, model: MaskedModel, batch: Batch, stream: Stream, *, seed: int, step: int) -> Mask:
         """A mask of the configured ratio and unit."""
         return draw_mask(
@@ -114,8 +127,12 @@ class Mae:
             mask_unit=self.config.mask_unit,
         )  # fmt: skip
 
+
+class Mae(MaskedMethod):
+    """Reconstruct the masked patches from the visible ones."""
+
     def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int) -> Draws:
-        """All random numbers of the step, as functions of (seed, step, sample)."""
+        """The mask."""
         return Draws(self.draw_mask(model, batch, Stream.MASK, seed=seed, step=step))
 
     def perturb(self, model: nn.Module, images: Tensor, draws: Draws, target_BMP: Tensor) -> Shown:
@@ -165,7 +182,9 @@ def preview_rows(
     perturbed = shown.patches if shown.patches is not None else patches.scatter(1, place, shown.visible)
     seen = torch.full_like(patches, 0.5).scatter(1, place, shown.visible)
     completed = prediction_BNP.scatter(1, place, shown.visible)
-    rows = {"input": patches, "adversarial": perturbed, "masked": seen, "reconstruction": completed}
+    rows = {"input": patches, "perturbed": perturbed, "masked": seen, "reconstruction": completed}
+    if torch.equal(perturbed, patches):
+        del rows["perturbed"]
     return {name: unpatchify(x, patch_size) for name, x in rows.items()}
 
 

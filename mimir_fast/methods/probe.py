@@ -3,8 +3,8 @@
 Its images are held out of the *training* split, because it chooses the best checkpoint: chosen on test images, that
 checkpoint's test accuracy would be flattered. Not an evaluation (that is `python -m mimir_fast.evaluate`): a few
 hundred images, enough to see whether training works and to notice catastrophic overfitting, in which single-step
-adversarial training learns to fool the single step: FGSM accuracy is high while PGD accuracy falls to zero (Wong et
-al., arXiv 2001.03994, §5.4).
+adversarial training learns a defence against the single step only: FGSM accuracy is high while PGD accuracy falls to
+zero (Wong et al., arXiv 2001.03994, §5.4).
 """
 
 from collections.abc import Iterable
@@ -58,8 +58,8 @@ class ProbeResult:
         if self.fgsm - self.pgd <= _ALARMING_GAP:
             return None
         return (
-            f"CATASTROPHIC OVERFITTING: FGSM accuracy {self.fgsm:.1%} but PGD accuracy {self.pgd:.1%}. The model has "
-            "learned to fool the single step; what follows is not robust. Go back to the `best` checkpoint and train "
+            f"CATASTROPHIC OVERFITTING: FGSM accuracy {self.fgsm:.1%} but PGD accuracy {self.pgd:.1%}. The model "
+            "defends against the single step only, and is not robust. Go back to the `best` checkpoint and train "
             "with more steps (--method pgd --attack.num_steps 2), a smaller --attack.eps, or a lower learning rate"
         )
 

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -64,10 +65,15 @@ def register(entry: MethodEntry) -> None:
 
 def all_methods(stage: Stage) -> dict[str, MethodEntry]:
     """Every method of a stage by name."""
+    _import_all()
+    return {name: entry for (s, name), entry in sorted(_METHODS.items()) if s == stage}
+
+
+@cache
+def _import_all() -> None:
     package = __name__.rpartition(".")[0]
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         importlib.import_module(f"{package}.{module.name}")
-    return {name: entry for (s, name), entry in sorted(_METHODS.items()) if s == stage}
 
 
 def find_method(stage: Stage, name: str) -> MethodEntry:

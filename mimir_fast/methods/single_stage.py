@@ -5,7 +5,7 @@
 Can pre-training and adversarial fine-tuning be one stage? MIMIR leaves it open (arXiv 2312.04960, §6). This is the
 simplest answer to try, ours, with no published numbers: the attack is adv-MAE's (it maximises the reconstruction
 error), the head reads the cls token (the mean token where a family has none), and sees a quarter of each image.
-The checkpoint holds encoder, decoder and head, and can be judged or fine-tuned as a classifier as it is.
+The checkpoint holds encoder, decoder and head, and can be evaluated or fine-tuned as a classifier as it is.
 """
 
 from dataclasses import dataclass

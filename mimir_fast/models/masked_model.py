@@ -43,7 +43,7 @@ class ModelConfig:
     decoder: DecoderName = "light"
     """`light` 128 wide, 2 deep, 16 heads (the authors'); `mae` 512 wide, 8 deep, 16 heads; `linear` SimMIM's."""
     positions: Positions = "true"
-    """Where convit and xcit believe the kept patches to be: `true`, or the square grid of the `official` code."""
+    """Where convit and xcit assume the kept patches to be: `true`, or the square grid of the `official` code."""
     adapters: bool = False
     """Keep norm layers and cls token twice, for clean and for adversarial images; method aemim switches it on."""
 
@@ -83,6 +83,13 @@ class Output(NamedTuple):
     latent: Tensor
     prediction: Tensor
     logits: Tensor | None = None
+
+
+class Encoded(NamedTuple):
+    """A view the model has encoded already, and its latent."""
+
+    view: View
+    latent: Tensor
 
 
 class MaskedModel(FlatNames):
@@ -125,17 +132,27 @@ class MaskedModel(FlatNames):
         return torch.cat([latent_BTD[:, :prefix], rows], dim=1) if prefix else rows
 
     @overload
-    def forward(self, view: View, *, decode: Literal[True] = True) -> Output: ...
+    def forward(self, view: View, *, decode: Literal[True] = True, beside: Encoded | None = None) -> Output: ...
     @overload
     def forward(self, view: View, *, decode: Literal[False]) -> Tensor: ...
 
-    def forward(self, view: View, *, decode: bool = True) -> Output | Tensor:
-        """Latent, prediction and logits of a view; only the latent with `decode=False`."""
+    def forward(self, view: View, *, decode: bool = True, beside: Encoded | None = None) -> Output | Tensor:
+        """Latent, prediction and logits of a view; only the latent with `decode=False`.
+
+        Args:
+            beside: an encoded view of as many patches; the output then has its rows first, those of `view` after them.
+                One pass through the decoder for both: its weights are read, and their gradients written, once.
+        """
         latent = self.encode(view)
         if not decode:
             return latent
-        places = None if self.full_length else view.keep
-        return Output(latent, self.decoder(latent, places, view.masked), self.classify(latent))
+        keep, masked = view.keep, view.masked
+        if beside is not None:
+            latent, keep = torch.cat([beside.latent, latent]), torch.cat([beside.view.keep, keep])
+            if masked is not None and beside.view.masked is not None:
+                masked = torch.cat([beside.view.masked, masked])
+        places = None if self.full_length else keep
+        return Output(latent, self.decoder(latent, places, masked), self.classify(latent))
 
     def classify(self, latent_BTD: Tensor) -> Tensor | None:
         """(B, classes) logits, or None without a head."""

@@ -1,4 +1,4 @@
-"""Where the MIMIR authors' ConViT and XCiT believe the kept patches to lie: on a square grid of their own."""
+"""Where the MIMIR authors' ConViT and XCiT assume the kept patches to lie: on a square grid of their own."""
 
 import math
 

@@ -23,9 +23,12 @@ ESTIMATORS, NORMALIZERS = ("biased", "unbiased"), ("n2", "(n-1)^2")
 
 
 def hsic_from_sums(s: Tensor, r_N: Tensor, q_N: Tensor, estimator: Estimator, normalizer: Normalizer = "n2") -> Tensor:
-    """The float64 scalar from `pair_sums`. The unbiased estimator cancels three digits, hence float64."""
+    """The float64 scalar from `pair_sums`, or (P,) of them for s (P,) and q (P, N).
+
+    The unbiased estimator cancels three digits, hence float64.
+    """
     n = r_N.shape[0]
-    product, totals = (r_N * q_N).sum(), r_N.sum() * q_N.sum()
+    product, totals = (r_N * q_N).sum(dim=-1), r_N.sum() * q_N.sum(dim=-1)
     if estimator == "biased":
         return (s - 2 / n * product + totals / n**2) / (n**2 if normalizer == "n2" else (n - 1) ** 2)
     return (s - 2 / (n - 2) * product + totals / ((n - 1) * (n - 2))) / (n * (n - 3))

@@ -3,7 +3,7 @@
 Pixel order inside a patch is (row, column, channel), channel fastest, as in MAE and MIMIR; uint8 images become float
 in [0, 1]. Shapes: B images, C channels, N = (H/p)·(W/p) patches of P = p·p·C numbers, K kept, M masked.
 
-`patchify_gather` is linear and its adjoint an op of its own, so derivatives of any order exist; the rest of the room
+`patchify_gather` is linear and its adjoint an op of its own, so derivatives of any order exist; the rest of the file
 (`gather_patches`, `scatter_patches`, on tokens) is in `tokens.py`.
 """
 

@@ -4,13 +4,13 @@ A recipe is a function that returns a configuration; it is registered under `DAT
 published rows (published/) name the recipes that have their conditions, so the numbers stand beside the recipes.
 """
 
-import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from mimir_fast.recipes.published import Row, rows_of
+from mimir_fast.validation import nearest
 
 T = TypeVar("T")
 
@@ -70,7 +70,5 @@ def find_recipe(config_type: type[T], name: str) -> T:
     """
     known = {recipe.name: recipe for recipe in all_recipes() if recipe.config_type is config_type}
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"unknown recipe {name!r}; {hint}`python -m mimir_fast.recipes list` shows all")
+        raise ValueError(f"unknown recipe {name!r}{nearest(name, known)} `python -m mimir_fast.recipes list` shows all")
     return replace(known[name].build(), recipe=name)

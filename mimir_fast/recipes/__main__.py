@@ -5,23 +5,33 @@ python -m mimir_fast.recipes published       every row of the papers' tables (do
 python -m mimir_fast.recipes table           what is implemented (docs/systems.md)
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
+import tyro
+
+from mimir_fast.command import run
 from mimir_fast.recipes import all_recipes
 from mimir_fast.recipes.listing import print_list
 from mimir_fast.recipes.pages import published_page, systems_page
+from mimir_fast.training.cli import parse
 
 
-def main(args: Sequence[str] = ()) -> None:
+@dataclass
+class RecipesConfig:
+    """The recipes, what the papers got from them, and what of the papers is implemented."""
+
+    what: Annotated[Literal["list", "published", "table"], tyro.conf.Positional] = "list"
+    """list: recipes, with published numbers beside them; published: every row of the papers' tables
+    (docs/published.md); table: what is implemented (docs/systems.md)."""
+    word: Annotated[str, tyro.conf.Positional] = ""
+    """Of `list`: only recipes whose name contains it."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mimir_fast.recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", nargs="?", choices=("list", "published", "table"), default="list")
-    parser.add_argument("word", nargs="?", default="", help="of `list`: only recipes whose name contains it")
-    chosen = parser.parse_args(list(args))
+    chosen = parse(RecipesConfig, args, prog="python -m mimir_fast.recipes")
     if chosen.what == "published":
         print(published_page(), end="")
     elif chosen.what == "table":
@@ -31,4 +41,4 @@ def main(args: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

@@ -24,7 +24,7 @@ ENCODERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "vit": (16, ("small", "base", "large")),
     "convit": (16, ("small",)),
     "cait": (16, ("xxs24", "s36")),
-    "xcit": (16, ("small", "medium")),
+    "xcit": (16, ("small", "medium12")),
     "convstem": (16, ("small", "base")),
     "swin": (4, ("base", "large")),
 }

@@ -67,7 +67,7 @@ SYSTEMS = (
            f"{_FASHION}; ViT-tiny/4 on digits"),
     System("ConViT", "arXiv 2103.10697", "cifar10/mimir_convit_base_official", "tests/models/test_convit.py", _TESTS),
     System("CaiT", "arXiv 2103.17239", "imagenet/mimir_cait_s36_official", "tests/models/test_cait.py", _TESTS),
-    System("XCiT", "arXiv 2106.09681", "imagenet/mimir_xcit_medium_official", "tests/models/test_xcit.py", _TESTS),
+    System("XCiT", "arXiv 2106.09681", "imagenet/mimir_xcit_medium12_official", "tests/models/test_xcit.py", _TESTS),
     System("ViT + ConvStem", "Xiao et al., Singh et al., arXiv 2303.01870", "imagenet/mimir_convstem_base_official",
            "tests/models/test_convstem.py", _TESTS),
     System("Swin", "arXiv 2103.14030", "imagenet/mimir_swin_large_official", "tests/models/test_swin.py", _TESTS),

@@ -1,4 +1,4 @@
-"""How loud the mutual-information term is: ‖λ·∇I‖ / ‖∇MSE‖ over the encoder's weights, on one batch.
+"""The share of the mutual-information term: ‖λ·∇I‖ / ‖∇MSE‖ over the encoder's weights, on one batch.
 
 A penalty whose gradient is a millionth of the reconstruction's cannot steer training, whatever it measures: below
 1e-7 it does not even change the sum of the two gradients in fp32. The decoder is left out: the penalty does not reach

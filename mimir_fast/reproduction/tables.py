@@ -23,6 +23,7 @@ class Spread:
 
     @property
     def mean(self) -> float:
+        """Over the seeds."""
         return mean(self.values)
 
     @property

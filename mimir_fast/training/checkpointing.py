@@ -1,5 +1,6 @@
-"""When a run is saved, how failures of it are taken, and what is kept."""
+"""When a run is saved, how failures of it are taken, and which checkpoint is the best."""
 
+import math
 import time
 from typing import Any
 
@@ -11,41 +12,59 @@ from mimir_fast.training.run_config import RunConfig
 from mimir_fast.training.run_folder import RunFolder
 from mimir_fast.world import World
 
+Scored = tuple[float, int | None]
+
 
 class Checkpointing:
     """Saves beside training into the run's folder; a full disk is said and survived.
 
     Attributes:
         saved: the step of the newest checkpoint that was begun, or gone on from.
+        best: score and step of the best checkpoint that was begun; (-inf, None) while there is none.
         seconds: for which steps have waited for saving.
     """
 
     def __init__(self, folder: RunFolder, world: World, run: RunConfig, logger: Logger) -> None:
         self.folder, self.world, self.run, self.logger = folder, world, run, logger
         self.saved, self.seconds = 0, 0.0  # a run that begins has nothing to lose at step 0
+        self.best: Scored = (-math.inf, None)
+        self._before: Scored = self.best  # the best one without the save in progress
+        self._candidate: Scored = self.best  # what was evaluated as better
+        self._due = False
         self._saver = Saver(world)
         self._since = time.monotonic()
+
+    def restore(self, step: int, meta: dict[str, Any]) -> None:
+        """Go on from the checkpoint of `step`. Collective."""
+        self.saved = step
+        best = meta.get("best_step")
+        if meta["best_score"] is not None and self.world.on_main(lambda: self.folder.restore_best(best)):
+            self.best = (meta["best_score"], best)
+
+    def scored(self, step: int, score: float) -> None:
+        """The weights of `step` were evaluated: if they are the best so far, they are to be saved."""
+        if score > self.best[0]:
+            self._candidate, self._due = (score, step), True
 
     def time_is_up(self) -> bool:
         """`save_minutes` have passed since the last save."""
         return self.run.save_minutes > 0 and time.monotonic() - self._since > 60 * self.run.save_minutes
 
-    def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], *, best: bool = False) -> None:
+    def due(self, step: int, last: int, *, timed: bool) -> bool:
+        """Whether to save now, or as soon as all is well; the `last` step is saved by `finish`."""
+        self._due = self._due or timed or (step % self.run.save_every == 0 and step < last)
+        return self._due
+
+    def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Begin to write the checkpoint of `step`; training may go on as soon as this returns. Collective."""
         started = time.monotonic()
         self.settle()
-        target = self.folder.checkpoints / f"step-{step:08d}"
-
-        def then() -> None:
-            if best:
-                self.folder.set_best(target)
-            self.folder.prune(self.run.keep_last, self.run.keep_every)
-
+        self._due = False
         try:
-            self._saver.start(target, tensors, meta, then)
+            self._start(step, tensors, meta)
             self.saved = step
         except OSError as error:
-            self._warn(error)
+            self._failed(error)
         self._since = time.monotonic()
         self.seconds += self._since - started
 
@@ -55,7 +74,7 @@ class Checkpointing:
             self._saver.wait()
         except OSError as error:
             self.saved = -1
-            self._warn(error)
+            self._failed(error)
             return False
         return True
 
@@ -69,7 +88,7 @@ class Checkpointing:
         if self.saved != step:
             self.save(step, tensors, meta)
             if not self.settle() or self.saved != step:
-                self._saver.start(self.folder.checkpoints / f"step-{step:08d}", tensors, meta)
+                self._start(step, tensors, meta)
                 self._saver.wait()
                 self.saved = step
 
@@ -77,5 +96,23 @@ class Checkpointing:
         """Let the thread go."""
         self._saver.close()
 
-    def _warn(self, error: OSError) -> None:
+    def _start(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        target = self.folder.checkpoints / f"step-{step:08d}"
+        self._before = self.best
+        if self._candidate[1] == step:  # what is saved later has other weights than those that were evaluated
+            self.best = self._candidate
+        score, best = self.best
+
+        def then() -> None:
+            if best == step:
+                self.folder.set_best(target)
+            self.folder.prune(self.run.keep_last, self.run.keep_every)
+
+        # JSON has no infinity: None while nothing was evaluated.
+        self._saver.start(
+            target, tensors, {**meta, "best_score": None if best is None else score, "best_step": best}, then
+        )
+
+    def _failed(self, error: OSError) -> None:
+        self.best = self._before
         self.logger.say(f"WARNING: {error}. Free some space: the next try is in {self.run.save_every} steps at most")

@@ -3,6 +3,7 @@
 Floats may be typed as fractions (`--attack.eps 8/255`).
 """
 
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from mimir_fast.data.loaders.skip import TooManyBadFilesError
 from mimir_fast.training.health import TrainingDiverged
+from mimir_fast.versions import COMPLETION_HINT, called_as
 from mimir_fast.world import FailedElsewhere, leave_at_once
 
 T = TypeVar("T")
@@ -51,11 +53,18 @@ def parse(config_type: type[T], args: Sequence[str] | None = None, *, default: T
     return tyro.cli(
         config_type,
         args=list(sys.argv[1:] if args is None else args),
-        prog=prog or None,
+        prog=called_as(prog) if prog else None,
+        description=_description(config_type),
         registry=registry,
         use_underscores=True,
         **keywords,
     )
+
+
+def _description(config_type: Any) -> str:
+    """What --help says first."""
+    said = (inspect.getdoc(config_type) or "") if isinstance(config_type, type) else ""
+    return f"{said}\n\n{COMPLETION_HINT}".strip()
 
 
 def peek(args: Sequence[str], flag: str) -> str | None:

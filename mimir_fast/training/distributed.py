@@ -7,7 +7,8 @@ methods see either the wrapped model or, through `attacks.no_trace.borrowed`, th
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,12 @@ from mimir_fast.world import World, start_world, stop_world
 __all__ = ["Strategy", "World", "gradient_sync", "parallelize", "start_world", "stop_world"]
 
 Strategy = Literal["auto", "single", "ddp", "fsdp"]
+
+# Buffers are functions of the configuration: nothing to send. The option's name changed after torch 2.11.
+_NAMES = signature(DistributedDataParallel.__init__).parameters
+_KEEP_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
 
 
 def parallelize(
@@ -52,7 +59,7 @@ def parallelize(
         )
     if strategy == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
     return _shard(model, layers, world, bf16, shard_ranks)
 
 

@@ -41,7 +41,7 @@ def finetune_optim() -> OptimizerConfig:
 class FinetuneConfig:
     """Fine-tune a classifier, adversarially or not."""
 
-    recipe: str = "digits/pgd_vit_tiny"
+    recipe: str = "digits/pgd_vit_nano"
     """Named starting point of all options below; `python -m mimir_fast.recipes` lists them."""
     method: str = "pgd"
     """natural, pgd, fast, apgd, trades, mart or ard_prm; its own options follow below."""

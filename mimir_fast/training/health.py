@@ -87,6 +87,16 @@ class StepGuard:
                 first_bad=step - self.in_a_row + 1,
             )
 
+    @property
+    def sound(self) -> bool:
+        """False after a skipped step; it waits for the newest one.
+
+        Raises:
+            TrainingDiverged: see `poll`.
+        """
+        self.poll()
+        return self.in_a_row == 0
+
     def _save(self, step: int, batches: list[Batch]) -> str:
         """Where the batch is; a disk that takes no more must not end what a skipped step did not."""
         from safetensors import SafetensorError

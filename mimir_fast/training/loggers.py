@@ -43,7 +43,7 @@ class Loggers(Logger):
         for name, build in builders.items():
             try:
                 self.loggers.append(build())
-            except (OSError, ImportError) as error:
+            except Exception as error:  # third parties' writers raise what they like, also when they are made
                 self._warn(name, error)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -62,7 +62,7 @@ class Loggers(Logger):
         for logger in list(self.loggers):
             try:
                 call(logger)
-            except Exception as error:  # third parties' writers raise what they like
+            except Exception as error:
                 self.loggers.remove(logger)
                 self._warn(type(logger).__name__, error)
 
@@ -117,7 +117,7 @@ class TensorBoard(Logger):
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -4,7 +4,6 @@ Everything that could differ between an uninterrupted run and a resumed one is e
 stream position) or computed from the step (learning rate, masks, noise, drop path), so resuming is exact on CPU.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mimir_fast.checkpoints.reading import load_checkpoint
 from mimir_fast.data.batch import Batch
@@ -24,7 +22,7 @@ from mimir_fast.training.ema import Ema
 from mimir_fast.training.health import LossWatch, StepGuard, StopSignal, TrainingDiverged
 from mimir_fast.training.loggers import Logger
 from mimir_fast.training.meter import Meter
-from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
+from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients
 from mimir_fast.training.precision import Choice
 from mimir_fast.training.run_config import RunConfig
 from mimir_fast.training.run_folder import RunFolder
@@ -52,13 +50,8 @@ class Trainer:
         folder: RunFolder, world: World, logger: Logger, *, precision: Choice, accum_iter: int,
     ) -> None:  # fmt: skip
         self.task, self.loader, self.run, self.optim, self.config = task, loader, run, optim, config
-        self.folder, self.world, self.logger, self.precision, self.accum_iter = (
-            folder,
-            world,
-            logger,
-            precision,
-            accum_iter,
-        )
+        self.folder, self.world, self.logger = folder, world, logger
+        self.precision, self.accum_iter = precision, accum_iter
         task.model.to(world.device).train()
         self.model = parallelize(
             task.model, run.strategy, world, bf16=precision.bf16, compile_blocks=run.compile,
@@ -74,7 +67,7 @@ class Trainer:
         self.total_steps = run.total_steps(loader.epoch_length)
         self.warmup_steps = run.warmup_steps(loader.epoch_length)
         self.micro_batch = -(-run.batch_size // (world.size * accum_iter))
-        self.step, self.best_score, self.skipped_files = 0, float("-inf"), 0
+        self.step, self.skipped_files = 0, 0
         self._position, self._whole = loader.state_dict(), True  # as of the last whole step
         self._meter = Meter(run.batch_size, world.size, loader)
 
@@ -87,9 +80,7 @@ class Trainer:
         self._position, self.step = self.loader.state_dict(), meta["step"]
         self.guard.skipped, self.guard.in_a_row = meta["skipped"], meta.get("skipped_in_a_row", 0)
         self.losses.first = meta.get("first_loss")
-        if meta["best_score"] is not None and (self.folder.checkpoints / "best").exists():
-            self.best_score = meta["best_score"]
-        self.checkpoints.saved = self.step
+        self.checkpoints.restore(self.step, meta)
 
     def train(self, stop: StopSignal, watchdog: Watchdog, after_step: Callable[[], None] = lambda: None) -> bool:
         """Train to the end. False when a signal (or `stop_after`) ended the run early; all work is saved either way."""
@@ -97,7 +88,6 @@ class Trainer:
         last = min(self.total_steps, self.step + (self.run.stop_after or self.total_steps))
         batches = iter(self.loader)
         micro: list[Batch] = []
-        due = best = False
         try:
             while self.step < last:
                 micro = [next(batches) for _ in range(self.accum_iter)]
@@ -105,13 +95,13 @@ class Trainer:
                 watchdog.beat(self.step)
                 if self.step % self.run.log_every == 0 or self.step == last:
                     self._log()
-                best = (self._ends_epoch() and self._evaluate(watchdog)) or best
+                if self._ends_epoch():
+                    self._evaluate(watchdog)
                 timed = self.checkpoints.time_is_up()
                 stopping, timed = agreement.ask(self.step, stop=stop.received is not None, save=timed)
-                due = due or best or timed or (self.step % self.run.save_every == 0 and self.step < last)
-                if due and self._is_sound():  # skipped steps mean trouble: what was saved before it stays the newest
-                    self.checkpoints.save(self.step, *self._state(), best=best)
-                    due = best = False
+                # Skipped steps mean trouble: what was saved before it stays the newest.
+                if self.checkpoints.due(self.step, last, timed=timed) and self.guard.sound:
+                    self.checkpoints.save(self.step, *self._state())
                 if self.run.picture_every and self.step % self.run.picture_every == 0 and self.step < self.total_steps:
                     self._pictures(micro[0])
                 after_step()
@@ -151,7 +141,7 @@ class Trainer:
             for name, value in out.items():
                 metrics[name] = metrics.get(name, 0) + value.detach() * weight
         self.guard.poll()
-        norm = self._clip_gradients()
+        norm = clip_gradients(self.task.model, self.run.clip_grad)
         self._whole = False
         self.guard.step(self.step, torch.isfinite(norm), micro)
         self.optimizer.zero_grad(set_to_none=True)
@@ -159,14 +149,6 @@ class Trainer:
             self.ema.update()
         self.step, self._position, self._whole = self.step + 1, self.loader.state_dict(), True
         return metrics | {"grad_norm": norm}
-
-    def _clip_gradients(self) -> Tensor:
-        """Norm of the whole gradient, before clipping."""
-        parameters = [p for p in self.task.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.run.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.run.clip_grad, norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint of the last whole step holds: tensors, and meta data as JSON knows them."""
@@ -176,7 +158,6 @@ class Trainer:
             "loader": self._position,
             "skipped": self.guard.skipped,
             "skipped_in_a_row": self.guard.in_a_row,
-            "best_score": self.best_score if math.isfinite(self.best_score) else None,  # JSON has no infinity
             "healthy": self.losses.healthy,
             "first_loss": self.losses.first,
             "group_steps": group_steps(self.optimizer),
@@ -187,10 +168,6 @@ class Trainer:
             "config": self.config,
         }
         return training_tensors(self.task.model, self.optimizer, self.ema), meta
-
-    def _is_sound(self) -> bool:
-        self.guard.poll()
-        return self.guard.in_a_row == 0
 
     def _rescue(self, error: Exception) -> None:
         """Save the last whole step, if this process can do so alone: its peers do not know of the error."""
@@ -208,21 +185,18 @@ class Trainer:
         done = self.step * self.run.batch_size
         return done // per_epoch > (done - self.run.batch_size) // per_epoch or self.step == self.total_steps
 
-    def _evaluate(self, watchdog: Watchdog) -> bool:
-        """True when the score is the best so far."""
+    def _evaluate(self, watchdog: Watchdog) -> None:
         watchdog.allow()
         with self.ema.swapped() if self.ema is not None else nullcontext(), self._autocast():
             values = self.task.evaluate(self.model, step=self.step)
         watchdog.beat(self.step)
-        if not values:
-            return False
-        self.logger.scalars(self.step - 1, values)
+        if values:
+            self.logger.scalars(self.step - 1, values)
+            self._meter.restart()
         if alarm := self.task.alarm():
             self.logger.say(f"WARNING: {alarm}")
-        self._meter.restart()
-        better = values.get("score", float("-inf")) > self.best_score
-        self.best_score = max(self.best_score, values.get("score", float("-inf")))
-        return better
+        if "score" in values:
+            self.checkpoints.scored(self.step, values["score"])
 
     def _pictures(self, batch: Batch) -> None:
         """Decoration: it is not worth a run."""

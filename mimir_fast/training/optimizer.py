@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mimir_fast.models.flat_names import flat_parameters
 from mimir_fast.training.schedule import cosine_schedule, stepped_schedule
@@ -125,3 +125,13 @@ def nvidia_apex() -> Any:
     if not hasattr(optimizers, "FusedAdam"):
         raise ImportError("the installed `apex` is not NVIDIA's: pip uninstall apex, then build NVIDIA's from source")
     return optimizers
+
+
+def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
+    """Scale all gradients down to the norm `largest`, unless it is None; the norm they had, 0-d, over all shards."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if largest is not None:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    # A DTensor's, whose class is not imported for the sake of --help.
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

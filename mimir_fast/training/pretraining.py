@@ -26,7 +26,7 @@ from mimir_fast.training.session import run_session
 class PretrainConfig:
     """Pre-train a robust masked autoencoder."""
 
-    recipe: str = "digits/mimir_vit_tiny"
+    recipe: str = "digits/mimir_vit_nano"
     """Named starting point of all options below; `python -m mimir_fast.recipes` lists them."""
     preset: Literal["", "paper", "official"] = ""
     """Set every point in which paper and authors' code differ; empty leaves them as the recipe has them."""

@@ -20,7 +20,7 @@ class RunConfig:
     max_steps: int | None = None
     """Optimiser steps; overrides epochs, the schedule fits it."""
     stop_after: int | None = None
-    """Save and leave after this many steps of this start, as SIGTERM would; the schedule is not changed."""
+    """Save and stop after this many steps of this start, as SIGTERM would; the schedule is not changed."""
     warmup_epochs: float = 40
     """Linear warm-up; with --max_steps it shrinks in proportion to epochs."""
     batch_size: int = 512
@@ -28,7 +28,8 @@ class RunConfig:
     accum_iter: int = 1
     """Micro-batches a rank accumulates for one optimiser step, at least; see micro_batch."""
     micro_batch: int | None = None
-    """Most images a rank works on at once: fewer ranks accumulate more. None: as many as before fewer ranks went on."""
+    """Most images a rank works on at once: fewer ranks accumulate more. None: as many as
+    before the number of ranks fell."""
     seed: int = 0
     """Of weights, sample order, augmentation, masks and noise."""
     device: str = "auto"
@@ -60,16 +61,16 @@ class RunConfig:
     keep_every: int = 0
     """Keep those of every so many steps for good; 0 keeps none."""
     resume: bool = True
-    """Go on from the newest checkpoint in output_dir, if there is one."""
+    """Resume from the newest checkpoint in output_dir, if there is one."""
     overwrite: bool = False
-    """Delete the run in output_dir and start anew; a requeued or restarted launch goes on with its own."""
+    """Delete the run in output_dir and start anew; a requeued or restarted launch resumes its own."""
     allow_changes: bool = False
     """Resume although the configuration changed."""
     max_bad_steps: int = 10
     """NaN/Inf steps in a row that stop the run."""
     hang_minutes: float = 15.0
-    """Without a step for so long, each rank records where it stands and leaves; six times as long at start and in
-    evaluations; 0 waits for ever."""
+    """Without a step for so long, each rank records what it was doing and the run ends; six times as long at
+    start and in evaluations; 0 waits for ever."""
     wandb: str = ""
     """Log to this Weights & Biases project as well."""
     profile: int = 0

@@ -151,6 +151,18 @@ class RunFolder:
         """Let `best` stand for a whole checkpoint; it is never without one."""
         point(self.checkpoints / "best", checkpoint.name)
 
+    def restore_best(self, step: int | None) -> bool:
+        """Let `best` stand for that checkpoint again, where a kill or damage came between; False when it is gone.
+
+        Without a step (older versions wrote none) it is whichever it stands for.
+        """
+        checkpoint = self.best() if step is None else self.checkpoints / f"step-{step:08d}"
+        if checkpoint is None or not checkpoint.is_dir():
+            return False
+        if self.best() != checkpoint:
+            self.set_best(checkpoint)
+        return True
+
     def diverged(self, first_bad: int, config: dict[str, Any]) -> None:
         """Remember that training blew up, so that a restart does not do the same again for ever."""
         with suppress(OSError):  # what ended the run is more important than this note of it

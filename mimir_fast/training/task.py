@@ -37,7 +37,7 @@ class Task(Protocol):
         ...
 
     def alarm(self) -> str | None:
-        """Said loudly after an evaluation that showed something is going wrong."""
+        """A warning after an evaluation that showed something is going wrong, or None."""
         ...
 
     def describe(self, num_samples: int) -> str:

@@ -1,141 +1,133 @@
 """Faults by the dozen, each repeatable by its seed, and a table of what was survived.
 
-python tests/chaos/campaign.py --faults 300 --seed 0 --minutes 60 --write docs/reliability.md
+python tests/chaos/campaign.py --faults 300 --minutes 9 --write docs/reliability.md     (again and again: it goes on)
+python tests/chaos/campaign.py --repeat 17                                              (one story, after a repair)
 
 A run is started again and again; each start meets a fault, and while it is down its files may meet another. In the end
-it must have finished with the same bits as the undisturbed run. Scenarios (full disk, two ranks, two hosts) stand
-between such runs.
+it must have finished with the same bits as the undisturbed run. Stories of other kinds (full disk, two hosts, bad
+values) stand between such runs. What a seed plays is a function of the seed; its last result is a line of the record.
 """
 
 import argparse
 import json
 import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chaos.faults import FILE_FAULTS, PROCESS_FAULTS
-from chaos.runs import PATIENCE, Runs, whole_checkpoints
+from chaos.bad_input import BAD_INPUT
+from chaos.chains import CHAINS
+from chaos.runs import Runs
 from chaos.scenarios import SCENARIOS
 from chaos.zygote import Zygote
 
-NOTHING_TO_LOSE = ("config.json cut short", "leftovers of other kills")  # may meet a run with any number of checkpoints
+from mimir_fast.versions import environment
+
+RECORD = Path(__file__).with_name("record.jsonl")
+Story = Callable[[Runs, Path, random.Random], dict[str, int]]
+STORIES: dict[str, Story] = {**CHAINS, **SCENARIOS}
 
 
-class Campaign:
-    """Counts what was survived (`counts`) and what was not (`failures`, each with the seed that repeats it)."""
-
-    def __init__(self, folder: Path, zygote: Zygote) -> None:
-        self.folder, self.runs = folder, Runs(folder, zygote)
-        self.counts: Counter[str] = Counter()
-        self.failures: list[str] = []
-
-    def chain(self, seed: int, most: int = 12) -> None:
-        """One run from beginning to end through up to `most` faults."""
-        rng = random.Random(seed)
-        run = self.folder / f"chain-{seed}"
-        met: list[str] = []
-        try:
-            for _ in range(most):
-                name = rng.choice(list(PROCESS_FAULTS))
-                met.append(name)
-                process = PROCESS_FAULTS[name](self.runs, run, rng)
-                self._no_traceback(process.said())
-                self.counts[name] += 1
-                if finished(run):
-                    break
-                if rng.random() < 0.6:
-                    self._damage(run, rng, met)
-            process = self.runs.start(run)
-            assert process.wait(PATIENCE) == 0, process.said()
-            self.runs.check_same(run)
-        except Exception:
-            self.failures.append(f"seed {seed}, after {met}:\n{traceback.format_exc()}")
-
-    def scenario(self, name: str, seed: int) -> None:
-        """One of the longer stories."""
-        try:
-            for part, count in SCENARIOS[name](self.runs, self.folder / f"{name}-{seed}", random.Random(seed)).items():
-                self.counts[part] += count
-        except Exception:
-            self.failures.append(f"scenario {name}, seed {seed}:\n{traceback.format_exc()}")
-
-    def _damage(self, run: Path, rng: random.Random, met: list[str]) -> None:
-        name = rng.choice(list(FILE_FAULTS))
-        if name not in NOTHING_TO_LOSE and len(whole_checkpoints(run)) < 2:
-            return  # with nothing to fall back to the run rightly refuses; a test of its own has that
-        if not (run / "config.json").exists() or not (run / "checkpoints").exists():
-            return
-        met.append(name)
-        FILE_FAULTS[name](run, rng)
-        self.counts[name] += 1
-
-    @staticmethod
-    def _no_traceback(said: str) -> None:
-        assert "Traceback" not in said, said
+def story_of(seed: int) -> str:
+    """Three chains, then a scenario, all of them in turn."""
+    turn, place = divmod(seed, 4)
+    return [*SCENARIOS][turn % len(SCENARIOS)] if place == 3 else [*CHAINS][(3 * turn + place) % len(CHAINS)]
 
 
-def finished(run: Path) -> bool:
-    """The last checkpoint is there."""
-    found = whole_checkpoints(run)
-    return bool(found) and json.loads((found[-1] / "meta.json").read_text())["step"] == 18
+def play(seed: int, runs: Runs) -> dict[str, Any]:
+    """A line of the record: faults and how often each was survived, or why the story of `seed` failed."""
+    name, started = story_of(seed), time.monotonic()
+    folder = runs.folder / f"{name}-{seed}"
+    folder.mkdir()
+    survived: dict[str, int] = {}
+    failure = None
+    try:
+        survived = STORIES[name](runs, folder / "run", random.Random(seed))
+    except Exception:
+        failure = traceback.format_exc()
+    runs.clean(folder)
+    seconds = round(time.monotonic() - started, 1)
+    return {"seed": seed, "story": name, "survived": survived, "failure": failure, "seconds": seconds}
 
 
-def table(counts: Counter[str]) -> str:
-    """Markdown rows."""
-    rows = "\n".join(f"| {name} | {counts[name]} |" for name in sorted(counts))
-    return f"| fault | times |\n| --- | --- |\n{rows}\n| **all** | **{sum(counts.values())}** |\n"
+def birth_certificate() -> dict[str, str]:
+    """Where and with what a line was made."""
+    found = environment()
+    machine = f"{found['cpu']}, {found['cpu_count']} cores"
+    return {"commit": str(found["commit"]), "machine": machine, "torch": found["packages"]["torch"]}
 
 
-def write(path: Path, campaign: Campaign, seeds: str, seconds: float) -> None:
-    """Replace the table between the two marks in `path`."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+def read(record: Path) -> dict[int, dict[str, Any]]:
+    """Seed → its last result."""
+    lines = record.read_text().splitlines() if record.exists() else []
+    return {line["seed"]: line for line in map(json.loads, lines)}
+
+
+def write(path: Path, results: dict[int, dict[str, Any]]) -> None:
+    """Replace what stands between the two marks in `path`."""
     head, rest = path.read_text().split("<!-- campaign -->\n", 1)
     _, tail = rest.split("<!-- end -->", 1)
-    made = (
-        f"Seeds {seeds}, {seconds / 60:.0f} minutes, commit {commit}, Python {platform.python_version()}, "
-        f"{platform.platform()}; failures: {len(campaign.failures)}.\n\n"
+    path.write_text(f"{head}<!-- campaign -->\n{table(results)}<!-- end -->{tail}")
+
+
+def table(results: dict[int, dict[str, Any]]) -> str:
+    """Markdown: where and when, and a row for each kind of fault."""
+    counts: Counter[str] = Counter()
+    for result in results.values():
+        counts.update(result["survived"])
+    failed = [str(seed) for seed, result in results.items() if result["failure"]]
+    minutes = sum(result["seconds"] for result in results.values()) / 60
+    commits, machines = ({r[key] for r in results.values()} for key in ("commit", "machine"))
+    bad = counts[BAD_INPUT]
+    about = (
+        f"{sum(counts.values()) - bad} faults and {bad} bad inputs in {len(results)} stories (seeds {min(results)} to "
+        f"{max(results)}, {minutes:.0f} minutes on one core); failures: {', '.join(failed) or 'none'}. Commit "
+        f"{', '.join(sorted(commits))}; {', '.join(sorted(machines))}, Python {platform.python_version()}, torch "
+        f"{', '.join(sorted({r['torch'] for r in results.values()}))}, {platform.platform()}.\n\n"
     )
-    path.write_text(f"{head}<!-- campaign -->\n{made}{table(campaign.counts)}<!-- end -->{tail}")
+    rows = "\n".join(f"| {name} | {counts[name]} |" for name in sorted(counts))
+    return f"{about}| fault | survived |\n| --- | ---: |\n{rows}\n| **all** | **{sum(counts.values())}** |\n"
 
 
 def main() -> int:
-    """The command; the number of failures is the exit code."""
+    """The command; the number of failures of this start is the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=300)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", type=int, default=300, help="enough, with those that are recorded")
+    parser.add_argument("--minutes", type=float, default=9, help="no story is begun later")
+    parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument("--repeat", type=int, nargs="*", default=[], help="only these seeds, recorded or not")
     parser.add_argument("--write", type=Path, help="a page with the marks <!-- campaign --> and <!-- end -->")
-    parser.add_argument("--only", nargs="*", default=list(SCENARIOS), help="scenarios to play once each")
     options = parser.parse_args()
-    started, seed = time.monotonic(), options.seed
-    with tempfile.TemporaryDirectory(prefix="chaos") as folder:
+    deadline, results, failures = time.monotonic() + 60 * options.minutes, read(options.record), 0
+    where = birth_certificate()
+    with tempfile.TemporaryDirectory(prefix="chaos", ignore_cleanup_errors=True) as folder:
         zygote = Zygote(Path(folder))
-        campaign = Campaign(Path(folder), zygote)
-        stories, known = list(options.only), 0
-        while sum(campaign.counts.values()) < options.faults and time.monotonic() - started < 60 * options.minutes:
-            if stories and seed % 2:
-                campaign.scenario(name := stories.pop(0), seed)
-            else:
-                campaign.chain(seed)
-                name = "chain"
-            print(f"seed {seed} ({name}): {sum(campaign.counts.values())} faults survived", flush=True)
-            for failure in campaign.failures[known:]:
-                print(failure, flush=True)
-            known = len(campaign.failures)
-            seed += 1
-            if options.write:
-                write(options.write, campaign, f"{options.seed} to {seed - 1}", time.monotonic() - started)
+        runs = Runs(Path(folder), zygote)
+        seeds = iter(options.repeat or (seed for seed in range(10**6) if seed not in results))
+        while time.monotonic() < deadline and (seed := next(seeds, None)) is not None:
+            survived = sum(sum(result["survived"].values()) for result in results.values())
+            if survived >= options.faults and not options.repeat:
+                break
+            results[seed] = result = play(seed, runs) | where
+            with options.record.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            failures += result["failure"] is not None
+            print(f"seed {seed} ({result['story']}, {result['seconds']} s): {result['survived']}", flush=True)
+            if result["failure"]:
+                print(result["failure"], flush=True)
         zygote.close()
-    print(table(campaign.counts), *campaign.failures, sep="\n")
-    return len(campaign.failures)
+    if options.write:
+        write(options.write, results)
+    print(table(results))
+    return failures
 
 
 if __name__ == "__main__":

@@ -8,34 +8,51 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from chaos.runs import PATIENCE, Runs, wait_until_random_moment, whole_checkpoints
+from chaos.runs import PATIENCE, Job, Runs, wait_until_random_moment, whole_checkpoints
 from chaos.zygote import Process
 
 # At the entry of one of these the process is killed: within renaming, syncing, writing, listing, deleting, talking.
-SYSCALLS = ("rename", "fsync", "write", "openat", "unlink,unlinkat,rmdir", "mkdir", "pwrite64", "close")
+RENAME, BUSY = "rename,renameat,renameat2", ("write", "openat", "close")
+SYSCALLS = (RENAME, "fsync", "unlink,unlinkat,rmdir", "mkdir", "pwrite64", "symlink,symlinkat", *BUSY)
 
-Disturb = Callable[[Runs, Path, random.Random], Process]
+Disturb = Callable[[Runs, Path, Job, random.Random], Process]
 
 
-def kill(runs: Runs, run: Path, rng: random.Random) -> Process:
+def kill(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
     """kill -9 at a random moment."""
-    process = runs.start(run)
+    process = runs.start(run, job=job)
     wait_until_random_moment(process, run, rng)
     process.kill()
     assert process.wait(PATIENCE) in (-signal.SIGKILL, 0)
     return process
 
 
-def kill_in_syscall(runs: Runs, run: Path, rng: random.Random) -> Process:
+def kill_in_syscall(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
     """kill -9 inside a random system call, by strace."""
-    process = runs.start(run, paused=True)
     names = rng.choice(SYSCALLS)
-    names = "rename,renameat,renameat2" if names == "rename" else names
-    busy = names in ("write", "openat", "close")
-    when = rng.randint(1, 1500 if busy else 60)
-    line = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={names}"]
+    when = rng.randint(1, 1500 if names in BUSY else 60)
+    code, process = _inject(runs, run, job, rng, names, f"signal=KILL:when={when}")
+    assert code in (-signal.SIGKILL, 0), process.said()
+    return process
+
+
+def fail_syscall(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
+    """A system call says that the disk is full or broken: survived by another try, or one line and exit code 2."""
+    names = rng.choice(("fsync", RENAME, "mkdir", "ftruncate", "unlink,unlinkat,rmdir"))
+    error, when = rng.choice(("ENOSPC", "EIO")), rng.randint(1, 40)
+    often = rng.choice(("", "+1")) if names == "fsync" else ""  # from then on all of them
+    code, process = _inject(runs, run, job, rng, names, f"error={error}:when={when}{often}")
+    said = process.said()
+    assert code == 0 or (code == 2 and "error: " in said), f"{names} {error} {when}{often}: {code}: {said}"
+    return process
+
+
+def _inject(runs: Runs, run: Path, job: Job, rng: random.Random, names: str, what: str) -> tuple[int, Process]:
+    """Exit code of a run that strace plays with."""
+    process = runs.start(run, *_part(rng), job=job, paused=True)
     tracer = subprocess.Popen(
-        [*line, "-e", f"inject={names}:signal=KILL:when={when}", "-p", str(process.pid)],
+        ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={names}", "-e", f"inject={names}:{what}", "-p",
+         str(process.pid)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while not _traced(process.pid) and tracer.poll() is None:
@@ -43,13 +60,12 @@ def kill_in_syscall(runs: Runs, run: Path, rng: random.Random) -> Process:
     process.signal(signal.SIGCONT)
     code = process.wait(PATIENCE)
     tracer.wait(30)
-    assert code in (-signal.SIGKILL, 0), process.said()
-    return process
+    return code, process
 
 
-def ask_to_stop(runs: Runs, run: Path, rng: random.Random) -> Process:
+def ask_to_stop(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
     """SIGTERM, SIGHUP or SIGUSR1, also during the start: saved, exit code 0."""
-    process = runs.start(run)
+    process = runs.start(run, job=job)
     wait_until_random_moment(process, run, rng)
     number = rng.choice((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
     process.signal(number)
@@ -59,25 +75,25 @@ def ask_to_stop(runs: Runs, run: Path, rng: random.Random) -> Process:
     return process
 
 
-def stop_and_go_on(runs: Runs, run: Path, rng: random.Random) -> Process:
-    """SIGSTOP for a second, as Ctrl-Z and fg."""
-    process = runs.start(run)
+def stop_and_go_on(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
+    """SIGSTOP for half a second, as Ctrl-Z and fg."""
+    process = runs.start(run, *_part(rng), job=job)
     wait_until_random_moment(process, run, rng)
     process.signal(signal.SIGSTOP)
-    time.sleep(1)
+    time.sleep(0.5)
     process.signal(signal.SIGCONT)
     assert process.wait(PATIENCE) == 0, process.said()
     return process
 
 
-def start_twice(runs: Runs, run: Path, rng: random.Random) -> Process:
+def start_twice(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
     """A second start while the first one runs: refused with its name, the first is not disturbed."""
-    first = runs.start(run)
+    first = runs.start(run, *_part(rng), job=job)
     deadline = time.monotonic() + PATIENCE
     while not (run / ".lock").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(rng.uniform(0.1, 0.3))
-    second = runs.start(run)
+    second = runs.start(run, job=job)
     code = second.wait(PATIENCE)
     held = f"is in use by process {first.pid}" in second.said()
     assert (code == 2 and held) or first.poll() is not None, second.said()
@@ -85,11 +101,11 @@ def start_twice(runs: Runs, run: Path, rng: random.Random) -> Process:
     return first
 
 
-def close_the_pipe(runs: Runs, run: Path, rng: random.Random) -> Process:
+def close_the_pipe(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
     """`| head -1`: nobody reads the output any more."""
     reader, writer = os.pipe()
     link = Path(f"/proc/{os.getpid()}/fd/{writer}")
-    process = runs.start(run, output=link)
+    process = runs.start(run, *_part(rng), job=job, output=link)
     os.read(reader, 1)  # by now the process has opened its end
     os.close(writer)
     os.close(reader)
@@ -97,11 +113,17 @@ def close_the_pipe(runs: Runs, run: Path, rng: random.Random) -> Process:
     return process
 
 
+def _part(rng: random.Random) -> list[str]:
+    """So that a start which survives its fault leaves some steps for the next one."""
+    return ["--stop_after", str(rng.randint(1, 4))]
+
+
 PROCESS_FAULTS: dict[str, Disturb] = {
     "kill -9 at a random moment": kill,
     "kill -9 inside a system call (strace)": kill_in_syscall,
+    "a system call fails with ENOSPC or EIO (strace)": fail_syscall,
     "SIGTERM, SIGHUP or SIGUSR1, also during the start": ask_to_stop,
-    "SIGSTOP for a second": stop_and_go_on,
+    "SIGSTOP and SIGCONT": stop_and_go_on,
     "second start on the same folder": start_twice,
     "reader of the output gone (broken pipe)": close_the_pipe,
 }

@@ -1,6 +1,7 @@
 """What all this costs a step: the housekeeping after it, and a save beside training against one that is waited for.
 
-python tests/chaos/overhead.py [--encoder base] [--ranks 2]
+python tests/chaos/overhead.py [--encoder base]
+torchrun --standalone --nproc_per_node 2 tests/chaos/overhead.py
 """
 
 import argparse
@@ -11,6 +12,7 @@ from statistics import median
 
 import torch
 
+from mimir_fast.checkpoints.reading import verify
 from mimir_fast.checkpoints.saving import Saver
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.training.agreement import Agreement
@@ -21,6 +23,7 @@ from mimir_fast.training.watchdog import Watchdog
 from mimir_fast.world import World, start_world, stop_world
 
 STEP = 0.1  # seconds of a step that housekeeping is compared with: a fast one
+SAVES = 4
 
 
 def housekeeping(world: World) -> float:
@@ -37,26 +40,32 @@ def housekeeping(world: World) -> float:
     return spent / 40
 
 
-def saving(world: World, encoder: str) -> tuple[float, float, float]:
-    """GB of a training state with moving average, seconds a save blocks, seconds until it is on the disk."""
+def saving(world: World, encoder: str) -> tuple[float, float, float, float]:
+    """Of a training state with moving average: GB; seconds a save blocks, is under way, and of its checksums."""
     model = build_masked_model(ModelConfig(encoder=encoder), 224)
     optimizer = build_optimizer(model, OptimizerConfig())
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     tensors = training_tensors(model, optimizer, Ema(model, 0.99))
-    saver, blocked, whole = Saver(world), [], []
+    saver, blocked, whole, checksums = Saver(world), [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        for step in range(4):
+        checkpoint = Path(folder) / "step-00000001"
+        for step in range(SAVES):
             started = time.perf_counter()
-            saver.start(Path(folder) / "step-00000001", tensors, {"step": step})
+            saver.start(checkpoint, tensors, {"step": step})
             blocked.append(time.perf_counter() - started)
             saver.wait()
             whole.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            verify(checkpoint)
+            checksums.append(time.perf_counter() - started)
     saver.close()
     # The first makes the copy's memory; afterwards it is reused.
-    return sum(t.numel() * t.element_size() for t in tensors.values()) / 1e9, median(blocked[1:]), median(whole[1:])
+    size = sum(t.numel() * t.element_size() for t in tensors.values()) / 1e9
+    return size, median(blocked[1:]), median(whole[1:]), median(checksums[1:])
 
 
 def main() -> None:
@@ -69,9 +78,14 @@ def main() -> None:
     if world.is_main:
         print(f"housekeeping {1e6 * seconds:.0f} us a step on {world.size} ranks, {seconds / STEP:.3%} of {STEP} s")
     if world.size == 1:
-        size, blocked, whole = saving(world, encoder)
-        share = f"{blocked / whole:.1%} of {whole:.3f} s until whole"
-        print(f"save of {encoder}, {size:.2f} GB: blocks {blocked:.3f} s, {share}")
+        size, blocked, whole, checksums = saving(world, encoder)
+        print(
+            f"save of ViT-{encoder}, {size:.2f} GB: blocks {blocked:.3f} s, {blocked / whole:.1%} of the {whole:.3f} s "
+            f"until it is whole (of which checksums {checksums:.3f} s, beside training)"
+        )
+        for step, every in ((STEP, 200), (1.0, 200), (STEP, round(15 * 60 / STEP))):
+            share = (seconds + blocked / every) / step
+            print(f"all together, of steps of {step} s and a save every {every}: {share:.3%}")
     stop_world()
 
 

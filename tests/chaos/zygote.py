@@ -169,7 +169,7 @@ def _serve() -> None:
     import mimir_fast.finetune
     import mimir_fast.models.families
     import mimir_fast.pretrain
-    import mimir_fast.training.session  # noqa: F401
+    import mimir_fast.training.session
 
     for name in (
         "sklearn.datasets",
@@ -179,6 +179,9 @@ def _serve() -> None:
         "torchvision.transforms.v2",
     ):
         __import__(name)
+    # What commands import when they know what they are to do.
+    mimir_fast.pretrain.config_from(["--recipe", "digits/mimir_vit_nano"])
+    mimir_fast.finetune.config_from(["--recipe", "digits/pgd_vit_nano"])
     codes: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -46,6 +46,22 @@ def test_an_error_in_a_worker_is_raised_here_with_its_place():
     workers.close()
 
 
+@pytest.mark.parametrize("how", [signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
+def test_warnings_to_the_whole_job_are_the_parents_affair(how):
+    """A terminal that closes and a scheduler before its limit signal every process; the parent saves and ends them."""
+    handler = signal.signal(how, lambda *_: os._exit(1))  # what workers inherit from a training process
+    workers = Workers(fill, (3, 5), 1)
+    try:
+        pids = set()
+        for _, (_, pid) in workers.read(keys(12, 3)):
+            os.kill(pid, how)
+            pids.add(pid)
+        assert len(pids) == 1
+    finally:
+        workers.close()
+        signal.signal(how, handler)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_worker_is_started_again_and_nothing_is_lost(image_folder, how, caplog):
     def build():

@@ -81,7 +81,7 @@ def test_timm_models_bring_their_size_and_hear_of_another() -> None:
     assert config_from(["--checkpoint", "timm:vit_tiny_patch16_384"]).data.image_size == 384
     assert config_from(["--checkpoint", "timm:vit_tiny_patch16_384", "--data.image_size", "32"]).data.image_size == 32
     judged = load_model("timm:vit_tiny_patch16_224@random", num_classes=10, device=CPU, image_size=32)
-    assert "judged at 32², made for 224²" in judged.notes
+    assert "evaluated at 32², made for 224²" in judged.notes
     assert judged.module(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
@@ -95,6 +95,22 @@ def test_own_normalisation_takes_the_place_of_the_models() -> None:
     mean = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
     torch.testing.assert_close(asked.module(images), plain.module.model((images - mean) / 0.5))
     assert "as asked" in asked.preprocessing
+
+
+def test_what_runs_code_is_said_before_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A module does when it is imported, and a .pt2 file when torch unpickles it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "hostile.py").write_text("raise RuntimeError('it ran')\n")
+    with pytest.raises(RuntimeError, match="it ran"):
+        load_model("hostile:make", num_classes=10, device=CPU)
+    assert "hostile:make runs code with your rights" in caplog.text
+    caplog.clear()
+    (tmp_path / "m.pt2").write_bytes(b"no program")
+    with pytest.raises(Exception, match=r".+"):
+        load_model(str(tmp_path / "m.pt2"), num_classes=10, device=CPU)
+    assert "torch.export unpickles" in caplog.text
 
 
 def test_a_functions_code_is_part_of_what_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

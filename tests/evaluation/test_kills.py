@@ -43,7 +43,7 @@ def many_digits(tmp_path: Path) -> Path:
 def numbers(value: Any) -> Any:
     """Results without times and places."""
     if isinstance(value, dict):
-        return {k: numbers(v) for k, v in value.items() if k not in ("seconds", "output_dir", "command")}
+        return {k: numbers(v) for k, v in value.items() if k not in ("seconds", "output_dir", "command", "environment")}
     return [numbers(v) for v in value] if isinstance(value, list) else value
 
 

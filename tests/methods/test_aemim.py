@@ -9,11 +9,11 @@ from small_models import masked_vit
 from mimir_fast.attacks.features import FeatureAttackConfig, attack_features, feature_distance
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.aemim import Aemim, AemimConfig
-from mimir_fast.methods.mae import Mae, MaeConfig
+from mimir_fast.methods.mae import Mae, MaeConfig, reconstruction_loss
 from mimir_fast.models.flat_names import flat_parameters
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.models.norms import is_adapter
-from mimir_fast.ops.patches import gather_patches, patchify
+from mimir_fast.ops.patches import gather_patches, normalize_patches, patchify
 
 EPS = 2 / 255
 
@@ -120,10 +120,8 @@ def test_on_simmim(batch: Batch) -> None:
 
 
 def test_preview_shows_both_streams(model: MaskedModel, batch: Batch) -> None:
-    rows = Aemim(AemimConfig())(model, batch, seed=0, step=0) and Aemim(AemimConfig()).preview(
-        model, batch, seed=0, step=0
-    )
-    assert list(rows) == ["input", "adversarial", "masked", "reconstruction", "adv. reconstr."]
+    rows = Aemim(AemimConfig()).preview(model, batch, seed=0, step=0)
+    assert list(rows) == ["input", "masked", "reconstruction", "adversarial", "adv. reconstr."]
     assert all(row.shape == (6, 3, 16, 16) for row in rows.values())
     assert (rows["adversarial"] - rows["input"]).abs().max() <= EPS + 1e-6
 
@@ -139,3 +137,24 @@ def test_bad_values_name_the_fix(model: MaskedModel, batch: Batch) -> None:
     view = View(gather_patches(patchify(batch.images, 4), keep), keep, domain=1)
     with pytest.raises(ValueError, match="no adapters"):
         attack_features(masked_vit(), view, view.patches, replace(FeatureAttackConfig()), domain=1)
+
+
+def test_one_pass_of_the_decoder_serves_both_streams(model: MaskedModel, batch: Batch) -> None:
+    """Loss and every gradient are those of two whole forward passes."""
+    method = Aemim(AemimConfig(adversarial_weight=0.5))
+    found = method(model, batch, seed=0, step=0)["loss"]
+    grads = torch.autograd.grad(found, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    draws, patches = method.draw(model, batch, seed=0, step=0), patchify(batch.images, 4)
+    shown, mask = method.attack(model, patches, draws), draws.mask
+    errors = []
+    for domain, whole in enumerate((patches, shown.whole)):
+        output = model(View(gather_patches(whole, mask.keep), mask.keep, mask.masked, domain))
+        target = normalize_patches(gather_patches(whole, mask.masked))
+        errors.append(reconstruction_loss(output.prediction, target))
+    wanted = errors[0] + 0.5 * errors[1]
+    torch.testing.assert_close(found, wanted)
+    separate = torch.autograd.grad(wanted, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    for one, other in zip(grads, separate, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)

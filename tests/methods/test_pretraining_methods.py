@@ -186,3 +186,11 @@ def test_bf16_keeps_its_islands(model: MaskedModel, batch: Batch) -> None:
 def test_bad_values_name_the_fix(make, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_preview_shows_a_perturbation_where_there_is_one(model: MaskedModel, batch: Batch) -> None:
+    rows = [method.preview(model, batch, seed=0, step=0) for method in (Mae(MaeConfig()), AdvMae(AdvMaeConfig()))]
+    assert [list(row) for row in rows] == [
+        ["input", "masked", "reconstruction"], ["input", "perturbed", "masked", "reconstruction"],
+    ]  # fmt: skip
+    assert (rows[1]["perturbed"] - rows[1]["input"]).abs().max() > 0

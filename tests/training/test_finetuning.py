@@ -90,6 +90,21 @@ def test_interrupted_and_resumed_is_bit_exact(whole_run: Path, pretrained: Path,
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[n], found[n]) for n in wanted)
 
 
+def test_a_kill_before_the_best_one_got_its_name(pretrained: Path, tmp_path: Path) -> None:
+    """The checkpoint itself says which one is best: what a kill left undone is done at the next start."""
+    run = tmp_path / "run"
+    config = small(run, "--init", str(pretrained))
+    finetune(replace(config, run=replace(config.run, stop_after=5)))
+    best, score = run / "checkpoints" / "best", read_meta(checkpoints_of(run)[-1])["best_score"]
+    name = best.readlink()
+    best.unlink()
+    best.symlink_to("step-00000002")  # as it was before, say
+    finetune(replace(config, run=replace(config.run, stop_after=1)))
+    meta = read_meta(checkpoints_of(run)[-1])
+    assert meta["step"] == STEPS and meta["best_score"] >= score
+    assert best.readlink() == (name if meta["best_score"] == score else Path(f"step-{STEPS:08d}"))
+
+
 def test_two_ranks_see_what_one_sees(whole_run: Path, pretrained: Path, tmp_path: Path, command: Command) -> None:
     run = tmp_path / "two"
     out = command("mimir_fast.finetune", *SMALL, "--output_dir", str(run), "--init", str(pretrained), ranks=2)

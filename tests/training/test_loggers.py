@@ -2,19 +2,23 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import command_environment
+from commands import Command, command_environment, command_line
 
 from mimir_fast.training.loggers import (
     JsonLines,
     Logger,
     Loggers,
     Pictures,
+    TensorBoard,
     Terminal,
     duration,
     import_wandb,
@@ -81,6 +85,19 @@ class TestAFailingLogger:
         assert len(read_lines(tmp_path / "m.jsonl")) == 500
 
 
+@pytest.mark.parametrize("resumed_at", [0, 3])
+def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path: Path, resumed_at: int) -> None:
+    """Also of a start that was killed before its first one: its curve does not lie under the next."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, last, value in ((0, 6, 1.0), (resumed_at, 5, 2.0)):
+        logger = TensorBoard(tmp_path, first)
+        for step in range(first, last):
+            logger.scalars(step, {"loss": value})
+        logger.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in events] == [(s, 1.0 if s < resumed_at else 2.0) for s in range(5)]
+
+
 def test_weights_and_biases_is_an_extra() -> None:
     try:
         import wandb  # noqa: F401
@@ -89,3 +106,53 @@ def test_weights_and_biases_is_an_extra() -> None:
             import_wandb()
     else:
         assert import_wandb()
+
+
+class TestWeightsAndBiases:
+    """With the package itself, on this machine only (WANDB_MODE=offline)."""
+
+    SMALL = (
+        "--recipe", "digits/mimir_vit_nano", "--data.limit", "64", "--batch_size", "16", "--max_steps", "12",
+        "--log_every", "2", "--precision", "fp32", "--wandb", "mimir",
+    )  # fmt: skip
+
+    @pytest.fixture(autouse=True)
+    def offline(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("wandb")
+        monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def test_a_resumed_run_goes_on_in_its_page(self, command: Command, tmp_path: Path) -> None:
+        for extra in (["--stop_after", "6"], []):
+            out = command("mimir_fast.pretrain", *self.SMALL, "--output_dir", str(tmp_path / "run"), *extra)
+            assert out.returncode == 0 and "switched off" not in out.stdout, out.stdout + out.stderr
+        files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+        assert len(files) == 2 and len({file.name for file in files}) == 1  # two starts of one run
+        content = b"".join(file.read_bytes() for file in files)
+        lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+        assert len(lines) == 6 and all(json.dumps(line["loss"]).encode() in content for line in lines)
+        assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/*.png"))) == 1
+
+    def test_its_end_is_not_the_runs(self, tmp_path: Path) -> None:
+        """Its service is killed after some steps: one warning, and all steps are in metrics.jsonl."""
+        run = tmp_path / "run"
+        line = command_line("mimir_fast.pretrain", *self.SMALL, "--max_steps", "150", "--output_dir", str(run))
+        with (tmp_path / "out.txt").open("w") as output:
+            process = subprocess.Popen(line, stdout=output, stderr=output, env=command_environment())
+        while len(read_lines(run / "metrics.jsonl")) < 3:
+            assert process.poll() is None, (tmp_path / "out.txt").read_text()
+            time.sleep(0.02)
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+        assert process.wait(120) == 0
+        said = (tmp_path / "out.txt").read_text()
+        assert "WeightsAndBiases failed and is switched off" in said and "done: 150 steps" in said
+        assert len(read_lines(run / "metrics.jsonl")) == 75
+
+    def test_without_a_key_the_run_goes_on(
+        self, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WANDB_MODE", "online")
+        monkeypatch.setenv("WANDB_API_KEY", "none")
+        out = command("mimir_fast.pretrain", *self.SMALL, "--max_steps", "2", "--output_dir", str(tmp_path / "run"))
+        assert out.returncode == 0, out.stdout + out.stderr
+        assert "Weights & Biases failed and is switched off" in out.stdout

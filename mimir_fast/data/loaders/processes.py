@@ -146,7 +146,8 @@ def _work(fill: Fill, slots: np.ndarray, pipe: Any, parents: Any, parent: int) -
     parents.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a scheduler's warning goes to all processes of the job
+    for warning in (signal.SIGUSR1, signal.SIGHUP):  # goes to all processes of a job or terminal: the parent's affair
+        signal.signal(warning, signal.SIG_IGN)
     torch.set_num_threads(1)  # a forked process cannot use its parent's OpenMP threads: it would hang
     while True:
         while not pipe.poll(_PATIENCE):

@@ -41,6 +41,7 @@ class ImageSource(ABC):
 
     @property
     def num_classes(self) -> int:
+        """Classes, whether or not each has images."""
         return len(self.classes)
 
     @abstractmethod

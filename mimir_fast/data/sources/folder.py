@@ -40,6 +40,7 @@ class FileSource(EncodedSource):
         self._paths = np.array([os.fsencode(path) for path in paths]) if isinstance(paths, list) else paths
 
     def path(self, index: int) -> Path:
+        """The file of a sample."""
         return self.root / os.fsdecode(bytes(self._paths[index]))
 
     def read(self, index: int) -> bytes:

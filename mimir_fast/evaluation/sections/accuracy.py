@@ -88,8 +88,8 @@ def near_chance(clean: Count, setup: Setup) -> list[str]:
     if binomial_tail(clean.correct, clean.total, hardly_more) < 0.05:
         return []
     return [
-        f"Without attack the model is right on {100 * clean.accuracy:.1f} % of the images, and guessing gives "
-        f"{100 * chance:.1f} %: before believing anything below, check the weights, the order of the classes, the "
+        f"The natural accuracy is {100 * clean.accuracy:.1f} %, and guessing gives {100 * chance:.1f} %: before "
+        "trusting any number below, check the weights, the order of the classes, the "
         "image size and the normalisation (--data.image_size, --mean, --std)."
     ]
 
@@ -103,13 +103,13 @@ def render(numbers: dict[str, Any]) -> str:
     ]  # fmt: skip
     robust = numbers["robust"]
     rows.append(
-        ["any of all attacks", percent(robust["accuracy"]), span(robust["interval"]),
+        ["all attacks together", percent(robust["accuracy"]), span(robust["interval"]),
          f"{robust['correct']}/{robust['total']}", "", ""]
     )  # fmt: skip
     ball = f"{NORM_WORDS[numbers['norm']]} ball, ε = {numbers['eps_text']}"
-    head = ["attack", "accuracy", "95 % interval", "right", "mean loss", "time"]
+    head = ["attack", "accuracy", "95 % interval", "correct", "mean loss", "time"]
     more = paragraph(
-        f"The last row is per image: right without attack and under each of {len(numbers['tried'])} attacks tried in "
+        f"The last row is per image: correct without attack and under each of {len(numbers['tried'])} attacks tried in "
         f"this report within the ball ({'; '.join(numbers['tried'])}).",
         "soft",
     )

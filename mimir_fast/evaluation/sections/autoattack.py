@@ -121,10 +121,10 @@ def render(numbers: dict[str, Any]) -> str:
     ]  # fmt: skip
     words = (
         f"{numbers['title']}, version {numbers['version']}, fp32, by its authors' package; each attack runs on "
-        f"what the ones before left standing. Robust: {percent(numbers['accuracy'])} "
+        f"the images that the ones before did not break. Robust accuracy: {percent(numbers['accuracy'])} "
         f"(95 % interval {span(numbers['interval'])})."
     )
     if numbers["total"] < numbers["images"]:
-        words += f" On {numbers['total']} of the {numbers['images']} judged images, evenly spaced."
+        words += f" On {numbers['total']} of the {numbers['images']} images, evenly spaced."
     notes = "".join(paragraph(text, "note") for text in numbers["warnings"])
-    return paragraph(words) + table(["after", "accuracy", "standing", "time"], rows, numbers=range(1, 4)) + notes
+    return paragraph(words) + table(["after", "accuracy", "still correct", "time"], rows, numbers=range(1, 4)) + notes

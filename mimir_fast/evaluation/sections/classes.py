@@ -1,4 +1,4 @@
-"""Which images fall: per class, into which class, to which attack, and by what margin.
+"""Which images are misclassified: per class, into which class, to which attack, and by what margin.
 
 Under attack means: each image as the attack of the lowest margin left it.
 """
@@ -12,7 +12,7 @@ from mimir_fast.evaluation.measure import Count, Measurement, Records
 from mimir_fast.evaluation.plan import Setup
 from mimir_fast.evaluation.sections import accuracy
 
-NAME, TITLE = "classes", "Which images fall"
+NAME, TITLE = "classes", "Which images are misclassified"
 MOST_CLASSES = 20
 
 
@@ -77,7 +77,7 @@ def render(numbers: dict[str, Any]) -> str:
     margins = numbers["margins"]
     below = sum(m < 0 for m in margins["attacked"])
     said = (
-        "Margins, the logit of the true class less the largest other: an image is wrong left of zero, "
+        "Margins, the logit of the true class less the largest other: an image is misclassified left of zero, "
         f"{below} of {len(margins['attacked'])} under attack."
     )
     both = [("without attack", margins["clean"]), ("under the worst attack", margins["attacked"])]
@@ -86,7 +86,7 @@ def render(numbers: dict[str, Any]) -> str:
         figure(histogram(both, said, x_label="margin"), said),
     )
     harvest = [[name, str(n), percent(n / numbers["total"])] for name, n in numbers["harvest"]]
-    harvest.append(["none: it stands", str(numbers["standing"]), percent(numbers["standing"] / numbers["total"])])
+    harvest.append(["none: robust", str(numbers["standing"]), percent(numbers["standing"] / numbers["total"])])
     said = "Which attack broke which image, in the order they ran; results.json names the images"
     tables = table(["first broken by", "images", "share"], harvest, numbers=(1, 2), caption=said)
     return charts + tables + _confusion(numbers)
@@ -95,7 +95,7 @@ def render(numbers: dict[str, Any]) -> str:
 def _confusion(numbers: dict[str, Any]) -> str:
     confusions, names = numbers["confusions"], list(numbers["per_class"])
     if not confusions:
-        return paragraph("No image is taken for another class under attack.")
+        return paragraph("No image is misclassified under attack.")
     if len(names) > 12:
         rows = [[f"{a} → {b}", str(n)] for a, b, n in confusions]
         return table(["taken for", "images"], rows, numbers=(1,), caption="Most frequent confusions under attack")

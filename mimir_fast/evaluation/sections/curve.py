@@ -1,4 +1,4 @@
-"""How accuracy falls with ε, under PGD and under random noise of the same size, on the images of the checks."""
+"""Accuracy against ε, under PGD and under random noise of the same size, on the images of the checks."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from mimir_fast.evaluation.html import figure, figures, percent, span, table
 from mimir_fast.evaluation.measure import Count, Measurement, Records
 from mimir_fast.evaluation.plan import Setup
 
-NAME, TITLE = "curve", "How accuracy falls with ε"
+NAME, TITLE = "curve", "Accuracy against ε"
 
 
 def along(setup: Setup, radius: float) -> Measurement:
@@ -74,12 +74,12 @@ def render(numbers: dict[str, Any]) -> str:
         ]  # fmt: skip
         return line_chart(
             lines, words, x_label=axis, y_label="accuracy (%)", percent=True, x_from=0.0,
-            x_ticks=[(unit * e, f"{unit * e:.4g}") for e, *_ in rows], mark=(judged, f"judged at {judged:.4g}"),
+            x_ticks=[(unit * e, f"{unit * e:.4g}") for e, *_ in rows], mark=(judged, f"evaluated at {judged:.4g}"),
         )  # fmt: skip
 
     near = [row for row in columns if row[0] <= 2.5 * numbers["judged"]]
     said = "; ".join(f"{percent(a)} at {label}" for _, label, a, _, _ in near)
-    words = f"Accuracy on {numbers['count']} images around the judged ε; the band is a 95 % interval."
+    words = f"Accuracy on {numbers['count']} images around the evaluated ε; the band is a 95 % interval."
     shown = [figure(chart(near, f"{words} Under PGD: {said}."), words)]
     if len(near) < len(columns):
         far = f"The same to the largest ε there is, where accuracy is {percent(columns[-1][2])}."

@@ -79,14 +79,14 @@ def render(numbers: dict[str, Any]) -> str:
             f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{entry[name]}">'
             f"<figcaption>{escape(alt)}</figcaption></figure>"
             for name, alt in (
-                ("clean_png", f"clean: {entry['before']}, {100 * entry['before_sure']:.0f} % sure"),
+                ("clean_png", f"clean: {entry['before']}, {100 * entry['before_sure']:.0f} % confidence"),
                 ("delta_png", "perturbation, magnified to full range"),
-                ("attacked_png", f"attacked: {entry['after']}, {100 * entry['after_sure']:.0f} % sure"),
+                ("attacked_png", f"attacked: {entry['after']}, {100 * entry['after_sure']:.0f} % confidence"),
             )
         )
         parts.append(
             f'<details><summary><img alt="{escape(words)}" src="data:image/png;base64,{entry["attacked_png"]}">'
-            f'<span class="{mark}">{"broken" if broken else "stands"}</span>: {escape(entry["label"])}'
+            f'<span class="{mark}">{"misclassified" if broken else "correct"}</span>: {escape(entry["label"])}'
             f"{' → ' + escape(entry['after']) if broken else ''}</summary>"
             f'<div class="trio">{trio}</div></details>'
         )

@@ -1,4 +1,4 @@
-"""Are the gradients honest? The checks of masking_checks.py on a few images, and AutoAttack's own."""
+"""Gradient-masking checks: those of masking_checks.py on a few images, and AutoAttack's own."""
 
 from dataclasses import asdict
 from html import escape
@@ -16,7 +16,7 @@ from mimir_fast.evaluation.plan import Setup
 from mimir_fast.evaluation.sections import autoattack
 from mimir_fast.evaluation.sections.curve import along
 
-NAME, TITLE = "masking", "Are the gradients honest?"
+NAME, TITLE = "masking", "Gradient-masking checks"
 
 
 def _zero_gradient(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor, helpers: Helpers) -> Row:
@@ -65,7 +65,7 @@ def summarize(setup: Setup, records: Records) -> dict[str, Any] | None:
     found = autoattack.summarize(setup, records)
     if found is not None:
         warnings = found["warnings"]
-        words = " ".join(warnings) if warnings else "AutoAttack's package has nothing to say against its own result."
+        words = " ".join(warnings) if warnings else "AutoAttack's package gives no warning."
         verdicts.append(checks.Verdict("AutoAttack's own checks", not warnings, words))
     return {
         "checks": [asdict(verdict) for verdict in verdicts],
@@ -83,13 +83,13 @@ def render(numbers: dict[str, Any]) -> str:
         for c in numbers["checks"]
     )
     table = (
-        f'<div class="frame" tabindex="0" role="region" aria-label="Checks for hidden gradients"><table><caption>On '
+        f'<div class="frame" tabindex="0" role="region" aria-label="Gradient-masking checks"><table><caption>On '
         f"{numbers['count']} images; paired tests at 5 %.</caption><thead><tr>"
-        f'<th scope="col">verdict</th><th scope="col">check</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<th scope="col">result</th><th scope="col">check</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
     points = [(float(k), v) for k, v in numbers["mean_loss"].items()]
     first, last = points[0], points[-1]
-    words = f"Mean loss under PGD goes from {first[1]:.3g} at {first[0]:g} steps to {last[1]:.3g} at {last[0]:g}."
+    words = f"Mean loss under PGD-{first[0]:g}: {first[1]:.3g}; under PGD-{last[0]:g}: {last[1]:.3g}."
     chart = line_chart(
         [Line("mean loss", points)], words, x_label="steps of PGD", y_label="mean loss",
         x_ticks=[(k, f"{k:g}") for k, _ in points], x_from=0.0,

@@ -93,7 +93,7 @@ def render(numbers: dict[str, Any]) -> str:
         chart = heat_map(grid, steps, words, x_label=labels[0], y_label=labels[1], value_label="loss")
         shown.append(figure(chart, words))
     words = (
-        "Where gradients are honest the surface around the images rises along the gradient and hardly across it. The "
-        "surface around the weights (Li et al.) is what papers show; it says little about hidden gradients."
+        "Without gradient masking, the loss around the images rises along the gradient and hardly across it. The "
+        "surface around the weights (Li et al.) is what papers show; it says little about gradient masking."
     )
     return paragraph(words) + figures(*shown)

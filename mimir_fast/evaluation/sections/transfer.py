@@ -1,4 +1,4 @@
-"""Images attacked on other models: a hidden gradient hides nothing from them."""
+"""Images attacked on other models: gradient masking is no defence against them."""
 
 from typing import Any
 
@@ -51,5 +51,5 @@ def render(numbers: dict[str, Any]) -> str:
     """The table."""
     rows = [[s, percent(e["accuracy"]), span(e["interval"]), percent(e["source_accuracy"])] for s, e in numbers.items()]
     head = ["attacked model", "accuracy of this model", "95 % interval", "of the attacked one"]
-    words = f"Images attacked by PGD-{STEPS} on another model within the judged ball, and shown to this one."
+    words = f"Images attacked by PGD-{STEPS} on another model within the ball, and shown to this one."
     return paragraph(words) + table(head, rows, numbers=(1, 2, 3))

@@ -78,7 +78,7 @@ def render(numbers: dict[str, Any]) -> str:
     """The table."""
     rows = [[e["label"], percent(e["accuracy"]), span(e["interval"])] for e in numbers.values()]
     words = (
-        "The model was judged above within one ball; these attacks leave it. They are written after Kang et al., arXiv "
-        "1908.08016, and not calibrated as theirs are: compare models by them, not with published scores."
+        "The sections above have one threat model; these attacks have others. They are written after Kang et al., "
+        "arXiv 1908.08016, and not calibrated as theirs are: compare models by them, not with published scores."
     )
     return paragraph(words) + table(["attack", "accuracy", "95 % interval"], rows, numbers=(1, 2))

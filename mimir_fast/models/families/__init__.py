@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,9 +114,14 @@ def register(family: Family) -> None:
 
 def all_families() -> dict[str, Family]:
     """Every family by name."""
+    _import_all()
+    return dict(sorted(_FAMILIES.items()))
+
+
+@cache
+def _import_all() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return dict(sorted(_FAMILIES.items()))
 
 
 def find_family(name: str) -> Family:

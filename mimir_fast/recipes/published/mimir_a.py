@@ -124,7 +124,7 @@ def _imagenet() -> list[Row]:
     for model, name, pairs in (
         ("ConViT-S", "convit_small", ((74.72, 55.65), (72.08, 42.62))),
         ("XCiT-S", "xcit_small", ((74.39, 55.21), (71.77, 40.97))),
-        ("XCiT-M", "xcit_medium", ((73.63, 53.04), (72.01, 42.39))),
+        ("XCiT-M", "xcit_medium12", ((73.63, 53.04), (72.01, 42.39))),
     ):
         for eps, ending, (natural, pgd) in zip((2, 4), ("_eps2", ""), pairs, strict=True):
             rows.append(
@@ -260,7 +260,7 @@ def _adaptive() -> list[Row]:
                     tuple(zip(("PGD-20", "PGD-MI-100", "PGD-fea-100"), values, strict=True)),
                     "eps 8/255" if group != "imagenet" else "eps 4/255, or 2/255",
                     f"{group}/mimir_{name}_official", f"{group}/{method}_{name}{ending}",
-                    remark="judge with python -m mimir_fast.evaluate --suite paper",
+                    remark="evaluate with python -m mimir_fast.evaluate --suite paper",
                     unresolved=clash.get((source, model), ""),
                 )
             )  # fmt: skip

@@ -28,7 +28,7 @@ ROWS = (
     ),
     Row(
         "AEMIM", "ImageNet's shifted test sets (A, R, V2 …)", (),
-        why_not="the summary has no numbers; python -m mimir_fast.evaluate judges any image folder",
+        why_not="the summary has no numbers; python -m mimir_fast.evaluate takes any image folder",
     ),
     Row(
         "MAE (arXiv 2111.06377)", "ImageNet ViT-B/16, MAE for 1600 epochs → natural fine-tuning",
