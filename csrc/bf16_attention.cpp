@@ -259,7 +259,8 @@ Problem problem(std::int64_t T, std::int64_t S, std::int64_t H, std::int64_t E, 
     return p;
 }
 
-// strides: (image, token) of q, k and v, in numbers; out and lse are contiguous. E: a multiple of 8.
+// strides: (image, token) of q, k and v, backwards also of their gradients, in numbers; out and lse are contiguous.
+// E: a multiple of 8.
 void forward(Address q, Address k, Address v, Address out, Address lse, std::int64_t B, std::int64_t T, std::int64_t S,
              std::int64_t H, std::int64_t E, const std::vector<std::int64_t>& strides, bool amx, int threads) {
     const Problem p = problem(T, S, H, E, amx, strides, q, k, v, out, lse);
@@ -271,9 +272,9 @@ void backward(Address grad, Address q, Address k, Address v, Address out, Addres
               const std::vector<std::int64_t>& strides, bool amx, int threads) {
     Problem p = problem(T, S, H, E, amx, strides, q, k, v, out, lse);
     p.grad = whole(grad, T, H, E);
-    p.dq = whole(dq, T, H, E);
-    p.dk = whole(dk, S, H, E);
-    p.dv = whole(dv, S, H, E);
+    p.dq = {pointer<std::uint16_t>(dq), strides[6], strides[7], E};
+    p.dk = {pointer<std::uint16_t>(dk), strides[8], strides[9], E};
+    p.dv = {pointer<std::uint16_t>(dv), strides[10], strides[11], E};
     parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { backward_heads(p, begin, end); });
 }
 

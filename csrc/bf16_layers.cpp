@@ -17,7 +17,7 @@ namespace mimir {
 namespace {
 
 #ifdef MIMIR_BF16_MATRIX
-constexpr std::int64_t kRows = 256;  // at a time
+constexpr std::int64_t kRows = 128;  // at a time
 
 Matrix matrix(Address data, bool wide, std::int64_t columns) { return {pointer<char>(data), wide, columns}; }
 
@@ -45,15 +45,19 @@ void pack(Address weight, bool wide, std::int64_t N, std::int64_t K, Address for
 // A panel of products (rows, 32) + bias [+ residual] → columns n … n + 31 of the output.
 MIMIR_BF16_INLINE void finish(const float* c, std::int64_t row, std::int64_t count, std::int64_t n, const float* bias,
                               const Matrix* residual, const Matrix& out) {
-    for (std::int64_t half = 0; half < kPanel; half += 16) {
-        const __mmask16 inside = lanes(out.columns - n - half);
-        if (inside == 0) return;
-        const __m512 b = bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(inside, bias + n + half);
-        for (std::int64_t r = 0; r < count; ++r) {
-            __m512 v = _mm512_add_ps(_mm512_loadu_ps(c + r * kPanel + half), b);
-            if (residual != nullptr) v = _mm512_add_ps(v, residual->load(row + r, n + half, inside));
-            out.store(row + r, n + half, v, inside);
+    const __mmask16 in0 = lanes(out.columns - n), in1 = lanes(out.columns - n - 16);
+    const __m512 zero = _mm512_setzero_ps();
+    const __m512 b0 = bias == nullptr ? zero : _mm512_maskz_loadu_ps(in0, bias + n);
+    const __m512 b1 = bias == nullptr ? zero : _mm512_maskz_loadu_ps(in1, bias + n + 16);
+    for (std::int64_t r = 0; r < count; ++r) {
+        Line y = line(c + r * kPanel);
+        y = {_mm512_add_ps(y.low, b0), _mm512_add_ps(y.high, b1)};
+        if (residual != nullptr) {
+            y.low = _mm512_add_ps(y.low, residual->load(row + r, n, in0));
+            y.high = _mm512_add_ps(y.high, residual->load(row + r, n + 16, in1));
         }
+        out.store(row + r, n, y.low, in0);
+        out.store(row + r, n + 16, y.high, in1);
     }
 }
 
@@ -177,19 +181,18 @@ MIMIR_BF16 void mlp_rows(const Mlp& p, std::int64_t begin, std::int64_t end) {
         stage(p.x, row, count, rows, p.norm, p.statistics, false, a, stride);
         for (std::int64_t n = 0; n < p.H; n += kPanel) {
             panel_product(p.amx, {a, stride}, rows, p.panels1 + n * depth / 2, depth, {c, kPanel});
-            for (std::int64_t half = 0; half < kPanel; half += 16) {
-                const __mmask16 inside = lanes(p.H - n - half);
-                const __m512 b = _mm512_maskz_loadu_ps(inside, p.bias1 + n + half);
-                for (std::int64_t r = 0; r < rows; ++r) {
-                    // Rounded first, as if it had been stored in between: the backward pass reads it rounded.
-                    const __m256i before = to_bf16(_mm512_add_ps(_mm512_loadu_ps(c + r * kPanel + half), b));
-                    if (p.hidden.data != nullptr && r < count) {
-                        auto* to = reinterpret_cast<std::uint16_t*>(p.hidden.data) + (row + r) * p.H + n + half;
-                        _mm256_mask_storeu_epi16(to, inside, before);
-                    }
-                    const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(before), 16));
-                    put(h + r * h_stride + n + half, gelu(wide));
+            const __mmask32 inside = p.H - n >= kPanel ? 0xffffffffu : (1u << (p.H - n)) - 1;
+            const __m512 b0 = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), p.bias1 + n);
+            const __m512 b1 = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside >> 16), p.bias1 + n + 16);
+            for (std::int64_t r = 0; r < rows; ++r) {
+                const Line product = line(c + r * kPanel);
+                // Rounded first, as if it had been stored in between: the backward pass reads it rounded.
+                const __m512i before = to_bf16({_mm512_add_ps(product.low, b0), _mm512_add_ps(product.high, b1)});
+                if (p.hidden.data != nullptr && r < count) {
+                    _mm512_mask_storeu_epi16(p.hidden.data + 2 * ((row + r) * p.H + n), inside, before);
                 }
+                const Line x = line(before);
+                _mm512_storeu_si512(h + r * h_stride + n, to_bf16({gelu(x.low), gelu(x.high)}));
             }
         }
         for (std::int64_t n = 0; n < p.K; n += kPanel) {
@@ -213,17 +216,14 @@ MIMIR_BF16 void mlp_rows_backward(const Mlp& p, const Matrix& dx, const NormGrad
         stage(p.out, row, count, rows, {nullptr, nullptr, 0}, nullptr, true, g, stride);
         for (std::int64_t n = 0; n < p.H; n += kPanel) {
             panel_product(p.amx, {g, stride}, rows, p.panels2 + n * depth / 2, depth, {c, kPanel});
-            for (std::int64_t half = 0; half < kPanel; half += 16) {
-                const __mmask16 inside = lanes(p.H - n - half);
-                for (std::int64_t r = 0; r < rows; ++r) {
-                    const __m512 v = p.hidden.load(row + r, n + half, r < count ? inside : 0);
-                    const Normal phi = normal(v);
-                    const __m512 slope = _mm512_fmadd_ps(
-                        _mm512_mul_ps(v, _mm512_set1_ps(0.39894228f)), phi.bell, phi.probability);
-                    const std::int64_t at = r * h_stride + n + half;
-                    put(dh + at, _mm512_mul_ps(_mm512_loadu_ps(c + r * kPanel + half), slope));
-                    if (second != nullptr) put(h + at, _mm512_mul_ps(v, phi.probability));
-                }
+            const __mmask32 inside = p.H - n >= kPanel ? 0xffffffffu : (1u << (p.H - n)) - 1;
+            for (std::int64_t r = 0; r < rows; ++r) {
+                const char* from = p.hidden.data + 2 * ((row + r) * p.H + n);
+                const Line x = line(_mm512_maskz_loadu_epi16(r < count ? inside : 0, from)), product = line(c + r * kPanel);
+                const GeluGradient low = gelu_backward(x.low, product.low), high = gelu_backward(x.high, product.high);
+                const std::int64_t at = r * h_stride + n;
+                _mm512_storeu_si512(dh + at, to_bf16({low.grad, high.grad}));
+                if (second != nullptr) _mm512_storeu_si512(h + at, to_bf16({low.value, high.value}));
             }
         }
         if (second != nullptr) {

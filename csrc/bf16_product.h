@@ -33,8 +33,7 @@ struct Matrix {
     MIMIR_BF16_INLINE __m512 load(std::int64_t row, std::int64_t column, __mmask16 inside = 0xffff) const {
         const std::int64_t at = row * columns + column;
         if (wide) return _mm512_maskz_loadu_ps(inside, data + 4 * at);
-        const __m512i numbers = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, data + 2 * at));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(numbers, 16));
+        return from_bf16(_mm256_maskz_loadu_epi16(inside, data + 2 * at));
     }
     MIMIR_BF16_INLINE void store(std::int64_t row, std::int64_t column, __m512 x, __mmask16 inside = 0xffff) const {
         const std::int64_t at = row * columns + column;

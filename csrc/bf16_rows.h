@@ -19,6 +19,16 @@ struct Norm {
 // Numbers of bfloat16 in rows of length `stride`.
 MIMIR_BF16_INLINE void put(std::uint16_t* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, to_bf16(x)); }
 
+// 32 numbers in two registers, as they come from a panel: one line of memory in bfloat16.
+struct Line {
+    __m512 low, high;
+};
+MIMIR_BF16_INLINE Line line(const float* from) { return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)}; }
+MIMIR_BF16_INLINE Line line(__m512i numbers) {
+    return {from_bf16(_mm512_castsi512_si256(numbers)), from_bf16(_mm512_extracti64x4_epi64(numbers, 1))};
+}
+MIMIR_BF16_INLINE __m512i to_bf16(const Line& x) { return (__m512i)_mm512_cvtne2ps_pbh(x.high, x.low); }
+
 // Mean and 1/deviation of a row.
 MIMIR_BF16_INLINE void moments(const Matrix& x, std::int64_t row, float eps, float* mean, float* scale) {
     const std::int64_t K = x.columns;
@@ -138,6 +148,16 @@ MIMIR_BF16_INLINE Normal normal(__m512 x) {
 }
 
 MIMIR_BF16_INLINE __m512 gelu(__m512 x) { return _mm512_mul_ps(x, normal(x).probability); }
+
+// The value, and the gradient that goes through it.
+struct GeluGradient {
+    __m512 value, grad;
+};
+MIMIR_BF16_INLINE GeluGradient gelu_backward(__m512 x, __m512 grad) {
+    const Normal phi = normal(x);
+    const __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.39894228f)), phi.bell, phi.probability);
+    return {_mm512_mul_ps(x, phi.probability), _mm512_mul_ps(grad, slope)};
+}
 
 }  // namespace mimir
 #endif

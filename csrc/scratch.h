@@ -6,6 +6,10 @@
 #include <cstdlib>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace mimir {
 
 inline std::int64_t padded(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
@@ -26,12 +30,17 @@ class Scratch {
         } memory;
         if (memory.bytes < bytes) {
             std::free(memory.begin);
-            memory.begin = std::aligned_alloc(64, padded(bytes, 64));
+            memory.begin = std::aligned_alloc(kHuge, padded(bytes, kHuge));
             memory.bytes = memory.begin == nullptr ? 0 : bytes;
             if (memory.begin == nullptr) throw std::bad_alloc();
+#ifdef __linux__
+            madvise(memory.begin, padded(bytes, kHuge), MADV_HUGEPAGE);  // a column then lies on few pages; may fail
+#endif
         }
         next_ = static_cast<char*>(memory.begin);
     }
+    static constexpr std::int64_t kHuge = 1 << 21;  // bytes of a huge page
+
     template <typename Number>
     Number* take(std::int64_t count) {
         auto* piece = reinterpret_cast<Number*>(next_);

@@ -170,7 +170,7 @@ Problem problem(std::int64_t T, std::int64_t S, std::int64_t H, const std::vecto
     return p;
 }
 
-// strides: (image, token) of q, k and v, in elements; out and lse are contiguous.
+// strides: (image, token) of q, k and v, backwards also of their gradients, in elements; out and lse are contiguous.
 void forward(Address q, Address k, Address v, Address out, Address lse, std::int64_t B, std::int64_t T, std::int64_t S,
              std::int64_t H, const std::vector<std::int64_t>& strides, int threads) {
     const Problem p = problem(T, S, H, strides, q, k, v, out, lse);
@@ -182,9 +182,9 @@ void backward(Address grad, Address q, Address k, Address v, Address out, Addres
               const std::vector<std::int64_t>& strides, int threads) {
     Problem p = problem(T, S, H, strides, q, k, v, out, lse);
     p.grad = whole(grad, T, H * E);
-    p.dq = whole(dq, T, H * E);
-    p.dk = whole(dk, S, H * E);
-    p.dv = whole(dv, S, H * E);
+    p.dq = {pointer<float>(dq), strides[6], strides[7]};
+    p.dk = {pointer<float>(dk), strides[8], strides[9]};
+    p.dv = {pointer<float>(dv), strides[10], strides[11]};
     parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { backward_heads(p, begin, end); });
 }
 

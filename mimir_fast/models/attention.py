@@ -14,21 +14,32 @@ from torch import Tensor
 from mimir_fast.models.attention_choice import Seconds, fastest
 from mimir_fast.models.attention_kernels import CANDIDATES, KERNELS, Situation
 from mimir_fast.models.attention_kernels import xformers_failure as xformers_failure
+from mimir_fast.ops.native_attention import native_self_attention
 
 _chosen: dict[tuple[str, Situation], tuple[str, Seconds]] = {}
 
 
 def attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
     """softmax(q kᵀ/√E) v, as (B, T, H, E)."""
+    return KERNELS[_kernel_for(q_BTHE, k_BSHE, v_BSHE)](q_BTHE, k_BSHE, v_BSHE)
+
+
+def self_attention(qkv_BT3HE: Tensor) -> Tensor:
+    """`attention` of q, k and v as a fused projection gives them, (B, T, H, E)."""
+    q, k, v = qkv_BT3HE.unbind(2)
+    name = _kernel_for(q, k, v)
+    return native_self_attention(qkv_BT3HE) if name == "native" else KERNELS[name](q, k, v)
+
+
+def _kernel_for(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> str:
+    """The name of the kernel for these tensors."""
     (_, T, H, E), S = q_BTHE.shape, k_BSHE.shape[1]
     backward = torch.is_grad_enabled() and (q_BTHE.requires_grad or k_BSHE.requires_grad or v_BSHE.requires_grad)
     if torch.compiler.is_compiling():
         # The kernel is a constant of the graph, and so are the lengths it follows from (`index`: not symbolic).
         lengths = operator.index(T), operator.index(S), operator.index(H), operator.index(E)
-        name = _constant_choice(q_BTHE.device, q_BTHE.dtype, *lengths, backward, True)
-    else:
-        name = _choice(q_BTHE.device, q_BTHE.dtype, T, S, H, E, backward, False)
-    return KERNELS[name](q_BTHE, k_BSHE, v_BSHE)
+        return _constant_choice(q_BTHE.device, q_BTHE.dtype, *lengths, backward, True)
+    return _choice(q_BTHE.device, q_BTHE.dtype, T, S, H, E, backward, False)
 
 
 def attention_backend(device: torch.device, head_dim: int = 64) -> str:

@@ -8,7 +8,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.models.attention import attention
+from mimir_fast.models.attention import attention, self_attention
 from mimir_fast.models.branches import LayerBranches, shape_branch
 from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.models.projections import Mlp as Mlp
@@ -62,10 +62,11 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
         heads = (self.num_heads, D // self.num_heads)
         if queries_BQD is None:
-            q, k, v = project(self.qkv, x_BTD, norm=norm, domain=domain).view(B, T, 3, *heads).unbind(2)
+            qkv = project(self.qkv, x_BTD, norm=norm, domain=domain).view(B, T, 3, *heads)
+            attended = self_attention(qkv)
         else:
-            q, k, v = project_queries(self.qkv, queries_BQD, x_BTD, heads, norm, domain)
-        return project(self.proj, attention(q, k, v).flatten(2), residual=residual)
+            attended = attention(*project_queries(self.qkv, queries_BQD, x_BTD, heads, norm, domain))
+        return project(self.proj, attended.flatten(2), residual=residual)
 
 
 class PatchEmbed(nn.Module):

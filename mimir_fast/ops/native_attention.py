@@ -43,14 +43,23 @@ def native_attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
     return _attention(q_BTHE, k_BSHE, v_BSHE)[0]
 
 
+def native_self_attention(qkv_BT3HE: Tensor) -> Tensor:
+    """(B, T, H, E) of q, k and v in one tensor, as a fused projection gives them: so does the gradient come back."""
+    return _self_attention(qkv_BT3HE)[0]
+
+
 def _dense_heads(tokens: Tensor) -> Tensor:
     """The tensor itself if the heads of a token lie in one piece, as in a slice of a fused projection; else a copy."""
     return tokens if tokens.stride()[2:] == (tokens.shape[3], 1) else tokens.contiguous()
 
 
-def _run(suffix: str, q: Tensor, k: Tensor, v: Tensor, before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> None:
+def _run(
+    suffix: str, q: Tensor, k: Tensor, v: Tensor, before: tuple[Tensor, ...], after: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...] = (),
+) -> None:  # fmt: skip
     (B, T, H, E), S = q.shape, k.shape[1]
-    strides = [stride for tensor in (q, k, v) for stride in tensor.stride()[:2]]
+    strides = [stride for tensor in (q, k, v, *grads) for stride in tensor.stride()[:2]]
+    after = (*after, *grads)
     if q.dtype == torch.bfloat16:
         tail = (B, T, S, H, E, strides, _BF16_UNIT == "amx")
         _native.run("bf16_attention" + suffix, *before, q, k, v, *after, *tail)
@@ -80,7 +89,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (_dense_heads(t) for t in (q_BTHE, k_BSHE, v_BSHE))
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    _run("_backward", q, k, v, (grad_BTHE.contiguous(),), (out_BTHE, lse_BHT, dq, dk, dv))
+    _run("_backward", q, k, v, (grad_BTHE.contiguous(),), (out_BTHE, lse_BHT), (dq, dk, dv))
     return dq, dk, dv
 
 
@@ -115,3 +124,57 @@ def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
 
 
 _attention_backward.register_autograd(_second_backward, setup_context=_save_for_second)
+
+
+# The same on q, k and v in one tensor: their gradients are written side by side, where three would be copied together.
+
+
+@torch.library.custom_op("mimir_fast::native_self_attention", mutates_args=())
+def _self_attention(qkv_BT3HE: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_attention`."""
+    qkv = qkv_BT3HE.contiguous()
+    B, T, _, H, E = qkv.shape
+    out, lse = qkv.new_empty((B, T, H, E)), qkv.new_empty((B, H, T), dtype=torch.float32)
+    _run("", *qkv.unbind(2), (), (out, lse))
+    return out, lse
+
+
+@_self_attention.register_fake
+def _(qkv_BT3HE: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, _, H, E = qkv_BT3HE.shape
+    return qkv_BT3HE.new_empty((B, T, H, E)), qkv_BT3HE.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("mimir_fast::native_self_attention_backward", mutates_args=())
+def _self_attention_backward(grad_BTHE: Tensor, qkv_BT3HE: Tensor, out_BTHE: Tensor, lse_BHT: Tensor) -> Tensor:
+    qkv = qkv_BT3HE.contiguous()
+    grads = qkv.new_empty(qkv.shape)
+    _run("_backward", *qkv.unbind(2), (grad_BTHE.contiguous(),), (out_BTHE, lse_BHT), grads.unbind(2))
+    return grads
+
+
+@_self_attention_backward.register_fake
+def _(grad_BTHE: Tensor, qkv_BT3HE: Tensor, out_BTHE: Tensor, lse_BHT: Tensor) -> Tensor:
+    return qkv_BT3HE.new_empty(qkv_BT3HE.shape)
+
+
+_self_attention.register_autograd(
+    lambda ctx, grad, _: _self_attention_backward(grad, *ctx.saved_tensors), setup_context=_save_for_backward
+)
+
+
+def _self_save_for_second(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _self_second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    grad, qkv = ctx.saved_tensors
+
+    def definition(qkv: Tensor) -> Tensor:
+        return native_attention_reference(*qkv.unbind(2))
+
+    (to_qkv,), (to_grad,) = differentiate_twice(definition, (qkv,), (grad,), (cotangent,))
+    return to_grad, to_qkv, None, None
+
+
+_self_attention_backward.register_autograd(_self_second_backward, setup_context=_self_save_for_second)

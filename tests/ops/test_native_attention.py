@@ -10,7 +10,12 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.models.attention import attention
 from mimir_fast.ops import native_attention as op
-from mimir_fast.ops.native_attention import native_attention, native_attention_reference, takes
+from mimir_fast.ops.native_attention import (
+    native_attention,
+    native_attention_reference,
+    native_self_attention,
+    takes,
+)
 
 CPU = torch.device("cpu")
 UNIT = _native.run("bf16_unit") if _native.has("bf16_unit") else ""
@@ -77,6 +82,17 @@ def test_slices_of_a_fused_projection_are_read_where_they_lie(dtype: torch.dtype
     assert torch.equal(native_attention(*swapped), native_attention(q, k, v))
 
 
+def test_a_fused_projection_gets_its_gradient_in_one_piece(dtype: torch.dtype) -> None:
+    fused = torch.randn(2, 37, 3, 4, 8).to(dtype).requires_grad_()
+    apart = [t.detach().requires_grad_() for t in fused.unbind(2)]
+    out, wanted = native_self_attention(fused), native_attention(*apart)
+    grad = torch.randn(out.shape).to(dtype)
+    (mine,) = torch.autograd.grad(out, fused, grad)
+    assert torch.equal(out, wanted)
+    assert torch.equal(mine, torch.stack(torch.autograd.grad(wanted, apart, grad), dim=2))
+    torch.library.opcheck(torch.ops.mimir_fast.native_self_attention.default, (fused,))
+
+
 def test_neighbours_in_memory_do_not_leak_in(dtype: torch.dtype) -> None:
     """Padding to whole tiles reads nothing beyond the tokens, and writes nothing there."""
     q, k, v = (t.detach() for t in random_qkv(1, 18, 19, 1, dtype))
@@ -127,6 +143,14 @@ def test_second_order() -> None:
     qkv = random_qkv(1, 3, 4, 1)
     exact = [t.detach().double().requires_grad_() for t in qkv]
     seconds = []
+    fused = torch.stack([t.detach() for t in qkv[:1] * 3], dim=2).requires_grad_()
+    first = torch.autograd.grad(native_self_attention(fused).sin().sum(), fused, create_graph=True)[0]
+    (ours,) = torch.autograd.grad(first.square().sum(), fused)
+    same = fused.detach().double().requires_grad_()
+    first = torch.autograd.grad(native_attention_reference(*same.unbind(2)).sin().sum(), same, create_graph=True)[0]
+    torch.testing.assert_close(
+        ours.double(), torch.autograd.grad(first.square().sum(), same)[0], rtol=1e-4, atol=1e-5
+    )  # fmt: skip
     for function, inputs in ((native_attention, qkv), (native_attention_reference, exact)):
         firsts = torch.autograd.grad(function(*inputs).sin().sum(), inputs, create_graph=True)
         seconds.append(torch.autograd.grad(sum(g.square().sum() for g in firsts), inputs))
