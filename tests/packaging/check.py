@@ -94,7 +94,7 @@ def main() -> None:
         info = run(python, "-m", "mimir_fast.info", cwd=folder)
         if "C++ ops of mimir_fast are not there" not in said or "no: not built" not in info:
             sys.exit(f"without a compiler nothing is said of it: {said}{info}")
-        print("without a compiler:", said.splitlines()[0])
+        print("without a compiler:", next(line for line in said.splitlines() if "C++ ops" in line))
 
 
 if __name__ == "__main__":
