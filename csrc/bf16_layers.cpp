@@ -17,7 +17,7 @@ namespace mimir {
 namespace {
 
 #ifdef MIMIR_BF16_MATRIX
-constexpr std::int64_t kRows = 128;  // at a time
+constexpr std::int64_t kRows = 256;  // at a time
 
 Matrix matrix(Address data, bool wide, std::int64_t columns) { return {pointer<char>(data), wide, columns}; }
 
@@ -122,8 +122,9 @@ MIMIR_BF16 void linear_rows_backward(const Linear& p, const Matrix* dx, const No
 MIMIR_BF16 void write_weight(const WeightGradient& gradient, bool amx, float* weight, float* bias, std::int64_t begin,
                              std::int64_t end) {
     const Tiles tiles(amx);
-    for (std::int64_t block = begin; block < end; block += 16) {
-        gradient.write(amx, block, std::min(block + 16, end), weight, bias);
+    constexpr std::int64_t kBlocks = 4;  // their rows of gᵀ stay in the second-level cache while all of x passes by
+    for (std::int64_t block = begin; block < end; block += kBlocks) {
+        gradient.write(amx, block, std::min(block + kBlocks, end), weight, bias);
     }
 }
 
@@ -214,14 +215,14 @@ MIMIR_BF16 void mlp_rows_backward(const Mlp& p, const Matrix& dx, const NormGrad
     for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
         const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
         stage(p.out, row, count, rows, {nullptr, nullptr, 0}, nullptr, true, g, stride);
+        // Read row by row, which the processor foresees; columns of it, 64 bytes every few thousand, it does not.
+        stage(p.hidden, row, count, rows, {nullptr, nullptr, 0}, nullptr, true, h, h_stride);
         for (std::int64_t n = 0; n < p.H; n += kPanel) {
             panel_product(p.amx, {g, stride}, rows, p.panels2 + n * depth / 2, depth, {c, kPanel});
-            const __mmask32 inside = p.H - n >= kPanel ? 0xffffffffu : (1u << (p.H - n)) - 1;
             for (std::int64_t r = 0; r < rows; ++r) {
-                const char* from = p.hidden.data + 2 * ((row + r) * p.H + n);
-                const Line x = line(_mm512_maskz_loadu_epi16(r < count ? inside : 0, from)), product = line(c + r * kPanel);
-                const GeluGradient low = gelu_backward(x.low, product.low), high = gelu_backward(x.high, product.high);
                 const std::int64_t at = r * h_stride + n;
+                const Line x = line(_mm512_loadu_si512(h + at)), product = line(c + r * kPanel);
+                const GeluGradient low = gelu_backward(x.low, product.low), high = gelu_backward(x.high, product.high);
                 _mm512_storeu_si512(dh + at, to_bf16({low.grad, high.grad}));
                 if (second != nullptr) _mm512_storeu_si512(h + at, to_bf16({low.value, high.value}));
             }

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from mimir_fast.training.compile import compile_layers
 from mimir_fast.world import World, start_world, stop_world
 
 __all__ = ["Strategy", "World", "gradient_sync", "parallelize", "start_world", "stop_world"]
@@ -44,8 +45,7 @@ def parallelize(
             # The layer's own forward, so that names in checkpoints stay. Its randomness is a function of the step.
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     if compile_blocks:
-        for layer in layers:
-            layer.compile()
+        compile_layers(layers)
     if strategy == "auto":
         strategy = "ddp" if world.size > 1 else "single"
     if strategy == "single":
