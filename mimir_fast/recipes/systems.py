@@ -29,11 +29,16 @@ _FASHION = "ViT-nano/8 on 16,384 images of Fashion-MNIST (docs/results)"
 _TESTS = "the size of its tests"
 _MIMIR = "Xu et al., arXiv 2312.04960"
 
+
+def _nano(family: str) -> str:
+    return f"{family}-nano on digits, pre-trained and fine-tuned"
+
+
 # Pre-training methods, fine-tuning methods, what changes them, encoder families.
 SYSTEMS = (
     System("MAE", "He et al., arXiv 2111.06377", "imagenet/mae_vit_base_800ep", _MASKED,
            _FASHION),
-    System("MAE on noise, a control", "ours", "cifar10/noise_mae_vit_tiny", _VARIANTS, _TESTS),
+    System("MAE on noise, a control", "ours", "cifar10/noise_mae_vit_tiny", _VARIANTS, _DIGITS),
     System("adv-MAE", _MIMIR, "cifar10/adv_mae_vit_tiny_official", _MASKED, _FASHION),
     System("MIMIR, as the paper says", _MIMIR, "cifar10/mimir_vit_small", _MASKED,
            f"{_FASHION}; ViT-tiny/4 on digits"),
@@ -41,12 +46,12 @@ SYSTEMS = (
            "tests/methods/test_official_parity.py", _FASHION),
     System("MIMIR with Rényi's entropy", _MIMIR, "cifar10/mimir_vit_tiny_official_renyi_1e-5",
            "tests/ops/test_renyi_mi.py", _FASHION),
-    System("SimMIM", "Xie et al., arXiv 2111.09886", "imagenet/simmim_vit_base", _VARIANTS, _TESTS),
-    System("AEMIM on MAE", "arXiv 2407.11537", "imagenet/aemim_vit_base_800ep", "tests/methods/test_aemim.py", _TESTS),
+    System("SimMIM", "Xie et al., arXiv 2111.09886", "imagenet/simmim_vit_base", _VARIANTS, _DIGITS),
+    System("AEMIM on MAE", "arXiv 2407.11537", "imagenet/aemim_vit_base_800ep", "tests/methods/test_aemim.py", _DIGITS),
     System("AEMIM on SimMIM", "arXiv 2407.11537", "imagenet/aemim_vit_base_simmim", "tests/methods/test_aemim.py",
            _TESTS),
     System("single stage, an experiment", f"open question of {_MIMIR}", "digits/single_stage_vit_nano", _VARIANTS,
-           _TESTS),
+           _DIGITS),
     System("natural fine-tuning", "He et al., arXiv 2111.06377", "imagenet/natural_vit_base_mae", _FINETUNE, _DIGITS),
     System("PGD adversarial training", "Madry et al., arXiv 1706.06083", "cifar10/pgd_vit_base", _FINETUNE, _FASHION),
     System("adversarial training from scratch", _MIMIR, "imagenet/fast_vit_small_scratch", _FINETUNE, _FASHION),
@@ -65,12 +70,15 @@ SYSTEMS = (
            _TESTS),
     System("ViT / DeiT", "arXiv 2010.11929, 2012.12877", "imagenet/mimir_vit_base_official", _FAMILIES,
            f"{_FASHION}; ViT-tiny/4 on digits"),
-    System("ConViT", "arXiv 2103.10697", "cifar10/mimir_convit_base_official", "tests/models/test_convit.py", _TESTS),
-    System("CaiT", "arXiv 2103.17239", "imagenet/mimir_cait_s36_official", "tests/models/test_cait.py", _TESTS),
-    System("XCiT", "arXiv 2106.09681", "imagenet/mimir_xcit_medium12_official", "tests/models/test_xcit.py", _TESTS),
+    System("ConViT", "arXiv 2103.10697", "cifar10/mimir_convit_base_official",
+           "tests/models/test_convit.py", _nano("ConViT")),
+    System("CaiT", "arXiv 2103.17239", "imagenet/mimir_cait_s36_official", "tests/models/test_cait.py", _nano("CaiT")),
+    System("XCiT", "arXiv 2106.09681", "imagenet/mimir_xcit_medium12_official",
+           "tests/models/test_xcit.py", _nano("XCiT")),
     System("ViT + ConvStem", "Xiao et al., Singh et al., arXiv 2303.01870", "imagenet/mimir_convstem_base_official",
-           "tests/models/test_convstem.py", _TESTS),
-    System("Swin", "arXiv 2103.14030", "imagenet/mimir_swin_large_official", "tests/models/test_swin.py", _TESTS),
+           "tests/models/test_convstem.py", _nano("ConvStem")),
+    System("Swin", "arXiv 2103.14030", "imagenet/mimir_swin_large_official",
+           "tests/models/test_swin.py", _nano("Swin")),
     System("ConvNeXt, masked as SparK", "arXiv 2201.03545, 2301.03580", "imagenet/mimir_convnext_base",
-           "tests/models/test_convnext.py", _TESTS),
+           "tests/models/test_convnext.py", _nano("ConvNeXt")),
 )  # fmt: skip
