@@ -64,7 +64,7 @@ def comparable(case: Sequence[Record]) -> list[Record]:
     baseline = next((r for r in case if r.impl == r.baseline), None)
     return [
         r for r in case
-        if baseline and r.ms and r.speedup and r.impl != r.baseline and r.predicted_ms == baseline.predicted_ms
+        if baseline and r.ms and r.speedup and r.impl != r.baseline and r.flops == baseline.flops
     ]  # fmt: skip
 
 

@@ -5,11 +5,12 @@ is on the CPU, of the dtype the kernel expects, and dense in the order the kerne
 Kernels run on `torch.get_num_threads()` OpenMP threads: torch is imported first and its libgomp serves both, so there
 is one pool of threads, not two that fight.
 
-An install without a compiler has no `_C`, and one built from older sources may lack a function: `has` says what is
-there. `MIMIR_FAST_NATIVE=0` turns all of it off, which is how one compares with the PyTorch definitions.
+An install without a compiler has no `_C` (said once), and one built from older sources may lack a function: `has` says
+what is there. `MIMIR_FAST_NATIVE=0` turns all of it off, which is how one compares with the PyTorch definitions.
 """
 
 import os
+import warnings
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,13 @@ def library() -> ModuleType | None:
         return None
     try:
         from mimir_fast import _C
-    except ImportError:
+    except ImportError as error:
+        warnings.warn(
+            f"the C++ ops of mimir_fast are not there ({error}): PyTorch definitions run in their place, slower on a "
+            "CPU. Install a compiler (apt-get install g++) and then mimir-fast again, or set MIMIR_FAST_NATIVE=0",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
     return _C
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mimir_fast"
 
 # Room: the rooms (and leaf modules) it may import. `ops` may also use the kernels and the native door.
-LEAVES = {"philox", "versions", "validation", "world"}
+LEAVES = {"philox", "streams", "versions", "validation", "world"}
 ALLOWED = {
     "ops": {"ops", "_native"},
     "checkpoints": {"checkpoints"},

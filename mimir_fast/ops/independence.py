@@ -18,13 +18,14 @@ Shapes: N samples, D features, P permutations with the identity first, rank R.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mimir_fast.ops._checks import as_samples, check_positive
-from mimir_fast.ops._precision import full_precision
+from mimir_fast.ops._precision import accumulation_dtype, full_precision
 from mimir_fast.ops.bandwidth import Bandwidth, gamma
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic_from_sums, hsic_reference
 from mimir_fast.ops.low_rank import rbf_factor
@@ -38,7 +39,7 @@ MINIMUM_SAMPLES = 5
 _TIE = 1e-6
 # Up to this rank, products with a thin factor beat re-indexing N×N matrices (measured on one CPU core).
 _MIXED_RANK = 48
-# Numbers gathered for one batch of permutations: what a CPU's cache holds, and what fills a GPU.
+# Numbers gathered for one batch of permutations: some MB for a CPU, 1 GiB for a GPU.
 _BATCH = {"cpu": 2**20, "cuda": 2**27}
 
 
@@ -105,10 +106,13 @@ def hsic_test(
             raise ValueError(f"wanted finite samples, found NaN or Inf in {name}: look at what produced them")
     n, values = len(x_ND), []
     with full_precision(x.device):
-        kernel_x = CentredKernel(x_ND, gamma(x_ND, sigma_x, bandwidth))
-        kernel_y = CentredKernel(y_ND, gamma(y_ND, sigma_y, bandwidth))
+        dtype = accumulation_dtype(x, y)
+        kernel_x = CentredKernel(x_ND, gamma(x_ND, sigma_x, bandwidth), dtype)
+        kernel_y = CentredKernel(y_ND, gamma(y_ND, sigma_y, bandwidth), dtype)
         r_N, q_N = kernel_x.sums, kernel_y.sums
-        size = max(1, _BATCH["cpu" if x.device.type == "cpu" else "cuda"] // (n * min(kernel_x.rank, kernel_y.rank)))
+        # Of each permutation one thin factor is gathered; without one, only the permutations themselves are held.
+        width = max((k.factor.shape[1] for k in (kernel_x, kernel_y) if k.factor is not None), default=1)
+        size = max(1, _BATCH["cpu" if x.device.type == "cpu" else "cuda"] // (n * width))
         for perms_PN in permutations(n, num_permutations, seed, size, x.device):
             q_PN = q_N[perms_PN]
             # The sums of products of the matrices before centring, which the estimators are written in.
@@ -134,27 +138,34 @@ def permutations(n: int, count: int, seed: int, size: int, device: torch.device)
 
 
 class CentredKernel:
-    """H K H of a Gaussian kernel: as (N, R) factor if it is thin, else as (N, N) matrix; and the row sums of K − 1."""
+    """H K H of a Gaussian kernel, and the row sums of K − 1.
 
-    def __init__(self, x_ND: Tensor, gamma: Tensor) -> None:
+    Attributes:
+        factor: (N, R) float64 F with H K H = F Fᵀ, if it is thin; else None.
+        sums: (N,) float64.
+    """
+
+    def __init__(self, x_ND: Tensor, gamma: Tensor, dtype: torch.dtype) -> None:
         n = len(x_ND)
         self.factor = rbf_factor(x_ND, gamma, min(n, round(4 * n**0.5)))
+        self._dtype = dtype
         if self.factor is not None:
             self.sums = self.factor @ self.factor.sum(dim=0) - n
             self.factor -= self.factor.mean(dim=0)
-            self.rank = self.factor.shape[1]
             return
-        self._matrix = rbf_minus_one(x_ND, gamma)
-        self.rank = n
+        self._matrix = rbf_minus_one(x_ND, gamma).to(dtype)
         self.sums = self._matrix.sum(dim=1, dtype=torch.float64)
         means = self.sums / n
-        self._matrix -= means[:, None].to(self._matrix.dtype)
-        self._matrix -= (means - means.mean()).to(self._matrix.dtype)
+        self._matrix -= means[:, None].to(dtype)
+        self._matrix -= (means - means.mean()).to(dtype)
 
-    @property
+    @cached_property
     def matrix(self) -> Tensor:
-        """(N, N)."""
-        return self._matrix if self.factor is None else self.factor @ self.factor.T
+        """(N, N) of the dtype given."""
+        if self.factor is None:
+            return self._matrix
+        factor = self.factor.to(self._dtype)
+        return factor @ factor.T
 
 
 def permuted_products(kernel_x: CentredKernel, kernel_y: CentredKernel, perms_PN: Tensor) -> Tensor:
@@ -162,14 +173,12 @@ def permuted_products(kernel_x: CentredKernel, kernel_y: CentredKernel, perms_PN
     f_NR, g_NR = kernel_x.factor, kernel_y.factor
     if f_NR is not None and g_NR is not None:
         return (f_NR.T @ g_NR[perms_PN]).square().sum(dim=(1, 2))
-    if g_NR is not None and kernel_y.rank <= _MIXED_RANK:
+    if g_NR is not None and g_NR.shape[1] <= _MIXED_RANK:
         return _products_with_thin(kernel_x.matrix, g_NR, perms_PN)
-    if f_NR is not None and kernel_x.rank <= _MIXED_RANK:
+    if f_NR is not None and f_NR.shape[1] <= _MIXED_RANK:
         # Permuting L is permuting K backwards.
         return _products_with_thin(kernel_y.matrix, f_NR, perms_PN.argsort(dim=1))
     k, l_ = kernel_x.matrix, kernel_y.matrix
-    dtype = torch.promote_types(k.dtype, l_.dtype)
-    k, l_ = k.to(dtype), l_.to(dtype)
     # Each is N² work: nothing is gained by more of them at a time.
     products = [inner_product(k, l_.index_select(0, p).index_select(1, p)) for p in perms_PN]
     return torch.stack([torch.as_tensor(b, dtype=torch.float64, device=k.device) for b in products])

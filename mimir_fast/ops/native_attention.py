@@ -135,7 +135,8 @@ def _self_attention(qkv_BT3HE: Tensor) -> tuple[Tensor, Tensor]:
     qkv = qkv_BT3HE.contiguous()
     B, T, _, H, E = qkv.shape
     out, lse = qkv.new_empty((B, T, H, E)), qkv.new_empty((B, H, T), dtype=torch.float32)
-    _run("", *qkv.unbind(2), (), (out, lse))
+    q, k, v = qkv.unbind(2)
+    _run("", q, k, v, (), (out, lse))
     return out, lse
 
 
@@ -149,7 +150,8 @@ def _(qkv_BT3HE: Tensor) -> tuple[Tensor, Tensor]:
 def _self_attention_backward(grad_BTHE: Tensor, qkv_BT3HE: Tensor, out_BTHE: Tensor, lse_BHT: Tensor) -> Tensor:
     qkv = qkv_BT3HE.contiguous()
     grads = qkv.new_empty(qkv.shape)
-    _run("_backward", *qkv.unbind(2), (grad_BTHE.contiguous(),), (out_BTHE, lse_BHT), grads.unbind(2))
+    q, k, v = qkv.unbind(2)
+    _run("_backward", q, k, v, (grad_BTHE.contiguous(),), (out_BTHE, lse_BHT), grads.unbind(2))
     return grads
 
 

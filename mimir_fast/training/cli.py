@@ -7,6 +7,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import tyro
@@ -14,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from mimir_fast.data.loaders.skip import TooManyBadFilesError
+from mimir_fast.streams import drop_unread
 from mimir_fast.training.health import TrainingDiverged
 from mimir_fast.versions import COMPLETION_HINT, called_as
 from mimir_fast.world import FailedElsewhere, leave_at_once
@@ -84,8 +86,11 @@ def exit_on_error(main: Callable[[], None]) -> None:
     except (ValueError, ImportError, OSError, TrainingDiverged, FailedElsewhere, TooManyBadFilesError) as error:
         if sys.flags.dev_mode:  # python -X dev: the whole traceback
             raise
-        print(f"error: {error}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"error: {error}", file=sys.stderr)
         leave_at_once(2)
     except Exception:
         traceback.print_exc()
         leave_at_once(1)
+    finally:
+        drop_unread()

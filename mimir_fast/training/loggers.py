@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mimir_fast.checkpoints.durable import write_text
+from mimir_fast.streams import drop_unread
 
 
 class Logger:
@@ -68,18 +68,11 @@ class Loggers(Logger):
 
     def _warn(self, name: str, error: Exception) -> None:
         if isinstance(error, BrokenPipeError):
-            _close_stdout()  # `| head -1` had enough: nobody reads what is printed from here on
+            drop_unread()  # `| head -1` had enough
         text = f"WARNING: {name} failed and is switched off ({type(error).__name__}: {error}); training goes on"
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
         self.say(text)
-
-
-def _close_stdout() -> None:
-    """Let Python's own flush at the end have somewhere to go."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
 
 
 class JsonLines(Logger):

@@ -113,3 +113,13 @@ def test_wrong_command_lines_are_explained(arguments, said, capsys):
     with pytest.raises(SystemExit):
         cli.parse(arguments)
     assert said in capsys.readouterr().err
+
+
+def test_cheaper_work_is_no_speed_up_in_the_picture(timed):
+    """MAE's step has fewer FLOPs than MIMIR's; another precision has not."""
+    plain, ours, mae, half = timed(2.0), timed(1.0), timed(0.5), timed(0.4)
+    for record, name in ((plain, "plain"), (ours, "mimir_fast"), (mae, "mimir_fast MAE"), (half, "mimir_fast bf16")):
+        record.impl, record.baseline, record.speedup, record.flops = name, "plain", 2.0 / record.ms["median"], 10.0
+    mae.flops = 6.0
+    half.predicted_ms = plain.predicted_ms / 4
+    assert [r.impl for r in plot.comparable([plain, ours, mae, half])] == ["mimir_fast", "mimir_fast bf16"]

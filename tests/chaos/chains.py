@@ -1,6 +1,5 @@
 """Runs that meet one fault after another until they are through, and must be as if nothing had happened."""
 
-import json
 import random
 import signal
 import time
@@ -9,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from chaos.faults import FILE_FAULTS, PROCESS_FAULTS
+from chaos.faults import PROCESS_FAULTS, damage
 from chaos.runs import (
     DDP,
     FINETUNE,
@@ -19,13 +18,12 @@ from chaos.runs import (
     STEPS,
     Job,
     Runs,
+    step_checkpoints,
     wait_until_random_moment,
-    whole_checkpoints,
 )
 from chaos.zygote import Process
 
 MOST = 12  # faults of processes in a chain, half as many of two ranks; those of files come between
-NOTHING_TO_LOSE = ("config.json cut short", "leftovers of other kills")  # may meet a run with any number of checkpoints
 
 
 def chain(job: Job, runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
@@ -47,20 +45,19 @@ CHAINS: dict[str, Callable[[Runs, Path, random.Random], dict[str, int]]] = {
 
 
 def _through(
-    job: Job, runs: Runs, run: Path, rng: random.Random, disturb: Callable[[], tuple[str, str]]
+    job: Job, runs: Runs, run: Path, rng: random.Random, disturb: Callable[[], tuple[list[str], str]]
 ) -> dict[str, int]:
     met: list[str] = []
     all_said = ""
     try:
         for _ in range(MOST // job.ranks):
             name, said = disturb()
-            met.append(name)
+            met += name
             assert "Traceback" not in said, said
             all_said += said
             if _finished(run):
                 break
-            if rng.random() < 0.6:
-                met += _damage(run, rng)
+            met += damage(run, rng)
         runs.finish(run, job=job)
         runs.check_same(run, job, said=all_said)
     except Exception as error:
@@ -69,23 +66,23 @@ def _through(
     return dict(Counter(met))
 
 
-def _disturb(job: Job, runs: Runs, run: Path, rng: random.Random) -> tuple[str, str]:
+def _disturb(job: Job, runs: Runs, run: Path, rng: random.Random) -> tuple[list[str], str]:
+    """What was done, nothing if it came too late, and what the process said."""
     name = rng.choice(list(PROCESS_FAULTS))
-    return name, PROCESS_FAULTS[name](runs, run, job, rng).said()
+    process, happened = PROCESS_FAULTS[name](runs, run, job, rng)
+    return [name] if happened else [], process.said()
 
 
-def _disturb_ranks(job: Job, runs: Runs, run: Path, rng: random.Random) -> tuple[str, str]:
+def _disturb_ranks(job: Job, runs: Runs, run: Path, rng: random.Random) -> tuple[list[str], str]:
     processes = runs.start_ranks(run, job=job)
     wait_until_random_moment(processes[0], run, rng)
-    victim = rng.choice(processes)
     what = rng.choice(("one of two ranks killed", "both ranks killed", "SIGTERM to one of two ranks"))
-    if what == "SIGTERM to one of two ranks":
-        victim.signal(signal.SIGTERM)
-    else:
-        for process in processes if what == "both ranks killed" else [victim]:
-            process.kill()
+    number = signal.SIGTERM if what == "SIGTERM to one of two ranks" else signal.SIGKILL
+    victims = processes if what == "both ranks killed" else [rng.choice(processes)]
+    happened = [process.signal(number) for process in victims]
     _as_torchrun(processes)
-    return f"{what} ({job.name})", ""  # what a torn connection makes a rank say is torch's own
+    # What a torn connection makes a rank say is torch's own.
+    return [f"{what} ({job.name})"] if all(happened) else [], ""
 
 
 def _as_torchrun(processes: list[Process]) -> None:
@@ -102,17 +99,7 @@ def _as_torchrun(processes: list[Process]) -> None:
             process.signal(number)
 
 
-def _damage(run: Path, rng: random.Random) -> list[str]:
-    name = rng.choice(list(FILE_FAULTS))
-    if name not in NOTHING_TO_LOSE and len(whole_checkpoints(run)) < 2:
-        return []  # with nothing to fall back to the run rightly refuses; a test of its own has that
-    if not (run / "config.json").exists() or not (run / "checkpoints").exists():
-        return []
-    FILE_FAULTS[name](run, rng)
-    return [name]
-
-
 def _finished(run: Path) -> bool:
     """The last checkpoint is there."""
-    found = whole_checkpoints(run)
-    return bool(found) and json.loads((found[-1] / "meta.json").read_text())["step"] == STEPS
+    found = step_checkpoints(run)
+    return bool(found) and found[-1].name == f"step-{STEPS:08d}"

@@ -1,5 +1,6 @@
-"""What is done to a running process, and what is done to its files while it is down. Each returns what to look for."""
+"""What is done to a running process, and what is done to its files while it is down."""
 
+import json
 import os
 import random
 import signal
@@ -8,50 +9,55 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from chaos.runs import PATIENCE, Job, Runs, wait_until_random_moment, whole_checkpoints
+from chaos.runs import PATIENCE, Job, Runs, step_checkpoints, wait_until_random_moment
 from chaos.zygote import Process
+
+from mimir_fast.checkpoints.reading import CheckpointError, verify
 
 # At the entry of one of these the process is killed: within renaming, syncing, writing, listing, deleting, talking.
 RENAME, BUSY = "rename,renameat,renameat2", ("write", "openat", "close")
 SYSCALLS = (RENAME, "fsync", "unlink,unlinkat,rmdir", "mkdir", "pwrite64", "symlink,symlinkat", *BUSY)
 
-Disturb = Callable[[Runs, Path, Job, random.Random], Process]
+Disturb = Callable[[Runs, Path, Job, random.Random], tuple[Process, bool]]
+"""Starts the run and disturbs it: the process, which has ended, and whether the fault came before that."""
 
 
-def kill(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
+def kill(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
     """kill -9 at a random moment."""
     process = runs.start(run, job=job)
     wait_until_random_moment(process, run, rng)
     process.kill()
-    assert process.wait(PATIENCE) in (-signal.SIGKILL, 0)
-    return process
+    code = process.wait(PATIENCE)
+    assert code in (-signal.SIGKILL, 0), process.said()
+    return process, code != 0
 
 
-def kill_in_syscall(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
+def kill_in_syscall(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
     """kill -9 inside a random system call, by strace."""
     names = rng.choice(SYSCALLS)
     when = rng.randint(1, 1500 if names in BUSY else 60)
-    code, process = _inject(runs, run, job, rng, names, f"signal=KILL:when={when}")
+    code, process, _ = _inject(runs, run, job, rng, names, f"signal=KILL:when={when}")
     assert code in (-signal.SIGKILL, 0), process.said()
-    return process
+    return process, code != 0
 
 
-def fail_syscall(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
+def fail_syscall(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
     """A system call says that the disk is full or broken: survived by another try, or one line and exit code 2."""
     names = rng.choice(("fsync", RENAME, "mkdir", "ftruncate", "unlink,unlinkat,rmdir"))
     error, when = rng.choice(("ENOSPC", "EIO")), rng.randint(1, 40)
     often = rng.choice(("", "+1")) if names == "fsync" else ""  # from then on all of them
-    code, process = _inject(runs, run, job, rng, names, f"error={error}:when={when}{often}")
+    code, process, happened = _inject(runs, run, job, rng, names, f"error={error}:when={when}{often}")
     said = process.said()
     assert code == 0 or (code == 2 and "error: " in said), f"{names} {error} {when}{often}: {code}: {said}"
-    return process
+    return process, happened
 
 
-def _inject(runs: Runs, run: Path, job: Job, rng: random.Random, names: str, what: str) -> tuple[int, Process]:
-    """Exit code of a run that strace plays with."""
+def _inject(runs: Runs, run: Path, job: Job, rng: random.Random, names: str, what: str) -> tuple[int, Process, bool]:
+    """Exit code of a run that strace plays with, and whether it did."""
     process = runs.start(run, *_part(rng), job=job, paused=True)
+    trace = process.output.with_suffix(".strace")
     tracer = subprocess.Popen(
-        ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={names}", "-e", f"inject={names}:{what}", "-p",
+        ["strace", "-f", "-qq", "-o", str(trace), "-e", f"trace={names}", "-e", f"inject={names}:{what}", "-p",
          str(process.pid)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -60,48 +66,55 @@ def _inject(runs: Runs, run: Path, job: Job, rng: random.Random, names: str, wha
     process.signal(signal.SIGCONT)
     code = process.wait(PATIENCE)
     tracer.wait(30)
-    return code, process
+    return code, process, "(INJECTED)" in trace.read_text(errors="replace")
 
 
-def ask_to_stop(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
+def ask_to_stop(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
     """SIGTERM, SIGHUP or SIGUSR1, also during the start: saved, exit code 0."""
     process = runs.start(run, job=job)
     wait_until_random_moment(process, run, rng)
     number = rng.choice((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
-    process.signal(number)
+    happened = process.signal(number)
     code = process.wait(PATIENCE)
     # The first milliseconds after the fork are Python's own: no handler can be there yet.
     assert code == 0 or (code == -number and not process.said()), f"{code}: {process.said()}"
-    return process
+    return process, happened
 
 
-def stop_and_go_on(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
+def stop_and_go_on(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
     """SIGSTOP for half a second, as Ctrl-Z and fg."""
     process = runs.start(run, *_part(rng), job=job)
     wait_until_random_moment(process, run, rng)
-    process.signal(signal.SIGSTOP)
+    happened = process.signal(signal.SIGSTOP)
     time.sleep(0.5)
     process.signal(signal.SIGCONT)
     assert process.wait(PATIENCE) == 0, process.said()
-    return process
+    return process, happened
 
 
-def start_twice(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
+def start_twice(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
     """A second start while the first one runs: refused with its name, the first is not disturbed."""
     first = runs.start(run, *_part(rng), job=job)
     deadline = time.monotonic() + PATIENCE
-    while not (run / ".lock").exists() and time.monotonic() < deadline:
+    while _holder(run) != first.pid and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(rng.uniform(0.1, 0.3))
     second = runs.start(run, job=job)
     code = second.wait(PATIENCE)
-    held = f"is in use by process {first.pid}" in second.said()
-    assert (code == 2 and held) or first.poll() is not None, second.said()
+    held = code == 2 and f"is in use by process {first.pid}" in second.said()
+    assert held or first.poll() is not None, second.said()
     assert first.wait(PATIENCE) == 0, first.said()
-    return first
+    return first, held
 
 
-def close_the_pipe(runs: Runs, run: Path, job: Job, rng: random.Random) -> Process:
+def _holder(run: Path) -> int | None:
+    """Who took the lock last."""
+    try:
+        return int(json.loads((run / ".lock").read_text())["pid"])
+    except (OSError, ValueError):
+        return None
+
+
+def close_the_pipe(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
     """`| head -1`: nobody reads the output any more."""
     reader, writer = os.pipe()
     link = Path(f"/proc/{os.getpid()}/fd/{writer}")
@@ -110,7 +123,7 @@ def close_the_pipe(runs: Runs, run: Path, job: Job, rng: random.Random) -> Proce
     os.close(writer)
     os.close(reader)
     assert process.wait(PATIENCE) == 0, "a closed pipe ended the run"
-    return process
+    return process, True
 
 
 def _part(rng: random.Random) -> list[str]:
@@ -129,15 +142,15 @@ PROCESS_FAULTS: dict[str, Disturb] = {
 }
 
 
-def cut_tensors(run: Path, rng: random.Random) -> None:
-    """The newest checkpoint's tensors end too early."""
-    file = _newest_file(run)
+def cut_tensors(checkpoint: Path, rng: random.Random) -> None:
+    """The tensors end too early."""
+    file = next(checkpoint.glob("*.safetensors"))
     os.truncate(file, rng.randrange(file.stat().st_size))
 
 
-def flip_bits(run: Path, rng: random.Random) -> None:
-    """One byte of the newest checkpoint is another."""
-    file = _newest_file(run)
+def flip_bits(checkpoint: Path, rng: random.Random) -> None:
+    """One byte of the tensors is another."""
+    file = next(checkpoint.glob("*.safetensors"))
     place = rng.randrange(file.stat().st_size)
     with file.open("r+b") as stream:
         stream.seek(place)
@@ -146,20 +159,20 @@ def flip_bits(run: Path, rng: random.Random) -> None:
         stream.write(bytes([byte ^ (1 << rng.randrange(8))]))
 
 
-def cut_meta(run: Path, rng: random.Random) -> None:
-    """The newest checkpoint's description ends too early."""
-    meta = whole_checkpoints(run)[-1] / "meta.json"
+def cut_meta(checkpoint: Path, rng: random.Random) -> None:
+    """The description ends too early."""
+    meta = checkpoint / "meta.json"
     os.truncate(meta, rng.randrange(meta.stat().st_size - 2))
 
 
-def lose_a_file(run: Path, rng: random.Random) -> None:
-    """A file of the newest checkpoint is gone."""
-    rng.choice(sorted(whole_checkpoints(run)[-1].iterdir())).unlink()
+def lose_a_file(checkpoint: Path, rng: random.Random) -> None:
+    """A file is gone."""
+    rng.choice(sorted(checkpoint.iterdir())).unlink()
 
 
 def cut_config(run: Path, rng: random.Random) -> None:
     """config.json ends too early."""
-    os.truncate(run / "config.json", rng.randrange((run / "config.json").stat().st_size - 2))
+    os.truncate(run / "config.json", rng.randrange(max(1, (run / "config.json").stat().st_size - 2)))
 
 
 def leave_rubbish(run: Path, rng: random.Random) -> None:
@@ -171,18 +184,43 @@ def leave_rubbish(run: Path, rng: random.Random) -> None:
     (run / "config.json.partial").write_text("{")
 
 
-FILE_FAULTS: dict[str, Callable[[Path, random.Random], None]] = {
+CHECKPOINT_FAULTS: dict[str, Callable[[Path, random.Random], None]] = {
     "newest checkpoint cut short": cut_tensors,
     "newest checkpoint with a flipped bit": flip_bits,
     "newest checkpoint's meta.json cut short": cut_meta,
     "newest checkpoint lost a file": lose_a_file,
+}
+FOLDER_FAULTS: dict[str, Callable[[Path, random.Random], None]] = {
     "config.json cut short": cut_config,
     "leftovers of other kills": leave_rubbish,
 }
 
 
-def _newest_file(run: Path) -> Path:
-    return next(whole_checkpoints(run)[-1].glob("*.safetensors"))
+def damage(run: Path, rng: random.Random) -> list[str]:
+    """What was done to the files of a run that is down: to its folder, and to all but one of its checkpoints at most.
+
+    With no whole checkpoint left the run rightly refuses to go on; a test of its own has that.
+    """
+    if not (run / "config.json").exists() or not (run / "checkpoints").exists():
+        return []
+    done = [name for name in FOLDER_FAULTS if rng.random() < 0.3]
+    for name in done:
+        FOLDER_FAULTS[name](run, rng)
+    found = step_checkpoints(run)[::-1]
+    for checkpoint in found[: rng.randint(0, max(0, len(found) - 1))]:
+        if not _is_whole(checkpoint):  # damaged before, and the start after that was killed too soon to see it
+            continue
+        done.append(rng.choice(list(CHECKPOINT_FAULTS)))
+        CHECKPOINT_FAULTS[done[-1]](checkpoint, rng)
+    return done
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        verify(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _traced(pid: int) -> bool:

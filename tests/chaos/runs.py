@@ -145,7 +145,7 @@ def steps_logged(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def whole_checkpoints(run: Path) -> list[Path]:
+def step_checkpoints(run: Path) -> list[Path]:
     """Step checkpoints, oldest first."""
     found = run / "checkpoints"
     return sorted(p for p in found.glob("step-*") if p.suffix == "" and p.is_dir()) if found.exists() else []

@@ -45,10 +45,12 @@ class Process:
             time.sleep(0.02)
         return code
 
-    def signal(self, number: int) -> None:
-        """Send a signal, if it still runs."""
-        if self.poll() is None:
+    def signal(self, number: int) -> bool:
+        """Send a signal, if it still runs; whether it did."""
+        alive = self.poll() is None
+        if alive:
             os.kill(self.pid, number)
+        return alive
 
     def kill(self) -> None:
         """SIGKILL to it and what it started."""

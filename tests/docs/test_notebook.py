@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom in a kernel of its own, at a small size."""
+"""The notebook runs from top to bottom in a kernel of its own, at a small size; its outputs are of a real run."""
 
 from pathlib import Path
 
@@ -21,3 +21,12 @@ def test_the_notebook_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = [o.text for o in notebook.cells[-2].outputs if o.output_type == "stream"]
     assert "CKA of twin features" in "".join(printed)
+
+
+def test_outputs_are_committed() -> None:
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1)), "run all cells in a fresh kernel, then save"
+    pictures = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(pictures) == 3

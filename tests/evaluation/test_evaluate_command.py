@@ -308,7 +308,7 @@ def test_time_left_is_that_of_the_slowest_process(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (["--eps", "8"], "8/255"),
-        (["--limit", "0"], "no image to judge"),
+        (["--limit", "0"], "no image to evaluate"),
         (["--data.source", "fashion_mnist", "--data.root", "/nowhere"], "/nowhere"),
         (["--corruptions", "/nowhere"], "zenodo"),
         (["--shifts", "/nowhere"], "/nowhere"),

@@ -61,7 +61,7 @@ def test_bad_index_files_are_explained(tmp_path: Path, text: str, words: str) ->
 
 
 def test_empty_subsets_are_refused() -> None:
-    with pytest.raises(ValueError, match="no image to judge"):
+    with pytest.raises(ValueError, match="no image to evaluate"):
         choose_indices(build_source(DIGITS, "test"), 0, None)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         load_images(DIGITS, np.array([], dtype=np.int64))

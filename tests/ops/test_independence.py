@@ -44,6 +44,16 @@ def test_matches_definition(
     assert ours.p_value == defined.p_value
 
 
+def test_a_factor_too_thick_for_products_beside_a_matrix() -> None:
+    """(600, 2) has rank 60, too high for products with it; and one input of each dtype."""
+    x, y = normal(600, 2, 1), normal(600, 60, 2).double()
+    for a, b in ((x, y), (y, x)):
+        ours, defined = (test(a, b, num_permutations=3) for test in (hsic_test, hsic_test_reference))
+        torch.testing.assert_close(ours.null / defined.null, torch.ones(3).double(), rtol=0, atol=1e-5)
+    thin, matrix = (CentredKernel(z, gamma(z, 1.0, "median"), torch.float64) for z in (x, y))
+    assert thin.factor is not None and thin.factor.shape[1] > 48 and matrix.factor is None
+
+
 def test_the_statistic_is_hsic_and_may_have_its_options() -> None:
     x, y = normal(50, 3, 1), normal(50, 2, 2)
     options = {"bandwidth": "paper", "sigma_x": 1.5, "sigma_y": 0.7, "normalizer": "(n-1)^2"}
@@ -144,7 +154,8 @@ def test_the_factor_is_the_kernel() -> None:
 
 def test_labels_have_the_rank_of_their_classes() -> None:
     labels = torch.nn.functional.one_hot(torch.arange(500) % 7).float()
-    assert CentredKernel(labels, gamma(labels, 1.0, "median")).rank == 7
+    factor = CentredKernel(labels, gamma(labels, 1.0, "median"), torch.float32).factor
+    assert factor is not None and factor.shape[1] == 7
 
 
 def test_other_shapes_and_no_gradient() -> None:

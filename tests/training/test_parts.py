@@ -133,8 +133,8 @@ class TestCommandLine:
         ("args", "message"),
         [
             (["--attack.eps", "8"], "8/255"),
-            (["--data.image_size", "30"], "not divisible by patch size 4"),
-            (["--mask_ratio", "0.999"], "leaves 0 of 64 patches visible"),
+            (["--data.image_size", "30"], "not divisible by patch size 8"),
+            (["--mask_ratio", "0.999"], "leaves 0 of 16 patches visible"),
             (["--batch_size", "0"], "wanted at least 1"),
         ],
         ids=lambda value: "" if isinstance(value, list) else value,
