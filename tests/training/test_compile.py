@@ -31,7 +31,9 @@ def batch_of(size: int) -> Batch:
 
 # ViT: attack and training for encoder, decoder's first and last layer, in two batch sizes, are 12; its preview attacks
 # once more and decodes everywhere without gradients, 5. Swin has as many again for its stages and shifted windows.
-@pytest.mark.parametrize(("family", "patch_size", "at_most"), [("vit", 4, 20), ("swin", 2, 60)])
+@pytest.mark.parametrize(
+    ("family", "patch_size", "at_most"), [("vit", 4, 20), pytest.param("swin", 2, 60, marks=pytest.mark.slow)]
+)
 def test_each_situation_has_one_graph(family: str, patch_size: int, at_most: int) -> None:
     model = build_masked_model(ModelConfig(family=family, encoder="nano", patch_size=patch_size), 32)
     eager = build_masked_model(ModelConfig(family=family, encoder="nano", patch_size=patch_size), 32)
