@@ -53,7 +53,8 @@ FINETUNE = RunConfig(epochs=6, warmup_epochs=1, batch_size=64, log_every=10, sav
 for method in METHODS:
     register_finetuning(
         "digits", method, "tiny", 4, lambda: replace(data(), augment="none"),
-        replace(FINETUNE, epochs=8, batch_size=32), PGD2, "ten minutes on a laptop, eps 16/255",
+        replace(FINETUNE, epochs=8, batch_size=32), PGD2,
+        "eps 16/255; after digits/mimir_vit_tiny it stays at chance, pre-train longer or use nano",
         blr=4e-3, layer_decay=1.0, drop_path=0.0,
     )  # fmt: skip
 
@@ -67,10 +68,14 @@ for method in METHODS:
         blr=6e-3, layer_decay=1.0, drop_path=0.0,
     )  # fmt: skip
 
+# ConvNeXt does not leave chance at 16/255 in ten passes; at 8/255 it does. Swin stays at chance at both, because its
+# pre-training of a minute stays where the decoder alone gets it: an open problem (docs/systems.md).
 for family, patch_size in FAMILIES.items():
+    eps = 8 if family in ("swin", "convnext") else 16
     register_finetuning(
         "digits", "pgd", "nano", patch_size, lambda: replace(data(), augment="none"),
         replace(FINETUNE, epochs=10, warmup_epochs=1, log_every=40, save_every=200),
-        replace(PGD2, alpha=4 / 255, num_steps=5), "sized for a minute on two CPU cores, eps 16/255",
+        LinfThreat(eps=eps / 255, alpha=eps / 4 / 255, num_steps=5),
+        f"sized for a minute or two on two CPU cores, eps {eps}/255",
         blr=6e-3, layer_decay=1.0, drop_path=0.0, family=family,
     )  # fmt: skip
