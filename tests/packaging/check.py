@@ -89,9 +89,10 @@ def main() -> None:
             sys.exit("mimir-fast --help says something else")
         print(run(script, "info", cwd=folder).splitlines()[0])
 
-        python = install(sdist, folder / "without", CC="/bin/false", CXX="/bin/false")
-        said = run(python, "-c", USE, cwd=folder)
-        info = run(python, "-m", "mimir_fast.info", cwd=folder)
+        without = {"CC": "/bin/false", "CXX": "/bin/false", "MIMIR_FAST_REQUIRE": ""}
+        python = install(sdist, folder / "without", **without)
+        said = run(python, "-c", USE, cwd=folder, **without)
+        info = run(python, "-m", "mimir_fast.info", cwd=folder, **without)
         if "C++ ops of mimir_fast are not there" not in said or "no: not built" not in info:
             sys.exit(f"without a compiler nothing is said of it: {said}{info}")
         print("without a compiler:", next(line for line in said.splitlines() if "C++ ops" in line))
