@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 pretrain: setup ## MIMIR pre-training on real digits, about a minute on two CPU cores
 	$(BIN)/torchrun --standalone -m mimir_fast.pretrain --recipe digits/mimir_vit_nano $(ARGS)
 
-demo: setup ## pre-train, fine-tune, evaluate, report, about six minutes on two CPU cores
+demo: setup ## pre-train, fine-tune, evaluate, report, about four minutes on two CPU cores
 	$(BIN)/python -m mimir_fast.reproduce digits_demo $(ARGS)
 
 test: setup ## the tests
