@@ -8,6 +8,7 @@ Shapes: B images, N patches, K kept.
 """
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -125,14 +126,14 @@ def convit_case(device: torch.device, side: int, batch: int, *, encoder: str) ->
 
 def convnext_case(device: torch.device, side: int, batch: int, *, encoder: str) -> Case:
     """The visible quarter through ours, everything through ours and through timm's."""
-    from mimir_fast.export import timm_class
     from mimir_fast.models.families import find_family
 
     stem = 4 if side == 224 else 2
     config = ModelConfig(family="convnext", encoder=encoder, patch_size=stem)
     model = build(config, side, device).eval()
     exported = find_family("convnext").to_timm(model.encoder.state_dict(), config.architecture(side))
-    plain = timm_class(exported.path)(**exported.arguments).to(device).eval()
+    module, _, name = exported.path.rpartition(".")
+    plain = getattr(import_module(module), name)(**exported.arguments).to(device).eval()
     plain.load_state_dict(exported.tensors, strict=False)
     unit, N = model.patch_size, model.num_patches
 

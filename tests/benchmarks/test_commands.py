@@ -43,3 +43,13 @@ def test_one_question_compared_with_itself(tmp_path):
     old.write_text("".join(json.dumps(record) + "\n" for record in slow))
     second = benchmarks("linf_step", "--tiny", "--device", "cpu", "--output", new, "--compare", old)
     assert second.returncode == 1 and "SLOWER" in second.stdout
+
+
+def test_families_run(tmp_path):
+    pytest.importorskip("timm")
+    output = tmp_path / "families.jsonl"
+    run = benchmarks("families", "--tiny", "--device", "cpu", "--output", output)
+    assert run.returncode == 0, run.stderr[-2000:]
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {r["case"] for r in records} == {"aemim_step", "convit_step", "convnext_forward"}
+    assert not [r for r in records if r["status"] == "failed"]
