@@ -5,8 +5,8 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,20 @@ from chaos.zygote import Process
 Story = Callable[[Runs, Path, random.Random], dict[str, int]]
 
 
+@contextmanager
+def tmpfs(folder: Path, size: str) -> Iterator[None]:
+    """A new folder on a small file system of its own."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "chaos", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 def full_disk(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
     """A small file system that fills up: said, survived by the older checkpoint, gone on from when there is room."""
-    run.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "chaos", str(run)], check=True)
-    try:
+    with tmpfs(run, "80m"):
         process = runs.start(run / "run", "--stop_after", "4")
         assert process.wait(PATIENCE) == 0, process.said()
         ballast = run / "ballast"
@@ -41,16 +50,12 @@ def full_disk(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
         process = runs.start(run / "run")
         assert process.wait(PATIENCE) == 0, process.said()
         runs.check_same(run / "run")
-    finally:
-        subprocess.run(["umount", "-l", str(run)], check=True)
     return {"disk full (tmpfs)": 1}
 
 
 def disk_fills_while_training(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
     """The same, but it fills in the middle of a run and has room again later: the run never ends."""
-    run.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "chaos", str(run)], check=True)
-    try:
+    with tmpfs(run, "100m"):
         process = runs.start(run / "run", "--keep_last", "2")
         _until(lambda: steps_logged(run / "run") >= 4, process)
         subprocess.run(["mount", "-o", "remount,size=36m", str(run)], check=True)
@@ -58,16 +63,12 @@ def disk_fills_while_training(runs: Runs, run: Path, rng: random.Random) -> dict
         subprocess.run(["mount", "-o", "remount,size=120m", str(run)], check=True)
         assert process.wait(PATIENCE) == 0, process.said()
         runs.check_same(run / "run")
-    finally:
-        subprocess.run(["umount", "-l", str(run)], check=True)
     return {"disk full for a while, in a running run": 1}
 
 
 def read_only(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
     """A folder that cannot be written: one line, and nothing trained in vain."""
-    run.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "chaos", str(run)], check=True)
-    try:
+    with tmpfs(run, "80m"):
         process = runs.start(run / "run", "--stop_after", "4")
         assert process.wait(PATIENCE) == 0, process.said()
         subprocess.run(["mount", "-o", "remount,ro", str(run)], check=True)
@@ -78,8 +79,6 @@ def read_only(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
         process = runs.start(run / "run")
         assert process.wait(PATIENCE) == 0, process.said()
         runs.check_same(run / "run")
-    finally:
-        subprocess.run(["umount", "-l", str(run)], check=True)
     return {"read-only folder": 1}
 
 
