@@ -62,8 +62,11 @@ class Encoder(nn.Module):
             patches_BKP: float in [0, 1], (row, column, channel) order inside a patch.
             places_BK: (B, K) int64, where they belong; None when all N are there in raster order.
             domain: whose norms, for stems that have some; see `encode`.
+
+        Here: `patch_embed` of each patch alone. Stems that look beyond a patch override it.
         """
-        raise NotImplementedError
+        with torch.autocast(patches_BKP.device.type, enabled=False):
+            return self.patch_embed(patches_BKP)  # type: ignore[operator]
 
     def encode(
         self, tokens: Tensor, places_BK: Tensor | None, *, domain: int = CLEAN, branches: Branches | None = None

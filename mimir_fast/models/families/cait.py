@@ -61,8 +61,10 @@ class TalkingHeads(nn.Module):
         return self.proj((probs_BHQT @ v.transpose(1, 2)).transpose(1, 2).flatten(2))
 
 
-class CaitBlock(Layer):
-    """x + γ₁·TalkingHeads(LN(x)), then x + γ₂·MLP(LN(x))."""
+class ScaledLayer(Layer):
+    """What both of CaiT's layers are made of: two branches with a norm and a scale each."""
+
+    attention: type[nn.Module]
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, init_values: float = 1e-5
@@ -71,9 +73,15 @@ class CaitBlock(Layer):
         self.gamma_1 = nn.Parameter(init_values * torch.ones(dim))
         self.gamma_2 = nn.Parameter(init_values * torch.ones(dim))
         self.norm1 = LayerNorm(dim)
-        self.attn = TalkingHeads(dim, num_heads, qkv_bias)
+        self.attn = self.attention(dim, num_heads, qkv_bias)
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+
+class CaitBlock(ScaledLayer):
+    """x + γ₁·TalkingHeads(LN(x)), then x + γ₂·MLP(LN(x))."""
+
+    attention = TalkingHeads
 
     def forward(
         self, x_BTD: Tensor, *, query_ids_BQ: Tensor | None = None, domain: int = CLEAN,
@@ -91,19 +99,10 @@ class CaitBlock(Layer):
         return x + shape_branch(self.gamma_2 * self.mlp(self.norm2(x, domain)), branches, 1)
 
 
-class ClassBlock(Layer):
+class ClassBlock(ScaledLayer):
     """The cls token gathers from the patches, which stay as they are."""
 
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, init_values: float = 1e-5
-    ) -> None:
-        super().__init__()
-        self.gamma_1 = nn.Parameter(init_values * torch.ones(dim))
-        self.gamma_2 = nn.Parameter(init_values * torch.ones(dim))
-        self.norm1 = LayerNorm(dim)
-        self.attn = ClassAttention(dim, num_heads, qkv_bias)
-        self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+    attention = ClassAttention
 
     def forward(self, patches_BKD: Tensor, cls_B1D: Tensor, *, domain: int = CLEAN) -> Tensor:
         """(B, 1, D), the new cls token."""
@@ -137,11 +136,6 @@ class CaitEncoder(Encoder):
         self.norm = LayerNorm(width) if final_norm else nn.Identity()
         self.apply(init_like_mae)
         nn.init.normal_(self.cls_token, std=0.02)
-
-    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
-        """(B, K, D); see Encoder."""
-        with torch.autocast(patches_BKP.device.type, enabled=False):
-            return self.patch_embed(patches_BKP)
 
     def encode(
         self, tokens: Tensor, places_BK: Tensor | None, *, domain: int = CLEAN, branches: Branches | None = None

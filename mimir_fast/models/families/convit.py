@@ -175,11 +175,6 @@ class ConvitEncoder(Encoder):
         initialise(self)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
-        """(B, K, D); see Encoder."""
-        with torch.autocast(patches_BKP.device.type, enabled=False):
-            return self.patch_embed(patches_BKP)
-
     def offsets(self, tokens_BKD: Tensor, places_BK: Tensor | None) -> Tensor:
         """(G, 3, K, K): how the tokens lie to one another."""
         if places_BK is None:

@@ -49,11 +49,6 @@ class VitEncoder(Encoder):
         self.apply(init_like_mae)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
-        """(B, K, D); see Encoder."""
-        with torch.autocast(patches_BKP.device.type, enabled=False):
-            return self.patch_embed(patches_BKP)
-
     def encode(
         self, tokens: Tensor, places_BK: Tensor | None, *, domain: int = CLEAN, branches: Branches | None = None
     ) -> Tensor:
