@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Outputs
+from benchmarks.memory import give_back
 
 
 class Apart:
@@ -38,6 +39,11 @@ class Apart:
         self._pipe.send(tensors)
         return self._answer()
 
+    def give_back(self) -> None:
+        """Return that process's free memory to the system, so that the next call's use of it is seen."""
+        self._pipe.send(None)
+        self._answer()
+
     def _answer(self) -> Outputs:
         failed, answer = self._pipe.recv()
         if failed:
@@ -51,7 +57,8 @@ def _serve(pipe: Connection, threads: int, build: Callable[..., Any], arguments:
         function = build(*arguments, **options)
         pipe.send((False, ()))
         while True:
-            pipe.send((False, function(*pipe.recv())))
+            tensors = pipe.recv()
+            pipe.send((False, give_back() if tensors is None else function(*tensors)))
     except EOFError:
         return
     except Exception as error:  # whatever it is, it must reach the one who waits

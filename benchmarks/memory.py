@@ -8,11 +8,21 @@ C library has kept from earlier calls is given back first (`malloc_trim`), or it
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 
-def extra_peak_mb(call: Callable[[], object], device: torch.device, process: int | None = None) -> float | None:
+class Process(Protocol):
+    """Another process that does the work of a provider (apart.py)."""
+
+    pid: int | None
+
+    def give_back(self) -> None:
+        """`give_back` over there."""
+
+
+def extra_peak_mb(call: Callable[[], object], device: torch.device, process: "Process | None" = None) -> float | None:
     """MiB above the level before the call, of this process or another; None where it cannot be known (no /proc)."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -23,9 +33,9 @@ def extra_peak_mb(call: Callable[[], object], device: torch.device, process: int
         peak = torch.cuda.max_memory_allocated()
         del outputs
         return (peak - before) / 2**20
-    folder = Path("/proc") / str(process or "self")
+    folder = Path("/proc") / ("self" if process is None else str(process.pid))
     try:
-        _give_back()
+        (give_back if process is None else process.give_back)()
         (folder / "clear_refs").write_text("5")  # proc(5): reset the peak resident set size
         before = _status_kib(folder, "VmRSS")
         outputs = call()
@@ -36,7 +46,7 @@ def extra_peak_mb(call: Callable[[], object], device: torch.device, process: int
     return max(0, peak - before) / 1024
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return free heap memory to the system."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -209,7 +209,7 @@ def rivals(model: MaskedModel, setting: Setting, config: MimirConfig, *, bf16: b
 
         run = lambda inputs: step(inputs.images, inputs.labels)  # noqa: E731
         note = "their public code, draws of their own" + (", in its own process" if isinstance(step, Apart) else "")
-        process = getattr(step, "pid", None)
+        process = step if isinstance(step, Apart) else None
         return Provider(label, run, precision="bf16" if bf16 else "fp32", law=same_loss, note=note, process=process)
 
     found = [provider("authors MIMIR", True), provider("authors MAE", False)]
