@@ -184,7 +184,9 @@ class SwinEncoder(StagedEncoder):
             for index, (side, dim, depth, heads) in enumerate(zip(self.sides(), widths, depths, num_heads, strict=True))
         )
         self.norm = LayerNorm(self.width, EPS) if final_norm else nn.Identity()
-        self.apply(init_like_timm)
+        # Not the stem: it keeps the bias of a fresh convolution, as in timm. The norm behind a linear map without bias
+        # tells the sign of a flat patch and not how bright it is, and then pre-training learns nothing from an image.
+        self.stages.apply(init_like_timm)
 
     def stem_of(self, pixels: Tensor, domain: int) -> Tensor:
         """See StagedEncoder."""
