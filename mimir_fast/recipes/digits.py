@@ -68,10 +68,9 @@ for method in METHODS:
         blr=6e-3, layer_decay=1.0, drop_path=0.0,
     )  # fmt: skip
 
-# ConvNeXt does not leave chance at 16/255 in ten passes; at 8/255 it does. Swin stays at chance at both, because its
-# pre-training of a minute stays where the decoder alone gets it: an open problem (docs/systems.md).
+# ConvNeXt does not leave chance at 16/255 in ten passes; at 8/255 it does.
 for family, patch_size in FAMILIES.items():
-    eps = 8 if family in ("swin", "convnext") else 16
+    eps = 8 if family == "convnext" else 16
     register_finetuning(
         "digits", "pgd", "nano", patch_size, lambda: replace(data(), augment="none"),
         replace(FINETUNE, epochs=10, warmup_epochs=1, log_every=40, save_every=200),
