@@ -149,7 +149,7 @@ def ranks_die(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
     processes[1].signal(signal.SIGSTOP)
     assert processes[0].wait(PATIENCE) == 75, processes[0].said()
     assert "rank 1 gives no sign" in processes[0].said(), processes[0].said()
-    assert list((run / "hangs").rglob("rank-0.txt"))
+    assert list((run / "hangs").rglob("rank-0.txt")) and list((run / "hangs").rglob("rank-0.collectives.json"))
     processes[1].kill()
     processes = runs.start_ranks(run)
     for process in processes:
