@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node 2 tests/chaos/overhead.py
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -16,9 +17,11 @@ import torch
 from mimir_fast.checkpoints.reading import verify
 from mimir_fast.checkpoints.saving import Saver
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
+from mimir_fast.recipes import find_recipe
 from mimir_fast.training.agreement import Agreement
 from mimir_fast.training.ema import Ema
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
+from mimir_fast.training.pretraining import PretrainConfig
 from mimir_fast.training.state import training_tensors
 from mimir_fast.training.watchdog import Watchdog
 from mimir_fast.world import World, start_world, stop_world
@@ -56,17 +59,22 @@ class Save:
     beside: float
 
 
-def step() -> float:
-    """Seconds of some products on one core, a tenth of a second or so."""
-    started = time.perf_counter()
-    a = torch.ones(768, 768)
-    for _ in range(10):
-        a = a @ a / 768
-    return time.perf_counter() - started
+def steps_until(over: Callable[[], bool]) -> list[float]:
+    """Seconds of each of some products on one core; the other cores are left to who works beside it."""
+    threads, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    while not over():
+        started = time.perf_counter()
+        product = torch.ones(768, 768)
+        for _ in range(10):
+            product = product @ product / 768
+        seconds.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return seconds
 
 
 def saving(world: World, encoder: str) -> Save:
-    """A training state is saved some times, with steps beside it that leave the other cores alone."""
+    """A training state is saved some times, with steps beside it."""
     model = build_masked_model(ModelConfig(encoder=encoder), 224)
     optimizer = build_optimizer(model, OptimizerConfig())
     for parameter in model.parameters():
@@ -76,16 +84,15 @@ def saving(world: World, encoder: str) -> Save:
     optimizer.zero_grad(set_to_none=True)
     tensors = training_tensors(model, optimizer, Ema(model, 0.99))
     saver, blocked, whole, checksums, beside = Saver(world), [], [], [], []
-    torch.set_num_threads(1)
-    alone = [step() for _ in range(50)]
+    countdown = iter(range(50))
+    alone = steps_until(lambda: next(countdown, None) is None)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "step-00000001"
         for number in range(SAVES):
             started = time.perf_counter()
             saver.start(checkpoint, tensors, {"step": number})
             blocked.append(time.perf_counter() - started)
-            while not saver.done():
-                beside.append(step())
+            beside += steps_until(saver.done)
             saver.wait()
             whole.append(time.perf_counter() - started)
             started = time.perf_counter()
@@ -114,7 +121,8 @@ def main() -> None:
             f"the {save.whole:.3f} s until it is whole (of which checksums {save.checksums:.3f} s); steps beside it "
             f"take {save.beside:.1%} longer"
         )
-        for length, every in ((STEP, 200), (1.0, 200), (STEP, round(15 * 60 / STEP))):
+        often = find_recipe(PretrainConfig, "imagenet/mimir_vit_base").run.save_every
+        for length, every in ((STEP, often), (1.0, often), (STEP, round(15 * 60 / STEP))):
             share = (seconds + (save.blocks + save.beside * min(save.whole, every * length)) / every) / length
             print(f"all together, of steps of {length} s and a save every {every}: {share:.3%}")
     stop_world()
