@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from benchmarks.memory import Process
+
 Outputs = tuple[Tensor, ...]
 Size = Literal["tiny", "quick", "full"]
 """tiny: does it run at all; quick: a laptop, a few minutes in all; full: the sizes the project's promises are about."""
@@ -26,6 +28,7 @@ class Provider:
         reference: its own definition, where the providers of a case do different things (a MAE step beside MIMIR's).
         report: further numbers, asked for after the timing.
         flops: its own fewest, where it does other work than the case's.
+        process: the one that does the work, where it is another (apart.py): its memory counts.
         skip: why it cannot run here; empty if it can.
     """
 
@@ -38,6 +41,7 @@ class Provider:
     report: Callable[[], dict[str, float]] | None = None
     flops: float | None = None
     note: str = ""
+    process: Process | None = None
     skip: str = ""
 
 

@@ -8,14 +8,22 @@ C library has kept from earlier calls is given back first (`malloc_trim`), or it
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+class Process(Protocol):
+    """Another process that does the work of a provider (apart.py)."""
+
+    pid: int | None
+
+    def give_back(self) -> None:
+        """`give_back` over there."""
 
 
-def extra_peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
-    """MiB above the level before the call; None where it cannot be known (a CPU without Linux's /proc)."""
+def extra_peak_mb(call: Callable[[], object], device: torch.device, process: "Process | None" = None) -> float | None:
+    """MiB above the level before the call, of this process or another; None where it cannot be known (no /proc)."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -25,19 +33,20 @@ def extra_peak_mb(call: Callable[[], object], device: torch.device) -> float | N
         peak = torch.cuda.max_memory_allocated()
         del outputs
         return (peak - before) / 2**20
+    folder = Path("/proc") / ("self" if process is None else str(process.pid))
     try:
-        _give_back()
-        _CLEAR.write_text("5")  # proc(5): reset the peak resident set size
-        before = _status_kib("VmRSS")
+        (give_back if process is None else process.give_back)()
+        (folder / "clear_refs").write_text("5")  # proc(5): reset the peak resident set size
+        before = _status_kib(folder, "VmRSS")
         outputs = call()
-        peak = _status_kib("VmHWM")
+        peak = _status_kib(folder, "VmHWM")
     except OSError:
         return None
     del outputs
     return max(0, peak - before) / 1024
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return free heap memory to the system."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -45,6 +54,6 @@ def _give_back() -> None:
         return
 
 
-def _status_kib(field: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+def _status_kib(folder: Path, field: str) -> int:
+    line = next(line for line in (folder / "status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1])
