@@ -1,8 +1,8 @@
 """How a rank's tensors reach its file: torch's writer of safetensors, with another last step.
 
-torch's own builds the whole file in memory first, and holds the interpreter's lock meanwhile: a thread that saves 1.4 GB
-stopped the training thread for 1.7 s (docs/reliability.md). safetensors writes from where the tensors lie, without the
-lock. The files are the same.
+torch's own builds the whole file in memory first, and holds the interpreter's lock meanwhile: a thread that saved
+1.4 GB stopped the training thread for 1.7 s (docs/reliability.md). safetensors writes from where the tensors lie,
+without the lock. The files are the same.
 """
 
 import json
