@@ -55,15 +55,15 @@ class Saver:
             OSError: the save before this one failed, or this one cannot begin.
         """
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+        from mimir_fast.checkpoints.writer import Writer
 
         self.wait()
         partial = folder.with_name(folder.name + PARTIAL)
         try:
             self.world.on_main(lambda: _make(partial))
-            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
             written = dcp.async_save(
-                tensors, storage_writer=writer, process_group=self.world.group, async_stager=self._stager,
+                tensors, storage_writer=Writer(partial), process_group=self.world.group, async_stager=self._stager,
                 no_dist=self.world.size == 1,
             )  # fmt: skip
         except (OSError, FailedElsewhere) as error:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.data.geometry import Geometry
-from mimir_fast.ops.crop_resize import crop_resize
+from mimir_fast.ops.crop_resize import crop_resize_directly
 
 
 def pack(
@@ -45,7 +45,7 @@ def pack(
 
 def cut(pictures: Sequence[np.ndarray], geometry: Geometry, side: int, channels: int) -> Tensor:
     """(B, channels, side, side) uint8 on the CPU."""
-    return crop_resize(*pack(pictures, geometry, channels), side=side, channels=channels)
+    return crop_resize_directly(*pack(pictures, geometry, channels), side=side, channels=channels)
 
 
 def needed_part(geometry: Geometry, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -36,6 +36,7 @@ from mimir_fast.data.order import shuffled
 from mimir_fast.data.shard_files import Job, ShardNote, checksum, read_note, write_shard
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource, MissingDataError
+from mimir_fast.validation import check_number
 from mimir_fast.versions import COMPLETION_HINT, called_as
 
 _ADVICE = "run the command that wrote it again; it goes on where it was"
@@ -71,9 +72,8 @@ class PrepareConfig:
     """write nothing: compare sizes and checksums of what OUT holds with what was written"""
 
     def __post_init__(self) -> None:
-        for name in ("images_per_shard", "num_workers", "max_bad_files"):
-            if getattr(self, name) < (0 if name == "max_bad_files" else 1):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name, least in (("images_per_shard", 1), ("num_workers", 1), ("max_bad_files", 0), ("seed", 0)):
+            check_number(name, getattr(self, name), at_least=least)
         if self.short_side is not None and self.short_side < 1:
             raise ValueError(
                 f"short_side must be at least 1 pixel, got {self.short_side}; leave it out for the default"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.validation import check_finite, check_number
 
 SuiteName = Literal["quick", "paper", "full", "table"]
 Norm = Literal["linf", "l2", "l1"]
@@ -155,6 +156,8 @@ class EvaluateConfig:
     """Keep the attacked images: adversarial/ATTACK/*.safetensors in output_dir."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        check_number("seed", self.seed, at_least=0, below=2**63)
         if self.norm == "linf" and not 0 < self.eps <= 1:
             raise ValueError(
                 f"--eps {self.eps:g}: images live in [0, 1] and ε with them, wanted 0 < eps <= 1. "

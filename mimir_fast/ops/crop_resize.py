@@ -98,6 +98,20 @@ def crop_resize(pixels: Tensor, plan: Tensor, *, side: int, channels: int = 3) -
     Raises:
         ValueError: wrong shapes, an image outside the buffer, a box outside its image.    TypeError: wrong dtypes.
     """
+    _check(pixels, plan, side, channels)
+    return _crop_resize(pixels, plan, side, channels)
+
+
+def crop_resize_directly(pixels: Tensor, plan: Tensor, *, side: int, channels: int = 3) -> Tensor:
+    """`crop_resize` past torch's dispatcher, for processes that do nothing else: not to be compiled or traced.
+
+    The first call of an op written in Python imports torch._dynamo: 2 s and 80 MB in each process of a loader.
+    """
+    _check(pixels, plan, side, channels)
+    return _run(pixels, plan, side, channels)
+
+
+def _check(pixels: Tensor, plan: Tensor, side: int, channels: int) -> None:
     if pixels.dtype != torch.uint8 or plan.dtype != torch.int64:
         raise TypeError(f"pixels must be uint8 and plan int64, got {pixels.dtype} and {plan.dtype}")
     if pixels.ndim != 1 or not pixels.is_contiguous():
@@ -107,7 +121,6 @@ def crop_resize(pixels: Tensor, plan: Tensor, *, side: int, channels: int = 3) -
     if side < 1 or channels not in (1, 3):
         raise ValueError(f"side must be at least 1 and channels 1 or 3, got {side} and {channels}")
     check_plan(plan, len(pixels), channels)
-    return _crop_resize(pixels, plan, side, channels)
 
 
 def check_plan(plan: Tensor, num_bytes: int, channels: int) -> None:
@@ -124,8 +137,7 @@ def check_plan(plan: Tensor, num_bytes: int, channels: int) -> None:
             raise ValueError(f"plan: {what}: row {row} is {dict(zip(PLAN, plan[row].tolist(), strict=True))}")
 
 
-@torch.library.custom_op("mimir_fast::crop_resize", mutates_args=())
-def _crop_resize(pixels: Tensor, plan: Tensor, side: int, channels: int) -> Tensor:
+def _run(pixels: Tensor, plan: Tensor, side: int, channels: int) -> Tensor:
     if len(plan) and pixels.is_cuda:
         from mimir_kernels import crop_resize as kernels
 
@@ -135,6 +147,9 @@ def _crop_resize(pixels: Tensor, plan: Tensor, side: int, channels: int) -> Tens
         _native.run("crop_resize", pixels, plan.contiguous(), out, len(plan), side, channels)
         return out
     return crop_resize_reference(pixels, plan, side, channels)
+
+
+_crop_resize = torch.library.custom_op("mimir_fast::crop_resize", _run, mutates_args=())
 
 
 @_crop_resize.register_fake

@@ -1,7 +1,7 @@
 """Command lines that cannot be meant: each is refused by name in a real process, before anything is created."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 from chaos.runs import Runs
 
 BAD_INPUT = "bad value on a command line"
-SAMPLE = 120  # of some hundred, in one story
+SAMPLE = 120  # of thousands, in one story; all of them in one process: tests/training/test_bad_input.py
 NOT_IN_FLAGS = ("objective", "optim", "run")  # their options stand at the top of the command line
 BAD: dict[Any, tuple[str, ...]] = {
     float: ("nan", "inf", "-inf", "1/0", "much"),
@@ -17,44 +17,55 @@ BAD: dict[Any, tuple[str, ...]] = {
     float | None: ("nan", "inf", "much"),
     int | None: ("-5", "1.5", "many"),
 }
-WORDS: tuple[tuple[str, str | None], ...] = (
-    ("--method", "mim"), ("--recipe", "digits/mimir_vit_nana"), ("--output_dir", None), ("--no_such_option", None),
-    ("--device", "gpu"), ("--strategy", "dpp"), ("--precision", "fp8"), ("--data.source", "digit"),
-    ("--data.loader", "fast"), ("--ema_decay", "1"), ("--shard_ranks", "2"), ("--model.encoder", "enormous"),
+WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("--method", ("mim",)), ("--recipe", ("digits/mimir_vit_nana",)), ("--output_dir", ()), ("--no_such_option", ()),
+    ("--device", ("gpu",)), ("--strategy", ("dpp",)), ("--precision", ("fp8",)), ("--data.source", ("digit",)),
+    ("--data.loader", ("fast",)), ("--ema_decay", ("1",)), ("--shard_ranks", ("2",)),
+    ("--model.encoder", ("enormous",)),
 )  # fmt: skip
-MODULES = {
-    "mimir_fast.pretrain": ("mae", "adv_mae", "mimir", "simmim", "aemim", "single_stage"),
-    "mimir_fast.finetune": ("natural", "pgd", "fast", "apgd", "trades", "mart", "ard_prm"),
-}
 
 
 def bad_command_lines(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
     """NaN, infinity, negative sizes and words where numbers are wanted, in every option of every method."""
     lines = rng.sample(sorted(set(cases()), key=str), SAMPLE)
-    for module, method, flag, value in lines:
-        line = ["--method", method, "--output_dir", str(run), *([flag] if value is None else [flag, value])]
+    for module, base, flag, value in lines:
+        line = [*base, "--output_dir", str(run), flag, *value]
         process = runs.zygote.start(module, line)
         code, said = process.wait(60), " ".join(process.said().split())
         assert code == 2, f"{module} {line} ended with {code}: {said}"
         assert "Traceback" not in said, f"{module} {line}: {said}"
-        name = flag.removeprefix("--").rpartition(".")[2]
-        assert name in said or str(value) in said, f"{module} {line} is not named: {said}"
+        assert is_named(flag, value, said), f"{module} {line} is not named: {said}"
         assert not run.exists(), f"{module} {line} made the folder"
     return {BAD_INPUT: len(lines)}
 
 
-def cases() -> Iterator[tuple[str, str, str, str | None]]:
-    """Module, method, flag and value."""
-    from mimir_fast import finetune, pretrain
+def is_named(flag: str, value: tuple[str, ...], said: str) -> bool:
+    """Whether a message speaks of the option or of its value."""
+    return flag.removeprefix("--").rpartition(".")[2] in said or any(v in said for v in value)
 
-    for module, methods in MODULES.items():
-        config_from = {"mimir_fast.pretrain": pretrain.config_from, "mimir_fast.finetune": finetune.config_from}[module]
-        for method in methods:
-            for flag, kind in _flags(config_from(["--method", method])):
+
+def parsers() -> dict[str, tuple[Callable[[Sequence[str]], Any], list[tuple[str, str]]]]:
+    """Module → its parser, and beginnings of its command line, one for each set of options."""
+    from mimir_fast import evaluate, finetune, pretrain
+    from mimir_fast.methods.registry import all_methods
+
+    return {
+        "mimir_fast.pretrain": (pretrain.config_from, [("--method", m) for m in all_methods("pretrain")]),
+        "mimir_fast.finetune": (finetune.config_from, [("--method", m) for m in all_methods("finetune")]),
+        "mimir_fast.evaluate": (evaluate.config_from, [("--checkpoint", "robust.pth")]),
+    }
+
+
+def cases() -> Iterator[tuple[str, tuple[str, str], str, tuple[str, ...]]]:
+    """Module, the line's beginning, flag, and its bad value."""
+    for module, (config_from, beginnings) in parsers().items():
+        for base in beginnings:
+            for flag, kind in _flags(config_from(base)):
                 for bad in BAD.get(kind, ()):
-                    yield module, method, flag, bad
-        for flag, value in WORDS:
-            yield module, methods[0], flag, value
+                    yield module, base, flag, (bad,)
+        if module != "mimir_fast.evaluate":
+            for flag, value in WORDS:
+                yield module, beginnings[0], flag, value
 
 
 def _flags(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

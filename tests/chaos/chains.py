@@ -26,9 +26,11 @@ from chaos.zygote import Process
 MOST = 12  # faults of processes in a chain, half as many of two ranks; those of files come between
 
 
-def chain(job: Job, runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
-    """One process through faults of all kinds."""
-    return _through(job, runs, run, rng, lambda: _disturb(job, runs, run, rng))
+def chain(
+    job: Job, runs: Runs, run: Path, rng: random.Random, kinds: tuple[str, ...] = tuple(PROCESS_FAULTS)
+) -> dict[str, int]:
+    """One process through faults of these kinds."""
+    return _through(job, runs, run, rng, lambda: _disturb(job, runs, run, rng, kinds))
 
 
 def chain_of_ranks(job: Job, runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
@@ -66,9 +68,9 @@ def _through(
     return dict(Counter(met))
 
 
-def _disturb(job: Job, runs: Runs, run: Path, rng: random.Random) -> tuple[list[str], str]:
+def _disturb(job: Job, runs: Runs, run: Path, rng: random.Random, kinds: tuple[str, ...]) -> tuple[list[str], str]:
     """What was done, nothing if it came too late, and what the process said."""
-    name = rng.choice(list(PROCESS_FAULTS))
+    name = rng.choice(kinds)
     process, happened = PROCESS_FAULTS[name](runs, run, job, rng)
     return [name] if happened else [], process.said()
 

@@ -59,12 +59,14 @@ def _inject(runs: Runs, run: Path, job: Job, rng: random.Random, names: str, wha
     """Exit code of a run that strace plays with, and whether it did."""
     process = runs.start(run, *_part(rng), job=job, paused=True)
     trace = process.output.with_suffix(".strace")
+    while _status(process.pid, "State") not in ("T", "Z", ""):  # SIGCONT before it has stopped would be lost
+        time.sleep(0.01)
     tracer = subprocess.Popen(
         ["strace", "-f", "-qq", "-o", str(trace), "-e", f"trace={names}", "-e", f"inject={names}:{what}", "-p",
          str(process.pid)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while not _traced(process.pid) and tracer.poll() is None:
+    while _status(process.pid, "TracerPid") == "0" and tracer.poll() is None:
         time.sleep(0.01)
     process.signal(signal.SIGCONT)
     code = process.wait(PATIENCE)
@@ -226,9 +228,10 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _traced(pid: int) -> bool:
+def _status(pid: int, name: str) -> str:
+    """A word of /proc/PID/status, empty when the process is gone."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        return True
-    return "TracerPid:\t0\n" not in status
+        return ""
+    return next(line.split()[1] for line in lines if line.startswith(f"{name}:"))

@@ -7,17 +7,21 @@ torchrun --standalone --nproc_per_node 2 tests/chaos/overhead.py
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 
 from mimir_fast.checkpoints.reading import verify
 from mimir_fast.checkpoints.saving import Saver
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
+from mimir_fast.recipes import find_recipe
 from mimir_fast.training.agreement import Agreement
 from mimir_fast.training.ema import Ema
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
+from mimir_fast.training.pretraining import PretrainConfig
 from mimir_fast.training.state import training_tensors
 from mimir_fast.training.watchdog import Watchdog
 from mimir_fast.world import World, start_world, stop_world
@@ -40,8 +44,37 @@ def housekeeping(world: World) -> float:
     return spent / 40
 
 
-def saving(world: World, encoder: str) -> tuple[float, float, float, float]:
-    """Of a training state with moving average: GB; seconds a save blocks, is under way, and of its checksums."""
+@dataclass
+class Save:
+    """Of a training state with moving average: GB; seconds a save blocks, is under way, and of its checksums.
+
+    Attributes:
+        beside: how much longer a step takes while a save is under way, 0.01 for a hundredth.
+    """
+
+    size: float
+    blocks: float
+    whole: float
+    checksums: float
+    beside: float
+
+
+def steps_until(over: Callable[[], bool]) -> list[float]:
+    """Seconds of each of some products on one core; the other cores are left to who works beside it."""
+    threads, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    while not over():
+        started = time.perf_counter()
+        product = torch.ones(768, 768)
+        for _ in range(10):
+            product = product @ product / 768
+        seconds.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return seconds
+
+
+def saving(world: World, encoder: str) -> Save:
+    """A training state is saved some times, with steps beside it."""
     model = build_masked_model(ModelConfig(encoder=encoder), 224)
     optimizer = build_optimizer(model, OptimizerConfig())
     for parameter in model.parameters():
@@ -50,13 +83,16 @@ def saving(world: World, encoder: str) -> tuple[float, float, float, float]:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tensors = training_tensors(model, optimizer, Ema(model, 0.99))
-    saver, blocked, whole, checksums = Saver(world), [], [], []
+    saver, blocked, whole, checksums, beside = Saver(world), [], [], [], []
+    countdown = iter(range(50))
+    alone = steps_until(lambda: next(countdown, None) is None)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "step-00000001"
-        for step in range(SAVES):
+        for number in range(SAVES):
             started = time.perf_counter()
-            saver.start(checkpoint, tensors, {"step": step})
+            saver.start(checkpoint, tensors, {"step": number})
             blocked.append(time.perf_counter() - started)
+            beside += steps_until(saver.done)
             saver.wait()
             whole.append(time.perf_counter() - started)
             started = time.perf_counter()
@@ -65,7 +101,8 @@ def saving(world: World, encoder: str) -> tuple[float, float, float, float]:
     saver.close()
     # The first makes the copy's memory; afterwards it is reused.
     size = sum(t.numel() * t.element_size() for t in tensors.values()) / 1e9
-    return size, median(blocked[1:]), median(whole[1:]), median(checksums[1:])
+    share = fmean(beside) / median(alone) - 1
+    return Save(size, median(blocked[1:]), median(whole[1:]), median(checksums[1:]), share)
 
 
 def main() -> None:
@@ -78,14 +115,16 @@ def main() -> None:
     if world.is_main:
         print(f"housekeeping {1e6 * seconds:.0f} us a step on {world.size} ranks, {seconds / STEP:.3%} of {STEP} s")
     if world.size == 1:
-        size, blocked, whole, checksums = saving(world, encoder)
+        save = saving(world, encoder)
         print(
-            f"save of ViT-{encoder}, {size:.2f} GB: blocks {blocked:.3f} s, {blocked / whole:.1%} of the {whole:.3f} s "
-            f"until it is whole (of which checksums {checksums:.3f} s, beside training)"
+            f"save of ViT-{encoder}, {save.size:.2f} GB: blocks {save.blocks:.3f} s, {save.blocks / save.whole:.1%} of "
+            f"the {save.whole:.3f} s until it is whole (of which checksums {save.checksums:.3f} s); steps beside it "
+            f"take {save.beside:.1%} longer"
         )
-        for step, every in ((STEP, 200), (1.0, 200), (STEP, round(15 * 60 / STEP))):
-            share = (seconds + blocked / every) / step
-            print(f"all together, of steps of {step} s and a save every {every}: {share:.3%}")
+        often = find_recipe(PretrainConfig, "imagenet/mimir_vit_base").run.save_every
+        for length, every in ((STEP, often), (1.0, often), (STEP, round(15 * 60 / STEP))):
+            share = (seconds + (save.blocks + save.beside * min(save.whole, every * length)) / every) / length
+            print(f"all together, of steps of {length} s and a save every {every}: {share:.3%}")
     stop_world()
 
 

@@ -7,10 +7,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from chaos.bad_input import bad_command_lines
+from chaos.chains import chain
+from chaos.faults import PROCESS_FAULTS
 from chaos.network import TwoHosts
 from chaos.runs import DDP, PATIENCE, PRETRAIN, Job, Runs, losses, steps_logged
 from chaos.zygote import Process
@@ -149,7 +152,7 @@ def ranks_die(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
     processes[1].signal(signal.SIGSTOP)
     assert processes[0].wait(PATIENCE) == 75, processes[0].said()
     assert "rank 1 gives no sign" in processes[0].said(), processes[0].said()
-    assert list((run / "hangs").rglob("rank-0.txt"))
+    assert list((run / "hangs").rglob("rank-0.txt")) and list((run / "hangs").rglob("rank-0.collectives.json"))
     processes[1].kill()
     processes = runs.start_ranks(run)
     for process in processes:
@@ -223,6 +226,7 @@ SCENARIOS: dict[str, Story] = {
     "one_two_one": one_two_one,
     "two_hosts": two_hosts,
     "bad_command_lines": bad_command_lines,
+    "system_calls": partial(chain, PRETRAIN, kinds=tuple(name for name in PROCESS_FAULTS if "system call" in name)),
 }
 
 

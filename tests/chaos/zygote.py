@@ -168,6 +168,7 @@ def _serve() -> None:
     import torch.distributed.checkpoint.hf_storage
     import torch.utils.tensorboard  # noqa: F401
 
+    import mimir_fast.evaluate
     import mimir_fast.finetune
     import mimir_fast.models.families
     import mimir_fast.pretrain

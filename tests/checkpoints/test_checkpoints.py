@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
+from safetensors import safe_open
 from small_models import masked_vit
 from torch import Tensor
 
@@ -168,6 +170,35 @@ def test_steps_counted_in_groups_are_kept_as_nvidia_apex_has_them(model: MaskedM
         group["step"] = torch.zeros(1, dtype=torch.int)
     set_group_steps(on_device, saved)
     assert all(isinstance(g["step"], Tensor) and int(g["step"]) == 7 for g in on_device.param_groups)
+
+
+def test_the_files_are_those_of_torch(tmp_path: Path) -> None:
+    """Our writer differs in how the bytes get there: names, header and tensors are what torch's own writes."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    from mimir_fast.checkpoints.writer import Writer
+
+    tensors = {
+        "matrix": torch.arange(12.0).reshape(3, 4), "scalar": torch.tensor(3), "part": torch.arange(10)[2:5],
+        "half": torch.ones(5, dtype=torch.bfloat16), "empty": torch.ones(0, 2),
+    }  # fmt: skip
+    found = []
+    for writer in (Writer(tmp_path / "ours"), HuggingFaceStorageWriter(str(tmp_path / "torch"), save_distributed=True)):
+        torch.distributed.checkpoint.save(tensors, storage_writer=writer, no_dist=True)
+        (file,) = Path(writer.path).iterdir()
+        with safe_open(file, "pt") as content:
+            header = {**content.metadata(), "DCP_SHARDING_INFO": json.loads(content.metadata()["DCP_SHARDING_INFO"])}
+            found.append((file.name, header, {name: content.get_tensor(name) for name in content.keys()}))  # noqa: SIM118
+    (name, header, ours), (name_, header_, theirs) = found
+    assert (name, header) == (name_, header_)
+    assert ours.keys() == theirs.keys() == tensors.keys()
+    assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+
+
+def test_a_transposed_tensor_is_saved(tmp_path: Path) -> None:
+    tensor = torch.arange(6.0).reshape(2, 3).T
+    save_checkpoint(tmp_path / "step-00000001", {"model/a": tensor}, {"step": 1})
+    assert torch.equal(read_tensors(tmp_path / "step-00000001")["a"], tensor)
 
 
 class TestDurable:

@@ -247,7 +247,7 @@ def test_bad_requests_are_one_line(image_folder, tmp_path):
 
     for arguments, message in (
         ((tmp_path / "nowhere", tmp_path / "out"), "does not exist"),
-        ((image_folder, tmp_path / "out", "--images_per_shard", "0"), "images_per_shard must be positive"),
+        ((image_folder, tmp_path / "out", "--images_per_shard", "0"), "images_per_shard=0, wanted at least 1"),
         ((image_folder, tmp_path / "never", "--verify"), "was not (completely) prepared"),
         ((image_folder, "/proc/nowhere/out"), "No such file"),
     ):

@@ -157,3 +157,15 @@ def test_several_files_can_be_read_at_a_time(image_folder, threads):
     (several,) = islice(loader, 1)
     assert torch.equal(one.images, several.images)
     loader.close()
+
+
+def test_a_worker_does_not_load_the_compiler(image_folder):
+    """torch._dynamo takes 2 s and 80 MB in each process; any call of one of our ops would import it."""
+    script = f"""
+        import sys
+        from mimir_fast.data import DataConfig, build_loader
+        config = DataConfig(source="folder", root={str(image_folder)!r}, loader="torch", num_workers=0, image_size=32)
+        next(iter(build_loader(config, split="train", batch_size=8)))
+        assert "torch._dynamo" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mimir_fast import _native
-from mimir_fast.ops.crop_resize import PLAN, crop_resize, crop_resize_reference, most_taps_of, taps
+from mimir_fast.ops.crop_resize import (
+    PLAN,
+    crop_resize,
+    crop_resize_directly,
+    crop_resize_reference,
+    most_taps_of,
+    taps,
+)
 
 Job = tuple[int, ...]  # a row of the plan without its offset
 SIDE = 33
@@ -46,8 +53,9 @@ def by_pil(image: torch.Tensor, job: Job, side: int) -> np.ndarray:
 @pytest.mark.parametrize("jobs", JOBS.values(), ids=JOBS)
 def test_matches_definition(jobs, channels, device):
     pixels, plan, _ = make(jobs, channels, device)
-    got = crop_resize(pixels, plan, side=SIDE, channels=channels)
-    assert torch.equal(got.cpu(), crop_resize_reference(pixels.cpu(), plan, SIDE, channels))
+    wanted = crop_resize_reference(pixels.cpu(), plan, SIDE, channels)
+    for op in (crop_resize, crop_resize_directly):
+        assert torch.equal(op(pixels, plan, side=SIDE, channels=channels).cpu(), wanted)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -153,6 +161,8 @@ def test_a_plan_that_would_read_astray_is_refused(column, value, message):
     plan[0, PLAN.index(column)] = value
     with pytest.raises(ValueError, match=message):
         crop_resize(pixels, plan, side=SIDE)
+    with pytest.raises(ValueError, match=message):
+        crop_resize_directly(pixels, plan, side=SIDE)
 
 
 def test_refuses_what_it_cannot_take():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chaos.bad_input import cases, is_named, parsers
 from commands import Command
 
 from mimir_fast.finetune import config_from as finetuning
@@ -89,6 +90,21 @@ def test_command_line(flags: list[str], message: str, capsys: pytest.CaptureFixt
         pretraining(flags)
     out = capsys.readouterr()
     assert message in " ".join((out.out + out.err + str(error.value)).replace("│", " ").split())
+
+
+@pytest.mark.slow
+def test_every_option_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Thousands of lines; tests/chaos gives some of them to real processes."""
+    accepted, unnamed, table = [], [], parsers()
+    for module, base, flag, value in sorted(set(cases()), key=str):
+        try:
+            table[module][0]([*base, flag, *value])
+            accepted.append((module, base, flag, value))
+        except (SystemExit, ValueError) as error:
+            out = capsys.readouterr()
+            if not is_named(flag, value, " ".join((out.out + out.err + str(error)).split())):
+                unnamed.append((module, base, flag, value, str(error)))
+    assert not accepted and not unnamed
 
 
 def test_nothing_is_created_for_a_bad_value(command: Command, tmp_path: Path) -> None:

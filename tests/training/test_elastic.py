@@ -116,6 +116,27 @@ def test_an_agent_is_lost_and_comes_back(agents: Agents, command: Command, tmp_p
     assert np.allclose(found, wanted, rtol=2e-3), np.abs(np.subtract(found, wanted)).max()
 
 
+def test_the_head_is_lost_and_all_is_started_again(agents: Agents) -> None:
+    """Who hosts the rendezvous takes it along: the others end, they do not wait, and the same command goes on."""
+    first = agents.start("first")
+    agents.until(lambda: _listening(agents.port))
+    second = agents.start("second")
+    agents.until(lambda: steps(agents.run) >= 7)
+    agents.lose(first)
+    assert second.wait(120) != 0
+    agents.alive.clear()
+    saved = newest(agents.run)
+    assert saved >= 5
+    agents.start("third")
+    agents.until(lambda: newest(agents.run) > saved)
+    assert f"resumed at step {saved} of 5000; 1 ranks now, 2 before" in agents.said()
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max((int(p.name[5:]) for p in (run / "checkpoints").glob("step-????????")), default=0)
+
+
 def losses(run: Path) -> list[tuple[int, float]]:
     """Step and loss of the whole lines so far."""
     path = run / "metrics.jsonl"
