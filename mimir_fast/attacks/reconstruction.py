@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from mimir_fast.attacks.ascent import ascend
 from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.attacks.training_attack import TrainingAttack, precision_of
 from mimir_fast.models.masked_model import View
 from mimir_fast.ops.patches import gather_patches, normalize_patches
 
 
 @dataclass
-class ReconstructionAttackConfig(LinfThreat):
+class ReconstructionAttackConfig(TrainingAttack):
     """The perturbation of the pre-training images."""
 
     mask: Literal["shared", "fresh"] = "shared"
@@ -51,7 +52,7 @@ def attack_visible(
         start_BKP: where the ascent starts, inside the ball.
         target_BMP: what the masked patches should have been.
     """
-    with borrowed_in_mode(model) as module:
+    with borrowed_in_mode(model) as module, precision_of(threat, start_BKP.device):
 
         def error(patches_BKP: Tensor) -> Tensor:
             prediction = module(View(patches_BKP, ids_keep_BK, ids_masked_BM)).prediction
@@ -65,7 +66,7 @@ def attack_all(
     target: Literal["clean", "adversarial"], norm_pix: bool, threat: LinfThreat,
 ) -> Tensor:  # fmt: skip
     """Adversarial patches (B, N, P) of the whole image; arguments as for `attack_visible`."""
-    with borrowed_in_mode(model) as module:
+    with borrowed_in_mode(model) as module, precision_of(threat, start_BNP.device):
 
         def error(patches: Tensor) -> Tensor:
             view = View(gather_patches(patches, ids_keep_BK), ids_keep_BK, ids_masked_BM)

@@ -3,12 +3,16 @@
 Shapes: B images, N patches, K kept, M masked, P numbers a patch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.reconstruction import ReconstructionAttackConfig, attack_all, attack_visible
+from mimir_fast.attacks.training_attack import TrainingAttack, sign_agreement
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mae import Draws, Mae, MaeConfig, Shown, masked_model
 from mimir_fast.methods.noise_mae import uniform_delta
@@ -43,7 +47,7 @@ class AdvMae(Mae):
             delta = uniform_delta(samples, shape, attack.eps, seed=seed, step=step)
         else:
             delta = torch.zeros((), device=samples.device).expand(len(samples), *shape)
-        return Draws(mask, attack_mask, delta)
+        return Draws(mask, attack_mask, delta, attack.attacks_in(step), attack.compares_in(step))
 
     def perturb(self, model: nn.Module, images: Tensor, draws: Draws, target_BMP: Tensor) -> Shown:
         """The attacked images."""
@@ -53,13 +57,26 @@ class AdvMae(Mae):
         if attack.visible_only:
             clean = patchify_gather(images, mask.keep, p)
             start = (clean + delta).clamp_(0, 1)
-            return Shown(attack_visible(model, clean, start, mask.keep, mask.masked, target_BMP, attack))
+            of_visible = partial(attack_visible, model, clean, start, mask.keep, mask.masked, target_BMP)
+            visible, notes = attacked(of_visible, attack, start, draws)
+            return Shown(visible, None, notes)
         clean = patchify(images, p)
         start = (clean + delta).clamp_(0, 1)
-        patches = attack_all(
-            model, clean, start, mask.keep, mask.masked, attack.target, self.config.norm_pix_loss, attack
+        of_all = partial(
+            attack_all, model, clean, start, mask.keep, mask.masked, attack.target, self.config.norm_pix_loss
         )
-        return Shown(gather_patches(patches, draws.mask.keep), patches)
+        patches, notes = attacked(of_all, attack, start, draws)
+        return Shown(gather_patches(patches, draws.mask.keep), patches, notes)
+
+
+def attacked(
+    attack: Callable[[Any], Tensor], threat: TrainingAttack, start: Tensor, draws: Draws
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the attack (threat → perturbed input) makes of its start in this step, and scalars to log of it."""
+    if not draws.attacks:
+        return start, {}
+    notes = {"sign_agreement": sign_agreement(attack, threat, start.device)} if draws.compares else {}
+    return attack(threat), notes
 
 
 register(MethodEntry("adv_mae", "pretrain", AdvMaeConfig, AdvMae, "MAE on adversarial images"))
