@@ -34,6 +34,9 @@ class ReconstructionAttackConfig(TrainingAttack):
     """`shared` with the training step (paper) or a `fresh` one of the attack's own (authors' code)."""
     target: Literal["clean", "adversarial"] = "clean"
     """What the attacked loss compares with: the `clean` image (paper) or the `adversarial` one (authors' code)."""
+    cuda_graph: bool = False
+    """Record mask, noise and attack as one CUDA graph and replay it, for small batches on fast GPUs. Not with
+    --strategy fsdp; on a CPU it changes nothing."""
 
     @property
     def visible_only(self) -> bool:

@@ -70,7 +70,7 @@ class Aemim(MaskedMethod):
 
     config: AemimConfig
 
-    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int) -> Draws:
+    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
         """Mask and start of the attack, on all patches: the masked ones are targets too."""
         mask = self.draw_mask(model, batch, Stream.MASK, seed=seed, step=step)
         shape = (model.num_patches, model.encoder.patch_dim)

@@ -120,8 +120,8 @@ class MaskedMethod(ABC):
             return self.losses(model, batch, self.draw(masked_model(model), batch, seed=seed, step=step))
 
     @abstractmethod
-    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int) -> Draws:
-        """All random numbers of the step, as functions of (seed, step, sample)."""
+    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
+        """All random numbers of the step, functions of (seed, step, sample); the step may be a scalar on the device."""
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ class MaskedMethod(ABC):
     def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """Rows (B, C, H, W) in [0, 1] of what a step sees and makes."""
 
-    def draw_mask(self, model: MaskedModel, batch: Batch, stream: Stream, *, seed: int, step: int) -> Mask:
+    def draw_mask(self, model: MaskedModel, batch: Batch, stream: Stream, *, seed: int, step: int | Tensor) -> Mask:
         """A mask of the configured ratio and unit, with the share of it that is predicted."""
         mask = draw_mask(
             model, batch.samples, self.config.mask_ratio, seed=seed, step=step, stream=stream, order=self.token_order,
@@ -143,7 +143,7 @@ class MaskedMethod(ABC):
 class Mae(MaskedMethod):
     """Reconstruct the masked patches from the visible ones."""
 
-    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int) -> Draws:
+    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
         """The mask."""
         return Draws(self.draw_mask(model, batch, Stream.MASK, seed=seed, step=step))
 
@@ -158,17 +158,26 @@ class Mae(MaskedMethod):
 
     def losses(self, model: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """{"loss": …, terms by name where there are several} of one step with the given draws."""
-        step = self.forward(model, batch, draws)
+        return self.sum_up(self.forward(model, batch, draws))
+
+    def sum_up(self, step: Step) -> dict[str, Tensor]:
+        """The terms and their sum, and what there is to log of the perturbation."""
         return total(self.terms(step), **step.shown.notes)
 
     def forward(self, model: nn.Module, batch: Batch, draws: Draws) -> Step:
         """Target, perturbation and the model's forward pass."""
-        mask = draws.mask
+        return self.reconstruct(model, batch, draws, *self.look(model, batch.images, draws))
+
+    def look(self, model: nn.Module, images: Tensor, draws: Draws) -> tuple[Tensor, Shown]:
+        """The target (B, M, P) and what the encoder is shown."""
         target = masked_targets(
-            batch.images, mask.masked, masked_model(model).patch_size, norm_pix=self.config.norm_pix_loss
+            images, draws.mask.masked, masked_model(model).patch_size, norm_pix=self.config.norm_pix_loss
         )
-        shown = self.perturb(model, batch.images, draws, target)
-        view = View(shown.visible, mask.keep, mask.masked)
+        return target, self.perturb(model, images, draws, target)
+
+    def reconstruct(self, model: nn.Module, batch: Batch, draws: Draws, target: Tensor, shown: Shown) -> Step:
+        """The model's forward pass."""
+        view = View(shown.visible, draws.mask.keep, draws.mask.masked)
         return Step(model, batch, draws, view, shown, target, model(view))
 
     @torch.no_grad()
@@ -176,8 +185,7 @@ class Mae(MaskedMethod):
         """Rows (B, C, H, W) in [0, 1]: input, what it was perturbed to, what the encoder sees, the reconstruction."""
         bare = masked_model(model)
         draws = self.draw(bare, batch, seed=seed, step=step)
-        target = masked_targets(batch.images, draws.mask.masked, bare.patch_size, norm_pix=self.config.norm_pix_loss)
-        shown = self.perturb(model, batch.images, draws, target)
+        _, shown = self.look(model, batch.images, draws)
         with borrowed_in_mode(model) as module:
             prediction = module(View(shown.visible, draws.mask.keep)).prediction.float()
         return preview_rows(batch.images, shown, draws.mask, prediction, bare.patch_size, self.config.norm_pix_loss)

@@ -56,7 +56,7 @@ def unit_factor(mask_unit: int | None, patch_size: int, image_size: int) -> int:
 
 
 def draw_mask(
-    model: MaskedModel, samples_B: Tensor, mask_ratio: float, *, seed: int, step: int, stream: Stream,
+    model: MaskedModel, samples_B: Tensor, mask_ratio: float, *, seed: int, step: int | Tensor, stream: Stream,
     order: TokenOrder, mask_unit: int | None = None,
 ) -> Mask:  # fmt: skip
     """The mask of this (seed, step, sample) in this stream, in the model's patches."""

@@ -16,8 +16,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimir_fast.attacks.no_trace import borrowed
+from mimir_fast.attacks.reconstruction import ReconstructionAttackConfig
 from mimir_fast.checkpoints.reading import load_checkpoint, read_meta, verify
 from mimir_fast.checkpoints.saving import Saver
+from mimir_fast.data.batch import Batch
+from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.models.masked_model import View
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.agreement import MAX_STEPS, Agreement
@@ -163,6 +166,10 @@ def compare(**options: object) -> dict[str, object]:
 found["fsdp"] = compare()
 found["fsdp recomputed"] = compare(checkpoint_activations=True)
 found["hsdp"] = compare(shard_ranks=1)
+recorded = AdvMae(AdvMaeConfig(attack=ReconstructionAttackConfig(cuda_graph=True)))
+images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+shards = parallelize(small(), "fsdp", world, bf16=False, compile_blocks=False)
+found["recorded shards"] = said(lambda: recorded(shards, Batch(images, *[torch.arange(2)] * 3), seed=0, step=0))
 found["bad shards"] = said(lambda: compare(shard_ranks=3))
 sys.stdout.write("RESULT " + json.dumps({"rank": rank, **found}) + "\n")
 sys.stdout.flush()

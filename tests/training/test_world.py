@@ -66,6 +66,10 @@ def test_fsdp_gathers_once_for_the_attack_and_the_training_forward(ranks: list[d
         assert "these do: 1, 2" in found["bad shards"]
 
 
+def test_a_recorded_attack_refuses_shards(ranks: list[dict[str, Any]]) -> None:
+    assert "use --strategy ddp, or leave it out" in ranks[0]["recorded shards"]
+
+
 def test_tasks_of_a_scheduler_that_form_no_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
