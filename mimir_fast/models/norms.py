@@ -4,6 +4,7 @@ Without adapters they are torch's, by name and by value. `add_adapter` makes a s
 end in `_adversarial`; a forward pass says which domain its data are of. Domain 0 is clean, 1 adversarial.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,7 +27,10 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, domain: int = CLEAN) -> Tensor:
         """Same shape as x (…, D)."""
-        return F.layer_norm(x, self.normalized_shape, *self.of(domain))
+        weight, bias, eps = self.of(domain)
+        if weight.dtype != x.dtype == torch.float32:  # shards travel in bf16, the residual stream is float32
+            weight, bias = weight.float(), bias.float()
+        return F.layer_norm(x, self.normalized_shape, weight, bias, eps)
 
     def of(self, domain: int) -> tuple[Tensor, Tensor, float]:
         """Weight, bias and eps for the data of a domain."""

@@ -75,8 +75,9 @@ def _shard(model: nn.Module, layers: list[nn.Module], world: World, bf16: bool, 
         raise ValueError(f"--shard_ranks {shard_ranks} does not divide {world.size} ranks; these do: {fits}")
     else:  # parameters are sharded within rows of the mesh and the same in each row
         mesh = init_device_mesh(kind, (world.size // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
-    # Blocks travel in bf16; the root (patch embedding, norms, head) stays in fp32, see Encoder.embed.
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # Blocks travel in bf16; the root (patch embedding, norms, head) stays in fp32, see Encoder.embed. What goes into a
+    # block stays as it is: the encoder's residual stream is fp32, as it is under autocast in one process.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)

@@ -15,7 +15,7 @@ from small_models import masked_vit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimir_fast.attacks.no_trace import borrowed
+from mimir_fast.attacks.no_trace import borrowed, unwrap
 from mimir_fast.attacks.reconstruction import ReconstructionAttackConfig
 from mimir_fast.checkpoints.reading import load_checkpoint, read_meta, verify
 from mimir_fast.checkpoints.saving import Saver
@@ -166,6 +166,22 @@ def compare(**options: object) -> dict[str, object]:
 found["fsdp"] = compare()
 found["fsdp recomputed"] = compare(checkpoint_activations=True)
 found["hsdp"] = compare(shard_ranks=1)
+
+
+def residual_dtypes(strategy: str) -> dict[str, list[str]]:
+    """What goes into each block and comes out, in bf16, and what the patches are embedded in."""
+    model = parallelize(small(), strategy, world, bf16=True, compile_blocks=False)  # type: ignore[arg-type]
+    bare = unwrap(model)
+    seen: dict[str, list[str]] = {"embedded": [], "residual": []}
+    bare.encoder.patch_embed.register_forward_hook(lambda _, args, out: seen["embedded"].append(str(out.dtype)))
+    for block in bare.layers():
+        block.register_forward_hook(lambda _, args, out: seen["residual"].append(f"{args[0].dtype} -> {out.dtype}"))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(View(torch.zeros(1, 4, 48), torch.arange(4).expand(1, 4))).prediction.square().sum().backward()
+    return seen
+
+
+found["dtypes"] = {strategy: residual_dtypes(strategy) for strategy in ("ddp", "fsdp")}
 recorded = AdvMae(AdvMaeConfig(attack=ReconstructionAttackConfig(cuda_graph=True)))
 images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
 shards = parallelize(small(), "fsdp", world, bf16=False, compile_blocks=False)
