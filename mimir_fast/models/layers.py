@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mimir_fast.models.attention import attention, self_attention
 from mimir_fast.models.branches import LayerBranches, shape_branch
+from mimir_fast.models.freezable import Freezable
 from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.models.projections import Mlp as Mlp
 from mimir_fast.models.projections import project, project_by
@@ -96,16 +97,8 @@ def convolve(x_BNP: Tensor, weight_DP: Tensor, bias_D: Tensor | None) -> Tensor:
     return y_BD1N.squeeze(2).transpose(1, 2)
 
 
-class Layer(nn.Module):
+class Layer(Freezable, nn.Module):
     """Base of what is compiled and sharded one by one."""
-
-    frozen = False
-    """Set while an attack runs on a compiled layer, see attacks/no_trace.py."""
-
-    def branch_on_frozen(self) -> None:
-        """For `forward`: torch.compile guards on what is branched on, so a frozen layer gets a graph of its own."""
-        if self.frozen:
-            pass
 
 
 class Block(Layer):

@@ -18,6 +18,7 @@ from mimir_fast.models.decoder import Decoder, LinearDecoder
 from mimir_fast.models.encoder import Encoder, fill_in
 from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
 from mimir_fast.models.flat_names import FlatNames
+from mimir_fast.models.freezable import Freezable
 from mimir_fast.models.norms import CLEAN
 from mimir_fast.ops.patches import gather_patches
 from mimir_fast.validation import check_number
@@ -93,7 +94,7 @@ class Encoded(NamedTuple):
     latent: Tensor
 
 
-class MaskedModel(FlatNames):
+class MaskedModel(Freezable, FlatNames):
     """An encoder over visible patches and a decoder over all of them.
 
     Args:
@@ -149,6 +150,7 @@ class MaskedModel(FlatNames):
             beside: an encoded view of as many patches; the output then has its rows first, those of `view` after them.
                 One pass through the decoder for both: its weights are read, and their gradients written, once.
         """
+        self.branch_on_frozen()
         latent = self.encode(view)
         if not decode:
             return latent

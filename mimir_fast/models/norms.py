@@ -12,6 +12,11 @@ CLEAN, ADVERSARIAL = 0, 1
 SUFFIX = "_adversarial"
 
 
+def as_wide_as(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias in float32 where x is: shards travel in bf16, but the encoder's residual stream is float32."""
+    return (weight.float(), bias.float()) if x.dtype == torch.float32 else (weight, bias)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last dimension, eps 1e-6, with an adapter on demand."""
 
@@ -28,9 +33,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor, domain: int = CLEAN) -> Tensor:
         """Same shape as x (…, D)."""
         weight, bias, eps = self.of(domain)
-        if weight.dtype != x.dtype == torch.float32:  # shards travel in bf16, the residual stream is float32
-            weight, bias = weight.float(), bias.float()
-        return F.layer_norm(x, self.normalized_shape, weight, bias, eps)
+        return F.layer_norm(x, self.normalized_shape, *as_wide_as(x, weight, bias), eps)
 
     def of(self, domain: int) -> tuple[Tensor, Tensor, float]:
         """Weight, bias and eps for the data of a domain."""
@@ -64,6 +67,7 @@ class BatchNorm(nn.BatchNorm1d):
         elif self.training:
             mean = var = None  # an attack borrows the layer: batch statistics, and none remembered
         rows = x.reshape(-1, x.shape[-1])
+        weight, bias = as_wide_as(x, weight, bias)
         return F.batch_norm(rows, mean, var, weight, bias, self.training, self.momentum or 0.0, self.eps).view_as(x)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mimir_fast.training.compile import compile_layers
+from mimir_fast.training.compile import compile_modules
 from mimir_fast.world import World, start_world, stop_world
 
 __all__ = ["Strategy", "World", "gradient_sync", "parallelize", "start_world", "stop_world"]
@@ -31,10 +31,10 @@ _KEEP_BUFFERS: dict[str, Any] = {
 
 
 def parallelize(
-    model: nn.Module, strategy: Strategy, world: World, *, bf16: bool, compile_blocks: bool,
+    model: nn.Module, strategy: Strategy, world: World, *, bf16: bool, compiled: bool,
     checkpoint_activations: bool = False, shard_ranks: int | None = None,
 ) -> nn.Module:  # fmt: skip
-    """The model as the loop calls it. Blocks are made to recompute, compiled, then sharded or the whole is wrapped.
+    """The model as the loop calls it. Blocks are made to recompute, it is compiled, then sharded or wrapped.
 
     Raises:
         ValueError: a strategy that needs several processes, started with one; or shards that do not fit them.
@@ -44,10 +44,10 @@ def parallelize(
         for layer in layers:
             # The layer's own forward, so that names in checkpoints stay. Its randomness is a function of the step.
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    if compile_blocks:
-        compile_layers(layers)
     if strategy == "auto":
         strategy = "ddp" if world.size > 1 else "single"
+    if compiled:
+        compile_modules([model] if strategy == "single" else layers)
     if strategy == "single":
         if world.size > 1:
             raise ValueError(f"--strategy single with {world.size} processes: use ddp or fsdp, or start one process")

@@ -146,7 +146,7 @@ def compare(**options: object) -> dict[str, object]:
     reference = small()
     for _ in range(3):
         attack_and_train(reference, True)
-    model = parallelize(small(), "fsdp", world, bf16=False, compile_blocks=False, **options)  # type: ignore[arg-type]
+    model = parallelize(small(), "fsdp", world, bf16=False, compiled=False, **options)  # type: ignore[arg-type]
     with Collectives() as counted:
         attack_and_train(model, True)
     attack_and_train(model, False)  # accumulates
@@ -170,7 +170,7 @@ found["hsdp"] = compare(shard_ranks=1)
 
 def residual_dtypes(strategy: str) -> dict[str, list[str]]:
     """What goes into each block and comes out, in bf16, and what the patches are embedded in."""
-    model = parallelize(small(), strategy, world, bf16=True, compile_blocks=False)  # type: ignore[arg-type]
+    model = parallelize(small(), strategy, world, bf16=True, compiled=False)  # type: ignore[arg-type]
     bare = unwrap(model)
     seen: dict[str, list[str]] = {"embedded": [], "residual": []}
     bare.encoder.patch_embed.register_forward_hook(lambda _, args, out: seen["embedded"].append(str(out.dtype)))
@@ -184,7 +184,7 @@ def residual_dtypes(strategy: str) -> dict[str, list[str]]:
 found["dtypes"] = {strategy: residual_dtypes(strategy) for strategy in ("ddp", "fsdp")}
 recorded = AdvMae(AdvMaeConfig(attack=ReconstructionAttackConfig(cuda_graph=True)))
 images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-shards = parallelize(small(), "fsdp", world, bf16=False, compile_blocks=False)
+shards = parallelize(small(), "fsdp", world, bf16=False, compiled=False)
 found["recorded shards"] = said(lambda: recorded(shards, Batch(images, *[torch.arange(2)] * 3), seed=0, step=0))
 found["bad shards"] = said(lambda: compare(shard_ranks=3))
 sys.stdout.write("RESULT " + json.dumps({"rank": rank, **found}) + "\n")
