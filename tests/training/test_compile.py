@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,13 @@ def batch_of(size: int) -> Batch:
     return Batch(images, samples % 3, samples, torch.zeros_like(samples))
 
 
+def shallow(model: MaskedModel | Classifier) -> Any:
+    """Tracing takes its time for each layer; situations are as many with one."""
+    if hasattr(model.encoder, "blocks"):
+        model.encoder.blocks = model.encoder.blocks[:1]
+    return model
+
+
 def compiled(model: MaskedModel | Classifier, whole: bool) -> nn.Module:
     compile_modules([model] if whole else model.layers(), backend="aot_eager")
     return model
@@ -70,7 +78,7 @@ def graphs_of(situations: list[Callable[[], object]]) -> int:
 )  # fmt: skip
 def test_each_situation_of_pretraining_has_one_graph(family: str, patch_size: int, whole: bool, at_most: int) -> None:
     config = ModelConfig(family=family, encoder="nano", patch_size=patch_size)
-    eager, model = build_masked_model(config, 32), build_masked_model(config, 32)
+    eager, model = (shallow(build_masked_model(config, 32)) for _ in range(2))
     model.load_state_dict(eager.state_dict())
     compiled(model, whole)
     method = Mimir(MimirConfig())
@@ -92,7 +100,7 @@ def test_each_situation_of_pretraining_has_one_graph(family: str, patch_size: in
 @pytest.mark.parametrize(("whole", "at_most"), [(True, 6), (False, 6)])
 def test_each_situation_of_fine_tuning_and_its_evaluation_has_one_graph(whole: bool, at_most: int) -> None:
     config = ClassifierConfig(encoder="nano", patch_size=4, drop_path=0.1)
-    eager, model = build_classifier(config, 32, 3), build_classifier(config, 32, 3)
+    eager, model = (shallow(build_classifier(config, 32, 3)) for _ in range(2))
     model.load_state_dict(eager.state_dict())
     compiled(model, whole)
     method = Pgd(ClassificationConfig(attack=LinfThreat(num_steps=2)))
@@ -116,7 +124,7 @@ def test_one_process_compiles_the_whole_and_recomputes_inside(monkeypatch: pytes
     """What `--compile --checkpoint_activations` makes: one graph, with the layers' recomputation in it."""
     monkeypatch.setattr(compiling.compile_modules, "__defaults__", ("aot_eager",))
     config = ModelConfig(encoder="nano", patch_size=8)
-    eager, model = build_masked_model(config, 32), build_masked_model(config, 32)
+    eager, model = (shallow(build_masked_model(config, 32)) for _ in range(2))
     model.load_state_dict(eager.state_dict())
     world = World(0, 1, torch.device("cpu"))
     parallelize(model, "auto", world, bf16=False, compiled=True, checkpoint_activations=True)
@@ -135,9 +143,9 @@ def test_one_process_compiles_the_whole_and_recomputes_inside(monkeypatch: pytes
 def test_an_attack_inside_an_attack_leaves_no_trace(whole: bool) -> None:
     """The inner one gives back what it took, not what the outer one has taken."""
     torch.manual_seed(0)
-    model = build_classifier(ClassifierConfig(encoder="nano", patch_size=8), 32, 3)
+    model = shallow(build_classifier(ClassifierConfig(encoder="nano", patch_size=8), 32, 3))
     torch.nn.init.normal_(model.head.weight, std=0.1)
-    eager = build_classifier(model.config, 32, 3)
+    eager = shallow(build_classifier(model.config, 32, 3))
     eager.load_state_dict(model.state_dict())
     compiled(model, whole)
     images, labels, threat = torch.rand(4, 3, 32, 32), torch.arange(4) % 3, LinfThreat(0.1, 0.05, 2)
@@ -159,7 +167,7 @@ def test_an_attack_inside_an_attack_leaves_no_trace(whole: bool) -> None:
 def test_a_reached_limit_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Outside of tests it is no error: torch warns, and the code concerned runs on without being compiled."""
     monkeypatch.setattr(compiling, "LIMIT", 1)
-    model = build_masked_model(ModelConfig(encoder="nano", patch_size=8), 32)
+    model = shallow(build_masked_model(ModelConfig(encoder="nano", patch_size=8), 32))
     compiled(model, whole=True)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False), caplog.at_level(logging.WARNING):
         monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)
@@ -170,7 +178,7 @@ def test_a_reached_limit_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
 def test_savings_need_a_graph_each() -> None:
     """Steps without attack and a share of the masked patches are situations like others."""
-    model = compiled(build_masked_model(ModelConfig(encoder="nano", patch_size=8), 32), whole=True)
+    model = compiled(shallow(build_masked_model(ModelConfig(encoder="nano", patch_size=8), 32)), whole=True)
     config = MimirConfig(decode_ratio=0.5)
     method = Mimir(replace(config, attack=replace(config.attack, every=2, precision="bf16")))
     steps = [lambda step=step: method(model, batch_of(4), seed=0, step=step)["loss"].backward() for step in (1, 2, 3)]
