@@ -13,7 +13,7 @@ SUFFIX = "_adversarial"
 
 
 def as_wide_as(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias in float32 where x is: shards travel in bf16, but the encoder's residual stream is float32."""
+    """Weight and bias in float32 where x is: shards travel in bf16, the residual stream and statistics do not."""
     return (weight.float(), bias.float()) if x.dtype == torch.float32 else (weight, bias)
 
 
@@ -62,12 +62,12 @@ class BatchNorm(nn.BatchNorm1d):
             getattr(self, name + suffix)
             for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         )
+        weight, bias = as_wide_as(mean, weight, bias)
         if self.training and self.track_running_stats:
             count += 1
         elif self.training:
             mean = var = None  # an attack borrows the layer: batch statistics, and none remembered
         rows = x.reshape(-1, x.shape[-1])
-        weight, bias = as_wide_as(x, weight, bias)
         return F.batch_norm(rows, mean, var, weight, bias, self.training, self.momentum or 0.0, self.eps).view_as(x)
 
 
