@@ -4,7 +4,7 @@ One process compiles the whole model: embedding, encoder and decoder are one gra
 fused. DDP and FSDP compile layer by layer: DDP sends gradients while the backward pass goes on, which one graph would
 hand out at its end, and FSDP gathers a layer's parameters in front of it. MIMIR's step on one thread of a Xeon with
 AMX, ViT-T of 12 layers at 32², against that without compiling: whole −5 % in fp32 and −15 % in bf16 after 80 to 95 s of
-compiling; by layers +3 % and −3 % after 50 to 60 s.
+compiling; by layers +3 % and −3 % after 50 to 60 s (docs/performance.md).
 
 torch gives up on a code after 8 variants: from then on it runs eagerly. A run needs more: attack (frozen) and training,
 with and without gradients, whole and last short batches; and all layers of a class share their code, in encoder and
