@@ -26,6 +26,7 @@ class Provider:
         reference: its own definition, where the providers of a case do different things (a MAE step beside MIMIR's).
         report: further numbers, asked for after the timing.
         flops: its own fewest, where it does other work than the case's.
+        process: id of the process that does the work, where it is another (apart.py): its memory counts.
         skip: why it cannot run here; empty if it can.
     """
 
@@ -38,6 +39,7 @@ class Provider:
     report: Callable[[], dict[str, float]] | None = None
     flops: float | None = None
     note: str = ""
+    process: int | None = None
     skip: str = ""
 
 

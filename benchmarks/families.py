@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.authors import AuthorsStep, why_not
+from benchmarks.authors import authors_step, why_not
 from benchmarks.case import Case, Outputs, Provider, Size
 from benchmarks.step import as_double, optimizer_step, random_batch
 from mimir_fast.data.batch import Batch
@@ -91,7 +91,7 @@ def convit_case(device: torch.device, side: int, batch: int, *, encoder: str) ->
     def rival() -> Any:
         if skip:
             return lambda inputs: ()
-        step = AuthorsStep(
+        step = authors_step(
             f"mae_convit_{encoder}", model.state_dict(), official, image_size=side, patch_size=patch, device=device,
             bf16=False,
         )  # fmt: skip

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import torch
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
-
-def extra_peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
-    """MiB above the level before the call; None where it cannot be known (a CPU without Linux's /proc)."""
+def extra_peak_mb(call: Callable[[], object], device: torch.device, process: int | None = None) -> float | None:
+    """MiB above the level before the call, of this process or another; None where it cannot be known (no /proc)."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -25,12 +23,13 @@ def extra_peak_mb(call: Callable[[], object], device: torch.device) -> float | N
         peak = torch.cuda.max_memory_allocated()
         del outputs
         return (peak - before) / 2**20
+    folder = Path("/proc") / str(process or "self")
     try:
         _give_back()
-        _CLEAR.write_text("5")  # proc(5): reset the peak resident set size
-        before = _status_kib("VmRSS")
+        (folder / "clear_refs").write_text("5")  # proc(5): reset the peak resident set size
+        before = _status_kib(folder, "VmRSS")
         outputs = call()
-        peak = _status_kib("VmHWM")
+        peak = _status_kib(folder, "VmHWM")
     except OSError:
         return None
     del outputs
@@ -45,6 +44,6 @@ def _give_back() -> None:
         return
 
 
-def _status_kib(field: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+def _status_kib(folder: Path, field: str) -> int:
+    line = next(line for line in (folder / "status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1])

@@ -4,6 +4,7 @@ import gc
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,12 +114,13 @@ def _measure(
     records: dict[str, Record],
 ) -> None:
     """Fill in times, rates, memory and speed-ups; a provider that fails at full size is taken out."""
+    processes = {provider.name: provider.process for provider in case.providers}
     for name, run in list(runs.items()):
         try:
             if case.gate_inputs is not None:
                 run(sets[0])  # the gate saw another size: compilers specialise again
             if case.memory:
-                records[name].peak_mem_mb = extra_peak_mb(lambda run=run: run(sets[0]), device)  # type: ignore[misc]
+                records[name].peak_mem_mb = extra_peak_mb(partial(run, sets[0]), device, processes[name])
         except Exception as error:
             records[name].status, records[name].note = "failed", reason_of(error)
             del runs[name]

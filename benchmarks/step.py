@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import plain_mimir
-from benchmarks.authors import AuthorsStep, why_not
+from benchmarks.apart import Apart
+from benchmarks.authors import authors_step, why_not
 from benchmarks.case import Case, Outputs, Provider, Size, generator
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.adv_mae import AdvMae
@@ -195,7 +196,7 @@ def rivals(model: MaskedModel, setting: Setting, config: MimirConfig, *, bf16: b
     name = f"mae_vit_{'ti' if encoder == 'tiny' else encoder}"
 
     def provider(label: str, adversarial: bool, bf16: bool = bf16) -> Provider:
-        step = AuthorsStep(
+        step = authors_step(
             f"{name}_dec128d2b", model.state_dict(), config, image_size=side, patch_size=patch,
             device=next(model.parameters()).device, bf16=bf16, adversarial=adversarial,
         )  # fmt: skip
@@ -207,8 +208,9 @@ def rivals(model: MaskedModel, setting: Setting, config: MimirConfig, *, bf16: b
             return "" if abs(found - wanted) < 0.05 * wanted else f"a loss of {found:.3f}, ours is {wanted:.3f}"
 
         run = lambda inputs: step(inputs.images, inputs.labels)  # noqa: E731
-        note = "their public code, draws of their own"
-        return Provider(label, run, precision="bf16" if bf16 else "fp32", law=same_loss, note=note)
+        note = "their public code, draws of their own" + (", in its own process" if isinstance(step, Apart) else "")
+        process = getattr(step, "pid", None)
+        return Provider(label, run, precision="bf16" if bf16 else "fp32", law=same_loss, note=note, process=process)
 
     found = [provider("authors MIMIR", True), provider("authors MAE", False)]
     return [*found, provider("authors MIMIR, bf16", True, bf16=True)] if both else found

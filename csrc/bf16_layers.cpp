@@ -42,24 +42,37 @@ void pack(Address weight, bool wide, std::int64_t N, std::int64_t K, Address for
     });
 }
 
-// A panel of products (rows, 32) + bias [+ residual] → columns n … n + 31 of the output.
-MIMIR_BF16_INLINE void finish(const float* c, std::int64_t row, std::int64_t count, std::int64_t n, const float* bias,
-                              const Matrix* residual, const Matrix& out) {
-    const __mmask16 in0 = lanes(out.columns - n), in1 = lanes(out.columns - n - 16);
-    const __m512 zero = _mm512_setzero_ps();
-    const __m512 b0 = bias == nullptr ? zero : _mm512_maskz_loadu_ps(in0, bias + n);
-    const __m512 b1 = bias == nullptr ? zero : _mm512_maskz_loadu_ps(in1, bias + n + 16);
-    for (std::int64_t r = 0; r < count; ++r) {
-        Line y = line(c + r * kPanel);
-        y = {_mm512_add_ps(y.low, b0), _mm512_add_ps(y.high, b1)};
-        if (residual != nullptr) {
-            y.low = _mm512_add_ps(y.low, residual->load(row + r, n, in0));
-            y.high = _mm512_add_ps(y.high, residual->load(row + r, n + 16, in1));
-        }
-        out.store(row + r, n, y.low, in0);
-        out.store(row + r, n + 16, y.high, in1);
+// A row of products with a panel + bias [+ residual] → columns n … n + 31 of the output.
+class Finish {
+  public:
+    MIMIR_BF16_INLINE Finish(const float* c, std::int64_t row, std::int64_t count, std::int64_t n, const float* bias,
+                             const Matrix* residual, const Matrix& out)
+        : c_(c), row_(row), count_(count), n_(n), residual_(residual), out_(out), in0_(lanes(out.columns - n)),
+          in1_(lanes(out.columns - n - 16)) {
+        const __m512 zero = _mm512_setzero_ps();
+        bias_ = {bias == nullptr ? zero : _mm512_maskz_loadu_ps(in0_, bias + n),
+                 bias == nullptr ? zero : _mm512_maskz_loadu_ps(in1_, bias + n + 16)};
     }
-}
+    MIMIR_BF16_INLINE void operator()(std::int64_t r) const {
+        if (r >= count_) return;
+        Line y = line(c_ + r * kPanel);
+        y = {_mm512_add_ps(y.low, bias_.low), _mm512_add_ps(y.high, bias_.high)};
+        if (residual_ != nullptr) {
+            y.low = _mm512_add_ps(y.low, residual_->load(row_ + r, n_, in0_));
+            y.high = _mm512_add_ps(y.high, residual_->load(row_ + r, n_ + 16, in1_));
+        }
+        out_.store(row_ + r, n_, y.low, in0_);
+        out_.store(row_ + r, n_ + 16, y.high, in1_);
+    }
+
+  private:
+    const float* c_;
+    std::int64_t row_, count_, n_;
+    const Matrix* residual_;
+    Matrix out_;
+    __mmask16 in0_, in1_;
+    Line bias_;
+};
 
 struct Linear {
     std::int64_t M, K, N;
@@ -82,8 +95,8 @@ MIMIR_BF16 void linear_rows(const Linear& p, std::int64_t begin, std::int64_t en
         const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
         stage(p.x, row, count, rows, p.norm, p.statistics, false, a, stride);
         for (std::int64_t n = 0; n < p.N; n += kPanel) {
-            panel_product(p.amx, {a, stride}, rows, p.panels + n * depth / 2, depth, {c, kPanel});
-            finish(c, row, count, n, p.bias, p.residual, p.out);
+            panel_product(p.amx, {a, stride}, rows, p.panels + n * depth / 2, depth, {c, kPanel},
+                          Finish(c, row, count, n, p.bias, p.residual, p.out));
         }
     }
 }
@@ -176,16 +189,16 @@ MIMIR_BF16 void mlp_rows(const Mlp& p, std::int64_t begin, std::int64_t end) {
     Scratch<Use::own> scratch(2 * kRows * (stride + h_stride) + 4 * kRows * kPanel + 256);
     auto *a = scratch.take<std::uint16_t>(kRows * stride), *h = scratch.take<std::uint16_t>(kRows * h_stride);
     auto* c = scratch.take<float>(kRows * kPanel);
+    const Gelu gelu;
     const Tiles tiles(p.amx);
     for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
         const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
         stage(p.x, row, count, rows, p.norm, p.statistics, false, a, stride);
         for (std::int64_t n = 0; n < p.H; n += kPanel) {
-            panel_product(p.amx, {a, stride}, rows, p.panels1 + n * depth / 2, depth, {c, kPanel});
             const __mmask32 inside = p.H - n >= kPanel ? 0xffffffffu : (1u << (p.H - n)) - 1;
             const __m512 b0 = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), p.bias1 + n);
             const __m512 b1 = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside >> 16), p.bias1 + n + 16);
-            for (std::int64_t r = 0; r < rows; ++r) {
+            const auto activate = [&](std::int64_t r) MIMIR_BF16_LAMBDA {
                 const Line product = line(c + r * kPanel);
                 // Rounded first, as if it had been stored in between: the backward pass reads it rounded.
                 const __m512i before = to_bf16({_mm512_add_ps(product.low, b0), _mm512_add_ps(product.high, b1)});
@@ -194,11 +207,12 @@ MIMIR_BF16 void mlp_rows(const Mlp& p, std::int64_t begin, std::int64_t end) {
                 }
                 const Line x = line(before);
                 _mm512_storeu_si512(h + r * h_stride + n, to_bf16({gelu(x.low), gelu(x.high)}));
-            }
+            };
+            panel_product(p.amx, {a, stride}, rows, p.panels1 + n * depth / 2, depth, {c, kPanel}, activate);
         }
         for (std::int64_t n = 0; n < p.K; n += kPanel) {
-            panel_product(p.amx, {h, h_stride}, rows, p.panels2 + n * inner / 2, inner, {c, kPanel});
-            finish(c, row, count, n, p.bias2, p.residual ? &p.x : nullptr, p.out);
+            panel_product(p.amx, {h, h_stride}, rows, p.panels2 + n * inner / 2, inner, {c, kPanel},
+                          Finish(c, row, count, n, p.bias2, p.residual ? &p.x : nullptr, p.out));
         }
     }
 }
@@ -211,6 +225,8 @@ MIMIR_BF16 void mlp_rows_backward(const Mlp& p, const Matrix& dx, const NormGrad
     auto *g = scratch.take<std::uint16_t>(kRows * stride), *x = scratch.take<std::uint16_t>(kRows * stride);
     auto *dh = scratch.take<std::uint16_t>(kRows * h_stride), *h = scratch.take<std::uint16_t>(kRows * h_stride);
     auto *grad = scratch.take<float>(kRows * stride), *c = scratch.take<float>(kRows * kPanel);
+    const Gelu gelu;
+    const GeluSlope slope;
     const Tiles tiles(p.amx);
     for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
         const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
@@ -218,14 +234,15 @@ MIMIR_BF16 void mlp_rows_backward(const Mlp& p, const Matrix& dx, const NormGrad
         // Read row by row, which the processor foresees; columns of it, 64 bytes every few thousand, it does not.
         stage(p.hidden, row, count, rows, {nullptr, nullptr, 0}, nullptr, true, h, h_stride);
         for (std::int64_t n = 0; n < p.H; n += kPanel) {
-            panel_product(p.amx, {g, stride}, rows, p.panels2 + n * depth / 2, depth, {c, kPanel});
-            for (std::int64_t r = 0; r < rows; ++r) {
+            const auto differentiate = [&](std::int64_t r) MIMIR_BF16_LAMBDA {
                 const std::int64_t at = r * h_stride + n;
                 const Line x = line(_mm512_loadu_si512(h + at)), product = line(c + r * kPanel);
-                const GeluGradient low = gelu_backward(x.low, product.low), high = gelu_backward(x.high, product.high);
-                _mm512_storeu_si512(dh + at, to_bf16({low.grad, high.grad}));
-                if (second != nullptr) _mm512_storeu_si512(h + at, to_bf16({low.value, high.value}));
-            }
+                const Place low = place(x.low), high = place(x.high);
+                const Line grad = {_mm512_mul_ps(product.low, slope(low)), _mm512_mul_ps(product.high, slope(high))};
+                _mm512_storeu_si512(dh + at, to_bf16(grad));
+                if (second != nullptr) _mm512_storeu_si512(h + at, to_bf16({gelu(x.low, low), gelu(x.high, high)}));
+            };
+            panel_product(p.amx, {g, stride}, rows, p.panels2 + n * depth / 2, depth, {c, kPanel}, differentiate);
         }
         if (second != nullptr) {
             second->take(row, rows, {g, stride}, {h, h_stride});

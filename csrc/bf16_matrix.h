@@ -20,6 +20,7 @@
 // Compiled for these instructions whatever the rest of the file is; `bf16_unit` says whether they may be run.
 #define MIMIR_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,fma")))
 #define MIMIR_BF16_INLINE MIMIR_BF16 MIMIR_INLINE
+#define MIMIR_BF16_LAMBDA MIMIR_BF16 __attribute__((always_inline))  // a lambda does not inherit its function's
 
 namespace mimir {
 
@@ -74,9 +75,10 @@ struct MatrixC {
     std::int64_t stride;
 };
 
-// Two by two tiles of C (or fewer, at the edges): each loaded tile of A and B is used twice.
-template <int kRows, int kColumns>
-MIMIR_BF16_INLINE void amx_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K, bool add) {
+// Two by two tiles of C (or fewer, at the edges): each loaded tile of A and B is used twice. `beside(k)` is called at
+// every step of K: other work for the vector units, which are idle while the tiles multiply.
+template <int kRows, int kColumns, typename Beside>
+MIMIR_BF16_INLINE void amx_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K, bool add, const Beside& beside) {
     const std::int64_t stride = c.stride * 4;
     if (add) {
         _tile_loadd(0, c.data, stride);
@@ -98,6 +100,7 @@ MIMIR_BF16_INLINE void amx_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K
         if (kColumns > 1) _tile_dpbf16ps(1, 4, 7);
         if (kRows > 1) _tile_dpbf16ps(2, 5, 6);
         if (kRows > 1 && kColumns > 1) _tile_dpbf16ps(3, 5, 7);
+        beside(k);
     }
     _tile_stored(0, c.data, stride);
     if (kColumns > 1) _tile_stored(1, c.data + 16, stride);
@@ -122,6 +125,10 @@ MIMIR_BF16_INLINE void avx512_block(MatrixA a, MatrixB b, MatrixC c, std::int64_
     for (int m = 0; m < 16; ++m) _mm512_storeu_ps(c.data + m * c.stride, sums[m]);
 }
 
+struct Nothing {
+    MIMIR_BF16_INLINE void operator()(std::int64_t) const {}
+};
+
 // C = A·B, or C += A·B.
 MIMIR_BF16_INLINE void multiply(bool amx, std::int64_t M, std::int64_t N, std::int64_t K, MatrixA a, MatrixB b, MatrixC c,
                                 bool add) {
@@ -134,9 +141,11 @@ MIMIR_BF16_INLINE void multiply(bool amx, std::int64_t M, std::int64_t N, std::i
             if (!amx) {
                 avx512_block(a_m, b_n, c_mn, K, add);
             } else if (m + 16 < M) {
-                n + 16 < N ? amx_block<2, 2>(a_m, b_n, c_mn, K, add) : amx_block<2, 1>(a_m, b_n, c_mn, K, add);
+                n + 16 < N ? amx_block<2, 2>(a_m, b_n, c_mn, K, add, Nothing())
+                           : amx_block<2, 1>(a_m, b_n, c_mn, K, add, Nothing());
             } else {
-                n + 16 < N ? amx_block<1, 2>(a_m, b_n, c_mn, K, add) : amx_block<1, 1>(a_m, b_n, c_mn, K, add);
+                n + 16 < N ? amx_block<1, 2>(a_m, b_n, c_mn, K, add, Nothing())
+                           : amx_block<1, 1>(a_m, b_n, c_mn, K, add, Nothing());
             }
         }
     }

@@ -45,13 +45,35 @@ struct Matrix {
     }
 };
 
-// One panel: rows (a multiple of 16) of A (depth long) times a panel of B → C.
+// One panel: rows (a multiple of 32) of A (depth long, a multiple of 32) times a panel of B → C. `finish(row)` is called
+// for each row of C that is complete, for 32 of them while the tiles multiply the next 32.
+template <typename Finish>
+MIMIR_BF16_INLINE void panel_product(bool amx, MatrixA a, std::int64_t rows, const std::uint32_t* panel,
+                                     std::int64_t depth, MatrixC c, const Finish& finish) {
+    std::int64_t k = 0;
+    for (; k + kInner < depth; k += kInner) {
+        multiply(amx, rows, kPanel, kInner, {a.data + k, a.stride}, {panel + k / 2 * kPanel, kPanel}, c, k > 0);
+    }
+    const std::int64_t inner = depth - k, each = (kPanel * 32 + inner - 1) / inner;  // rows finished a step
+    std::int64_t next = 0;
+    for (std::int64_t row = 0; row < rows; row += kPanel) {
+        const MatrixA a_m = {a.data + row * a.stride + k, a.stride};
+        const MatrixB b = {panel + k / 2 * kPanel, kPanel};
+        const MatrixC c_m = {c.data + row * c.stride, c.stride};
+        if (!amx) {
+            multiply(false, kPanel, kPanel, inner, a_m, b, c_m, k > 0);
+            continue;
+        }
+        amx_block<2, 2>(a_m, b, c_m, inner, k > 0, [&](std::int64_t) MIMIR_BF16_LAMBDA {
+            for (const std::int64_t last = std::min(next + each, row); next < last; ++next) finish(next);
+        });
+    }
+    for (; next < rows; ++next) finish(next);
+}
+
 MIMIR_BF16_INLINE void panel_product(bool amx, MatrixA a, std::int64_t rows, const std::uint32_t* panel,
                                      std::int64_t depth, MatrixC c) {
-    for (std::int64_t k = 0; k < depth; k += kInner) {
-        const std::int64_t inner = std::min(kInner, depth - k);
-        multiply(amx, rows, kPanel, inner, {a.data + k, a.stride}, {panel + k / 2 * kPanel, kPanel}, c, k > 0);
-    }
+    panel_product(amx, a, rows, panel, depth, c, Nothing());
 }
 
 // Panel `index` of Wᵀ, for x Wᵀ: columns are rows of the weight, pairs run along K.

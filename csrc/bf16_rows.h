@@ -127,37 +127,104 @@ MIMIR_BF16 inline void add_blocks(const NormGradient& sums, std::int64_t M, floa
     }
 }
 
-// Φ(x), the normal distribution, and exp(−x²/2): Abramowitz and Stegun 7.1.26, to 1.5e-7.
-struct Normal {
-    __m512 probability, bell;
+// A function of a in [0, 7.875) as cubics around the multiples of 1/4, each through the Chebyshev nodes of its piece. The
+// last piece is zero: GELU of −7.6 is 1e-13.
+struct Cubics {
+    alignas(64) float coefficients[4][32];
+
+    template <typename Function>
+    explicit Cubics(const Function& of) {
+        for (int piece = 0; piece < 32; ++piece) {
+            double node[4], difference[4];
+            for (int i = 0; i < 4; ++i) {
+                node[i] = 0.5 * std::cos((2 * i + 1) * 0.39269908169872414);  // π/8, in units of a piece
+                difference[i] = piece == 31 ? 0.0 : of((piece + node[i]) / 4);
+            }
+            for (int order = 1; order < 4; ++order) {
+                for (int i = 3; i >= order; --i) {
+                    difference[i] = (difference[i] - difference[i - 1]) / (node[i] - node[i - order]);
+                }
+            }
+            double power[4] = {difference[3], 0, 0, 0};  // Newton's form, multiplied out from the inside
+            for (int i = 2; i >= 0; --i) {
+                for (int n = 3; n > 0; --n) power[n] = power[n - 1] - node[i] * power[n];
+                power[0] = difference[i] - node[i] * power[0];
+            }
+            for (int n = 0; n < 4; ++n) coefficients[n][piece] = static_cast<float>(power[n]);
+        }
+    }
 };
-MIMIR_BF16_INLINE Normal normal(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f), size = _mm512_abs_ps(x);
-    const __m512 bell = exp2_of_nonpositive(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.72134752f)));
-    const __m512 d = _mm512_fmadd_ps(size, _mm512_set1_ps(0.3275911f * 0.70710678f), one);
-    __m512 t = _mm512_rcp14_ps(d);
-    t = _mm512_mul_ps(t, _mm512_fnmadd_ps(d, t, _mm512_set1_ps(2.0f)));
-    __m512 p = _mm512_set1_ps(0.5f * 1.061405429f);
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * -1.453152027f));
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * 1.421413741f));
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * -0.284496736f));
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * 0.254829592f));
-    const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(p, t), bell);
-    const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLT_UQ);  // NaN too: 1 − NaN
-    return {_mm512_mask_sub_ps(tail, positive, one, tail), bell};
+
+// Where |x| lies among the pieces, and which side.
+struct Place {
+    __m512i piece;
+    __m512 within;  // -1/2 … 1/2
+    __mmask16 positive;
+};
+MIMIR_BF16_INLINE Place place(__m512 x) {
+    constexpr int kSmallestSize = 0b1010;  // of the two sizes the smaller, without sign
+    const __m512 a = _mm512_range_ps(x, _mm512_set1_ps(7.75f), kSmallestSize);
+    const __m512 round = _mm512_set1_ps(12582912.0f);  // 1.5·2^23: adding it leaves an integer in the low bits
+    const __m512 shifted = _mm512_fmadd_ps(a, _mm512_set1_ps(4.0f), round);
+    const __m512 within = _mm512_fmsub_ps(a, _mm512_set1_ps(4.0f), _mm512_sub_ps(shifted, round));
+    return {_mm512_castps_si512(shifted), within, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ)};
 }
 
-MIMIR_BF16_INLINE __m512 gelu(__m512 x) { return _mm512_mul_ps(x, normal(x).probability); }
+// A function f of the real line with f(x) + f(-x) = 1, from its cubics at −a: relative to f also where that is tiny.
+class Sigmoid {
+  public:
+    MIMIR_BF16_INLINE explicit Sigmoid(const Cubics& cubics) {
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) {
+            low_[n] = _mm512_load_ps(cubics.coefficients[n]);
+            high_[n] = _mm512_load_ps(cubics.coefficients[n] + 16);
+        }
+    }
+    MIMIR_BF16_INLINE __m512 operator()(const Place& at) const {
+        __m512 f = coefficient(3, at);
+        f = _mm512_fmadd_ps(f, at.within, coefficient(2, at));
+        f = _mm512_fmadd_ps(f, at.within, coefficient(1, at));
+        f = _mm512_fmadd_ps(f, at.within, coefficient(0, at));
+        return _mm512_mask_sub_ps(f, at.positive, _mm512_set1_ps(1.0f), f);
+    }
 
-// The value, and the gradient that goes through it.
-struct GeluGradient {
-    __m512 value, grad;
+  private:
+    MIMIR_BF16_INLINE __m512 coefficient(int n, const Place& at) const {
+        return _mm512_permutex2var_ps(low_[n], at.piece, high_[n]);
+    }
+    __m512 low_[4], high_[4];
 };
-MIMIR_BF16_INLINE GeluGradient gelu_backward(__m512 x, __m512 grad) {
-    const Normal phi = normal(x);
-    const __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.39894228f)), phi.bell, phi.probability);
-    return {_mm512_mul_ps(x, phi.probability), _mm512_mul_ps(grad, slope)};
-}
+
+inline double normal(double x) { return 0.5 * std::erfc(-x * 0.70710678118654752); }
+
+// gelu(x) = x Φ(x), Φ the normal distribution.
+class Gelu {
+  public:
+    MIMIR_BF16_INLINE Gelu() : probability_(table()) {}
+    MIMIR_BF16_INLINE __m512 operator()(__m512 x) const { return (*this)(x, place(x)); }
+    MIMIR_BF16_INLINE __m512 operator()(__m512 x, const Place& at) const { return _mm512_mul_ps(x, probability_(at)); }
+
+  private:
+    static const Cubics& table() {
+        static const Cubics cubics([](double a) { return normal(-a); });
+        return cubics;
+    }
+    Sigmoid probability_;
+};
+
+// Its derivative Φ(x) + x φ(x).
+class GeluSlope {
+  public:
+    MIMIR_BF16_INLINE GeluSlope() : slope_(table()) {}
+    MIMIR_BF16_INLINE __m512 operator()(const Place& at) const { return slope_(at); }
+
+  private:
+    static const Cubics& table() {
+        static const Cubics cubics([](double a) { return normal(-a) - a * 0.3989422804014327 * std::exp(-a * a / 2); });
+        return cubics;
+    }
+    Sigmoid slope_;
+};
 
 }  // namespace mimir
 #endif

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mimir_fast.allocator import keep_large_buffers
+
 T = TypeVar("T")
 
 # Building an index or the first compilation can take long on one rank while the others wait; `watchdog` is stricter.
@@ -101,6 +103,7 @@ def start_world(device: str = "auto") -> World:
         local = torch.device(device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.cuda.set_device(local)
     else:
+        keep_large_buffers()
         local = torch.device(kind)
     if size > 1 and not dist.is_initialized():
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder: what `watchdog` writes on a hang

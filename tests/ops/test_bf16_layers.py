@@ -74,6 +74,20 @@ def test_mlp_equals_the_definition(M: int, K: int, H: int, residual: bool, strea
     assert by(mlp)(x, *parameters).dtype == (stream if residual else torch.bfloat16)
 
 
+def test_gelu_and_its_slope_are_right_to_the_last_place_of_bfloat16(unit: str) -> None:
+    """For every bfloat16 between -9 and 9, through identities as weights; the norm hands out its beta."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).double()
+    for x in numbers[(numbers.abs() <= 9) & (numbers.abs() > 1e-30)].split(1024):
+        K, x = len(x), x.requires_grad_()
+        identity, zeros, bias = torch.eye(K), torch.zeros(K), torch.zeros(K, requires_grad=True)
+        norm = Norm(zeros, x.detach().float(), 1e-6)
+        found = mlp(torch.zeros(1, K), norm, identity, bias, identity, zeros, residual=False)[0].double()
+        exact = torch.nn.functional.gelu(x)
+        slopes = (torch.autograd.grad(y.sum(), at)[0].double() for y, at in ((found, bias), (exact, x)))
+        torch.testing.assert_close(found, exact, rtol=1.02 * 2**-8, atol=1e-9)
+        torch.testing.assert_close(*slopes, rtol=1.02 * 2**-8, atol=1e-5)
+
+
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize(("M", "K", "H"), SHAPES)
 def test_linear_equals_the_definition(M: int, K: int, H: int, normed: bool, stream: torch.dtype, unit: str) -> None:
