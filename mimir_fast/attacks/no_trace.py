@@ -37,8 +37,8 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     from torch.distributed.fsdp import FSDPModule
 
     module = unwrap(model)
-    # What an attack around this one has taken, it gives back.
-    sharded = [m for m in module.modules() if isinstance(m, FSDPModule)] if not getattr(module, "lent", False) else []
+    lent = getattr(module, "lent", False)  # to an attack around this one: what that has taken, that gives back
+    sharded = [] if lent else [m for m in module.modules() if isinstance(m, FSDPModule)]
     blocks = [block for block in freezable_blocks(module) if not block.frozen]
     frozen = [p for block in blocks for p in block.parameters() if p.requires_grad]
     if sharded:

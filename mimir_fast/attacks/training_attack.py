@@ -12,7 +12,7 @@ Shapes: B samples, anything behind.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,16 +61,13 @@ def precision_of(threat: LinfThreat, device: torch.device) -> Iterator[None]:
             yield
 
 
-Threat = TypeVar("Threat", bound=TrainingAttack)
-
-
-def sign_agreement(attack: Callable[[Any], Tensor], threat: Threat, device: torch.device) -> Tensor:
+def sign_agreement(attack: Callable[[Any], Tensor], threat: TrainingAttack, device: torch.device) -> Tensor:
     """Share of the numbers that the first step moves the same way in the attack's precision and in fp32, a scalar.
 
     Args:
         attack: threat → the perturbed input, from one and the same start.
     """
-    one_step: Any = replace(threat, num_steps=1)
+    one_step = replace(threat, num_steps=1)
     coarse = attack(one_step)
     with torch.autocast(device.type, enabled=False):
         exact = attack(replace(one_step, precision="same"))

@@ -66,7 +66,7 @@ def test_replays_are_the_steps_they_stand_for(preset: str, bf16: bool, device: t
             if device.type == "cpu":
                 assert torch.equal(wanted, found)
             else:  # products may add up in another order
-                torch.testing.assert_close(found, wanted, rtol=2e-2 if bf16 else 1e-4, atol=1e-3 if bf16 else 1e-6)
+                torch.testing.assert_close(found, wanted, rtol=5e-2 if bf16 else 1e-3, atol=2e-3 if bf16 else 1e-5)
         optimizer.step()
     assert len(recorded._replays) == 1
 
