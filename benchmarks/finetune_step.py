@@ -82,7 +82,7 @@ def case(device: torch.device, setting: Setting, *, compile_too: bool) -> Case:
     }
     if compile_too:
         fast = copy.deepcopy(model)
-        parallelize(fast, "single", World(0, 1, device), bf16=True, compile_blocks=True)
+        parallelize(fast, "single", World(0, 1, device), bf16=True, compiled=True)
         providers.append(Provider("mimir_fast bf16 compiled", our_step(fast, bf16=True)))
         ratios["plain bf16 / ours compiled"] = ("plain bf16", "mimir_fast bf16 compiled")
     return Case(

@@ -134,7 +134,7 @@ def case(device: torch.device, setting: Setting, *, bf16: bool, compile_too: boo
     if compile_too:
         fast = build_model(setting, device)
         fast.load_state_dict(model.state_dict())
-        parallelize(fast, "single", World(0, 1, device), bf16=bf16, compile_blocks=True)
+        parallelize(fast, "single", World(0, 1, device), bf16=bf16, compiled=True)
         providers.append(Provider("mimir_fast MIMIR compiled", optimizer_step(fast, mimir, bf16=bf16)))
         providers.append(
             Provider(

@@ -40,6 +40,8 @@ class Stream(IntEnum):
     PATCH_GATE = 12
     AUGMENT_STRENGTH = 13
     PERMUTATION = 14
+    DECODE = 15
+    ATTACK_DECODE = 16
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, rounds: int = 10) -> tuple[Tensor, ...]:

@@ -44,5 +44,10 @@ def borrowed_in_mode(model: nn.Module, mode: AttackMode = "as_is") -> Iterator[n
 
 
 def _cuda_devices(module: nn.Module) -> list[int]:
-    """The GPUs whose random state a forward pass could touch; forking all visible ones would be slow."""
+    """The GPUs whose random state a forward pass could touch; forking all visible ones would be slow.
+
+    While a CUDA graph is recorded the state cannot be asked for, and must not be drawn from.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return []
     return sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})

@@ -37,11 +37,12 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     from torch.distributed.fsdp import FSDPModule
 
     module = unwrap(model)
-    sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    lent = getattr(module, "lent", False)  # to an attack around this one: what that has taken, that gives back
+    sharded = [] if lent else [m for m in module.modules() if isinstance(m, FSDPModule)]
+    blocks = [block for block in freezable_blocks(module) if not block.frozen]
+    frozen = [p for block in blocks for p in block.parameters() if p.requires_grad]
     if sharded:
         _gather(module, sharded)
-    blocks = freezable_blocks(module)
-    frozen = [p for block in blocks for p in block.parameters() if p.requires_grad]
     _freeze(blocks, frozen, True)
     try:
         with weights_stay():
@@ -54,6 +55,7 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
 
 def _gather(root: Any, sharded: list[Any]) -> None:
     """Whole parameters on every rank, all at once, that stay through backward passes; gradients are not reduced."""
+    root.lent = True
     root.set_requires_gradient_sync(False)
     root.set_reshard_after_backward(False)
     root.set_reshard_after_forward(False)
@@ -64,6 +66,7 @@ def _gather(root: Any, sharded: list[Any]) -> None:
 
 def _give_back(root: Any, sharded: list[Any]) -> None:
     """FSDP's own ways again. In a training step the parameters stay, elsewhere the next reader may want new ones."""
+    root.lent = False
     training_pass = getattr(root, "training_pass", None)
     root.set_requires_gradient_sync(training_pass is None or training_pass)
     root.set_reshard_after_backward(True)

@@ -21,18 +21,22 @@ from torch import Tensor, nn
 from mimir_fast.attacks.ascent import ascend
 from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.attacks.training_attack import TrainingAttack, precision_of
 from mimir_fast.models.masked_model import View
 from mimir_fast.ops.patches import gather_patches, normalize_patches
 
 
 @dataclass
-class ReconstructionAttackConfig(LinfThreat):
+class ReconstructionAttackConfig(TrainingAttack):
     """The perturbation of the pre-training images."""
 
     mask: Literal["shared", "fresh"] = "shared"
     """`shared` with the training step (paper) or a `fresh` one of the attack's own (authors' code)."""
     target: Literal["clean", "adversarial"] = "clean"
     """What the attacked loss compares with: the `clean` image (paper) or the `adversarial` one (authors' code)."""
+    cuda_graph: bool = False
+    """Record mask, noise and attack as one CUDA graph and replay it, for small batches on fast GPUs. Not with
+    --strategy fsdp; on a CPU it changes nothing."""
 
     @property
     def visible_only(self) -> bool:
@@ -51,7 +55,7 @@ def attack_visible(
         start_BKP: where the ascent starts, inside the ball.
         target_BMP: what the masked patches should have been.
     """
-    with borrowed_in_mode(model) as module:
+    with borrowed_in_mode(model) as module, precision_of(threat, start_BKP.device):
 
         def error(patches_BKP: Tensor) -> Tensor:
             prediction = module(View(patches_BKP, ids_keep_BK, ids_masked_BM)).prediction
@@ -65,7 +69,7 @@ def attack_all(
     target: Literal["clean", "adversarial"], norm_pix: bool, threat: LinfThreat,
 ) -> Tensor:  # fmt: skip
     """Adversarial patches (B, N, P) of the whole image; arguments as for `attack_visible`."""
-    with borrowed_in_mode(model) as module:
+    with borrowed_in_mode(model) as module, precision_of(threat, start_BNP.device):
 
         def error(patches: Tensor) -> Tensor:
             view = View(gather_patches(patches, ids_keep_BK), ids_keep_BK, ids_masked_BM)

@@ -14,6 +14,7 @@ Shapes: B images, N patches, K kept, M masked, P numbers a patch.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.features import FeatureAttackConfig, attack_features
 from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.data.batch import Batch
+from mimir_fast.methods.adv_mae import attacked
 from mimir_fast.methods.mae import (
     Draws,
     MaeConfig,
@@ -56,10 +58,11 @@ class AemimConfig(MaeConfig):
 
 
 class Attacked(NamedTuple):
-    """Visible patches (B, K, P) and the whole image (B, N, P) after the attack."""
+    """Visible patches (B, K, P) and the whole image (B, N, P) after the attack, and scalars to log of it."""
 
     visible: Tensor
     whole: Tensor
+    notes: dict[str, Tensor]
 
 
 class Aemim(MaskedMethod):
@@ -67,11 +70,13 @@ class Aemim(MaskedMethod):
 
     config: AemimConfig
 
-    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int) -> Draws:
+    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
         """Mask and start of the attack, on all patches: the masked ones are targets too."""
         mask = self.draw_mask(model, batch, Stream.MASK, seed=seed, step=step)
         shape = (model.num_patches, model.encoder.patch_dim)
-        return Draws(mask, delta=uniform_delta(batch.samples, shape, self.config.attack.eps, seed=seed, step=step))
+        attack = self.config.attack
+        delta = uniform_delta(batch.samples, shape, attack.eps, seed=seed, step=step)
+        return Draws(mask, None, delta, attack.attacks_in(step), attack.compares_in(step))
 
     def losses(self, model: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """{"loss", "reconstruction": of the clean image, "adversarial": of the adversarial one, before its weight}."""
@@ -92,7 +97,8 @@ class Aemim(MaskedMethod):
             for prediction, target in zip(output.prediction.chunk(2), targets, strict=True)
         ]
         return total(
-            [Term("reconstruction", errors[0]), Term("adversarial", errors[1], self.config.adversarial_weight)]
+            [Term("reconstruction", errors[0]), Term("adversarial", errors[1], self.config.adversarial_weight)],
+            **shown.notes,
         )
 
     def attack(
@@ -102,11 +108,13 @@ class Aemim(MaskedMethod):
         assert draws.delta is not None, "aemim draws where the attack starts"
         keep = draws.mask.keep
         start = (patches_BNP + draws.delta).clamp_(0, 1)
-        visible = attack_features(
-            model, clean_view(patches_BNP, draws.mask), gather_patches(start, keep), self.config.attack,
-            domain=ADVERSARIAL, clean_features=clean_features,
+        visible_start = gather_patches(start, keep)
+        of_features = partial(
+            attack_features, model, clean_view(patches_BNP, draws.mask), visible_start, domain=ADVERSARIAL,
+            clean_features=clean_features,
         )  # fmt: skip
-        return Attacked(visible, start.scatter_(1, keep.unsqueeze(-1).expand_as(visible), visible))
+        visible, notes = attacked(of_features, self.config.attack, visible_start, draws)
+        return Attacked(visible, start.scatter_(1, keep.unsqueeze(-1).expand_as(visible), visible), notes)
 
     @torch.no_grad()
     def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:

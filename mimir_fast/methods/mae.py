@@ -6,7 +6,7 @@ Shapes: B images, N patches, K kept, M masked, P numbers a patch, T latent token
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.no_trace import unwrap
 from mimir_fast.data.batch import Batch
-from mimir_fast.methods.masking import Mask, draw_mask
+from mimir_fast.methods.masking import SHARES, Mask, draw_mask, draw_share
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.terms import Term, total
 from mimir_fast.models.masked_model import MaskedModel, Output, View
@@ -24,6 +24,7 @@ from mimir_fast.ops.bf16_layers import weights_stay
 from mimir_fast.ops.patches import masked_targets, patchify, patchify_gather, unpatchify
 from mimir_fast.ops.random_masks import TokenOrder
 from mimir_fast.philox import Stream
+from mimir_fast.validation import check_number
 
 
 @dataclass
@@ -38,8 +39,12 @@ class MaeConfig:
     """Side in pixels of what is masked as a whole, a multiple of the patch; None: the patch. SimMIM: 32."""
     pixel_loss: Literal["l2", "l1"] = "l2"
     """Error of the reconstruction: mean squared (MAE) or mean absolute (SimMIM)."""
+    decode_ratio: float = 1.0
+    """Share of the masked patches that is predicted and paid for, drawn anew in each step; the decoder sees no mask
+    tokens in the other places, and an attack maximises the error of this share. CrossMAE: 0.25."""
 
     def __post_init__(self) -> None:
+        check_number("decode_ratio", self.decode_ratio, above=0, at_most=1)
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio={self.mask_ratio}, wanted a fraction between 0 and 1, such as 0.75")
         if self.mask_unit is not None and self.mask_unit < 1:
@@ -58,6 +63,10 @@ class Draws:
     """Of the attack, where there is one; the same object as `mask` when it is shared."""
     delta: Tensor | None = None
     """Where the perturbation starts, in [-eps, eps]: (B, K, P) of the visible patches, or (B, N, P) of all."""
+    attacks: bool = True
+    """Whether this step attacks, or leaves the input where the attack would start."""
+    compares: bool = False
+    """Whether this step compares the attack's precision with fp32."""
 
 
 @dataclass
@@ -68,6 +77,8 @@ class Shown:
     """(B, K, P) visible patches, perturbed or not."""
     patches: Tensor | None = None
     """(B, N, P) the whole perturbed image, where the perturbation went beyond the visible patches."""
+    notes: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars to log of the perturbation, by name."""
 
 
 @dataclass
@@ -109,8 +120,8 @@ class MaskedMethod(ABC):
             return self.losses(model, batch, self.draw(masked_model(model), batch, seed=seed, step=step))
 
     @abstractmethod
-    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int) -> Draws:
-        """All random numbers of the step, as functions of (seed, step, sample)."""
+    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
+        """All random numbers of the step, functions of (seed, step, sample); the step may be a scalar on the device."""
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -120,18 +131,19 @@ class MaskedMethod(ABC):
     def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """Rows (B, C, H, W) in [0, 1] of what a step sees and makes."""
 
-    def draw_mask(self, model: MaskedModel, batch: Batch, stream: Stream, *, seed: int, step: int) -> Mask:
-        """A mask of the configured ratio and unit."""
-        return draw_mask(
+    def draw_mask(self, model: MaskedModel, batch: Batch, stream: Stream, *, seed: int, step: int | Tensor) -> Mask:
+        """A mask of the configured ratio and unit, with the share of it that is predicted."""
+        mask = draw_mask(
             model, batch.samples, self.config.mask_ratio, seed=seed, step=step, stream=stream, order=self.token_order,
             mask_unit=self.config.mask_unit,
         )  # fmt: skip
+        return draw_share(mask, batch.samples, self.config.decode_ratio, seed=seed, step=step, stream=SHARES[stream])
 
 
 class Mae(MaskedMethod):
     """Reconstruct the masked patches from the visible ones."""
 
-    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int) -> Draws:
+    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
         """The mask."""
         return Draws(self.draw_mask(model, batch, Stream.MASK, seed=seed, step=step))
 
@@ -146,16 +158,26 @@ class Mae(MaskedMethod):
 
     def losses(self, model: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """{"loss": …, terms by name where there are several} of one step with the given draws."""
-        return total(self.terms(self.forward(model, batch, draws)))
+        return self.sum_up(self.forward(model, batch, draws))
+
+    def sum_up(self, step: Step) -> dict[str, Tensor]:
+        """The terms and their sum, and what there is to log of the perturbation."""
+        return total(self.terms(step), **step.shown.notes)
 
     def forward(self, model: nn.Module, batch: Batch, draws: Draws) -> Step:
         """Target, perturbation and the model's forward pass."""
-        mask = draws.mask
+        return self.reconstruct(model, batch, draws, *self.look(model, batch.images, draws))
+
+    def look(self, model: nn.Module, images: Tensor, draws: Draws) -> tuple[Tensor, Shown]:
+        """The target (B, M, P) and what the encoder is shown."""
         target = masked_targets(
-            batch.images, mask.masked, masked_model(model).patch_size, norm_pix=self.config.norm_pix_loss
+            images, draws.mask.masked, masked_model(model).patch_size, norm_pix=self.config.norm_pix_loss
         )
-        shown = self.perturb(model, batch.images, draws, target)
-        view = View(shown.visible, mask.keep, mask.masked)
+        return target, self.perturb(model, images, draws, target)
+
+    def reconstruct(self, model: nn.Module, batch: Batch, draws: Draws, target: Tensor, shown: Shown) -> Step:
+        """The model's forward pass."""
+        view = View(shown.visible, draws.mask.keep, draws.mask.masked)
         return Step(model, batch, draws, view, shown, target, model(view))
 
     @torch.no_grad()
@@ -163,8 +185,7 @@ class Mae(MaskedMethod):
         """Rows (B, C, H, W) in [0, 1]: input, what it was perturbed to, what the encoder sees, the reconstruction."""
         bare = masked_model(model)
         draws = self.draw(bare, batch, seed=seed, step=step)
-        target = masked_targets(batch.images, draws.mask.masked, bare.patch_size, norm_pix=self.config.norm_pix_loss)
-        shown = self.perturb(model, batch.images, draws, target)
+        _, shown = self.look(model, batch.images, draws)
         with borrowed_in_mode(model) as module:
             prediction = module(View(shown.visible, draws.mask.keep)).prediction.float()
         return preview_rows(batch.images, shown, draws.mask, prediction, bare.patch_size, self.config.norm_pix_loss)

@@ -17,7 +17,7 @@ from mimir_fast.philox import Stream
 
 @dataclass
 class Mask:
-    """ids_keep (B, K) and ids_masked (B, M), int64."""
+    """ids_keep (B, K) and ids_masked (B, M), int64; `masked` is what is predicted, all of the others or a share."""
 
     keep: Tensor
     masked: Tensor
@@ -56,7 +56,7 @@ def unit_factor(mask_unit: int | None, patch_size: int, image_size: int) -> int:
 
 
 def draw_mask(
-    model: MaskedModel, samples_B: Tensor, mask_ratio: float, *, seed: int, step: int, stream: Stream,
+    model: MaskedModel, samples_B: Tensor, mask_ratio: float, *, seed: int, step: int | Tensor, stream: Stream,
     order: TokenOrder, mask_unit: int | None = None,
 ) -> Mask:  # fmt: skip
     """The mask of this (seed, step, sample) in this stream, in the model's patches."""
@@ -69,6 +69,30 @@ def draw_mask(
         return Mask(keep, masked)
     keep, masked = (patches_of_units(ids, factor, model.encoder.grid) for ids in (keep, masked))
     return Mask(keep.sort(dim=1).values if order == "sorted" else keep, masked.sort(dim=1).values)
+
+
+# The stream that draws which of a mask's patches are predicted.
+SHARES = {Stream.MASK: Stream.DECODE, Stream.ATTACK_MASK: Stream.ATTACK_DECODE}
+
+
+def draw_share(mask: Mask, samples_B: Tensor, ratio: float, *, seed: int, step: int | Tensor, stream: Stream) -> Mask:
+    """The mask with a random share of its masked patches, of (seed, step, sample): at least one (CrossMAE, §3.2)."""
+    if ratio == 1:
+        return mask
+    num_masked = mask.masked.shape[1]
+    chosen, _ = random_masks(
+        samples_B, num_masked, max(1, round(ratio * num_masked)), seed=seed, step=step, stream=stream, order="sorted"
+    )
+    return Mask(mask.keep, mask.masked.gather(1, chosen))
+
+
+def check_decode_ratio(model: MaskedModel, ratio: float) -> None:
+    """Raises ValueError where a share of the masked patches cannot be predicted without the others."""
+    if ratio < 1 and not model.decodes_parts:
+        raise ValueError(
+            f"decode_ratio={ratio:g} needs a decoder that takes any set of patches, but {type(model.decoder).__name__} "
+            "works on the whole grid: use 1, or another --model.family (vit, cait, convstem, swin) or --model.decoder"
+        )
 
 
 def patches_of_units(ids_BU: Tensor, factor: int, grid: int) -> Tensor:

@@ -31,7 +31,7 @@ class NoiseMaeConfig(MaeConfig):
         check_radius("eps", self.eps)
 
 
-def uniform_delta(samples_B: Tensor, shape: tuple[int, int], eps: float, *, seed: int, step: int) -> Tensor:
+def uniform_delta(samples_B: Tensor, shape: tuple[int, int], eps: float, *, seed: int, step: int | Tensor) -> Tensor:
     """(B, *shape) uniform in [-eps, eps], a function of (seed, step, sample)."""
     noise = random_uniform(seed, Stream.ATTACK_START, step, samples_B, shape[0] * shape[1])
     return (2 * noise - 1).mul_(eps).view(len(samples_B), *shape)
@@ -42,7 +42,7 @@ class NoiseMae(Mae):
 
     config: NoiseMaeConfig
 
-    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int) -> Draws:
+    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
         """Mask and noise."""
         mask = self.draw_mask(model, batch, Stream.MASK, seed=seed, step=step)
         shape = (mask.keep.shape[1], model.encoder.patch_dim)

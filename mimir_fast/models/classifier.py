@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
 from mimir_fast.models.flat_names import FlatNames
+from mimir_fast.models.freezable import Freezable
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.normalization import NORMALIZATIONS, NormalizationName
 from mimir_fast.models.norms import LayerNorm
@@ -70,7 +71,7 @@ class ClassifierConfig:
             raise ValueError(f"normalization={self.normalization!r}, wanted one of {', '.join(NORMALIZATIONS)}")
 
 
-class Classifier(FlatNames):
+class Classifier(Freezable, FlatNames):
     """An encoder, pooling and a linear head.
 
     Args:
@@ -166,6 +167,7 @@ class Classifier(FlatNames):
         Raises:
             ValueError: images of another size.
         """
+        self.branch_on_frozen()
         return self.forward_head(self.forward_features(images_BCHW, branch_scales_BLR, branch_gates_BLR))
 
     def layers(self) -> list[nn.Module]:

@@ -40,6 +40,11 @@ class Decoder(nn.Module):
         """The blocks."""
         return list(self.decoder_blocks)
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether the blocks take any set of patches; families with a `run` of their own count on the whole grid."""
+        return type(self).run is Decoder.run
+
     def forward(self, latent_BTD: Tensor, places_BK: Tensor | None, ids_BM: Tensor | None = None) -> Tensor:
         """Predicted patches (B, M, P) at the places `ids_BM`, or (B, N, P) everywhere when it is None."""
         x = self.decoder_embed(latent_BTD)
@@ -48,8 +53,12 @@ class Decoder(nn.Module):
         grid = positions[-self.num_patches :]
         if places_BK is None:
             full = visible + grid.to(visible.dtype)
-        else:
+        elif ids_BM is None or visible.shape[1] + ids_BM.shape[1] == self.num_patches or not self.takes_parts:
             full = scatter_patches(visible, places_BK, self.mask_token[0, 0], grid)
+        else:  # nobody asks for the other patches: attention takes what there is, in any order
+            wanted = self.mask_token.to(visible.dtype) + grid[ids_BM].to(visible.dtype)
+            full = torch.cat([visible + grid[places_BK].to(visible.dtype), wanted], dim=1)
+            ids_BM = torch.arange(visible.shape[1], full.shape[1], device=full.device).expand_as(ids_BM)
         if len(positions) > self.num_patches:
             prefix = prefix + positions[: -self.num_patches].to(x.dtype)
         return self.decoder_pred(self.decoder_norm(self.run(prefix, full, ids_BM)))

@@ -14,10 +14,11 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.models.decoder import LinearDecoder
+from mimir_fast.models.decoder import Decoder, LinearDecoder
 from mimir_fast.models.encoder import Encoder, fill_in
 from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
 from mimir_fast.models.flat_names import FlatNames
+from mimir_fast.models.freezable import Freezable
 from mimir_fast.models.norms import CLEAN
 from mimir_fast.ops.patches import gather_patches
 from mimir_fast.validation import check_number
@@ -67,7 +68,8 @@ class View(NamedTuple):
     Attributes:
         patches: (B, K, P) visible patches in [0, 1], (row, column, channel) order inside a patch.
         keep: (B, K) int64, where they belong.
-        masked: (B, M) int64, where predictions are wanted; None for everywhere.
+        masked: (B, M) int64, where predictions are wanted; None for everywhere. Places that are neither here nor in
+            `keep` do not exist for the decoder.
         domain: 0 clean, 1 adversarial; 1 needs a model with adapters.
     """
 
@@ -92,7 +94,7 @@ class Encoded(NamedTuple):
     latent: Tensor
 
 
-class MaskedModel(FlatNames):
+class MaskedModel(Freezable, FlatNames):
     """An encoder over visible patches and a decoder over all of them.
 
     Args:
@@ -123,6 +125,11 @@ class MaskedModel(FlatNames):
         tokens = fill_in(tokens, view.keep, self.mask_token[0, 0], self.num_patches)
         return self.encoder.encode(tokens, None, domain=view.domain)
 
+    @property
+    def decodes_parts(self) -> bool:
+        """Whether a view may want less than all masked patches and save the decoder the others."""
+        return isinstance(self.decoder, Decoder) and self.decoder.takes_parts
+
     def visible(self, latent_BTD: Tensor, view: View) -> Tensor:
         """(B, prefix + K, D): the latent of the visible patches only, whatever the length of the encoder."""
         if not self.full_length:
@@ -143,6 +150,7 @@ class MaskedModel(FlatNames):
             beside: an encoded view of as many patches; the output then has its rows first, those of `view` after them.
                 One pass through the decoder for both: its weights are read, and their gradients written, once.
         """
+        self.branch_on_frozen()
         latent = self.encode(view)
         if not decode:
             return latent

@@ -4,11 +4,17 @@ Without adapters they are torch's, by name and by value. `add_adapter` makes a s
 end in `_adversarial`; a forward pass says which domain its data are of. Domain 0 is clean, 1 adversarial.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 CLEAN, ADVERSARIAL = 0, 1
 SUFFIX = "_adversarial"
+
+
+def as_wide_as(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias in float32 where x is: shards travel in bf16, the residual stream and statistics do not."""
+    return (weight.float(), bias.float()) if x.dtype == torch.float32 else (weight, bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -26,7 +32,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, domain: int = CLEAN) -> Tensor:
         """Same shape as x (…, D)."""
-        return F.layer_norm(x, self.normalized_shape, *self.of(domain))
+        weight, bias, eps = self.of(domain)
+        return F.layer_norm(x, self.normalized_shape, *as_wide_as(x, weight, bias), eps)
 
     def of(self, domain: int) -> tuple[Tensor, Tensor, float]:
         """Weight, bias and eps for the data of a domain."""
@@ -55,6 +62,7 @@ class BatchNorm(nn.BatchNorm1d):
             getattr(self, name + suffix)
             for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         )
+        weight, bias = as_wide_as(mean, weight, bias)
         if self.training and self.track_running_stats:
             count += 1
         elif self.training:

@@ -20,20 +20,13 @@ from torch import Tensor, nn
 
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.encoder import Encoder
+from mimir_fast.models.freezable import Freezable
 from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.ops.patches import gather_patches, place_patches
 
 
-class StageBlock(nn.Module):
+class StageBlock(Freezable, nn.Module):
     """Base of the blocks: `forward(x, layout, *, domain, branches)`, with what its stage's `layouts` gave."""
-
-    frozen = False
-    """Set while an attack runs on a compiled block, see attacks/no_trace.py."""
-
-    def branch_on_frozen(self) -> None:
-        """For `forward`: torch.compile guards on what is branched on, so a frozen block gets a graph of its own."""
-        if self.frozen:
-            pass
 
 
 class Stage(nn.Module):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mimir_fast.training.compile import compile_layers
+from mimir_fast.training.compile import compile_modules
 from mimir_fast.world import World, start_world, stop_world
 
 __all__ = ["Strategy", "World", "gradient_sync", "parallelize", "start_world", "stop_world"]
@@ -31,10 +31,10 @@ _KEEP_BUFFERS: dict[str, Any] = {
 
 
 def parallelize(
-    model: nn.Module, strategy: Strategy, world: World, *, bf16: bool, compile_blocks: bool,
+    model: nn.Module, strategy: Strategy, world: World, *, bf16: bool, compiled: bool,
     checkpoint_activations: bool = False, shard_ranks: int | None = None,
 ) -> nn.Module:  # fmt: skip
-    """The model as the loop calls it. Blocks are made to recompute, compiled, then sharded or the whole is wrapped.
+    """The model as the loop calls it. Blocks are made to recompute, it is compiled, then sharded or wrapped.
 
     Raises:
         ValueError: a strategy that needs several processes, started with one; or shards that do not fit them.
@@ -44,10 +44,10 @@ def parallelize(
         for layer in layers:
             # The layer's own forward, so that names in checkpoints stay. Its randomness is a function of the step.
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    if compile_blocks:
-        compile_layers(layers)
     if strategy == "auto":
         strategy = "ddp" if world.size > 1 else "single"
+    if compiled:
+        compile_modules([model] if strategy == "single" else layers)
     if strategy == "single":
         if world.size > 1:
             raise ValueError(f"--strategy single with {world.size} processes: use ddp or fsdp, or start one process")
@@ -75,8 +75,9 @@ def _shard(model: nn.Module, layers: list[nn.Module], world: World, bf16: bool, 
         raise ValueError(f"--shard_ranks {shard_ranks} does not divide {world.size} ranks; these do: {fits}")
     else:  # parameters are sharded within rows of the mesh and the same in each row
         mesh = init_device_mesh(kind, (world.size // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
-    # Blocks travel in bf16; the root (patch embedding, norms, head) stays in fp32, see Encoder.embed.
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # Blocks travel in bf16; the root (patch embedding, norms, head) stays in fp32, see Encoder.embed. What goes into a
+    # block stays as it is: the encoder's residual stream is fp32, as it is under autocast in one process.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)

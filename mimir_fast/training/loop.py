@@ -54,7 +54,7 @@ class Trainer:
         self.precision, self.accum_iter = precision, accum_iter
         task.model.to(world.device).train()
         self.model = parallelize(
-            task.model, run.strategy, world, bf16=precision.bf16, compile_blocks=run.compile,
+            task.model, run.strategy, world, bf16=precision.bf16, compiled=run.compile,
             checkpoint_activations=run.checkpoint_activations, shard_ranks=run.shard_ranks,
         )  # fmt: skip
         self.optimizer = build_optimizer(task.model, optim)

@@ -20,19 +20,21 @@ class Meter:
     def restart(self) -> None:
         """Forget what was added."""
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._steps, self._since, self._waited = 0, time.perf_counter(), self.loader.wait_seconds
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """The scalars of one step."""
+        """The scalars of one step; not each step has each of them, but all ranks have the same."""
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0) + value.float()
+            self._counts[name] = self._counts.get(name, 0) + 1
         self._steps += 1
 
     def read(self, device: torch.device) -> dict[str, float]:
-        """Means over the steps since the last call and over all ranks, and bad files on all ranks; collective."""
+        """Means over the steps that had them since the last call and over all ranks, and bad files; collective."""
         skipped = torch.tensor(float(len(self.loader.skipped)), device=device)
-        sums = [*self._sums.values(), skipped * max(1, self._steps)]
-        *means, skipped_files = mean_over_ranks(torch.stack(sums) / max(1, self._steps)).tolist()
+        own = [total / self._counts[name] for name, total in self._sums.items()]
+        *means, skipped_files = mean_over_ranks(torch.stack([*own, skipped])).tolist()
         elapsed = time.perf_counter() - self._since
         values = dict(zip(self._sums, means, strict=True))
         values["images_per_s"] = self._steps * self.batch_size / elapsed

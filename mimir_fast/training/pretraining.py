@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mimir_fast.data import Batch, DataConfig, build_source
 from mimir_fast.methods.mae import MaeConfig
-from mimir_fast.methods.masking import num_keep, unit_factor
+from mimir_fast.methods.masking import check_decode_ratio, num_keep, unit_factor
 from mimir_fast.methods.mimir import MimirConfig
 from mimir_fast.methods.registry import convert, find_method
 from mimir_fast.models.families import check_method, find_family
@@ -91,6 +91,7 @@ class Pretraining:
             self.model: nn.Module = build_masked_model(
                 config.model, config.data.image_size, config.data.channels, num_classes
             )
+        check_decode_ratio(self.model, config.objective.decode_ratio)
         self.architecture: dict[str, Any] = {
             "kind": "masked_autoencoder",
             "image_size": config.data.image_size,

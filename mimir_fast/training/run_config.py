@@ -43,7 +43,7 @@ class RunConfig:
     precision: Precision = "auto"
     """auto: bf16 autocast on CUDA, and on CPUs whose bf16 products are twice as fast. MI and losses are fp32 always."""
     compile: bool = False
-    """torch.compile each transformer block."""
+    """torch.compile: the whole model in one process, each layer for itself with ddp and fsdp."""
     clip_grad: float | None = None
     """Largest norm of the gradient."""
     ema_decay: float = 0.0

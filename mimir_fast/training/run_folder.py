@@ -41,6 +41,7 @@ FREE_TO_CHANGE = frozenset(
         "run.log_every", "run.save_every", "run.save_minutes", "run.picture_every", "run.keep_last", "run.keep_every",
         "run.resume", "run.overwrite", "run.allow_changes", "run.max_bad_steps", "run.stop_after", "run.hang_minutes",
         "run.profile", "run.dry_run", "run.wandb", "run.checkpoint_activations", "run.shard_ranks",
+        "objective.attack.cuda_graph",
         "data.num_workers", "data.loader", "data.root", "data.resident_gib", "data.hw_decoder_load",
         "data.max_bad_files",
     }

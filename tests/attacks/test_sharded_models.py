@@ -1,25 +1,26 @@
 """Attacks on models wrapped by DDP and FSDP2: gradients and their reduction are as if no attack had been.
 
-Two gloo processes compute one training step's gradients with and without a PGD attack before it.
+Two gloo processes compute one training step's gradients without a PGD attack before it, with two, and with nested ones.
 """
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from commands import command_environment
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mimir_fast.attacks.no_trace import borrowed
 from mimir_fast.attacks.pgd import cross_entropy, pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 
 
 def full_gradients(model: nn.Module) -> list[Tensor]:
-    from torch.distributed.tensor import DTensor
-
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     return [g.full_tensor() if isinstance(g, DTensor) else g.clone() for g in grads]
 
@@ -41,17 +42,21 @@ def wrapped(strategy: str) -> nn.Module:
 
 def compare(strategy: str, images: Tensor, labels: Tensor) -> None:
     gradients = []
-    for attacks in (0, 2):
+    for attacks in ("none", "two", "nested"):
         model = wrapped(strategy)
         for step in range(2):  # the second step accumulates on the first one's gradients
-            for _ in range(attacks):
-                adversarial = pgd(model, images, labels, LinfThreat(0.1, 0.05, 3), step=step)
-                assert (adversarial - images).abs().max() > 0.05
+            # An attack inside an attack: the inner one must not give back what the outer one still needs.
+            with borrowed(model) if attacks == "nested" else nullcontext():
+                for _ in range(0 if attacks == "none" else 2):
+                    adversarial = pgd(model, images, labels, LinfThreat(0.1, 0.05, 3), step=step)
+                    assert (adversarial - images).abs().max() > 0.05
+                whole = not any(isinstance(p, DTensor) for p in model.parameters())
+                assert whole == (strategy == "ddp" or attacks == "nested"), (strategy, attacks)
             cross_entropy(model(images), labels).mean().backward()
         gradients.append(full_gradients(model))
-    assert len(gradients[0]) == len(gradients[1]) == 4, strategy
-    for plain, after_attack in zip(*gradients, strict=True):
-        assert torch.equal(plain, after_attack), strategy
+    assert [len(found) for found in gradients] == [4, 4, 4], strategy
+    for plain, after_attack, after_nested in zip(*gradients, strict=True):
+        assert torch.equal(plain, after_attack) and torch.equal(plain, after_nested), strategy
 
 
 def work(rank: int, store: str) -> None:

@@ -15,9 +15,12 @@ from small_models import masked_vit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimir_fast.attacks.no_trace import borrowed
+from mimir_fast.attacks.no_trace import borrowed, unwrap
+from mimir_fast.attacks.reconstruction import ReconstructionAttackConfig
 from mimir_fast.checkpoints.reading import load_checkpoint, read_meta, verify
 from mimir_fast.checkpoints.saving import Saver
+from mimir_fast.data.batch import Batch
+from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.models.masked_model import View
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.agreement import MAX_STEPS, Agreement
@@ -143,7 +146,7 @@ def compare(**options: object) -> dict[str, object]:
     reference = small()
     for _ in range(3):
         attack_and_train(reference, True)
-    model = parallelize(small(), "fsdp", world, bf16=False, compile_blocks=False, **options)  # type: ignore[arg-type]
+    model = parallelize(small(), "fsdp", world, bf16=False, compiled=False, **options)  # type: ignore[arg-type]
     with Collectives() as counted:
         attack_and_train(model, True)
     attack_and_train(model, False)  # accumulates
@@ -163,6 +166,26 @@ def compare(**options: object) -> dict[str, object]:
 found["fsdp"] = compare()
 found["fsdp recomputed"] = compare(checkpoint_activations=True)
 found["hsdp"] = compare(shard_ranks=1)
+
+
+def residual_dtypes(strategy: str) -> dict[str, list[str]]:
+    """What goes into each block and comes out, in bf16, and what the patches are embedded in."""
+    model = parallelize(small(), strategy, world, bf16=True, compiled=False)  # type: ignore[arg-type]
+    bare = unwrap(model)
+    seen: dict[str, list[str]] = {"embedded": [], "residual": []}
+    bare.encoder.patch_embed.register_forward_hook(lambda _, args, out: seen["embedded"].append(str(out.dtype)))
+    for block in bare.layers():
+        block.register_forward_hook(lambda _, args, out: seen["residual"].append(f"{args[0].dtype} -> {out.dtype}"))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(View(torch.zeros(1, 4, 48), torch.arange(4).expand(1, 4))).prediction.square().sum().backward()
+    return seen
+
+
+found["dtypes"] = {strategy: residual_dtypes(strategy) for strategy in ("ddp", "fsdp")}
+recorded = AdvMae(AdvMaeConfig(attack=ReconstructionAttackConfig(cuda_graph=True)))
+images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+shards = parallelize(small(), "fsdp", world, bf16=False, compiled=False)
+found["recorded shards"] = said(lambda: recorded(shards, Batch(images, *[torch.arange(2)] * 3), seed=0, step=0))
 found["bad shards"] = said(lambda: compare(shard_ranks=3))
 sys.stdout.write("RESULT " + json.dumps({"rank": rank, **found}) + "\n")
 sys.stdout.flush()

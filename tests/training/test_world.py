@@ -66,6 +66,17 @@ def test_fsdp_gathers_once_for_the_attack_and_the_training_forward(ranks: list[d
         assert "these do: 1, 2" in found["bad shards"]
 
 
+def test_a_recorded_attack_refuses_shards(ranks: list[dict[str, Any]]) -> None:
+    assert "use --strategy ddp, or leave it out" in ranks[0]["recorded shards"]
+
+
+def test_the_residual_stream_is_the_same_however_a_model_is_spread(ranks: list[dict[str, Any]]) -> None:
+    """In bf16: patches are embedded in fp32, the encoder sums in fp32, the decoder in bf16."""
+    fp32, bf16 = "torch.float32", "torch.bfloat16"
+    wanted = {"embedded": [fp32], "residual": [f"{fp32} -> {fp32}"] * 2 + [f"{bf16} -> {bf16}"]}
+    assert ranks[0]["dtypes"] == {"ddp": wanted, "fsdp": wanted}
+
+
 def test_tasks_of_a_scheduler_that_form_no_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")

@@ -1,0 +1,74 @@
+"""What an attack inside a training step may save, each at a price that its option names. None is on by default.
+
+    every        attack in every k-th step only
+    precision    the attack's passes in bf16, whatever the training's are in
+
+Not offered: fp8, for which torch has products but no layers (the scales would be ours to keep), and the attack of the
+next batch beside this step: its weights would be a step old, so that a resumed run could not repeat it, and on a busy
+GPU the two would share what there is.
+Shapes: B samples, anything behind.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.validation import check_choice, check_number
+
+COMPARED_EVERY = 1000
+"""Attacks from one comparison of a bf16 attack with fp32 to the next."""
+
+
+@dataclass
+class TrainingAttack(LinfThreat):
+    """An L∞ attack inside a training step, and what it saves."""
+
+    every: int = 1
+    """Attack in every so many steps; in the others the input stays where the attack would start: uniform noise
+    of radius eps, or the clean image. The model meets fewer adversaries."""
+    precision: Literal["same", "bf16"] = "same"
+    """Of the attack's passes: the `same` as the training's, or `bf16` where that is fp32. Some signs change:
+    sign_agreement in the log is the share that does not, measured in the first attack and every 1000th."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("attack.every", self.every, at_least=1)
+        check_choice("attack.precision", self.precision, ("same", "bf16"))
+
+    def attacks_in(self, step: int | Tensor) -> bool:
+        """Whether this step attacks. A step on the device was looked at before it went there."""
+        return isinstance(step, Tensor) or step % self.every == 0
+
+    def compares_in(self, step: int | Tensor) -> bool:
+        """Whether this step measures the sign agreement, by a pass in each precision more."""
+        if isinstance(step, Tensor) or self.precision == "same" or not (self.num_steps and self.attacks_in(step)):
+            return False
+        return step // self.every % COMPARED_EVERY == 0
+
+
+@contextmanager
+def precision_of(threat: LinfThreat, device: torch.device) -> Iterator[None]:
+    """Around an attack: bf16 autocast where it asks for it, otherwise nothing."""
+    if getattr(threat, "precision", "same") == "same":
+        yield
+    else:
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+
+
+def sign_agreement(attack: Callable[[Any], Tensor], threat: TrainingAttack, device: torch.device) -> Tensor:
+    """Share of the numbers that the first step moves the same way in the attack's precision and in fp32, a scalar.
+
+    Args:
+        attack: threat → the perturbed input, from one and the same start.
+    """
+    one_step = replace(threat, num_steps=1)
+    coarse = attack(one_step)
+    with torch.autocast(device.type, enabled=False):
+        exact = attack(replace(one_step, precision="same"))
+    return (coarse == exact).float().mean()
