@@ -58,9 +58,25 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines `name: old -> new` for what matters and differs."""
-    flat_old, flat_new = flatten(old), flatten(new)
+def defaults_of(config: Any, prefix: str = "") -> dict[str, Any]:
+    """What each option of a (nested) dataclass is where nobody names it, as {"a.b": value}."""
+    flat: dict[str, Any] = {}
+    for option in dataclasses.fields(config):
+        name, value = f"{prefix}{option.name}", getattr(config, option.name)
+        if dataclasses.is_dataclass(value):
+            flat |= defaults_of(value, name + ".")
+        elif option.default is not dataclasses.MISSING:
+            flat[name] = option.default
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any] | None = None) -> list[str]:
+    """Lines `name: old -> new` for what matters and differs.
+
+    Args:
+        defaults: of options that an older version, which wrote `old`, did not have.
+    """
+    flat_old, flat_new = {**(defaults or {}), **flatten(old)}, flatten(new)
     return [
         f"{name}: {flat_old.get(name)} -> {flat_new.get(name)}"
         for name in sorted(set(flat_old) | set(flat_new))
@@ -96,7 +112,8 @@ class RunFolder:
             OSError: it cannot be written, or the hosts do not share it.
         """
         wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-        nonce = self.world.on_main(lambda: self._take(wanted, resume, overwrite, allow_changes))
+        defaults = defaults_of(config)
+        nonce = self.world.on_main(lambda: self._take(wanted, defaults, resume, overwrite, allow_changes))
         try:
             processes = self.world.together(lambda: self._find(nonce))
         finally:
@@ -171,7 +188,9 @@ class RunFolder:
                 self.path / "diverged.json", json.dumps({"first_bad": first_bad, "config": config}, indent=1) + "\n"
             )
 
-    def _take(self, wanted: dict[str, Any], resume: bool, overwrite: bool, allow_changes: bool) -> str:
+    def _take(
+        self, wanted: dict[str, Any], defaults: dict[str, Any], resume: bool, overwrite: bool, allow_changes: bool
+    ) -> str:  # fmt: skip
         recorded = self.path / "config.json"
         if not recorded.exists() and self.path.exists() and any(map(_is_strange, self.path.iterdir())):
             raise FileExistsError(
@@ -186,7 +205,7 @@ class RunFolder:
         self._clean()
         # A start that failed before its first checkpoint has nothing to lose.
         begun = bool(checkpoints_of(self.path))
-        changed = differences(self._recorded_config(), wanted) if begun else []
+        changed = differences(self._recorded_config(), wanted, defaults) if begun else []
         fix = "choose another --output_dir, or --overwrite to start anew there"
         if changed and not allow_changes:
             raise FileExistsError(

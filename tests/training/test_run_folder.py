@@ -65,6 +65,16 @@ class TestOpening:
             "run.seed: 0 -> 1"
         ]
 
+    def test_a_run_of_an_older_version_goes_on_without_the_options_it_did_not_have(self, tmp_path: Path) -> None:
+        opened(tmp_path).close()
+        recorded = json.loads((tmp_path / "config.json").read_text())
+        assert recorded["objective"].pop("decode_ratio") == 1.0
+        (tmp_path / "config.json").write_text(json.dumps(recorded))
+        save(tmp_path, 1)
+        with pytest.raises(FileExistsError, match=r"objective.decode_ratio: 1.0 -> 0.5"):
+            opened(tmp_path, "--decode_ratio", "0.5")
+        opened(tmp_path).close()
+
     def test_only_a_run_with_a_checkpoint_is_guarded(self, tmp_path: Path) -> None:
         """A start that failed early (a typo in --data.root, say) does not stand in the way of the next."""
         opened(tmp_path, "--seed", "1").close()
