@@ -165,10 +165,9 @@ def library_gram(inputs: Pair) -> Outputs:
     x_ND, y_ND = (t.detach() for t in inputs)
     gammas = gamma(x_ND, SIGMA, "reference"), gamma(y_ND, SIGMA, "reference")
     s, r, q, k, l_ = pair_sums.forward(x_ND, y_ND, *gammas, True, gram=gram_by_library)
-    sums = tuple(t.requires_grad_() for t in (s, r, q))
-    value = hsic_from_sums(*sums, "biased")
-    grads = torch.autograd.grad(value, sums)
-    return value.detach(), *pair_sums.backward(*grads, x_ND, y_ND, *gammas, k, l_, True, True)
+    value = hsic_from_sums(s.requires_grad_(), r.requires_grad_(), q.requires_grad_(), "biased")
+    grad_s, grad_r, grad_q = torch.autograd.grad(value, (s, r, q))
+    return value.detach(), *pair_sums.backward(grad_s, grad_r, grad_q, x_ND, y_ND, *gammas, k, l_, True, True)
 
 
 def bf16_gram(x_ND: Tensor, y_ND: Tensor) -> Tensor:
