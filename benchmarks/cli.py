@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import authors, compare, plot, record, table
+from benchmarks import authors, compare, growth, plot, record, table
 from benchmarks import ceilings as machine
 from benchmarks.case import is_ours
 from benchmarks.device_suite import run_suite
@@ -65,8 +65,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and report; the exit status is 1 when something of ours is wrong or became slower."""
     options = parse(arguments)
+    draw = growth.draw if options.questions == ["growth"] else plot.draw
     if options.draw:
-        plot.draw(record.by_case(record.read(options.draw)), options.plot or options.draw.with_suffix(".png"))
+        draw(record.by_case(record.read(options.draw)), options.plot or options.draw.with_suffix(".png"))
         return 0
     cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device, size = torch.device("cuda" if cuda else "cpu"), options.size
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record.append(output, records)
             done.append(records)
     picture = options.plot or output.with_suffix(".png")
-    plot.draw(done, picture)
+    draw(done, picture)
     print(f"records: {output}   picture: {picture}")
     return max(verdict(done), against(options.compare, done) if options.compare else 0)
 
