@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.case import Case, Provider, Size
+from benchmarks.case import Case, Provider, Size, in_double
 from benchmarks.dependence_data import image_like
-from benchmarks.hsic import eager, in_double, with_gradients
+from benchmarks.hsic import both_gradients, eager
 from benchmarks.record import Record
 from benchmarks.step import TOLERANCE
 from benchmarks.training import build_model, masked_flops, method_step, on_doubles, random_batch
@@ -92,11 +92,11 @@ def hsic_case(device: torch.device, n: int, width: int) -> Case:
     return Case(
         "growth_hsic",
         {"N": n, "Dx": width, "Dy": width},
-        [Provider("mimir_fast", with_gradients(hsic)), Provider("eager", with_gradients(eager))],
+        [Provider("mimir_fast", both_gradients(hsic)), Provider("eager", both_gradients(eager))],
         baseline="eager",
         make_inputs=lambda seed: image_like(n, width, width, torch.float32, device, seed),
         gate_inputs=lambda seed: image_like(min(n, 1024), width, width, torch.float32, device, seed),
-        reference=in_double(hsic_reference),
+        reference=in_double(both_gradients(hsic_reference)),
         tolerance=1e-4,
         flops=6.0 * n * n * width,
         items=n,
@@ -175,7 +175,6 @@ def draw(cases: Sequence[Sequence[Record]], path: Path) -> None:
             axis.grid(color="0.9")
             axis.spines[["top", "right"]].set_visible(False)
         axes[1][column].set_xlabel(AXES[case][1], fontsize=9)
-    for column in range(len(AXES)):
         axes[0][column].legend(frameon=False, fontsize=7)
     axes[0][0].set_ylabel("milliseconds", fontsize=9)
     axes[1][0].set_ylabel("MiB beside the weights", fontsize=9)

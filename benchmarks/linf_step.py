@@ -72,7 +72,7 @@ def case(device: torch.device, shape: tuple[int, ...]) -> Case:
         baseline="eager chain",
         make_inputs=make_inputs,
         reference=reference,
-        tolerance=1e-6,
+        tolerance=1e-7,
         bytes=16.0 * count,
         items=shape[0],
     )
