@@ -144,6 +144,11 @@ def in_double(run: Callable[[Any], Outputs]) -> Callable[[Any], Outputs]:
     return lambda inputs: run([exact(t) for t in inputs])
 
 
+def finite(inputs: Any, outputs: Outputs) -> str:
+    """The law of what has no definition to be held against."""
+    return "" if all(bool(output.isfinite().all()) for output in outputs) else "not finite"
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` with static shapes, as a tuned baseline would have it."""
     return torch.compile(function, dynamic=False)

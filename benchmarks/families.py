@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.authors import AuthorsStep, why_not
-from benchmarks.case import Case, Outputs, Provider, Size
+from benchmarks.case import Case, Outputs, Provider, Size, finite
 from benchmarks.step import TOLERANCE, same_loss
 from benchmarks.training import Run, build_model, method_step, on_doubles, random_batch
 from mimir_fast.methods.aemim import Aemim, AemimConfig
@@ -129,9 +129,6 @@ def convnext_case(device: torch.device, side: int, batch: int, *, encoder: str) 
     def make_inputs(seed: int, count: int = batch) -> tuple[Tensor, Tensor]:
         images = random_batch(count, side, device, seed).images.float() / 255
         return images, random_masks(torch.arange(count, device=device), N, max(1, N // 4), seed=seed, step=0)[0]
-
-    def finite(inputs: Any, outputs: Outputs) -> str:
-        return "" if bool(outputs[0].isfinite().all()) else "not finite"
 
     return Case(
         "convnext_forward",

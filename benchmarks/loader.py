@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Outputs, Provider, Size
+from benchmarks.case import Case, Outputs, Provider, Size, finite
 from benchmarks.training import build_model, method_step
 from mimir_fast.data import DataConfig, build_loader
 from mimir_fast.data.loaders import Loader
@@ -59,15 +59,12 @@ def waiting_case(device: torch.device, batch: int) -> Case:
         with clock:
             return step(next(batches))
 
-    def is_a_number(_: Tensor, outputs: Outputs) -> str:
-        return "" if all(bool(output.isfinite()) for output in outputs) else "the loss is not finite"
-
     return Case(
         "data_wait",
         {"encoder": "tiny", "image": 32, "patch": 4, "batch": batch, "loader": "resident"},
         [
-            Provider("mimir_fast resident loader + step", fed, law=is_a_number, report=clock.report),
-            Provider("step on a batch that is there", lambda _: step(fixed), law=is_a_number),
+            Provider("mimir_fast resident loader + step", fed, law=finite, report=clock.report),
+            Provider("step on a batch that is there", lambda _: step(fixed), law=finite),
         ],
         baseline="step on a batch that is there",
         make_inputs=lambda seed: torch.zeros(()),
