@@ -1,9 +1,14 @@
-"""Growth: exponents of laws that are known, and the picture."""
+"""Growth: exponents of laws that are known, the picture, and a page that holds the table of the committed records."""
+
+from pathlib import Path
 
 import pytest
 
 from benchmarks import cli, growth
-from benchmarks.record import Record, append
+from benchmarks.record import Record, append, by_case, read
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "benchmarks/results/cpu-xeon-amx-growth.jsonl"
 
 
 def at(n: int, milliseconds: float, *, impl: str = "mimir_fast", mebibytes: float = 1.0) -> Record:
@@ -24,6 +29,13 @@ def test_table_has_a_row_a_line_and_shows_where_growth_turns():
     failed = [[Record("growth_hsic", "eager", {"N": 2}, 0.1, status="failed")]]
     *_, row = growth.table([*fixed_costs, *failed]).splitlines()
     assert row.startswith("| samples | mimir_fast | 2 … 8192 | 2.00 |") and row.split("|")[6].strip() == "2.00"
+
+
+def test_the_page_holds_the_table_of_the_committed_records():
+    cases = by_case(read(RECORDS))
+    assert not [record for case in cases for record in case if record.status == "failed" or record.dirty]
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert growth.table(cases) in page, "python -m benchmarks growth --draw RECORDS prints the page's table"
 
 
 def test_picture_is_drawn_from_records(tmp_path):
