@@ -10,14 +10,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.case import Outputs
 from benchmarks.memory import give_back
 
 
 class Apart:
-    """`build(*arguments, **options)` made in another process, to be called from here with tensors.
+    """`build(*arguments, **options)` made in another process, to be called from here.
 
     Attributes:
         pid: of that process.
@@ -35,8 +34,8 @@ class Apart:
         self._answer()
         self.pid = self._process.pid
 
-    def __call__(self, *tensors: Tensor) -> Outputs:
-        self._pipe.send(tensors)
+    def __call__(self, *inputs: Any) -> Outputs:
+        self._pipe.send(inputs)
         return self._answer()
 
     def give_back(self) -> None:
@@ -48,7 +47,7 @@ class Apart:
         failed, answer = self._pipe.recv()
         if failed:
             raise RuntimeError(answer)
-        return answer  # type: ignore[no-any-return]
+        return answer
 
 
 def _serve(pipe: Connection, threads: int, build: Callable[..., Any], arguments: Any, options: Any) -> None:
@@ -57,8 +56,10 @@ def _serve(pipe: Connection, threads: int, build: Callable[..., Any], arguments:
         function = build(*arguments, **options)
         pipe.send((False, ()))
         while True:
-            tensors = pipe.recv()
-            pipe.send((False, give_back() if tensors is None else function(*tensors)))
+            inputs = pipe.recv()
+            if inputs is None:
+                give_back()
+            pipe.send((False, () if inputs is None else function(*inputs)))
     except EOFError:
         return
     except Exception as error:  # whatever it is, it must reach the one who waits

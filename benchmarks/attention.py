@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from benchmarks.case import Case, Outputs, Provider, Size, generator
+from benchmarks.case import Case, Outputs, Provider, Size, generator, in_double, with_gradients
 from mimir_fast.models.attention import attention, xformers_failure
 from mimir_fast.models.attention_kernels import forced_sdpa, plain, sdpa, xformers
 
@@ -45,14 +45,13 @@ def case(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dt
     """One shape."""
     B, T, H, E = shape
 
+    def both_ways(kernel: Kernel) -> Callable[[Four], Outputs]:
+        return with_gradients(kernel, 0, 1, 2, grad=3)
+
     def make_inputs(seed: int) -> Four:
         rng = generator(device, seed)
         q, k, v, grad = (torch.randn(shape, device=device, generator=rng).to(dtype) for _ in range(4))
         return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
-
-    def reference(inputs: Four) -> Outputs:
-        q, k, v, grad = (t.detach().double().requires_grad_() for t in inputs)
-        return both_ways(definition)((q, k, v, grad))
 
     cuda = device.type == "cuda"
     backends = BACKENDS if cuda else {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
@@ -68,7 +67,7 @@ def case(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dt
         ],
         baseline="SDPA, as it chooses",
         make_inputs=make_inputs,
-        reference=reference,
+        reference=in_double(both_ways(definition)),
         tolerance=1e-5 if dtype == torch.float32 else 2e-2,
         flops=14.0 * B * H * T * T * E,
         bytes=float(dtype.itemsize * B * T * H * E * 8),
@@ -81,14 +80,3 @@ def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ/√E) v."""
     weights = torch.einsum("bthe,bshe->bhts", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
     return torch.einsum("bhts,bshe->bthe", weights, v)
-
-
-def both_ways(kernel: Kernel) -> Callable[[Four], Outputs]:
-    """(out, ∂q, ∂k, ∂v)."""
-
-    def run(inputs: Four) -> Outputs:
-        q, k, v, grad = inputs
-        out = kernel(q, k, v)
-        return out.detach(), *torch.autograd.grad(out, (q, k, v), grad)
-
-    return run

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.apart import Apart
 from benchmarks.case import Outputs
+from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mimir import MimirConfig
 
 VARIABLE = "MIMIR_FAST_OFFICIAL"
@@ -101,11 +102,11 @@ class AuthorsStep:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Outputs:
+    def __call__(self, batch: Batch) -> Outputs:
         """uint8 images (B, C, H, W) become float in [0, 1], as their loader gives them."""
-        samples = images.float() / 255
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.loss(samples, labels)
+        samples = batch.images.float() / 255
+        with torch.autocast(samples.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(samples, batch.labels)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, float("inf"))
         self.optimizer.step()

@@ -123,6 +123,36 @@ def generator(device: torch.device, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
+def with_gradients(function: Callable[..., Tensor], *wanted: int, grad: int | None = None) -> Callable[[Any], Outputs]:
+    """inputs → (value, gradients to the inputs at the places `wanted`).
+
+    Args:
+        grad: place of the gradient that comes from above; the others are the function's arguments. None for a scalar.
+    """
+
+    def run(inputs: Sequence[Tensor]) -> Outputs:
+        arguments = [t for i, t in enumerate(inputs) if i != grad]
+        value = function(*arguments)
+        above = None if grad is None else inputs[grad]
+        return value.detach(), *torch.autograd.grad(value, [inputs[i] for i in wanted], above)
+
+    return run
+
+
+def in_double(run: Callable[[Any], Outputs]) -> Callable[[Any], Outputs]:
+    """The same in float64, on the inputs as rounded."""
+
+    def exact(t: Tensor) -> Tensor:
+        return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+
+    return lambda inputs: run([exact(t) for t in inputs])
+
+
+def finite(inputs: Any, outputs: Outputs) -> str:
+    """The law of what has no definition to be held against."""
+    return "" if all(bool(output.isfinite().all()) for output in outputs) else "not finite"
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` with static shapes, as a tuned baseline would have it."""
     return torch.compile(function, dynamic=False)

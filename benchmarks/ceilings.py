@@ -4,12 +4,12 @@ No version of anything runs faster than max(flops / matmul rate, bytes / copy ba
 what each record predicts before it is measured. On random data: a product of zeros runs 13 % faster on an H200.
 """
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from statistics import median
+from functools import cache, partial
 
 import torch
+from torch.utils.benchmark import Timer
 
 from benchmarks.case import Size
 
@@ -42,28 +42,16 @@ def measure(device: torch.device, size: Size) -> Ceilings:
     side = 256 if size == "tiny" else 8192 if cuda else 1536
     source = torch.empty(count, dtype=torch.uint8, device=device).random_(generator=torch.Generator(device))
     target = torch.empty_like(source)
-    copy_s = _seconds(lambda: target.copy_(source), device)
+    copy_s = _seconds(lambda: target.copy_(source))
     tflops = {}
     for name, dtype in DTYPES.items():
         n = side // 2 if name == "fp64" else side
         a, b = (torch.randn(n, n, device=device, generator=torch.Generator(device)).to(dtype) for _ in range(2))
-        tflops[name] = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, device) / 1e12
+        tflops[name] = 2 * n**3 / _seconds(partial(torch.mm, a, b)) / 1e12
     return Ceilings(2 * count / copy_s / 1e9, tflops)
 
 
-def _seconds(run, device: torch.device) -> float:  # type: ignore[no-untyped-def]
-    """Median of seven after two to warm up."""
-    samples = []
-    for i in range(9):
-        _wait(device)
-        started = time.perf_counter()
-        run()
-        _wait(device)
-        if i >= 2:
-            samples.append(time.perf_counter() - started)
-    return median(samples)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _seconds(run: Callable[[], object]) -> float:
+    """Median; torch's timer warms up, and waits for a GPU."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=0.1).median)

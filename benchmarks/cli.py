@@ -4,39 +4,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from benchmarks import authors, compare, plot, record, table
+from benchmarks import authors, compare, growth, plot, record, table
 from benchmarks import ceilings as machine
-from benchmarks.case import Cases, is_ours
+from benchmarks.case import is_ours
+from benchmarks.device_suite import run_suite
+from benchmarks.questions import QUESTIONS, cases_of
 from benchmarks.runner import run_cases
 from mimir_fast.allocator import keep_large_buffers
-
-# name: seconds of timing for all providers of one of its cases, at size `quick`
-QUESTIONS: dict[str, float] = {
-    "linf_step": 3,
-    "patches": 3,
-    "random_masks": 2,
-    "attention": 3,
-    "hsic": 10,
-    "nhsic": 4,
-    "step": 20,
-    "loader": 10,
-    "families": 30,
-    "finetune_step": 20,
-    "autoattack": 0,
-}
-# What a laptop does in a few minutes.
-QUICK = ("linf_step", "patches", "random_masks", "hsic", "nhsic", "step", "loader")
-
-
-def cases_of(question: str) -> Cases:
-    """The `cases` function of a question's file."""
-    cases: Cases = import_module(f"benchmarks.{question}").cases
-    return cases
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -87,8 +65,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and report; the exit status is 1 when something of ours is wrong or became slower."""
     options = parse(arguments)
+    draw = growth.draw if options.questions == ["growth"] else plot.draw
     if options.draw:
-        plot.draw(record.by_case(record.read(options.draw)), options.plot or options.draw.with_suffix(".png"))
+        draw(record.by_case(record.read(options.draw)), options.plot or options.draw.with_suffix(".png"))
         return 0
     cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device, size = torch.device("cuda" if cuda else "cpu"), options.size
@@ -96,8 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output is None:
         output.unlink(missing_ok=True)  # a name of ours is the newest run, a name of yours collects
     if options.device_suite:
-        from benchmarks.device_suite import run_suite
-
         return run_suite(device, size, options.budget, output)
 
     if not cuda:
@@ -105,16 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = machine.measure(device, size)
     print(describe(ceilings, device), flush=True)
     done: list[list[record.Record]] = []
-    chosen = options.questions or (QUESTIONS if size == "full" else QUICK)
-    for question in chosen:
-        box_s = options.box or QUESTIONS[question] * {"tiny": 0.02, "quick": 1, "full": 3}[size]
+    default = [name for name, q in QUESTIONS.items() if (size == "full" or q.quick) and not q.named_only]
+    for question in options.questions or default:
+        box_s = options.box or QUESTIONS[question].box_s * {"tiny": 0.02, "quick": 1, "full": 3}[size]
         cases = (case for case in cases_of(question)(device, size) if options.only in (None, *case.labels))
         for records in run_cases(cases, device, ceilings, box_s=box_s, say=progress):
             table.print_case(records)
             record.append(output, records)
             done.append(records)
     picture = options.plot or output.with_suffix(".png")
-    plot.draw(done, picture)
+    draw(done, picture)
     print(f"records: {output}   picture: {picture}")
     return max(verdict(done), against(options.compare, done) if options.compare else 0)
 

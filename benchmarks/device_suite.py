@@ -6,7 +6,7 @@
 missing is skipped by name.)
 
 First what is right: the tests that need the device, and the gates of all ops at small sizes. Then what is fast: the
-plan below, each question in its box. Every case writes its lines when it is done, ends alone when it fails (status
+questions of the plan, each in its box. Every case writes its lines when it is done, ends alone when it fails (status
 `failed`), and is broken off or passed over when its time is up (`skipped`): whatever happens, the file has the rest.
 """
 
@@ -27,24 +27,11 @@ import torch
 from benchmarks import ceilings as machine
 from benchmarks import plot, record, table
 from benchmarks.case import Case, Size, is_ours
+from benchmarks.questions import QUESTIONS, cases_of
 from benchmarks.runner import failed, reason_of, run_case
 
 ROOT = Path(__file__).resolve().parent.parent
 GATE_SECONDS = 90.0
-# question: seconds, compilation and gates included; they add up to 540 with the gates and the ceilings
-PLAN: dict[str, float] = {
-    "patches": 60,
-    "linf_step": 20,
-    "random_masks": 10,
-    "attention": 40,
-    "hsic": 80,
-    "nhsic": 15,
-    "step": 170,
-    "finetune_step": 30,
-    "loader": 25,
-}
-# Timing of one case: some hundred samples of a kernel, some ten of a step.
-BOX_S: dict[str, float] = {"step": 6, "finetune_step": 6, "loader": 4}
 # Rooms whose tests run on the device where there is one: all Triton kernels do. Compiling ahead of time needs none.
 ROOMS = ["tests/ops", "tests/kernels", "tests/models", "tests/attacks", "--ignore=tests/kernels/test_aot.py"]
 TESTS: dict[Size, list[str]] = {"tiny": ["tests/ops/test_philox.py"], "quick": ROOMS, "full": ROOMS}
@@ -91,10 +78,10 @@ def run_suite(device: torch.device, size: Size, budget_s: float, output: Path) -
     # Small sizes need no boxes: the budget itself is enough, and processes take their seconds to start.
     scale = 1.0 if size == "tiny" else budget_s / 540
     suite.keep([run_tests(suite, GATE_SECONDS * scale)])
-    for question in PLAN:
-        run_question(suite, question, PLAN[question] * scale, gates_only=True)
-    for question in PLAN:
-        run_question(suite, question, PLAN[question] * scale)
+    for gates_only in (True, False):
+        for name, question in QUESTIONS.items():
+            if question.suite_s:
+                run_question(suite, name, question.suite_s * scale, gates_only=gates_only)
     plot.draw(suite.done, output.with_suffix(".png"))
     states = [r.status for case in suite.done for r in case]
     lost = [r for case in suite.done for r in case if r.status == "failed"]
@@ -127,10 +114,8 @@ def run_tests(suite: Suite, box_s: float) -> record.Record:
 
 def run_question(suite: Suite, question: str, seconds: float, *, gates_only: bool = False) -> None:
     """All cases of a question; gates alone are judged at the smallest size."""
-    from benchmarks.cli import cases_of
-
     until = time.monotonic() + seconds
-    box_s = BOX_S.get(question, 1.0) if suite.size != "tiny" else 0.02
+    box_s = QUESTIONS[question].suite_box_s if suite.size != "tiny" else 0.02
     try:
         cases = cases_of(question)(suite.device, "tiny" if gates_only else suite.size)
         for case in cases:

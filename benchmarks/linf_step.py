@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Outputs, Provider, Size, compiled, generator
+from benchmarks.case import Case, Outputs, Provider, Size, compiled, generator, in_double
 from mimir_fast.ops.linf_step import linf_step, linf_step_reference
 
 ALPHA, EPS = 10 / 255, 8 / 255
@@ -44,10 +44,6 @@ def case(device: torch.device, shape: tuple[int, ...]) -> Case:
         noise, grad = (torch.randn(shape, device=device, generator=rng) for _ in range(2))
         return (x + noise * EPS / 2).clamp(0, 1), grad, x
 
-    def reference(inputs: Triple) -> Outputs:
-        x_adv, grad, x = (t.double() for t in inputs)
-        return (linf_step_reference(x_adv, grad, x, ALPHA, EPS),)
-
     def definition(inputs: Triple) -> Outputs:
         x_adv, grad, x = inputs
         return (linf_step_reference(x_adv, grad, x, ALPHA, EPS),)
@@ -71,8 +67,8 @@ def case(device: torch.device, shape: tuple[int, ...]) -> Case:
         ],
         baseline="eager chain",
         make_inputs=make_inputs,
-        reference=reference,
-        tolerance=1e-6,
+        reference=in_double(definition),
+        tolerance=1e-7,
         bytes=16.0 * count,
         items=shape[0],
     )

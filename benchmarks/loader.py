@@ -21,13 +21,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Outputs, Provider, Size
-from benchmarks.step import Setting, build_model, optimizer_step
+from benchmarks.case import Case, Outputs, Provider, Size, finite
+from benchmarks.training import build_model, method_step
 from mimir_fast.data import DataConfig, build_loader
 from mimir_fast.data.loaders import Loader
 from mimir_fast.data.loaders.dali import import_dali
 from mimir_fast.data.prepare import PrepareConfig, prepare
 from mimir_fast.methods.mimir import Mimir, MimirConfig
+from mimir_fast.models.masked_model import ModelConfig
 
 SIDE = 224
 BATCH: dict[Size, int] = {"tiny": 4, "quick": 32, "full": 128}
@@ -47,27 +48,23 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
 
 def waiting_case(device: torch.device, batch: int) -> Case:
     """MIMIR of ViT-T/4 on 32² digits, as the recipe digits/mimir_vit_tiny has it."""
-    setting: Setting = ("tiny", "light", 32, 4, batch)
-    model, method = build_model(setting, device), Mimir(MimirConfig())
+    model = build_model(ModelConfig(encoder="tiny", patch_size=4), 32, device)
     config = DataConfig(source="digits", image_size=32, augment="pad_crop", crop_padding=2, flip=False)
     loader = build_loader(config, split="train", batch_size=batch, device=device)
     batches, fixed = iter(loader), next(iter(build_loader(config, split="train", batch_size=batch, device=device)))
-    step = optimizer_step(model, lambda m, b: method(m, b, seed=0, step=0), bf16=device.type == "cuda")
+    step = method_step(model, Mimir(MimirConfig()), bf16=device.type == "cuda")
     clock = StepClock(loader)
 
     def fed(_: Tensor) -> Outputs:
         with clock:
             return step(next(batches))
 
-    def is_a_number(_: Tensor, outputs: Outputs) -> str:
-        return "" if all(bool(output.isfinite()) for output in outputs) else "the loss is not finite"
-
     return Case(
         "data_wait",
         {"encoder": "tiny", "image": 32, "patch": 4, "batch": batch, "loader": "resident"},
         [
-            Provider("mimir_fast resident loader + step", fed, law=is_a_number, report=clock.report),
-            Provider("step on a batch that is there", lambda _: step(fixed), law=is_a_number),
+            Provider("mimir_fast resident loader + step", fed, law=finite, report=clock.report),
+            Provider("step on a batch that is there", lambda _: step(fixed), law=finite),
         ],
         baseline="step on a batch that is there",
         make_inputs=lambda seed: torch.zeros(()),

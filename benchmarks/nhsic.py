@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Provider, Size
+from benchmarks.case import Case, Provider, Size, finite, in_double
 from benchmarks.dependence_data import image_like
-from benchmarks.hsic import INEXACT, SIGMA, in_double, squared_distances, with_gradients
+from benchmarks.hsic import SIGMA, both_gradients, squared_distances
 from mimir_fast.ops.nhsic import nhsic, nhsic_reference
 from mimir_fast.ops.renyi_mi import renyi_mi, renyi_mi_reference
 
@@ -39,17 +39,17 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
         "nhsic_fwd_bwd",
         params,
         [
-            Provider("mimir_fast", with_gradients(nhsic)),
-            Provider("definition", with_gradients(nhsic_reference), tolerance=1e-2, note="general solves in fp32"),
+            Provider("mimir_fast", both_gradients(nhsic)),
+            Provider("definition", both_gradients(nhsic_reference), tolerance=1e-3, note="general solves in fp32"),
             Provider(
-                "authors' formula", with_gradients(authors), tolerance=INEXACT,
-                note="one-sided centring and inverses in fp32: its error is the formula's own",
+                "authors' formula", both_gradients(authors), tolerance=(0.1, 3.0, 3.0),
+                note="one-sided centring and inverses in fp32: its error, 160 % of a gradient, is the formula's own",
             ),
         ],
         baseline="authors' formula",
         make_inputs=make_inputs,
-        reference=in_double(nhsic_reference),
-        tolerance=(1e-4, 1e-2, 1e-2),
+        reference=in_double(both_gradients(nhsic_reference)),
+        tolerance=(1e-4, 1e-3, 1e-3),
         flops=gram + 6.0 * n**3,
         bytes=8.0 * n * (d_x + d_y),
         items=n,
@@ -58,14 +58,14 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
         "renyi_order_2_fwd_bwd",
         params,
         [
-            Provider("mimir_fast", with_gradients(renyi_mi)),
-            Provider("eigenvalues", with_gradients(renyi_mi_reference), tolerance=1e-2, note="fp32 spectra"),
-            Provider("mimir_fast, order 1.01", with_gradients(order_101), law=lambda _, out: finite(out)),
+            Provider("mimir_fast", both_gradients(renyi_mi)),
+            Provider("eigenvalues", both_gradients(renyi_mi_reference), tolerance=1e-3, note="fp32 spectra"),
+            Provider("mimir_fast, order 1.01", both_gradients(order_101), law=finite),
         ],
         baseline="eigenvalues",
         make_inputs=make_inputs,
-        reference=in_double(renyi_mi_reference),
-        tolerance=(1e-4, 1e-3, 1e-3),
+        reference=in_double(both_gradients(renyi_mi_reference)),
+        tolerance=(1e-5, 1e-4, 1e-4),
         flops=gram,
         bytes=8.0 * n * (d_x + d_y),
         items=n,
@@ -87,8 +87,3 @@ def authors(x_ND: Tensor, y_ND: Tensor) -> Tensor:
 def order_101(x_ND: Tensor, y_ND: Tensor) -> Tensor:
     """The order the authors use, which needs eigenvalues."""
     return renyi_mi(x_ND, y_ND, alpha=1.01)
-
-
-def finite(outputs: tuple[Tensor, ...]) -> str:
-    """Empty when all numbers are finite."""
-    return "" if all(bool(output.isfinite().all()) for output in outputs) else "not finite"

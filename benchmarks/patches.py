@@ -6,12 +6,14 @@ written once, and the zeros or mask tokens in between.
 Shapes: B images, N patches, K kept, P = p·p·3 numbers, D width of a token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Outputs, Provider, Size, compiled, generator
+from benchmarks.case import Case, Outputs, Provider, Size, compiled, generator, in_double, with_gradients
+from benchmarks.training import random_batch
 from mimir_fast.ops.patches import (
     gather_patches,
     gather_patches_reference,
@@ -66,10 +68,8 @@ def image_case(device: torch.device, batch: int, side: int, *, targets: bool) ->
     num = num_patches - kept if targets else kept
 
     def make_inputs(seed: int) -> Pair:
-        images = torch.empty(batch, 3, side, side, dtype=torch.uint8, device=device)
-        return images.random_(0, 256, generator=generator(device, seed)), draw_ids(
-            batch, num_patches, num, device, seed
-        )
+        images = random_batch(batch, side, device, seed).images
+        return images, draw_ids(batch, num_patches, num, device, seed)
 
     def definition(images: Tensor, ids: Tensor) -> Tensor:
         if targets:
@@ -116,13 +116,8 @@ def gather_case(device: torch.device, batch: int, num_patches: int, width: int, 
         grad = torch.randn(batch, kept, width, device=device, generator=rng).to(dtype)
         return tokens.requires_grad_(), draw_ids(batch, num_patches, kept, device, seed), grad
 
-    def both_ways(gather):  # type: ignore[no-untyped-def]
-        def run(inputs: tuple[Tensor, Tensor, Tensor]) -> Outputs:
-            tokens, ids, grad = inputs
-            out = gather(tokens, ids)
-            return out.detach(), *torch.autograd.grad(out, tokens, grad)
-
-        return run
+    def both_ways(gather: Callable[..., Tensor]) -> Callable[[Any], Outputs]:
+        return with_gradients(gather, 0, grad=2)
 
     row = width * dtype.itemsize
     return Case(
@@ -159,18 +154,8 @@ def scatter_case(device: torch.device, batch: int, num_patches: int, width: int,
         ids = draw_ids(batch, num_patches, kept, device, seed)
         return visible.requires_grad_(), ids, token.requires_grad_(), positions, grad
 
-    def both_ways(scatter):  # type: ignore[no-untyped-def]
-        def run(inputs: Five) -> Outputs:
-            *arguments, grad = inputs
-            out = scatter(*arguments)
-            return out.detach(), *torch.autograd.grad(out, (arguments[0], arguments[2]), grad)
-
-        return run
-
-    def reference(inputs: Five) -> Outputs:
-        visible, ids, token, positions, grad = inputs
-        exact = [t.detach().double().requires_grad_() for t in (visible, token)]
-        return both_ways(scatter_patches_reference)((exact[0], ids, exact[1], positions.double(), grad.double()))
+    def both_ways(scatter: Callable[..., Tensor]) -> Callable[[Any], Outputs]:
+        return with_gradients(scatter, 0, 2, grad=4)
 
     def mae_way(visible: Tensor, ids: Tensor, token: Tensor, positions: Tensor) -> Tensor:
         """Append mask tokens, sort back with the inverse permutation, add positions."""
@@ -192,7 +177,7 @@ def scatter_case(device: torch.device, batch: int, num_patches: int, width: int,
         ],
         baseline="eager",
         make_inputs=make_inputs,
-        reference=reference,
+        reference=in_double(both_ways(scatter_patches_reference)),
         tolerance=1e-5 if dtype == torch.float32 else (5e-3, 5e-3, 2e-2),
         bytes=float(batch * row * (2 * num_patches + 2 * kept)),
         items=batch,

@@ -57,6 +57,7 @@ def losses(model: MaskedModel, images: Tensor, draws: Draws, config: MimirConfig
         latent, prediction = forward(model, x, keep, restore)
         return latent, ((prediction.float() - target).square().mean(-1) * mask).sum() / mask.sum()
 
+    assert draws.delta is not None  # MIMIR attacks
     noise = torch.zeros_like(target).scatter(1, keep.unsqueeze(-1).expand_as(draws.delta), draws.delta.to(target.dtype))
     x_adv = (clean + unpatchify(noise, p)).clamp(0, 1)
     for _ in range(attack.num_steps):

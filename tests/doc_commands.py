@@ -72,6 +72,7 @@ _PARSERS: dict[str, Callable[[Words], Any]] = {
     "mimir_fast.recipes.__main__": _main("mimir_fast.recipes.__main__"),
     "mimir_fast.info": _without_arguments,
     "benchmarks": lambda args: import_module("benchmarks.cli").parse(args),
+    "benchmarks.plan": lambda args: import_module("benchmarks.plan").parse(args),
     "mimir_kernels.aot": lambda args: argparse.ArgumentParser().parse_args([a for a in args if a != "--update"]),
 }  # fmt: skip
 

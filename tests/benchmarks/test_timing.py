@@ -8,8 +8,8 @@ import torch
 from benchmarks.case import bytes_of, tensors_in
 from benchmarks.ceilings import Ceilings, measure
 from benchmarks.memory import extra_peak_mb
-from benchmarks.step import random_batch
 from benchmarks.timing import Times, num_sets, quantile, time_providers
+from benchmarks.training import random_batch
 
 CPU = torch.device("cpu")
 
