@@ -189,7 +189,7 @@ MIMIR_BF16 void mlp_rows(const Mlp& p, std::int64_t begin, std::int64_t end) {
     Scratch<Use::own> scratch(2 * kRows * (stride + h_stride) + 4 * kRows * kPanel + 256);
     auto *a = scratch.take<std::uint16_t>(kRows * stride), *h = scratch.take<std::uint16_t>(kRows * h_stride);
     auto* c = scratch.take<float>(kRows * kPanel);
-    const Gelu gelu;
+    const Sigmoid normal(normal_cubics());
     const Tiles tiles(p.amx);
     for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
         const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
@@ -206,7 +206,8 @@ MIMIR_BF16 void mlp_rows(const Mlp& p, std::int64_t begin, std::int64_t end) {
                     _mm512_mask_storeu_epi16(p.hidden.data + 2 * ((row + r) * p.H + n), inside, before);
                 }
                 const Line x = line(before);
-                _mm512_storeu_si512(h + r * h_stride + n, to_bf16({gelu(x.low), gelu(x.high)}));
+                const Line y = {_mm512_mul_ps(x.low, normal(place(x.low))), _mm512_mul_ps(x.high, normal(place(x.high)))};
+                _mm512_storeu_si512(h + r * h_stride + n, to_bf16(y));
             };
             panel_product(p.amx, {a, stride}, rows, p.panels1 + n * depth / 2, depth, {c, kPanel}, activate);
         }
@@ -225,8 +226,7 @@ MIMIR_BF16 void mlp_rows_backward(const Mlp& p, const Matrix& dx, const NormGrad
     auto *g = scratch.take<std::uint16_t>(kRows * stride), *x = scratch.take<std::uint16_t>(kRows * stride);
     auto *dh = scratch.take<std::uint16_t>(kRows * h_stride), *h = scratch.take<std::uint16_t>(kRows * h_stride);
     auto *grad = scratch.take<float>(kRows * stride), *c = scratch.take<float>(kRows * kPanel);
-    const Gelu gelu;
-    const GeluSlope slope;
+    const Sigmoid normal(normal_cubics()), slope(gelu_slope_cubics());
     const Tiles tiles(p.amx);
     for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
         const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
@@ -240,7 +240,9 @@ MIMIR_BF16 void mlp_rows_backward(const Mlp& p, const Matrix& dx, const NormGrad
                 const Place low = place(x.low), high = place(x.high);
                 const Line grad = {_mm512_mul_ps(product.low, slope(low)), _mm512_mul_ps(product.high, slope(high))};
                 _mm512_storeu_si512(dh + at, to_bf16(grad));
-                if (second != nullptr) _mm512_storeu_si512(h + at, to_bf16({gelu(x.low, low), gelu(x.high, high)}));
+                if (second == nullptr) return;
+                const Line y = {_mm512_mul_ps(x.low, normal(low)), _mm512_mul_ps(x.high, normal(high))};
+                _mm512_storeu_si512(h + at, to_bf16(y));
             };
             panel_product(p.amx, {g, stride}, rows, p.panels2 + n * depth / 2, depth, {c, kPanel}, differentiate);
         }

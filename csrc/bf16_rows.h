@@ -195,36 +195,19 @@ class Sigmoid {
     __m512 low_[4], high_[4];
 };
 
-inline double normal(double x) { return 0.5 * std::erfc(-x * 0.70710678118654752); }
+// Φ, the normal distribution: gelu(x) = x Φ(x).
+inline const Cubics& normal_cubics() {
+    static const Cubics cubics([](double a) { return 0.5 * std::erfc(a * 0.70710678118654752); });
+    return cubics;
+}
 
-// gelu(x) = x Φ(x), Φ the normal distribution.
-class Gelu {
-  public:
-    MIMIR_BF16_INLINE Gelu() : probability_(table()) {}
-    MIMIR_BF16_INLINE __m512 operator()(__m512 x) const { return (*this)(x, place(x)); }
-    MIMIR_BF16_INLINE __m512 operator()(__m512 x, const Place& at) const { return _mm512_mul_ps(x, probability_(at)); }
-
-  private:
-    static const Cubics& table() {
-        static const Cubics cubics([](double a) { return normal(-a); });
-        return cubics;
-    }
-    Sigmoid probability_;
-};
-
-// Its derivative Φ(x) + x φ(x).
-class GeluSlope {
-  public:
-    MIMIR_BF16_INLINE GeluSlope() : slope_(table()) {}
-    MIMIR_BF16_INLINE __m512 operator()(const Place& at) const { return slope_(at); }
-
-  private:
-    static const Cubics& table() {
-        static const Cubics cubics([](double a) { return normal(-a) - a * 0.3989422804014327 * std::exp(-a * a / 2); });
-        return cubics;
-    }
-    Sigmoid slope_;
-};
+// GELU's derivative Φ(x) + x φ(x).
+inline const Cubics& gelu_slope_cubics() {
+    static const Cubics cubics([](double a) {
+        return 0.5 * std::erfc(a * 0.70710678118654752) - a * 0.3989422804014327 * std::exp(-a * a / 2);
+    });
+    return cubics;
+}
 
 }  // namespace mimir
 #endif

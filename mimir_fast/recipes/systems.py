@@ -78,7 +78,7 @@ SYSTEMS = (
     System("ViT + ConvStem", "Xiao et al., Singh et al., arXiv 2303.01870", "imagenet/mimir_convstem_base_official",
            "tests/models/test_convstem.py", _nano("ConvStem")),
     System("Swin", "arXiv 2103.14030", "imagenet/mimir_swin_large_official",
-           "tests/models/test_swin.py", "Swin-nano on digits, pre-trained and fine-tuned"),
+           "tests/models/test_swin.py", _nano("Swin")),
     System("ConvNeXt, masked as SparK", "arXiv 2201.03545, 2301.03580", "imagenet/mimir_convnext_base",
            "tests/models/test_convnext.py", _nano("ConvNeXt")),
 )  # fmt: skip
