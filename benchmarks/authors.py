@@ -2,7 +2,8 @@
 
 It has no licence, so nothing of it is in this repository. Their models and attack are imported from P as they are;
 only `np.float`, gone from today's numpy, is put back in memory. Their step is theirs line by line in what costs time: a
-whole-image attack with its own mask, all patches embedded, nHSIC by inverses on the host, gradient clipping off, AdamW.
+whole-image attack with its own mask, all patches embedded, nHSIC by inverses on the host, the gradients' norm by their
+function (they do not clip), AdamW.
 Shapes: B images, C channels, H × W pixels.
 """
 
@@ -92,6 +93,7 @@ class AuthorsStep:
             )
             attack: Any = import_module("pgd_mae.pgd_mae").PGD_MAE
             self.nhsic: Any = import_module("MI.hsic").hsic_normalized_cca
+            self.gradient_norm: Any = import_module("util.misc").get_grad_norm_
         self.model.load_state_dict(weights, strict=True)
         self.model.to(device).train()
         threat = config.attack
@@ -108,7 +110,7 @@ class AuthorsStep:
         with torch.autocast(samples.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.loss(samples, batch.labels)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, float("inf"))
+        norm = self.gradient_norm(self.parameters)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach().clone(), norm.detach().clone()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import Process
+from benchmarks.products import Products
 
 Outputs = tuple[Tensor, ...]
 Size = Literal["tiny", "quick", "full"]
@@ -27,7 +28,7 @@ class Provider:
             cannot equal the definition; it is held against this instead.
         reference: its own definition, where the providers of a case do different things (a MAE step beside MIMIR's).
         report: further numbers, asked for after the timing.
-        flops: its own fewest, where it does other work than the case's.
+        flops, products: its own, where it does other work than the case's.
         process: the one that does the work, where it is another (apart.py): its memory counts.
         skip: why it cannot run here; empty if it can.
     """
@@ -40,6 +41,7 @@ class Provider:
     reference: Callable[[Any], Outputs] | None = None
     report: Callable[[], dict[str, float]] | None = None
     flops: float | None = None
+    products: Products | None = None
     note: str = ""
     process: Process | None = None
     skip: str = ""
@@ -57,6 +59,7 @@ class Case:
         reference: inputs → outputs of the definition, in float64 where rounding plays a part.
         tolerance: largest ‖out − ref‖ / ‖ref‖ of each output; 0 demands equality.
         flops, bytes: the fewest a forward (and backward) pass can do: the roofline, and the prediction.
+        products: of which the work consists, where their own rate is worth knowing beside that of a large one.
         precision: which matmul ceiling the FLOPs are held against.
         items: images or samples of a call, for items per second.
         gate_inputs: seed → smaller inputs for the gate, where the definition would not fit; None for `make_inputs`.
@@ -74,6 +77,7 @@ class Case:
     tolerance: float | tuple[float, ...]
     flops: float = 0.0
     bytes: float = 0.0
+    products: Products | None = None
     precision: str = "fp32"
     items: int = 0
     gate_inputs: Callable[[int], Any] | None = None

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if not cuda:
         keep_large_buffers()  # as a training run does; the rivals in this process profit as well
-    ceilings = machine.measure(device, size)
+    ceilings = machine.measure(device, tiny=size == "tiny")
     print(describe(ceilings, device), flush=True)
     done: list[list[record.Record]] = []
     default = [name for name, q in QUESTIONS.items() if (size == "full" or q.quick) and not q.named_only]

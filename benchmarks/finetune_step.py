@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.case import Case, Provider, Size
+from benchmarks.products import Products, forward_shapes
 from benchmarks.training import ENCODERS, Run, block_flops, on_doubles, optimizer_step, random_batch, seeded
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.classification import ClassificationConfig, default_attack
@@ -44,6 +45,9 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
     setting = ON_GPU if device.type == "cuda" and size != "tiny" else SETTINGS[size]
     encoder, side, patch, batch = setting
     model = seeded(lambda: build_model(setting), device)
+    exact = copy.deepcopy(model).double()
+    image = torch.zeros(1, 3, side, side, dtype=torch.float64, device=device)
+    products = forward_shapes(lambda: exact(image), batch)
     absent = [name for name in ("torchattacks", "timm") if not find_spec(name)]
     missing = f"{absent[0]} is not installed: make setup" if absent else ""
     rival: nn.Module = nn.Linear(1, 1) if missing else timm_twin(model, setting).to(device)
@@ -74,9 +78,10 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
         baseline="mimir_fast fp32" if missing else "plain fp32",
         make_inputs=lambda seed: random_batch(batch, side, device, seed, NUM_CLASSES),
         gate_inputs=lambda seed: random_batch(2, side, device, seed, NUM_CLASSES),
-        reference=on_doubles(our_step(copy.deepcopy(model).double(), bf16=False)),
+        reference=on_doubles(our_step(exact, bf16=False)),
         tolerance=TOLERANCE["fp32"],
         flops=23.0 * batch * forward_flops(setting),
+        products=Products(products, (11, 11, 1)),
         items=batch,
         ratios=ratios,
     )

@@ -114,17 +114,17 @@ def _measure(
     records: dict[str, Record],
 ) -> None:
     """Fill in times, rates, memory and speed-ups; a provider that fails at full size is taken out."""
-    processes = {provider.name: provider.process for provider in case.providers}
+    providers = {provider.name: provider for provider in case.providers}
     for name, run in list(runs.items()):
         try:
             if case.gate_inputs is not None:
                 run(sets[0])  # the gate saw another size: compilers specialise again
             if case.memory:
-                records[name].peak_mem_mb = extra_peak_mb(partial(run, sets[0]), device, processes[name])
+                records[name].peak_mem_mb = extra_peak_mb(partial(run, sets[0]), device, providers[name].process)
         except Exception as error:
             records[name].status, records[name].note = "failed", reason_of(error)
             del runs[name]
-    times = time_providers(runs, sets, device, box_s)
+    times = time_providers(runs, sets, box_s)
     for name, t in times.items():
         record, seconds = records[name], t.median / 1e3
         record.ms = {**asdict(t), "noise": t.noise}
@@ -133,6 +133,9 @@ def _measure(
         record.pct_of_measured_ceiling = 100 * record.predicted_ms / t.median
         if case.baseline in times:
             record.speedup = times[case.baseline].median / t.median
+        if products := providers[name].products or case.products:
+            rate = products.tflops(providers[name].precision or case.precision, device)
+            record.extra |= {"TFLOP/s of its products": rate, "% of that rate": 100 * record.tflops / rate}
     for name, (one, other) in case.ratios.items():
         if one in times and other in times:
             records[one].extra[name] = times[one].median / times[other].median

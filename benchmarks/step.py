@@ -20,6 +20,7 @@ from benchmarks import plain_mimir
 from benchmarks.apart import Apart
 from benchmarks.authors import authors_step, why_not
 from benchmarks.case import Case, Outputs, Provider, Size
+from benchmarks.products import Products, forward_shapes
 from benchmarks.training import (
     SEED,
     STEP,
@@ -30,6 +31,7 @@ from benchmarks.training import (
     on_doubles,
     optimizer_step,
     random_batch,
+    some_view,
 )  # fmt: skip
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.adv_mae import AdvMae
@@ -72,6 +74,9 @@ def case(device: torch.device, setting: Setting) -> Case:
     model, exact = build(), build().double()
     paper, mae = Mimir(config), Mae(config)
     forward = batch * masked_flops(encoder, decoder, side, patch_size)
+    products = forward_shapes(lambda: exact(some_view(exact)), batch)
+    # A MAE step's; MIMIR's attack is a forward and an input-backward more.
+    of_mae = {"flops": 3 * forward, "products": Products(products, (1, 1, 1))}
     cuda = device.type == "cuda"
     main = "bf16" if cuda else "fp32"
 
@@ -88,8 +93,8 @@ def case(device: torch.device, setting: Setting) -> Case:
             model, method, bf16=precision == "bf16", plain=more.pop("plain", False)
         )
         reference = None if method is paper else on_doubles(method_step(exact, method))
-        flops = 3 * forward if method is mae else None
-        return Provider(name, step, TOLERANCE[precision], precision, reference=reference, flops=flops, **more)
+        more |= of_mae if method is mae else {}
+        return Provider(name, step, TOLERANCE[precision], precision, reference=reference, **more)
 
     def four(precision: str) -> list[Provider]:
         by_hand = optimizer_step(model, plain, bf16=precision == "bf16", plain=True)
@@ -102,7 +107,7 @@ def case(device: torch.device, setting: Setting) -> Case:
                      note="all patches embedded, all predicted, whole-image attack, HSIC on the host"),
         ]  # fmt: skip
 
-    providers = four(main) + rivals(model, setting, official, device)
+    providers = four(main) + rivals(model, setting, official, device, of_mae)
     ratios = {
         "MIMIR / MAE": ("mimir_fast MIMIR", "mimir_fast MAE"),
         "official / MAE": ("mimir_fast MIMIR official", "mimir_fast MAE"),
@@ -137,6 +142,7 @@ def case(device: torch.device, setting: Setting) -> Case:
         reference=on_doubles(method_step(exact, paper)),
         tolerance=TOLERANCE[main],
         flops=5 * forward,
+        products=Products(products, (2, 2, 1)),
         precision=main,
         items=batch,
         ratios=ratios,
@@ -153,8 +159,10 @@ def with_sdpa(step: Run) -> Run:
     return run
 
 
-def rivals(model: MaskedModel, setting: Setting, config: MimirConfig, device: torch.device) -> list[Provider]:
-    """The authors' own MIMIR and MAE steps, from a checkout the user names."""
+def rivals(
+    model: MaskedModel, setting: Setting, config: MimirConfig, device: torch.device, of_mae: dict[str, Any]
+) -> list[Provider]:
+    """The authors' own MIMIR and MAE steps, from a checkout the user names; `of_mae` is said of the latter."""
     encoder, decoder, side, patch, _ = setting
     skip = why_not() or ("" if decoder == "light" and encoder != "nano" else "theirs has no such model")
     if skip:
@@ -169,7 +177,8 @@ def rivals(model: MaskedModel, setting: Setting, config: MimirConfig, device: to
         ours = method_step(model, Mimir(config) if adversarial else Mae(config))
         apart = step if isinstance(step, Apart) else None
         note = "their public code, own draws" + (", in its own process" if apart else "")
-        return Provider(name, step, precision=precision, law=same_loss(ours), note=note, process=apart)
+        more = {} if adversarial else of_mae
+        return Provider(name, step, precision=precision, law=same_loss(ours), note=note, process=apart, **more)
 
     main = "bf16" if device.type == "cuda" else "fp32"
     found = [provider("authors MIMIR", True, main), provider("authors MAE", False, main)]

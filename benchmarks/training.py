@@ -14,8 +14,8 @@ from benchmarks.case import Outputs, generator
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mae import MaskedMethod
 from mimir_fast.models.families.vit import SIZES as ENCODERS
-from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, build_masked_model
-from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
+from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, View, build_masked_model
+from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients
 
 SEED, STEP = 0, 0
 Run = Callable[[Batch], Outputs]
@@ -35,6 +35,15 @@ def build_model(config: ModelConfig, side: int, device: torch.device) -> MaskedM
     return seeded(lambda: build_masked_model(config, side), device)
 
 
+def some_view(model: MaskedModel) -> View:
+    """One image of which the model sees the first quarter, for what does not depend on the pixels."""
+    weight = next(model.parameters())
+    ids = torch.arange(model.num_patches, device=weight.device)[None]
+    keep = model.num_patches // 4
+    patches = weight.new_zeros(1, keep, model.patch_size**2 * model.channels)
+    return View(patches, ids[:, :keep], ids[:, keep:])
+
+
 def random_batch(batch: int, side: int, device: torch.device, seed: int, num_classes: int = 1) -> Batch:
     """uint8 images, as loaders give them."""
     rng = generator(device, seed)
@@ -45,7 +54,7 @@ def random_batch(batch: int, side: int, device: torch.device, seed: int, num_cla
 
 
 def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain: bool = False) -> Run:
-    """(loss, gradient norm) of a full step.
+    """(loss, gradient norm) of a full step; the norm is measured and clips nothing, as in a training run by default.
 
     The learning rate is 0, so that the weights the gate saw are those the clock sees.
 
@@ -53,8 +62,8 @@ def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain
         bf16: in autocast.
         plain: AdamW as it comes, instead of the package's fused one.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
     if plain:
+        parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.05)
     else:
         optimizer = build_optimizer(model, OptimizerConfig())
@@ -63,7 +72,7 @@ def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
             loss = loss_of(batch)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
+        norm = clip_gradients(model, None)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach().clone(), norm.detach().clone()

@@ -1,11 +1,14 @@
 """What is wrong is not timed: wrong values, NaN, elements left unwritten, wrong shapes."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 from benchmarks.case import Case, Provider
 from benchmarks.ceilings import Ceilings
 from benchmarks.gate import judge, relative_errors
+from benchmarks.products import Products
 from benchmarks.runner import run_case
 
 CPU = torch.device("cpu")
@@ -97,3 +100,9 @@ def test_baseline_must_be_a_provider(squares):
     case = squares()
     with pytest.raises(ValueError, match="baseline 'keops'"):
         Case(**{**vars(case), "baseline": "keops"})
+
+
+def test_record_says_the_rate_of_the_products_of_the_case(squares):
+    case = squares(flops=100.0, products=Products(Counter({(2, 5, 5): 1}), (1, 0, 0)))
+    ours, _ = run_case(case, CPU, CEILINGS, box_s=0.0, say=str)
+    assert ours.extra["% of that rate"] == pytest.approx(100 * ours.tflops / ours.extra["TFLOP/s of its products"])

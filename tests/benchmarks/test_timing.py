@@ -36,7 +36,7 @@ def test_slow_is_slower_and_providers_take_turns():
 
         return call
 
-    times = time_providers({"A": run("A", 0.02), "B": run("B", 0.06)}, [None], CPU, box_s=0.3)
+    times = time_providers({"A": run("A", 0.02), "B": run("B", 0.06)}, [None], box_s=0.3)
     assert times["B"].median > 1.5 * times["A"].median
     # After two calls of each to find out how many a sample takes: A B B A, again and again.
     assert "".join(order[4:12]) == "ABBAABBA"
@@ -44,7 +44,7 @@ def test_slow_is_slower_and_providers_take_turns():
 
 def test_short_calls_are_timed_many_at_once():
     calls = []
-    times = time_providers({"A": calls.append}, [0, 1, 2], CPU, box_s=0.0)
+    times = time_providers({"A": calls.append}, [0, 1, 2], box_s=0.0)
     assert times["A"].median < 0.1 and len(calls) > 100
     assert {0, 1, 2} == set(calls)
 
@@ -71,7 +71,7 @@ def test_roofline_is_the_larger_of_two_floors():
 
 
 def test_measured_ceilings_are_plausible():
-    ceilings = measure(CPU, "tiny")
+    ceilings = measure(CPU, tiny=True)
     assert ceilings.copy_gbps > 0 and set(ceilings.tflops) == {"fp32", "bf16", "fp64"}
     assert all(rate > 0 for rate in ceilings.tflops.values())
 
