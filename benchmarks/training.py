@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.case import Outputs, generator
+from benchmarks.case import Outputs
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mae import MaskedMethod
 from mimir_fast.models.families.vit import SIZES as ENCODERS
@@ -18,7 +18,7 @@ from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, V
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients
 
 SEED, STEP = 0, 0
-Run = Callable[[Batch], Outputs]
+Step = Callable[[Batch], Outputs]
 Loss = Callable[[Batch], Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,16 +44,14 @@ def some_view(model: MaskedModel) -> View:
     return View(patches, ids[:, :keep], ids[:, keep:])
 
 
-def random_batch(batch: int, side: int, device: torch.device, seed: int, num_classes: int = 1) -> Batch:
+def random_batch(batch: int, side: int, num_classes: int = 1) -> Batch:
     """uint8 images, as loaders give them."""
-    rng = generator(device, seed)
-    images = torch.empty(batch, 3, side, side, dtype=torch.uint8, device=device).random_(0, 256, generator=rng)
-    labels = torch.randint(0, num_classes, (batch,), device=device, generator=rng)
-    samples = torch.arange(batch, device=device) + 1000 * seed
-    return Batch(images, labels, samples, torch.zeros_like(samples))
+    images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
+    samples = torch.randint(0, 2**40, (batch,))
+    return Batch(images, torch.randint(0, num_classes, (batch,)), samples, torch.zeros_like(samples))
 
 
-def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain: bool = False) -> Run:
+def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain: bool = False) -> Step:
     """(loss, gradient norm) of a full step; the norm is measured and clips nothing, as in a training run by default.
 
     The learning rate is 0, so that the weights the gate saw are those the clock sees.
@@ -80,12 +78,12 @@ def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain
     return run
 
 
-def method_step(model: MaskedModel, method: MaskedMethod, *, bf16: bool = False, plain: bool = False) -> Run:
+def method_step(model: MaskedModel, method: MaskedMethod, *, bf16: bool = False, plain: bool = False) -> Step:
     """`optimizer_step` of a pre-training method."""
     return optimizer_step(model, lambda b: method(model, b, seed=SEED, step=STEP)["loss"], bf16=bf16, plain=plain)
 
 
-def on_doubles(step: Run) -> Run:
+def on_doubles(step: Step) -> Step:
     """The same images as float64 in [0, 1]; the model of the step must be in float64."""
     return lambda batch: step(replace(batch, images=batch.images.double() / 255))
 
