@@ -127,7 +127,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise OverTime("no time left in the question's box or in the budget")
 
     def overstayed(signum: int, frame: FrameType | None) -> None:
-        raise OverTime(f"not done after {seconds:.0f} s")
+        raise OverTime(f"not done after {seconds:.3g} s")
 
     before = signal.signal(signal.SIGALRM, overstayed)
     signal.setitimer(signal.ITIMER_REAL, seconds if math.isfinite(seconds) else 0)
