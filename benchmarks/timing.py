@@ -64,9 +64,10 @@ def bytes_of(inputs: Any) -> int:
 
 def _calls_per_sample(run: Function, sets: Sequence[Any]) -> int:
     """So many that a sample is long beside the clock's resolution and, on a GPU, beside the wait for its queue."""
-    if _sample(run, sets, 0, 1) > 100 * LEAST_SAMPLE_S * 1e3:
+    first_ms = _sample(run, sets, 0, 1)
+    if first_ms > 100 * LEAST_SAMPLE_S * 1e3:
         return 1
-    once_s = _sample(run, sets, 1, 1) / 1e3
+    once_s = min(first_ms, _sample(run, sets, 1, 1)) / 1e3  # the first may warm up, either may be interrupted
     return max(1, min(200, round(LEAST_SAMPLE_S / max(once_s, 1e-7))))
 
 

@@ -46,7 +46,7 @@ def test_collector_waits_until_the_sample_is_taken():
 def test_short_calls_are_timed_many_at_once():
     calls = []
     times = time_providers({"A": calls.append}, [0, 1, 2], box_s=0.0)
-    assert times["A"]["median"] < 0.1 and len(calls) > 100
+    assert times["A"]["median"] < 0.1 and len(calls) > 20  # 2 + 2 without
     assert {0, 1, 2} == set(calls)
 
 
