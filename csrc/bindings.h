@@ -24,6 +24,8 @@ void bind_crop_resize(pybind11::module_& module);
 void bind_bf16_attention(pybind11::module_& module);
 void bind_bf16_layers(pybind11::module_& module);
 void bind_linf_step(pybind11::module_& module);
+void bind_masked_loss(pybind11::module_& module);
+void bind_noisy_patches(pybind11::module_& module);
 void bind_pair_tiles(pybind11::module_& module);
 void bind_patches(pybind11::module_& module);
 void bind_random_masks(pybind11::module_& module);
