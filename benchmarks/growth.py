@@ -14,15 +14,16 @@ from pathlib import Path
 from statistics import linear_regression
 
 import torch
-from torch import nn
 
 from benchmarks.case import Case, Provider, Size, in_double
 from benchmarks.hsic import both_gradients, eager, image_like
 from benchmarks.record import Record
 from benchmarks.step import TOLERANCE
-from benchmarks.training import build_model, masked_flops, method_step, on_doubles, random_batch
+from benchmarks.training import ENCODERS, masked_flops, method_step, on_doubles, random_batch, seeded
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
-from mimir_fast.models.masked_model import MaskedModel, ModelConfig
+from mimir_fast.models.decoder import Decoder
+from mimir_fast.models.families.vit import VitEncoder
+from mimir_fast.models.masked_model import DECODERS, MaskedModel
 from mimir_fast.ops.hsic import hsic, hsic_reference
 
 AXES = {
@@ -79,12 +80,14 @@ def step_case(device: torch.device, name: str, *, batch: int, side: int, depth: 
 
 
 def of_depth(depth: int, side: int, device: torch.device) -> MaskedModel:
-    """A ViT-T whose blocks are repeated or left out."""
-    model = build_model(ModelConfig(encoder="tiny", patch_size=PATCH), side, device)
-    longer = [build_model(ModelConfig(encoder="tiny", patch_size=PATCH), side, device) for _ in range(depth // 12)]
-    blocks = [block for one in (model, *longer) for block in one.encoder.blocks]  # type: ignore[union-attr]
-    model.encoder.blocks = nn.ModuleList(blocks[:depth])
-    return model
+    """A ViT-T of so many blocks."""
+    width, _, heads = ENCODERS["tiny"]
+
+    def build() -> MaskedModel:
+        encoder = VitEncoder(width, depth, heads, image_size=side, patch_size=PATCH)
+        return MaskedModel(encoder, Decoder(encoder, *DECODERS["light"]))
+
+    return seeded(build, device)
 
 
 def hsic_case(n: int, width: int) -> Case:

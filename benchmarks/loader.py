@@ -54,40 +54,29 @@ def waiting_case(device: torch.device, batch: int) -> Case:
     loader = build_loader(config, split="train", batch_size=batch, device=device)
     batches, fixed = iter(loader), next(iter(build_loader(config, split="train", batch_size=batch, device=device)))
     step = method_step(model, Mimir(MimirConfig()), bf16=device.type == "cuda")
-    clock = StepClock(loader)
+    elapsed: list[float] = []
 
     def fed(_: object) -> Outputs:
-        with clock:
-            return step(next(batches))
+        started = time.perf_counter()
+        outputs = step(next(batches))
+        elapsed.append(time.perf_counter() - started)
+        return outputs
+
+    def waiting() -> dict[str, float]:
+        """In per cent of the steps' time (on a GPU: of the time to queue them, which is no less)."""
+        return {"data-wait %": 100 * loader.wait_seconds / sum(elapsed)}
 
     return Case(
         "data_wait",
         {"encoder": "tiny", "image": 32, "patch": 4, "batch": batch, "loader": "resident"},
         [
-            Provider("mimir_fast resident loader + step", fed, law=finite, report=clock.report),
+            Provider("mimir_fast resident loader + step", fed, law=finite, report=waiting),
             Provider("step on a batch that is there", lambda _: step(fixed), law=finite),
         ],
         baseline="step on a batch that is there",
         items=batch,
         memory=False,
     )
-
-
-class StepClock:
-    """Adds up the time of steps and what of it the loader made them wait."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader, self.elapsed, self._started = loader, 0.0, 0.0
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.elapsed += time.perf_counter() - self._started
-
-    def report(self) -> dict[str, float]:
-        """Waiting, in per cent of the steps' time (on a GPU: of the time to queue them, which is no less)."""
-        return {"data-wait %": 100 * self.loader.wait_seconds / self.elapsed}
 
 
 def decoding_case(device: torch.device, folder: Path, prepared: Path, num_files: int) -> Case:

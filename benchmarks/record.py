@@ -16,7 +16,7 @@ from mimir_fast.versions import environment, version_of
 
 SCHEMA = 1
 Status = Literal["ok", "skipped", "failed"]
-_PACKAGES = ("triton", "timm", "xformers", "torchvision", "torchattacks", "pyautoattack", "pykeops")
+_PACKAGES = ("triton", "timm", "xformers", "torchvision", "torchattacks", "pyautoattack")
 
 
 @dataclass

@@ -38,9 +38,9 @@ def test_one_gpu_sends_nothing_and_a_slow_network_counts_between_nodes_only():
 
 def test_fewer_images_hide_less_and_fsdp_holds_less():
     few, many = plan("base", "light", 512, GIVEN), plan("base", "light", 512, replace(GIVEN, batch=65536))
-    assert few.exposed_s > many.exposed_s == 0
-    assert many.images_s[0] > 2 * few.images_s[0]
-    assert few.fsdp_gb < few.ddp_gb
+    assert few["not hidden, ms"] > many["not hidden, ms"] == 0
+    assert many["images/s a GPU"][0] > 2 * few["images/s a GPU"][0]
+    assert few["GB, FSDP"] < few["GB, DDP"]
     assert num_parameters("base", "light") == pytest.approx(86.2e6, rel=0.01)
 
 
