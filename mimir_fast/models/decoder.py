@@ -12,6 +12,7 @@ from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.layers import Block, init_like_mae
 from mimir_fast.models.norms import LayerNorm
 from mimir_fast.models.positions import sincos_positions
+from mimir_fast.models.projections import project
 from mimir_fast.ops.patches import gather_patches, scatter_patches
 
 
@@ -47,7 +48,7 @@ class Decoder(nn.Module):
 
     def forward(self, latent_BTD: Tensor, places_BK: Tensor | None, ids_BM: Tensor | None = None) -> Tensor:
         """Predicted patches (B, M, P) at the places `ids_BM`, or (B, N, P) everywhere when it is None."""
-        x = self.decoder_embed(latent_BTD)
+        x = project(self.decoder_embed, latent_BTD)
         prefix, visible = x[:, : self.num_prefix], x[:, self.num_prefix :]
         positions = self.positions()
         grid = positions[-self.num_patches :]
@@ -61,7 +62,7 @@ class Decoder(nn.Module):
             ids_BM = torch.arange(visible.shape[1], full.shape[1], device=full.device).expand_as(ids_BM)
         if len(positions) > self.num_patches:
             prefix = prefix + positions[: -self.num_patches].to(x.dtype)
-        return self.decoder_pred(self.decoder_norm(self.run(prefix, full, ids_BM)))
+        return project(self.decoder_pred, self.run(prefix, full, ids_BM), norm=self.decoder_norm)
 
     def positions(self) -> Tensor:
         """(N, E), or (prefix + N, E) where the prefix has a position too."""
