@@ -4,33 +4,16 @@
 // lies in the L1 cache from its pixels to its part of the gradient; each leaves one float64 number, and these are added
 // in the order of the patches, so neither the threads nor the cuts between them change a bit.
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "bindings.h"
 #include "multiversion.h"
+#include "numbers.h"
 #include "parallel.h"
 #include "patch_reading.h"
 
 namespace mimir {
 namespace {
-
-MIMIR_INLINE float load(const float* from) { return *from; }
-MIMIR_INLINE void store(float value, float* to) { *to = value; }
-
-MIMIR_INLINE float load(const std::uint16_t* from) {  // bfloat16
-    const std::uint32_t bits = static_cast<std::uint32_t>(*from) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-}
-
-MIMIR_INLINE void store(float value, std::uint16_t* to) {  // to the nearest, ties to even, a NaN stays one
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    *to = static_cast<std::uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-}
 
 struct Loss {
     bool normalized, absolute;
@@ -94,7 +77,7 @@ double patch_loss(const std::uint8_t* corner, const Grid& grid, const Loss& loss
 
 MIMIR_MULTIVERSION
 double patch_loss(const std::uint8_t* corner, const Grid& grid, const Loss& loss, float* pixels,
-                  const std::uint16_t* prediction, std::uint16_t* gradient) {
+                  const Bf16* prediction, Bf16* gradient) {
     return patch_loss_body(corner, grid, loss, pixels, prediction, gradient);
 }
 
@@ -106,7 +89,7 @@ double patch_loss(const float* corner, const Grid& grid, const Loss& loss, float
 
 MIMIR_MULTIVERSION
 double patch_loss(const float* corner, const Grid& grid, const Loss& loss, float* pixels,
-                  const std::uint16_t* prediction, std::uint16_t* gradient) {
+                  const Bf16* prediction, Bf16* gradient) {
     return patch_loss_body(corner, grid, loss, pixels, prediction, gradient);
 }
 
@@ -139,9 +122,9 @@ double masked_loss(Address images, Address ids, Address prediction, Address grad
                    float eps, float slope, int threads) {
     const Grid grid{channels, patch_size, columns, stride};
     const Loss loss{normalized, absolute, is_uint8 ? 1.0f / 255.0f : 1.0f, eps, slope};
-    const auto sum = is_uint8 ? (is_bf16 ? &sum_over_patches<std::uint8_t, std::uint16_t>
+    const auto sum = is_uint8 ? (is_bf16 ? &sum_over_patches<std::uint8_t, Bf16>
                                          : &sum_over_patches<std::uint8_t, float>)
-                              : (is_bf16 ? &sum_over_patches<float, std::uint16_t> : &sum_over_patches<float, float>);
+                              : (is_bf16 ? &sum_over_patches<float, Bf16> : &sum_over_patches<float, float>);
     return sum(images, ids, prediction, gradient, B, M, grid, loss, threads);
 }
 
