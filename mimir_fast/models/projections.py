@@ -7,7 +7,7 @@ Shapes: x (…, K), outputs and residuals (…, N).
 from torch import Tensor, nn
 
 from mimir_fast.models.norms import CLEAN, LayerNorm
-from mimir_fast.ops import bf16_layers
+from mimir_fast.ops import bf16_layers, fp32_layers
 
 
 def project(
@@ -46,5 +46,7 @@ class Mlp(nn.Module):
         weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         if bf16_layers.takes(x, *weights, *norm.of(domain)[:2]):
             return bf16_layers.mlp(x, bf16_layers.Norm(*norm.of(domain)), *weights, residual=residual)
+        if fp32_layers.takes(x, *weights, *norm.of(domain)[:2]):
+            return fp32_layers.mlp(x, fp32_layers.Norm(*norm.of(domain)), *weights, residual=residual)
         y = self(norm(x, domain))
         return x + y if residual else y
