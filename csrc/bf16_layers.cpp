@@ -102,7 +102,7 @@ MIMIR_BF16 void linear_rows(const Linear& p, std::int64_t begin, std::int64_t en
 }
 
 // Gradients of the input and the norm for some rows; what the weight's needs is put down.
-MIMIR_BF16 void linear_rows_backward(const Linear& p, const Matrix* dx, const NormGradient& sums,
+MIMIR_BF16 void linear_rows_backward(const Linear& p, const Matrix* dx, const Matrix* along, const NormGradient& sums,
                                      const WeightGradient* weight, std::int64_t begin, std::int64_t end) {
     const std::int64_t depth = padded(p.N, kPanel), g_stride = row_length(p.N), x_stride = row_length(p.K);
     Scratch<Use::own> scratch(2 * kRows * (g_stride + x_stride) + 4 * kRows * x_stride + 256);
@@ -124,7 +124,7 @@ MIMIR_BF16 void linear_rows_backward(const Linear& p, const Matrix* dx, const No
         for (std::int64_t r = 0; r < count; ++r) {
             const float* from = grad + r * x_stride;
             if (p.norm.gamma != nullptr) {
-                norm_backward(p.x, row + r, p.norm, p.statistics, from, nullptr, *dx, sums);
+                norm_backward(p.x, row + r, p.norm, p.statistics, from, along, *dx, sums);
                 continue;
             }
             for (std::int64_t k = 0; k < p.K; k += 16) dx->store(row + r, k, _mm512_loadu_ps(from + k), lanes(p.K - k));
@@ -151,9 +151,10 @@ void linear(Address x, bool wide, Address gamma, Address beta, double eps, Addre
     parallel_for(padded(M, 32) / 32, 1, threads, [&](std::int64_t begin, std::int64_t end) { linear_rows(p, begin, end); });
 }
 
-// dx, dgamma, dbeta, dweight, dbias: 0 where not wanted; a norm's two together, and only with dx.
+// dx, dgamma, dbeta, dweight, dbias: 0 where not wanted; a norm's two together, and only with dx. along: what else goes
+// into dx, of x's type; 0 for nothing, and only behind a norm.
 void linear_backward(Address grad, bool grad_wide, Address x, bool wide, Address gamma, Address beta, Address statistics,
-                     Address panels, Address dx, Address dgamma, Address dbeta, Address dweight, Address dbias,
+                     Address panels, Address along, Address dx, Address dgamma, Address dbeta, Address dweight, Address dbias,
                      std::int64_t M, std::int64_t K, std::int64_t N, bool amx, int threads) {
     const Linear p = {M, K, N, amx, matrix(x, wide, K), matrix(grad, grad_wide, N),
                       {pointer<float>(gamma), pointer<float>(beta), 0.0f}, pointer<float>(statistics),
@@ -161,9 +162,10 @@ void linear_backward(Address grad, bool grad_wide, Address x, bool wide, Address
     Scratch<Use::shared> scratch(WeightGradient::bytes(M, N, K) + 8 * padded(M, 32) / 32 * K + 256);
     const WeightGradient weight(M, N, K, scratch);
     const NormGradient sums = {dgamma == 0 ? nullptr : scratch.take<float>(padded(M, 32) / 32 * 2 * K), K};
-    const Matrix to = matrix(dx, wide, K);
+    const Matrix to = matrix(dx, wide, K), more = matrix(along, wide, K);
     parallel_for(padded(M, 32) / 32, 1, threads, [&](std::int64_t begin, std::int64_t end) {
-        linear_rows_backward(p, dx == 0 ? nullptr : &to, sums, dweight == 0 ? nullptr : &weight, begin, end);
+        linear_rows_backward(p, dx == 0 ? nullptr : &to, along == 0 ? nullptr : &more, sums,
+                             dweight == 0 ? nullptr : &weight, begin, end);
     });
     if (dgamma != 0) add_blocks(sums, M, pointer<float>(dgamma), pointer<float>(dbeta));
     if (dweight == 0) return;
@@ -190,6 +192,7 @@ MIMIR_BF16 void mlp_rows(const Mlp& p, std::int64_t begin, std::int64_t end) {
     auto *a = scratch.take<std::uint16_t>(kRows * stride), *h = scratch.take<std::uint16_t>(kRows * h_stride);
     auto* c = scratch.take<float>(kRows * kPanel);
     const Sigmoid normal(normal_cubics());
+    const bool streams = p.hidden.whole_lines();
     const Tiles tiles(p.amx);
     for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
         const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
@@ -203,7 +206,12 @@ MIMIR_BF16 void mlp_rows(const Mlp& p, std::int64_t begin, std::int64_t end) {
                 // Rounded first, as if it had been stored in between: the backward pass reads it rounded.
                 const __m512i before = to_bf16({_mm512_add_ps(product.low, b0), _mm512_add_ps(product.high, b1)});
                 if (p.hidden.data != nullptr && r < count) {
-                    _mm512_mask_storeu_epi16(p.hidden.data + 2 * ((row + r) * p.H + n), inside, before);
+                    auto* to = p.hidden.data + 2 * ((row + r) * p.H + n);
+                    if (streams) {
+                        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), before);
+                    } else {
+                        _mm512_mask_storeu_epi16(to, inside, before);
+                    }
                 }
                 const Line x = line(before);
                 const Line y = {_mm512_mul_ps(x.low, normal(place(x.low))), _mm512_mul_ps(x.high, normal(place(x.high)))};
@@ -216,6 +224,7 @@ MIMIR_BF16 void mlp_rows(const Mlp& p, std::int64_t begin, std::int64_t end) {
                           Finish(c, row, count, n, p.bias2, p.residual ? &p.x : nullptr, p.out));
         }
     }
+    _mm_sfence();  // what was streamed is there before another thread reads it
 }
 
 MIMIR_BF16 void mlp_rows_backward(const Mlp& p, const Matrix& dx, const NormGradient& sums, const WeightGradient* first,

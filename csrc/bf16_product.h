@@ -43,6 +43,14 @@ struct Matrix {
             _mm256_mask_storeu_epi16(data + 2 * at, inside, to_bf16(x));
         }
     }
+    // Whether rows are made of whole lines of 64 bytes. Such a line can go to memory without being read first, which is
+    // the faster way where it is not wanted soon: strided writes to cold memory wait for every single line.
+    bool whole_lines() const {
+        return columns * (wide ? 4 : 2) % 64 == 0 && reinterpret_cast<std::uintptr_t>(data) % 64 == 0;
+    }
+    MIMIR_BF16_INLINE void stream(std::int64_t row, std::int64_t column, __m512 x) const {
+        _mm512_stream_ps(reinterpret_cast<float*>(data) + row * columns + column, x);
+    }
 };
 
 // One panel: rows (a multiple of 32) of A (depth long, a multiple of 32) times a panel of B → C. `finish(row)` is called
@@ -156,16 +164,22 @@ struct WeightGradient {
         auto* c = scratch.take<float>(rows * kPanel);
         const std::uint16_t* g = turned + begin * kPanel * stride;
         const Matrix out = {reinterpret_cast<char*>(weight), true, K};
+        const bool streams = out.whole_lines();
         const std::int64_t last = std::min(N - begin * kPanel, rows);
         for (std::int64_t k = 0; k < K; k += kPanel) {
             panel_product(amx, {g, stride}, rows, panels + k * M / 2, M, {c, kPanel});
             for (std::int64_t n = 0; n < last; ++n) {
-                for (std::int64_t half = 0; half < kPanel; half += 16) {
-                    const __mmask16 inside = lanes(K - k - half);
-                    out.store(begin * kPanel + n, k + half, _mm512_loadu_ps(c + n * kPanel + half), inside);
+                for (std::int64_t half = 0; half < std::min(kPanel, K - k); half += 16) {
+                    const __m512 x = _mm512_loadu_ps(c + n * kPanel + half);
+                    if (streams) {
+                        out.stream(begin * kPanel + n, k + half, x);
+                    } else {
+                        out.store(begin * kPanel + n, k + half, x, lanes(K - k - half));
+                    }
                 }
             }
         }
+        _mm_sfence();  // what was streamed is there before another thread reads it
         if (bias == nullptr) return;
         const auto ones = (__m512bh)_mm512_set1_epi16(0x3f80);
         for (std::int64_t n = 0; n < last; ++n) {

@@ -1,13 +1,14 @@
 """An attack leaves no trace: it borrows the model and hands it back as it was.
 
-Gradients go to the input only (`torch.autograd.grad` with one input skips every weight gradient), so the parameters'
-`.grad` and DDP's hooks are never touched. FSDP2 works in module hooks: its reduction is switched off meanwhile, and the
-parameters are gathered once, for all steps of the attack and for the training pass that follows.
+Gradients go to the input only, so the parameters' `.grad` and DDP's hooks are never touched. `torch.autograd.grad` with
+one input makes PyTorch's own layers skip every weight gradient, but ops that compute several gradients at once
+(ops/bf16_layers.py) look at the parameters, so these are frozen while the attack runs. FSDP2 works in module hooks: its
+reduction is switched off meanwhile, and the parameters are gathered once, for all steps of the attack and for the
+training pass that follows; they are its own, and stay as they are.
 
-A compiled block would compute all its weight gradients and throw them away, a third of the attack's time, so it is
-frozen while the attack runs. That needs the block's help: torch 2.11 compiles for frozen weights but does not guard on
-it, and would use the attack's graph for training as well, where no weight would get a gradient. A block that can be
-frozen has an attribute `frozen` that its forward branches on, which is guarded.
+A compiled block needs help to be frozen: torch 2.11 compiles for frozen weights but does not guard on it, and would use
+the attack's graph for training as well, where no weight would get a gradient. A block that can be frozen has an
+attribute `frozen` that its forward branches on, which is guarded.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimir_fast.ops.bf16_layers import weights_stay
+from mimir_fast.ops.bf16_kernels import weights_stay
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -40,7 +41,7 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     lent = getattr(module, "lent", False)  # to an attack around this one: what that has taken, that gives back
     sharded = [] if lent else [m for m in module.modules() if isinstance(m, FSDPModule)]
     blocks = [block for block in freezable_blocks(module) if not block.frozen]
-    frozen = [p for block in blocks for p in block.parameters() if p.requires_grad]
+    frozen = [p for part in (blocks if sharded or lent else [module]) for p in part.parameters() if p.requires_grad]
     if sharded:
         _gather(module, sharded)
     _freeze(blocks, frozen, True)

@@ -20,7 +20,7 @@ from mimir_fast.methods.masking import Mask
 from mimir_fast.methods.noise_mae import uniform_delta
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.models.masked_model import MaskedModel
-from mimir_fast.ops.bf16_layers import weights_stay
+from mimir_fast.ops.bf16_kernels import weights_stay
 from mimir_fast.ops.patches import gather_patches, patchify, patchify_gather
 from mimir_fast.philox import Stream
 

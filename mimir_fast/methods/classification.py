@@ -22,7 +22,7 @@ from mimir_fast.methods.augmentation import RandAugmentConfig, rand_augment
 from mimir_fast.methods.mixing import MixingConfig, mix, smooth_labels
 from mimir_fast.models.branches import draw_drop_path
 from mimir_fast.models.classifier import Classifier
-from mimir_fast.ops.bf16_layers import weights_stay
+from mimir_fast.ops.bf16_kernels import weights_stay
 
 
 def default_attack() -> LinfThreat:

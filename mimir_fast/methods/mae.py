@@ -20,7 +20,7 @@ from mimir_fast.methods.masking import SHARES, Mask, draw_mask, draw_share
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.terms import Term, total
 from mimir_fast.models.masked_model import MaskedModel, Output, View
-from mimir_fast.ops.bf16_layers import weights_stay
+from mimir_fast.ops.bf16_kernels import weights_stay
 from mimir_fast.ops.patches import masked_targets, patchify, patchify_gather, unpatchify
 from mimir_fast.ops.random_masks import TokenOrder
 from mimir_fast.philox import Stream

@@ -31,6 +31,11 @@ def self_attention(qkv_BT3HE: Tensor) -> Tensor:
     return native_self_attention(qkv_BT3HE) if name == "native" else KERNELS[name](q, k, v)
 
 
+def self_attention_kernel(device: torch.device, dtype: torch.dtype, T: int, H: int, E: int, backward: bool) -> str:
+    """The name of the kernel `self_attention` takes for such tensors; not while torch.compile traces."""
+    return _choice(device, dtype, T, T, H, E, backward, False)
+
+
 def _kernel_for(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> str:
     """The name of the kernel for these tensors."""
     (_, T, H, E), S = q_BTHE.shape, k_BSHE.shape[1]

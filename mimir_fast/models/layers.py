@@ -5,15 +5,17 @@ Shapes: B batch, N patches of P numbers, T tokens, Q queried tokens, S tokens th
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.models.attention import attention, self_attention
+from mimir_fast.models.attention import attention, self_attention, self_attention_kernel
 from mimir_fast.models.branches import LayerBranches, shape_branch
 from mimir_fast.models.freezable import Freezable
 from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.models.projections import Mlp as Mlp
 from mimir_fast.models.projections import project, project_by
+from mimir_fast.ops import bf16_layers
 from mimir_fast.ops.patches import gather_patches
 
 
@@ -125,6 +127,8 @@ class Block(Layer):
             branches: what happens to the attention and the MLP branch, see branches.py.
         """
         self.branch_on_frozen()
+        if branches is None and query_ids_BQ is None and num_keep is None and self._is_one_op(x_BTD, domain):
+            return bf16_layers.block(x_BTD, self._weights(domain), self.attn.num_heads, self.norm1.eps)
         if num_keep is not None and num_keep < x_BTD.shape[1]:
             attended, received_BT = attend_and_rank(self.attn, self.norm1(x_BTD, domain))
             x = gather_patches(x_BTD + shape_branch(attended, branches, 0), most_attended(received_BT, num_keep))
@@ -140,6 +144,22 @@ class Block(Layer):
         if branches is None:
             return self.mlp.after(self.norm2, x, domain, residual=True)
         return x + shape_branch(self.mlp.after(self.norm2, x, domain), branches, 1)
+
+    def _is_one_op(self, x_BTD: Tensor, domain: int) -> bool:
+        """Whether ops/bf16_layers.py computes the whole block, with the attention kernel that is the fastest here."""
+        weights = self._weights(domain)
+        if not bf16_layers.takes(x_BTD, *weights):
+            return False
+        (_, T, D), H = x_BTD.shape, self.attn.num_heads
+        backward = bf16_layers.keeps(x_BTD, *weights)
+        return self_attention_kernel(x_BTD.device, torch.bfloat16, T, H, D // H, backward) == "native"
+
+    def _weights(self, domain: int) -> bf16_layers.BlockWeights:
+        attn, mlp = self.attn, self.mlp
+        return bf16_layers.BlockWeights(
+            *self.norm1.of(domain)[:2], attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
+            *self.norm2.of(domain)[:2], mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+        )  # fmt: skip
 
 
 def attend_and_rank(attn: Attention, x_BTD: Tensor) -> tuple[Tensor, Tensor]:

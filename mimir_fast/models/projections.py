@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.ops import bf16_layers, fp32_layers
+from mimir_fast.ops.bf16_kernels import Norm
 
 
 def project(
@@ -24,7 +25,7 @@ def project_by(
     """`project` by a weight (N, K) and a bias (N,), which may be slices of a layer's."""
     parameters = () if norm is None else norm.of(domain)[:2]
     if bf16_layers.takes(x, weight, bias, *parameters):
-        wanted = None if norm is None else bf16_layers.Norm(*norm.of(domain))
+        wanted = None if norm is None else Norm(*norm.of(domain))
         return bf16_layers.linear(x, weight, bias, wanted, residual)
     y = nn.functional.linear(x if norm is None else norm(x, domain), weight, bias)
     return y if residual is None else residual + y
@@ -45,8 +46,8 @@ class Mlp(nn.Module):
         """[x +] mlp(norm(x))."""
         weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         if bf16_layers.takes(x, *weights, *norm.of(domain)[:2]):
-            return bf16_layers.mlp(x, bf16_layers.Norm(*norm.of(domain)), *weights, residual=residual)
+            return bf16_layers.mlp(x, Norm(*norm.of(domain)), *weights, residual=residual)
         if fp32_layers.takes(x, *weights, *norm.of(domain)[:2]):
-            return fp32_layers.mlp(x, fp32_layers.Norm(*norm.of(domain)), *weights, residual=residual)
+            return fp32_layers.mlp(x, Norm(*norm.of(domain)), *weights, residual=residual)
         y = self(norm(x, domain))
         return x + y if residual else y

@@ -1,37 +1,52 @@
-"""Linear layers of a transformer in bfloat16 on the CPU, with what stands around them, as one op each.
+"""Layers of a transformer in bfloat16 on the CPU, with what stands around them, as one op each.
 
     linear:  y = [r +] W·[LN](x) + b
     mlp:     y = [x +] W₂·gelu(W₁·LN(x) + b₁) + b₂
+    block:   y = x + W·attention(LN(x)) + b, then the mlp
 
 What bf16 autocast computes, by AMX tiles (csrc/bf16_layers.cpp): operands are rounded to bfloat16, sums are float32,
 as are normalisation, GELU and residual sums. Gradients of weights are not rounded to bfloat16 on their way.
-Weights are packed for the tiles first; inside `weights_stay()` once for all calls. Differentiable once, not twice: for
-second derivatives leave autocast.
-Shapes: x (…, K), r and y (…, N), W (N, K); of the mlp: W₁ (H, K), W₂ (K, H).
+Differentiable once, not twice: for second derivatives leave autocast.
+
+A block is one node of the graph, since at these sizes autograd's work for four costs as much as a product.
+`torch.autograd.Function` and not `torch.library`: its calls cost a fifth, and torch.compile fuses layers by itself, so
+these are not taken while it traces.
+Shapes: x (…, K), r and y (…, N), W (N, K); of the mlp: W₁ (H, K), W₂ (K, H); of the block: (B, T, D), H heads of E.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mimir_fast import _native
+from mimir_fast.ops import bf16_kernels
+from mimir_fast.ops.bf16_kernels import MlpWeights, Norm, packed
+from mimir_fast.ops.native_attention import (
+    native_attention_reference,
+    self_attention_backward,
+    self_attention_forward,
+)
 
-# Asked once. Without AMX a library's products are as good; tests set it to `avx512` to run the other kernel.
-_UNIT = _native.run("bf16_unit") if _native.has("bf16_mlp") else ""
-PANEL = 32
+_PLAIN = (Tensor, torch.nn.Parameter)  # a sharded parameter is a subclass
+Grads = tuple[Tensor | None, ...]
 
 
-class Norm(NamedTuple):
-    """A layer normalisation in front: weight (K,), bias (K,), float32."""
+def takes(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether these ops compute what bf16 autocast would: it is on, on a CPU with AMX, and parameters are float32."""
+    return (
+        bf16_kernels.UNIT == "amx"
+        and x.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and all(p is None or (type(p) in _PLAIN and p.dtype == torch.float32) for p in parameters)
+        and not torch.compiler.is_compiling()
+    )
 
-    weight: Tensor
-    bias: Tensor
-    eps: float
+
+# y = [r +] W·[LN](x) + b
 
 
 def linear_reference(
@@ -44,77 +59,6 @@ def linear_reference(
     return y if residual is None else residual + y
 
 
-def mlp_reference(
-    x: Tensor, norm: Norm, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: bool = True
-) -> Tensor:
-    """The definition."""
-    y = F.linear(F.gelu(linear_reference(x, weight1, bias1, norm)), weight2, bias2)
-    return x + y if residual else y
-
-
-def takes(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether these ops compute what bf16 autocast would: it is on, on a CPU with AMX, and parameters are float32."""
-    return (
-        _UNIT == "amx"
-        and x.device.type == "cpu"
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and all(p is None or (type(p) in _PLAIN and p.dtype == torch.float32) for p in parameters)
-        and not torch.compiler.is_compiling()
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)  # a sharded parameter is a subclass
-
-
-# Packed weights.
-
-Packed = tuple[Tensor, Tensor]
-_scope = threading.local()
-
-
-@contextmanager
-def weights_stay() -> Iterator[None]:
-    """Inside, no weight changes (an attack and the forward pass after it), so each is packed once. May be nested."""
-    outer = getattr(_scope, "packed", None)
-    if outer is None:
-        _scope.packed = {}
-    try:
-        yield
-    finally:
-        _scope.packed = outer
-
-
-def packed(weight: Tensor) -> Packed:
-    """The weight (N, K) as operand of x Wᵀ and of g W."""
-    known: dict[object, tuple[Tensor, Packed]] | None = getattr(_scope, "packed", None)
-    if known is None:
-        return _pack(weight)
-    key = weight.data_ptr(), weight.shape, weight.stride()  # slices of one weight are other weights
-    if key not in known:
-        known[key] = weight, _pack(weight)  # the weight too, so that nothing else comes to lie there
-    return known[key][1]
-
-
-@torch.library.custom_op("mimir_fast::bf16_pack", mutates_args=())
-def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Panels for x Wᵀ, and for g W: see csrc/bf16_product.h."""
-    forward, backward = _pack_fake(weight)
-    wide = weight.dtype == torch.float32
-    _native.run("bf16_pack", weight.contiguous(), wide, *weight.shape, forward, backward)
-    return forward, backward
-
-
-@_pack.register_fake
-def _pack_fake(weight: Tensor) -> tuple[Tensor, Tensor]:
-    N, K = (-(-n // PANEL) * PANEL for n in weight.shape)
-    return tuple(weight.new_empty((a // PANEL, b, PANEL), dtype=torch.bfloat16) for a, b in ((N, K), (K, N)))  # type: ignore[return-value]
-
-
-# y = [r +] W·[LN](x) + b
-
-
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None = None, residual: Tensor | None = None
 ) -> Tensor:
@@ -125,98 +69,45 @@ def linear(
         weight, bias: (N, K), (N,) float32.
         residual: (…, N) float32 or bfloat16.
     """
-    gamma, beta, eps = norm if norm is not None else (None, None, 0.0)
-    return _linear(x, gamma, beta, eps, weight, bias, residual, *packed(weight.detach()))[0]
+    out: Tensor = _Linear.apply(x, *(norm or bf16_kernels.NO_NORM), weight, bias, residual)
+    return out
 
 
-def _dims(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
-    N, K = weight.shape
-    return x.numel() // K, K, N
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, weight: Tensor,
+        bias: Tensor | None, residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        norm = None if gamma is None or beta is None else Norm(gamma, beta, eps)
+        panels, panels_back = packed(weight)
+        out, statistics = bf16_kernels.linear_forward(x, norm, weight, bias, residual, panels)
+        ctx.save_for_backward(x, gamma, beta, weight, statistics, panels_back)
+        return out
 
-
-def _wide(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.dtype == torch.float32
-
-
-@torch.library.custom_op("mimir_fast::bf16_linear", mutates_args=())
-def _linear(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
-    residual: Tensor | None, panels: Tensor, panels_back: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output, and mean and 1/deviation of each row, (M, 2)."""
-    out, statistics = _linear_fake(x, gamma, beta, eps, weight, bias, residual, panels, panels_back)
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    _run("bf16_linear", x, _wide(x), gamma, beta, eps, panels, bias, residual, _wide(residual), out, _wide(out),
-         statistics, *_dims(x, weight), _UNIT == "amx")  # fmt: skip
-    return out, statistics
-
-
-@_linear.register_fake
-def _linear_fake(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
-    residual: Tensor | None, panels: Tensor, panels_back: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    M, _, N = _dims(x, weight)
-    dtype = torch.bfloat16 if residual is None else residual.dtype
-    return (
-        x.new_empty((*x.shape[:-1], N), dtype=dtype),
-        x.new_empty((0 if gamma is None else M, 2), dtype=torch.float32),
-    )
-
-
-@torch.library.custom_op("mimir_fast::bf16_linear_backward", mutates_args=())
-def _linear_backward(
-    grad: Tensor, x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor, statistics: Tensor,
-    panels_back: Tensor, wants_x: bool, wants_norm: bool, wants_weight: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, gamma, beta, weight, bias; empty where not wanted."""
-    grads = _linear_backward_fake(
-        grad, x, gamma, beta, weight, statistics, panels_back, wants_x, wants_norm, wants_weight
-    )
-    grad, x = grad.contiguous(), x.contiguous()
-    _run("bf16_linear_backward", grad, _wide(grad), x, _wide(x), gamma, beta, statistics, panels_back,
-         *(g if g.numel() else None for g in grads), *_dims(x, weight), _UNIT == "amx")  # fmt: skip
-    return grads
-
-
-@_linear_backward.register_fake
-def _linear_backward_fake(
-    grad: Tensor, x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor, statistics: Tensor,
-    panels_back: Tensor, wants_x: bool, wants_norm: bool, wants_weight: bool,
-) -> list[Tensor]:  # fmt: skip
-    N, K = weight.shape
-    new = weight.new_empty
-    norm = K if wants_norm else 0
-    return [
-        x.new_empty(x.shape if wants_x else 0), new(norm), new(norm),
-        new((N, K) if wants_weight else 0), new(N if wants_weight else 0),
-    ]  # fmt: skip
-
-
-def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, gamma, beta, _, weight, *_, panels_back = inputs
-    ctx.save_for_backward(x, gamma, beta, weight, output[1], panels_back)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _linear_gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, gamma, beta, weight, statistics, panels_back = ctx.saved_tensors
-    needs_x, needs_gamma, needs_beta, _, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-    wants_norm = needs_gamma or needs_beta
-    dx, dgamma, dbeta, dweight, dbias = _linear_backward(
-        grad, x, gamma, beta, weight, statistics, panels_back, needs_x or wants_norm, wants_norm,
-        needs_weight or needs_bias,
-    )  # fmt: skip
-    return (
-        dx if needs_x else None, dgamma if needs_gamma else None, dbeta if needs_beta else None, None,
-        dweight if needs_weight else None, dbias if needs_bias else None, grad if needs_residual else None, None, None,
-    )  # fmt: skip
-
-
-_linear.register_autograd(_linear_gradients, setup_context=_linear_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        x, gamma, beta, weight, statistics, panels_back = ctx.saved_tensors
+        needs_x, needs_gamma, needs_beta, _, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad
+        wants_norm = needs_gamma or needs_beta
+        norm = None if gamma is None else Norm(gamma, beta, 0.0)  # eps is in the statistics
+        dx, dgamma, dbeta, dweight, dbias = bf16_kernels.linear_backward(
+            grad, x, norm, weight, statistics, panels_back,
+            wants_x=needs_x or wants_norm, wants_norm=wants_norm, wants_weight=needs_weight or needs_bias,
+        )  # fmt: skip
+        return dx, dgamma, dbeta, None, dweight, dbias if needs_bias else None, grad if needs_residual else None
 
 
 # y = [x +] W₂·gelu(W₁·LN(x) + b₁) + b₂
+
+
+def mlp_reference(
+    x: Tensor, norm: Norm, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: bool = True
+) -> Tensor:
+    """The definition."""
+    y = F.linear(F.gelu(linear_reference(x, weight1, bias1, norm)), weight2, bias2)
+    return x + y if residual else y
 
 
 def mlp(
@@ -224,74 +115,121 @@ def mlp(
 ) -> Tensor:
     """(…, K): in x's dtype with the residual, in bfloat16 without. Arguments as for `linear`."""
     parameters = (norm.weight, norm.bias, weight1, bias1, weight2, bias2)
-    keep = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
-    packs = (*packed(weight1.detach()), *packed(weight2.detach()))
-    return _mlp(x, list(parameters), list(packs), norm.eps, residual, keep)[0]
+    out: Tensor = _Mlp.apply(x, norm.eps, residual, keeps(x, *parameters), *parameters)
+    return out
 
 
-@torch.library.custom_op("mimir_fast::bf16_mlp", mutates_args=())
-def _mlp(
-    x: Tensor, parameters: list[Tensor], packs: list[Tensor], eps: float, residual: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the hidden numbers before the GELU (M, H) if they are to be kept, and the rows' statistics (M, 2)."""
-    out, hidden, statistics = _mlp_fake(x, parameters, packs, eps, residual, keep)
-    x = x.contiguous()
-    gamma, beta, weight1, bias1, _, bias2 = parameters
-    _run("bf16_mlp", x, _wide(x), gamma, beta, eps, packs[0], bias1, packs[2], bias2, residual, out,
-         hidden if keep else None, statistics, *_dims(x, weight1), _UNIT == "amx")  # fmt: skip
-    return out, hidden, statistics
+def keeps(*tensors: Tensor | None) -> bool:
+    """Whether there will be a backward pass, and something to keep for it."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-@_mlp.register_fake
-def _mlp_fake(
-    x: Tensor, parameters: list[Tensor], packs: list[Tensor], eps: float, residual: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    M, _, H = _dims(x, parameters[2])
-    return (
-        x.new_empty(x.shape, dtype=x.dtype if residual else torch.bfloat16),
-        x.new_empty((M if keep else 0, H), dtype=torch.bfloat16),
-        x.new_empty((M, 2), dtype=torch.float32),
-    )
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, residual: bool, keep: bool, *parameters: Tensor) -> Tensor:
+        norm, weights = Norm(parameters[0], parameters[1], eps), MlpWeights(*parameters[2:])
+        packs = packed(weights.weight1), packed(weights.weight2)
+        out, hidden, statistics = bf16_kernels.mlp_forward(x, norm, weights, packs, residual=residual, keep=keep)
+        ctx.residual = residual
+        ctx.save_for_backward(x, hidden, statistics, packs[0][1], packs[1][1], *parameters)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        x, hidden, statistics, back1, back2, *parameters = ctx.saved_tensors
+        wants = any(ctx.needs_input_grad[4:])
+        dx, grads = bf16_kernels.mlp_backward(
+            grad, x, Norm(parameters[0], parameters[1], 0.0), MlpWeights(*parameters[2:]), (back1, back2), hidden,
+            statistics, residual=ctx.residual, wants_parameters=wants,
+        )  # fmt: skip
+        return dx, None, None, None, *(grads or (None,) * 6)
 
 
-@torch.library.custom_op("mimir_fast::bf16_mlp_backward", mutates_args=())
-def _mlp_backward(
-    grad: Tensor, x: Tensor, parameters: list[Tensor], packs_back: list[Tensor], hidden: Tensor, statistics: Tensor,
-    residual: bool, wants_parameters: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of x and, where wanted, of the parameters."""
-    grads = _mlp_backward_fake(grad, x, parameters, packs_back, hidden, statistics, residual, wants_parameters)
-    grad, x = grad.contiguous(), x.contiguous()
-    addresses = [g.data_ptr() for g in grads[1:]]
-    _run("bf16_mlp_backward", grad, x, _wide(x), *parameters[:2], statistics, hidden, *packs_back, residual,
-         grads[0], addresses, *_dims(x, parameters[2]), _UNIT == "amx")  # fmt: skip
-    return grads
+# y = x + W·attention(LN(x)) + b, then the mlp
 
 
-@_mlp_backward.register_fake
-def _mlp_backward_fake(
-    grad: Tensor, x: Tensor, parameters: list[Tensor], packs_back: list[Tensor], hidden: Tensor, statistics: Tensor,
-    residual: bool, wants_parameters: bool,
-) -> list[Tensor]:  # fmt: skip
-    return [x.new_empty(x.shape), *(p.new_empty(p.shape) for p in parameters if wants_parameters)]
+class BlockWeights(NamedTuple):
+    """All parameters of a block, float32: norms (D,), qkv (3D, D), proj (D, D), the MLP's (H, D) and (D, H)."""
+
+    norm1: Tensor
+    norm1_bias: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    proj: Tensor
+    proj_bias: Tensor | None
+    norm2: Tensor
+    norm2_bias: Tensor
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
 
 
-def _mlp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, parameters, packs, _, ctx.residual, _ = inputs
-    ctx.save_for_backward(x, *parameters, *packs[1::2], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+def block_reference(x_BTD: Tensor, weights: BlockWeights, num_heads: int, eps: float = 1e-6) -> Tensor:
+    """The definition."""
+    B, T, D = x_BTD.shape
+    w = weights
+    qkv = linear_reference(x_BTD, w.qkv, w.qkv_bias, Norm(w.norm1, w.norm1_bias, eps))
+    attended = native_attention_reference(*qkv.view(B, T, 3, num_heads, -1).unbind(2)).reshape(B, T, D)
+    x = linear_reference(attended, w.proj, w.proj_bias, residual=x_BTD)
+    return mlp_reference(x, Norm(w.norm2, w.norm2_bias, eps), *w[8:])
 
 
-def _mlp_gradients(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    x, *rest = ctx.saved_tensors
-    parameters, packs_back, (hidden, statistics) = rest[:6], rest[6:8], rest[8:]
-    wants = any(ctx.needs_input_grad[1])
-    dx, *to_parameters = _mlp_backward(grad, x, parameters, packs_back, hidden, statistics, ctx.residual, wants)
-    return dx, to_parameters if wants else [None] * 6, [None] * 4, None, None, None
+def block(x_BTD: Tensor, weights: BlockWeights, num_heads: int, eps: float = 1e-6) -> Tensor:
+    """(B, T, D) in x's dtype, where `native_attention` takes the heads."""
+    out: Tensor = _Block.apply(x_BTD, num_heads, eps, keeps(x_BTD, *weights), *weights)
+    return out
 
 
-_mlp.register_autograd(_mlp_gradients, setup_context=_mlp_context)
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_heads: int, eps: float, keep: bool, *weights: Tensor) -> Tensor:
+        w = BlockWeights(*weights)
+        packs = [packed(weight) for weight in (w.qkv, w.proj, w.weight1, w.weight2)]
+        (norm1, norm2), mlp_weights = _norms(w, eps), MlpWeights(*w[8:])
+        qkv, statistics1 = bf16_kernels.linear_forward(x, norm1, w.qkv, w.qkv_bias, None, packs[0][0])
+        qkv = qkv.view(*x.shape[:2], 3, num_heads, -1)
+        attended, lse = self_attention_forward(qkv)
+        y, _ = bf16_kernels.linear_forward(attended.view(x.shape), None, w.proj, w.proj_bias, x, packs[1][0])
+        out, hidden, statistics2 = bf16_kernels.mlp_forward(
+            y, norm2, mlp_weights, (packs[2], packs[3]), residual=True, keep=keep
+        )
+        if keep:
+            between = x, statistics1, qkv, attended, lse, y, statistics2, hidden
+            ctx.save_for_backward(*between, *(back for _, back in packs), *weights)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        x, statistics1, qkv, attended, lse, y, statistics2, hidden, *rest = ctx.saved_tensors
+        backs, w = rest[:4], BlockWeights(*rest[4:])
+        wants = any(ctx.needs_input_grad[4:])
+        norm1, norm2 = _norms(w, 0.0)  # eps is in the statistics
+        dy, mlp_grads = bf16_kernels.mlp_backward(
+            grad, y, norm2, MlpWeights(*w[8:]), (backs[2], backs[3]), hidden, statistics2,
+            residual=True, wants_parameters=wants,
+        )  # fmt: skip
+        rows = attended.view(x.shape)
+        dattended, _, _, dproj, dproj_bias = bf16_kernels.linear_backward(
+            dy, rows, None, w.proj, statistics1, backs[1], wants_x=True, wants_norm=False, wants_weight=wants
+        )
+        assert dattended is not None
+        dqkv = self_attention_backward(dattended.view(attended.shape), qkv, attended, lse)
+        dx, *first = bf16_kernels.linear_backward(
+            dqkv.view(*x.shape[:2], -1), x, norm1, w.qkv, statistics1, backs[0],
+            wants_x=True, wants_norm=wants, wants_weight=wants, along=dy,
+        )  # fmt: skip
+        grads = (*first, dproj, dproj_bias, *(mlp_grads or (None,) * 6))
+        return (
+            dx,
+            None,
+            None,
+            None,
+            *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[4:], strict=True)),
+        )
 
 
-def _run(function: str, *arguments: Any) -> None:
-    _native.run(function, *(0 if argument is None else argument for argument in arguments))
+def _norms(w: BlockWeights, eps: float) -> tuple[Norm, Norm]:
+    return Norm(w.norm1, w.norm1_bias, eps), Norm(w.norm2, w.norm2_bias, eps)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
-from mimir_fast.ops.bf16_layers import Norm, linear_reference, mlp_reference
+from mimir_fast.ops.bf16_kernels import Norm
+from mimir_fast.ops.bf16_layers import linear_reference, mlp_reference
 
 _HAS = _native.has("fp32_gelu")
 _PLAIN = (Tensor, torch.nn.Parameter)  # a sharded parameter is a subclass

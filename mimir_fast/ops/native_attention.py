@@ -129,30 +129,34 @@ _attention_backward.register_autograd(_second_backward, setup_context=_save_for_
 # The same on q, k and v in one tensor: their gradients are written side by side, where three would be copied together.
 
 
-@torch.library.custom_op("mimir_fast::native_self_attention", mutates_args=())
-def _self_attention(qkv_BT3HE: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_attention`."""
+def self_attention_forward(qkv_BT3HE: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_attention`: (B, T, H, E) and the log-sum-exp (B, H, T)."""
     qkv = qkv_BT3HE.contiguous()
-    B, T, _, H, E = qkv.shape
-    out, lse = qkv.new_empty((B, T, H, E)), qkv.new_empty((B, H, T), dtype=torch.float32)
+    out, lse = _self_attention_fake(qkv)
     q, k, v = qkv.unbind(2)
     _run("", q, k, v, (), (out, lse))
     return out, lse
 
 
-@_self_attention.register_fake
-def _(qkv_BT3HE: Tensor) -> tuple[Tensor, Tensor]:
+def _self_attention_fake(qkv_BT3HE: Tensor) -> tuple[Tensor, Tensor]:
     B, T, _, H, E = qkv_BT3HE.shape
     return qkv_BT3HE.new_empty((B, T, H, E)), qkv_BT3HE.new_empty((B, H, T), dtype=torch.float32)
 
 
-@torch.library.custom_op("mimir_fast::native_self_attention_backward", mutates_args=())
-def _self_attention_backward(grad_BTHE: Tensor, qkv_BT3HE: Tensor, out_BTHE: Tensor, lse_BHT: Tensor) -> Tensor:
+def self_attention_backward(grad_BTHE: Tensor, qkv_BT3HE: Tensor, out_BTHE: Tensor, lse_BHT: Tensor) -> Tensor:
+    """(B, T, 3, H, E)."""
     qkv = qkv_BT3HE.contiguous()
-    grads = qkv.new_empty(qkv.shape)
+    grads = torch.empty_like(qkv)
     q, k, v = qkv.unbind(2)
     _run("_backward", q, k, v, (grad_BTHE.contiguous(),), (out_BTHE, lse_BHT), grads.unbind(2))
     return grads
+
+
+_self_attention = torch.library.custom_op("mimir_fast::native_self_attention", self_attention_forward, mutates_args=())
+_self_attention.register_fake(_self_attention_fake)
+_self_attention_backward = torch.library.custom_op(
+    "mimir_fast::native_self_attention_backward", self_attention_backward, mutates_args=()
+)
 
 
 @_self_attention_backward.register_fake

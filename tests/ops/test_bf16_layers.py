@@ -9,8 +9,18 @@ from torch import Tensor
 
 from mimir_fast import _native
 from mimir_fast.models.layers import Block
+from mimir_fast.ops import bf16_kernels as kernels
 from mimir_fast.ops import bf16_layers as op
-from mimir_fast.ops.bf16_layers import Norm, linear, linear_reference, mlp, mlp_reference, packed, weights_stay
+from mimir_fast.ops.bf16_kernels import MlpWeights, Norm, packed, weights_stay
+from mimir_fast.ops.bf16_layers import (
+    BlockWeights,
+    block,
+    block_reference,
+    linear,
+    linear_reference,
+    mlp,
+    mlp_reference,
+)
 
 UNIT = _native.run("bf16_unit") if _native.has("bf16_mlp") else ""
 UNITS = {"amx": ["amx", "avx512"], "avx512": ["avx512"], "": []}[UNIT]
@@ -23,7 +33,7 @@ pytestmark = pytest.mark.skipif(not UNIT, reason="no bf16 unit here, or the C++ 
 @pytest.fixture(params=UNITS)
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every unit that this processor has."""
-    monkeypatch.setattr(op, "_UNIT", request.param)
+    monkeypatch.setattr(kernels, "UNIT", request.param)
     yield request.param
 
 
@@ -125,9 +135,16 @@ def test_an_attack_gets_the_inputs_gradient_and_nothing_else(unit: str) -> None:
 
 def test_nothing_is_kept_where_no_gradient_is_wanted(unit: str) -> None:
     x, parameters = draw(40, 64, 96, torch.float32)
-    args = (list(parameters), [*packed(parameters[2]), *packed(parameters[4])], 1e-6, True)
-    assert op._mlp(x, *args, False)[1].numel() == 0
-    assert torch.equal(op._mlp(x, *args, False)[0], op._mlp(x, *args, True)[0])
+    norm, weights = Norm(*parameters[:2], 1e-6), MlpWeights(*parameters[2:])
+    packs = packed(weights.weight1), packed(weights.weight2)
+    bare, kept = (
+        kernels.mlp_forward(x.detach(), norm, weights, packs, residual=True, keep=keep) for keep in (False, True)
+    )
+    assert bare[1] is None and kept[1] is not None
+    assert torch.equal(bare[0], kept[0])
+    assert not op.keeps(x.detach(), None) and op.keeps(x, None)
+    with torch.no_grad():
+        assert not op.keeps(x, None)
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(unit: str, stream: torch.dtype) -> None:
@@ -155,14 +172,14 @@ def test_layouts_and_poison(unit: str) -> None:
 
 def test_weights_are_packed_once_where_they_stay_and_afresh_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     count = 0
-    pack = op._pack
+    pack = kernels.pack
 
     def counted(weight: Tensor) -> Any:
         nonlocal count
         count += 1
         return pack(weight)
 
-    monkeypatch.setattr(op, "_pack", counted)
+    monkeypatch.setattr(kernels, "pack", counted)
     weight, x = torch.randn(32, 32), torch.randn(8, 32)
     with weights_stay():
         linear(x, weight, None)
@@ -179,17 +196,46 @@ def test_weights_are_packed_once_where_they_stay_and_afresh_elsewhere(monkeypatc
     assert count == 5
 
 
-def test_op_contract() -> None:
-    x, parameters = draw(6, 16, 20, torch.float32)
-    gamma, beta, weight, bias, *_ = parameters
-    torch.library.opcheck(torch.ops.mimir_fast.bf16_pack.default, (weight.detach(),))
-    arguments = (x, gamma, beta, 1e-6, weight, bias, None, *packed(weight.detach()))
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.mimir_fast.bf16_linear.default, arguments, test_utils=checks)
-    packs = [*packed(weight.detach()), *packed(parameters[4].detach())]
-    torch.library.opcheck(
-        torch.ops.mimir_fast.bf16_mlp.default, (x, parameters, packs, 1e-6, True, True), test_utils=checks
-    )
+def draw_block(B: int, T: int, D: int, stream: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """x (B, T, D) and the weights of a block with an MLP twice as wide."""
+    rng = torch.Generator().manual_seed(T)
+    shapes = [(D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,), (D,), (D,), (2 * D, D), (2 * D,), (D, 2 * D), (D,)]
+    weights = [torch.randn(shape, generator=rng) / shape[-1] ** 0.5 for shape in shapes]
+    weights[0], weights[6] = weights[0] + 1, weights[6] + 1
+    x = torch.randn(B, T, D, generator=rng).to(stream)
+    return x.requires_grad_(), [w.requires_grad_() for w in weights]
+
+
+@pytest.mark.parametrize(("B", "T", "D", "heads"), [(2, 50, 64, 2), (1, 1, 8, 1), (3, 17, 40, 5)])
+def test_block_equals_the_definition(B: int, T: int, D: int, heads: int, stream: torch.dtype, unit: str) -> None:
+    x, weights = draw_block(B, T, D, stream)
+
+    def by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, *weights: function(x, BlockWeights(*weights), heads)
+
+    assert_as_good_as_autocast(by(block), by(block_reference), [x, *weights], (B, T, D))
+
+
+def test_a_block_gives_what_is_wanted_and_no_more(unit: str) -> None:
+    """Frozen weights, some frozen weights, no bias of q, k and v: the gradients there are stay the same to the bit."""
+    x, weights = draw_block(2, 9, 32, torch.float32)
+
+    def gradients(wanted: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, ...]:
+        out = block(x, BlockWeights(*weights), 4)
+        return torch.autograd.grad(out.square().sum(), wanted)
+
+    everything = gradients([x, *weights], weights)
+    (frozen,) = gradients([x], [w.detach() for w in weights])
+    assert torch.equal(frozen, everything[0])
+    some = [w if i in (2, 8) else w.detach() for i, w in enumerate(weights)]
+    found = gradients([x, weights[2], weights[8]], some)
+    assert all(torch.equal(a, b) for a, b in zip(found, (everything[0], everything[3], everything[9]), strict=True))
+    weights[3] = torch.zeros_like(weights[3])
+    with_zeros = block(x, BlockWeights(*weights), 4)
+    assert torch.equal(with_zeros, block(x, BlockWeights(*weights)._replace(qkv_bias=None), 4))
+    (first,) = torch.autograd.grad(with_zeros.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -197,23 +243,37 @@ def test_a_block_takes_it_under_autocast_and_only_there(asked: bool, monkeypatch
     if UNIT != "amx":
         pytest.skip("used where there is AMX")
     torch.manual_seed(0)
-    block, x = Block(64, 4), torch.randn(2, 9, 64)
+    layer, x = Block(64, 4), torch.randn(2, 9, 64)
     ids = torch.tensor([[1, 4, 5], [0, 2, 8]]) if asked else None
-    calls = 0
+    calls: list[str] = []
 
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return mlp(*args, **kwargs)
+    def counted(name: str) -> Callable[..., Tensor]:
+        function = getattr(op, name)
 
-    monkeypatch.setattr(op, "mlp", counted)
-    exact = block(x, query_ids_BQ=ids)
-    assert calls == 0
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(name)
+            result: Tensor = function(*args, **kwargs)
+            return result
+
+        return run
+
+    for name in ("linear", "mlp", "block"):
+        monkeypatch.setattr(op, name, counted(name))
+    monkeypatch.setenv("MIMIR_FAST_ATTENTION", "native")
+    apart = ["linear", "linear", "linear", "mlp"] if asked else ["linear", "linear", "mlp"]
+    exact = layer(x, query_ids_BQ=ids)
+    assert not calls
     with torch.autocast("cpu", torch.bfloat16):
-        fast = block(x, query_ids_BQ=ids)
-        assert calls == 1
-        monkeypatch.setattr(op, "_UNIT", "")
-        slow = block(x, query_ids_BQ=ids)
-        assert calls == 1
+        fast = layer(x, query_ids_BQ=ids)
+        assert calls == (apart if asked else ["block"])
+        calls.clear()
+        monkeypatch.setenv("MIMIR_FAST_ATTENTION", "sdpa")
+        other = layer(x, query_ids_BQ=ids)
+        assert calls == apart
+        calls.clear()
+        monkeypatch.setattr(kernels, "UNIT", "")
+        slow = layer(x, query_ids_BQ=ids)
+        assert not calls
     assert fast.dtype == slow.dtype == torch.float32
-    assert (fast - exact).norm() <= 1.5 * (slow - exact).norm()
+    for quick in (fast, other):
+        assert (quick - exact).norm() <= 1.5 * (slow - exact).norm()
