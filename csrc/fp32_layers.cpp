@@ -7,10 +7,6 @@
 // Legend: M rows of K numbers (x), or of H (the hidden layer: h = u + bias with u the product as it comes).
 #include <cmath>
 
-#ifdef __GNUC__
-#pragma GCC optimize("fp-contract=fast")
-#endif
-
 #include "bindings.h"
 #include "exponential.h"
 #include "multiversion.h"
@@ -22,6 +18,12 @@ namespace {
 constexpr std::int64_t kBlock = 32;  // rows
 
 std::int64_t blocks_of(std::int64_t M) { return (M + kBlock - 1) / kBlock; }
+
+// Nothing here has to round as the definition does, so a multiplication and an addition may be one instruction.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=fast")
+#endif
 
 // GELU(x) = x Φ(x), with derivative Φ(x) + x φ(x).
 struct Gelu {
@@ -73,13 +75,6 @@ void gelu_rows(const float* u, const float* bias, float* out, std::int64_t H, st
     }
 }
 
-// out may be u.
-void fp32_gelu(Address u, Address bias, Address out, std::int64_t M, std::int64_t H, int threads) {
-    parallel_for(M, 8, threads, [&](std::int64_t begin, std::int64_t end) {
-        gelu_rows(pointer<float>(u), pointer<float>(bias), pointer<float>(out), H, begin, end);
-    });
-}
-
 struct Hidden {
     const float *u, *bias;
     float *grad;  // of GELU's output → of its input
@@ -111,6 +106,17 @@ void gelu_backward_blocks(const Hidden& p, std::int64_t begin, std::int64_t end)
             sums[i] += product;
         }
     }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
+
+// out may be u.
+void fp32_gelu(Address u, Address bias, Address out, std::int64_t M, std::int64_t H, int threads) {
+    parallel_for(M, 8, threads, [&](std::int64_t begin, std::int64_t end) {
+        gelu_rows(pointer<float>(u), pointer<float>(bias), pointer<float>(out), H, begin, end);
+    });
 }
 
 // grad (M, H) in place; activated (M, H) and sums (⌈M/32⌉, H) both or neither.
