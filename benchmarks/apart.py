@@ -1,9 +1,10 @@
 """A rival in a process of its own, as its users run it: without the settings that our training makes for its process.
 
 Calls alternate with those of the providers here, and the process that does not compute sleeps. Batches and outputs go
-through shared memory.
+through shared memory. Python's garbage collector waits until a call is over, as it does here (timing.py).
 """
 
+import gc
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -52,10 +53,13 @@ class Apart:
 
 def _serve(pipe: Connection, threads: int, build: Callable[..., Any], arguments: Any, options: Any) -> None:
     torch.set_num_threads(threads)
+    gc.disable()
     try:
         function = build(*arguments, **options)
         pipe.send((False, ()))
         while True:
+            gc.collect()
+            gc.freeze()  # what lives on is not walked again: the next collection takes no time from who computes now
             inputs = pipe.recv()
             if inputs is None:
                 give_back()

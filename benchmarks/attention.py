@@ -5,14 +5,15 @@ times what is needed. Floor: 4 T² E FLOPs a head forward and 10 T² E with the 
 Shapes: B images, T tokens, H heads, E head dim, as (B, T, H, E), the layout of `mimir_fast.models.attention`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from benchmarks.case import Case, Outputs, Provider, Size, generator, in_double, with_gradients
+from benchmarks.case import Case, Provider, Size, in_double, run_of
+from benchmarks.ceilings import DTYPES
 from mimir_fast.models.attention import attention, xformers_failure
 from mimir_fast.models.attention_kernels import forced_sdpa, plain, sdpa, xformers
 
@@ -21,40 +22,30 @@ SHAPES: dict[Size, list[tuple[int, int, int, int]]] = {
     "tiny": [(2, 5, 2, 8)],
     "quick": [(16, 50, 6, 64), (16, 197, 16, 8)],
     "full": [(64, 50, 6, 64), (64, 50, 12, 64), (16, 197, 16, 32), (64, 197, 16, 8)],
+    "gpu": [(512, 50, 6, 64), (512, 50, 12, 64), (512, 50, 16, 64), (512, 197, 16, 32), (512, 197, 16, 8)],
 }
-ON_GPU = [(512, 50, 6, 64), (512, 50, 12, 64), (512, 50, 16, 64), (512, 197, 16, 32), (512, 197, 16, 8)]
-BACKENDS = {
-    "math": SDPBackend.MATH,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-}
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+BACKENDS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
+ON_CUDA = {"mem-efficient": SDPBackend.EFFICIENT_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+both_ways = partial(run_of, wanted=(0, 1, 2), above=3)
 
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Forward and backward, in the precisions of training on this device."""
     cuda = device.type == "cuda"
-    for shape in ON_GPU if cuda and size != "tiny" else SHAPES[size]:
-        for dtype in (torch.bfloat16,) if cuda else (torch.float32, torch.bfloat16):
-            yield case(device, shape, dtype)
+    backends = BACKENDS | (ON_CUDA if cuda else {})
+    for shape in SHAPES[size]:
+        for precision in ("bf16",) if cuda else ("fp32", "bf16"):
+            yield case(shape, precision, backends)
 
 
-def case(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:
+def case(shape: tuple[int, int, int, int], precision: str, backends: dict[str, SDPBackend]) -> Case:
     """One shape."""
-    B, T, H, E = shape
+    (B, T, H, E), dtype = shape, DTYPES[precision]
 
-    def both_ways(kernel: Kernel) -> Callable[[Four], Outputs]:
-        return with_gradients(kernel, 0, 1, 2, grad=3)
+    def make_inputs() -> list[Tensor]:
+        *qkv, grad = (torch.randn(shape).to(dtype) for _ in range(4))
+        return [*(t.requires_grad_() for t in qkv), grad]
 
-    def make_inputs(seed: int) -> Four:
-        rng = generator(device, seed)
-        q, k, v, grad = (torch.randn(shape, device=device, generator=rng).to(dtype) for _ in range(4))
-        return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
-
-    cuda = device.type == "cuda"
-    backends = BACKENDS if cuda else {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
     return Case(
         "attention_fwd_bwd",
         {"B": B, "T": T, "H": H, "E": E, "dtype": str(dtype).removeprefix("torch.")},
@@ -68,10 +59,10 @@ def case(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dt
         baseline="SDPA, as it chooses",
         make_inputs=make_inputs,
         reference=in_double(both_ways(definition)),
-        tolerance=1e-5 if dtype == torch.float32 else 2e-2,
+        tolerance=1e-5 if precision == "fp32" else 2e-2,
         flops=14.0 * B * H * T * T * E,
         bytes=float(dtype.itemsize * B * T * H * E * 8),
-        precision="fp32" if dtype == torch.float32 else "bf16",
+        precision=precision,
         items=B,
     )
 

@@ -2,7 +2,8 @@
 
 It has no licence, so nothing of it is in this repository. Their models and attack are imported from P as they are;
 only `np.float`, gone from today's numpy, is put back in memory. Their step is theirs line by line in what costs time: a
-whole-image attack with its own mask, all patches embedded, nHSIC by inverses on the host, gradient clipping off, AdamW.
+whole-image attack with its own mask, all patches embedded, nHSIC by inverses on the host, the gradients' norm by their
+function (they do not clip), AdamW.
 Shapes: B images, C channels, H × W pixels.
 """
 
@@ -10,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,26 +20,26 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.apart import Apart
-from benchmarks.case import Outputs
+from benchmarks.case import Outputs, Provider
+from benchmarks.training import Step
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mimir import MimirConfig
+from mimir_fast.models.masked_model import MaskedModel
 
 VARIABLE = "MIMIR_FAST_OFFICIAL"
 _PACKAGES = ("models", "util", "MI", "pgd_mae")
 
 
-def checkout() -> Path | None:
+def checkout() -> Path:
     """Where their code lies, if the user said so."""
-    named = os.environ.get(VARIABLE)
-    return Path(named) if named else None
+    return Path(os.environ.get(VARIABLE, ""))
 
 
 def why_not() -> str:
     """Why it cannot be run here; empty if it can."""
-    path = checkout()
-    if path is None:
+    if VARIABLE not in os.environ:
         return "needs --official PATH, a checkout of github.com/xiaoyunxxy/MIMIR"
-    return "" if (path / "pretrain.py").is_file() else f"{path} is no checkout of MIMIR: there is no pretrain.py"
+    return "" if (checkout() / "pretrain.py").is_file() else f"{checkout()} is no checkout: there is no pretrain.py"
 
 
 @contextmanager
@@ -58,40 +60,52 @@ def importable(path: Path) -> Iterator[None]:
         sys.modules.update(hidden)
 
 
-def authors_step(
-    name: str, weights: dict[str, Tensor], config: MimirConfig, *, device: torch.device, **options: Any
-) -> Any:
-    """AuthorsStep; on a CPU in a process of its own, since ours keeps freed memory, which is a change to theirs too."""
-    if device.type != "cpu":
-        return AuthorsStep(name, weights, config, device=device, **options)
-    copies = {key: weight.detach().clone() for key, weight in weights.items()}
-    return Apart(AuthorsStep, name, copies, config, device=device, **options)
+def authors_provider(
+    name: str, constructor: str, model: MaskedModel, config: MimirConfig, ours: Step, *, bf16: bool = False,
+    adversarial: bool = True, unknown: str = "", **more: Any,
+) -> Provider:  # fmt: skip
+    """Their step beside ours; on a CPU in a process of its own: ours keeps freed memory, a change to theirs too.
+
+    Args:
+        constructor: of theirs, such as `mae_vit_small` or `mae_convit_small`.
+        model: its weights must fit theirs strictly.
+        config: attack and λ.
+        ours: its loss is the law: theirs, with draws of their own, must be within 5 % of it.
+        adversarial: MIMIR; False is their MAE step.
+        unknown: why they have no such model.
+    """
+    if skip := why_not() or unknown:
+        return Provider(name, lambda inputs: (), skip=skip)
+    weights = {key: weight.detach().clone() for key, weight in model.state_dict().items()}
+    device, encoder = next(iter(weights.values())).device, model.encoder
+    step: Step = (partial(Apart, AuthorsStep) if device.type == "cpu" else AuthorsStep)(
+        constructor, weights, config, device=device, bf16=bf16, adversarial=adversarial,
+        image_size=encoder.image_size, patch_size=encoder.mask_unit,
+    )  # fmt: skip
+
+    def law(inputs: Batch, outputs: Outputs) -> str:
+        wanted, found = float(ours(inputs)[0]), float(outputs[0])
+        return "" if abs(found - wanted) < 0.05 * wanted else f"a loss of {found:.3f}, ours is {wanted:.3f}"
+
+    note = "their public code, own draws" + (", in its own process" if isinstance(step, Apart) else "")
+    return Provider(name, step, precision="bf16" if bf16 else "fp32", law=law, note=note, **more)
 
 
 class AuthorsStep:
-    """One pre-training step of their code; calling it returns (loss, gradient norm).
-
-    Args:
-        name: of their constructor, such as `mae_vit_small` or `mae_convit_small`.
-        weights: a state dict of ours; it must fit strictly.
-        config: attack and λ.
-        adversarial: MIMIR; False is their MAE step.
-    """
+    """One pre-training step of their code; calling it returns (loss, gradient norm). Arguments as above."""
 
     def __init__(
         self, name: str, weights: dict[str, Tensor], config: MimirConfig, *, image_size: int, patch_size: int,
-        device: torch.device, bf16: bool, adversarial: bool = True,
+        device: torch.device, bf16: bool, adversarial: bool,
     ) -> None:  # fmt: skip
-        path = checkout()
-        if path is None:
-            raise ValueError(why_not())
-        with importable(path):
+        with importable(checkout()):
             module = import_module("models.mae_" + name.split("_")[1])
             self.model: nn.Module = getattr(module, name)(
                 norm_pix_loss=config.norm_pix_loss, img_size=image_size, patch_size=patch_size
             )
             attack: Any = import_module("pgd_mae.pgd_mae").PGD_MAE
             self.nhsic: Any = import_module("MI.hsic").hsic_normalized_cca
+            self.gradient_norm: Any = import_module("util.misc").get_grad_norm_
         self.model.load_state_dict(weights, strict=True)
         self.model.to(device).train()
         threat = config.attack
@@ -108,7 +122,7 @@ class AuthorsStep:
         with torch.autocast(samples.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.loss(samples, batch.labels)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, float("inf"))
+        norm = self.gradient_norm(self.parameters)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach().clone(), norm.detach().clone()

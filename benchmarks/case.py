@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from benchmarks.memory import Process
+from benchmarks.products import Products
 
 Outputs = tuple[Tensor, ...]
-Size = Literal["tiny", "quick", "full"]
-"""tiny: does it run at all; quick: a laptop, a few minutes in all; full: the sizes the project's promises are about."""
+Run = Callable[[Any], Outputs]
+Size = Literal["tiny", "quick", "full", "gpu"]
+"""tiny: does it run at all; quick: a laptop, a few minutes in all; full: the sizes the project's promises are about;
+gpu: those that fill a GPU."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +30,20 @@ class Provider:
             cannot equal the definition; it is held against this instead.
         reference: its own definition, where the providers of a case do different things (a MAE step beside MIMIR's).
         report: further numbers, asked for after the timing.
-        flops: its own fewest, where it does other work than the case's.
-        process: the one that does the work, where it is another (apart.py): its memory counts.
+        flops, products: its own, where it does other work than the case's.
         skip: why it cannot run here; empty if it can.
     """
 
     name: str
-    run: Callable[[Any], Outputs]
+    run: Run
     tolerance: float | tuple[float, ...] | None = None
     precision: str = ""
     law: Callable[[Any, Outputs], str] | None = None
-    reference: Callable[[Any], Outputs] | None = None
+    reference: Run | None = None
     report: Callable[[], dict[str, float]] | None = None
     flops: float | None = None
+    products: Products | None = None
     note: str = ""
-    process: Process | None = None
     skip: str = ""
 
 
@@ -53,14 +55,14 @@ class Case:
         name: `hsic_fwd_bwd`, …; with `params` it identifies the case between runs.
         providers: ours first.
         baseline: the provider others are compared with.
-        make_inputs: seed → fresh random inputs on the device.
+        make_inputs: fresh random inputs; called with the seed set and the device as torch's default.
         reference: inputs → outputs of the definition, in float64 where rounding plays a part.
         tolerance: largest ‖out − ref‖ / ‖ref‖ of each output; 0 demands equality.
         flops, bytes: the fewest a forward (and backward) pass can do: the roofline, and the prediction.
+        products: of which the work consists, where their own rate is worth knowing beside that of a large one.
         precision: which matmul ceiling the FLOPs are held against.
         items: images or samples of a call, for items per second.
-        gate_inputs: seed → smaller inputs for the gate, where the definition would not fit; None for `make_inputs`.
-        one_set: time on one set of inputs, where a set is too large for several or is never read twice.
+        gate_inputs: smaller inputs for the gate, where the definition would not fit; None for `make_inputs`.
         ratios: name → (provider, other): further quotients of medians worth naming.
         memory: measure the peak memory; off where another process would do the work.
     """
@@ -69,15 +71,15 @@ class Case:
     params: dict[str, Any]
     providers: Sequence[Provider]
     baseline: str
-    make_inputs: Callable[[int], Any]
-    reference: Callable[[Any], Outputs]
-    tolerance: float | tuple[float, ...]
+    make_inputs: Callable[[], Any] = tuple
+    reference: Run = lambda inputs: ()
+    tolerance: float | tuple[float, ...] = 0.0
     flops: float = 0.0
     bytes: float = 0.0
+    products: Products | None = None
     precision: str = "fp32"
     items: int = 0
-    gate_inputs: Callable[[int], Any] | None = None
-    one_set: bool = False
+    gate_inputs: Callable[[], Any] | None = None
     ratios: dict[str, tuple[str, str]] = field(default_factory=dict)
     memory: bool = True
 
@@ -100,46 +102,24 @@ def is_ours(name: str) -> bool:
     return name.startswith("mimir_fast")
 
 
-def tensors_in(inputs: Any) -> list[Tensor]:
-    """The tensors of a set of inputs, however nested."""
-    if isinstance(inputs, Tensor):
-        return [inputs]
-    if isinstance(inputs, dict):
-        inputs = list(inputs.values())
-    if hasattr(inputs, "__dataclass_fields__"):
-        inputs = list(vars(inputs).values())
-    if isinstance(inputs, list | tuple):
-        return [tensor for part in inputs for tensor in tensors_in(part)]
-    return []
-
-
-def bytes_of(inputs: Any) -> int:
-    """Size of all tensors in a set of inputs."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(inputs))
-
-
-def generator(device: torch.device, seed: int) -> torch.Generator:
-    """A generator of its own for each set of inputs: the global one is left alone."""
-    return torch.Generator(device).manual_seed(seed)
-
-
-def with_gradients(function: Callable[..., Tensor], *wanted: int, grad: int | None = None) -> Callable[[Any], Outputs]:
-    """inputs → (value, gradients to the inputs at the places `wanted`).
+def run_of(function: Callable[..., Any], wanted: Sequence[int] = (), above: int | None = None) -> Run:
+    """inputs → (value or values, gradients to the inputs at the places `wanted`).
 
     Args:
-        grad: place of the gradient that comes from above; the others are the function's arguments. None for a scalar.
+        above: place of the gradient that comes from above; the others are the function's arguments. None for a scalar.
     """
 
     def run(inputs: Sequence[Tensor]) -> Outputs:
-        arguments = [t for i, t in enumerate(inputs) if i != grad]
-        value = function(*arguments)
-        above = None if grad is None else inputs[grad]
-        return value.detach(), *torch.autograd.grad(value, [inputs[i] for i in wanted], above)
+        value = function(*(t for i, t in enumerate(inputs) if i != above))
+        if not wanted:
+            return value if isinstance(value, tuple) else (value,)
+        gradient = None if above is None else inputs[above]
+        return value.detach(), *torch.autograd.grad(value, [inputs[i] for i in wanted], gradient)
 
     return run
 
 
-def in_double(run: Callable[[Any], Outputs]) -> Callable[[Any], Outputs]:
+def in_double(run: Run) -> Run:
     """The same in float64, on the inputs as rounded."""
 
     def exact(t: Tensor) -> Tensor:
@@ -153,6 +133,4 @@ def finite(inputs: Any, outputs: Outputs) -> str:
     return "" if all(bool(output.isfinite().all()) for output in outputs) else "not finite"
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` with static shapes, as a tuned baseline would have it."""
-    return torch.compile(function, dynamic=False)
+compiled = partial(torch.compile, dynamic=False)  # with static shapes, as a tuned baseline would have it

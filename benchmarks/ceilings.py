@@ -11,8 +11,6 @@ from functools import cache, partial
 import torch
 from torch.utils.benchmark import Timer
 
-from benchmarks.case import Size
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -35,11 +33,11 @@ class Ceilings:
 
 
 @cache
-def measure(device: torch.device, size: Size) -> Ceilings:
+def measure(device: torch.device, *, tiny: bool = False) -> Ceilings:
     """Measure once a process; half a second on a CPU."""
     cuda = device.type == "cuda"
-    count = 2**20 if size == "tiny" else 2**31 if cuda else 2**28
-    side = 256 if size == "tiny" else 8192 if cuda else 1536
+    count = 2**20 if tiny else 2**31 if cuda else 2**28
+    side = 256 if tiny else 8192 if cuda else 1536
     source = torch.empty(count, dtype=torch.uint8, device=device).random_(generator=torch.Generator(device))
     target = torch.empty_like(source)
     copy_s = _seconds(lambda: target.copy_(source))
@@ -52,6 +50,6 @@ def measure(device: torch.device, size: Size) -> Ceilings:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Median; torch's timer warms up, and waits for a GPU."""
+    """Median of a call; torch's timer warms up, and waits for a GPU."""
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=0.1).median)

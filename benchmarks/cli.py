@@ -3,17 +3,18 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import authors, compare, growth, plot, record, table
 from benchmarks import ceilings as machine
-from benchmarks.case import is_ours
+from benchmarks.case import Size, is_ours
 from benchmarks.device_suite import run_suite
-from benchmarks.questions import QUESTIONS, cases_of
-from benchmarks.runner import run_cases
+from benchmarks.questions import QUESTIONS
+from benchmarks.runner import run_question
 from mimir_fast.allocator import keep_large_buffers
 
 
@@ -70,35 +71,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(record.by_case(record.read(options.draw)), options.plot or options.draw.with_suffix(".png"))
         return 0
     cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-    device, size = torch.device("cuda" if cuda else "cpu"), options.size
-    output = options.output or Path(f"runs/benchmarks/{device.type}-{size}.jsonl")
+    device = torch.device("cuda" if cuda else "cpu")
+    output = options.output or Path(f"runs/benchmarks/{device.type}-{options.size}.jsonl")
     if options.output is None:
         output.unlink(missing_ok=True)  # a name of ours is the newest run, a name of yours collects
-    if options.device_suite:
-        return run_suite(device, size, options.budget, output)
-
     if not cuda:
         keep_large_buffers()  # as a training run does; the rivals in this process profit as well
-    ceilings = machine.measure(device, size)
+    ceilings = machine.measure(device, tiny=options.size == "tiny")
     print(describe(ceilings, device), flush=True)
-    done: list[list[record.Record]] = []
-    default = [name for name, q in QUESTIONS.items() if (size == "full" or q.quick) and not q.named_only]
-    for question in options.questions or default:
-        box_s = options.box or QUESTIONS[question].box_s * {"tiny": 0.02, "quick": 1, "full": 3}[size]
-        cases = (case for case in cases_of(question)(device, size) if options.only in (None, *case.labels))
-        for records in run_cases(cases, device, ceilings, box_s=box_s, say=progress):
-            table.print_case(records)
-            record.append(output, records)
-            done.append(records)
+    done = []
+    for records in run(options, device, ceilings):
+        table.print_case(records)
+        record.append(output, records)
+        done.append(records)
     picture = options.plot or output.with_suffix(".png")
     draw(done, picture)
-    print(f"records: {output}   picture: {picture}")
+    states = Counter(r.status for case in done for r in case)
+    print(f"{dict(states)}   records: {output}   picture: {picture}")
     return max(verdict(done), against(options.compare, done) if options.compare else 0)
 
 
+def run(options: argparse.Namespace, device: torch.device, ceilings: machine.Ceilings) -> Iterator[list[record.Record]]:
+    """The records of each case that the options ask for."""
+    size: Size = "gpu" if device.type == "cuda" and options.size != "tiny" else options.size
+    if options.device_suite:
+        yield from run_suite(device, size, ceilings, options.budget)
+        return
+    default = [name for name, q in QUESTIONS.items() if (options.size == "full" or q.quick) and not q.named_only]
+    for question in options.questions or default:
+        box_s = options.box or QUESTIONS[question].box_s * {"tiny": 0.02, "quick": 1, "full": 3}[options.size]
+        yield from run_question(question, device, size, ceilings, box_s=box_s, only=options.only)
+
+
 def verdict(cases: Sequence[Sequence[record.Record]]) -> int:
-    """1 when a provider of ours failed."""
-    bad = [r for case in cases for r in case if r.status == "failed" and is_ours(r.impl)]
+    """1 when a provider of ours failed, or what all providers need."""
+    bad = [r for case in cases for r in case if r.status == "failed" and (is_ours(r.impl) or not r.baseline)]
     for r in bad:
         print(f"FAILED {r.case} {r.impl} {r.params}: {r.note}", file=sys.stderr)
     return int(bool(bad))
@@ -121,9 +128,3 @@ def describe(ceilings: machine.Ceilings, device: torch.device) -> str:
     name = where["gpu"] if device.type == "cuda" else f"{where['cpu']}, {torch.get_num_threads()} threads"
     rates = ", ".join(f"{p} {rate:.3g} TFLOP/s" for p, rate in ceilings.tflops.items())
     return f"{name}: copy {ceilings.copy_gbps:.3g} GB/s, {rates} (measured now; the roofline of the tables)\n"
-
-
-def progress(line: str) -> None:
-    """What is going on, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)

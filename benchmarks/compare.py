@@ -1,5 +1,6 @@
 """Two runs side by side: what became slower by more than both runs' noise is a regression."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,34 +15,28 @@ class Change:
     """One number then and now.
 
     Attributes:
-        ratio: new median / old median.
+        ratio: new median / old median; infinite for what was correct then and is not now.
         margin: how far from 1 the ratio may be before it means something.
     """
 
     record: Record
     old_ms: float
-    new_ms: float
+    ratio: float
     margin: float
-    lost: str = ""
-
-    @property
-    def ratio(self) -> float:
-        return self.new_ms / self.old_ms
 
     @property
     def is_regression(self) -> bool:
-        """Slower beyond the noise, or correct then and not now."""
-        return bool(self.lost) or self.ratio > 1 + self.margin
+        """Slower beyond the noise, or lost."""
+        return self.ratio > 1 + self.margin
 
     def __str__(self) -> str:
         """A line for a person."""
         name = f"{self.record.case} {self.record.impl} {self.record.params}"
-        if self.lost:
-            return f"LOST      {name}: {self.lost}"
+        if math.isinf(self.ratio):
+            return f"LOST      {name}: now {self.record.status}: {self.record.note}"
         word = "SLOWER" if self.is_regression else "faster" if self.ratio < 1 - self.margin else "same"
-        return (
-            f"{word:9} {name}: {self.old_ms:.3f} -> {self.new_ms:.3f} ms ({self.ratio:.2f}x, noise {self.margin:.0%})"
-        )
+        times = f"{self.old_ms:.3f} -> {self.old_ms * self.ratio:.3f} ms"
+        return f"{word:9} {name}: {times} ({self.ratio:.2f}x, noise {self.margin:.0%})"
 
 
 def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
@@ -61,13 +56,12 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
                 f"the old numbers are of {machine(then)}, the new ones of {machine(record)}: times of different "
                 "machines cannot be compared; run the old commit here with --output OLD.jsonl first"
             )
+        old_ms = then.ms["median"]
         if record.status != "ok":
-            changes.append(
-                Change(record, then.ms["median"], float("inf"), 0.0, lost=f"now {record.status}: {record.note}")
-            )
+            changes.append(Change(record, old_ms, math.inf, 0.0))
         elif record.ms:
             margin = max(LEAST_MARGIN, spread(then) + spread(record))
-            changes.append(Change(record, then.ms["median"], record.ms["median"], margin))
+            changes.append(Change(record, old_ms, record.ms["median"] / old_ms, margin))
     if not changes:
         raise ValueError("the two runs have no case in common: give --compare a file of the same cases and sizes")
     return sorted(changes, key=lambda change: -change.ratio)

@@ -7,54 +7,55 @@
 Shapes: B images, N patches, K kept.
 """
 
+import copy
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.authors import authors_step, why_not
-from benchmarks.case import Case, Outputs, Provider, Size, finite
-from benchmarks.step import TOLERANCE, same_loss
-from benchmarks.training import Run, build_model, method_step, on_doubles, random_batch
+from benchmarks.authors import authors_provider
+from benchmarks.case import Case, Provider, Size, finite, in_double, run_of
+from benchmarks.patches import draw_ids
+from benchmarks.step import TOLERANCE
+from benchmarks.training import Step, build_model, method_step, on_doubles, random_batch
 from mimir_fast.methods.aemim import Aemim, AemimConfig
 from mimir_fast.methods.mae import Mae, MaeConfig, MaskedMethod
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, View
 from mimir_fast.ops.patches import patchify_gather
-from mimir_fast.ops.random_masks import random_masks
 
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Small images for `tiny`, the promises' 224² otherwise."""
-    side, batch = (32, 2) if size == "tiny" else (224, 16)
-    for decoder in ("mae",) if size != "full" else ("mae", "light"):
-        yield aemim_case(device, side, batch, decoder, encoder="tiny" if size == "tiny" else "small")
-    yield convit_case(device, side, batch, encoder="nano" if size == "tiny" else "small")
-    yield convnext_case(device, side, batch, encoder="nano" if size == "tiny" else "tiny")
+    tiny = size == "tiny"
+    side, batch = (32, 2) if tiny else (224, 16)
+    for decoder in ("mae", "light") if size in ("full", "gpu") else ("mae",):
+        yield aemim_case(device, side, batch, decoder, encoder="tiny" if tiny else "small")
+    yield convit_case(device, side, batch, encoder="nano" if tiny else "small")
+    yield convnext_case(device, side, batch, encoder="nano" if tiny else "tiny")
 
 
 def aemim_case(device: torch.device, side: int, batch: int, decoder: Any, *, encoder: str) -> Case:
     """AEMIM and MAE on the same images."""
 
-    def step(method: MaskedMethod, *, exact: bool = False) -> Run:
+    def model_for(method: MaskedMethod) -> MaskedModel:
         config = ModelConfig(encoder=encoder, decoder=decoder, adapters=isinstance(method, Aemim))
-        model = build_model(config, side, device)
-        return on_doubles(method_step(model.double(), method)) if exact else method_step(model, method)
+        return build_model(config, side, device)
 
-    aemim, mae = Aemim(AemimConfig()), Mae(MaeConfig())
+    def ours(name: str, method: MaskedMethod) -> Provider:
+        exact = on_doubles(method_step(model_for(method).double(), method))
+        return Provider(name, method_step(model_for(method), method), reference=exact)
+
     return Case(
         "aemim_step",
         {"encoder": encoder, "decoder": decoder, "image": side, "patch": 16, "batch": batch, "dtype": "fp32"},
-        [
-            Provider("mimir_fast AEMIM", step(aemim)),
-            Provider("mimir_fast MAE", step(mae), reference=step(mae, exact=True)),
-        ],
+        [ours("mimir_fast AEMIM", Aemim(AemimConfig())), ours("mimir_fast MAE", Mae(MaeConfig()))],
         baseline="mimir_fast MAE",
-        make_inputs=lambda seed: random_batch(batch, side, device, seed),
-        gate_inputs=lambda seed: random_batch(2, side, device, seed),
-        reference=step(aemim, exact=True),
+        make_inputs=partial(random_batch, batch, side),
+        gate_inputs=partial(random_batch, 2, side),
         tolerance=(1e-4, 1e-3),  # of loss and gradient norm; 2e-5 was seen, with the large decoder
         items=batch,
         ratios={"AEMIM / MAE": ("mimir_fast AEMIM", "mimir_fast MAE")},
@@ -69,32 +70,28 @@ def convit_case(device: torch.device, side: int, batch: int, *, encoder: str) ->
         for at in ("true", "official")
     )
     config, official = (apply_preset(MimirConfig(), preset) for preset in ("paper", "official"))
-    skip = why_not() or ("" if encoder != "nano" else "theirs has no such model")
-    ours, by_their_preset = method_step(model, Mimir(config)), method_step(pseudo, Mimir(official))
-    exact = build_model(ModelConfig(family="convit", encoder=encoder, patch_size=patch), side, device).double()
 
-    def rival() -> Run:
-        if skip:
-            return lambda inputs: ()
-        return authors_step(
-            f"mae_convit_{encoder}", model.state_dict(), official, image_size=side, patch_size=patch, device=device,
-            bf16=False,
-        )  # fmt: skip
+    def exact(model: MaskedModel, config: MimirConfig) -> Step:
+        return on_doubles(method_step(copy.deepcopy(model).double(), Mimir(config)))
 
-    law = same_loss(by_their_preset)
+    by_their_preset = method_step(pseudo, Mimir(official))
+    theirs = authors_provider(
+        "authors ConViT MIMIR", f"mae_convit_{encoder}", model, official, by_their_preset,
+        unknown="theirs has no such model" if encoder == "nano" else "",
+    )  # fmt: skip
     return Case(
         "convit_step",
         {"encoder": encoder, "image": side, "patch": patch, "batch": batch, "dtype": "fp32"},
         [
-            Provider("mimir_fast ConViT MIMIR", ours),
-            Provider("mimir_fast ConViT MIMIR official", by_their_preset, law=law,
+            Provider("mimir_fast ConViT MIMIR", method_step(model, Mimir(config))),
+            Provider("mimir_fast ConViT MIMIR official", by_their_preset, reference=exact(pseudo, official),
                      note="the authors' pseudo-grid, own mask for the attack, nHSIC"),
-            Provider("authors ConViT MIMIR", rival(), law=law, skip=skip, note="draws of their own"),
+            theirs,
         ],
-        baseline="mimir_fast ConViT MIMIR official" if skip else "authors ConViT MIMIR",
-        make_inputs=lambda seed: random_batch(batch, side, device, seed),
-        gate_inputs=lambda seed: random_batch(min(batch, 4), side, device, seed),
-        reference=on_doubles(method_step(exact, Mimir(config))),
+        baseline="mimir_fast ConViT MIMIR official" if theirs.skip else theirs.name,
+        make_inputs=partial(random_batch, batch, side),
+        gate_inputs=partial(random_batch, min(batch, 4), side),
+        reference=exact(model, config),
         tolerance=TOLERANCE["fp32"],
         items=batch,
         ratios={
@@ -115,32 +112,31 @@ def convnext_case(device: torch.device, side: int, batch: int, *, encoder: str) 
     module, _, name = exported.path.rpartition(".")
     plain = getattr(import_module(module), name)(**exported.arguments).to(device).eval()
     plain.load_state_dict(exported.tensors, strict=False)
-    unit, N = model.patch_size, model.num_patches
+    unit = model.patch_size
 
     @torch.no_grad()
-    def masked(inputs: tuple[Tensor, Tensor], model: MaskedModel = model) -> Outputs:
-        images, keep = inputs
-        return (model(View(patchify_gather(images, keep, unit), keep), decode=False),)
+    def masked(images: Tensor, keep: Tensor, model: MaskedModel = model) -> Tensor:
+        return model(View(patchify_gather(images, keep, unit), keep), decode=False)
 
     @torch.no_grad()
-    def dense(inputs: tuple[Tensor, Tensor]) -> Outputs:
-        return (plain.forward_features(inputs[0]),)
+    def dense(images: Tensor, keep: Tensor) -> Tensor:
+        return plain.forward_features(images)
 
-    def make_inputs(seed: int, count: int = batch) -> tuple[Tensor, Tensor]:
-        images = random_batch(count, side, device, seed).images.float() / 255
-        return images, random_masks(torch.arange(count, device=device), N, max(1, N // 4), seed=seed, step=0)[0]
+    def make_inputs(count: int) -> tuple[Tensor, Tensor]:
+        images = random_batch(count, side).images.float() / 255
+        return images, draw_ids(count, model.num_patches, max(1, model.num_patches // 4))
 
     return Case(
         "convnext_forward",
         {"encoder": encoder, "image": side, "unit": unit, "batch": batch, "kept": "1/4", "dtype": "fp32"},
         [
-            Provider("mimir_fast masked ConvNeXt", masked),
-            Provider("timm ConvNeXt", dense, law=finite, note="all patches, no mask"),
+            Provider("mimir_fast masked ConvNeXt", run_of(masked)),
+            Provider("timm ConvNeXt", run_of(dense), law=finite, note="all patches, no mask"),
         ],
         baseline="timm ConvNeXt",
-        make_inputs=make_inputs,
-        gate_inputs=lambda seed: make_inputs(seed, 2),
-        reference=lambda inputs: masked((inputs[0].double(), inputs[1]), exact),
+        make_inputs=partial(make_inputs, batch),
+        gate_inputs=partial(make_inputs, 2),
+        reference=in_double(run_of(partial(masked, model=exact))),
         tolerance=1e-5,
         items=batch,
         ratios={"masked / plain": ("mimir_fast masked ConvNeXt", "timm ConvNeXt")},

@@ -9,6 +9,7 @@ Floor: 10 forwards and input-backwards, one forward and backward: 23 forward pas
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.case import Case, Provider, Size
-from benchmarks.training import ENCODERS, Run, block_flops, on_doubles, optimizer_step, random_batch, seeded
+from benchmarks.products import Products, forward_shapes
+from benchmarks.training import ENCODERS, Step, block_flops, on_doubles, optimizer_step, random_batch, seeded
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.classification import ClassificationConfig, default_attack
 from mimir_fast.methods.pgd import Pgd
@@ -35,27 +37,34 @@ SETTINGS: dict[Size, Setting] = {
     "tiny": ("tiny", 32, 16, 2),
     "quick": ("tiny", 224, 16, 4),
     "full": ("small", 224, 16, 4),
+    "gpu": ("small", 224, 16, 256),
 }
-ON_GPU: Setting = ("small", 224, 16, 256)
 
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """One setting a size: the same weights in our classifier and in timm's."""
-    setting = ON_GPU if device.type == "cuda" and size != "tiny" else SETTINGS[size]
+    setting = SETTINGS[size]
     encoder, side, patch, batch = setting
     model = seeded(lambda: build_model(setting), device)
+    exact = copy.deepcopy(model).double()
+    image = torch.zeros(1, 3, side, side, dtype=torch.float64, device=device)
     absent = [name for name in ("torchattacks", "timm") if not find_spec(name)]
     missing = f"{absent[0]} is not installed: make setup" if absent else ""
     rival: nn.Module = nn.Linear(1, 1) if missing else timm_twin(model, setting).to(device)
 
-    def provider(name: str, step: Run, precision: str, note: str = "", skip: str = "") -> Provider:
-        return Provider(f"{name} {precision}", step, TOLERANCE[precision], precision, note=note, skip=skip)
+    def ours(precision: str, name: str = "mimir_fast", model: Classifier = model) -> Provider:
+        step = our_step(model, bf16=precision == "bf16")
+        return Provider(f"{name} {precision}", step, TOLERANCE[precision], precision)
+
+    def plain(precision: str, note: str) -> Provider:
+        step = plain_step(rival, bf16=precision == "bf16")
+        return Provider(f"plain {precision}", step, TOLERANCE[precision], precision, note=note, skip=missing)
 
     providers = [
-        provider("mimir_fast", our_step(model, bf16=True), "bf16"),
-        provider("mimir_fast", our_step(model, bf16=False), "fp32"),
-        provider("plain", plain_step(rival, bf16=False), "fp32", "torchattacks.PGD, timm, AdamW", missing),
-        provider("plain", plain_step(rival, bf16=True), "bf16", "the same inside autocast", missing),
+        ours("bf16"),
+        ours("fp32"),
+        plain("fp32", "torchattacks.PGD, timm, AdamW"),
+        plain("bf16", "the same inside autocast"),
     ]
     ratios = {
         "plain fp32 / ours bf16": ("plain fp32", "mimir_fast bf16"),
@@ -65,18 +74,18 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
     if device.type == "cuda":
         fast = copy.deepcopy(model)
         parallelize(fast, "single", World(0, 1, device), bf16=True, compiled=True)
-        providers.append(provider("mimir_fast compiled", our_step(fast, bf16=True), "bf16"))
+        providers.append(ours("bf16", "mimir_fast compiled", fast))
         ratios["plain bf16 / ours compiled"] = ("plain bf16", "mimir_fast compiled bf16")
     yield Case(
         "finetune_step",
         {"encoder": encoder, "image": side, "patch": patch, "batch": batch, "attack": "PGD-10"},
         providers,
         baseline="mimir_fast fp32" if missing else "plain fp32",
-        make_inputs=lambda seed: random_batch(batch, side, device, seed, NUM_CLASSES),
-        gate_inputs=lambda seed: random_batch(2, side, device, seed, NUM_CLASSES),
-        reference=on_doubles(our_step(copy.deepcopy(model).double(), bf16=False)),
-        tolerance=TOLERANCE["fp32"],
+        make_inputs=partial(random_batch, batch, side, NUM_CLASSES),
+        gate_inputs=partial(random_batch, 2, side, NUM_CLASSES),
+        reference=on_doubles(our_step(exact, bf16=False)),
         flops=23.0 * batch * forward_flops(setting),
+        products=Products(forward_shapes(lambda: exact(image), batch), (11, 11, 1)),
         items=batch,
         ratios=ratios,
     )
@@ -104,13 +113,13 @@ def timm_twin(model: Classifier, setting: Setting) -> nn.Module:
     return twin.train()
 
 
-def our_step(model: Classifier, *, bf16: bool) -> Run:
+def our_step(model: Classifier, *, bf16: bool) -> Step:
     """The package's method and optimiser."""
     method = Pgd(ClassificationConfig(attack=THREAT))
     return optimizer_step(model, lambda batch: method(model, batch, seed=0, step=0)["loss"], bf16=bf16)
 
 
-def plain_step(model: nn.Module, *, bf16: bool) -> Run:
+def plain_step(model: nn.Module, *, bf16: bool) -> Step:
     """Attack, cross entropy, backward, AdamW, as a tutorial has it."""
 
     def loss(batch: Batch) -> Tensor:

@@ -4,8 +4,7 @@ Errors are ‖out − ref‖ / ‖ref‖ against float64. A NaN never passes. Th
 NaN and freed before it runs again, so that the allocator hands it poisoned memory and an element it forgets shows.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,48 +12,33 @@ from torch import Tensor
 from benchmarks.case import Case, Outputs, Provider
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the gate saw.
+def judge(case: Case, provider: Provider, inputs: object, reference: Outputs) -> tuple[dict[str, Any], str]:
+    """Run a provider twice and hold the second outputs against the reference.
 
-    Attributes:
-        rel_fro: the largest ‖out − ref‖ / ‖ref‖ among the outputs.
-        max_rel: the largest |out − ref| / max |ref| among all elements; both are None under a law.
-        deterministic: two runs on the same inputs gave the same bits.
-        reason: why it did not pass; empty if it did.
+    Returns:
+        `Record.err`: `rel_fro` and `max_rel`, the largest `relative_errors` of all outputs (None under a law), and
+        whether two runs on the same inputs gave the same bits; and why the provider does not pass, empty if it does.
     """
-
-    rel_fro: float | None
-    max_rel: float | None
-    deterministic: bool
-    reason: str = ""
-
-
-def judge(case: Case, provider: Provider, inputs: object, reference: Outputs) -> Verdict:
-    """Run a provider twice and hold the second outputs against the reference."""
     first = provider.run(inputs)
     kept = [output.clone() for output in first]
     poison(first)
     del first
     outputs = provider.run(inputs)
     same = all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(kept, outputs, strict=True))
+    err = {"ref": "law", "rel_fro": None, "max_rel": None, "deterministic_bits": same}
     if provider.law is not None:
-        return Verdict(None, None, same, provider.law(inputs, outputs))
+        return err, provider.law(inputs, outputs)
     errors = [relative_errors(output, ref) for output, ref in zip(outputs, reference, strict=True)]
     rel_fro, max_rel = (max(pair[i] for pair in errors) for i in (0, 1))
-    limits = limits_of(case.tolerance if provider.tolerance is None else provider.tolerance, len(errors))
+    limits = case.tolerance if provider.tolerance is None else provider.tolerance
+    each = limits if isinstance(limits, tuple) else [limits] * len(errors)
     # Written so that a NaN, for which every comparison is false, does not pass.
     bad = [
         f"output {i}: error {error[0]:.1e}, allowed {limit:.0e}"
-        for i, (error, limit) in enumerate(zip(errors, limits, strict=True))
+        for i, (error, limit) in enumerate(zip(errors, each, strict=True))
         if not error[0] <= limit
     ]
-    return Verdict(rel_fro, max_rel, same, "; ".join(bad))
-
-
-def limits_of(tolerance: float | tuple[float, ...], count: int) -> Sequence[float]:
-    """The tolerance of each output."""
-    return tolerance if isinstance(tolerance, tuple) else [tolerance] * count
+    return err | {"ref": "fp64", "rel_fro": rel_fro, "max_rel": max_rel}, "; ".join(bad)
 
 
 def relative_errors(output: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -67,8 +51,8 @@ def relative_errors(output: Tensor, reference: Tensor) -> tuple[float, float]:
         raise ValueError(f"the definition gives {tuple(reference.shape)}, the provider {tuple(output.shape)}")
     if not reference.numel():
         return 0.0, 0.0
-    # NaN + inf: max() of Python would drop a NaN; an infinite error is as clear.
     difference, ref = (output.double() - reference.double()).abs(), reference.double().abs()
+    # max() of Python would drop a NaN; an infinite error is as clear.
     if bool(difference.isnan().any()):
         return float("inf"), float("inf")
     norm, largest = float(ref.norm()) or 1.0, float(ref.max()) or 1.0

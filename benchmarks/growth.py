@@ -8,20 +8,22 @@ Shapes: B images, T patches of an image (a quarter of them visible), N samples.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import linear_regression
 
 import torch
-from torch import nn
 
 from benchmarks.case import Case, Provider, Size, in_double
-from benchmarks.dependence_data import image_like
-from benchmarks.hsic import both_gradients, eager
+from benchmarks.hsic import both_gradients, eager, image_like
 from benchmarks.record import Record
 from benchmarks.step import TOLERANCE
-from benchmarks.training import build_model, masked_flops, method_step, on_doubles, random_batch
+from benchmarks.training import ENCODERS, masked_flops, method_step, on_doubles, random_batch, seeded
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
-from mimir_fast.models.masked_model import MaskedModel, ModelConfig
+from mimir_fast.models.decoder import Decoder
+from mimir_fast.models.families.vit import VitEncoder
+from mimir_fast.models.masked_model import DECODERS, MaskedModel
 from mimir_fast.ops.hsic import hsic, hsic_reference
 
 AXES = {
@@ -33,10 +35,12 @@ AXES = {
 PATCH = 16
 # Batches, image sides, depths, samples; the middle of each range is the others' fixed value.
 Values = tuple[list[int], list[int], list[int], list[int]]
+FULL: Values = ([2, 4, 8, 16, 32, 64], [112, 224, 320, 448, 640, 896], [3, 6, 12, 24, 48], [512, 2048, 8192])
 VALUES: dict[Size, Values] = {
     "tiny": ([2, 4], [32, 64], [2, 4], [16, 32]),
     "quick": ([2, 4, 8, 16, 32], [112, 224, 320, 448], [3, 6, 12, 24], [256, 512, 1024, 2048, 4096]),
-    "full": ([2, 4, 8, 16, 32, 64], [112, 224, 320, 448, 640, 896], [3, 6, 12, 24, 48], [512, 2048, 8192]),
+    "full": FULL,
+    "gpu": FULL,
 }
 
 
@@ -51,14 +55,12 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
     for value in depths:
         yield step_case(device, "growth_depth", batch=batch, side=side, depth=value)
     for value in samples:
-        yield hsic_case(device, value, 768)
+        yield hsic_case(value, 768)
 
 
 def step_case(device: torch.device, name: str, *, batch: int, side: int, depth: int) -> Case:
     """A MIMIR step by the paper's preset, ViT-T/16 with the light decoder and `depth` encoder blocks."""
     method = Mimir(apply_preset(MimirConfig(), "paper"))
-    exact = on_doubles(method_step(of_depth(depth, side, device).double(), method))
-    flops = 5.0 * batch * masked_flops("tiny", "light", side, PATCH, depth)
 
     def provider(precision: str) -> Provider:
         step = method_step(of_depth(depth, side, device), method, bf16=precision == "bf16")
@@ -69,33 +71,34 @@ def step_case(device: torch.device, name: str, *, batch: int, side: int, depth: 
         {"batch": batch, "patches": (side // PATCH) ** 2, "depth": depth, "encoder": "tiny"},
         [provider("fp32"), provider("bf16")],
         baseline="mimir_fast fp32",
-        make_inputs=lambda seed: random_batch(batch, side, device, seed),
-        gate_inputs=lambda seed: random_batch(2, side, device, seed),
-        reference=exact,
-        tolerance=TOLERANCE["fp32"],
-        flops=flops,
+        make_inputs=partial(random_batch, batch, side),
+        gate_inputs=partial(random_batch, 2, side),
+        reference=on_doubles(method_step(of_depth(depth, side, device).double(), method)),
+        flops=5.0 * batch * masked_flops("tiny", "light", side, PATCH, depth),
         items=batch,
     )
 
 
 def of_depth(depth: int, side: int, device: torch.device) -> MaskedModel:
-    """A ViT-T whose blocks are repeated or left out."""
-    model = build_model(ModelConfig(encoder="tiny", patch_size=PATCH), side, device)
-    longer = [build_model(ModelConfig(encoder="tiny", patch_size=PATCH), side, device) for _ in range(depth // 12)]
-    blocks = [block for one in (model, *longer) for block in one.encoder.blocks]  # type: ignore[union-attr]
-    model.encoder.blocks = nn.ModuleList(blocks[:depth])
-    return model
+    """A ViT-T of so many blocks."""
+    width, _, heads = ENCODERS["tiny"]
+
+    def build() -> MaskedModel:
+        encoder = VitEncoder(width, depth, heads, image_size=side, patch_size=PATCH)
+        return MaskedModel(encoder, Decoder(encoder, *DECODERS["light"]))
+
+    return seeded(build, device)
 
 
-def hsic_case(device: torch.device, n: int, width: int) -> Case:
+def hsic_case(n: int, width: int) -> Case:
     """Forward and backward, beside eager PyTorch's N×N matrices."""
     return Case(
         "growth_hsic",
         {"N": n, "Dx": width, "Dy": width},
         [Provider("mimir_fast", both_gradients(hsic)), Provider("eager", both_gradients(eager))],
         baseline="eager",
-        make_inputs=lambda seed: image_like(n, width, width, torch.float32, device, seed),
-        gate_inputs=lambda seed: image_like(min(n, 1024), width, width, torch.float32, device, seed),
+        make_inputs=partial(image_like, n, width, width),
+        gate_inputs=partial(image_like, min(n, 1024), width, width),
         reference=in_double(both_gradients(hsic_reference)),
         tolerance=1e-4,
         flops=6.0 * n * n * width,
@@ -116,37 +119,25 @@ def place(record: Record) -> float:
     return float(record.params[AXES[record.case][0]])
 
 
-def milliseconds(record: Record) -> float:
-    """Of the step."""
-    return float(record.ms["median"])
+def measured(record: Record) -> tuple[float, float]:
+    """Milliseconds, and MiB beside weights and inputs; NaN where they are not known."""
+    return record.ms["median"], record.peak_mem_mb or math.nan
 
 
-def mebibytes(record: Record) -> float:
-    """Beside weights and inputs; NaN where it is not known."""
-    return record.peak_mem_mb or math.nan
-
-
-def flops(record: Record) -> float:
-    """By count."""
-    return record.flops
-
-
-def exponent(records: Sequence[Record], of: Callable[[Record], float]) -> float:
-    """a of value ∝ xᵃ, by least squares through the logarithms."""
-    xs, ys = ([math.log(f(r)) for r in records] for f in (place, of))
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """a of y ∝ xᵃ, by least squares through the logarithms."""
+    return linear_regression([*map(math.log, xs)], [*map(math.log, ys)]).slope
 
 
 def table(cases: Sequence[Sequence[Record]]) -> str:
     """The exponents in Markdown: over the whole range, and between its two largest points."""
     rows = ["| against | | from … to | FLOPs | time | time, at the end | memory |", "| --- " * 7 + "|"]
     for (case, impl), records in lines(cases).items():
-        ends = f"{place(records[0]):.0f} … {place(records[-1]):.0f}"
-        last = records[-2:]
-        values = [exponent(records, flops), exponent(records, milliseconds), exponent(last, milliseconds)]
-        cells = " | ".join(f"{value:.2f}" for value in [*values, exponent(records, mebibytes)])
-        rows.append(f"| {AXES[case][1]} | {impl} | {ends} | {cells} |")
+        xs, flops = [place(r) for r in records], [r.flops for r in records]
+        ms, memory = zip(*map(measured, records), strict=True)
+        exponents = exponent(xs, flops), exponent(xs, ms), exponent(xs[-2:], ms[-2:]), exponent(xs, memory)
+        cells = " | ".join(f"{value:.2f}" for value in exponents)
+        rows.append(f"| {AXES[case][1]} | {impl} | {xs[0]:.0f} … {xs[-1]:.0f} | {cells} |")
     return "\n".join(rows)
 
 
@@ -164,8 +155,8 @@ def draw(cases: Sequence[Sequence[Record]], path: Path) -> None:
     for (case, impl), records in groups.items():
         column = columns.index(case)
         xs = [place(r) for r in records]
-        for row, value in enumerate((milliseconds, mebibytes)):
-            axis, ys = axes[row][column], [value(r) for r in records]
+        for row, ys in enumerate(zip(*map(measured, records), strict=True)):
+            axis = axes[row][column]
             axis.plot(xs, ys, "o-", ms=4, color=colours[impl], label=impl)
             axis.plot(xs, [ys[0] * x / xs[0] for x in xs], ":", lw=1, color=colours[impl])
             axis.set_xscale("log", base=2)

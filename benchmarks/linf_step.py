@@ -5,22 +5,23 @@ space it is the same op on a quarter of the numbers.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Outputs, Provider, Size, compiled, generator, in_double
+from benchmarks.case import Case, Provider, Size, compiled, in_double, run_of
 from mimir_fast.ops.linf_step import linf_step, linf_step_reference
 
 ALPHA, EPS = 10 / 255, 8 / 255
-Triple = tuple[Tensor, Tensor, Tensor]
-
 SHAPES: dict[Size, list[tuple[int, ...]]] = {
     "tiny": [(2, 3, 8, 8)],
     "quick": [(64, 3, 224, 224)],
     "full": [(64, 3, 224, 224), (64, 49, 768), (1024, 49, 768)],
+    "gpu": [(128, 3, 224, 224), (512, 3, 224, 224), (512, 49, 768), (1024, 49, 768)],
 }
-ON_GPU: list[tuple[int, ...]] = [(128, 3, 224, 224), (512, 3, 224, 224), (512, 49, 768), (1024, 49, 768)]
+ours = partial(linf_step, alpha=ALPHA, eps=EPS)
+definition = run_of(partial(linf_step_reference, alpha=ALPHA, eps=EPS))
 
 
 def chain(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
@@ -30,45 +31,33 @@ def chain(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
 
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:
-    """Image space and patch space."""
-    for shape in ON_GPU if device.type == "cuda" and size != "tiny" else SHAPES[size]:
+    """Image space and patch space, fp32: adversarial pixels are never rounded to bf16."""
+    for shape in SHAPES[size]:
         yield case(device, shape)
 
 
 def case(device: torch.device, shape: tuple[int, ...]) -> Case:
-    """One shape, fp32: adversarial pixels are never rounded to bf16."""
+    """One shape."""
 
-    def make_inputs(seed: int) -> Triple:
-        rng = generator(device, seed)
-        x = torch.rand(shape, device=device, generator=rng)
-        noise, grad = (torch.randn(shape, device=device, generator=rng) for _ in range(2))
+    def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
+        x, noise, grad = torch.rand(shape), torch.randn(shape), torch.randn(shape)
         return (x + noise * EPS / 2).clamp(0, 1), grad, x
 
-    def definition(inputs: Triple) -> Outputs:
-        x_adv, grad, x = inputs
-        return (linf_step_reference(x_adv, grad, x, ALPHA, EPS),)
-
-    buffer = torch.empty(shape, device=device)
-
-    def into_buffer(inputs: Triple) -> Outputs:
-        return (linf_step(*inputs, alpha=ALPHA, eps=EPS, out=buffer),)
-
-    fused = compiled(chain)
-    count = torch.Size(shape).numel()
+    mapped = partial(ours, out=torch.empty(shape, device=device))
     return Case(
         "linf_step",
         {"shape": "x".join(map(str, shape)), "dtype": "fp32"},
         [
-            Provider("mimir_fast", lambda inputs: (linf_step(*inputs, alpha=ALPHA, eps=EPS),)),
-            Provider("mimir_fast, out=", into_buffer, note="into memory that is already mapped"),
-            Provider("eager chain", lambda inputs: (chain(*inputs),)),
+            Provider("mimir_fast", run_of(ours)),
+            Provider("mimir_fast, out=", run_of(mapped), note="into memory that is already mapped"),
+            Provider("eager chain", run_of(chain)),
             Provider("definition", definition),
-            Provider("torch.compile(chain)", lambda inputs: (fused(*inputs),)),
+            Provider("torch.compile(chain)", run_of(compiled(chain))),
         ],
         baseline="eager chain",
         make_inputs=make_inputs,
         reference=in_double(definition),
         tolerance=1e-7,
-        bytes=16.0 * count,
+        bytes=16.0 * torch.Size(shape).numel(),
         items=shape[0],
     )

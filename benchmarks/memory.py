@@ -8,22 +8,16 @@ C library has kept from earlier calls is given back first (`malloc_trim`), or it
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
-
-class Process(Protocol):
-    """Another process that does the work of a provider (apart.py)."""
-
-    pid: int | None
-
-    def give_back(self) -> None:
-        """`give_back` over there."""
+if TYPE_CHECKING:
+    from benchmarks.apart import Apart
 
 
-def extra_peak_mb(call: Callable[[], object], device: torch.device, process: "Process | None" = None) -> float | None:
-    """MiB above the level before the call, of this process or another; None where it cannot be known (no /proc)."""
+def extra_peak_mb(call: Callable[[], object], device: torch.device, apart: "Apart | None" = None) -> float | None:
+    """MiB above the level before the call, of this process or of the one that does the work; None without /proc."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -33,9 +27,9 @@ def extra_peak_mb(call: Callable[[], object], device: torch.device, process: "Pr
         peak = torch.cuda.max_memory_allocated()
         del outputs
         return (peak - before) / 2**20
-    folder = Path("/proc") / ("self" if process is None else str(process.pid))
+    folder = Path("/proc") / ("self" if apart is None else str(apart.pid))
     try:
-        (give_back if process is None else process.give_back)()
+        (give_back if apart is None else apart.give_back)()
         (folder / "clear_refs").write_text("5")  # proc(5): reset the peak resident set size
         before = _status_kib(folder, "VmRSS")
         outputs = call()

@@ -7,12 +7,12 @@ Shapes: B images, N patches, K kept, P = p·p·3 numbers, D width of a token.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Outputs, Provider, Size, compiled, generator, in_double, with_gradients
+from benchmarks.case import Case, Outputs, Provider, Size, compiled, in_double, run_of
 from benchmarks.training import random_batch
 from mimir_fast.ops.patches import (
     gather_patches,
@@ -26,27 +26,34 @@ from mimir_fast.ops.patches import (
     scatter_patches_reference,
 )
 
-PATCH, KEPT = 16, 0.25
-Pair = tuple[Tensor, Tensor]
+PATCH = 16
+Function = Callable[..., Tensor]
+# batch, image side, width of the encoder's tokens, of the decoder's
+SIZES: dict[Size, tuple[int, int, int, int]] = {
+    "tiny": (2, 32, 32, 32),
+    "quick": (64, 224, 768, 512),
+    "full": (64, 224, 768, 512),
+    "gpu": (512, 224, 768, 512),
+}
 
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Image ops in uint8, token ops in the precision of training on this device."""
-    cuda = device.type == "cuda"
-    batch = 2 if size == "tiny" else 512 if cuda else 64
-    side = 32 if size == "tiny" else 224
-    dtype = torch.bfloat16 if cuda else torch.float32
-    yield image_case(device, batch, side, targets=False)
-    yield image_case(device, batch, side, targets=True)
-    yield gather_case(device, batch, (side // PATCH) ** 2, 32 if size == "tiny" else 768, dtype)
-    if size != "quick" or cuda:
-        yield scatter_case(device, batch, (side // PATCH) ** 2, 32 if size == "tiny" else 512, dtype)
+    batch, side, width, decoder_width = SIZES[size]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    targets = partial(masked_targets_reference, norm_pix=True)
+    yield pixels_case(
+        "patchify_gather", batch, side, 0.25, patchify_gather, patchify_gather_reference, mae_pixels, 1e-6
+    )
+    yield pixels_case("masked_targets", batch, side, 0.75, masked_targets, targets, mae_targets, 1e-5)
+    yield gather_case(batch, (side // PATCH) ** 2, width, dtype, xformers_missing(device))
+    if size != "quick":
+        yield scatter_case(batch, (side // PATCH) ** 2, decoder_width, dtype)
 
 
-def draw_ids(batch: int, num_patches: int, num: int, device: torch.device, seed: int) -> Tensor:
+def draw_ids(batch: int, num_patches: int, num: int) -> Tensor:
     """(B, num) distinct patches of each image, ascending."""
-    noise = torch.rand(batch, num_patches, device=device, generator=generator(device, seed))
-    return noise.argsort(dim=1)[:, :num].sort(dim=1).values
+    return torch.rand(batch, num_patches).argsort(dim=1)[:, :num].sort(dim=1).values
 
 
 def repeat_gather(tokens_BND: Tensor, ids_BK: Tensor) -> Tensor:
@@ -57,69 +64,67 @@ def repeat_gather(tokens_BND: Tensor, ids_BK: Tensor) -> Tensor:
 def select_rows(tokens_BND: Tensor, ids_BK: Tensor) -> Tensor:
     """The gather as a selection of rows: indices of B·K numbers only."""
     B, N, D = tokens_BND.shape
-    rows = (ids_BK + N * torch.arange(B, device=ids_BK.device)[:, None]).flatten()
-    return tokens_BND.reshape(B * N, D).index_select(0, rows).view(B, -1, D)
+    return tokens_BND.reshape(B * N, D).index_select(0, rows_of(ids_BK, N)).view(B, -1, D)
 
 
-def image_case(device: torch.device, batch: int, side: int, *, targets: bool) -> Case:
-    """uint8 images to visible float patches, or to normalised masked targets."""
+def xformers_gather(tokens_BND: Tensor, ids_BK: Tensor) -> Tensor:
+    """xformers' row gather (Triton)."""
+    from xformers.ops import index_select_cat
+
+    B, N, D = tokens_BND.shape
+    return index_select_cat([tokens_BND.reshape(B * N, D)], [rows_of(ids_BK, N)]).view(B, -1, D)
+
+
+def rows_of(ids_BK: Tensor, num_patches: int) -> Tensor:
+    """(B·K,): places in a batch whose images lie one after the other."""
+    return (ids_BK + num_patches * torch.arange(len(ids_BK), device=ids_BK.device)[:, None]).flatten()
+
+
+def mae_pixels(images: Tensor, ids: Tensor) -> Tensor:
+    """The wanted patches of whole images."""
+    return repeat_gather(patchify(images, PATCH), ids)
+
+
+def mae_targets(images: Tensor, ids: Tensor) -> Tensor:
+    """MAE's normalised targets."""
+    out = mae_pixels(images, ids)
+    return (out - out.mean(-1, keepdim=True)) / (out.var(-1, keepdim=True) + 1e-6) ** 0.5
+
+
+def pixels_case(
+    name: str, batch: int, side: int, part: float, ours: Function, by_definition: Function, mae_way: Function,
+    tolerance: float,
+) -> Case:  # fmt: skip
+    """What a part of the patches becomes, read from uint8 images."""
     num_patches, patch_dim = (side // PATCH) ** 2, PATCH * PATCH * 3
-    kept = int(num_patches * KEPT)
-    num = num_patches - kept if targets else kept
-
-    def make_inputs(seed: int) -> Pair:
-        images = random_batch(batch, side, device, seed).images
-        return images, draw_ids(batch, num_patches, num, device, seed)
-
-    def definition(images: Tensor, ids: Tensor) -> Tensor:
-        if targets:
-            return masked_targets_reference(images, ids, PATCH, True)
-        return patchify_gather_reference(images, ids, PATCH)
-
-    def mae_way(images: Tensor, ids: Tensor) -> Tensor:
-        out = repeat_gather(patchify(images, PATCH), ids)
-        return (out - out.mean(-1, keepdim=True)) / (out.var(-1, keepdim=True) + 1e-6) ** 0.5 if targets else out
-
-    def reference(inputs: Pair) -> Outputs:
-        return (definition(inputs[0].double() / 255, inputs[1]),)
-
-    def ours(inputs: Pair) -> Outputs:
-        images, ids = inputs
-        return (masked_targets(images, ids, PATCH) if targets else patchify_gather(images, ids, PATCH),)
-
-    fused = compiled(definition)
+    num, definition = int(num_patches * part), partial(by_definition, patch_size=PATCH)
     return Case(
-        "masked_targets" if targets else "patchify_gather",
+        name,
         {"images": f"{batch}x3x{side}x{side}", "patch": PATCH, "taken": num, "of": num_patches, "dtype": "uint8"},
         [
-            Provider("mimir_fast", ours),
-            Provider("eager", lambda inputs: (definition(*inputs),)),
-            Provider("MAE's way", lambda inputs: (mae_way(*inputs),)),
-            Provider("torch.compile(eager)", lambda inputs: (fused(*inputs),)),
+            Provider("mimir_fast", run_of(partial(ours, patch_size=PATCH))),
+            Provider("eager", run_of(definition)),
+            Provider("MAE's way", run_of(mae_way)),
+            Provider("torch.compile(eager)", run_of(compiled(definition))),
         ],
         baseline="eager",
-        make_inputs=make_inputs,
-        reference=reference,
-        tolerance=1e-5 if targets else 1e-6,
+        make_inputs=lambda: (random_batch(batch, side).images, draw_ids(batch, num_patches, num)),
+        reference=lambda inputs: (definition(inputs[0].double() / 255, inputs[1]),),
+        tolerance=tolerance,
         bytes=float(batch * num * (patch_dim * (1 + 4) + 8)),
         items=batch,
     )
 
 
-def gather_case(device: torch.device, batch: int, num_patches: int, width: int, dtype: torch.dtype) -> Case:
+def gather_case(batch: int, num_patches: int, width: int, dtype: torch.dtype, no_xformers: str) -> Case:
     """Visible tokens out of all, with the gradient."""
-    kept = max(1, int(num_patches * KEPT))
+    kept, row = num_patches // 4, width * dtype.itemsize
+    both_ways = partial(run_of, wanted=(0,), above=2)
 
-    def make_inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        rng = generator(device, seed)
-        tokens = torch.randn(batch, num_patches, width, device=device, generator=rng).to(dtype)
-        grad = torch.randn(batch, kept, width, device=device, generator=rng).to(dtype)
-        return tokens.requires_grad_(), draw_ids(batch, num_patches, kept, device, seed), grad
+    def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
+        tokens, grad = (torch.randn(batch, count, width).to(dtype) for count in (num_patches, kept))
+        return tokens.requires_grad_(), draw_ids(batch, num_patches, kept), grad
 
-    def both_ways(gather: Callable[..., Tensor]) -> Callable[[Any], Outputs]:
-        return with_gradients(gather, 0, grad=2)
-
-    row = width * dtype.itemsize
     return Case(
         "gather_patches_fwd_bwd",
         {"tokens": f"{batch}x{num_patches}x{width}", "kept": kept, "dtype": str(dtype).removeprefix("torch.")},
@@ -129,43 +134,33 @@ def gather_case(device: torch.device, batch: int, num_patches: int, width: int, 
             Provider("MAE's repeat-gather", both_ways(repeat_gather)),
             Provider("index_select", both_ways(select_rows)),
             Provider("torch.compile(expand)", both_ways(compiled(gather_patches_reference))),
-            Provider("xformers", both_ways(xformers_gather), skip=xformers_missing(device)),
+            Provider("xformers", both_ways(xformers_gather), skip=no_xformers),
         ],
         baseline="expand-gather",
         make_inputs=make_inputs,
         reference=both_ways(gather_patches_reference),  # a copy rounds nothing
-        tolerance=0.0,
         bytes=float(batch * (kept * row * 3 + num_patches * row)),
         items=batch,
     )
 
 
-def scatter_case(device: torch.device, batch: int, num_patches: int, width: int, dtype: torch.dtype) -> Case:
-    """The decoder's input from visible tokens, mask token and positions, with all three gradients."""
-    kept = max(1, int(num_patches * KEPT))
-    Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+def scatter_case(batch: int, num_patches: int, width: int, dtype: torch.dtype) -> Case:
+    """The decoder's input from visible tokens, mask token and positions, with both gradients."""
+    kept, row = num_patches // 4, width * dtype.itemsize
+    both_ways = partial(run_of, wanted=(0, 2), above=4)
 
-    def make_inputs(seed: int) -> Five:
-        rng = generator(device, seed)
-        visible, token, positions, grad = (
-            torch.randn(shape, device=device, generator=rng).to(dtype)
-            for shape in ((batch, kept, width), (width,), (num_patches, width), (batch, num_patches, width))
-        )
-        ids = draw_ids(batch, num_patches, kept, device, seed)
-        return visible.requires_grad_(), ids, token.requires_grad_(), positions, grad
-
-    def both_ways(scatter: Callable[..., Tensor]) -> Callable[[Any], Outputs]:
-        return with_gradients(scatter, 0, 2, grad=4)
+    def make_inputs() -> Outputs:
+        shapes = (batch, kept, width), (width,), (num_patches, width), (batch, num_patches, width)
+        visible, token, positions, grad = (torch.randn(shape).to(dtype) for shape in shapes)
+        return visible.requires_grad_(), draw_ids(batch, num_patches, kept), token.requires_grad_(), positions, grad
 
     def mae_way(visible: Tensor, ids: Tensor, token: Tensor, positions: Tensor) -> Tensor:
         """Append mask tokens, sort back with the inverse permutation, add positions."""
-        B, K = ids.shape
-        rest = torch.ones(B, num_patches, device=ids.device).scatter(1, ids, 0).argsort(dim=1, descending=True)
-        restore = torch.cat([ids, rest[:, : num_patches - K]], dim=1).argsort(dim=1)
-        full = torch.cat([visible, token.expand(B, num_patches - K, -1)], dim=1)
+        rest = torch.ones(batch, num_patches, device=ids.device).scatter(1, ids, 0).argsort(dim=1, descending=True)
+        restore = torch.cat([ids, rest[:, : num_patches - kept]], dim=1).argsort(dim=1)
+        full = torch.cat([visible, token.expand(batch, num_patches - kept, -1)], dim=1)
         return repeat_gather(full, restore) + positions
 
-    row = width * dtype.itemsize
     return Case(
         "scatter_patches_fwd_bwd",
         {"tokens": f"{batch}x{num_patches}x{width}", "visible": kept, "dtype": str(dtype).removeprefix("torch.")},
@@ -193,12 +188,3 @@ def xformers_missing(device: torch.device) -> str:
     except Exception as error:  # a broken binary fails in many ways
         return f"xformers does not load: {type(error).__name__}"
     return ""
-
-
-def xformers_gather(tokens_BND: Tensor, ids_BK: Tensor) -> Tensor:
-    """xformers' row gather (Triton)."""
-    from xformers.ops import index_select_cat
-
-    B, N, D = tokens_BND.shape
-    rows = (ids_BK + N * torch.arange(B, device=ids_BK.device)[:, None]).flatten()
-    return index_select_cat([tokens_BND.reshape(B * N, D)], [rows]).view(B, -1, D)

@@ -54,20 +54,6 @@ class Assumptions:
     """JPEG images a second one CPU core decodes."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One row; times in seconds, sizes in GB (1e9 bytes), all for one GPU unless it says otherwise."""
-
-    compute_s: tuple[float, float]
-    optimizer_s: float
-    gradients_s: float
-    exposed_s: float
-    ddp_gb: float
-    fsdp_gb: float
-    images_s: tuple[float, float]
-    hours: tuple[float, float]
-
-
 @cache
 def num_parameters(encoder: str, decoder: str) -> int:
     """Of the real model, built without memory."""
@@ -92,58 +78,51 @@ def all_reduce_s(num_bytes: float, gpus: int, given: Assumptions) -> float:
     return in_node + 2 * (nodes - 1) / nodes * (num_bytes / inside) / (given.ib_gbps * 1e9)
 
 
-def plan(encoder: str, decoder: str, gpus: int, given: Assumptions) -> Plan:
-    """One model on so many GPUs."""
+def plan(encoder: str, decoder: str, gpus: int, given: Assumptions) -> dict[str, float | tuple[float, float]]:
+    """One model on so many GPUs: a column of the table → its number or range."""
     each = given.batch / gpus
     step_flops = 5 * each * masked_flops(encoder, decoder, SIDE, PATCH)
-    compute = tuple(step_flops / (share * given.peak_tflops * 1e12) for share in (given.low_share, given.high_share))
+    slow, fast = (step_flops / (share * given.peak_tflops * 1e12) for share in (given.low_share, given.high_share))
     parameters = num_parameters(encoder, decoder)
     gradients = all_reduce_s(4 * parameters, gpus, given)
     # DDP sends while the training pass runs backward, two fifths of the step; the fast case hides the least.
-    exposed = max(0.0, gradients - 0.4 * min(compute))
+    exposed = max(0.0, gradients - 0.4 * fast)
     activations = each * activation_bytes(encoder, decoder)
     optimizer = 28 * parameters / (given.memory_gbps * 1e9)
-    rates = [given.batch / (seconds + exposed + optimizer) / gpus for seconds in compute]
-    hours = [given.epochs * given.images / (rate * gpus) / 3600 for rate in rates]
-    return Plan(
-        compute_s=(compute[0], compute[1]), optimizer_s=optimizer, gradients_s=gradients,
-        exposed_s=exposed,
-        ddp_gb=(18 * parameters + activations) / 1e9,
-        fsdp_gb=((16 / gpus + 2) * parameters + activations) / 1e9,
-        images_s=(rates[0], rates[1]), hours=(hours[0], hours[1]),
-    )  # fmt: skip
+    low, high = (each / (compute + exposed + optimizer) for compute in (slow, fast))
+    hours = given.epochs * given.images / gpus / 3600
+    return {
+        "images a GPU": each,
+        "compute, ms": (1e3 * fast, 1e3 * slow),
+        "optimiser, ms": 1e3 * optimizer,
+        "gradients, ms": 1e3 * gradients,
+        "not hidden, ms": 1e3 * exposed,
+        "GB, DDP": (18 * parameters + activations) / 1e9,
+        "GB, FSDP": ((16 / gpus + 2) * parameters + activations) / 1e9,
+        "images/s a GPU": (low, high),
+        "JPEG cores a GPU": (low / given.core_images, high / given.core_images),
+        "raw GB/s a GPU": (low * RAW_BYTES / 1e9, high * RAW_BYTES / 1e9),
+        "hours": (hours / high, hours / low),
+    }
 
 
-def span(values: tuple[float, float], scale: float = 1.0) -> str:
-    """`low … high`, three digits each."""
-    low, high = sorted(value * scale for value in values)
-    return f"{digits(low)} … {digits(high)}"
-
-
-def digits(value: float) -> str:
-    """Three significant digits, thousands apart."""
+def digits(value: float | tuple[float, float]) -> str:
+    """Three significant digits, thousands apart; `low … high`."""
+    if isinstance(value, tuple):
+        return " … ".join(map(digits, value))
     return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(given: Assumptions) -> str:
     """Markdown: models × GPUs."""
-    rows = [
-        "| model, decoder | GPUs | images a GPU | compute, ms | optimiser, ms | gradients, ms "
-        "| not hidden, ms | GB, DDP | GB, FSDP | images/s a GPU | JPEG cores a GPU | raw GB/s a GPU | hours |",
-        "| --- " * 13 + "|",
-    ]
-    for encoder, decoder in MODELS:
-        for gpus in GPUS:
-            p = plan(encoder, decoder, gpus, given)
-            cells = [
-                f"ViT-{encoder[0].upper()}/{PATCH}, {decoder}", str(gpus), f"{given.batch / gpus:g}",
-                span(p.compute_s, 1e3), digits(p.optimizer_s * 1e3), digits(p.gradients_s * 1e3),
-                digits(p.exposed_s * 1e3), digits(p.ddp_gb),
-                digits(p.fsdp_gb), span(p.images_s), span(p.images_s, 1 / given.core_images),
-                span(p.images_s, RAW_BYTES / 1e9), span(p.hours),
-            ]  # fmt: skip
-            rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+    rows = {
+        f"| ViT-{encoder[0].upper()}/{PATCH}, {decoder} | {gpus} |": plan(encoder, decoder, gpus, given)
+        for encoder, decoder in MODELS
+        for gpus in GPUS
+    }
+    columns = list(next(iter(rows.values())))
+    head = [f"| model, decoder | GPUs | {' | '.join(columns)} |", "| --- " * (2 + len(columns)) + "|"]
+    return "\n".join([*head, *(f"{name} {' | '.join(map(digits, p.values()))} |" for name, p in rows.items())])
 
 
 def parse(arguments: list[str] | None = None) -> Assumptions:

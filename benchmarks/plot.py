@@ -7,6 +7,7 @@ has room for one number a provider.
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 from benchmarks.case import is_ours
 from benchmarks.record import Record
@@ -29,7 +30,6 @@ def draw(cases: Sequence[Sequence[Record]], path: Path) -> None:
     if not rows:
         return
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(rows) + 1.3), dpi=200, layout="constrained")
     axis = figure.subplots()
@@ -40,18 +40,16 @@ def draw(cases: Sequence[Sequence[Record]], path: Path) -> None:
     axis.set_xscale("log")
     axis.set_xlim(min(0.4, 0.8 * min(speedups)), 2.2 * max(speedups))  # room for the last label
     ticks = [t for t in (0.1, 0.3, 1, 3, 10, 30, 100) if 0.8 * min(speedups) <= t <= 2.2 * max(speedups)]
-    axis.xaxis.set_major_locator(FixedLocator(ticks))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks], fontsize=8)
+    axis.minorticks_off()
     axis.set_yticks(range(len(rows)), [title(case[0]) for case, _ in rows], fontsize=8)
     axis.set_ylim(len(rows) - 0.4, -0.6)  # the first case on top
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
-    axis.tick_params(axis="x", labelsize=8)
-    for name, colour in (("mimir_fast", OURS), ("torch.compile", COMPILED), ("others", OTHERS)):
-        axis.scatter([], [], color=colour, s=30, label=name)
+    for name in ("mimir_fast", "torch.compile", "others"):
+        axis.scatter([], [], color=colour_of(name), s=30, label=name)
     figure.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=9)
     axis.set_xlabel("times as fast as the baseline (eager PyTorch where there is one)", fontsize=9)
     figure.supxlabel(certificate([r for case, _ in rows for r in case]), fontsize=7, color="0.4")
@@ -83,24 +81,20 @@ def certificate(records: Sequence[Record]) -> str:
     return f"{where}, torch {first.sw.get('torch')}, {' '.join(days)}, commit {', '.join(commits)}"
 
 
-def _row(axis, place: int, shown: Sequence[Record]) -> None:  # type: ignore[no-untyped-def]
+def colour_of(impl: str) -> str:
+    """Ours, torch.compile's, and everybody else's."""
+    return OURS if is_ours(impl) else COMPILED if impl.startswith("torch.compile") else OTHERS
+
+
+def _row(axis: Any, place: int, shown: Sequence[Record]) -> None:
     """Ours above the line, with time and name where there are several; the others below it."""
-    ours = sorted((r for r in shown if is_ours(r.impl)), key=lambda r: r.speedup or 0)
     for record in shown:
-        if not is_ours(record.impl):
-            colour = COMPILED if record.impl.startswith("torch.compile") else OTHERS
-            axis.scatter([record.speedup], [place + 0.14], color=colour, s=22, zorder=3)
-    for record in ours:
-        axis.scatter([record.speedup], [place - 0.14], color=OURS, s=34, zorder=4)
-    words = []
-    for record in ours:
-        name = record.impl.removeprefix("mimir_fast").strip(" ,")
-        words.append(f"{f'{name} ' if name else ''}{record.speedup:.2g}× ({number(record.ms['median'])} ms)")
-    axis.annotate(
-        "; ".join(words),
-        (ours[-1].speedup, place - 0.14),
-        (6, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=7.5,
-    )
+        ours = is_ours(record.impl)
+        height, size = (place - 0.14, 34) if ours else (place + 0.14, 22)
+        axis.scatter([record.speedup], [height], color=colour_of(record.impl), s=size, zorder=3 + ours)
+    words, furthest = [], 0.0
+    for record in sorted((r for r in shown if is_ours(r.impl)), key=lambda r: r.speedup or 0):
+        name, furthest = record.impl.removeprefix("mimir_fast").strip(" ,"), record.speedup or 0
+        words.append(f"{name} {furthest:.2g}× ({number(record.ms['median'])} ms)".strip())
+    beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+    axis.annotate("; ".join(words), (furthest, place - 0.14), fontsize=7.5, **beside)

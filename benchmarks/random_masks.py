@@ -6,47 +6,49 @@ mask instead. Floor: writing the ids, or reading and writing the images.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Outputs, Provider, Size, compiled, generator
+from benchmarks.case import Case, Outputs, Provider, Size, compiled, in_double, run_of
 from mimir_fast.ops.random_masks import random_masks, random_masks_reference
 from mimir_fast.ops.random_uniform import random_start_linf, random_start_linf_reference
 from mimir_fast.philox import Stream
 
 EPS = 8 / 255
+# samples of a batch of masks, patches; samples of a batch of patches, numbers of each
+SIZES: dict[Size, tuple[int, int, int, int]] = {
+    "tiny": (2, 16, 2, 48),
+    "quick": (512, 196, 64, 49 * 768),
+    "full": (512, 196, 64, 49 * 768),
+    "gpu": (1024, 196, 512, 49 * 768),
+}
 
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Masks of a batch, then the random start of an attack."""
-    cuda = device.type == "cuda"
-    batch = 2 if size == "tiny" else 1024 if cuda else 512
-    yield masks_case(device, batch, 16 if size == "tiny" else 196)
-    yield start_case(device, 2 if size == "tiny" else 512 if cuda else 64, 48 if size == "tiny" else 49 * 768)
+    batch, num_patches, attacked, numbers = SIZES[size]
+    yield masks_case(batch, num_patches)
+    yield start_case(attacked, numbers)
 
 
-def masks_case(device: torch.device, batch: int, num_patches: int) -> Case:
+def masks_case(batch: int, num_patches: int) -> Case:
     """ids_keep and ids_masked."""
     num_keep = num_patches // 4
-
-    def make_inputs(seed: int) -> Tensor:
-        return torch.randint(0, 2**40, (batch,), device=device, generator=generator(device, seed))
+    ours = partial(random_masks, num_patches=num_patches, num_keep=num_keep, seed=3, step=5)
 
     def definition(samples: Tensor) -> Outputs:
         return random_masks_reference(samples, num_patches, num_keep, 3, 5, Stream.MASK, "sorted")
 
-    draws = generator(device, 0)
-
     def mae_way(samples: Tensor) -> Outputs:
-        noise = torch.rand(len(samples), num_patches, device=device, generator=draws)
-        shuffle = noise.argsort(dim=1)
+        shuffle = torch.rand(batch, num_patches, device=samples.device).argsort(dim=1)
         restore = shuffle.argsort(dim=1)
-        mask = torch.ones(len(samples), num_patches, device=device)
+        mask = torch.ones(batch, num_patches, device=samples.device)
         mask[:, :num_keep] = 0
         return shuffle[:, :num_keep], torch.gather(mask, 1, restore)
 
-    def is_a_mask(samples: Tensor, outputs: Outputs) -> str:
+    def is_a_mask(_: Outputs, outputs: Outputs) -> str:
         keep, mask = outputs
         hidden = mask.sum(1) == num_patches - num_keep
         seen = mask.gather(1, keep) == 0
@@ -56,55 +58,51 @@ def masks_case(device: torch.device, batch: int, num_patches: int) -> Case:
         "random_masks",
         {"samples": batch, "patches": num_patches, "kept": num_keep},
         [
-            Provider("mimir_fast", lambda s: random_masks(s, num_patches, num_keep, seed=3, step=5)),
-            Provider("definition", definition),
-            Provider("torch.rand + 2 argsorts", mae_way, law=is_a_mask, note="MAE's; other numbers at every call"),
+            Provider("mimir_fast", run_of(ours)),
+            Provider("definition", run_of(definition)),
+            Provider(
+                "torch.rand + 2 argsorts", run_of(mae_way), law=is_a_mask, note="MAE's; new numbers at every call"
+            ),
         ],
         baseline="torch.rand + 2 argsorts",
-        make_inputs=make_inputs,
-        reference=definition,
-        tolerance=0.0,
+        make_inputs=lambda: (some_samples(batch),),
+        reference=run_of(definition),
         bytes=8.0 * batch * (num_patches + 2),
         items=batch,
     )
 
 
-def start_case(device: torch.device, batch: int, numbers: int) -> Case:
+def start_case(batch: int, numbers: int) -> Case:
     """Uniform noise in the ball, added and clamped."""
-
-    def make_inputs(seed: int) -> tuple[Tensor, Tensor]:
-        rng = generator(device, seed)
-        samples = torch.randint(0, 2**40, (batch,), device=device, generator=rng)
-        return torch.rand(batch, numbers, device=device, generator=rng), samples
 
     def definition(x: Tensor, samples: Tensor) -> Tensor:
         return random_start_linf_reference(x, samples, 3, 5, EPS)
 
-    draws = generator(device, 0)
-
-    def rand_way(inputs: tuple[Tensor, Tensor]) -> Outputs:
-        x = inputs[0]
-        noise = torch.empty_like(x).uniform_(-EPS, EPS, generator=draws)
-        return ((x + noise).clamp(0, 1),)
+    def rand_way(x: Tensor, samples: Tensor) -> Tensor:
+        return (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
 
     def in_the_ball(inputs: tuple[Tensor, Tensor], outputs: Outputs) -> str:
         far = float((outputs[0] - inputs[0]).abs().max())
         return "" if far <= EPS * (1 + 1e-5) else f"left the ball: {far}"
 
-    fused = compiled(definition)
     return Case(
         "random_start",
         {"shape": f"{batch}x{numbers}", "dtype": "fp32"},
         [
-            Provider("mimir_fast", lambda inputs: (random_start_linf(*inputs, seed=3, step=5, eps=EPS),)),
-            Provider("definition", lambda inputs: (definition(*inputs),)),
-            Provider("torch.compile(definition)", lambda inputs: (fused(*inputs),)),
-            Provider("uniform_ + add + clamp", rand_way, law=in_the_ball, note="other numbers at every call"),
+            Provider("mimir_fast", run_of(partial(random_start_linf, seed=3, step=5, eps=EPS))),
+            Provider("definition", run_of(definition)),
+            Provider("torch.compile(definition)", run_of(compiled(definition))),
+            Provider("uniform_ + add + clamp", run_of(rand_way), law=in_the_ball, note="new numbers at every call"),
         ],
         baseline="uniform_ + add + clamp",
-        make_inputs=make_inputs,
-        reference=lambda inputs: (definition(inputs[0].double(), inputs[1]),),
+        make_inputs=lambda: (torch.rand(batch, numbers), some_samples(batch)),
+        reference=in_double(run_of(definition)),
         tolerance=1e-6,
         bytes=8.0 * batch * numbers,
         items=batch,
     )
+
+
+def some_samples(batch: int) -> Tensor:
+    """Indices from a source that is larger than any."""
+    return torch.randint(0, 2**40, (batch,))

@@ -1,8 +1,6 @@
 """The record of one number: what ran, how fast, how right, where. One line of JSON each, schema 1."""
 
 import json
-import platform
-import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -14,11 +12,11 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.ceilings import Ceilings
-from mimir_fast.versions import environment
+from mimir_fast.versions import environment, version_of
 
 SCHEMA = 1
 Status = Literal["ok", "skipped", "failed"]
-_PACKAGES = ("triton", "timm", "xformers", "torchvision", "torchattacks", "pyautoattack", "pykeops")
+_PACKAGES = ("triton", "timm", "xformers", "torchvision", "torchattacks", "pyautoattack")
 
 
 @dataclass
@@ -71,12 +69,11 @@ class Record:
 def stamp(record: Record, device: torch.device, ceilings: Ceilings) -> Record:
     """Give a record its birth certificate."""
     where = environment_once()
-    commit = where["commit"]
-    record.commit = commit.removesuffix("-dirty") if commit else None
-    record.dirty = bool(commit and commit.endswith("-dirty"))
+    commit = where["commit"] or ""
+    record.commit, record.dirty = commit.removesuffix("-dirty") or None, commit.endswith("-dirty")
     record.utc = datetime.now(UTC).isoformat(timespec="seconds")
-    packages = {name: version_or_none(name) for name in _PACKAGES}
-    record.sw = {"python": platform.python_version(), **packages, "torch": torch.__version__}  # with its +cuXXX
+    versions = {name: version_of(name) for name in _PACKAGES}
+    record.sw = {"python": where["python"], **versions, "torch": torch.__version__}  # with its +cuXXX
     record.hw = {
         "device": device.type,
         "gpu": where["gpu"] if device.type == "cuda" else None,
@@ -86,36 +83,21 @@ def stamp(record: Record, device: torch.device, ceilings: Ceilings) -> Record:
         **{f"ceil_{name}_tflops": rate for name, rate in ceilings.tflops.items()},
     }
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        record.hw |= {"sm": properties.multi_processor_count, **gpu_state()}
+        record.hw |= {"sm": torch.cuda.get_device_properties(device).multi_processor_count, **gpu_state()}
     return record
 
 
-@cache
-def environment_once() -> dict[str, Any]:
-    """Of this process; reading the commit costs a subprocess."""
-    return environment()
-
-
-@cache
-def version_or_none(package: str) -> str | None:
-    """The installed version of a package."""
-    from mimir_fast.versions import version_of
-
-    return version_of(package)
+environment_once = cache(environment)  # reading the commit costs a subprocess
 
 
 def gpu_state() -> dict[str, Any]:
     """Driver and clock as nvidia-smi has them; {} without it."""
-    if shutil.which("nvidia-smi") is None:
-        return {}
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm", "--format=csv,noheader,nounits"]
     try:
-        driver, clock = (
-            subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].split(",")
-        )
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
+        driver, clock = answer.splitlines()[0].split(",")
         return {"driver": driver.strip(), "clock_sm_mhz": int(clock)}
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
         return {}
 
 

@@ -1,51 +1,92 @@
-"""From a case to its records: gate, memory, clock."""
+"""From a question to its records: for each case the gate, memory, the clock; what fails or is late is a record too."""
 
 import gc
+import math
+import signal
+import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from contextlib import contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 
-from benchmarks.case import Case, Outputs, Provider, is_ours
+from benchmarks.apart import Apart
+from benchmarks.case import Case, Run, Size, is_ours
 from benchmarks.ceilings import Ceilings
 from benchmarks.gate import judge
 from benchmarks.memory import extra_peak_mb
+from benchmarks.questions import cases_of
 from benchmarks.record import Record, stamp
 from benchmarks.timing import num_sets, time_providers
 
-# Errors of one provider must not end the run of the others; a KeyboardInterrupt must.
-Say = Callable[[str], None]
+
+class OverTime(BaseException):
+    """A case overstayed its box. No Exception: what handles the failure of one provider must let it through."""
+
+
+def run_question(
+    question: str, device: torch.device, size: Size, ceilings: Ceilings, *, box_s: float, only: str | None = None,
+    seconds: float = math.inf, gates_only: bool = False,
+) -> Iterator[list[Record]]:  # fmt: skip
+    """The records of each case of a question.
+
+    Args:
+        box_s: seconds for the timing of all providers of a case; gates, compilation and memory come on top.
+        only: cases of this label.
+        seconds: for everything: the case that overstays them is broken off, later ones are passed over.
+        gates_only: judge ours, time nothing; the others are left out.
+    """
+    until = time.monotonic() + seconds
+    try:
+        for case in cases_of(question)(device, size):
+            if only in (None, *case.labels):
+                left = until - time.monotonic()
+                yield _whatever_happens(case, device, ceilings, left, box_s=box_s, gates_only=gates_only)
+    except Exception as error:  # the question's own set-up
+        status = "skipped" if isinstance(error, ImportError) else "failed"
+        yield [stamp(Record(question, "set-up", {}, 0.0, status=status, note=reason_of(error)), device, ceilings)]  # type: ignore[arg-type]
+
+
+def _whatever_happens(
+    case: Case, device: torch.device, ceilings: Ceilings, left: float, **options: Any
+) -> list[Record]:
+    """`run_case`; one record with the reason where its inputs or its definition fail, or time is up."""
+    try:
+        with time_limit(left):
+            return run_case(case, device, ceilings, **options)
+    except (Exception, OverTime) as error:
+        record = next(iter(_blanks(case, ceilings).values()))
+        late = isinstance(error, OverTime)
+        record.status, record.note = ("skipped", str(error)) if late else ("failed", reason_of(error))
+        return [stamp(record, device, ceilings)]
 
 
 def run_case(
-    case: Case, device: torch.device, ceilings: Ceilings, *, box_s: float, say: Say = print, gates_only: bool = False
+    case: Case, device: torch.device, ceilings: Ceilings, *, box_s: float, gates_only: bool = False
 ) -> list[Record]:
     """One record a provider: `ok` with all numbers, `failed` at the gate or by an exception, `skipped` with the reason.
 
-    Args:
-        box_s: seconds for the timing of all providers together; gates, compilation and memory come on top.
-        gates_only: judge ours, time nothing; the others are left out of the result.
+    Arguments as for `run_question`.
     """
-    records = {p.name: _blank(case, p, ceilings) for p in case.providers}
-    inputs = (case.gate_inputs or case.make_inputs)(0)
+    records = _blanks(case, ceilings)
+    inputs = drawn(case.gate_inputs or case.make_inputs, 0, device)
     reference = case.reference(inputs)
     for provider in case.providers:
         if not provider.skip and (is_ours(provider.name) or not gates_only):
-            say(f"  {case.name} {provider.name}: gate")
-            expected = provider.reference(inputs) if provider.reference else reference
-            _gate(case, provider, inputs, expected, records[provider.name])
+            progress(f"  {case.name} {provider.name}: gate")
+            record = records[provider.name]
+            with _failure_in(record):
+                expected = provider.reference(inputs) if provider.reference else reference
+                record.err, reason = judge(case, provider, inputs, expected)
+                if reason:
+                    record.status, record.note = "failed", f"not the definition: {reason}"
     del inputs, reference
-    sound = {p.name: p.run for p in case.providers if records[p.name].status == "ok"}
-    if sound and not gates_only:
-        first = case.make_inputs(1)
-        sets = [first, *(case.make_inputs(2 + i) for i in range(num_sets(first, device, case.one_set) - 1))]
-        _measure(case, sound, sets, device, box_s, records)
-        for provider in case.providers:
-            if provider.report is not None and records[provider.name].ms:
-                records[provider.name].extra |= provider.report()
+    if not gates_only:
+        _measure(case, device, box_s, records)
     for record in records.values():
         stamp(record, device, ceilings)
     gc.collect()
@@ -54,85 +95,95 @@ def run_case(
     return [record for record in records.values() if is_ours(record.impl) or not gates_only]
 
 
-def _blank(case: Case, provider: Provider, ceilings: Ceilings) -> Record:
-    flops = case.flops if provider.flops is None else provider.flops
-    return Record(
-        case.name, provider.name, case.params,
-        ceilings.floor_ms(flops, case.bytes, provider.precision or case.precision), flops=flops, bytes=case.bytes,
-        baseline=case.baseline, note=provider.skip or provider.note, status="skipped" if provider.skip else "ok",
-    )  # fmt: skip
-
-
-def run_cases(
-    cases: Iterator[Case], device: torch.device, ceilings: Ceilings, *, box_s: float, say: Say = print
-) -> Iterator[list[Record]]:
-    """`run_case` for each; a case whose inputs or definition fail is a failed record, not the end."""
-    for case in cases:
-        try:
-            yield run_case(case, device, ceilings, box_s=box_s, say=say)
-        except Exception as error:
-            yield [failed(case, device, ceilings, error)]
-
-
-def failed(case: Case, device: torch.device, ceilings: Ceilings, error: BaseException) -> Record:
-    """The record of a case that could not even be set up."""
-    record = _blank(case, case.providers[0], ceilings)
-    record.status, record.note = "failed", reason_of(error)
-    return stamp(record, device, ceilings)
+def drawn(make_inputs: Callable[[], Any], seed: int, device: torch.device) -> Any:
+    """A set of inputs."""
+    torch.manual_seed(seed)
+    with device:
+        return make_inputs()
 
 
 def reason_of(error: BaseException) -> str:
     """One line, with the place."""
     text = str(error).strip().splitlines()
-    said = f"{type(error).__name__}: {text[0] if text else ''}"
-    if error.__traceback__ is None:
-        return said
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{said} ({frame.filename.rpartition('/')[2]}:{frame.lineno})"
+    return f"{type(error).__name__}: {text[0] if text else ''} ({frame.filename.rpartition('/')[2]}:{frame.lineno})"
 
 
-def _gate(case: Case, provider: Provider, inputs: object, reference: Outputs, record: Record) -> None:
+def progress(line: str) -> None:
+    """What is going on, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise OverTime in the main thread after so many seconds (at the next Python instruction)."""
+    if seconds <= 0:
+        raise OverTime("no time left in the question's box or in the budget")
+
+    def overstayed(signum: int, frame: FrameType | None) -> None:
+        raise OverTime(f"not done after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, overstayed)
+    signal.setitimer(signal.ITIMER_REAL, seconds if math.isfinite(seconds) else 0)
     try:
-        verdict = judge(case, provider, inputs, reference)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _failure_in(record: Record) -> Iterator[None]:
+    """An error of one provider must not end the run of the others; a KeyboardInterrupt must."""
+    try:
+        yield
     except Exception as error:
         record.status, record.note = "failed", reason_of(error)
-        return
-    record.err = {
-        "ref": "law" if provider.law else "fp64", "rel_fro": verdict.rel_fro, "max_rel": verdict.max_rel,
-        "deterministic_bits": verdict.deterministic,
-    }  # fmt: skip
-    if verdict.reason:
-        record.status, record.note = "failed", f"not the definition: {verdict.reason}"
 
 
-def _measure(
-    case: Case,
-    runs: dict[str, Callable[[Any], Outputs]],
-    sets: list[Any],
-    device: torch.device,
-    box_s: float,
-    records: dict[str, Record],
-) -> None:
+def _blanks(case: Case, ceilings: Ceilings) -> dict[str, Record]:
+    """A record for each provider, with the prediction and without a measurement."""
+    records = {}
+    for p in case.providers:
+        flops = case.flops if p.flops is None else p.flops
+        records[p.name] = Record(
+            case.name, p.name, case.params, ceilings.floor_ms(flops, case.bytes, p.precision or case.precision),
+            flops=flops, bytes=case.bytes, baseline=case.baseline, note=p.skip or p.note,
+            status="skipped" if p.skip else "ok",
+        )  # fmt: skip
+    return records
+
+
+def _measure(case: Case, device: torch.device, box_s: float, records: dict[str, Record]) -> None:
     """Fill in times, rates, memory and speed-ups; a provider that fails at full size is taken out."""
-    processes = {provider.name: provider.process for provider in case.providers}
-    for name, run in list(runs.items()):
-        try:
+    providers = {p.name: p for p in case.providers if records[p.name].status == "ok"}
+    if not providers:
+        return
+    first = drawn(case.make_inputs, 1, device)
+    sets = [first, *(drawn(case.make_inputs, 2 + i, device) for i in range(num_sets(first, device) - 1))]
+    for name, provider in providers.items():
+        with _failure_in(records[name]):
             if case.gate_inputs is not None:
-                run(sets[0])  # the gate saw another size: compilers specialise again
+                provider.run(first)  # the gate saw another size: compilers specialise again
             if case.memory:
-                records[name].peak_mem_mb = extra_peak_mb(partial(run, sets[0]), device, processes[name])
-        except Exception as error:
-            records[name].status, records[name].note = "failed", reason_of(error)
-            del runs[name]
-    times = time_providers(runs, sets, device, box_s)
-    for name, t in times.items():
-        record, seconds = records[name], t.median / 1e3
-        record.ms = {**asdict(t), "noise": t.noise}
+                apart = provider.run if isinstance(provider.run, Apart) else None
+                records[name].peak_mem_mb = extra_peak_mb(partial(provider.run, first), device, apart)
+    runs: dict[str, Run] = {name: p.run for name, p in providers.items() if records[name].status == "ok"}
+    times = time_providers(runs, sets, box_s)
+    for name, ms in times.items():
+        record, provider, seconds = records[name], providers[name], ms["median"] / 1e3
+        record.ms = ms
         record.tflops, record.gbps = record.flops / seconds / 1e12, case.bytes / seconds / 1e9
         record.items_per_s = case.items / seconds
-        record.pct_of_measured_ceiling = 100 * record.predicted_ms / t.median
+        record.pct_of_measured_ceiling = 100 * record.predicted_ms / ms["median"]
         if case.baseline in times:
-            record.speedup = times[case.baseline].median / t.median
+            record.speedup = times[case.baseline]["median"] / ms["median"]
+        if products := provider.products or case.products:
+            rate = products.tflops(provider.precision or case.precision, device)
+            record.extra |= {"TFLOP/s of its products": rate, "% of that rate": 100 * record.tflops / rate}
+        if provider.report is not None:
+            record.extra |= provider.report()
     for name, (one, other) in case.ratios.items():
         if one in times and other in times:
-            records[one].extra[name] = times[one].median / times[other].median
+            records[one].extra[name] = times[one]["median"] / times[other]["median"]

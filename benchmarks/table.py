@@ -1,7 +1,10 @@
 """The table on the terminal."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks.record import Record
 
@@ -11,44 +14,21 @@ COLUMNS = (
 
 
 def print_case(records: Sequence[Record]) -> None:
-    """One table a case."""
-    title = f"{records[0].case}  {describe(records[0].params)}"
-    rows = [row(record) for record in records]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print_plain(title, rows)
-        return
+    """One table a case; notes and further numbers below it."""
+    title = f"{records[0].case}  {' '.join(f'{name}={value}' for name, value in records[0].params.items())}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True, overflow="fold")
-    for record, cells in zip(records, rows, strict=True):
-        table.add_row(*cells, style={"ok": None, "skipped": "dim", "failed": "red"}[record.status])
-    console: Any = Console()
-    if not console.is_terminal:  # a pipe has no width, and a cut table is no use
-        console = Console(width=150)
+    for record in records:
+        table.add_row(*row(record), style={"ok": None, "skipped": "dim", "failed": "red"}[record.status])
+    # A pipe has no width, and a cut table is no use.
+    console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table, markup=False)
     for record in records:
-        said = [record.note] if record.note else []
-        said += [f"{name} {value:.3g}" for name, value in record.extra.items()]
+        said = [*filter(None, [record.note]), *(f"{name} {value:.3g}" for name, value in record.extra.items())]
         if said:
             console.print(f"  {record.impl}: {'; '.join(said)}", style="dim", markup=False, highlight=False)
     console.print()
-
-
-def print_plain(title: str, rows: Iterable[Sequence[str]]) -> None:
-    """The same without rich."""
-    table = [COLUMNS, *rows]
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(COLUMNS))]
-    print(title)
-    for first, *rest in table:
-        print("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]))
-
-
-def describe(params: dict[str, Any]) -> str:
-    """`N=4096 d=768 dtype=fp32`."""
-    return " ".join(f"{name}={value}" for name, value in params.items())
 
 
 def row(record: Record) -> tuple[str, ...]:

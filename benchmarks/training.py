@@ -10,15 +10,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.case import Outputs, generator
+from benchmarks.case import Outputs
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mae import MaskedMethod
 from mimir_fast.models.families.vit import SIZES as ENCODERS
-from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, build_masked_model
-from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
+from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, View, build_masked_model
+from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients
 
 SEED, STEP = 0, 0
-Run = Callable[[Batch], Outputs]
+Step = Callable[[Batch], Outputs]
 Loss = Callable[[Batch], Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,17 +35,24 @@ def build_model(config: ModelConfig, side: int, device: torch.device) -> MaskedM
     return seeded(lambda: build_masked_model(config, side), device)
 
 
-def random_batch(batch: int, side: int, device: torch.device, seed: int, num_classes: int = 1) -> Batch:
+def some_view(model: MaskedModel) -> View:
+    """One image of which the model sees the first quarter, for what does not depend on the pixels."""
+    weight = next(model.parameters())
+    ids = torch.arange(model.num_patches, device=weight.device)[None]
+    keep = model.num_patches // 4
+    patches = weight.new_zeros(1, keep, model.patch_size**2 * model.channels)
+    return View(patches, ids[:, :keep], ids[:, keep:])
+
+
+def random_batch(batch: int, side: int, num_classes: int = 1) -> Batch:
     """uint8 images, as loaders give them."""
-    rng = generator(device, seed)
-    images = torch.empty(batch, 3, side, side, dtype=torch.uint8, device=device).random_(0, 256, generator=rng)
-    labels = torch.randint(0, num_classes, (batch,), device=device, generator=rng)
-    samples = torch.arange(batch, device=device) + 1000 * seed
-    return Batch(images, labels, samples, torch.zeros_like(samples))
+    images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
+    samples = torch.randint(0, 2**40, (batch,))
+    return Batch(images, torch.randint(0, num_classes, (batch,)), samples, torch.zeros_like(samples))
 
 
-def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain: bool = False) -> Run:
-    """(loss, gradient norm) of a full step.
+def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain: bool = False) -> Step:
+    """(loss, gradient norm) of a full step; the norm is measured and clips nothing, as in a training run by default.
 
     The learning rate is 0, so that the weights the gate saw are those the clock sees.
 
@@ -53,8 +60,8 @@ def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain
         bf16: in autocast.
         plain: AdamW as it comes, instead of the package's fused one.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
     if plain:
+        parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.05)
     else:
         optimizer = build_optimizer(model, OptimizerConfig())
@@ -63,7 +70,7 @@ def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
             loss = loss_of(batch)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
+        norm = clip_gradients(model, None)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach().clone(), norm.detach().clone()
@@ -71,12 +78,12 @@ def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain
     return run
 
 
-def method_step(model: MaskedModel, method: MaskedMethod, *, bf16: bool = False, plain: bool = False) -> Run:
+def method_step(model: MaskedModel, method: MaskedMethod, *, bf16: bool = False, plain: bool = False) -> Step:
     """`optimizer_step` of a pre-training method."""
     return optimizer_step(model, lambda b: method(model, b, seed=SEED, step=STEP)["loss"], bf16=bf16, plain=plain)
 
 
-def on_doubles(step: Run) -> Run:
+def on_doubles(step: Step) -> Step:
     """The same images as float64 in [0, 1]; the model of the step must be in float64."""
     return lambda batch: step(replace(batch, images=batch.images.double() / 255))
 

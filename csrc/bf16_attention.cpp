@@ -56,6 +56,17 @@ void pad(const Tokens& tokens, std::int64_t b, std::int64_t h, std::int64_t coun
     std::memset(to + count * depth, 0, (rows - count) * depth * 2);
 }
 
+// The head's tokens are on their way from memory. They lie a whole token apart, which no processor foresees.
+MIMIR_BF16_INLINE void prefetch(const Tokens& tokens, std::int64_t head, std::int64_t heads, std::int64_t count,
+                                bool write) {
+    for (std::int64_t t = 0; t < count; ++t) {
+        const auto* at = reinterpret_cast<const char*>(tokens.at(head / heads, t, head % heads));
+        for (std::int64_t byte = 0; byte < 2 * tokens.E; byte += 64) {
+            write ? __builtin_prefetch(at + byte, 1) : __builtin_prefetch(at + byte, 0);
+        }
+    }
+}
+
 // (rows, columns) float32, columns a multiple of 16, scaled → the bfloat16 tokens of head h.
 MIMIR_BF16_INLINE void write(const float* from, std::int64_t columns, float scale, const Tokens& tokens, std::int64_t b,
                              std::int64_t first, std::int64_t count, std::int64_t h) {
@@ -118,6 +129,12 @@ MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t
         pad(p.v, b, h, p.S, S, depth, rows);
         pair_rows(rows, depth, S, E, value_pairs);
         transpose(value_pairs, S / 2, E, values);
+        prefetch(p.out, head, p.H, p.T, true);
+        if (head + 1 < end) {
+            prefetch(p.q, head + 1, p.H, p.T, false);
+            prefetch(p.k, head + 1, p.H, p.S, false);
+            prefetch(p.v, head + 1, p.H, p.S, false);
+        }
         for (std::int64_t t = 0; t < p.T; t += C) {
             multiply(p.amx, S, C, depth, {keys, depth}, {queries + t, T}, {scores, C}, false);
             softmax(scores, p.S, S, scale, probabilities, sums, lse);
@@ -213,6 +230,16 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
             const bool inside = t < p.T;
             lse[t] = inside ? p.lse[head * p.T + t] : 0.0f;
             along[t] = inside ? inner_product(p.grad.at(b, t, h), p.out.at(b, t, h), p.E) : 0.0f;
+        }
+        prefetch(p.dq, head, p.H, p.T, true);
+        prefetch(p.dk, head, p.H, p.S, true);
+        prefetch(p.dv, head, p.H, p.S, true);
+        if (head + 1 < end) {
+            prefetch(p.q, head + 1, p.H, p.T, false);
+            prefetch(p.grad, head + 1, p.H, p.T, false);
+            prefetch(p.out, head + 1, p.H, p.T, false);
+            prefetch(p.k, head + 1, p.H, p.S, false);
+            prefetch(p.v, head + 1, p.H, p.S, false);
         }
         for (std::int64_t t = 0; t < p.T; t += C) {
             const std::int64_t width = std::min(C, T - t);

@@ -21,22 +21,21 @@ constexpr std::int64_t kRows = 256;  // at a time
 
 Matrix matrix(Address data, bool wide, std::int64_t columns) { return {pointer<char>(data), wide, columns}; }
 
-// Weights (N, K) → panels for x Wᵀ and, where wanted, for g W.
+// 32 rows at a time of weights (N, K) → a panel for x Wᵀ, and their share of every panel for g W.
 MIMIR_BF16 void pack_panels(const Matrix& weight, std::int64_t N, std::uint32_t* forward, std::uint32_t* backward,
                             std::int64_t begin, std::int64_t end) {
-    const std::int64_t across = padded(N, kPanel), along = padded(weight.columns, kPanel), panels = across / kPanel;
+    const std::int64_t across = padded(N, kPanel), along = padded(weight.columns, kPanel);
     for (std::int64_t i = begin; i < end; ++i) {
-        if (i < panels) {
-            pack_rows(weight, N, i, forward + i * along / 2 * kPanel);
-        } else {
-            pack_columns(weight, 0, N, across, i - panels, backward + (i - panels) * across / 2 * kPanel);
+        pack_rows(weight, N, i, forward + i * along / 2 * kPanel);
+        for (std::int64_t j = 0; j < along / kPanel; ++j) {
+            pack_columns(weight, i * kPanel, N, kPanel, j, backward + (j * across + i * kPanel) / 2 * kPanel);
         }
     }
+    _mm_sfence();  // what was streamed is there before another thread reads it
 }
 
 void pack(Address weight, bool wide, std::int64_t N, std::int64_t K, Address forward, Address backward, int threads) {
-    const std::int64_t panels = padded(N, kPanel) / kPanel + (backward == 0 ? 0 : padded(K, kPanel) / kPanel);
-    parallel_for(panels, 4, threads, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(padded(N, kPanel) / kPanel, 2, threads, [&](std::int64_t begin, std::int64_t end) {
         pack_panels(matrix(weight, wide, K), N, pointer<std::uint32_t>(forward), pointer<std::uint32_t>(backward), begin,
                     end);
     });
@@ -52,6 +51,11 @@ class Finish {
         const __m512 zero = _mm512_setzero_ps();
         bias_ = {bias == nullptr ? zero : _mm512_maskz_loadu_ps(in0_, bias + n),
                  bias == nullptr ? zero : _mm512_maskz_loadu_ps(in1_, bias + n + 16)};
+    }
+    MIMIR_BF16_INLINE void prepare(std::int64_t r) const {
+        if (r >= count_) return;
+        out_.prefetch(row_ + r, n_, true);
+        if (residual_ != nullptr) residual_->prefetch(row_ + r, n_, false);
     }
     MIMIR_BF16_INLINE void operator()(std::int64_t r) const {
         if (r >= count_) return;

@@ -18,7 +18,7 @@
 #include "multiversion.h"
 
 // Compiled for these instructions whatever the rest of the file is; `bf16_unit` says whether they may be run.
-#define MIMIR_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,fma")))
+#define MIMIR_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,fma,prfchw")))
 #define MIMIR_BF16_INLINE MIMIR_BF16 MIMIR_INLINE
 #define MIMIR_BF16_LAMBDA MIMIR_BF16 __attribute__((always_inline))  // a lambda does not inherit its function's
 

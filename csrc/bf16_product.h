@@ -43,6 +43,13 @@ struct Matrix {
             _mm256_mask_storeu_epi16(data + 2 * at, inside, to_bf16(x));
         }
     }
+    // Columns column … column + 31 are going to be read, or written, soon.
+    MIMIR_BF16_INLINE void prefetch(std::int64_t row, std::int64_t column, bool write) const {
+        const char* at = data + (row * columns + column) * (wide ? 4 : 2);
+        for (int line = 0; line < (wide ? 128 : 64); line += 64) {
+            write ? __builtin_prefetch(at + line, 1) : __builtin_prefetch(at + line, 0);
+        }
+    }
     // Whether rows are made of whole lines of 64 bytes. Such a line can go to memory without being read first, which is
     // the faster way where it is not wanted soon: strided writes to cold memory wait for every single line.
     bool whole_lines() const {
@@ -53,8 +60,17 @@ struct Matrix {
     }
 };
 
+// `finish.prepare(row)` where there is such a thing.
+template <typename Finish>
+MIMIR_BF16_INLINE auto prepare(const Finish& finish, std::int64_t row, int) -> decltype(finish.prepare(row)) {
+    finish.prepare(row);
+}
+template <typename Finish>
+MIMIR_BF16_INLINE void prepare(const Finish&, std::int64_t, long) {}
+
 // One panel: rows (a multiple of 32) of A (depth long, a multiple of 32) times a panel of B → C. `finish(row)` is called
-// for each row of C that is complete, for 32 of them while the tiles multiply the next 32.
+// for each row of C that is complete, for 32 of them while the tiles multiply the next 32; `finish.prepare(row)` 32 rows
+// ahead of that, so that what it will touch is on its way from memory.
 template <typename Finish>
 MIMIR_BF16_INLINE void panel_product(bool amx, MatrixA a, std::int64_t rows, const std::uint32_t* panel,
                                      std::int64_t depth, MatrixC c, const Finish& finish) {
@@ -63,7 +79,7 @@ MIMIR_BF16_INLINE void panel_product(bool amx, MatrixA a, std::int64_t rows, con
         multiply(amx, rows, kPanel, kInner, {a.data + k, a.stride}, {panel + k / 2 * kPanel, kPanel}, c, k > 0);
     }
     const std::int64_t inner = depth - k, each = (kPanel * 32 + inner - 1) / inner;  // rows finished a step
-    std::int64_t next = 0;
+    std::int64_t next = 0, ahead = 0;
     for (std::int64_t row = 0; row < rows; row += kPanel) {
         const MatrixA a_m = {a.data + row * a.stride + k, a.stride};
         const MatrixB b = {panel + k / 2 * kPanel, kPanel};
@@ -74,6 +90,9 @@ MIMIR_BF16_INLINE void panel_product(bool amx, MatrixA a, std::int64_t rows, con
         }
         amx_block<2, 2>(a_m, b, c_m, inner, k > 0, [&](std::int64_t) MIMIR_BF16_LAMBDA {
             for (const std::int64_t last = std::min(next + each, row); next < last; ++next) finish(next);
+            for (const std::int64_t last = std::min(ahead + each, row + kPanel); ahead < last; ++ahead) {
+                prepare(finish, ahead, 0);
+            }
         });
     }
     for (; next < rows; ++next) finish(next);
@@ -101,8 +120,8 @@ MIMIR_BF16_INLINE void pack_rows(const Matrix& weight, std::int64_t N, std::int6
     }
 }
 
-// Panel `index` of a matrix X (rows, columns), pairs running down its rows from `row`, which is even: W for g W, or the
-// inputs of a layer for gᵀ x. Rows from `end` on are zeros.
+// Rows [row, row + rows) of panel `index` of a weight (end, columns) for g W: pairs run down its rows, `row` is even. It is
+// streamed, since it is for the backward pass. Rows from `end` on are zeros; `to` is aligned to 64 bytes.
 MIMIR_BF16_INLINE void pack_columns(const Matrix& x, std::int64_t row, std::int64_t end, std::int64_t rows,
                                     std::int64_t index, std::uint32_t* to) {
     for (std::int64_t half = 0; half < kPanel; half += 16) {
@@ -111,7 +130,7 @@ MIMIR_BF16_INLINE void pack_columns(const Matrix& x, std::int64_t row, std::int6
         for (std::int64_t r = row; r < row + rows; r += 2) {
             const __m256i even = to_bf16(x.load(r, column, r < end ? inside : 0));
             const __m256i odd = to_bf16(x.load(r + 1, column, r + 1 < end ? inside : 0));
-            _mm512_storeu_si512(to + (r - row) / 2 * kPanel + half, interleave(even, odd));
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to + (r - row) / 2 * kPanel + half), interleave(even, odd));
         }
     }
 }

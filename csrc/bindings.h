@@ -25,6 +25,8 @@ void bind_bf16_attention(pybind11::module_& module);
 void bind_bf16_layers(pybind11::module_& module);
 void bind_fp32_layers(pybind11::module_& module);
 void bind_linf_step(pybind11::module_& module);
+void bind_masked_loss(pybind11::module_& module);
+void bind_noisy_patches(pybind11::module_& module);
 void bind_pair_tiles(pybind11::module_& module);
 void bind_patches(pybind11::module_& module);
 void bind_random_masks(pybind11::module_& module);

@@ -1,6 +1,6 @@
 """An attack asks for the input's gradient only, and leaves the model as it was."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from mimir_fast.attacks.no_trace import borrowed
 class Both(torch.autograd.Function):
     """A product that gives both gradients if the weight wants one, as fused ops do."""
 
-    weights_seen: list[bool] = []
+    weights_seen: ClassVar[list[bool]] = []
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

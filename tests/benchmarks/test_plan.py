@@ -4,8 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plan import Assumptions, all_reduce_s, num_parameters, parse, plan, table
+from benchmarks.training import build_model, masked_flops, some_view
+from mimir_fast.models.masked_model import ModelConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 GIVEN = Assumptions()
@@ -17,16 +21,9 @@ def test_the_page_holds_the_table_of_today():
 
 def test_flops_of_a_step_are_those_of_the_model():
     """Against torch's own count of a ViT-S forward pass, patches to predictions."""
-    torch = pytest.importorskip("torch")
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from benchmarks.training import build_model, masked_flops
-    from mimir_fast.models.masked_model import ModelConfig, View
-
     model = build_model(ModelConfig(encoder="small"), 224, torch.device("cpu"))
-    ids = torch.arange(196)[None]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(View(torch.rand(1, 49, 768), ids[:, :49], ids[:, 49:]))
+        model(some_view(model))
     assert masked_flops("small", "light", 224, 16) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
@@ -41,9 +38,9 @@ def test_one_gpu_sends_nothing_and_a_slow_network_counts_between_nodes_only():
 
 def test_fewer_images_hide_less_and_fsdp_holds_less():
     few, many = plan("base", "light", 512, GIVEN), plan("base", "light", 512, replace(GIVEN, batch=65536))
-    assert few.exposed_s > many.exposed_s == 0
-    assert many.images_s[0] > 2 * few.images_s[0]
-    assert few.fsdp_gb < few.ddp_gb
+    assert few["not hidden, ms"] > many["not hidden, ms"] == 0
+    assert many["images/s a GPU"][0] > 2 * few["images/s a GPU"][0]
+    assert few["GB, FSDP"] < few["GB, DDP"]
     assert num_parameters("base", "light") == pytest.approx(86.2e6, rel=0.01)
 
 

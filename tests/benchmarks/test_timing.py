@@ -5,25 +5,19 @@ import time
 import pytest
 import torch
 
-from benchmarks.case import bytes_of, tensors_in
 from benchmarks.ceilings import Ceilings, measure
 from benchmarks.memory import extra_peak_mb
-from benchmarks.timing import Times, num_sets, quantile, time_providers
+from benchmarks.timing import bytes_of, num_sets, summary, time_providers
 from benchmarks.training import random_batch
 
 CPU = torch.device("cpu")
 
 
 def test_statistics_of_two_series():
-    times = Times.of([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])
-    assert (times.median, times.first_median, times.repeat_median, times.n) == (2.5, 2.0, 3.0, 6)
-    assert times.p20 == 2.0 and times.p80 == 3.0
-    assert times.noise == pytest.approx(1 / 2.5)
-
-
-def test_quantile_interpolates():
-    assert [quantile([0.0, 10.0], f) for f in (0.0, 0.2, 1.0)] == [0.0, 2.0, 10.0]
-    assert quantile([7.0], 0.8) == 7.0
+    assert summary([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]) == {
+        "median": 2.5, "p20": 2.0, "p80": 3.0, "n": 6, "first_median": 2.0, "repeat_median": 3.0, "noise": 1 / 2.5,
+    }  # fmt: skip
+    assert summary([0.0], [10.0])["p20"] == 2.0  # between the samples
 
 
 def test_slow_is_slower_and_providers_take_turns():
@@ -36,31 +30,30 @@ def test_slow_is_slower_and_providers_take_turns():
 
         return call
 
-    times = time_providers({"A": run("A", 0.02), "B": run("B", 0.06)}, [None], CPU, box_s=0.3)
-    assert times["B"].median > 1.5 * times["A"].median
+    times = time_providers({"A": run("A", 0.02), "B": run("B", 0.06)}, [None], box_s=0.3)
+    assert times["B"]["median"] > 1.5 * times["A"]["median"]
     # After two calls of each to find out how many a sample takes: A B B A, again and again.
     assert "".join(order[4:12]) == "ABBAABBA"
 
 
 def test_short_calls_are_timed_many_at_once():
     calls = []
-    times = time_providers({"A": calls.append}, [0, 1, 2], CPU, box_s=0.0)
-    assert times["A"].median < 0.1 and len(calls) > 100
+    times = time_providers({"A": calls.append}, [0, 1, 2], box_s=0.0)
+    assert times["A"]["median"] < 0.1 and len(calls) > 100
     assert {0, 1, 2} == set(calls)
 
 
 def test_sets_of_inputs_exceed_the_cache_of_a_gpu():
     inputs = torch.empty(8 * 2**20, dtype=torch.uint8)
     cuda = torch.device("cuda")
-    assert num_sets(inputs, cuda, one_set=False) * bytes_of(inputs) > 3 * 50 * 2**20 / 2
-    assert num_sets(inputs, CPU, one_set=False) == 3
-    assert num_sets(inputs, cuda, one_set=True) == 1
+    assert num_sets(inputs, cuda) * bytes_of(inputs) > 3 * 50 * 2**20 / 2
+    assert num_sets(inputs, CPU) == 3
 
 
 def test_tensors_are_found_in_any_inputs():
-    batch = random_batch(2, 32, CPU, seed=0)
+    batch = random_batch(2, 32)
     assert bytes_of(batch) == 2 * 3 * 32 * 32 + 3 * 2 * 8
-    assert len(tensors_in({"a": (torch.zeros(1), [torch.zeros(2)]), "b": 3})) == 2
+    assert bytes_of({"a": (torch.zeros(1), [torch.zeros(2)]), "b": 3}) == 12
 
 
 def test_roofline_is_the_larger_of_two_floors():
@@ -71,7 +64,7 @@ def test_roofline_is_the_larger_of_two_floors():
 
 
 def test_measured_ceilings_are_plausible():
-    ceilings = measure(CPU, "tiny")
+    ceilings = measure(CPU, tiny=True)
     assert ceilings.copy_gbps > 0 and set(ceilings.tflops) == {"fp32", "bf16", "fp64"}
     assert all(rate > 0 for rate in ceilings.tflops.values())
 
