@@ -23,6 +23,7 @@ using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
 void bind_crop_resize(pybind11::module_& module);
 void bind_bf16_attention(pybind11::module_& module);
 void bind_bf16_layers(pybind11::module_& module);
+void bind_fp32_layers(pybind11::module_& module);
 void bind_linf_step(pybind11::module_& module);
 void bind_masked_loss(pybind11::module_& module);
 void bind_noisy_patches(pybind11::module_& module);
