@@ -5,7 +5,6 @@ On a small model, where anything around the attacks weighs the most. The gate de
 
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,7 +31,6 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
     shard = EvaluationImages(
         levels.cpu(), truth.cpu(), torch.arange(count), tuple(map(str, range(10))), "digits", {}
     )  # fmt: skip
-    missing = "" if find_spec("pyautoattack") else "pyautoattack is not installed: make setup"
 
     def ours(_: object) -> Outputs:
         with tempfile.TemporaryDirectory() as folder:
@@ -54,11 +52,11 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
         "autoattack",
         {"images": count, "version": "standard", "eps": "24/255", "model": "two-layer network on 8x8 digits"},
         [
-            Provider("mimir_fast", ours, skip=missing),
-            Provider("pyautoattack, directly", direct, skip=missing),
+            Provider("mimir_fast", ours),
+            Provider("pyautoattack, directly", direct),
         ],
         baseline="pyautoattack, directly",
-        reference=direct if not missing else lambda _: (),
+        reference=direct,
         items=count,
         memory=False,
         ratios={"ours / direct": ("mimir_fast", "pyautoattack, directly")},

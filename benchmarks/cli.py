@@ -20,32 +20,22 @@ from mimir_fast.allocator import keep_large_buffers
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks", description="Which is faster, by how much, and is it right?"
-    )
-    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"some of {', '.join(QUESTIONS)}")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    size = parser.add_mutually_exclusive_group()
+    parser = argparse.ArgumentParser("python -m benchmarks", description="Which is faster, how much, and is it right?")
+    add, size = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("questions", nargs="*", metavar="QUESTION", help=f"some of {', '.join(QUESTIONS)}")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     size.add_argument("--full", dest="size", action="store_const", const="full", help="the sizes of the promises; long")
     size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="does it run; times mean nothing")
     parser.set_defaults(size="quick")
-    parser.add_argument("--only", metavar="CASE", help="cases of this name or parameter: hsic_fwd_bwd, image=32")
-    parser.add_argument("--box", type=float, help="seconds of timing a case, instead of the question's own")
-    parser.add_argument(
-        "--compare", type=Path, metavar="OLD.jsonl", help="exit with 1 on a regression beyond the noise"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="NEW.jsonl", help="append the records; default runs/benchmarks/…"
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="where the picture goes; default beside the records"
-    )
-    parser.add_argument("--draw", type=Path, metavar="OLD.jsonl", help="only draw --plot from records of earlier runs")
-    parser.add_argument(
-        "--official", type=Path, metavar="PATH", help="a checkout of the MIMIR authors' code, to be timed beside ours"
-    )
-    parser.add_argument("--device-suite", action="store_true", help="all gates, then all timings, within --budget")
-    parser.add_argument("--budget", type=float, default=540, help="seconds of the device suite")
+    add("--only", metavar="CASE", help="cases of this name or parameter: hsic_fwd_bwd, image=32")
+    add("--box", type=float, help="seconds of timing a case, instead of the question's own")
+    add("--compare", type=Path, metavar="OLD.jsonl", help="exit with 1 on a regression beyond the noise")
+    add("--output", type=Path, metavar="NEW.jsonl", help="append the records; default runs/benchmarks/…")
+    add("--plot", type=Path, metavar="FILE.png", help="where the picture goes; default beside the records")
+    add("--draw", type=Path, metavar="OLD.jsonl", help="only draw --plot from records of earlier runs")
+    add("--official", type=Path, metavar="PATH", help="the MIMIR authors' code, a checkout, to be timed beside ours")
+    add("--device-suite", action="store_true", help="all gates, then all timings, within --budget")
+    add("--budget", type=float, default=540, help="seconds of the device suite")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.questions if name not in QUESTIONS]
     if unknown:

@@ -81,16 +81,16 @@ def minus_one(x_ND: Tensor, rows: slice | None = None) -> Tensor:
 
 def authors(x_ND: Tensor, y_ND: Tensor) -> Tensor:
     """The authors' formula: Gram matrices with exp on the host, a centring matrix, three N×N×N products."""
-    k, l_ = (torch.exp(-squared_distances(z) / (2 * SIGMA**2 * z.shape[1])).cpu() for z in (x_ND, y_ND))
+    k, l_ = gram_on_host(x_ND), gram_on_host(y_ND)
     h = torch.eye(len(k)) - 1 / len(k)
     return ((k @ h) * (l_ @ h).mT).mean()
 
 
-def squared_distances(x_ND: Tensor) -> Tensor:
-    """‖x_i − x_j‖² from uncentred products."""
-    gram = x_ND @ x_ND.mT
-    norms = gram.diagonal()
-    return norms[:, None] + norms - 2 * gram
+def gram_on_host(x_ND: Tensor) -> Tensor:
+    """K (N, N) the authors' way: squared distances from uncentred products, exp, off the device."""
+    products = x_ND @ x_ND.mT
+    norms = products.diagonal()
+    return torch.exp(-(norms[:, None] + norms - 2 * products) / (2 * SIGMA**2 * x_ND.shape[1])).cpu()
 
 
 def in_blocks(x_ND: Tensor, y_ND: Tensor, block: int = 1024) -> Tensor:

@@ -27,7 +27,6 @@ from benchmarks.case import Case, Outputs, Provider, Size, finite
 from benchmarks.training import build_model, method_step
 from mimir_fast.data import DataConfig, build_loader
 from mimir_fast.data.loaders import Loader
-from mimir_fast.data.loaders.dali import import_dali
 from mimir_fast.data.prepare import PrepareConfig, prepare
 from mimir_fast.methods.mimir import Mimir, MimirConfig
 from mimir_fast.models.masked_model import ModelConfig
@@ -91,7 +90,7 @@ def decoding_case(device: torch.device, folder: Path, prepared: Path, num_files:
         return build_loader(config, split="train", batch_size=batch, device=device, shuffle=False, augment=True)
 
     def provider(
-        name: str, build: Callable[[], Iterable[Any]], images_of: Callable[[Any], Tensor], **more: Any
+        name: str, build: Callable[[], Iterable[Any]], images_of: Callable[[Any], Tensor], note: str
     ) -> Provider:
         """Built at first use: worker processes are costly and a missing library must fail this provider alone."""
         built = cache(build)
@@ -100,16 +99,16 @@ def decoding_case(device: torch.device, folder: Path, prepared: Path, num_files:
             shapes = [images_of(piece).to(device).shape for piece in built()]
             return torch.tensor(sum(shape[0] for shape in shapes)), torch.tensor(sum(shape.numel() for shape in shapes))
 
-        return Provider(name, one_pass, **more)
+        return Provider(name, one_pass, note=note)
 
-    def loader(name: str, kind: Literal["dali", "torch", "raw"], **more: Any) -> Provider:
-        return provider(f"mimir_fast {name}", partial(ours, kind), lambda batch: batch.images, **more)
+    def loader(name: str, kind: Literal["dali", "torch", "raw"], note: str = "") -> Provider:
+        return provider(f"mimir_fast {name}", partial(ours, kind), lambda batch: batch.images, note)
 
     return Case(
         "jpeg_decoding",
         {"files": num_files, "crop": SIDE, "batch": batch, "workers": workers},
         [
-            loader("DALI", "dali", skip=dali_missing()),
+            loader("DALI", "dali"),
             loader("torch workers", "torch"),
             loader("raw shards", "raw", note="prepared once, 256 pixels, uint8"),
             provider(
@@ -124,15 +123,6 @@ def decoding_case(device: torch.device, folder: Path, prepared: Path, num_files:
         items=num_files,
         memory=False,
     )
-
-
-def dali_missing() -> str:
-    """Why DALI cannot run here; empty if it can."""
-    try:
-        import_dali()
-    except ImportError as error:
-        return str(error).partition(";")[0]
-    return ""
 
 
 def usual_pipeline(folder: Path, batch: int, workers: int) -> "torch.utils.data.DataLoader[tuple[Tensor, int]]":

@@ -32,7 +32,6 @@ class Record:
         peak_mem_mb: extra memory of a call at its peak, in MiB, outputs included.
         speedup: the baseline's median / this one's.
         extra: further numbers of the provider's own.
-        kernel: registers, spills, shared memory of the Triton kernel, where one ran.
     """
 
     case: str
@@ -53,7 +52,6 @@ class Record:
     baseline: str = ""
     speedup: float | None = None
     extra: dict[str, float] = field(default_factory=dict)
-    kernel: dict[str, Any] = field(default_factory=dict)
     hw: dict[str, Any] = field(default_factory=dict)
     sw: dict[str, Any] = field(default_factory=dict)
     commit: str | None = None
@@ -120,6 +118,7 @@ def read(path: Path) -> list[Record]:
             values = json.loads(line)
             if values.get("schema") != SCHEMA:
                 raise ValueError(f"schema {values.get('schema')}")
+            values.pop("kernel", None)  # of records before November 2026; it was never filled
             records.append(Record(**values))
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(

@@ -20,8 +20,10 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.gate import judge
 from benchmarks.memory import extra_peak_mb
 from benchmarks.questions import cases_of
-from benchmarks.record import Record, stamp
+from benchmarks.record import Record, Status, stamp
 from benchmarks.timing import num_sets, time_providers
+
+OUR_PACKAGES = ("mimir_fast", "mimir_kernels", "benchmarks")
 
 
 class OverTime(BaseException):
@@ -47,8 +49,9 @@ def run_question(
                 left = until - time.monotonic()
                 yield _whatever_happens(case, device, ceilings, left, box_s=box_s, gates_only=gates_only)
     except Exception as error:  # the question's own set-up
-        status = "skipped" if isinstance(error, ImportError) else "failed"
-        yield [stamp(Record(question, "set-up", {}, 0.0, status=status, note=reason_of(error)), device, ceilings)]  # type: ignore[arg-type]
+        record = Record(question, "set-up", {}, 0.0)
+        record.status, record.note = outcome(error)
+        yield [stamp(record, device, ceilings)]
 
 
 def _whatever_happens(
@@ -60,8 +63,7 @@ def _whatever_happens(
             return run_case(case, device, ceilings, **options)
     except (Exception, OverTime) as error:
         record = next(iter(_blanks(case, ceilings).values()))
-        late = isinstance(error, OverTime)
-        record.status, record.note = ("skipped", str(error)) if late else ("failed", reason_of(error))
+        record.status, record.note = outcome(error)
         return [stamp(record, device, ceilings)]
 
 
@@ -102,11 +104,14 @@ def drawn(make_inputs: Callable[[], Any], seed: int, device: torch.device) -> An
         return make_inputs()
 
 
-def reason_of(error: BaseException) -> str:
-    """One line, with the place."""
-    text = str(error).strip().splitlines()
+def outcome(error: BaseException) -> tuple[Status, str]:
+    """Skipped where time is up or another's package is missing, else failed; and why, in one line with the place."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    missing = isinstance(error, ImportError) and not (error.name or "").startswith(OUR_PACKAGES)
+    if missing or isinstance(error, OverTime):
+        return "skipped", text
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {text[0] if text else ''} ({frame.filename.rpartition('/')[2]}:{frame.lineno})"
+    return "failed", f"{type(error).__name__}: {text} ({frame.filename.rpartition('/')[2]}:{frame.lineno})"
 
 
 def progress(line: str) -> None:
@@ -122,7 +127,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise OverTime("no time left in the question's box or in the budget")
 
     def overstayed(signum: int, frame: FrameType | None) -> None:
-        raise OverTime(f"not done after {seconds:.0f} s")
+        raise OverTime(f"not done after {seconds:.3g} s")
 
     before = signal.signal(signal.SIGALRM, overstayed)
     signal.setitimer(signal.ITIMER_REAL, seconds if math.isfinite(seconds) else 0)
@@ -139,7 +144,7 @@ def _failure_in(record: Record) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        record.status, record.note = "failed", reason_of(error)
+        record.status, record.note = outcome(error)
 
 
 def _blanks(case: Case, ceilings: Ceilings) -> dict[str, Record]:

@@ -1,5 +1,6 @@
 """A rival in its own process: the same numbers, another process, and its failures reach us."""
 
+import gc
 import os
 
 import pytest
@@ -17,18 +18,19 @@ class Scaled:
             raise ValueError("nothing to scale by")
         self.factor = factor
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.numel() == 0:
             raise ValueError("no numbers")
-        return x * self.factor, torch.tensor(os.getpid())
+        return x * self.factor, torch.tensor(os.getpid()), torch.tensor(gc.isenabled())
 
 
 def test_another_process_computes() -> None:
     rival = Apart(Scaled, factor=3.0)
     for _ in range(2):
-        product, pid = rival(torch.arange(4.0))
+        product, pid, collects = rival(torch.arange(4.0))
         assert product.tolist() == [0, 3, 6, 9]
         assert int(pid) == rival.pid != os.getpid()
+        assert not collects  # not within a call, as here
     with pytest.raises(RuntimeError, match="no numbers"):
         rival(torch.empty(0))
 

@@ -61,13 +61,20 @@ def test_wrong_baseline_leaves_no_speedup(squares):
 
 
 def test_failure_and_absence_of_a_provider_are_said(squares):
-    def raises(x):
-        raise RuntimeError("no such kernel")
+    def raises(error):
+        def run(x):
+            raise error
 
-    case = squares(Provider("breaks", raises), Provider("absent", raises, skip="not installed"))
-    *_, breaks, absent = run_case(case, CPU, CEILINGS, box_s=0.0)
+        return run
+
+    no_kernel, no_package = RuntimeError("no such kernel"), ImportError("install it", name="rival")
+    broken = ImportError("cannot import name", name="mimir_fast.ops")
+    errors = {"breaks": no_kernel, "absent": no_package, "our own import": broken}
+    case = squares(*(Provider(name, raises(error)) for name, error in errors.items()), Provider("no", str, skip="why"))
+    *_, breaks, absent, ours, skipped = run_case(case, CPU, CEILINGS, box_s=0.0)
     assert breaks.status == "failed" and "no such kernel" in breaks.note and "test_gate.py" in breaks.note
-    assert absent.status == "skipped" and absent.note == "not installed"
+    assert (absent.status, absent.note) == ("skipped", "install it") and ours.status == "failed"
+    assert (skipped.status, skipped.note) == ("skipped", "why")
 
 
 def test_inexact_formula_passes_with_its_own_tolerance(squares):

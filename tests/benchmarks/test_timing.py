@@ -1,5 +1,6 @@
 """The clock, the ceilings and the memory gauge."""
 
+import gc
 import time
 
 import pytest
@@ -34,6 +35,12 @@ def test_slow_is_slower_and_providers_take_turns():
     assert times["B"]["median"] > 1.5 * times["A"]["median"]
     # After two calls of each to find out how many a sample takes: A B B A, again and again.
     assert "".join(order[4:12]) == "ABBAABBA"
+
+
+def test_collector_waits_until_the_sample_is_taken():
+    seen = []
+    time_providers({"A": lambda x: seen.append(gc.isenabled())}, [None], box_s=0.0)
+    assert set(seen) == {False} and gc.isenabled()
 
 
 def test_short_calls_are_timed_many_at_once():
