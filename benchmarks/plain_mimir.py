@@ -18,6 +18,7 @@ from benchmarks.hsic import authors as hsic_on_host
 from benchmarks.patches import repeat_gather
 from mimir_fast.methods.mae import Draws
 from mimir_fast.methods.mimir import MimirConfig
+from mimir_fast.methods.noise import UniformNoise
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.ops.patches import patchify, unpatchify
 
@@ -57,8 +58,9 @@ def losses(model: MaskedModel, images: Tensor, draws: Draws, config: MimirConfig
         latent, prediction = forward(model, x, keep, restore)
         return latent, ((prediction.float() - target).square().mean(-1) * mask).sum() / mask.sum()
 
-    assert draws.delta is not None  # MIMIR attacks
-    noise = torch.zeros_like(target).scatter(1, keep.unsqueeze(-1).expand_as(draws.delta), draws.delta.to(target.dtype))
+    assert isinstance(draws.delta, UniformNoise)  # MIMIR attacks
+    delta = draws.delta.numbers(keep.shape[1], target.shape[2]).to(target.dtype)
+    noise = torch.zeros_like(target).scatter(1, keep.unsqueeze(-1).expand_as(delta), delta)
     x_adv = (clean + unpatchify(noise, p)).clamp(0, 1)
     for _ in range(attack.num_steps):
         x_adv = x_adv.detach().requires_grad_()

@@ -84,25 +84,48 @@ MIMIR_BF16_INLINE void write(const float* from, std::int64_t columns, float scal
 MIMIR_BF16_INLINE void softmax(const float* scores, std::int64_t S, std::int64_t keys, float scale, std::uint32_t* pairs,
                                float* sums, float* lse) {
     const __m512 to_exponent = _mm512_set1_ps(scale * 1.44269504f);
-    for (int half = 0; half < 32; half += 16) {
-        const float* column = scores + half;
-        __m512 largest = _mm512_loadu_ps(column);
-        for (std::int64_t j = 1; j < S; ++j) largest = _mm512_max_ps(largest, _mm512_loadu_ps(column + 32 * j));
-        const __m512 shift = _mm512_mul_ps(largest, to_exponent);
-        __m512 sum = _mm512_setzero_ps();
-        for (std::int64_t j = 0; j < keys; j += 2) {
-            __m512 p[2];
-            for (int i = 0; i < 2; ++i) {
-                p[i] = _mm512_setzero_ps();
-                if (j + i < S) {
-                    p[i] = exp2_of_nonpositive(_mm512_fmsub_ps(_mm512_loadu_ps(column + 32 * (j + i)), to_exponent, shift));
-                    sum = _mm512_add_ps(sum, p[i]);
-                }
-            }
-            _mm512_storeu_si512(pairs + 16 * j + half, interleave(to_bf16(p[0]), to_bf16(p[1])));
+    // Both halves side by side: each is a chain of operations that wait for one another.
+    __m512 largest[2], shift[2], sum[2];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) largest[half] = _mm512_loadu_ps(scores + 16 * half);
+    for (std::int64_t j = 1; j < S; ++j) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            largest[half] = _mm512_max_ps(largest[half], _mm512_loadu_ps(scores + 32 * j + 16 * half));
         }
-        _mm512_storeu_ps(sums + half, sum);
-        _mm512_storeu_ps(lse + half, _mm512_mul_ps(largest, _mm512_set1_ps(scale)));
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+        shift[half] = _mm512_mul_ps(largest[half], to_exponent);
+        sum[half] = _mm512_setzero_ps();
+    }
+    const std::int64_t whole = S / 2 * 2;
+    for (std::int64_t j = 0; j < whole; j += 2) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const float* x = scores + 32 * j + 16 * half;
+            const __m512 even = exp2_of_nonpositive(_mm512_fmsub_ps(_mm512_loadu_ps(x), to_exponent, shift[half]));
+            const __m512 odd = exp2_of_nonpositive(_mm512_fmsub_ps(_mm512_loadu_ps(x + 32), to_exponent, shift[half]));
+            sum[half] = _mm512_add_ps(sum[half], _mm512_add_ps(even, odd));
+            _mm512_storeu_si512(pairs + 16 * j + 16 * half, pairs_of(rows_of(even, odd)));
+        }
+    }
+    for (std::int64_t j = whole; j < keys; j += 2) {  // the last key of an odd number, then padding
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            __m512 p = _mm512_setzero_ps();
+            if (j < S) {
+                const __m512 x = _mm512_loadu_ps(scores + 32 * j + 16 * half);
+                p = exp2_of_nonpositive(_mm512_fmsub_ps(x, to_exponent, shift[half]));
+                sum[half] = _mm512_add_ps(sum[half], p);
+            }
+            _mm512_storeu_si512(pairs + 16 * j + 16 * half, pairs_of(rows_of(p, _mm512_setzero_ps())));
+        }
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+        _mm512_storeu_ps(sums + 16 * half, sum[half]);
+        _mm512_storeu_ps(lse + 16 * half, _mm512_mul_ps(largest[half], _mm512_set1_ps(scale)));
     }
     for (int t = 0; t < 32; ++t) lse[t] += std::log(sums[t]);
 }
@@ -169,19 +192,18 @@ MIMIR_BF16_INLINE void differentiate(const float* scores, const float* products,
         const __m512 shift = _mm512_mul_ps(_mm512_loadu_ps(lse + half), _mm512_set1_ps(1.44269504f));
         const __m512 mean = _mm512_loadu_ps(along + half);
         for (std::int64_t j = 0; j < keys; j += 2) {
-            __m256i ds[2];
+            __m512 p[2], ds[2];
+#pragma GCC unroll 2
             for (int i = 0; i < 2; ++i) {
-                __m512 p = zero;
-                if (j + i < inside) {
-                    const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + 32 * (j + i) + half), to_exponent, shift);
-                    p = exp2_of_nonpositive(x);
-                }
-                const __m512 dp = _mm512_loadu_ps(products + 32 * (j + i) + half);
-                ds[i] = to_bf16(_mm512_mul_ps(p, _mm512_sub_ps(dp, mean)));
-                _mm256_storeu_si256((__m256i*)(to.p + (j + i) * to.C + half), to_bf16(p));
-                _mm256_storeu_si256((__m256i*)(to.ds + (j + i) * to.C + half), ds[i]);
+                const std::int64_t at = 32 * (j + i) + half;
+                const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + at), to_exponent, shift);
+                p[i] = j + i < inside ? exp2_of_nonpositive(x) : zero;
+                ds[i] = _mm512_mul_ps(p[i], _mm512_sub_ps(_mm512_loadu_ps(products + at), mean));
             }
-            _mm512_storeu_si512(to.ds_pairs + j / 2 * to.C + half, interleave(ds[0], ds[1]));
+            const __m512i p_rows = rows_of(p[0], p[1]), ds_rows = rows_of(ds[0], ds[1]);
+            store_rows(to.p + j * to.C + half, to.C, p_rows);
+            store_rows(to.ds + j * to.C + half, to.C, ds_rows);
+            _mm512_storeu_si512(to.ds_pairs + j / 2 * to.C + half, pairs_of(ds_rows));
         }
     }
 }

@@ -156,6 +156,21 @@ MIMIR_BF16_INLINE __m512i interleave(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
+// Two rows of 16 float32 in bfloat16, one in each half.
+MIMIR_BF16_INLINE __m512i rows_of(__m512 even, __m512 odd) { return (__m512i)_mm512_cvtne2ps_pbh(odd, even); }
+
+MIMIR_BF16_INLINE void store_rows(std::uint16_t* to, std::int64_t stride, __m512i rows) {
+    _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(rows));
+    _mm256_storeu_si256((__m256i*)(to + stride), _mm512_extracti64x4_epi64(rows, 1));
+}
+
+// Such rows → 16 pairs, the first row in the low halves.
+MIMIR_BF16_INLINE __m512i pairs_of(__m512i rows) {
+    const __m512i column = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i odd = _mm512_slli_epi32(_mm512_add_epi32(column, _mm512_set1_epi32(16)), 16);
+    return _mm512_permutexvar_epi16(_mm512_or_si512(column, odd), rows);
+}
+
 MIMIR_BF16_INLINE __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
 // 16 bfloat16 → float32.

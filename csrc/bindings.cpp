@@ -6,7 +6,10 @@ PYBIND11_MODULE(_C, module) {
     mimir::bind_crop_resize(module);
     mimir::bind_bf16_attention(module);
     mimir::bind_bf16_layers(module);
+    mimir::bind_fp32_layers(module);
     mimir::bind_linf_step(module);
+    mimir::bind_masked_loss(module);
+    mimir::bind_noisy_patches(module);
     mimir::bind_pair_tiles(module);
     mimir::bind_patches(module);
     mimir::bind_random_masks(module);

@@ -1,62 +1,21 @@
 // Patches straight out of an image: only the wanted pixels are read, converted, reordered and (on demand) normalised.
 //
-// Legend: B images of C channels, patches of p x p pixels in a grid `columns` wide, K of them wanted; a patch is
-// P = p * p * C numbers in the order (row, column, channel). Image strides are in elements, any memory format.
-#include <array>
+// Legend: B images, K of their patches wanted, P numbers in a patch (patch_reading.h).
 #include <cmath>
 
 #include "bindings.h"
 #include "multiversion.h"
 #include "parallel.h"
+#include "patch_reading.h"
 
 namespace mimir {
 namespace {
 
-struct Grid {
-    std::int64_t channels, patch_size, columns;
-    std::array<std::int64_t, 4> stride;  // of B, C, H, W
-
-    std::int64_t patch_length() const { return patch_size * patch_size * channels; }
-    std::int64_t corner(std::int64_t b, std::int64_t patch) const {
-        return b * stride[0] + patch / columns * patch_size * stride[2] + patch % columns * patch_size * stride[3];
-    }
-};
-
-MIMIR_INLINE float pixel(float value) { return value; }
-MIMIR_INLINE float pixel(std::uint8_t value) { return static_cast<float>(value) / 255.0f; }
-
-// One row of a patch. Written out for the usual cases so that the strides are constants to the compiler.
-template <typename T>
-MIMIR_INLINE void read_row(const T* row, const Grid& grid, float* out) {
-    const std::int64_t p = grid.patch_size, C = grid.channels, step_c = grid.stride[1], step_w = grid.stride[3];
-    if (step_c == 1 && step_w == C) {  // channels last: already in order
-        for (std::int64_t i = 0; i < p * C; ++i) out[i] = pixel(row[i]);
-    } else if (step_w == 1 && C == 3) {
-        const T *red = row, *green = row + step_c, *blue = row + 2 * step_c;
-        for (std::int64_t i = 0; i < p; ++i) {
-            out[3 * i] = pixel(red[i]);
-            out[3 * i + 1] = pixel(green[i]);
-            out[3 * i + 2] = pixel(blue[i]);
-        }
-    } else {
-        for (std::int64_t i = 0; i < p; ++i) {
-            for (std::int64_t c = 0; c < C; ++c) out[i * C + c] = pixel(row[c * step_c + i * step_w]);
-        }
-    }
-}
-
-template <typename T>
-MIMIR_INLINE void read_patch_body(const T* corner, const Grid& grid, float* __restrict out) {
-    for (std::int64_t y = 0; y < grid.patch_size; ++y) {
-        read_row(corner + y * grid.stride[2], grid, out + y * grid.patch_size * grid.channels);
-    }
-}
+MIMIR_MULTIVERSION
+void read_patch(const float* corner, const Grid& grid, float* out) { read_patch_body<Scaled>(corner, grid, out); }
 
 MIMIR_MULTIVERSION
-void read_patch(const float* corner, const Grid& grid, float* out) { read_patch_body(corner, grid, out); }
-
-MIMIR_MULTIVERSION
-void read_patch(const std::uint8_t* corner, const Grid& grid, float* out) { read_patch_body(corner, grid, out); }
+void read_patch(const std::uint8_t* corner, const Grid& grid, float* out) { read_patch_body<Scaled>(corner, grid, out); }
 
 // To zero mean and unit unbiased variance, eps under the root. Two passes over a patch that lies in the L1 cache.
 MIMIR_MULTIVERSION

@@ -8,6 +8,7 @@
 #include "multiversion.h"
 #include "parallel.h"
 #include "philox.h"
+#include "uniform_start.h"
 
 namespace mimir {
 namespace {
@@ -22,23 +23,9 @@ void uniform_range(PhiloxStream where, std::int64_t begin, std::int64_t end, flo
     }
 }
 
-struct Ball {
-    float eps, low, high;
-};
-
 MIMIR_MULTIVERSION
 void start_range(PhiloxStream where, std::int64_t begin, std::int64_t end, const float* x, Ball ball, float* out) {
-    std::uint32_t words[PHILOX_WORDS];
-    for (std::int64_t first = begin; first < end; first += PHILOX_WORDS) {
-        philox_words(where, static_cast<std::uint32_t>(first / 4), words);
-        const std::int64_t count = std::min<std::int64_t>(PHILOX_WORDS, end - first);
-        for (std::int64_t i = 0; i < count; ++i) {
-            const float noise = (2.0f * uniform_from_bits(words[i]) - 1.0f) * ball.eps;
-            float y = x[first + i] + noise;
-            y = y < ball.low ? ball.low : y;  // a NaN stays
-            out[first + i] = y > ball.high ? ball.high : y;
-        }
-    }
+    uniform_start(where, begin, end, x + begin, ball, out + begin);
 }
 
 constexpr std::int64_t PIECE = 128 * PHILOX_WORDS;

@@ -9,6 +9,7 @@
 
 #include "bindings.h"
 #include "multiversion.h"
+#include "numbers.h"
 #include "parallel.h"
 
 namespace mimir {
@@ -65,27 +66,70 @@ void add_rows(const float* a, const float* b, float* out, std::int64_t D) {
     for (std::int64_t d = 0; d < D; ++d) out[d] = a[d] + b[d];
 }
 
-// out[b, n] = (visible[b, k] where ids[b, k] = n, else mask_token) + pos_embed[n], all float.
-void scatter_tokens(Address visible_address, Address ids_address, Address mask_token_address, Address pos_embed_address,
-                    Address out_address, std::int64_t B, std::int64_t K, std::int64_t N, std::int64_t D,
-                    std::int64_t batch_stride, std::int64_t row_stride, int threads) {
+MIMIR_MULTIVERSION
+void add_rows(const Bf16* a, const Bf16* b, Bf16* out, std::int64_t D) {
+    for (std::int64_t d = 0; d < D; ++d) store(load(a + d) + load(b + d), out + d);
+}
+
+template <typename Number>
+void scatter_numbers(Address visible_address, Address ids_address, Address mask_token_address,
+                     Address pos_embed_address, Address out_address, std::int64_t B, std::int64_t K, std::int64_t N,
+                     std::int64_t D, std::int64_t batch_stride, std::int64_t row_stride, int threads) {
     const auto* visible = pointer<const char>(visible_address);
     const auto* ids = pointer<const std::int64_t>(ids_address);
-    const auto* mask_token = pointer<const float>(mask_token_address);
-    const auto* pos_embed = pointer<const float>(pos_embed_address);
-    auto* out = pointer<float>(out_address);
-    const std::int64_t grain = GRAIN_BYTES / std::max<std::int64_t>(4 * N * D, 1) + 1;
+    const auto* mask_token = pointer<const Number>(mask_token_address);
+    const auto* pos_embed = pointer<const Number>(pos_embed_address);
+    auto* out = pointer<Number>(out_address);
+    const std::int64_t grain = GRAIN_BYTES / std::max<std::int64_t>(sizeof(Number) * N * D, 1) + 1;
     parallel_for(B, grain, threads, [&](std::int64_t begin, std::int64_t end) {
         std::vector<std::int64_t> inverse(N);
         for (std::int64_t b = begin; b < end; ++b) {
             invert(ids + b * K, K, inverse);
             for (std::int64_t n = 0; n < N; ++n) {
                 const char* row = visible + b * batch_stride + inverse[n] * row_stride;
-                const float* token = inverse[n] < 0 ? mask_token : reinterpret_cast<const float*>(row);
+                const Number* token = inverse[n] < 0 ? mask_token : reinterpret_cast<const Number*>(row);
                 add_rows(token, pos_embed + n * D, out + (b * N + n) * D, D);
             }
         }
     });
+}
+
+// out[b, n] = (visible[b, k] where ids[b, k] = n, else mask_token) + pos_embed[n], all float or all bfloat16.
+void scatter_tokens(Address visible, Address ids, Address mask_token, Address pos_embed, Address out, std::int64_t B,
+                    std::int64_t K, std::int64_t N, std::int64_t D, std::int64_t batch_stride, std::int64_t row_stride,
+                    bool is_bf16, int threads) {
+    const auto scatter = is_bf16 ? &scatter_numbers<Bf16> : &scatter_numbers<float>;
+    scatter(visible, ids, mask_token, pos_embed, out, B, K, N, D, batch_stride, row_stride, threads);
+}
+
+template <typename Number>
+void add_positions_of(Address tokens_address, Address ids_address, Address positions_address, Address prefix_address,
+                      Address out_address, std::int64_t B, std::int64_t T, std::int64_t num_prefix, std::int64_t D,
+                      std::int64_t batch_stride, std::int64_t row_stride, int threads) {
+    const auto* tokens = pointer<const char>(tokens_address);
+    const auto* ids = pointer<const std::int64_t>(ids_address);
+    const auto* positions = pointer<const Number>(positions_address);
+    const auto* prefix = pointer<const Number>(prefix_address);
+    auto* out = pointer<Number>(out_address);
+    parallel_for(B * T, GRAIN_BYTES / std::max<std::int64_t>(sizeof(Number) * D, 1) + 1, threads,
+                 [&](std::int64_t begin, std::int64_t end) {
+                     for (std::int64_t i = begin; i < end; ++i) {
+                         const std::int64_t b = i / T, t = i % T;
+                         const char* row = tokens + b * batch_stride + (t - num_prefix) * row_stride;
+                         const Number* token =
+                             t < num_prefix ? prefix + t * D : reinterpret_cast<const Number*>(row);
+                         add_rows(token, positions + (ids == nullptr ? t : ids[i]) * D, out + i * D, D);
+                     }
+                 });
+}
+
+// out[b, t] = (prefix[t], then tokens[b, t - num_prefix]) + positions[ids[b, t]], all float or all bfloat16; without
+// ids row t gets position t.
+void add_positions(Address tokens, Address ids, Address positions, Address prefix, Address out, std::int64_t B,
+                   std::int64_t T, std::int64_t num_prefix, std::int64_t D, std::int64_t batch_stride,
+                   std::int64_t row_stride, bool is_bf16, int threads) {
+    const auto add = is_bf16 ? &add_positions_of<Bf16> : &add_positions_of<float>;
+    add(tokens, ids, positions, prefix, out, B, T, num_prefix, D, batch_stride, row_stride, threads);
 }
 
 }  // namespace
@@ -93,6 +137,7 @@ void scatter_tokens(Address visible_address, Address ids_address, Address mask_t
 void bind_tokens(pybind11::module_& module) {
     module.def("check_ids", &check_ids, Unlocked());
     module.def("scatter_rows", &scatter_rows, Unlocked());
+    module.def("add_positions", &add_positions, Unlocked());
     module.def("scatter_tokens", &scatter_tokens, Unlocked());
 }
 

@@ -24,6 +24,7 @@ _HOME = {
     "random_start_linf": "mimir_fast.ops.random_uniform",
     "random_masks": "mimir_fast.ops.random_masks",
     "patchify_gather": "mimir_fast.ops.patches",
+    "masked_loss": "mimir_fast.ops.masked_loss",
     "masked_targets": "mimir_fast.ops.patches",
     "gather_patches": "mimir_fast.ops.tokens",
     "scatter_patches": "mimir_fast.ops.tokens",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mimir_fast.ops.hsic import hsic as hsic
     from mimir_fast.ops.independence import hsic_test as hsic_test
     from mimir_fast.ops.linf_step import linf_step as linf_step
+    from mimir_fast.ops.masked_loss import masked_loss as masked_loss
     from mimir_fast.ops.nhsic import nhsic as nhsic
     from mimir_fast.ops.patches import masked_targets as masked_targets
     from mimir_fast.ops.patches import patchify_gather as patchify_gather

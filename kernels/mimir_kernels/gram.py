@@ -249,22 +249,36 @@ def gram_by_library(x: CenteredRows, *, block: int = 128, chunk: int = 2048) -> 
     Args:
         chunk: features summed by tensor cores alone, which truncate; chunks are added with rounding to nearest.
     """
-    num_rows, num_features = x.hi_ND.shape
-    whole = num_features // chunk * chunk
-    pieces = [slice(0, whole)] if whole else []
-    pieces += [slice(whole, num_features)] if whole < num_features else []
-    square, cross = (torch.zeros((num_rows, num_rows), device=x.hi_ND.device) for _ in range(2))
-    for piece in pieces:
-        hi, lo = (plane[:, piece].unflatten(1, (-1, min(chunk, piece.stop - piece.start))) for plane in x[:2])
-        hi, lo = hi.transpose(0, 1), lo.transpose(0, 1)  # (chunks, N, features), strided: nothing is copied
-        square += _batched_product(hi, hi).sum(dim=0)
-        cross += _batched_product(hi, lo).sum(dim=0)
-    gram = square + cross + cross.mT
+    num_rows = len(x.hi_ND)
+    cross = _product(x.hi_ND, x.lo_ND, chunk)
+    gram = _product(x.hi_ND, x.hi_ND, chunk) + cross + cross.mT
     blocks = triton.cdiv(num_rows, block)
     padded = torch.nn.functional.pad(gram, (0, blocks * block - num_rows) * 2)
     tiles = padded.unflatten(0, (blocks, block)).unflatten(2, (blocks, block)).transpose(1, 2)
     i, j = torch.tril_indices(blocks, blocks, device=gram.device)
     return tiles[i, j][None].contiguous()
+
+
+def gram_rows(x: CenteredRows, rows: slice, *, chunk: int = 2048) -> Tensor:
+    """(n, N) fp32: these rows of X·Xᵀ, by batched products of the library; `chunk` as for `gram_by_library`."""
+    hi, lo = x.hi_ND[rows], x.lo_ND[rows]
+    return _product(hi, x.hi_ND, chunk).add_(_product(hi, x.lo_ND, chunk)).add_(_product(lo, x.hi_ND, chunk))
+
+
+def _product(a_nD: Tensor, b_ND: Tensor, chunk: int) -> Tensor:
+    """(n, N) fp32 a·bᵀ of bf16, chunks of the features added with rounding to nearest."""
+    num_features = a_nD.shape[1]
+    whole = num_features // chunk * chunk
+    pieces = [slice(0, whole)] if whole else []
+    pieces += [slice(whole, num_features)] if whole < num_features else []
+    out = torch.zeros((len(a_nD), len(b_ND)), device=a_nD.device)
+    for piece in pieces:
+        # (chunks, n, features), strided: nothing is copied
+        a, b = (
+            t[:, piece].unflatten(1, (-1, min(chunk, piece.stop - piece.start))).transpose(0, 1) for t in (a_nD, b_ND)
+        )
+        out += _batched_product(a, b).sum(dim=0)
+    return out
 
 
 def _batched_product(a: Tensor, b: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ TILE = 1024
 
 
 @triton.jit
-def _pixel_offsets(
+def pixel_offsets(
     row,
     element,
     inside_row,
@@ -64,7 +64,7 @@ def _patchify_gather_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     element = tl.arange(0, BLOCK_P)
     inside = (row < R)[:, None] & (element < P)[None, :]
-    offsets, known = _pixel_offsets(
+    offsets, known = pixel_offsets(
         row, element, row < R, ids_ptr, K, num_patches, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
     )
     x = tl.load(images_ptr + offsets, mask=inside & known, other=0)  # nobody's memory is read for a wrong id
@@ -101,19 +101,19 @@ def _patchify_scatter_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     element = tl.arange(0, BLOCK_P)
     inside = (row < R)[:, None] & (element < P)[None, :]
-    offsets, known = _pixel_offsets(
+    offsets, known = pixel_offsets(
         row, element, row < R, ids_ptr, K, num_patches, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
     )
     x = tl.load(patches_ptr + row.to(tl.int64)[:, None] * P + element[None, :], mask=inside)
     tl.store(images_ptr + offsets, x, mask=inside & known)
 
 
-def _blocks(P: int) -> tuple[int, int]:
+def patch_blocks(P: int) -> tuple[int, int]:
     block_p = triton.next_power_of_2(P)
     return max(TILE // block_p, 1), block_p
 
 
-def _grid(images_BCHW: Tensor, patch_size: int) -> tuple[int, int]:
+def patch_grid(images_BCHW: Tensor, patch_size: int) -> tuple[int, int]:
     """How many patches an image has, and how many of them lie side by side."""
     rows, columns = (side // patch_size for side in images_BCHW.shape[2:])
     return rows * columns, columns
@@ -124,9 +124,9 @@ def patchify_gather(
 ) -> None:
     """Launch: images uint8 or float in any layout, ids and out contiguous."""
     (B, K), C, P = ids_BK.shape, images_BCHW.shape[1], out_BKP.shape[2]
-    block_r, block_p = _blocks(P)
+    block_r, block_p = patch_blocks(P)
     if out_BKP.numel():
-        sizes = (B * K, K, *_grid(images_BCHW, patch_size), *images_BCHW.stride())
+        sizes = (B * K, K, *patch_grid(images_BCHW, patch_size), *images_BCHW.stride())
         with torch.cuda.device_of(out_BKP):
             _patchify_gather_kernel[(triton.cdiv(B * K, block_r),)](
                 *(images_BCHW, ids_BK, out_BKP, *sizes, eps, C, patch_size, norm, block_r, block_p)
@@ -136,9 +136,9 @@ def patchify_gather(
 def patchify_scatter(patches_BKP: Tensor, ids_BK: Tensor, images_BCHW: Tensor, patch_size: int) -> None:
     """Launch: the patches go to their places in `images_BCHW`, which the caller has filled with zeros."""
     (B, K), C, P = ids_BK.shape, images_BCHW.shape[1], patches_BKP.shape[2]
-    block_r, block_p = _blocks(P)
+    block_r, block_p = patch_blocks(P)
     if patches_BKP.numel():
-        sizes = (B * K, K, *_grid(images_BCHW, patch_size), *images_BCHW.stride())
+        sizes = (B * K, K, *patch_grid(images_BCHW, patch_size), *images_BCHW.stride())
         with torch.cuda.device_of(images_BCHW):
             _patchify_scatter_kernel[(triton.cdiv(B * K, block_r),)](
                 *(patches_BKP, ids_BK, images_BCHW, *sizes, C, patch_size, block_r, block_p)
@@ -150,7 +150,7 @@ def aot_cases() -> list[AotCase]:
     sizes = dict.fromkeys(("R", "K", "num_patches", "columns", "stride_b", "stride_c", "stride_h"), "i32")
 
     def gather(name: str, pixel: str, out: str, patch: int, norm: bool) -> AotCase:
-        block_r, block_p = _blocks(patch * patch * 3)
+        block_r, block_p = patch_blocks(patch * patch * 3)
         return AotCase(
             f"patches.{name}",
             _patchify_gather_kernel,
@@ -159,7 +159,7 @@ def aot_cases() -> list[AotCase]:
             ("stride_b", "stride_c", "stride_h"),
         )
 
-    block_r, block_p = _blocks(768)
+    block_r, block_p = patch_blocks(768)
     scatter = AotCase(
         "patches.scatter_16_fp32",
         _patchify_scatter_kernel,

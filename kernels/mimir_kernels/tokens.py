@@ -69,6 +69,39 @@ def _scatter_rows_kernel(
     tl.store(out_ptr + row.to(tl.int64)[:, None] * D + column[None, :], value, mask=inside)
 
 
+@triton.jit
+def _add_positions_kernel(
+    tokens_ptr,
+    ids_ptr,
+    positions_ptr,
+    prefix_ptr,
+    out_ptr,
+    R,
+    T,
+    F,
+    N,
+    D,
+    stride_b,
+    stride_k,
+    HAS_IDS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (row < R)[:, None] & (column < D)[None, :]
+    place = row % T
+    id = tl.load(ids_ptr + row, mask=row < R, other=-1) if HAS_IDS else place.to(tl.int64)
+    known = ((id >= 0) & (id < N))[:, None]  # a wrong id has no position
+    behind = (place >= F)[:, None]
+    source = (row // T).to(tl.int64) * stride_b + (place - F).to(tl.int64) * stride_k
+    token = tl.load(tokens_ptr + source[:, None] + column[None, :], mask=inside & behind, other=0.0)
+    front = tl.load(prefix_ptr + place[:, None] * D + column[None, :], mask=inside & ~behind, other=0.0)
+    position = tl.load(positions_ptr + id[:, None] * D + column[None, :], mask=inside & known, other=0.0)
+    value = tl.where(behind, token, front) + position
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * D + column[None, :], value, mask=inside)
+
+
 def _blocks(D: int) -> tuple[int, int]:
     """A width that divides D where one does (256 for 768), so that no lane idles."""
     divisor = D & -D
@@ -117,6 +150,25 @@ def scatter_rows(
             )
 
 
+def add_positions(
+    tokens_BKD: Tensor, ids_BT: Tensor | None, positions_RD: Tensor, prefix_FD: Tensor, out_BTD: Tensor
+) -> None:
+    """out[b, t] = (prefix[t], then tokens[b, t - F]) + positions[ids[b, t]], or positions[t] without ids.
+
+    Rows of the tokens dense, the others contiguous.
+    """
+    B, T, D = out_BTD.shape
+    block_r, block_d = _blocks(D)
+    if out_BTD.numel():
+        grid = (triton.cdiv(B * T, block_r), triton.cdiv(D, block_d))
+        sizes = (B * T, T, len(prefix_FD), len(positions_RD), D, tokens_BKD.stride(0), tokens_BKD.stride(1))
+        with torch.cuda.device_of(out_BTD):
+            _add_positions_kernel[grid](
+                *(tokens_BKD, out_BTD if ids_BT is None else ids_BT, positions_RD, prefix_FD, out_BTD, *sizes),
+                *(ids_BT is not None, block_r, block_d),
+            )
+
+
 def aot_cases() -> list[AotCase]:
     """ViT-B tokens (768) into the encoder and the gradient out of it, decoder tokens (512) with mask token."""
 
@@ -144,6 +196,19 @@ def aot_cases() -> list[AotCase]:
             vector_loads=True,
         )
 
+    def positions(dtype: str, D: int) -> AotCase:
+        block_r, block_d = _blocks(D)
+        pointers = {"tokens_ptr": f"*{dtype}", "ids_ptr": "*i64"}
+        pointers |= dict.fromkeys(("positions_ptr", "prefix_ptr", "out_ptr"), f"*{dtype}")
+        return AotCase(
+            f"tokens.positions_{D}_{dtype}",
+            _add_positions_kernel,
+            pointers | dict.fromkeys(("R", "T", "F", "N", "D", "stride_b", "stride_k"), "i32"),
+            {"HAS_IDS": True, "BLOCK_R": block_r, "BLOCK_D": block_d},
+            ("D", "stride_b", "stride_k"),
+            vector_loads=True,
+        )
+
     inverse = AotCase(
         "tokens.inverse",
         _inverse_kernel,
@@ -157,4 +222,5 @@ def aot_cases() -> list[AotCase]:
         scatter("bf16", 768, False),
         scatter("bf16", 512, True),
         scatter("fp32", 512, True),
+        positions("fp32", 768),
     ]

@@ -155,7 +155,7 @@ def attack_reconstruction(
     noise = visible_of(random_start(images, threat.eps, samples=samples, seed=seed, step=step))
     with borrowed_in_mode(model, "eval") as module:
         start = noise if threat.random_start else clean
-        attacked = attack_visible(module, clean, start, keep, masked, target, threat)
+        attacked = attack_visible(module, images, clean, start, keep, masked, norm_pix, threat)
 
         @torch.no_grad()
         def error(patches: Tensor) -> Tensor:

@@ -13,16 +13,18 @@ half precision. Shapes: B images, N patches, K kept, M masked, P numbers a patch
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.attacks.ascent import ascend
 from mimir_fast.attacks.modes import borrowed_in_mode
+from mimir_fast.attacks.no_trace import unwrap
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.attacks.training_attack import TrainingAttack, precision_of
-from mimir_fast.models.masked_model import View
+from mimir_fast.models.masked_model import MaskedModel, View
+from mimir_fast.ops.masked_loss import masked_loss
 from mimir_fast.ops.patches import gather_patches, normalize_patches
 
 
@@ -45,37 +47,42 @@ class ReconstructionAttackConfig(TrainingAttack):
 
 
 def attack_visible(
-    model: nn.Module, visible_BKP: Tensor, start_BKP: Tensor, ids_keep_BK: Tensor, ids_masked_BM: Tensor,
-    target_BMP: Tensor, threat: LinfThreat,
+    model: nn.Module, images_BCHW: Tensor, visible_BKP: Tensor, start_BKP: Tensor, ids_keep_BK: Tensor,
+    ids_masked_BM: Tensor, norm_pix: bool, threat: LinfThreat,
 ) -> Tensor:  # fmt: skip
     """Adversarial visible patches (B, K, P), for a shared mask and a clean target.
 
     Args:
-        visible_BKP: clean visible patches in [0, 1].
+        images_BCHW: the clean images, uint8 or float in [0, 1]: what the masked patches should have been.
+        visible_BKP: their visible patches.
         start_BKP: where the ascent starts, inside the ball.
-        target_BMP: what the masked patches should have been.
+        norm_pix: compare patches normalised one by one.
     """
+    p = cast(MaskedModel, unwrap(model)).patch_size
     with borrowed_in_mode(model) as module, precision_of(threat, start_BKP.device):
 
         def error(patches_BKP: Tensor) -> Tensor:
             prediction = module(View(patches_BKP, ids_keep_BK, ids_masked_BM)).prediction
-            return F.mse_loss(prediction.float(), target_BMP.float(), reduction="sum")
+            return masked_loss(prediction, images_BCHW, ids_masked_BM, p, norm_pix=norm_pix, reduction="sum")
 
         return ascend(error, visible_BKP, start_BKP, threat)
 
 
 def attack_all(
-    model: nn.Module, patches_BNP: Tensor, start_BNP: Tensor, ids_keep_BK: Tensor, ids_masked_BM: Tensor,
-    target: Literal["clean", "adversarial"], norm_pix: bool, threat: LinfThreat,
+    model: nn.Module, images_BCHW: Tensor, patches_BNP: Tensor, start_BNP: Tensor, ids_keep_BK: Tensor,
+    ids_masked_BM: Tensor, norm_pix: bool, target: Literal["clean", "adversarial"], threat: LinfThreat,
 ) -> Tensor:  # fmt: skip
     """Adversarial patches (B, N, P) of the whole image; arguments as for `attack_visible`."""
+    p = cast(MaskedModel, unwrap(model)).patch_size
     with borrowed_in_mode(model) as module, precision_of(threat, start_BNP.device):
 
         def error(patches: Tensor) -> Tensor:
-            view = View(gather_patches(patches, ids_keep_BK), ids_keep_BK, ids_masked_BM)
-            wanted = gather_patches(patches if target == "adversarial" else patches_BNP, ids_masked_BM)
+            prediction = module(View(gather_patches(patches, ids_keep_BK), ids_keep_BK, ids_masked_BM)).prediction
+            if target == "clean":
+                return masked_loss(prediction, images_BCHW, ids_masked_BM, p, norm_pix=norm_pix, reduction="sum")
+            wanted = gather_patches(patches, ids_masked_BM)
             if norm_pix:
                 wanted = normalize_patches(wanted)
-            return F.mse_loss(module(view).prediction.float(), wanted.float(), reduction="sum")
+            return F.mse_loss(prediction.float(), wanted.float(), reduction="sum")
 
         return ascend(error, patches_BNP, start_BNP, threat)

@@ -17,11 +17,11 @@ from mimir_fast.attacks.training_attack import TrainingAttack, sign_agreement
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mae import Draws, Mae, MaeConfig, Shown, masked_model
 from mimir_fast.methods.masking import Mask
-from mimir_fast.methods.noise_mae import uniform_delta
+from mimir_fast.methods.noise import UniformNoise, start_of
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.ops.bf16_kernels import weights_stay
-from mimir_fast.ops.patches import gather_patches, patchify, patchify_gather
+from mimir_fast.ops.patches import every_patch, gather_patches
 from mimir_fast.philox import Stream
 
 
@@ -49,14 +49,14 @@ class AdvMae(Mae):
         with weights_stay():
             return self.sum_up(self.reconstruct(model, batch, *self.replay(model, batch, seed, step)))
 
-    def replay(self, model: nn.Module, batch: Batch, seed: int, step: int) -> tuple[Draws, Tensor, Shown]:
-        """The mask, the target and the attacked input of a step, from the recorded graph."""
+    def replay(self, model: nn.Module, batch: Batch, seed: int, step: int) -> tuple[Draws, Shown]:
+        """The mask and the attacked input of a step, from the recorded graph."""
 
         def attack(images: Tensor, samples: Tensor, step: Tensor) -> tuple[Tensor, ...]:
             draws = self.draw(masked_model(model), Batch(images, samples, samples, samples), seed=seed, step=step)
-            target, shown = self.look(model, images, draws)
+            shown = self.perturb(model, images, draws)
             everywhere = () if shown.patches is None else (shown.patches,)
-            return draws.mask.keep, draws.mask.masked, target, shown.visible, *everywhere
+            return draws.mask.keep, draws.mask.masked, shown.visible, *everywhere
 
         device = batch.images.device
         inputs = batch.images, batch.samples, torch.full((), step, dtype=torch.int64, device=device)
@@ -67,8 +67,8 @@ class AdvMae(Mae):
         if key not in self._replays:
             refuse_shards(model)
             self._replays[key] = Replay(attack, inputs)
-        keep, masked, target, visible, *everywhere = self._replays[key](*inputs)
-        return Draws(Mask(keep, masked)), target, Shown(visible, everywhere[0] if everywhere else None)
+        keep, masked, visible, *everywhere = self._replays[key](*inputs)
+        return Draws(Mask(keep, masked)), Shown(visible, everywhere[0] if everywhere else None)
 
     def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
         """Mask, the attack's mask and its start."""
@@ -77,29 +77,23 @@ class AdvMae(Mae):
         attack_mask = mask
         if attack.mask == "fresh":
             attack_mask = self.draw_mask(model, batch, Stream.ATTACK_MASK, seed=seed, step=step)
-        num_attacked = mask.keep.shape[1] if attack.visible_only else model.num_patches
-        shape = (num_attacked, model.encoder.patch_dim)
-        if attack.random_start:
-            delta = uniform_delta(samples, shape, attack.eps, seed=seed, step=step)
-        else:
-            delta = torch.zeros((), device=samples.device).expand(len(samples), *shape)
+        delta = UniformNoise(samples, seed, step, attack.eps) if attack.random_start else None
         return Draws(mask, attack_mask, delta, attack.attacks_in(step), attack.compares_in(step))
 
-    def perturb(self, model: nn.Module, images: Tensor, draws: Draws, target_BMP: Tensor) -> Shown:
+    def perturb(self, model: nn.Module, images: Tensor, draws: Draws) -> Shown:
         """The attacked images."""
         attack, p = self.config.attack, masked_model(model).patch_size
-        mask, delta = draws.attack_mask or draws.mask, draws.delta
-        assert delta is not None, "adv_mae draws where the attack starts"
+        mask = draws.attack_mask or draws.mask
         if attack.visible_only:
-            clean = patchify_gather(images, mask.keep, p)
-            start = (clean + delta).clamp_(0, 1)
-            of_visible = partial(attack_visible, model, clean, start, mask.keep, mask.masked, target_BMP)
+            clean, start = start_of(images, mask.keep, p, draws.delta)
+            of_visible = partial(
+                attack_visible, model, images, clean, start, mask.keep, mask.masked, self.config.norm_pix_loss
+            )
             visible, notes = attacked(of_visible, attack, start, draws)
             return Shown(visible, None, notes)
-        clean = patchify(images, p)
-        start = (clean + delta).clamp_(0, 1)
+        clean, start = start_of(images, every_patch(images, p), p, draws.delta)
         of_all = partial(
-            attack_all, model, clean, start, mask.keep, mask.masked, attack.target, self.config.norm_pix_loss
+            attack_all, model, images, clean, start, mask.keep, mask.masked, self.config.norm_pix_loss, attack.target
         )
         patches, notes = attacked(of_all, attack, start, draws)
         return Shown(gather_patches(patches, draws.mask.keep), patches, notes)

@@ -24,22 +24,14 @@ from mimir_fast.attacks.features import FeatureAttackConfig, attack_features
 from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.adv_mae import attacked
-from mimir_fast.methods.mae import (
-    Draws,
-    MaeConfig,
-    MaskedMethod,
-    Shown,
-    masked_model,
-    preview_rows,
-    reconstruction_loss,
-)
-from mimir_fast.methods.masking import Mask
-from mimir_fast.methods.noise_mae import uniform_delta
+from mimir_fast.methods.mae import Draws, MaeConfig, MaskedMethod, Shown, masked_model, preview_rows
+from mimir_fast.methods.noise import UniformNoise, start_of
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.terms import Term, total
 from mimir_fast.models.masked_model import Encoded, MaskedModel, View
 from mimir_fast.models.norms import ADVERSARIAL, CLEAN
-from mimir_fast.ops.patches import gather_patches, masked_targets, normalize_patches, patchify, unpatchify
+from mimir_fast.ops.masked_loss import masked_loss
+from mimir_fast.ops.patches import as_images, every_patch, gather_patches, unpatchify
 from mimir_fast.philox import Stream
 
 
@@ -73,56 +65,56 @@ class Aemim(MaskedMethod):
     def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
         """Mask and start of the attack, on all patches: the masked ones are targets too."""
         mask = self.draw_mask(model, batch, Stream.MASK, seed=seed, step=step)
-        shape = (model.num_patches, model.encoder.patch_dim)
         attack = self.config.attack
-        delta = uniform_delta(batch.samples, shape, attack.eps, seed=seed, step=step)
+        delta = UniformNoise(batch.samples, seed, step, attack.eps)
         return Draws(mask, None, delta, attack.attacks_in(step), attack.compares_in(step))
 
     def losses(self, model: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """{"loss", "reconstruction": of the clean image, "adversarial": of the adversarial one, before its weight}."""
-        mask, p, norm_pix = draws.mask, masked_model(model).patch_size, self.config.norm_pix_loss
-        patches = patchify(batch.images, p)
-        view = clean_view(patches, mask)
+        mask, p = draws.mask, masked_model(model).patch_size
+        view, start = self.begin(batch.images, p, draws)
         # The features the attack leads away from are those of the clean stream: computed once.
         clean = Encoded(view, model(view, decode=False))
-        shown = self.attack(model, patches, draws, clean.latent)
+        shown = self.attack(model, view, start, draws, clean.latent)
         output = model(View(shown.visible, mask.keep, mask.masked, ADVERSARIAL), beside=clean)
-        own_target = gather_patches(shown.whole, mask.masked)
-        targets = (
-            masked_targets(batch.images, mask.masked, p, norm_pix=norm_pix),
-            normalize_patches(own_target) if norm_pix else own_target,
-        )
+        targets = (batch.images, p), (as_images(shown.whole), 1)
         errors = [
-            reconstruction_loss(prediction, target, self.config.pixel_loss)
-            for prediction, target in zip(output.prediction.chunk(2), targets, strict=True)
-        ]
+            masked_loss(
+                prediction, images, mask.masked, patch_size, norm_pix=self.config.norm_pix_loss,
+                kind=self.config.pixel_loss,
+            )
+            for prediction, (images, patch_size) in zip(output.prediction.chunk(2), targets, strict=True)
+        ]  # fmt: skip
         return total(
             [Term("reconstruction", errors[0]), Term("adversarial", errors[1], self.config.adversarial_weight)],
             **shown.notes,
         )
 
+    def begin(self, images: Tensor, patch_size: int, draws: Draws) -> tuple[View, Tensor]:
+        """The visible patches of the clean images, and all patches (B, N, P) where the attack starts."""
+        patches, start = start_of(images, every_patch(images, patch_size), patch_size, draws.delta)
+        keep, masked = draws.mask.keep, draws.mask.masked
+        return View(gather_patches(patches, keep), keep, masked, CLEAN), start
+
     def attack(
-        self, model: nn.Module, patches_BNP: Tensor, draws: Draws, clean_features: Tensor | None = None
+        self, model: nn.Module, view: View, start_BNP: Tensor, draws: Draws, clean_features: Tensor | None = None
     ) -> "Attacked":
-        """The adversarial image, whole: attacked where visible, at the random start where masked."""
-        assert draws.delta is not None, "aemim draws where the attack starts"
-        keep = draws.mask.keep
-        start = (patches_BNP + draws.delta).clamp_(0, 1)
-        visible_start = gather_patches(start, keep)
+        """The adversarial image, whole: attacked where visible, at the random start (overwritten) where masked."""
+        visible_start = gather_patches(start_BNP, view.keep)
         of_features = partial(
-            attack_features, model, clean_view(patches_BNP, draws.mask), visible_start, domain=ADVERSARIAL,
-            clean_features=clean_features,
-        )  # fmt: skip
+            attack_features, model, view, visible_start, domain=ADVERSARIAL, clean_features=clean_features
+        )
         visible, notes = attacked(of_features, self.config.attack, visible_start, draws)
-        return Attacked(visible, start.scatter_(1, keep.unsqueeze(-1).expand_as(visible), visible), notes)
+        return Attacked(visible, start_BNP.scatter_(1, view.keep.unsqueeze(-1).expand_as(visible), visible), notes)
 
     @torch.no_grad()
     def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """MAE's rows of the clean stream, the adversarial image and its own reconstruction."""
         bare = masked_model(model)
         draws = self.draw(bare, batch, seed=seed, step=step)
-        p, norm_pix, patches = bare.patch_size, self.config.norm_pix_loss, patchify(batch.images, bare.patch_size)
-        view, attacked = clean_view(patches, draws.mask), self.attack(model, patches, draws)
+        p, norm_pix = bare.patch_size, self.config.norm_pix_loss
+        view, start = self.begin(batch.images, p, draws)
+        attacked = self.attack(model, view, start, draws)
         with borrowed_in_mode(model) as module:
             clean, adversarial = (
                 module(v).prediction.float()
@@ -131,11 +123,6 @@ class Aemim(MaskedMethod):
         rows = preview_rows(batch.images, Shown(view.patches), draws.mask, clean, p, norm_pix)
         own = preview_rows(unpatchify(attacked.whole, p), Shown(attacked.visible), draws.mask, adversarial, p, norm_pix)
         return rows | {"adversarial": own["input"], "adv. reconstr.": own["reconstruction"]}
-
-
-def clean_view(patches_BNP: Tensor, mask: Mask) -> View:
-    """The visible patches of a clean image."""
-    return View(gather_patches(patches_BNP, mask.keep), mask.keep, mask.masked, CLEAN)
 
 
 register(

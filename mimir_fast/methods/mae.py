@@ -7,21 +7,22 @@ Shapes: B images, N patches, K kept, M masked, P numbers a patch, T latent token
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.no_trace import unwrap
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.masking import SHARES, Mask, draw_mask, draw_share
+from mimir_fast.methods.noise import UniformNoise
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.terms import Term, total
 from mimir_fast.models.masked_model import MaskedModel, Output, View
 from mimir_fast.ops.bf16_kernels import weights_stay
-from mimir_fast.ops.patches import masked_targets, patchify, patchify_gather, unpatchify
+from mimir_fast.ops.masked_loss import Kind, masked_loss
+from mimir_fast.ops.patches import patchify, patchify_gather, unpatchify
 from mimir_fast.ops.random_masks import TokenOrder
 from mimir_fast.philox import Stream
 from mimir_fast.validation import check_number
@@ -37,7 +38,7 @@ class MaeConfig:
     """Reconstruct patches normalised to zero mean and unit variance each."""
     mask_unit: int | None = None
     """Side in pixels of what is masked as a whole, a multiple of the patch; None: the patch. SimMIM: 32."""
-    pixel_loss: Literal["l2", "l1"] = "l2"
+    pixel_loss: Kind = "l2"
     """Error of the reconstruction: mean squared (MAE) or mean absolute (SimMIM)."""
     decode_ratio: float = 1.0
     """Share of the masked patches that is predicted and paid for, drawn anew in each step; the decoder sees no mask
@@ -61,8 +62,9 @@ class Draws:
     """Of the training forward."""
     attack_mask: Mask | None = None
     """Of the attack, where there is one; the same object as `mask` when it is shared."""
-    delta: Tensor | None = None
-    """Where the perturbation starts, in [-eps, eps]: (B, K, P) of the visible patches, or (B, N, P) of all."""
+    delta: UniformNoise | Tensor | None = None
+    """Where the perturbation starts: noise, or (B, K, P) of the visible patches, (B, N, P) of all; None at the clean
+    image."""
     attacks: bool = True
     """Whether this step attacks, or leaves the input where the attack would start."""
     compares: bool = False
@@ -90,20 +92,12 @@ class Step:
     draws: Draws
     view: View
     shown: Shown
-    target: Tensor
-    """(B, M, P) the clean masked patches, normalised where the config says so."""
     output: Output
 
 
 def masked_model(model: nn.Module) -> MaskedModel:
     """The bare masked model inside whatever wraps it."""
     return cast(MaskedModel, unwrap(model))
-
-
-def reconstruction_loss(prediction_BMP: Tensor, target_BMP: Tensor, kind: Literal["l2", "l1"] = "l2") -> Tensor:
-    """Mean squared (l2) or absolute (l1) error over the masked patches, in fp32."""
-    error = F.mse_loss if kind == "l2" else F.l1_loss
-    return error(prediction_BMP.float(), target_BMP.float())
 
 
 class MaskedMethod(ABC):
@@ -147,13 +141,16 @@ class Mae(MaskedMethod):
         """The mask."""
         return Draws(self.draw_mask(model, batch, Stream.MASK, seed=seed, step=step))
 
-    def perturb(self, model: nn.Module, images: Tensor, draws: Draws, target_BMP: Tensor) -> Shown:
-        """What the encoder is shown of the images; `target_BMP` is the clean target at the training mask."""
+    def perturb(self, model: nn.Module, images: Tensor, draws: Draws) -> Shown:
+        """What the encoder is shown of the images."""
         return Shown(patchify_gather(images, draws.mask.keep, masked_model(model).patch_size))
 
     def terms(self, step: Step) -> list[Term]:
         """What the step pays for."""
-        error = reconstruction_loss(step.output.prediction, step.target, self.config.pixel_loss)
+        error = masked_loss(
+            step.output.prediction, step.batch.images, step.draws.mask.masked, masked_model(step.model).patch_size,
+            norm_pix=self.config.norm_pix_loss, kind=self.config.pixel_loss,
+        )  # fmt: skip
         return [Term("reconstruction", error)]
 
     def losses(self, model: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -165,27 +162,20 @@ class Mae(MaskedMethod):
         return total(self.terms(step), **step.shown.notes)
 
     def forward(self, model: nn.Module, batch: Batch, draws: Draws) -> Step:
-        """Target, perturbation and the model's forward pass."""
-        return self.reconstruct(model, batch, draws, *self.look(model, batch.images, draws))
+        """Perturbation and the model's forward pass."""
+        return self.reconstruct(model, batch, draws, self.perturb(model, batch.images, draws))
 
-    def look(self, model: nn.Module, images: Tensor, draws: Draws) -> tuple[Tensor, Shown]:
-        """The target (B, M, P) and what the encoder is shown."""
-        target = masked_targets(
-            images, draws.mask.masked, masked_model(model).patch_size, norm_pix=self.config.norm_pix_loss
-        )
-        return target, self.perturb(model, images, draws, target)
-
-    def reconstruct(self, model: nn.Module, batch: Batch, draws: Draws, target: Tensor, shown: Shown) -> Step:
+    def reconstruct(self, model: nn.Module, batch: Batch, draws: Draws, shown: Shown) -> Step:
         """The model's forward pass."""
         view = View(shown.visible, draws.mask.keep, draws.mask.masked)
-        return Step(model, batch, draws, view, shown, target, model(view))
+        return Step(model, batch, draws, view, shown, model(view))
 
     @torch.no_grad()
     def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """Rows (B, C, H, W) in [0, 1]: input, what it was perturbed to, what the encoder sees, the reconstruction."""
         bare = masked_model(model)
         draws = self.draw(bare, batch, seed=seed, step=step)
-        _, shown = self.look(model, batch.images, draws)
+        shown = self.perturb(model, batch.images, draws)
         with borrowed_in_mode(model) as module:
             prediction = module(View(shown.visible, draws.mask.keep)).prediction.float()
         return preview_rows(batch.images, shown, draws.mask, prediction, bare.patch_size, self.config.norm_pix_loss)

@@ -9,7 +9,6 @@ Shapes: B images, N patches, K kept, P numbers a patch, T = 1 + K tokens, D widt
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
@@ -17,7 +16,7 @@ from mimir_fast.methods.mae import Draws, Shown, Step, masked_model
 from mimir_fast.methods.mutual_information import MutualInformationConfig, mutual_information
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.terms import Term
-from mimir_fast.ops.patches import patchify_gather
+from mimir_fast.ops.patches import every_patch, patchify_gather
 
 
 @dataclass
@@ -77,12 +76,10 @@ class Mimir(AdvMae):
 
     def _image(self, patch_size: int, images: Tensor, draws: Draws, shown: Shown) -> Tensor:
         """(B, N, P), the image side of the estimate: positions aligned between images, as distances demand."""
-        B, N = len(images), images.shape[-1] * images.shape[-2] // patch_size**2
         if self.config.mi.inputs == "adversarial" and shown.patches is not None:
             return shown.patches
-        everywhere = torch.arange(N, device=images.device).expand(B, N)
         # A fresh tensor in each case, so the visible patches may be written into it.
-        image = patchify_gather(images, everywhere, patch_size)
+        image = patchify_gather(images, every_patch(images, patch_size), patch_size)
         if self.config.mi.inputs == "clean":
             return image
         if self.config.mi.inputs == "visible":

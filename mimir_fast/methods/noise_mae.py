@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from mimir_fast.attacks.threat_model import check_radius
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mae import Draws, Mae, MaeConfig, Shown, masked_model
+from mimir_fast.methods.noise import UniformNoise, start_of
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.models.masked_model import MaskedModel
-from mimir_fast.ops.patches import patchify_gather
-from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
 
 
@@ -31,12 +30,6 @@ class NoiseMaeConfig(MaeConfig):
         check_radius("eps", self.eps)
 
 
-def uniform_delta(samples_B: Tensor, shape: tuple[int, int], eps: float, *, seed: int, step: int | Tensor) -> Tensor:
-    """(B, *shape) uniform in [-eps, eps], a function of (seed, step, sample)."""
-    noise = random_uniform(seed, Stream.ATTACK_START, step, samples_B, shape[0] * shape[1])
-    return (2 * noise - 1).mul_(eps).view(len(samples_B), *shape)
-
-
 class NoiseMae(Mae):
     """Reconstruct the clean masked patches from noisy visible ones."""
 
@@ -45,14 +38,11 @@ class NoiseMae(Mae):
     def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
         """Mask and noise."""
         mask = self.draw_mask(model, batch, Stream.MASK, seed=seed, step=step)
-        shape = (mask.keep.shape[1], model.encoder.patch_dim)
-        return Draws(mask, delta=uniform_delta(batch.samples, shape, self.config.eps, seed=seed, step=step))
+        return Draws(mask, delta=UniformNoise(batch.samples, seed, step, self.config.eps))
 
-    def perturb(self, model: nn.Module, images: Tensor, draws: Draws, target_BMP: Tensor) -> Shown:
+    def perturb(self, model: nn.Module, images: Tensor, draws: Draws) -> Shown:
         """Noisy visible patches in [0, 1]."""
-        assert draws.delta is not None, "noise_mae draws its noise"
-        clean = patchify_gather(images, draws.mask.keep, masked_model(model).patch_size)
-        return Shown((clean + draws.delta).clamp_(0, 1))
+        return Shown(start_of(images, draws.mask.keep, masked_model(model).patch_size, draws.delta)[1])
 
 
 register(MethodEntry("noise_mae", "pretrain", NoiseMaeConfig, NoiseMae, "MAE on noisy images, the attack's control"))

@@ -4,10 +4,10 @@ Squares of 32 × 32 pixels are masked, 60 % of them. It is MAE with other option
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from mimir_fast.methods.mae import Mae, MaeConfig
 from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.ops.masked_loss import Kind
 
 
 @dataclass
@@ -20,7 +20,7 @@ class SimmimConfig(MaeConfig):
     """Reconstruct patches normalised to zero mean and unit variance each."""
     mask_unit: int | None = 32
     """Side in pixels of what is masked as a whole, a multiple of the patch; None: the patch."""
-    pixel_loss: Literal["l2", "l1"] = "l1"
+    pixel_loss: Kind = "l1"
     """Error of the reconstruction: mean squared (MAE) or mean absolute (SimMIM)."""
 
 

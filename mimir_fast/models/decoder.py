@@ -12,7 +12,9 @@ from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.layers import Block, init_like_mae
 from mimir_fast.models.norms import LayerNorm
 from mimir_fast.models.positions import sincos_positions
+from mimir_fast.models.projections import project
 from mimir_fast.ops.patches import gather_patches, scatter_patches
+from mimir_fast.ops.positions import add_positions, behind_prefix
 
 
 class Decoder(nn.Module):
@@ -47,29 +49,26 @@ class Decoder(nn.Module):
 
     def forward(self, latent_BTD: Tensor, places_BK: Tensor | None, ids_BM: Tensor | None = None) -> Tensor:
         """Predicted patches (B, M, P) at the places `ids_BM`, or (B, N, P) everywhere when it is None."""
-        x = self.decoder_embed(latent_BTD)
-        prefix, visible = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        positions = self.positions()
-        grid = positions[-self.num_patches :]
+        x, positions, F = project(self.decoder_embed, latent_BTD), self.positions(), self.num_prefix
+        if len(positions) == self.num_patches:  # the prefix has none
+            positions = nn.functional.pad(positions, (0, 0, F, 0))
         if places_BK is None:
-            full = visible + grid.to(visible.dtype)
-        elif ids_BM is None or visible.shape[1] + ids_BM.shape[1] == self.num_patches or not self.takes_parts:
-            full = scatter_patches(visible, places_BK, self.mask_token[0, 0], grid)
+            x = x + positions.to(x.dtype)
+        elif ids_BM is None or x.shape[1] - F + ids_BM.shape[1] == self.num_patches or not self.takes_parts:
+            x = scatter_patches(x, behind_prefix(places_BK, F), self.mask_token[0, 0], positions)
         else:  # nobody asks for the other patches: attention takes what there is, in any order
-            wanted = self.mask_token.to(visible.dtype) + grid[ids_BM].to(visible.dtype)
-            full = torch.cat([visible + grid[places_BK].to(visible.dtype), wanted], dim=1)
-            ids_BM = torch.arange(visible.shape[1], full.shape[1], device=full.device).expand_as(ids_BM)
-        if len(positions) > self.num_patches:
-            prefix = prefix + positions[: -self.num_patches].to(x.dtype)
-        return self.decoder_pred(self.decoder_norm(self.run(prefix, full, ids_BM)))
+            x = add_positions(x, behind_prefix(places_BK, F), positions)
+            wanted = self.mask_token.to(x.dtype) + positions[ids_BM + F].to(x.dtype)
+            ids_BM = torch.arange(ids_BM.shape[1], device=x.device).expand_as(ids_BM) + (x.shape[1] - F)
+            x = torch.cat([x, wanted], dim=1)
+        return project(self.decoder_pred, self.run(x, ids_BM), norm=self.decoder_norm)
 
     def positions(self) -> Tensor:
         """(N, E), or (prefix + N, E) where the prefix has a position too."""
         return self.decoder_pos_embed[0]
 
-    def run(self, prefix: Tensor, full_BNE: Tensor, ids_BM: Tensor | None) -> Tensor:
-        """(B, M or N, E): the blocks. The last one computes the wanted tokens only."""
-        x = torch.cat([prefix, full_BNE], dim=1) if self.num_prefix else full_BNE
+    def run(self, x: Tensor, ids_BM: Tensor | None) -> Tensor:
+        """(B, M or N, E) from all rows (B, prefix + N, E): the blocks. The last one computes the wanted tokens only."""
         queries = None if ids_BM is None else ids_BM + self.num_prefix
         *first, last = self.decoder_blocks
         for block in first:

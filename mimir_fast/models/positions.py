@@ -1,7 +1,9 @@
-"""Fixed two-dimensional sine-cosine position embedding (MAE, arXiv 2111.06377, App. A)."""
+"""Positions of tokens: the fixed two-dimensional sine-cosine table (MAE, arXiv 2111.06377, App. A), and their sum."""
 
 import torch
 from torch import Tensor
+
+from mimir_fast.ops.positions import add_positions, behind_prefix
 
 
 def sincos_positions(dim: int, grid_size: int, *, cls_token: bool = True) -> Tensor:
@@ -21,3 +23,15 @@ def sincos_positions(dim: int, grid_size: int, *, cls_token: bool = True) -> Ten
     if cls_token:
         table = torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])
     return table.float().unsqueeze(0)
+
+
+def with_positions(
+    tokens_BKD: Tensor, places_BK: Tensor | None, positions_RD: Tensor, cls_1D: Tensor | None = None
+) -> Tensor:
+    """(B, K, D): the tokens plus the positions of their places; (B, 1 + K, D) behind a cls token, which has row 0.
+
+    Args:
+        places_BK: None when all places are there in raster order.
+    """
+    ids = None if places_BK is None else behind_prefix(places_BK, 0 if cls_1D is None else 1)
+    return add_positions(tokens_BKD, ids, positions_RD, cls_1D)

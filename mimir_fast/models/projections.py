@@ -1,13 +1,14 @@
 """Linear layers together with the norm in front of them and the residual sum behind: the form in which they are fast.
 
-One op each where bf16 autocast runs on a CPU with matrix units (ops/bf16_layers.py); elsewhere layer after layer.
+On a CPU one op each: under bf16 autocast where there are matrix units (ops/bf16_layers.py), and in float32
+(ops/fp32_layers.py); elsewhere layer after layer.
 Shapes: x (…, K), outputs and residuals (…, N).
 """
 
 from torch import Tensor, nn
 
 from mimir_fast.models.norms import CLEAN, LayerNorm
-from mimir_fast.ops import bf16_layers
+from mimir_fast.ops import bf16_layers, fp32_layers
 from mimir_fast.ops.bf16_kernels import Norm
 
 
@@ -24,9 +25,11 @@ def project_by(
 ) -> Tensor:  # fmt: skip
     """`project` by a weight (N, K) and a bias (N,), which may be slices of a layer's."""
     parameters = () if norm is None else norm.of(domain)[:2]
+    wanted = None if norm is None else Norm(*norm.of(domain))
     if bf16_layers.takes(x, weight, bias, *parameters):
-        wanted = None if norm is None else Norm(*norm.of(domain))
         return bf16_layers.linear(x, weight, bias, wanted, residual)
+    if (norm is not None or residual is not None) and fp32_layers.takes(x, weight, bias, residual, *parameters):
+        return fp32_layers.linear(x, weight, bias, wanted, residual)
     y = nn.functional.linear(x if norm is None else norm(x, domain), weight, bias)
     return y if residual is None else residual + y
 
@@ -45,7 +48,8 @@ class Mlp(nn.Module):
     def after(self, norm: LayerNorm, x: Tensor, domain: int = CLEAN, *, residual: bool = False) -> Tensor:
         """[x +] mlp(norm(x))."""
         weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        if bf16_layers.takes(x, *weights, *norm.of(domain)[:2]):
-            return bf16_layers.mlp(x, Norm(*norm.of(domain)), *weights, residual=residual)
+        for ops in (bf16_layers, fp32_layers):
+            if ops.takes(x, *weights, *norm.of(domain)[:2]):
+                return ops.mlp(x, Norm(*norm.of(domain)), *weights, residual=residual)
         y = self(norm(x, domain))
         return x + y if residual else y

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimir_fast.ops._checks import as_samples, must_be_finite
+from mimir_fast.ops._dispatch import runs_triton
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
 from mimir_fast.ops.bandwidth import Bandwidth, gamma
 from mimir_fast.ops.distances import centered_rows
 from mimir_fast.ops.global_batch import all_gather, group_size
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic, hsic_from_sums
-from mimir_fast.ops.pair_tiles import inner_product, kernel_from_gram_, pair_weights
+from mimir_fast.ops.pair_tiles import Laplacian, TiledKernel, inner_product, kernel_from_gram_, pair_weights
 
 
 def global_hsic(
@@ -60,21 +61,6 @@ def global_hsic(
     return hsic_from_sums(s, r_N, q_N, estimator, normalizer).to(accumulation_dtype(x, y))
 
 
-class _KernelRows:
-    """The rows of K − 1 of this rank's samples, as R tiles of n×n."""
-
-    def __init__(self, x_ND: Tensor, gamma: Tensor, dtype: torch.dtype, own: slice):
-        self.x, self.gamma, self.own = centered_rows(x_ND, dtype), gamma, own
-        self.norms = self.x.square().sum(dim=1)
-
-    def tile(self, columns: slice, sums: Tensor | None = None) -> Tensor:
-        """k of this rank's rows and the given columns; its row sums are added to `sums`."""
-        k = self.x[self.own] @ self.x[columns].mT
-        norms = self.norms[self.own], self.norms[columns]
-        kernel_from_gram_(k, *norms, self.gamma, columns == self.own, sums, None)
-        return k
-
-
 class _GlobalPairSums(torch.autograd.Function):
     """`pair_sums` of the gathered samples; gradients go to this rank's own."""
 
@@ -93,13 +79,12 @@ class _GlobalPairSums(torch.autograd.Function):
         ctx.save_for_backward(x_ND, y_ND, gamma_x, gamma_y)
         ctx.blocks = [slice(i * n, (i + 1) * n) for i in range(num_ranks)]
         ctx.own, ctx.dtypes = ctx.blocks[rank], (x_nD.dtype, y_nD.dtype)
-        dtype = accumulation_dtype(x_ND, y_ND)
-        kernel_x, kernel_y = _KernelRows(x_ND, gamma_x, dtype, ctx.own), _KernelRows(y_ND, gamma_y, dtype, ctx.own)
-        partial = torch.zeros(1 + 2 * n, dtype=torch.float64, device=x_nD.device)
-        s, r, q = partial[:1], partial[1 : 1 + n], partial[1 + n :]
-        with full_precision(x_nD.device):
+        rows_x, rows_y = (_rows(x, g, y, ctx.own) for x, g, y in ((x_ND, gamma_x, y_ND), (y_ND, gamma_y, x_ND)))
+        s = torch.zeros(1, dtype=torch.float64, device=x_nD.device)
+        with full_precision(x_nD.device), torch.cuda.device_of(x_nD):  # Triton launches on the current device
             for columns in ctx.blocks:
-                s += inner_product(kernel_x.tile(columns, r), kernel_y.tile(columns, q))
+                s += inner_product(rows_x.tile(columns, sums=True), rows_y.tile(columns, sums=True))
+        partial = torch.cat([s, rows_x.sums, rows_y.sums])
         # Added in the order of the ranks by each of them: the same bits everywhere, unlike an all-reduce.
         gathered = all_gather(partial[None], group)
         total = gathered[:, 0].sum()
@@ -110,39 +95,88 @@ class _GlobalPairSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_s: Tensor, grad_r: Tensor, grad_q: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, y_ND, gamma_x, gamma_y = ctx.saved_tensors
-        dtype = accumulation_dtype(x_ND, y_ND)
-        kernel_x, kernel_y = _KernelRows(x_ND, gamma_x, dtype, ctx.own), _KernelRows(y_ND, gamma_y, dtype, ctx.own)
-        to_x = _OwnGradient(kernel_x, grad_r) if ctx.needs_input_grad[0] else None
-        to_y = _OwnGradient(kernel_y, grad_q) if ctx.needs_input_grad[1] else None
-        with full_precision(x_ND.device):
+        rows_x, rows_y = (_rows(x, g, y, ctx.own) for x, g, y in ((x_ND, gamma_x, y_ND), (y_ND, gamma_y, x_ND)))
+        with full_precision(x_ND.device), torch.cuda.device_of(x_ND):
+            to_x = rows_x.gradient(grad_r) if ctx.needs_input_grad[0] else None
+            to_y = rows_y.gradient(grad_q) if ctx.needs_input_grad[1] else None
             for columns in ctx.blocks:
-                k, l_ = kernel_x.tile(columns), kernel_y.tile(columns)
+                k, l_ = rows_x.tile(columns), rows_y.tile(columns)
                 if to_x:
-                    to_x.add(k, l_, grad_s, columns)
+                    to_x.add(k, l_, grad_s, ctx.own, columns)
                 if to_y:
-                    to_y.add(l_, k, grad_s, columns)
-        grads = [
-            to.result().mul_(len(ctx.blocks)).to(dtype) if to else None
-            for to, dtype in zip((to_x, to_y), ctx.dtypes, strict=True)
-        ]
+                    to_y.add(l_, k, grad_s, ctx.own, columns)
+            grads = [
+                to.result().mul_(len(ctx.blocks)).to(dtype) if to else None
+                for to, dtype in zip((to_x, to_y), ctx.dtypes, strict=True)
+            ]
         return (*grads, None, None, None, None, None)
 
 
-class _OwnGradient:
-    """Collects −4γ Σ_j C_ij (x_i − x_j) for this rank's i from the tiles of its rows."""
+class _Rows:
+    """The rows of K − 1 of this rank's samples, a tile at a time, by the BLAS; a tile lives until the next."""
 
-    def __init__(self, kernel: _KernelRows, grad_r_N: Tensor):
-        self.kernel, self.half = kernel, (grad_r_N / 2).to(kernel.x.dtype)
-        self.product = torch.zeros_like(kernel.x[kernel.own])
-        self.sums = torch.zeros(len(self.product), dtype=torch.float64, device=kernel.x.device)
+    def __init__(self, x_ND: Tensor, gamma: Tensor, dtype: torch.dtype, own: slice):
+        self._x, self._gamma, self._own = centered_rows(x_ND, dtype), gamma, own
+        self._kernel = TiledKernel(self._x, gamma, norms_N=self._x.square().sum(dim=1))
 
-    def add(self, k: Tensor, l_: Tensor, grad_s: Tensor, columns: slice) -> None:
-        """Take in one tile."""
-        halves = self.half[self.kernel.own], self.half[columns]
-        weights = pair_weights(k, l_, grad_s, *halves, self.sums, None)
-        self.product.addmm_(weights, self.kernel.x[columns])
+    @property
+    def sums(self) -> Tensor:
+        """(n,) float64, of the tiles asked for with `sums`."""
+        return self._kernel.sums[self._own]
+
+    def tile(self, columns: slice, *, sums: bool = False) -> Tensor:
+        """k (n, n) of this rank's rows and the given columns."""
+        return self._kernel.tile(self._own, columns, sums=sums)
+
+    def gradient(self, grad_r_N: Tensor) -> Laplacian:
+        """What the tiles of the gradient's weights are to be given to."""
+        return Laplacian(self._x, self._gamma, grad_r_N, self._own)
+
+
+class _TritonRows:
+    """The same on a GPU: one Gram product of all the rows on tensor cores, cut into tiles afterwards."""
+
+    def __init__(self, x_ND: Tensor, gamma: Tensor, own: slice):
+        from mimir_kernels import gram
+
+        self._x, self._gamma, self._own = gram.center_rows(x_ND), gamma, own
+        self._gram_nN = gram.gram_rows(self._x, own)
+        self.sums = torch.zeros(len(self._gram_nN), dtype=torch.float64, device=x_ND.device)
+
+    def tile(self, columns: slice, *, sums: bool = False) -> Tensor:
+        k, norms = self._gram_nN[:, columns], self._x.norms_N
+        kernel_from_gram_(
+            k, norms[self._own], norms[columns], self._gamma, columns == self._own, self.sums if sums else None, None
+        )
+        return k
+
+    def gradient(self, grad_r_N: Tensor) -> "_TritonLaplacian":
+        return _TritonLaplacian(self._x, self._gamma, grad_r_N, self._own)
+
+
+class _TritonLaplacian:
+    """`Laplacian` of this rank's samples by the Triton product: it takes the weights of all columns at once."""
+
+    def __init__(self, x: Any, gamma: Tensor, grad_r_N: Tensor, own: slice):
+        self._x, self._gamma, self._own = x, gamma, own
+        self._half = (grad_r_N / 2).float()
+        self._weights_nN = x.norms_N.new_empty((own.stop - own.start, len(x.norms_N)))
+        self._sums = torch.zeros(len(self._weights_nN), dtype=torch.float64, device=gamma.device)
+
+    def add(self, k: Tensor, l_: Tensor, grad_s: Tensor, rows: slice, columns: slice) -> None:
+        weights = pair_weights(k, l_, grad_s, self._half[rows], self._half[columns], self._sums, None)
+        self._weights_nN[:, columns] = weights
 
     def result(self) -> Tensor:
-        """(n, D)."""
-        sums = self.sums.to(self.product.dtype)[:, None]
-        return self.product.addcmul_(sums, self.kernel.x[self.kernel.own], value=-1).mul_(4 * self.kernel.gamma)
+        from mimir_kernels.laplacian import laplacian_product
+
+        grad = self._weights_nN.new_empty((len(self._weights_nN), self._x.hi_ND.shape[1]))
+        laplacian_product(self._weights_nN, self._x, self._gamma, grad, self._own.start)
+        return grad
+
+
+def _rows(x_ND: Tensor, gamma: Tensor, other_ND: Tensor, own: slice) -> _Rows | _TritonRows:
+    """Whoever computes the rows of x's kernel matrix; in the precision that both inputs need."""
+    if runs_triton(x_ND, other_ND):
+        return _TritonRows(x_ND, gamma, own)
+    return _Rows(x_ND, gamma, accumulation_dtype(x_ND, other_ND), own)

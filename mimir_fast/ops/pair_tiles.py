@@ -94,12 +94,17 @@ def lower_tiles(n: int, device: torch.device) -> Iterator[Tile]:
 
 
 class TiledKernel:
-    """The matrix K − 1 of x, of which one tile exists at a time (or all, in `into`), and its row sums so far."""
+    """The matrix K − 1 of x, of which one tile exists at a time (or all, in `into`), and its row sums so far.
 
-    def __init__(self, centered_ND: Tensor, gamma: Tensor, into: Tensor | None = None):
+    Args:
+        norms_N: squares of the rows, for whoever visits tiles before their diagonal ones.
+    """
+
+    def __init__(self, centered_ND: Tensor, gamma: Tensor, into: Tensor | None = None, norms_N: Tensor | None = None):
         self.x = centered_ND
         self.gamma = gamma
-        self.norms = self.x.new_empty(len(self.x))
+        self._known = norms_N is not None
+        self.norms = self.x.new_empty(len(self.x)) if norms_N is None else norms_N
         self.sums = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
         self._into = into if into is not None and len(into) else None
         self._buffer = self.x.new_empty(0)
@@ -115,7 +120,7 @@ class TiledKernel:
             gram = self._buffer[: shape[0] * shape[1]].view(shape)
         torch.mm(self.x[rows], self.x[columns].mT, out=gram)
         on_diagonal = rows == columns
-        if on_diagonal:
+        if on_diagonal and not self._known:
             # Norms of the same product: a distance of 0 comes out as 0.
             self.norms[rows] = gram.diagonal()
         row_sums = self.sums[rows] if sums else None
@@ -127,28 +132,33 @@ class TiledKernel:
 
 
 class Laplacian:
-    """Collects −4γ Σ_j C_ij (x_i − x_j) from the tiles of C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2)."""
+    """Collects −4γ Σ_j C_ij (x_i − x_j) from the tiles of C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2).
 
-    def __init__(self, centered_ND: Tensor, gamma: Tensor, grad_r: Tensor):
+    Args:
+        own: the only samples whose gradient is wanted, all tiles of whose rows will come; None: all of them, from the
+            lower tiles.
+    """
+
+    def __init__(self, centered_ND: Tensor, gamma: Tensor, grad_r: Tensor, own: slice | None = None):
         self.x = centered_ND
-        self._gamma = gamma
+        self._gamma, self._own = gamma, own
         self._half = (grad_r / 2).to(self.x.dtype)
-        self._product = torch.zeros_like(self.x)  # C X
-        self._sums = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)  # C 1
+        self._product = torch.zeros_like(self.x[own or slice(None)])  # C X
+        self._sums = torch.zeros(len(self._product), dtype=torch.float64, device=self.x.device)  # C 1
 
     def add(self, k: Tensor, l_: Tensor, grad_s: Tensor, rows: slice, columns: slice) -> None:
-        """Take in the tile of C at (rows, columns) and, off the diagonal, its mirror image."""
-        mirrored = rows != columns
-        row_sums, column_sums = self._sums[rows], self._sums[columns] if mirrored else None
+        """Take in the tile of C at (rows, columns) and, of all samples and off the diagonal, its mirror image."""
+        mirrored, into = self._own is None and rows != columns, rows if self._own is None else slice(None)
+        row_sums, column_sums = self._sums[into], self._sums[columns] if mirrored else None
         weights = pair_weights(k, l_, grad_s, self._half[rows], self._half[columns], row_sums, column_sums)
-        self._product[rows].addmm_(weights, self.x[columns])
+        self._product[into].addmm_(weights, self.x[columns])
         if mirrored:
             self._product[columns].addmm_(weights.mT, self.x[rows])
 
     def result(self) -> Tensor:
-        """(N, D) gradient; ends the collection."""
+        """(N, D) gradient, or that of `own`; ends the collection."""
         sums = self._sums.to(self.x.dtype)[:, None]
-        return self._product.addcmul_(sums, self.x, value=-1).mul_(4 * self._gamma)
+        return self._product.addcmul_(sums, self.x[self._own or slice(None)], value=-1).mul_(4 * self._gamma)
 
 
 def kernel_from_gram_(

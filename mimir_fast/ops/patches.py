@@ -22,6 +22,8 @@ from mimir_fast.ops.tokens import (
 )
 
 __all__ = [
+    "as_images",
+    "every_patch",
     "gather_patches",
     "gather_patches_reference",
     "masked_targets",
@@ -36,6 +38,10 @@ __all__ = [
     "unpatchify",
     "unpatchify_visible",
 ]
+
+
+NORM_EPS = 1e-6
+"""Added to a patch's variance before the root is taken (MAE)."""
 
 
 def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
@@ -65,6 +71,18 @@ def unpatchify(patches_BNP: Tensor, patch_size: int, height: int | None = None) 
         raise ValueError(f"{N} patches of {P} numbers are no grid of {p}x{p} patches (pass height= for non-square)")
     x = patches_BNP.reshape(B, rows, N // rows, p, p, P // (p * p))
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, P // (p * p), rows * p, N // rows * p)
+
+
+def every_patch(images_BCHW: Tensor, patch_size: int) -> Tensor:
+    """(B, N) int64, a view: the numbers of all patches, in raster order."""
+    B, _, H, W = images_BCHW.shape
+    N = (H // patch_size) * (W // patch_size)
+    return torch.arange(N, device=images_BCHW.device).expand(B, N)
+
+
+def as_images(patches_BNP: Tensor) -> Tensor:
+    """(B, P, N, 1), a view: patches as images whose pixels are patches, for what reads images with patch_size=1."""
+    return patches_BNP.transpose(1, 2).unsqueeze(-1)
 
 
 def unpatchify_visible(patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, height: int, width: int) -> Tensor:
@@ -99,11 +117,11 @@ def patchify_gather(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> Ten
         ValueError: sizes or devices do not fit, ids out of range or repeated (on CUDA: with MIMIR_FAST_DEBUG=1).
         TypeError: images of another integer dtype, or ids that are not int64.
     """
-    _check_images(images_BCHW, ids_BK, patch_size)
+    check_images(images_BCHW, ids_BK, patch_size)
     return _patchify_gather(images_BCHW, ids_BK, patch_size)
 
 
-def normalize_patches(patches_BMP: Tensor, eps: float = 1e-6) -> Tensor:
+def normalize_patches(patches_BMP: Tensor, eps: float = NORM_EPS) -> Tensor:
     """Each patch to zero mean and unit (unbiased) variance, + eps under the root (MAE's `norm_pix_loss`)."""
     mean = patches_BMP.mean(dim=-1, keepdim=True)
     var = patches_BMP.var(dim=-1, keepdim=True)
@@ -111,7 +129,7 @@ def normalize_patches(patches_BMP: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def masked_targets_reference(
-    images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, norm_pix: bool, eps: float = 1e-6
+    images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, norm_pix: bool, eps: float = NORM_EPS
 ) -> Tensor:
     """The definition of `masked_targets`."""
     target = patchify_gather_reference(images_BCHW, ids_BM, patch_size)
@@ -123,12 +141,10 @@ def masked_targets(images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, *, norm
 
     One pass over the masked pixels; differentiable in float images. Arguments and errors as for `patchify_gather`.
     """
-    _check_images(images_BCHW, ids_BM, patch_size)
+    check_targets(images_BCHW, ids_BM, patch_size, norm_pix)
     if not norm_pix:
         return _patchify_gather(images_BCHW, ids_BM, patch_size)
-    if patch_size**2 * images_BCHW.shape[1] < 2:
-        raise ValueError("a patch of one number has no variance: use norm_pix=False or a larger patch_size")
-    return _normalized_targets(images_BCHW, ids_BM, patch_size, 1e-6)
+    return _normalized_targets(images_BCHW, ids_BM, patch_size, NORM_EPS)
 
 
 def _check_size(height: int, width: int, patch_size: int) -> None:
@@ -136,7 +152,15 @@ def _check_size(height: int, width: int, patch_size: int) -> None:
         raise ValueError(f"image size {height}x{width} is not divisible by {patch_size=}: choose a divisor, or resize")
 
 
-def _check_images(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> None:
+def check_targets(images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, norm_pix: bool) -> None:
+    """What `check_images` refuses, and patches that cannot be normalised."""
+    check_images(images_BCHW, ids_BM, patch_size)
+    if norm_pix and patch_size**2 * images_BCHW.shape[1] < 2:
+        raise ValueError("a patch of one number has no variance: use norm_pix=False or a larger patch_size")
+
+
+def check_images(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> None:
+    """Raises ValueError or TypeError unless these are images in such patches, and int64 ids (B, K) of theirs."""
     if images_BCHW.ndim != 4:
         raise ValueError(f"images must be (B, C, H, W), got {tuple(images_BCHW.shape)}")
     if images_BCHW.dtype != torch.uint8 and not images_BCHW.is_floating_point():

@@ -87,7 +87,7 @@ def scatter_patches(visible_BKD: Tensor, ids_keep_BK: Tensor, mask_token_D: Tens
     return _scatter_tokens(visible_BKD, ids_keep_BK, mask_token_D.to(dtype), pos_embed_ND.to(dtype))
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def dense_rows(x: Tensor) -> Tensor:
     """x (B, N, D) itself if each row lies in one piece, as in a slice x[:, 1:]; else a copy."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
@@ -99,14 +99,18 @@ def _gather(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
     if runs_triton(x_BND, any_dtype=True):
         from mimir_kernels import tokens as kernels
 
-        x = _dense_rows(x_BND)
+        x = dense_rows(x_BND)
         out = x.new_empty((*ids.shape, x.shape[2]))
         kernels.gather_rows(x, ids, out)
         return out
-    if x_BND.is_contiguous():  # whole rows move faster this way than number by number, and than by C++ of our own
-        B, N, D = x_BND.shape
-        first_rows = torch.arange(0, B * N, N, device=ids.device) if N else ids.new_zeros(B)
-        return x_BND.view(B * N, D).index_select(0, (ids + first_rows[:, None]).flatten()).view(*ids.shape, D)
+    B, N, D = x_BND.shape
+    if D and x_BND.numel() and x_BND.stride()[1:] == (D, 1) and x_BND.stride(0) % D == 0:
+        # Rows of one table, though x may be a slice of it such as x[:, 1:]: whole rows move faster this way than number
+        # by number, and than by C++ of our own.
+        step = x_BND.stride(0) // D
+        table = x_BND.as_strided(((B - 1) * step + N, D), (D, 1))
+        first_rows = torch.arange(B, device=ids.device) * step
+        return table.index_select(0, (ids + first_rows[:, None]).flatten()).view(*ids.shape, D)
     return gather_patches_reference(x_BND, ids)
 
 
@@ -143,7 +147,7 @@ def _(y_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
 def _scatter_tokens(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
     N, D = pos_embed_ND.shape
     _checks.check_ids("ids_keep", ids_BK, N)
-    visible, ids = _dense_rows(visible_BKD), ids_BK.contiguous()
+    visible, ids = dense_rows(visible_BKD), ids_BK.contiguous()
     mask_token, pos_embed = mask_token_D.contiguous(), pos_embed_ND.contiguous()
     B, K = ids.shape
     out = visible.new_empty((B, N, D))
@@ -151,9 +155,11 @@ def _scatter_tokens(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, p
         from mimir_kernels import tokens as kernels
 
         kernels.scatter_rows(visible, kernels.inverse(ids, N), mask_token, pos_embed, out)
-    elif runs_native("scatter_tokens", visible, mask_token, pos_embed):
-        strides = 4 * visible.stride(0), 4 * visible.stride(1)
-        _native.run("scatter_tokens", visible, ids, mask_token, pos_embed, out, B, K, N, D, *strides)
+        return out
+    is_bf16, size = visible.dtype == torch.bfloat16, visible.element_size()
+    if runs_native("scatter_tokens", visible, pos_embed, dtype=torch.bfloat16 if is_bf16 else torch.float32):
+        strides = size * visible.stride(0), size * visible.stride(1)
+        _native.run("scatter_tokens", visible, ids, mask_token, pos_embed, out, B, K, N, D, *strides, is_bf16)
     else:
         return scatter_patches_reference(visible, ids, mask_token, pos_embed)
     return out

@@ -14,7 +14,7 @@ from mimir_fast.data.batch import Batch
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.methods.mutual_information import MutualInformationConfig
-from mimir_fast.methods.noise_mae import uniform_delta
+from mimir_fast.methods.noise import UniformNoise, start_of
 from mimir_fast.ops.random_masks import random_masks
 
 
@@ -43,7 +43,7 @@ def test_a_step_number_on_the_device_draws_the_same(preset: str, device: torch.d
         for name in ("keep", "masked"):
             assert torch.equal(getattr(host.mask, name), getattr(there.mask, name))
             assert torch.equal(getattr(host.attack_mask, name), getattr(there.attack_mask, name))
-        assert torch.equal(host.delta, there.delta) and there.attacks
+        assert torch.equal(host.delta.numbers(4, 48), there.delta.numbers(4, 48)) and there.attacks
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -99,9 +99,11 @@ def test_a_recorded_attack_leaves_no_trace(device: torch.device) -> None:
 def test_draws_by_a_device_step_can_be_compiled() -> None:
     """The ops that draw take the step as data: one graph serves all steps."""
 
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+
     def draw(samples: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, ...]:
         keep, masked = random_masks(samples, 16, 4, seed=3, step=step)
-        return keep, masked, uniform_delta(samples, (4, 48), 8 / 255, seed=3, step=step)
+        return keep, masked, *start_of(images, keep, 4, UniformNoise(samples, 3, step, 8 / 255))
 
     torch._dynamo.reset()
     compiled = torch.compile(draw, backend="aot_eager", fullgraph=True)

@@ -29,7 +29,7 @@ from mimir_fast.models.loading import initialize
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, View, build_masked_model
 from mimir_fast.models.weight_files import Weights
-from mimir_fast.ops.patches import gather_patches, patchify
+from mimir_fast.ops.patches import gather_patches, masked_targets, patchify
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.pretraining import PretrainConfig, pretrain, with_method
 
@@ -119,12 +119,13 @@ def test_masked_pixels_do_not_reach_the_latent(family: str, decoder: str) -> Non
 def test_an_attack_finds_more_than_noise_and_leaves_no_trace(family: str) -> None:
     """Parameters, gradients, buffers (BatchNorm's among them) and modes are as they were."""
     model = model_of(family).train()
-    view = quarter(model, torch.rand(4, 3, 32, 32))
-    target = torch.rand_like(model(view).prediction)
+    images = torch.rand(4, 3, 32, 32)
+    view = quarter(model, images)
+    target = masked_targets(images, view.masked, model.patch_size)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     noisy = (view.patches + 8 / 255 * (2 * torch.rand_like(view.patches) - 1)).clamp(0, 1)
     threat = LinfThreat(eps=8 / 255, alpha=2 / 255, num_steps=5)
-    attacked = attack_visible(model, view.patches, noisy, view.keep, view.masked, target, threat)
+    attacked = attack_visible(model, images, view.patches, noisy, view.keep, view.masked, True, threat)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters()) and model.training
     assert (attacked - view.patches).abs().max() <= 8 / 255 + 1e-6

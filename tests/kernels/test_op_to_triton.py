@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 import mimir_fast
-from mimir_fast.ops import linf_step, pair_sums, patches, random_masks, random_uniform, rbf, tokens
+from mimir_fast.ops import (
+    linf_step,
+    masked_loss,
+    noisy_patches,
+    pair_sums,
+    patches,
+    random_masks,
+    random_uniform,
+    rbf,
+    tokens,
+)
 
 pytest.importorskip("triton")
 
-ROOMS = (linf_step, pair_sums, patches, random_masks, random_uniform, rbf, tokens)
+ROOMS = (linf_step, masked_loss, noisy_patches, pair_sums, patches, random_masks, random_uniform, rbf, tokens)
 Call = Callable[[dict[str, Tensor]], Tensor]
 
 
@@ -28,6 +38,7 @@ def operands(device: torch.device) -> dict[str, Tensor]:
         "x": normal(20, 33) + 3,
         "z": normal(20, 12),
         "images": torch.rand(2, 3, 8, 8, generator=rng),
+        "prediction": normal(2, 5, 12),
         "tokens": normal(2, 16, 8),
         "visible": normal(2, 5, 8),
         "mask_token": normal(8),
@@ -46,6 +57,10 @@ CALLS: dict[str, Call] = {
     "scatter_patches": lambda t: mimir_fast.scatter_patches(t["visible"], t["ids"], t["mask_token"], t["positions"]),
     "patchify_gather": lambda t: mimir_fast.patchify_gather(t["images"], t["ids"], 2),
     "masked_targets": lambda t: mimir_fast.masked_targets(t["images"], t["ids"], 2),
+    "masked_loss": lambda t: mimir_fast.masked_loss(t["prediction"], t["images"].detach(), t["ids"], 2),
+    "noisy_patches": lambda t: noisy_patches.noisy_patches(
+        t["images"].detach(), t["ids"], 2, t["samples"], seed=3, step=1, eps=0.1
+    )[1],
     "linf_step": lambda t: mimir_fast.linf_step(t["images"], t["images"] - 0.5, t["images"], alpha=0.1, eps=0.05),
     "random_start_linf": lambda t: mimir_fast.random_start_linf(t["images"], t["samples"], seed=3, step=1, eps=0.1),
     "random_masks": lambda t: mimir_fast.random_masks(t["samples"], 16, 5, seed=3, step=1)[0].double(),

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_models import masked_vit
 
 from mimir_fast.attacks.features import FeatureAttackConfig, attack_features, feature_distance
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.aemim import Aemim, AemimConfig
-from mimir_fast.methods.mae import Mae, MaeConfig, reconstruction_loss
+from mimir_fast.methods.mae import Mae, MaeConfig
 from mimir_fast.models.flat_names import flat_parameters
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.models.norms import is_adapter
@@ -53,10 +54,10 @@ def test_the_attack_moves_the_features_and_stays_in_its_ball(model: MaskedModel,
         method = Aemim(AemimConfig(attack=attack))
         draws = method.draw(model, batch, seed=0, step=3)
         patches = patchify(batch.images, 4)
-        shown = method.attack(model, patches, draws)
+        shown = method.attack(model, *method.begin(batch.images, 4, draws), draws)
         assert (shown.whole - patches).abs().max() <= EPS + 1e-7
         assert shown.whole.min() >= 0 and shown.whole.max() <= 1
-        start = (patches + draws.delta).clamp(0, 1)
+        start = (patches + draws.delta.numbers(16, 48)).clamp(0, 1)
         assert torch.equal(gather_patches(shown.whole, draws.mask.masked), gather_patches(start, draws.mask.masked))
         keep = draws.mask.keep
         clean = model(View(gather_patches(patches, keep), keep), decode=False)
@@ -80,7 +81,7 @@ def test_the_loss_is_two_reconstructions(model: MaskedModel, batch: Batch) -> No
     torch.testing.assert_close(out["reconstruction"], Mae(MaeConfig())(model, batch, seed=0, step=0)["loss"].detach())
     torch.testing.assert_close(out["loss"].detach(), out["reconstruction"] + 0.5 * out["adversarial"])
     draws = method.draw(model, batch, seed=0, step=0)
-    shown = method.attack(model, patchify(batch.images, 4), draws)
+    shown = method.attack(model, *method.begin(batch.images, 4, draws), draws)
     target = gather_patches(shown.whole, draws.mask.masked)
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     prediction = model(View(shown.visible, draws.mask.keep, draws.mask.masked, 1)).prediction
@@ -103,7 +104,7 @@ def test_the_attack_leaves_no_trace(model: MaskedModel, batch: Batch) -> None:
     method = Aemim(AemimConfig())
     draws = method.draw(model, batch, seed=0, step=0)
     generator = torch.get_rng_state()
-    method.attack(model, patchify(batch.images, 4), draws)
+    method.attack(model, *method.begin(batch.images, 4, draws), draws)
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), generator) and model.training
 
@@ -145,12 +146,12 @@ def test_one_pass_of_the_decoder_serves_both_streams(model: MaskedModel, batch: 
     found = method(model, batch, seed=0, step=0)["loss"]
     grads = torch.autograd.grad(found, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     draws, patches = method.draw(model, batch, seed=0, step=0), patchify(batch.images, 4)
-    shown, mask = method.attack(model, patches, draws), draws.mask
+    shown, mask = method.attack(model, *method.begin(batch.images, 4, draws), draws), draws.mask
     errors = []
     for domain, whole in enumerate((patches, shown.whole)):
         output = model(View(gather_patches(whole, mask.keep), mask.keep, mask.masked, domain))
         target = normalize_patches(gather_patches(whole, mask.masked))
-        errors.append(reconstruction_loss(output.prediction, target))
+        errors.append(F.mse_loss(output.prediction, target))
     wanted = errors[0] + 0.5 * errors[1]
     torch.testing.assert_close(found, wanted)
     separate = torch.autograd.grad(wanted, [p for p in model.parameters() if p.requires_grad], allow_unused=True)

@@ -20,7 +20,7 @@ from mimir_fast.methods.masking import check_decode_ratio
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.methods.noise_mae import NoiseMae, NoiseMaeConfig
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, View, build_masked_model
-from mimir_fast.ops.patches import gather_patches, patchify
+from mimir_fast.ops.patches import gather_patches, masked_targets, patchify
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.pretraining import Pretraining, pretrain
 
@@ -69,8 +69,9 @@ def test_aemim_too_attacks_in_some_steps_only(batch: Batch) -> None:
     patches = patchify(batch.images, 4)
     for step, moves in ((0, True), (1, False), (2, True)):
         draws = method.draw(model, batch, seed=0, step=step)
-        start = (patches + draws.delta).clamp(0, 1)
-        assert torch.equal(method.attack(model, patches, draws).whole, start) is not moves
+        start = (patches + draws.delta.numbers(16, 48)).clamp(0, 1)
+        whole = method.attack(model, *method.begin(batch.images, 4, draws), draws).whole
+        assert torch.equal(whole, start) is not moves
 
 
 def test_an_attack_in_bf16_leaves_the_training_in_fp32(model: MaskedModel, batch: Batch) -> None:
@@ -91,13 +92,15 @@ def test_the_sign_agreement_is_the_share_of_equal_signs(model: MaskedModel, batc
     assert [s for s in range(3 * COMPARED_EVERY) if attack.compares_in(s)] == [0, 2 * COMPARED_EVERY]
     with torch.autocast("cpu", torch.bfloat16, enabled=training == "bf16"):
         found = method(model, batch, seed=0, step=0)["sign_agreement"]
-    step = method.forward(model, batch, draws := method.draw(model, batch, seed=0, step=0))
-    start = (gather_patches(patchify(batch.images, 4), draws.mask.keep) + draws.delta).clamp(0, 1).requires_grad_()
+    draws = method.draw(model, batch, seed=0, step=0)
+    target = masked_targets(batch.images, draws.mask.masked, 4)
+    noise = draws.delta.numbers(4, 48)
+    start = (gather_patches(patchify(batch.images, 4), draws.mask.keep) + noise).clamp(0, 1).requires_grad_()
     signs = []
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             prediction = model(View(start, draws.mask.keep, draws.mask.masked)).prediction
-        error = (prediction.float() - step.target).square().sum()
+        error = (prediction.float() - target).square().sum()
         signs.append(torch.autograd.grad(error, start)[0].sign())
     wanted = (signs[0] == signs[1]).float().mean()
     assert 0.9 < wanted <= 1

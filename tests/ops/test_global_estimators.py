@@ -10,9 +10,12 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mimir_fast.ops import global_hsic as row_blocks
+from mimir_fast.ops.bandwidth import gamma
 from mimir_fast.ops.global_batch import gather_batch
 from mimir_fast.ops.global_hsic import global_hsic
 from mimir_fast.ops.hsic import hsic
+from mimir_fast.ops.pair_sums import pair_sums_reference
 
 RANKS, LOCAL = 2, 8
 
@@ -100,6 +103,40 @@ def test_row_blocks_give_both_gradients(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.cat([r[name] for r in ranks]), expected, rtol=1e-9, atol=1e-15)
     expected_half = hsic(x.detach().bfloat16(), y.detach().bfloat16())
     torch.testing.assert_close(ranks[0]["half"], expected_half, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("options", ["biased", "unbiased"])
+def test_row_blocks_on_tensor_cores(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way a GPU takes, interpreted: Gram rows from bf16 halves, weights and the Laplacian product in Triton."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are not interpreted here: see the cuda test")
+    import mimir_kernels.gram
+    import mimir_kernels.laplacian  # noqa: F401
+
+    monkeypatch.setattr(row_blocks, "runs_triton", lambda *given: True)
+    x, z = data()
+    model = encoder()
+    loss = hsic(x, model(z), sigma_y=0.5, **OPTIONS[options])
+    loss.backward()
+    for result in run_ranks(f"rows-{options}", tmp_path):
+        torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-3 if options == "unbiased" else 1e-4, atol=0)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(result[name], p.grad, rtol=1e-2, atol=1e-3 * float(p.grad.abs().max()))
+
+
+@pytest.mark.cuda
+def test_row_blocks_on_a_gpu_equal_hsic() -> None:
+    """One process that plays the second of two ranks, with the other's samples at hand."""
+    x, y = (t.flatten(1).cuda() for t in data())
+    gamma_x, gamma_y = gamma(x, 5.0, "reference"), gamma(y, 5.0, "reference")
+    _, r, q = pair_sums_reference(x.double(), y.double(), gamma_x, gamma_y)
+    own, blocks = slice(LOCAL, 2 * LOCAL), (slice(0, LOCAL), slice(LOCAL, 2 * LOCAL))
+    rows_x, rows_y = row_blocks._rows(x, gamma_x, y, own), row_blocks._rows(y, gamma_y, x, own)
+    for columns in blocks:
+        rows_x.tile(columns, sums=True), rows_y.tile(columns, sums=True)
+    torch.testing.assert_close(rows_x.sums, r[own], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows_y.sums, q[own], rtol=1e-5, atol=1e-6)
 
 
 def test_alone_it_is_hsic() -> None:

@@ -17,7 +17,7 @@ from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel,
 from mimir_fast.models.layers import Layer, Mlp, PatchEmbed, check_heads, init_like_mae, project_queries
 from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.models.patch_size import check_patch_size
-from mimir_fast.models.positions import sincos_positions
+from mimir_fast.models.positions import sincos_positions, with_positions
 from mimir_fast.models.timm_names import encoder_tensors, head_arguments
 from mimir_fast.ops.patches import gather_patches
 
@@ -141,8 +141,7 @@ class CaitEncoder(Encoder):
         self, tokens: Tensor, places_BK: Tensor | None, *, domain: int = CLEAN, branches: Branches | None = None
     ) -> Tensor:
         """(B, 1 + K, D); the class attention has no stochastic depth, as in timm. See Encoder."""
-        positions = self.pos_embed[0]
-        x = tokens + (positions if places_BK is None else positions[places_BK])
+        x = with_positions(tokens, places_BK, self.pos_embed[0])
         for index, block in enumerate(self.blocks):
             x = block(x, domain=domain, branches=None if branches is None else branches.of_layer(index))
         cls = self.cls_of(domain).to(x.dtype).expand(len(x), -1, -1)

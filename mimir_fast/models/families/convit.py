@@ -25,7 +25,7 @@ from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel,
 from mimir_fast.models.layers import Block, Layer, Mlp, PatchEmbed, check_heads, init_like_mae
 from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.models.patch_size import check_patch_size
-from mimir_fast.models.positions import sincos_positions
+from mimir_fast.models.positions import sincos_positions, with_positions
 from mimir_fast.models.pseudo_grid import pseudo_grid
 from mimir_fast.models.timm_names import encoder_tensors, head_arguments
 from mimir_fast.ops.patches import gather_patches
@@ -187,8 +187,7 @@ class ConvitEncoder(Encoder):
         self, tokens: Tensor, places_BK: Tensor | None, *, domain: int = CLEAN, branches: Branches | None = None
     ) -> Tensor:
         """(B, 1 + K, D); see Encoder."""
-        positions = self.pos_embed[0]
-        x = tokens + (positions if places_BK is None else positions[places_BK])
+        x = with_positions(tokens, places_BK, self.pos_embed[0])
         offsets = self.offsets(x, places_BK)
         for index, block in enumerate(self.blocks):
             of_layer = None if branches is None else branches.of_layer(index)
@@ -210,9 +209,9 @@ class ConvitDecoder(Decoder):
         self.decoder_blocks = make_blocks(width, depth, num_heads, mlp_ratio, True, num_positional, strength)
         initialise(self)
 
-    def run(self, prefix: Tensor, full_BNE: Tensor, ids_BM: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, ids_BM: Tensor | None) -> Tensor:
         """(B, M or N, E); see Decoder."""
-        x, offsets = full_BNE, grid_offsets(self.grid, full_BNE.device)
+        prefix, x, offsets = x[:, : self.num_prefix], x[:, self.num_prefix :], grid_offsets(self.grid, x.device)
         joined = 0
         for index, block in enumerate(self.decoder_blocks):
             if index == self.local_up_to_layer:

@@ -151,9 +151,9 @@ class ConvNextDecoder(Decoder):
         """Zeros."""
         return self.mask_token.new_zeros(self.num_patches, self.mask_token.shape[-1])
 
-    def run(self, prefix: Tensor, full_BNE: Tensor, ids_BM: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, ids_BM: Tensor | None) -> Tensor:
         """(B, M or N, E)."""
-        x = full_BNE.unflatten(1, (self.grid, self.grid))
+        x = x.unflatten(1, (self.grid, self.grid))
         for block in self.decoder_blocks:
             x = block(x, None)
         x = x.flatten(1, 2)

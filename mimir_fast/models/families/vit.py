@@ -17,7 +17,7 @@ from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel,
 from mimir_fast.models.layers import Block, PatchEmbed, init_like_mae
 from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.models.patch_size import check_patch_size
-from mimir_fast.models.positions import sincos_positions
+from mimir_fast.models.positions import sincos_positions, with_positions
 
 # name: (width, depth, heads). `nano` is ours, for experiments on a CPU; the others are the papers'.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -53,10 +53,7 @@ class VitEncoder(Encoder):
         self, tokens: Tensor, places_BK: Tensor | None, *, domain: int = CLEAN, branches: Branches | None = None
     ) -> Tensor:
         """(B, 1 + K, D); with a keep rate below 1 fewer tokens come out than went in (AGAT). See Encoder."""
-        positions = self.pos_embed[0, 1:]
-        x = tokens + (positions if places_BK is None else positions[places_BK])
-        cls = (self.cls_of(domain) + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls, x], dim=1)
+        x = with_positions(tokens, places_BK, self.pos_embed[0], self.cls_of(domain)[0])
         for index, block in enumerate(self.blocks):
             if branches is None:
                 x = block(x, domain=domain)

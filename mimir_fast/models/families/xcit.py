@@ -25,6 +25,7 @@ from mimir_fast.models.grid_conv import conv_over_grid
 from mimir_fast.models.layers import Layer, Mlp, check_heads
 from mimir_fast.models.norms import CLEAN, BatchNorm, LayerNorm
 from mimir_fast.models.patch_size import check_patch_size
+from mimir_fast.models.positions import with_positions
 from mimir_fast.models.pseudo_grid import pseudo_grid
 from mimir_fast.models.timm_names import encoder_tensors, head_arguments
 from mimir_fast.ops.patches import gather_patches
@@ -242,8 +243,7 @@ class XcitEncoder(Encoder):
         """(B, 1 + K, D); the class attention has no stochastic depth, as in timm. See Encoder."""
         x, grid = tokens, self.grid
         if self.pos_embed is not None:
-            positions = self.pos_embed(grid)
-            x = x + (positions if places_BK is None else positions[places_BK])
+            x = with_positions(x, places_BK, self.pos_embed(grid))
         if self.official and places_BK is not None:
             places_BK, grid = None, pseudo_grid(x.shape[1], grid)
         for index, block in enumerate(self.blocks):
@@ -293,9 +293,9 @@ class XcitDecoder(Decoder):
         fourier: Any = self.decoder_pos_embed
         return fourier(self.grid)
 
-    def run(self, prefix: Tensor, full_BNE: Tensor, ids_BM: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, ids_BM: Tensor | None) -> Tensor:
         """(B, M or N, E); see Decoder."""
-        x = full_BNE
+        prefix, x = x[:, : self.num_prefix], x[:, self.num_prefix :]
         for index, block in enumerate(self.decoder_blocks):
             is_last = index == len(self.decoder_blocks) - 1
             x = block(x, None, self.grid, query_ids_BQ=ids_BM if is_last else None)

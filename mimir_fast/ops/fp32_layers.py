@@ -1,0 +1,236 @@
+"""Linear layers of a transformer in float32 on the CPU, with what stands around them, as one op each.
+
+    linear:  y = [r +] W·[LN](x) + b
+    mlp:     y = [x +] W₂·gelu(W₁·LN(x) + b₁) + b₂
+
+The products are the BLAS's; what stands around them takes one pass over memory each (csrc/fp32_layers.cpp). A residual
+with the bias lies in the result before the product is added to it, and the first bias of an mlp is added on the way
+into GELU. For the backward pass x, its rows' statistics and the hidden layer before GELU are kept, nothing that can be
+had from them in one pass; gradients that nobody wants are not computed.
+Differentiable any number of times: beyond the first through the definition. `torch.autograd.Function` for the reasons
+given in bf16_layers.py.
+Shapes: x (…, K), r and y (…, N), W (N, K); of the mlp: W₁ (H, K), W₂ (K, H). M rows in all.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimir_fast import _native
+from mimir_fast.ops.bf16_kernels import NO_NORM, Norm
+from mimir_fast.ops.bf16_layers import keeps, linear_reference, mlp_reference
+
+_NATIVE = _native.has("fp32_gelu")
+_PLAIN = (Tensor, torch.nn.Parameter)  # a sharded parameter is a subclass
+_BLOCK = 32  # rows whose sums are taken first, as in csrc/fp32_layers.cpp
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether these ops compute with them: plain float32 on the CPU, outside of autocast and torch.compile."""
+    return (
+        _NATIVE
+        and all(t is None or (type(t) in _PLAIN and t.dtype == torch.float32 and t.is_cpu) for t in tensors)
+        and all(t is None or t.numel() > 0 for t in tensors)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+# y = [r +] W·[LN](x) + b
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """(…, N) float32.
+
+    Args:
+        x: (…, K) float32.
+        weight, bias: (N, K), (N,) float32.
+        residual: (…, N) float32.
+    """
+    out: Tensor = _Linear.apply(x.contiguous(), *(norm or NO_NORM), weight, bias, residual)
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, weight: Tensor,
+        bias: Tensor | None, residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        rows, statistics = _rows(x), None
+        if gamma is not None and beta is not None:
+            rows, statistics = _normalised(rows, Norm(gamma, beta, eps))
+        if residual is None:
+            out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        else:
+            out = _add_product(_with_bias(_rows(residual), bias), rows, weight)
+        ctx.eps = eps
+        ctx.save_for_backward(x, gamma, beta, weight, bias, statistics)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, beta, weight, bias, statistics = ctx.saved_tensors
+        *needs, needs_residual = (needed for i, needed in enumerate(ctx.needs_input_grad) if i != 3)
+        if torch.is_grad_enabled():
+
+            def definition(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+                return linear_reference(x, weight, bias, None if gamma is None else Norm(gamma, beta, ctx.eps))
+
+            grads = _differentiable_gradients(definition, (x, gamma, beta, weight, bias), needs, grad)
+        else:
+            norm = None if gamma is None else Norm(gamma, beta, ctx.eps)
+            grads = _linear_gradients(grad, x, norm, weight, statistics, needs)
+        return (*grads[:3], None, *grads[3:], grad if needs_residual else None)
+
+
+def _linear_gradients(
+    grad: Tensor, x: Tensor, norm: Norm | None, weight: Tensor, statistics: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of x, gamma, beta, weight and bias, where needed."""
+    grads: list[Tensor | None] = [None] * 5
+    grad_MN, x_MK = _rows(grad), _rows(x)
+    if needs[3]:
+        rows = x_MK if norm is None else _normalised(x_MK, norm, statistics)[0]
+        grads[3] = torch.mm(grad_MN.t(), rows)
+    if needs[4]:
+        grads[4] = grad_MN.sum(0)
+    if any(needs[:3]):
+        to_rows = torch.mm(grad_MN, weight)
+        if norm is not None and statistics is not None:
+            grads[1:3] = _through_norm(to_rows, x_MK, norm, statistics, None, any(needs[1:3]))
+        grads[0] = to_rows.view(x.shape)
+    return grads
+
+
+# y = [x +] W₂·gelu(W₁·LN(x) + b₁) + b₂
+
+
+def mlp(
+    x: Tensor, norm: Norm, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, residual: bool = True
+) -> Tensor:
+    """(…, K) float32. Arguments as for `linear`."""
+    parameters = (norm.weight, norm.bias, weight1, bias1, weight2, bias2)
+    out: Tensor = _Mlp.apply(x.contiguous(), norm.eps, residual, keeps(x, *parameters), *parameters)
+    return out
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, residual: bool, keep: bool, *parameters: Tensor) -> Tensor:
+        gamma, beta, weight1, bias1, weight2, bias2 = parameters
+        rows = _rows(x)
+        normed, statistics = _normalised(rows, Norm(gamma, beta, eps))
+        hidden = torch.mm(normed, weight1.t())
+        activated = torch.empty_like(hidden) if keep else hidden
+        _native.run("fp32_gelu", hidden, bias1, activated, *hidden.shape)
+        if residual:
+            out = _add_product(_with_bias(rows, bias2), activated, weight2)
+        else:
+            out = torch.addmm(bias2, activated, weight2.t())
+        ctx.eps, ctx.residual = eps, residual
+        if keep:
+            ctx.save_for_backward(x, hidden, statistics, *parameters)
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, statistics, *parameters = ctx.saved_tensors
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+        if torch.is_grad_enabled():
+
+            def definition(x: Tensor, gamma: Tensor, beta: Tensor, *weights: Tensor) -> Tensor:
+                weight1, bias1, weight2, bias2 = weights
+                return mlp_reference(x, Norm(gamma, beta, ctx.eps), weight1, bias1, weight2, bias2, ctx.residual)
+
+            grads = _differentiable_gradients(definition, (x, *parameters), needs, grad)
+        else:
+            grads = _mlp_gradients(grad, x, hidden, statistics, parameters, ctx.residual, needs)
+        return (grads[0], None, None, None, *grads[1:])
+
+
+def _mlp_gradients(
+    grad: Tensor, x: Tensor, hidden_MH: Tensor, statistics: Tensor, parameters: Sequence[Tensor], residual: bool,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Of x and the parameters, where needed."""
+    gamma, beta, weight1, bias1, weight2, _ = parameters
+    grads: list[Tensor | None] = [None] * 7
+    grad_MK, x_MK, norm = _rows(grad), _rows(x), Norm(gamma, beta, 0.0)
+    wants = any(needs[3:6])
+    to_hidden = torch.mm(grad_MK, weight2)
+    activated = torch.empty_like(hidden_MH) if wants else None
+    sums = _block_sums(hidden_MH) if wants else None
+    _native.run("fp32_gelu_backward", hidden_MH, bias1, to_hidden, *_or_nowhere(activated, sums), *hidden_MH.shape)
+    if activated is not None and sums is not None:
+        grads[5] = torch.mm(grad_MK.t(), activated)
+        del activated
+        grads[4] = sums.sum(0)
+        grads[3] = torch.mm(to_hidden.t(), _normalised(x_MK, norm, statistics)[0])
+    if needs[6]:
+        grads[6] = grad_MK.sum(0)
+    if any(needs[:3]):
+        to_x = torch.mm(to_hidden, weight1)
+        grads[1:3] = _through_norm(to_x, x_MK, norm, statistics, grad_MK if residual else None, any(needs[1:3]))
+        grads[0] = to_x.view(x.shape)
+    return grads
+
+
+# The parts.
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(M, K), dense."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _with_bias(residual_MN: Tensor, bias: Tensor | None) -> Tensor:
+    return residual_MN.clone() if bias is None else residual_MN + bias
+
+
+def _add_product(out_MN: Tensor, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    return torch.addmm(out_MN, x_MK, weight_NK.t(), out=out_MN)
+
+
+def _normalised(x_MK: Tensor, norm: Norm, statistics_M2: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Normalised rows, and the mean and 1/deviation of each, which may be known."""
+    out, known = torch.empty_like(x_MK), statistics_M2 is not None
+    statistics = x_MK.new_empty((len(x_MK), 2)) if statistics_M2 is None else statistics_M2
+    _native.run("fp32_norm", x_MK, *norm, known, statistics, out, *x_MK.shape)
+    return out, statistics
+
+
+def _through_norm(
+    grad_MK: Tensor, x_MK: Tensor, norm: Norm, statistics_M2: Tensor, along_MK: Tensor | None, wants: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Makes of the normalised rows' gradient that of x, plus `along`; returns those of gamma and beta if wanted."""
+    sums = _block_sums(x_MK, 2) if wants else None
+    after = (grad_MK, *_or_nowhere(sums), *x_MK.shape)
+    _native.run("fp32_norm_backward", x_MK, norm.weight, statistics_M2, *_or_nowhere(along_MK), *after)
+    if sums is None:
+        return None, None
+    to_gamma, to_beta = sums.sum(0)
+    return to_gamma, to_beta
+
+
+def _block_sums(like_MN: Tensor, count: int = 1) -> Tensor:
+    """Room for sums over blocks of rows: so that the number of threads does not matter."""
+    M, N = like_MN.shape
+    return like_MN.new_empty((-(-M // _BLOCK), count, N) if count > 1 else (-(-M // _BLOCK), N))
+
+
+def _or_nowhere(*tensors: Tensor | None) -> list[Tensor | int]:
+    return [0 if t is None else t for t in tensors]
+
+
+def _differentiable_gradients(
+    definition: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients as a graph of their own (create_graph), which the definition gives."""
+    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
+    found = iter(torch.autograd.grad(definition(*inputs), wanted, grad, create_graph=True) if wanted else ())
+    return [next(found) if needed else None for needed in needs]

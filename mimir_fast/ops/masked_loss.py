@@ -1,0 +1,214 @@
+"""The reconstruction error of a masked autoencoder, from pixels and prediction in one pass, with its gradient.
+
+    loss = Σ (prediction − target)² / count      target: the masked patches, each normalised where asked (`patches.py`)
+
+Neither the target nor the difference exists as a tensor: a patch is read, normalised and compared while it lies in
+registers or the L1 cache, and where a gradient is wanted it is written in that moment, in the prediction's dtype. What
+is left for the backward pass is one multiplication by the incoming number, and on a CPU not even that where it is 1.
+Shapes: B images, M masked patches of P = p·p·C numbers.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimir_fast import _native
+from mimir_fast.ops import _checks
+from mimir_fast.ops._autograd import differentiate_twice
+from mimir_fast.ops._dispatch import runs_native, runs_triton
+from mimir_fast.ops._precision import accumulation_dtype
+from mimir_fast.ops.patches import NORM_EPS, check_targets, masked_targets, masked_targets_reference
+
+Kind = Literal["l2", "l1"]
+Reduction = Literal["mean", "sum"]
+
+
+def masked_loss_reference(
+    prediction_BMP: Tensor,
+    images_BCHW: Tensor,
+    ids_BM: Tensor,
+    patch_size: int,
+    norm_pix: bool = True,
+    kind: Kind = "l2",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The definition of `masked_loss`; every kernel is tested against it."""
+    target = masked_targets_reference(images_BCHW, ids_BM, patch_size, norm_pix)
+    return _error(prediction_BMP, target, kind, reduction)
+
+
+def masked_loss(
+    prediction_BMP: Tensor,
+    images_BCHW: Tensor,
+    ids_BM: Tensor,
+    patch_size: int,
+    *,
+    norm_pix: bool = True,
+    kind: Kind = "l2",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """How far the predicted patches are from those of the images, a scalar.
+
+    Args:
+        prediction_BMP: (B, M, P) of any floating dtype.
+        images_BCHW: (B, C, H, W), uint8 or float in [0, 1], any memory format.
+        ids_BM: int64, which patches were predicted, distinct within an image.
+        norm_pix: compare with patches of zero mean and unit variance each (MAE's `norm_pix_loss`).
+        kind: squared (`l2`, MAE) or absolute (`l1`, SimMIM) errors.
+        reduction: their `mean` or `sum`.
+    Returns:
+        float32 (float64 for a float64 prediction), the same bits for any number of threads; twice differentiable. If
+        the images need a gradient too, their target is made as a tensor.
+    Raises:
+        ValueError: sizes or devices do not fit, an unknown option, ids out of range or repeated (on CUDA: with
+            MIMIR_FAST_DEBUG=1).
+        TypeError: wrong dtypes.
+    """
+    _checks.check_choice("kind", kind, ("l2", "l1"))
+    _checks.check_choice("reduction", reduction, ("mean", "sum"))
+    _checks.check_floating(prediction=prediction_BMP)
+    check_targets(images_BCHW, ids_BM, patch_size, norm_pix)
+    _checks.check_same_device(prediction=prediction_BMP, images=images_BCHW)
+    wanted = (*ids_BM.shape, patch_size**2 * images_BCHW.shape[1])
+    if prediction_BMP.shape != wanted:
+        raise ValueError(f"wanted a prediction (B, M, P) = {tuple(wanted)}, got {tuple(prediction_BMP.shape)}")
+    if torch.is_grad_enabled() and images_BCHW.requires_grad:
+        return _error(
+            prediction_BMP, masked_targets(images_BCHW, ids_BM, patch_size, norm_pix=norm_pix), kind, reduction
+        )
+    with_gradient = torch.is_grad_enabled() and prediction_BMP.requires_grad
+    options = patch_size, norm_pix, kind, reduction
+    return _masked_loss(prediction_BMP, images_BCHW, ids_BM, *options, with_gradient)[0]
+
+
+def _error(prediction_BMP: Tensor, target_BMP: Tensor, kind: str, reduction: str) -> Tensor:
+    dtype = accumulation_dtype(prediction_BMP)
+    error = F.mse_loss if kind == "l2" else F.l1_loss
+    return error(prediction_BMP.to(dtype), target_BMP.to(dtype), reduction=reduction)
+
+
+@torch.library.custom_op("mimir_fast::masked_loss", mutates_args=())
+def _masked_loss(
+    prediction_BMP: Tensor,
+    images_BCHW: Tensor,
+    ids_BM: Tensor,
+    patch_size: int,
+    norm_pix: bool,
+    kind: str,
+    reduction: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient (B, M, P), which is empty unless asked for."""
+    _, C, H, W = images_BCHW.shape
+    columns = W // patch_size
+    _checks.check_ids("ids", ids_BM, H // patch_size * columns)
+    prediction, ids = prediction_BMP.contiguous(), ids_BM.contiguous()
+    gradient = prediction.new_empty(prediction.shape if with_gradient else 0)
+    absolute, share = kind == "l1", 1.0
+    if reduction == "mean":
+        share = 1 / prediction.numel() if prediction.numel() else torch.nan
+    if runs_triton(prediction, images_BCHW):
+        from mimir_kernels import masked_loss as kernels
+
+        errors = kernels.masked_loss(
+            prediction, images_BCHW, ids, gradient, patch_size, norm_pix, absolute, NORM_EPS, share
+        )
+        return errors.sum(dtype=torch.float64).mul_(share).float(), gradient
+    is_uint8, is_bf16 = images_BCHW.dtype == torch.uint8, prediction.dtype == torch.bfloat16
+    if runs_native("masked_loss", images_BCHW, dtype=torch.uint8 if is_uint8 else torch.float32) and runs_native(
+        "masked_loss", prediction, dtype=torch.bfloat16 if is_bf16 else torch.float32
+    ):
+        total = _native.run(
+            *("masked_loss", images_BCHW, ids, prediction, gradient if with_gradient else 0, *ids.shape),
+            *(C, patch_size, columns, images_BCHW.stride(), is_uint8, is_bf16, norm_pix, absolute, NORM_EPS, share),
+        )
+        return torch.tensor(total * share, dtype=torch.float32), gradient
+    dtype = accumulation_dtype(prediction)
+    difference = prediction.to(dtype) - masked_targets_reference(images_BCHW, ids, patch_size, norm_pix).to(dtype)
+    if with_gradient:
+        gradient = (difference.sign() if absolute else 2 * difference).mul_(share).to(prediction.dtype)
+    errors = difference.abs() if absolute else difference.square()
+    return errors.sum(dtype=torch.float64).mul_(share).to(dtype), gradient
+
+
+@_masked_loss.register_fake
+def _(
+    prediction_BMP: Tensor,
+    images_BCHW: Tensor,
+    ids_BM: Tensor,
+    patch_size: int,
+    norm_pix: bool,
+    kind: str,
+    reduction: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    loss = prediction_BMP.new_empty((), dtype=accumulation_dtype(prediction_BMP))
+    return loss, prediction_BMP.new_empty(prediction_BMP.shape if with_gradient else 0)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    prediction, images, ids, *ctx.options, _ = inputs
+    ctx.save_for_backward(output[1], prediction, images, ids)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradient, prediction, images, ids = ctx.saved_tensors
+    # Looking at a number of the CPU costs nothing; while a graph is traced there is none. A leaf would keep the tensor
+    # and add to it.
+    looks = type(grad) is Tensor and grad.device.type == "cpu" and not torch.is_grad_enabled()
+    if not (looks and not prediction.is_leaf and grad == 1):
+        gradient = _masked_loss_backward(grad, gradient, prediction, images, ids, *ctx.options)
+    return gradient, *[None] * 7
+
+
+_masked_loss.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("mimir_fast::masked_loss_backward", mutates_args=())
+def _masked_loss_backward(
+    grad: Tensor,
+    gradient_BMP: Tensor,
+    prediction_BMP: Tensor,
+    images_BCHW: Tensor,
+    ids_BM: Tensor,
+    patch_size: int,
+    norm_pix: bool,
+    kind: str,
+    reduction: str,
+) -> Tensor:
+    """grad · gradient. The rest is what the second derivative is taken of."""
+    return gradient_BMP * grad
+
+
+@_masked_loss_backward.register_fake
+def _(
+    grad: Tensor,
+    gradient_BMP: Tensor,
+    prediction_BMP: Tensor,
+    images_BCHW: Tensor,
+    ids_BM: Tensor,
+    patch_size: int,
+    norm_pix: bool,
+    kind: str,
+    reduction: str,
+) -> Tensor:
+    return torch.empty_like(gradient_BMP)
+
+
+def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, _, prediction, images, ids, *ctx.options = inputs
+    ctx.save_for_backward(grad, prediction, images, ids)
+
+
+def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    grad, prediction, images, ids = ctx.saved_tensors
+    (to_prediction,), (to_grad,) = differentiate_twice(
+        lambda given: masked_loss_reference(given, images, ids, *ctx.options), (prediction,), (grad,), (cotangent,)
+    )
+    return to_grad, None, to_prediction, *[None] * 6
+
+
+_masked_loss_backward.register_autograd(_second_backward, setup_context=_save_for_second)
