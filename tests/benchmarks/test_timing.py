@@ -31,10 +31,10 @@ def test_slow_is_slower_and_providers_take_turns():
 
         return call
 
-    times = time_providers({"A": run("A", 0.02), "B": run("B", 0.06)}, [None], box_s=0.3)
+    times = time_providers({"A": run("A", 0.01), "B": run("B", 0.1)}, [None], box_s=0.3)
     assert times["B"]["median"] > 1.5 * times["A"]["median"]
-    # After two calls of each to find out how many a sample takes: A B B A, again and again.
-    assert "".join(order[4:12]) == "ABBAABBA"
+    # One or two calls of each to find out how many a sample takes, then A B B A as often as the box has room for.
+    assert "".join(order).endswith("ABBA" * (times["A"]["n"] // 2))
 
 
 def test_collector_waits_until_the_sample_is_taken():
