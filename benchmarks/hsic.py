@@ -146,7 +146,7 @@ def library_gram(inputs: Pair) -> Outputs:
 
     x_ND, y_ND = (t.detach() for t in inputs)
     gammas = gamma(x_ND, SIGMA, "reference"), gamma(y_ND, SIGMA, "reference")
-    s, r, q, k, l_ = pair_sums.forward(x_ND, y_ND, *gammas, True, gram=gram_by_library)
+    s, r, q, k, l_, *_ = pair_sums.forward(x_ND, y_ND, *gammas, True, gram=gram_by_library)
     value = hsic_from_sums(s.requires_grad_(), r.requires_grad_(), q.requires_grad_(), "biased")
     grad_s, grad_r, grad_q = torch.autograd.grad(value, (s, r, q))
     return value.detach(), *pair_sums.backward(grad_s, grad_r, grad_q, x_ND, y_ND, *gammas, k, l_, True, True)

@@ -58,16 +58,17 @@ def forward(
     keep: bool,
     *,
     gram: Gram = gram_splits,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The three sums, and the kernel matrices if they are wanted for the backward pass.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The three sums, the kernel matrices if they are wanted for the backward pass, and the γ of both.
 
     Args:
         x_ND, y_ND: (N, D_x) and (N, D_y), fp32, bf16 or fp16, any strides, N ≥ 1; need not be centred.
-        gamma_x, gamma_y: floating scalar tensors on the same device; the host does not read them.
+        gamma_x, gamma_y: floating scalar tensors on the same device; the host does not read them. An empty one stands
+            for the median rule, for N ≤ DENSE_ROWS.
         keep: return k and l as (N, N) fp32, else as (0, 0).
         gram: who computes the Gram matrices for N ≤ DENSE_ROWS, see `rbf.rbf_matrix`.
     Returns:
-        s (scalar), r (N,), q (N,) float64; k, l fp32.
+        s (scalar), r (N,), q (N,) float64; k, l fp32; γ_x, γ_y.
     """
     num_rows = len(x_ND)
     # HSIC(x, x), as in CKA, needs one kernel matrix only.
@@ -77,15 +78,37 @@ def forward(
     nothing = x.norms_N.new_empty((0, 0))
     if num_rows > DENSE_ROWS and not keep:
         s, r, q = pair_sums(x, y, gamma_x, gamma_y, same=same)
-        return s, r, q.clone() if same else q, nothing, nothing.clone()
-    k, r, _ = rbf_matrix(x, gamma_x, gram=gram)
+        return s, r, q.clone() if same else q, nothing, nothing.clone(), gamma_x, gamma_y
+    gamma_x, gram_x = _with_median(x, gamma_x, gram)
+    k, r, _ = rbf_matrix(x, gamma_x, gram=gram_x)
     if same:
+        gamma_y = gamma_x
         s, q, l = torch.linalg.vector_norm(k, dtype=torch.float64).square(), r.clone(), k
     else:
-        l, q, s = rbf_matrix(y, gamma_y, k, gram)
+        gamma_y, gram_y = _with_median(y, gamma_y, gram)
+        l, q, s = rbf_matrix(y, gamma_y, k, gram_y)
     if not keep:
-        return s, r, q, nothing, nothing.clone()
-    return s, r, q, k, l.clone() if same else l
+        return s, r, q, nothing, nothing.clone(), gamma_x, gamma_y
+    return s, r, q, k, l.clone() if same else l, gamma_x, gamma_y
+
+
+def _with_median(x: CenteredRows, gamma: Tensor, gram: Gram) -> tuple[Tensor, Gram]:
+    """γ, and who gives the Gram matrix: for an empty γ the median rule's, from tiles that then serve both."""
+    if gamma.numel():
+        return gamma, gram
+    tiles = gram(x)
+    num_rows, block = len(x.norms_N), tiles.shape[-1]
+    blocks = triton.cdiv(num_rows, block)
+    i, j = torch.tril_indices(blocks, blocks, device=gamma.device)
+    inside = torch.arange(block, device=gamma.device)
+    rows, cols = i[:, None] * block + inside, j[:, None] * block + inside
+    norms = torch.nn.functional.pad(x.norms_N, (0, blocks * block - num_rows))
+    d2 = (norms[rows][:, :, None] + norms[cols][:, None, :] - 2 * tiles.sum(dim=0)).clamp_min(0)
+    # Each pair once: below the diagonal. The others sort to the end.
+    pair = (rows[:, :, None] > cols[:, None, :]) & (rows < num_rows)[:, :, None]
+    ordered = torch.where(pair, d2, torch.inf).flatten().sort().values
+    median = ordered[(num_rows * (num_rows - 1) // 2 - 1) // 2]
+    return 1 / (2 * median.double().clamp_min(1e-12)), lambda _: tiles
 
 
 def backward(

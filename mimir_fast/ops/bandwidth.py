@@ -30,10 +30,28 @@ def gamma(x_ND: Tensor, sigma: float, bandwidth: Bandwidth) -> Tensor:
     """
     check_choice("bandwidth", bandwidth, BANDWIDTHS)
     if bandwidth == "median":
-        return 1 / (2 * _median_squared_distance(x_ND.detach()).clamp_min(1e-12))
+        return _gamma(_median_squared_distance(x_ND.detach()))
     check_positive("sigma", sigma)
     dim = x_ND.shape[1] if bandwidth == "reference" else 1
     return torch.full((), 1 / (2 * sigma**2 * dim), dtype=torch.float64, device=x_ND.device)
+
+
+def gamma_or_later(x_ND: Tensor, sigma: float, bandwidth: Bandwidth) -> Tensor:
+    """`gamma`, or an empty tensor under the median rule of so few samples that `pair_sums` has all distances anyway."""
+    if bandwidth == "median" and x_ND.shape[0] <= MEDIAN_ROWS:
+        return x_ND.new_empty(0, dtype=torch.float64)
+    return gamma(x_ND, sigma, bandwidth)
+
+
+def gamma_of_median(d2_M: Tensor) -> Tensor:
+    """The median rule's γ from the squared distances of all M pairs, each once: float64 scalar."""
+    rank = (len(d2_M) - 1) // 2
+    # kthvalue is linear, but runs on a single block of a GPU; a radix sort there is faster, and waits for nothing.
+    return _gamma((d2_M.kthvalue(rank + 1).values if d2_M.device.type == "cpu" else d2_M.sort().values[rank]).double())
+
+
+def _gamma(median: Tensor) -> Tensor:
+    return 1 / (2 * median.clamp_min(1e-12))
 
 
 @torch.library.custom_op("mimir_fast::median_squared_distance", mutates_args=())

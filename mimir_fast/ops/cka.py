@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mimir_fast.ops._checks import as_samples, check_choice
 from mimir_fast.ops._precision import accumulation_dtype, no_autocast
-from mimir_fast.ops.bandwidth import Bandwidth, gamma
+from mimir_fast.ops.bandwidth import Bandwidth, gamma_or_later
 from mimir_fast.ops.distances import centered_rows
 from mimir_fast.ops.hsic import Estimator, check_estimator, hsic_from_sums
 from mimir_fast.ops.pair_sums import pair_sums
@@ -51,7 +51,8 @@ def cka(
             a, b = centered_rows(x_ND, dtype), centered_rows(y_ND, dtype)
             sums = [linear_sums(u, v, zero_diagonal=estimator == "unbiased") for u, v in ((a, b), (a, a), (b, b))]
     else:
-        x_gamma, y_gamma = (x_ND, gamma(x_ND, sigma_x, bandwidth)), (y_ND, gamma(y_ND, sigma_y, bandwidth))
+        x_gamma = x_ND, gamma_or_later(x_ND, sigma_x, bandwidth)
+        y_gamma = y_ND, gamma_or_later(y_ND, sigma_y, bandwidth)
         sums = [
             pair_sums(u, v, gamma_u, gamma_v)
             for (u, gamma_u), (v, gamma_v) in ((x_gamma, y_gamma), (x_gamma, x_gamma), (y_gamma, y_gamma))

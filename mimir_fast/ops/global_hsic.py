@@ -79,9 +79,9 @@ class _GlobalPairSums(torch.autograd.Function):
         ctx.save_for_backward(x_ND, y_ND, gamma_x, gamma_y)
         ctx.blocks = [slice(i * n, (i + 1) * n) for i in range(num_ranks)]
         ctx.own, ctx.dtypes = ctx.blocks[rank], (x_nD.dtype, y_nD.dtype)
-        rows_x, rows_y = (_rows(x, g, y, ctx.own) for x, g, y in ((x_ND, gamma_x, y_ND), (y_ND, gamma_y, x_ND)))
         s = torch.zeros(1, dtype=torch.float64, device=x_nD.device)
         with full_precision(x_nD.device), torch.cuda.device_of(x_nD):  # Triton launches on the current device
+            rows_x, rows_y = _rows(x_ND, gamma_x, y_ND, ctx.own), _rows(y_ND, gamma_y, x_ND, ctx.own)
             for columns in ctx.blocks:
                 s += inner_product(rows_x.tile(columns, sums=True), rows_y.tile(columns, sums=True))
         partial = torch.cat([s, rows_x.sums, rows_y.sums])
@@ -95,8 +95,8 @@ class _GlobalPairSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_s: Tensor, grad_r: Tensor, grad_q: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, y_ND, gamma_x, gamma_y = ctx.saved_tensors
-        rows_x, rows_y = (_rows(x, g, y, ctx.own) for x, g, y in ((x_ND, gamma_x, y_ND), (y_ND, gamma_y, x_ND)))
         with full_precision(x_ND.device), torch.cuda.device_of(x_ND):
+            rows_x, rows_y = _rows(x_ND, gamma_x, y_ND, ctx.own), _rows(y_ND, gamma_y, x_ND, ctx.own)
             to_x = rows_x.gradient(grad_r) if ctx.needs_input_grad[0] else None
             to_y = rows_y.gradient(grad_q) if ctx.needs_input_grad[1] else None
             for columns in ctx.blocks:

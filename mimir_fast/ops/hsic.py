@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mimir_fast.ops._checks import as_samples, check_choice
 from mimir_fast.ops._precision import accumulation_dtype
-from mimir_fast.ops.bandwidth import Bandwidth, gamma
+from mimir_fast.ops.bandwidth import Bandwidth, gamma, gamma_or_later
 from mimir_fast.ops.pair_sums import pair_sums, pair_sums_reference
 
 Estimator = Literal["biased", "unbiased"]
@@ -98,6 +98,6 @@ def hsic(
         >>> loss = reconstruction + 1e-5 * hsic(images, latents)
     """
     x_ND, y_ND = as_samples(x, y, minimum=check_estimator(estimator, normalizer))
-    gamma_x, gamma_y = gamma(x_ND, sigma_x, bandwidth), gamma(y_ND, sigma_y, bandwidth)
+    gamma_x, gamma_y = gamma_or_later(x_ND, sigma_x, bandwidth), gamma_or_later(y_ND, sigma_y, bandwidth)
     value = hsic_from_sums(*pair_sums(x_ND, y_ND, gamma_x, gamma_y), estimator, normalizer)
     return value.to(accumulation_dtype(x, y))

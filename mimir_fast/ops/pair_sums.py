@@ -39,11 +39,12 @@ def pair_sums(x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor) -> t
     """s (scalar), r (N,) and q (N,), float64, differentiable to x and y (any floating dtype).
 
     Args:
-        gamma_x, gamma_y: float64 scalars on the device of x; no gradient flows to them.
+        gamma_x, gamma_y: float64 scalars on the device of x, or empty for the median rule (`gamma_or_later`); no
+            gradient flows to them.
     """
     differentiable = torch.is_grad_enabled() and (x_ND.requires_grad or y_ND.requires_grad)
     keep = differentiable and x_ND.shape[0] <= pair_tiles.kept_rows(x_ND.device)
-    s, r, q, _, _ = _pair_sums(x_ND, y_ND, gamma_x, gamma_y, keep)
+    s, r, q, *_ = _pair_sums(x_ND, y_ND, gamma_x, gamma_y, keep)
     return s, r, q
 
 
@@ -59,22 +60,23 @@ def _kernels_for(x_ND: Tensor, y_ND: Tensor) -> Any:
 @torch.library.custom_op("mimir_fast::pair_sums", mutates_args=())
 def _pair_sums(
     x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """s, r, q, then for the backward pass k, l and (γ_x, γ_y)."""
     with full_precision(x_ND.device), torch.cuda.device_of(x_ND):  # Triton launches on the current device
-        s, r, q, k, l_ = _kernels_for(x_ND, y_ND).forward(x_ND, y_ND, gamma_x, gamma_y, keep)
+        s, r, q, k, l_, *gammas = _kernels_for(x_ND, y_ND).forward(x_ND, y_ND, gamma_x, gamma_y, keep)
     must_be_finite(s, x=x_ND, y=y_ND)
-    return s, r, q, k, l_
+    return s, r, q, k, l_, torch.stack(gammas)
 
 
 @_pair_sums.register_fake
 def _(
     x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, kept = x_ND.shape[0], x_ND.shape[0] if keep else 0
     sums = x_ND.new_empty((), dtype=torch.float64)
     rows = x_ND.new_empty((n,), dtype=torch.float64)
     matrix = x_ND.new_empty((kept, kept), dtype=accumulation_dtype(x_ND, y_ND))
-    return sums, rows, torch.empty_like(rows), matrix, torch.empty_like(matrix)
+    return sums, rows, torch.empty_like(rows), matrix, torch.empty_like(matrix), sums.new_empty(2)
 
 
 @torch.library.custom_op("mimir_fast::pair_sums_backward", mutates_args=())
@@ -118,14 +120,14 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, gamma_x, gamma_y, _ = inputs
-    ctx.save_for_backward(x, y, gamma_x, gamma_y, output[3], output[4])
-    ctx.mark_non_differentiable(output[3], output[4])
+    ctx.save_for_backward(*inputs[:2], *output[3:])
+    ctx.mark_non_differentiable(*output[3:])
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     need_x, need_y = ctx.needs_input_grad[:2]
-    grad_x, grad_y = _pair_sums_backward(*grads[:3], *ctx.saved_tensors, need_x, need_y)
+    x, y, k, l_, gammas = ctx.saved_tensors
+    grad_x, grad_y = _pair_sums_backward(*grads[:3], x, y, gammas[0], gammas[1], k, l_, need_x, need_y)
     return grad_x if need_x else None, grad_y if need_y else None, None, None, None
 
 

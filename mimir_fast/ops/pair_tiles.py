@@ -15,6 +15,7 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops._dispatch import runs_native
 from mimir_fast.ops._precision import accumulation_dtype
+from mimir_fast.ops.bandwidth import gamma_of_median
 from mimir_fast.ops.distances import centered_rows
 
 # Up to this many samples the two N×N matrices (16 MB each on a CPU, 64 MB on a GPU) are cheaper to keep for the
@@ -26,14 +27,18 @@ Tile = tuple[slice, slice]
 
 def forward(
     x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(s, r, q, k, l) of `pair_sums`: float64 sums, and k, l as (N, N), or (0, 0) unless `keep`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(s, r, q, k, l, γ_x, γ_y) of `pair_sums`: float64 sums, k and l as (N, N), or (0, 0) unless `keep`, and the γ
+    used: those given, or where one is empty that of the median rule, from the Gram matrix of this pass."""
     n, device, dtype = x_ND.shape[0], x_ND.device, accumulation_dtype(x_ND, y_ND)
     kept = [torch.empty((n, n) if keep else (0, 0), dtype=dtype, device=device) for _ in range(2)]
     kernel_x = TiledKernel(centered_rows(x_ND, dtype), gamma_x, kept[0])
     # HSIC(x, x), as in CKA, needs one kernel matrix only.
     same = x_ND.is_set_to(y_ND) and gamma_x.is_set_to(gamma_y)
     kernel_y = kernel_x if same else TiledKernel(centered_rows(y_ND, dtype), gamma_y, kept[1])
+    for kernel in (kernel_x, kernel_y):
+        if not kernel.gamma.numel():
+            kernel.use_median()
     s = torch.zeros((), dtype=torch.float64, device=device)
     for rows, columns in lower_tiles(n, device):
         k = kernel_x.tile(rows, columns, sums=True)
@@ -41,7 +46,8 @@ def forward(
         s += inner_product(k, l_) * (1 if rows == columns else 2)
     if same:
         kept[1].copy_(kept[0])
-    return s, kernel_x.sums, kernel_y.sums.clone() if same else kernel_y.sums, kept[0], kept[1]
+    q = kernel_y.sums.clone() if same else kernel_y.sums
+    return s, kernel_x.sums, q, kept[0], kept[1], kernel_x.gamma, kernel_y.gamma
 
 
 def backward(
@@ -103,11 +109,22 @@ class TiledKernel:
     def __init__(self, centered_ND: Tensor, gamma: Tensor, into: Tensor | None = None, norms_N: Tensor | None = None):
         self.x = centered_ND
         self.gamma = gamma
-        self._known = norms_N is not None
+        self._known, self._has_gram = norms_N is not None, False
         self.norms = self.x.new_empty(len(self.x)) if norms_N is None else norms_N
         self.sums = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
         self._into = into if into is not None and len(into) else None
         self._buffer = self.x.new_empty(0)
+
+    def use_median(self) -> None:
+        """Set γ by the median rule: all tiles of the Gram matrix are made at once, and `tile` finds them there."""
+        n = len(self.x)
+        gram = self.x.new_empty(n, n) if self._into is None else self._into
+        for rows, columns in lower_tiles(n, self.x.device):
+            torch.mm(self.x[rows], self.x[columns].mT, out=gram[rows, columns])
+        self.norms.copy_(gram.diagonal())
+        i, j = torch.tril_indices(n, n, -1, device=gram.device)
+        self.gamma = gamma_of_median((self.norms[i] + self.norms[j]).sub_(gram[i, j], alpha=2).clamp_min_(0))
+        self._into, self._has_gram = gram, True
 
     def tile(self, rows: slice, columns: slice, *, sums: bool = False) -> Tensor:
         """k_IJ, overwritten by the next call; `sums` adds its row sums and those of its mirror image to `self.sums`."""
@@ -118,9 +135,10 @@ class TiledKernel:
             if self._buffer.numel() < shape[0] * shape[1]:
                 self._buffer = self.x.new_empty(shape[0] * shape[1])
             gram = self._buffer[: shape[0] * shape[1]].view(shape)
-        torch.mm(self.x[rows], self.x[columns].mT, out=gram)
         on_diagonal = rows == columns
-        if on_diagonal and not self._known:
+        if not self._has_gram:
+            torch.mm(self.x[rows], self.x[columns].mT, out=gram)
+        if on_diagonal and not (self._known or self._has_gram):
             # Norms of the same product: a distance of 0 comes out as 0.
             self.norms[rows] = gram.diagonal()
         row_sums = self.sums[rows] if sums else None

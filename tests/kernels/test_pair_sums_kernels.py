@@ -86,7 +86,7 @@ def estimate_and_gradients(
     estimator: Callable[..., Tensor], x: Tensor, y: Tensor, gamma_x: Tensor, gamma_y: Tensor, *, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the op does it: kernel sums, autograd through the scalar formula, kernel adjoint."""
-    s, r, q, k, l_ = pair_sums.forward(x, y, gamma_x, gamma_y, keep)
+    s, r, q, k, l_, *_ = pair_sums.forward(x, y, gamma_x, gamma_y, keep)
     leaves = [t.requires_grad_() for t in (s, r, q)]
     value = estimator(*leaves)
     grads = torch.autograd.grad(value, leaves)
@@ -139,7 +139,7 @@ def test_distances_far_smaller_than_norms(triton_device):
     """Image-like: all samples share a mean a hundred times their differences; centring comes first."""
     x = 100 + samples(16, 300, 0, triton_device) / 10
     gamma = scalar(1 / 300, triton_device)
-    s, r, _, _, _ = pair_sums.forward(x, x.clone(), gamma, gamma, False)
+    s, r, *_ = pair_sums.forward(x, x.clone(), gamma, gamma, False)
     wanted_s, wanted_r, _ = sums(x, x, gamma, gamma)
     assert relative_error(s, wanted_s) < 1e-5
     assert relative_error(r, wanted_r) < 1e-5
@@ -207,11 +207,25 @@ def test_every_way_to_a_gram_matrix(shape, way, triton_device):
     n, d_x, d_y = shape
     x, y = samples(n, d_x, 0, triton_device), samples(n, d_y, 1, triton_device)
     gammas = scalar(0.02 / d_x, triton_device), scalar(0.5 / d_y, triton_device)
-    s, r, q, k, l_ = pair_sums.forward(x, y, *gammas, True, gram=WAYS[way]())
+    s, r, q, k, l_, *_ = pair_sums.forward(x, y, *gammas, True, gram=WAYS[way]())
     wanted = (*sums(x, y, *gammas), rbf_minus_one(x, gammas[0]), rbf_minus_one(y, gammas[1]))
     for actual, want in zip((s, r, q, k, l_), wanted, strict=True):
         assert relative_error(actual, want) < 2e-6
     assert torch.equal(k, k.T) and torch.equal(l_, l_.T)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(140, 320, 33), (13, 60, 128), (2, 5, 3)], ids=str)
+def test_the_median_rule_from_the_gram_matrix_at_hand(shape, way, triton_device):
+    n, d_x, d_y = shape
+    x, y = samples(n, d_x, 0, triton_device), samples(n, d_y, 1, triton_device)
+    later = x.new_empty(0, dtype=torch.float64)
+    *found, gamma_x, gamma_y = pair_sums.forward(x, y, later, later, True, gram=WAYS[way]())
+    for t, gamma in ((x, gamma_x), (y, gamma_y)):
+        median = torch.nn.functional.pdist(t.double()).square().median()
+        torch.testing.assert_close(gamma, 1 / (2 * median), rtol=1e-5, atol=0)
+    known = pair_sums.forward(x, y, gamma_x, gamma_y, True, gram=WAYS[way]())
+    assert all(torch.equal(a, b) for a, b in zip(found, known, strict=False))
 
 
 @pytest.mark.parametrize("capability, splits", [(90, 3), (90, 1), (80, 2)])
@@ -253,7 +267,7 @@ def test_an_unneeded_gradient_reads_nothing(triton_device, monkeypatch):
     """Training wants ∂z only: with the kernel matrices kept, the images are not centred again."""
     x, y = samples(20, 12, 0, triton_device), samples(20, 7, 1, triton_device)
     gamma, ones = scalar(0.1, triton_device), torch.ones(20, dtype=torch.float64, device=triton_device)
-    *_, k, l_ = pair_sums.forward(x, y, gamma, gamma, True)
+    _, _, _, k, l_, *_ = pair_sums.forward(x, y, gamma, gamma, True)
     wanted = pair_sums.backward(gamma, ones, ones, x, y, gamma, gamma, k, l_, True, True)[1]
     actual = pair_sums.backward(gamma, ones, ones, x * torch.nan, y, gamma, gamma, k, l_, False, True)
     assert actual[0].shape == (0, 12) and torch.equal(actual[1], wanted)

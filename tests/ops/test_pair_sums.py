@@ -7,7 +7,7 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops import pair_sums as pair_sums_module
 from mimir_fast.ops import pair_tiles
-from mimir_fast.ops.bandwidth import gamma
+from mimir_fast.ops.bandwidth import gamma, gamma_or_later
 from mimir_fast.ops.distances import squared_distances
 from mimir_fast.ops.pair_sums import pair_sums, pair_sums_reference
 from mimir_fast.ops.rbf import rbf_minus_one
@@ -157,13 +157,31 @@ def test_second_order_gradient() -> None:
     assert torch.autograd.gradgradcheck(lambda x: rbf_minus_one(x, g), (x,))
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1), (7, 3, 5), (257, 20, 8), (31, 2000, 300)], ids=str)
+def test_the_median_rule_inside_the_pass(shape: tuple[int, int, int], tiles: str, device: torch.device) -> None:
+    """The Gram matrix is made once for width and kernel: value and gradients as with the width found before."""
+    x, y = (t.float().requires_grad_() for t in samples(*shape, device))
+    results = []
+    for width in (gamma, gamma_or_later):
+        gammas = width(x, 1.0, "median"), width(y, 1.0, "median")
+        sums = pair_sums(x, y, *gammas)
+        with torch.no_grad():
+            for alone, kept in zip(pair_sums(x, y, *gammas), sums, strict=True):
+                torch.testing.assert_close(alone, kept.detach())
+        results.append((*sums, *torch.autograd.grad([t.sum() for t in sums], (x, y))))
+    assert not gammas[0].numel()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.detach().abs().max()))
+
+
 @pytest.mark.parametrize("needs", [(True, True), (False, True)], ids=str)
 @pytest.mark.parametrize("keep", [True, False])
 def test_registration(keep: bool, needs: tuple[bool, bool], device: torch.device) -> None:
     x, y = (t.requires_grad_(need) for t, need in zip(samples(9, 4, 3, device), needs, strict=True))
     g = gamma(x, 1.0, "reference")
     torch.library.opcheck(pair_sums_module._pair_sums, (x, y, g, g, keep))
-    s, r, q, k, l_ = pair_sums_module._pair_sums(x.detach(), y.detach(), g, g, keep)
+    torch.library.opcheck(pair_sums_module._pair_sums, (x, y, g.new_empty(0), g, keep))
+    s, r, q, k, l_, _ = pair_sums_module._pair_sums(x.detach(), y.detach(), g, g, keep)
     grads = torch.ones_like(s), torch.ones_like(r), torch.ones_like(q)
     torch.library.opcheck(pair_sums_module._pair_sums_backward, (*grads, x, y, g, g, k, l_, *needs))
 
