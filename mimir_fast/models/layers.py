@@ -16,6 +16,7 @@ from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.models.projections import Mlp as Mlp
 from mimir_fast.models.projections import project, project_by
 from mimir_fast.ops import bf16_layers
+from mimir_fast.ops.layer_definitions import BlockWeights, keeps
 from mimir_fast.ops.patches import gather_patches
 
 
@@ -151,12 +152,12 @@ class Block(Layer):
         if not bf16_layers.takes(x_BTD, *weights):
             return False
         (_, T, D), H = x_BTD.shape, self.attn.num_heads
-        backward = bf16_layers.keeps(x_BTD, *weights)
+        backward = keeps(x_BTD, *weights)
         return self_attention_kernel(x_BTD.device, torch.bfloat16, T, H, D // H, backward) == "native"
 
-    def _weights(self, domain: int) -> bf16_layers.BlockWeights:
+    def _weights(self, domain: int) -> BlockWeights:
         attn, mlp = self.attn, self.mlp
-        return bf16_layers.BlockWeights(
+        return BlockWeights(
             *self.norm1.of(domain)[:2], attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
             *self.norm2.of(domain)[:2], mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
         )  # fmt: skip

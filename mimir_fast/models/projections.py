@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.ops import bf16_layers, fp32_layers
-from mimir_fast.ops.bf16_kernels import Norm
+from mimir_fast.ops.layer_definitions import Norm
 
 
 def project(

@@ -8,27 +8,18 @@ Shapes: x (…, K), M rows of it, outputs and residuals (…, N), weights (N, K)
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mimir_fast import _native
+from mimir_fast.ops.layer_definitions import NO_NORM, MlpWeights, Norm
 
 # Asked once. Without AMX a library's products are as good; tests set it to `avx512` to run the other kernel.
 UNIT = _native.run("bf16_unit") if _native.has("bf16_mlp") else ""
 PANEL = 32
 
-
-class Norm(NamedTuple):
-    """A layer normalisation in front: weight (K,), bias (K,), float32."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-
-NO_NORM = (None, None, 0.0)
 
 # Packed weights.
 
@@ -110,15 +101,6 @@ def linear_backward(
 
 
 # y = [x +] W₂·gelu(W₁·LN(x) + b₁) + b₂
-
-
-class MlpWeights(NamedTuple):
-    """W₁ (H, K), b₁ (H,), W₂ (K, H), b₂ (K,), float32."""
-
-    weight1: Tensor
-    bias1: Tensor
-    weight2: Tensor
-    bias2: Tensor
 
 
 def mlp_forward(

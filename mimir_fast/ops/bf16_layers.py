@@ -8,28 +8,23 @@ What bf16 autocast computes, by AMX tiles (csrc/bf16_layers.cpp): operands are r
 as are normalisation, GELU and residual sums. Gradients of weights are not rounded to bfloat16 on their way.
 Differentiable once, not twice: for second derivatives leave autocast.
 
-A block is one node of the graph, since at these sizes autograd's work for four costs as much as a product.
-`torch.autograd.Function` and not `torch.library`: its calls cost a fifth, and torch.compile fuses layers by itself, so
+A block is one node of the graph: at these sizes the host's work between products is a good part of a step.
+`torch.autograd.Function` and not `torch.library`: its calls are cheaper, and torch.compile fuses layers by itself, so
 these are not taken while it traces.
 Shapes: x (…, K), r and y (…, N), W (N, K); of the mlp: W₁ (H, K), W₂ (K, H); of the block: (B, T, D), H heads of E.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimir_fast.ops import bf16_kernels
-from mimir_fast.ops.bf16_kernels import MlpWeights, Norm, packed
-from mimir_fast.ops.native_attention import (
-    native_attention_reference,
-    self_attention_backward,
-    self_attention_forward,
-)
+from mimir_fast.ops.bf16_kernels import packed
+from mimir_fast.ops.layer_definitions import NO_NORM, PLAIN, BlockWeights, MlpWeights, Norm, keeps
+from mimir_fast.ops.native_attention import self_attention_backward, self_attention_forward
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # a sharded parameter is a subclass
 Grads = tuple[Tensor | None, ...]
 
 
@@ -41,22 +36,12 @@ def takes(x: Tensor, *parameters: Tensor | None) -> bool:
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and x.dtype in (torch.float32, torch.bfloat16)
-        and all(p is None or (type(p) in _PLAIN and p.dtype == torch.float32) for p in parameters)
+        and all(p is None or (type(p) in PLAIN and p.dtype == torch.float32) for p in parameters)
         and not torch.compiler.is_compiling()
     )
 
 
 # y = [r +] W·[LN](x) + b
-
-
-def linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """The definition."""
-    if norm is not None:
-        x = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    y = F.linear(x, weight, bias)
-    return y if residual is None else residual + y
 
 
 def linear(
@@ -69,7 +54,7 @@ def linear(
         weight, bias: (N, K), (N,) float32.
         residual: (…, N) float32 or bfloat16.
     """
-    out: Tensor = _Linear.apply(x, *(norm or bf16_kernels.NO_NORM), weight, bias, residual)
+    out: Tensor = _Linear.apply(x, *(norm or NO_NORM), weight, bias, residual)
     return out
 
 
@@ -102,14 +87,6 @@ class _Linear(torch.autograd.Function):
 # y = [x +] W₂·gelu(W₁·LN(x) + b₁) + b₂
 
 
-def mlp_reference(
-    x: Tensor, norm: Norm, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: bool = True
-) -> Tensor:
-    """The definition."""
-    y = F.linear(F.gelu(linear_reference(x, weight1, bias1, norm)), weight2, bias2)
-    return x + y if residual else y
-
-
 def mlp(
     x: Tensor, norm: Norm, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, residual: bool = True
 ) -> Tensor:
@@ -117,11 +94,6 @@ def mlp(
     parameters = (norm.weight, norm.bias, weight1, bias1, weight2, bias2)
     out: Tensor = _Mlp.apply(x, norm.eps, residual, keeps(x, *parameters), *parameters)
     return out
-
-
-def keeps(*tensors: Tensor | None) -> bool:
-    """Whether there will be a backward pass, and something to keep for it."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _Mlp(torch.autograd.Function):
@@ -147,33 +119,6 @@ class _Mlp(torch.autograd.Function):
 
 
 # y = x + W·attention(LN(x)) + b, then the mlp
-
-
-class BlockWeights(NamedTuple):
-    """All parameters of a block, float32: norms (D,), qkv (3D, D), proj (D, D), the MLP's (H, D) and (D, H)."""
-
-    norm1: Tensor
-    norm1_bias: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    proj: Tensor
-    proj_bias: Tensor | None
-    norm2: Tensor
-    norm2_bias: Tensor
-    weight1: Tensor
-    bias1: Tensor
-    weight2: Tensor
-    bias2: Tensor
-
-
-def block_reference(x_BTD: Tensor, weights: BlockWeights, num_heads: int, eps: float = 1e-6) -> Tensor:
-    """The definition."""
-    B, T, D = x_BTD.shape
-    w = weights
-    qkv = linear_reference(x_BTD, w.qkv, w.qkv_bias, Norm(w.norm1, w.norm1_bias, eps))
-    attended = native_attention_reference(*qkv.view(B, T, 3, num_heads, -1).unbind(2)).reshape(B, T, D)
-    x = linear_reference(attended, w.proj, w.proj_bias, residual=x_BTD)
-    return mlp_reference(x, Norm(w.norm2, w.norm2_bias, eps), *w[8:])
 
 
 def block(x_BTD: Tensor, weights: BlockWeights, num_heads: int, eps: float = 1e-6) -> Tensor:

@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
-from mimir_fast.ops.bf16_kernels import NO_NORM, Norm
-from mimir_fast.ops.bf16_layers import keeps, linear_reference, mlp_reference
+from mimir_fast.ops.layer_definitions import NO_NORM, PLAIN, Norm, keeps, linear_reference, mlp_reference
 
 _NATIVE = _native.has("fp32_gelu")
-_PLAIN = (Tensor, torch.nn.Parameter)  # a sharded parameter is a subclass
 _BLOCK = 32  # rows whose sums are taken first, as in csrc/fp32_layers.cpp
 
 
@@ -31,7 +29,7 @@ def takes(*tensors: Tensor | None) -> bool:
     """Whether these ops compute with them: plain float32 on the CPU, outside of autocast and torch.compile."""
     return (
         _NATIVE
-        and all(t is None or (type(t) in _PLAIN and t.dtype == torch.float32 and t.is_cpu) for t in tensors)
+        and all(t is None or (type(t) in PLAIN and t.dtype == torch.float32 and t.is_cpu) for t in tensors)
         and all(t is None or t.numel() > 0 for t in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

@@ -11,14 +11,15 @@ from mimir_fast import _native
 from mimir_fast.models.layers import Block
 from mimir_fast.ops import bf16_kernels as kernels
 from mimir_fast.ops import bf16_layers as op
-from mimir_fast.ops.bf16_kernels import MlpWeights, Norm, packed, weights_stay
-from mimir_fast.ops.bf16_layers import (
+from mimir_fast.ops.bf16_kernels import packed, weights_stay
+from mimir_fast.ops.bf16_layers import block, linear, mlp
+from mimir_fast.ops.layer_definitions import (
     BlockWeights,
-    block,
+    MlpWeights,
+    Norm,
     block_reference,
-    linear,
+    keeps,
     linear_reference,
-    mlp,
     mlp_reference,
 )
 
@@ -142,9 +143,9 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(unit: str) -> None:
     )
     assert bare[1] is None and kept[1] is not None
     assert torch.equal(bare[0], kept[0])
-    assert not op.keeps(x.detach(), None) and op.keeps(x, None)
+    assert not keeps(x.detach(), None) and keeps(x, None)
     with torch.no_grad():
-        assert not op.keeps(x, None)
+        assert not keeps(x, None)
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(unit: str, stream: torch.dtype) -> None:

@@ -13,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from mimir_fast import _native
 from mimir_fast.models.layers import Block
 from mimir_fast.ops import fp32_layers as op
-from mimir_fast.ops.bf16_kernels import Norm
-from mimir_fast.ops.bf16_layers import linear_reference, mlp_reference
 from mimir_fast.ops.fp32_layers import linear, mlp, takes
+from mimir_fast.ops.layer_definitions import Norm, linear_reference, mlp_reference
 
 # rows, inputs, hidden: a real one, then one, primes, more blocks of rows than one, whole vectors
 SHAPES = [(100, 96, 384), (1, 1, 1), (5, 33, 47), (590, 40, 70), (64, 32, 64)]

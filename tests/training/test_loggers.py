@@ -90,6 +90,8 @@ def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path: Path, resu
     """Also of a start that was killed before its first one: its curve does not lie under the next."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first, last, value in ((0, 6, 1.0), (resumed_at, 5, 2.0)):
+        # tensorboard reads files in the order of their names: the second, then a counter of the process, 10 before 9.
+        time.sleep(1.1 if value == 2.0 else 0)
         logger = TensorBoard(tmp_path, first)
         for step in range(first, last):
             logger.scalars(step, {"loss": value})

@@ -1,0 +1,90 @@
+"""What the linear layers of a transformer compute, with what stands around them: the definitions of the fused ops.
+
+    linear:  y = [r +] W·[LN](x) + b
+    mlp:     y = [x +] W₂·gelu(W₁·LN(x) + b₁) + b₂
+    block:   y = x + W·attention(LN(x)) + b, then the mlp
+
+Fused in `bf16_layers.py` and `fp32_layers.py`, on the CPU; elsewhere PyTorch runs layer after layer.
+Shapes: x (…, K), r and y (…, N), W (N, K); of the mlp: W₁ (H, K), W₂ (K, H); of the block: (B, T, D).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimir_fast.ops.native_attention import native_attention_reference
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""What the fused ops take: a sharded parameter is a subclass."""
+
+
+class Norm(NamedTuple):
+    """A layer normalisation in front: weight (K,), bias (K,), float32."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+NO_NORM = (None, None, 0.0)
+
+
+class MlpWeights(NamedTuple):
+    """W₁ (H, K), b₁ (H,), W₂ (K, H), b₂ (K,), float32."""
+
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+
+
+class BlockWeights(NamedTuple):
+    """All parameters of a block, float32: norms (D,), qkv (3D, D), proj (D, D), the MLP's (H, D) and (D, H)."""
+
+    norm1: Tensor
+    norm1_bias: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    proj: Tensor
+    proj_bias: Tensor | None
+    norm2: Tensor
+    norm2_bias: Tensor
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+
+
+def linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """The definition."""
+    if norm is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    y = F.linear(x, weight, bias)
+    return y if residual is None else residual + y
+
+
+def mlp_reference(
+    x: Tensor, norm: Norm, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: bool = True
+) -> Tensor:
+    """The definition."""
+    y = F.linear(F.gelu(linear_reference(x, weight1, bias1, norm)), weight2, bias2)
+    return x + y if residual else y
+
+
+def block_reference(x_BTD: Tensor, weights: BlockWeights, num_heads: int, eps: float = 1e-6) -> Tensor:
+    """The definition."""
+    B, T, D = x_BTD.shape
+    w = weights
+    qkv = linear_reference(x_BTD, w.qkv, w.qkv_bias, Norm(w.norm1, w.norm1_bias, eps))
+    attended = native_attention_reference(*qkv.view(B, T, 3, num_heads, -1).unbind(2)).reshape(B, T, D)
+    x = linear_reference(attended, w.proj, w.proj_bias, residual=x_BTD)
+    return mlp_reference(x, Norm(w.norm2, w.norm2_bias, eps), *w[8:])
+
+
+def keeps(*tensors: Tensor | None) -> bool:
+    """Whether there will be a backward pass, and something to keep for it."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
