@@ -128,8 +128,9 @@ class Block(Layer):
             branches: what happens to the attention and the MLP branch, see branches.py.
         """
         self.branch_on_frozen()
-        if branches is None and query_ids_BQ is None and num_keep is None and self._is_one_op(x_BTD, domain):
-            return bf16_layers.block(x_BTD, self._weights(domain), self.attn.num_heads, self.norm1.eps)
+        plain = branches is None and query_ids_BQ is None and num_keep is None
+        if plain and (weights := self._as_one_op(x_BTD, domain)) is not None:
+            return bf16_layers.block(x_BTD, weights, self.attn.num_heads, self.norm1.eps)
         if num_keep is not None and num_keep < x_BTD.shape[1]:
             attended, received_BT = attend_and_rank(self.attn, self.norm1(x_BTD, domain))
             x = gather_patches(x_BTD + shape_branch(attended, branches, 0), most_attended(received_BT, num_keep))
@@ -146,21 +147,20 @@ class Block(Layer):
             return self.mlp.after(self.norm2, x, domain, residual=True)
         return x + shape_branch(self.mlp.after(self.norm2, x, domain), branches, 1)
 
-    def _is_one_op(self, x_BTD: Tensor, domain: int) -> bool:
-        """Whether ops/bf16_layers.py computes the whole block, with the attention kernel that is the fastest here."""
-        weights = self._weights(domain)
-        if not bf16_layers.takes(x_BTD, *weights):
-            return False
-        (_, T, D), H = x_BTD.shape, self.attn.num_heads
-        backward = keeps(x_BTD, *weights)
-        return self_attention_kernel(x_BTD.device, torch.bfloat16, T, H, D // H, backward) == "native"
-
-    def _weights(self, domain: int) -> BlockWeights:
+    def _as_one_op(self, x_BTD: Tensor, domain: int) -> BlockWeights | None:
+        """The weights, where ops/bf16_layers.py computes the whole block with the attention kernel that is fastest."""
+        if not bf16_layers.takes(x_BTD):
+            return None
         attn, mlp = self.attn, self.mlp
-        return BlockWeights(
+        weights = BlockWeights(
             *self.norm1.of(domain)[:2], attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
             *self.norm2.of(domain)[:2], mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
         )  # fmt: skip
+        if not bf16_layers.takes(x_BTD, *weights):
+            return None
+        (_, T, D), H = x_BTD.shape, attn.num_heads
+        kernel = self_attention_kernel(x_BTD.device, torch.bfloat16, T, H, D // H, keeps(x_BTD, *weights))
+        return weights if kernel == "native" else None
 
 
 def attend_and_rank(attn: Attention, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
