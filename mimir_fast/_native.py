@@ -44,11 +44,11 @@ def has(function: str) -> bool:
 
 
 def run(function: str, *arguments: Any) -> Any:
-    """Call a native function: tensors become addresses, and the number of threads comes last.
+    """Call a native function: tensors become addresses, None the null one, and the number of threads comes last.
 
     The tensors stay alive because `arguments` holds them until the call returns.
     """
-    raw = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+    raw = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
     return getattr(library(), function)(*raw, torch.get_num_threads())
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_kernels.aot import AotCase
-from mimir_kernels.patches import patch_blocks, patch_grid, pixel_offsets
+from mimir_kernels.patches import patch_blocks, patch_grid, pixel_offsets, read_patches
 
 
 @triton.jit
@@ -47,14 +47,7 @@ def _masked_loss_kernel(
     offsets, known = pixel_offsets(
         row, element, row < R, ids_ptr, M, num_patches, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
     )
-    x = tl.load(images_ptr + offsets, mask=inside & known, other=0).to(tl.float32)  # zeros for a wrong id
-    if images_ptr.dtype.element_ty == tl.uint8:
-        x = tl.div_rn(x, 255.0)
-    if NORM:
-        mean = tl.sum(x, axis=1) / P
-        x = tl.where(inside, x - mean[:, None], 0.0)
-        variance = tl.sum(x * x, axis=1) / (P - 1)
-        x = x / tl.sqrt(variance + eps)[:, None]
+    x = read_patches(images_ptr, offsets, inside, known, eps, P, NORM)
     places = row.to(tl.int64)[:, None] * P + element[None, :]
     difference = tl.load(prediction_ptr + places, mask=inside, other=0.0).to(tl.float32) - x
     error = tl.abs(difference) if ABSOLUTE else difference * difference

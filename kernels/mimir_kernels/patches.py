@@ -41,6 +41,20 @@ def pixel_offsets(
 
 
 @triton.jit
+def read_patches(images_ptr, offsets, inside, known, eps, P: tl.constexpr, NORM: tl.constexpr):
+    """(BLOCK_R, BLOCK_P) float32 pixels, bytes as [0, 1], patches normalised with NORM; zeros for a wrong id."""
+    x = tl.load(images_ptr + offsets, mask=inside & known, other=0).to(tl.float32)  # nobody's memory is read for that
+    if images_ptr.dtype.element_ty == tl.uint8:
+        x = tl.div_rn(x, 255.0)  # `/` would be an approximate division
+    if NORM:
+        mean = tl.sum(x, axis=1) / P
+        x = tl.where(inside, x - mean[:, None], 0.0)
+        variance = tl.sum(x * x, axis=1) / (P - 1)
+        x = x / tl.sqrt(variance + eps)[:, None]
+    return x
+
+
+@triton.jit
 def _patchify_gather_kernel(
     images_ptr,
     ids_ptr,
@@ -67,15 +81,7 @@ def _patchify_gather_kernel(
     offsets, known = pixel_offsets(
         row, element, row < R, ids_ptr, K, num_patches, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
     )
-    x = tl.load(images_ptr + offsets, mask=inside & known, other=0)  # nobody's memory is read for a wrong id
-    x = x.to(tl.float32)
-    if images_ptr.dtype.element_ty == tl.uint8:
-        x = tl.div_rn(x, 255.0)  # `/` would be an approximate division
-    if NORM:
-        mean = tl.sum(x, axis=1) / P
-        x = tl.where(inside, x - mean[:, None], 0.0)
-        variance = tl.sum(x * x, axis=1) / (P - 1)
-        x = x / tl.sqrt(variance + eps)[:, None]
+    x = read_patches(images_ptr, offsets, inside, known, eps, P, NORM)
     tl.store(out_ptr + row.to(tl.int64)[:, None] * P + element[None, :], x.to(out_ptr.dtype.element_ty), mask=inside)
 
 

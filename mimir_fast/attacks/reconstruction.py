@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.ascent import ascend
 from mimir_fast.attacks.modes import borrowed_in_mode
-from mimir_fast.attacks.no_trace import unwrap
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.attacks.training_attack import TrainingAttack, precision_of
 from mimir_fast.models.masked_model import MaskedModel, View
@@ -58,8 +57,8 @@ def attack_visible(
         start_BKP: where the ascent starts, inside the ball.
         norm_pix: compare patches normalised one by one.
     """
-    p = cast(MaskedModel, unwrap(model)).patch_size
     with borrowed_in_mode(model) as module, precision_of(threat, start_BKP.device):
+        p = cast(MaskedModel, module).patch_size
 
         def error(patches_BKP: Tensor) -> Tensor:
             prediction = module(View(patches_BKP, ids_keep_BK, ids_masked_BM)).prediction
@@ -73,8 +72,8 @@ def attack_all(
     ids_masked_BM: Tensor, norm_pix: bool, target: Literal["clean", "adversarial"], threat: LinfThreat,
 ) -> Tensor:  # fmt: skip
     """Adversarial patches (B, N, P) of the whole image; arguments as for `attack_visible`."""
-    p = cast(MaskedModel, unwrap(model)).patch_size
     with borrowed_in_mode(model) as module, precision_of(threat, start_BNP.device):
+        p = cast(MaskedModel, module).patch_size
 
         def error(patches: Tensor) -> Tensor:
             prediction = module(View(gather_patches(patches, ids_keep_BK), ids_keep_BK, ids_masked_BM)).prediction

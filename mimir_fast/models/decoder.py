@@ -50,7 +50,7 @@ class Decoder(nn.Module):
     def forward(self, latent_BTD: Tensor, places_BK: Tensor | None, ids_BM: Tensor | None = None) -> Tensor:
         """Predicted patches (B, M, P) at the places `ids_BM`, or (B, N, P) everywhere when it is None."""
         x, positions, F = project(self.decoder_embed, latent_BTD), self.positions(), self.num_prefix
-        if len(positions) == self.num_patches:  # the prefix has none
+        if F and len(positions) == self.num_patches:  # the prefix has none
             positions = nn.functional.pad(positions, (0, 0, F, 0))
         if places_BK is None:
             x = x + positions.to(x.dtype)

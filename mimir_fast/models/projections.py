@@ -24,8 +24,8 @@ def project_by(
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`project` by a weight (N, K) and a bias (N,), which may be slices of a layer's."""
-    parameters = () if norm is None else norm.of(domain)[:2]
     wanted = None if norm is None else Norm(*norm.of(domain))
+    parameters = () if wanted is None else wanted[:2]
     if bf16_layers.takes(x, weight, bias, *parameters):
         return bf16_layers.linear(x, weight, bias, wanted, residual)
     if (norm is not None or residual is not None) and fp32_layers.takes(x, weight, bias, residual, *parameters):
@@ -48,8 +48,9 @@ class Mlp(nn.Module):
     def after(self, norm: LayerNorm, x: Tensor, domain: int = CLEAN, *, residual: bool = False) -> Tensor:
         """[x +] mlp(norm(x))."""
         weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        wanted = Norm(*norm.of(domain))
         for ops in (bf16_layers, fp32_layers):
-            if ops.takes(x, *weights, *norm.of(domain)[:2]):
-                return ops.mlp(x, Norm(*norm.of(domain)), *weights, residual=residual)
+            if ops.takes(x, *weights, *wanted[:2]):
+                return ops.mlp(x, wanted, *weights, residual=residual)
         y = self(norm(x, domain))
         return x + y if residual else y

@@ -45,9 +45,14 @@ def gamma_or_later(x_ND: Tensor, sigma: float, bandwidth: Bandwidth) -> Tensor:
 
 def gamma_of_median(d2_M: Tensor) -> Tensor:
     """The median rule's γ from the squared distances of all M pairs, each once: float64 scalar."""
-    rank = (len(d2_M) - 1) // 2
+    return _gamma(_of_rank(d2_M, (len(d2_M) - 1) // 2))
+
+
+def _of_rank(numbers: Tensor, rank: int) -> Tensor:
+    """The number with `rank` others before it, as a float64 scalar."""
     # kthvalue is linear, but runs on a single block of a GPU; a radix sort there is faster, and waits for nothing.
-    return _gamma((d2_M.kthvalue(rank + 1).values if d2_M.device.type == "cpu" else d2_M.sort().values[rank]).double())
+    on_cpu = numbers.device.type == "cpu"
+    return (numbers.kthvalue(rank + 1).values if on_cpu else numbers.sort().values[rank]).double()
 
 
 def _gamma(median: Tensor) -> Tensor:
@@ -64,10 +69,7 @@ def _median_squared_distance(x_ND: Tensor) -> Tensor:
     with full_precision(x_ND.device):
         d2 = squared_distances(x_ND.to(accumulation_dtype(x_ND))).flatten()
     # Each pair occurs twice, after the n zeros of the diagonal.
-    rank = n + (n * (n - 1) - 1) // 2
-    # kthvalue is linear, but runs on a single block of a GPU; a radix sort there is faster, and waits for nothing.
-    median = d2.kthvalue(rank + 1).values if d2.device.type == "cpu" else d2.sort().values[rank]
-    return median.double()
+    return _of_rank(d2, n + (n * (n - 1) - 1) // 2)
 
 
 @_median_squared_distance.register_fake

@@ -1,14 +1,13 @@
 """Calls of csrc/bf16_layers.cpp: linear layers and MLPs forwards and backwards, without autograd.
 
-`bf16_layers.py` and `bf16_block.py` make differentiable functions of them. Weights are packed for the matrix units
-first; inside `weights_stay()` once for all calls.
+`bf16_layers.py` makes differentiable functions of them. Weights are packed for the matrix units first; inside
+`weights_stay()` once for all calls.
 Shapes: x (…, K), M rows of it, outputs and residuals (…, N), weights (N, K); of the mlp: W₁ (H, K), W₂ (K, H).
 """
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ def pack(weight: Tensor) -> Packed:
     weight = weight.detach().contiguous()
     N, K = (-(-n // PANEL) * PANEL for n in weight.shape)
     forward, backward = (torch.empty((a // PANEL, b, PANEL), dtype=torch.bfloat16) for a, b in ((N, K), (K, N)))
-    _run("bf16_pack", weight, _wide(weight), *weight.shape, forward, backward)
+    _native.run("bf16_pack", weight, _wide(weight), *weight.shape, forward, backward)
     return forward, backward
 
 
@@ -74,8 +73,8 @@ def linear_forward(
     out = torch.empty((*x.shape[:-1], N), dtype=torch.bfloat16 if residual is None else residual.dtype)
     statistics = torch.empty((0 if norm is None else M, 2))
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    _run("bf16_linear", x, _wide(x), *(norm or NO_NORM), panels, bias, residual, _wide(residual), out, _wide(out),
-         statistics, M, K, N, UNIT == "amx")  # fmt: skip
+    _native.run("bf16_linear", x, _wide(x), *(norm or NO_NORM), panels, bias, residual, _wide(residual), out,
+                _wide(out), statistics, M, K, N, UNIT == "amx")  # fmt: skip
     return out, statistics
 
 
@@ -95,8 +94,8 @@ def linear_backward(
     dx = torch.empty_like(x) if wants_x else None
     dgamma, dbeta = (torch.empty(K), torch.empty(K)) if wants_norm else (None, None)
     dweight, dbias = (torch.empty((N, K)), torch.empty(N)) if wants_weight else (None, None)
-    _run("bf16_linear_backward", grad, _wide(grad), x, _wide(x), *(norm or NO_NORM)[:2], statistics, panels_back,
-         along, dx, dgamma, dbeta, dweight, dbias, *_dims(x, weight), UNIT == "amx")  # fmt: skip
+    _native.run("bf16_linear_backward", grad, _wide(grad), x, _wide(x), *(norm or NO_NORM)[:2], statistics, panels_back,
+                along, dx, dgamma, dbeta, dweight, dbias, *_dims(x, weight), UNIT == "amx")  # fmt: skip
     return dx, dgamma, dbeta, dweight, dbias
 
 
@@ -112,8 +111,8 @@ def mlp_forward(
     out = torch.empty(x.shape, dtype=x.dtype if residual else torch.bfloat16)
     hidden = torch.empty((M, H), dtype=torch.bfloat16) if keep else None
     statistics = torch.empty((M, 2))
-    _run("bf16_mlp", x, _wide(x), *norm, packs[0][0], weights.bias1, packs[1][0], weights.bias2, residual, out, hidden,
-         statistics, M, K, H, UNIT == "amx")  # fmt: skip
+    _native.run("bf16_mlp", x, _wide(x), *norm, packs[0][0], weights.bias1, packs[1][0], weights.bias2, residual, out,
+                hidden, statistics, M, K, H, UNIT == "amx")  # fmt: skip
     return out, hidden, statistics
 
 
@@ -125,8 +124,8 @@ def mlp_backward(
     grad, x = grad.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     grads = [torch.empty_like(p) for p in (norm.weight, norm.bias, *weights)] if wants_parameters else []
-    _run("bf16_mlp_backward", grad, x, _wide(x), norm.weight, norm.bias, statistics, hidden, *packs_back, residual, dx,
-         [g.data_ptr() for g in grads], *_dims(x, weights.weight1), UNIT == "amx")  # fmt: skip
+    _native.run("bf16_mlp_backward", grad, x, _wide(x), norm.weight, norm.bias, statistics, hidden, *packs_back,
+                residual, dx, [g.data_ptr() for g in grads], *_dims(x, weights.weight1), UNIT == "amx")  # fmt: skip
     return dx, grads
 
 
@@ -137,7 +136,3 @@ def _dims(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
 
 def _wide(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.dtype == torch.float32
-
-
-def _run(function: str, *arguments: Any) -> None:
-    _native.run(function, *(0 if argument is None else argument for argument in arguments))

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from mimir_fast.ops import bf16_kernels
 from mimir_fast.ops.bf16_kernels import packed
-from mimir_fast.ops.layer_definitions import NO_NORM, PLAIN, BlockWeights, MlpWeights, Norm, keeps
+from mimir_fast.ops.layer_definitions import NO_NORM, BlockWeights, MlpWeights, Norm, keeps, plain_float32
 from mimir_fast.ops.native_attention import self_attention_backward, self_attention_forward
 
 Grads = tuple[Tensor | None, ...]
@@ -36,7 +36,7 @@ def takes(x: Tensor, *parameters: Tensor | None) -> bool:
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and x.dtype in (torch.float32, torch.bfloat16)
-        and all(p is None or (type(p) in PLAIN and p.dtype == torch.float32) for p in parameters)
+        and plain_float32(*parameters)
         and not torch.compiler.is_compiling()
     )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
-from mimir_fast.ops.layer_definitions import NO_NORM, PLAIN, Norm, keeps, linear_reference, mlp_reference
+from mimir_fast.ops.layer_definitions import NO_NORM, Norm, keeps, linear_reference, mlp_reference, plain_float32
 
 _NATIVE = _native.has("fp32_gelu")
 _BLOCK = 32  # rows whose sums are taken first, as in csrc/fp32_layers.cpp
@@ -29,8 +29,8 @@ def takes(*tensors: Tensor | None) -> bool:
     """Whether these ops compute with them: plain float32 on the CPU, outside of autocast and torch.compile."""
     return (
         _NATIVE
-        and all(t is None or (type(t) in PLAIN and t.dtype == torch.float32 and t.is_cpu) for t in tensors)
-        and all(t is None or t.numel() > 0 for t in tensors)
+        and plain_float32(*tensors)
+        and all(t is None or (t.is_cpu and t.numel() > 0) for t in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
@@ -163,7 +163,7 @@ def _mlp_gradients(
     to_hidden = torch.mm(grad_MK, weight2)
     activated = torch.empty_like(hidden_MH) if wants else None
     sums = _block_sums(hidden_MH) if wants else None
-    _native.run("fp32_gelu_backward", hidden_MH, bias1, to_hidden, *_or_nowhere(activated, sums), *hidden_MH.shape)
+    _native.run("fp32_gelu_backward", hidden_MH, bias1, to_hidden, activated, sums, *hidden_MH.shape)
     if activated is not None and sums is not None:
         grads[5] = torch.mm(grad_MK.t(), activated)
         del activated
@@ -207,8 +207,7 @@ def _through_norm(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Makes of the normalised rows' gradient that of x, plus `along`; returns those of gamma and beta if wanted."""
     sums = _block_sums(x_MK, 2) if wants else None
-    after = (grad_MK, *_or_nowhere(sums), *x_MK.shape)
-    _native.run("fp32_norm_backward", x_MK, norm.weight, statistics_M2, *_or_nowhere(along_MK), *after)
+    _native.run("fp32_norm_backward", x_MK, norm.weight, statistics_M2, along_MK, grad_MK, sums, *x_MK.shape)
     if sums is None:
         return None, None
     to_gamma, to_beta = sums.sum(0)
@@ -219,10 +218,6 @@ def _block_sums(like_MN: Tensor, count: int = 1) -> Tensor:
     """Room for sums over blocks of rows: so that the number of threads does not matter."""
     M, N = like_MN.shape
     return like_MN.new_empty((-(-M // _BLOCK), count, N) if count > 1 else (-(-M // _BLOCK), N))
-
-
-def _or_nowhere(*tensors: Tensor | None) -> list[Tensor | int]:
-    return [0 if t is None else t for t in tensors]
 
 
 def _differentiable_gradients(

@@ -16,9 +16,6 @@ from torch import Tensor
 
 from mimir_fast.ops.native_attention import native_attention_reference
 
-PLAIN = (Tensor, torch.nn.Parameter)
-"""What the fused ops take: a sharded parameter is a subclass."""
-
 
 class Norm(NamedTuple):
     """A layer normalisation in front: weight (K,), bias (K,), float32."""
@@ -83,6 +80,11 @@ def block_reference(x_BTD: Tensor, weights: BlockWeights, num_heads: int, eps: f
     attended = native_attention_reference(*qkv.view(B, T, 3, num_heads, -1).unbind(2)).reshape(B, T, D)
     x = linear_reference(attended, w.proj, w.proj_bias, residual=x_BTD)
     return mlp_reference(x, Norm(w.norm2, w.norm2_bias, eps), *w[8:])
+
+
+def plain_float32(*tensors: Tensor | None) -> bool:
+    """Whether the fused ops may read these where they lie: float32, and no subclass, as a sharded parameter is one."""
+    return all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32) for t in tensors)
 
 
 def keeps(*tensors: Tensor | None) -> bool:

@@ -121,7 +121,7 @@ def _masked_loss(
         "masked_loss", prediction, dtype=torch.bfloat16 if is_bf16 else torch.float32
     ):
         total = _native.run(
-            *("masked_loss", images_BCHW, ids, prediction, gradient if with_gradient else 0, *ids.shape),
+            *("masked_loss", images_BCHW, ids, prediction, gradient if with_gradient else None, *ids.shape),
             *(C, patch_size, columns, images_BCHW.stride(), is_uint8, is_bf16, norm_pix, absolute, NORM_EPS, share),
         )
         return torch.tensor(total * share, dtype=torch.float32), gradient

@@ -190,7 +190,7 @@ def kernel_from_gram_(
 ) -> None:
     """Turn a tile of X Xᵀ into one of K − 1, in place, and add its row and column sums to the float64 vectors given."""
     if native(gram):
-        shape, sums = (gram.stride(0), *gram.shape), (_address(row_sums), _address(column_sums))
+        shape, sums = (gram.stride(0), *gram.shape), (row_sums, column_sums)
         _native.run("pair_kernel_tile", gram, *shape, norms_i, norms_j, float(gamma), on_diagonal, *sums)
         return
     gram.mul_(-2).add_(norms_i[:, None] + norms_j).clamp_min_(0)
@@ -223,7 +223,7 @@ def pair_weights(
     """(k + 1)·(g_s·l + half_i + half_j) as a new tile, its row and column sums added to the float64 vectors given."""
     if native(k):
         weights, strides = k.new_empty(k.shape), ((k, k.stride(0)), (l_, l_.stride(0)))
-        sums = (row_sums, _address(column_sums))
+        sums = (row_sums, column_sums)
         _native.run(
             "pair_weight_tile", *strides[0], *strides[1], *k.shape, float(grad_s), half_i, half_j, weights, *sums
         )
@@ -238,7 +238,3 @@ def pair_weights(
 def native(tile: Tensor) -> bool:
     """Whether csrc/pair_tiles.cpp takes this tile."""
     return runs_native("pair_weight_tile", tile)
-
-
-def _address(sums: Tensor | None) -> int:
-    return 0 if sums is None else sums.data_ptr()

@@ -85,8 +85,7 @@ def _add_positions(tokens_BKD: Tensor, ids_BT: Tensor | None, positions_RD: Tens
     if runs_native("add_positions", tokens, positions, dtype=torch.bfloat16 if is_bf16 else torch.float32):
         strides = size * tokens.stride(0), size * tokens.stride(1)
         B, T, D = out.shape
-        places = 0 if ids is None else ids
-        _native.run("add_positions", tokens, places, positions, prefix, out, B, T, len(prefix), D, *strides, is_bf16)
+        _native.run("add_positions", tokens, ids, positions, prefix, out, B, T, len(prefix), D, *strides, is_bf16)
         return out
     return add_positions_reference(tokens, ids, positions, prefix)
 
