@@ -1,12 +1,14 @@
-"""NVIDIA DALI: JPEG decoding, cropping and resizing as one pipeline, on the GPU's decoders or on the CPU.
+"""NVIDIA DALI: image files decoded by the GPU's decoders, or by DALI's threads on the CPU.
 
 Processes read the files and give DALI the bytes with the numbers of mimir_fast.data.geometry, so DALI draws nothing
-and only the crop is decoded:
+and only what the crop needs is decoded:
 
-    bytes, box --decoders.image_slice--> part --resize--> window --mirror, to CHW--> uint8 on the device
+    GPU: bytes, box --decoders.image_slice--> part --resize--> window --mirror, to CHW--> uint8 on the device
+    CPU: bytes, box and margin --decoders.image_slice--> part --mimir_fast.data.crop--> uint8
 
 On a GPU `device="mixed"` shares the files between the hardware JPEG decoder and nvJPEG's CUDA one, and a batch never
-visits the host. On a machine without one the same pipeline runs with `device_id=None`.
+visits the host. On a CPU the fused crop takes a fifth of the time of DALI's resize, and the pixels are those of the
+worker processes, bit for bit: DALI's libjpeg-turbo decodes as PIL's does.
 """
 
 import logging
@@ -22,8 +24,9 @@ import torch
 
 from mimir_fast.data.batch import Batch
 from mimir_fast.data.config import DataConfig
+from mimir_fast.data.crop import cut, needed_part
 from mimir_fast.data.decode import checked_file, decode, plain_file
-from mimir_fast.data.geometry import plan_geometry
+from mimir_fast.data.geometry import Geometry, plan_geometry
 from mimir_fast.data.loaders.base import Loader
 from mimir_fast.data.loaders.skip import SkipLedger, first_readable
 from mimir_fast.data.order import BatchPlan, KeyStream, MixedOrder, SampleOrder
@@ -69,6 +72,7 @@ class DaliLoader(Loader):
         self.source, self.config, self.device, self.augment = source, config, device, augment
         self.labels = torch.from_numpy(source.labels)
         self._ledger = SkipLedger(source, config.max_bad_files, self.skipped)
+        self._on_gpu = device.type == "cuda"
         self._feed_depth = max(2, config.num_workers)
         self._pipeline: Any = None
         self._used_up_from: KeyStream | None = None  # where the finished pass began
@@ -98,40 +102,44 @@ class DaliLoader(Loader):
                         "it failed again with files that PIL had decoded; --data.loader torch does without DALI"
                     )
                     raise
-            samples = np.array(received.as_tensor()).reshape(-1)
+            numbers = np.array(received.as_tensor()).reshape(len(wanted), -1)
+            samples = np.ascontiguousarray(numbers[:, -1])
             self._ledger.compare(wanted, samples)
-            yield self._to_batch(images, torch.from_numpy(samples), torch.from_numpy(epochs))
+            images = self._to_device(images) if self._on_gpu else self._cut(images, numbers)
+            columns = self.labels[samples], torch.from_numpy(samples), torch.from_numpy(epochs)
+            yield Batch(images, *(column.to(self.device, non_blocking=True) for column in columns))
         with suppress(StopIteration):
             self._pipeline.run()  # DALI starts over only after it has run into the end
         self._used_up_from = started_at
 
-    def _to_batch(self, images: Any, samples: torch.Tensor, epochs: torch.Tensor) -> Batch:
+    def _to_device(self, images: Any) -> torch.Tensor:
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         tensor = images.as_tensor()
         result = torch.empty(tuple(tensor.shape()), dtype=torch.uint8, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        feed_ndarray(tensor, result, cuda_stream=stream)  # device to device, asynchronous in this stream
-        labels, samples, epochs = (
-            column.to(self.device, non_blocking=True) for column in (self.labels[samples], samples, epochs)
-        )
-        return Batch(result, labels, samples, epochs)
+        stream = torch.cuda.current_stream(self.device)
+        return feed_ndarray(tensor, result, cuda_stream=stream)  # device to device, asynchronous in this stream
+
+    def _cut(self, pictures: Any, numbers: np.ndarray) -> torch.Tensor:
+        geometry = Geometry(numbers[:, :4], numbers[:, 4:6], numbers[:, 6:8], numbers[:, 8])
+        decoded = [np.asarray(pictures[row]) for row in range(len(pictures))]  # DALI's memory, not copied
+        return cut(decoded, geometry, self.config.image_size, self.config.channels)
 
     def _build(self, keys: KeyStream) -> None:
         self.close()
-        config, on_gpu = self.config, self.device.type == "cuda"
-        feed = _Feed(self.source, config, keys, self.augment, self._suspects)
-        device_id = None
-        if on_gpu:
+        config, decoder, device_id = self.config, dict[str, Any](device="cpu"), None
+        if self._on_gpu:
+            decoder = {"device": "mixed", "hw_decoder_load": config.hw_decoder_load}
             device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
-        self._pipeline = _define_pipeline(feed, self._feed_depth, on_gpu)(
+        feed = _Feed(self.source, config, keys, self.augment, self._suspects, self._on_gpu)
+        self._pipeline = _define_pipeline(feed, self._feed_depth, decoder)(
             batch_size=self.plan.batch_size,
             num_threads=max(1, config.num_workers),
             device_id=device_id,
             prefetch_queue_depth=_PIPELINE_DEPTH,
             py_num_workers=max(1, config.num_workers),
             # A process cannot be forked once CUDA is in use.
-            py_start_method="spawn" if on_gpu or torch.cuda.is_initialized() else "fork",
+            py_start_method="spawn" if self._on_gpu or torch.cuda.is_initialized() else "fork",
         )
         self._pipeline.build()
 
@@ -144,31 +152,26 @@ class DaliLoader(Loader):
         self._pipeline = self._used_up_from = None  # its processes end with it
 
 
-def _define_pipeline(feed: "_Feed", feed_depth: int, on_gpu: bool) -> Any:
+def _define_pipeline(feed: "_Feed", feed_depth: int, decoder: dict[str, Any]) -> Any:
     """The pipeline of the module's docstring: what makes one, given batch size, threads and device."""
     dali = import_dali()
     fn, types, config, side = dali.fn, dali.types, feed.config, feed.config.image_size
-    decoder_options: dict[str, Any] = {"device": "cpu"}
-    if on_gpu:
-        decoder_options = {"device": "mixed", "hw_decoder_load": config.hw_decoder_load}
+    color = types.GRAY if config.channels == 1 and feed.dali_cuts else types.RGB
     feed_options: dict[str, Any] = {"parallel": False}
     if config.num_workers:
         feed_options = {"parallel": True, "prefetch_queue_depth": feed_depth}
 
     @dali.pipeline_def
     def pipeline() -> Any:
-        encoded, corner, extent, size, mirror, samples, *anchor = fn.external_source(
-            feed, num_outputs=7 if feed.needs_window else 6, batch=True, **feed_options
+        encoded, corner, extent, numbers, *cuts = fn.external_source(
+            feed, num_outputs=feed.num_outputs, batch=True, **feed_options
         )
         images = fn.decoders.image_slice(
-            encoded,
-            start=corner,
-            shape=extent,
-            axes=(0, 1),
-            output_type=types.RGB if config.channels == 3 else types.GRAY,
-            adjust_orientation=False,
-            **decoder_options,
+            encoded, start=corner, shape=extent, axes=(0, 1), output_type=color, adjust_orientation=False, **decoder
         )
+        if not feed.dali_cuts:
+            return images, numbers
+        size, mirror, *anchor = cuts
         images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC)
         if feed.needs_window:
             images = fn.slice(
@@ -178,7 +181,7 @@ def _define_pipeline(feed: "_Feed", feed_depth: int, on_gpu: bool) -> Any:
         images = fn.crop_mirror_normalize(
             images, dtype=types.UINT8, output_layout="CHW", mirror=mirror, mean=mean, std=std
         )
-        return images, samples
+        return images, numbers
 
     return pipeline
 
@@ -190,6 +193,7 @@ class _Feed:
     Attributes:
         keys: the stream of micro-batches.
         suspects: samples that PIL must decode, because DALI failed with one of them.
+        dali_cuts: whether DALI does all (on a GPU), or only decodes.
     """
 
     source: EncodedSource
@@ -197,13 +201,22 @@ class _Feed:
     keys: KeyStream
     augment: bool
     suspects: frozenset[int]
+    dali_cuts: bool
 
     @property
     def needs_window(self) -> bool:
         """Whether the resized part can be larger than the image wanted; a resized_crop never is."""
         return not (self.augment and self.config.augment == "resized_crop")
 
-    def __call__(self, number: int) -> tuple[list[np.ndarray], ...]:
+    @property
+    def num_outputs(self) -> int:
+        return 4 + self.dali_cuts * (2 + self.needs_window)
+
+    def __call__(self, number: int) -> tuple[Any, ...]:
+        """Files, corner and extent of the parts to decode, numbers; what DALI needs to cut: size, mirror, anchor.
+
+        The numbers are the samples, (B,), or (B, 10) if DALI does not cut: a `Geometry` within the parts, the samples.
+        """
         if multiprocessing.parent_process() is not None:
             torch.set_num_threads(1)  # a forked process cannot use its parent's OpenMP threads: it would hang
         if not self.keys.has(number):
@@ -215,18 +228,17 @@ class _Feed:
         files = [plain_file(np.zeros((1, 1, 1), np.uint8)) if file is None else file for _, file in found]
         sizes = np.array([(height, width) for _, height, width in files], np.int64)
         geometry = plan_geometry(self.config, self.augment, self.keys.order.seed, samples, epochs, sizes)
-        box = geometry.box.astype(np.int32)
-        columns: list[Any] = [
-            [np.frombuffer(content, np.uint8) for content, _, _ in files],
-            box[:, :2],
-            box[:, 2:],
-            geometry.size.astype(np.float32),
-            geometry.mirror.astype(np.int32),
-            samples,
-        ]
-        if self.needs_window:
-            columns.append(geometry.anchor.astype(np.int32))
-        return tuple([np.asarray(row) for row in column] for column in columns)
+        encoded = [np.frombuffer(content, np.uint8) for content, _, _ in files]
+        if self.dali_cuts:
+            corner, extent, numbers = geometry.box[:, :2], geometry.box[:, 2:], samples
+            cuts = [geometry.size.astype(np.float32), geometry.mirror.astype(np.int32)]
+            cuts += [geometry.anchor.astype(np.int32)] * self.needs_window
+        else:
+            corner, extent = needed_part(geometry, sizes)
+            geometry.box[:, :2] -= corner
+            numbers = np.column_stack([geometry.box, geometry.size, geometry.anchor, geometry.mirror, samples])
+            cuts = []
+        return encoded, corner.astype(np.int32), extent.astype(np.int32), numbers, *cuts
 
     def _read(self, index: int) -> tuple[bytes, int, int]:
         content, where = self.source.read(index), self.source.where(index)
