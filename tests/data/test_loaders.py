@@ -1,6 +1,7 @@
 """What holds for all three loaders: the same samples, resuming, ranks, bad files, evaluation in one pass."""
 
 import gc
+import io
 import multiprocessing
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from mimir_fast.data import DataConfig, build_loader, build_source
+from mimir_fast.data import decode as decode_module
 from mimir_fast.data.decode import UnreadableImageError, checked_file, decode
 from mimir_fast.data.loaders.dali import _define_pipeline, _Feed
 from mimir_fast.data.loaders.skip import SkipLedger, TooManyBadFilesError
@@ -353,6 +355,39 @@ def test_a_file_that_was_unreadable_for_a_moment_is_reported_too(image_folder):
     with pytest.raises(TooManyBadFilesError, match="max_bad_files = 1"):
         ledger.compare(np.array([24]), np.array([-1]))
     assert set(ledger.skipped) == {source.where(index) for index in (3, 24, 0)}  # the search went around the end
+
+
+def test_torchvision_decodes_what_pil_decodes_and_alike(digit_jpegs, monkeypatch):
+    """Sound files and damaged ones: the same pixels, or none."""
+    pytest.importorskip("torchvision")
+    random = np.random.Generator(np.random.Philox(1))
+    files = [content for content, _ in digit_jpegs]
+    grey = io.BytesIO()
+    Image.open(io.BytesIO(files[0])).convert("L").save(grey, format="JPEG", progressive=True)
+    files.append(grey.getvalue())
+    for content in files[:25]:
+        for count in (1, 4, 16):
+            damaged = bytearray(content)
+            for place in random.integers(2, len(content) - 2, count):
+                damaged[place] = random.integers(256)
+            files.append(bytes(damaged))
+        files.append(content[: len(content) // 2] + b"\xff\xd9")  # cut, with an end
+
+    def verdicts() -> list[np.ndarray | None]:
+        pictures: list[np.ndarray | None] = []
+        for content in files:
+            try:
+                pictures.append(decode(content, "here"))
+            except UnreadableImageError:
+                pictures.append(None)
+        return pictures
+
+    assert decode_module._jpeg_decoder() is not None
+    quick = verdicts()
+    monkeypatch.setattr(decode_module, "_jpeg_decoder", lambda: None)
+    for ours, pil in zip(quick, verdicts(), strict=True):
+        assert (ours is None) == (pil is None) and (pil is None or np.array_equal(ours, pil))
+    assert 10 < sum(picture is None for picture in quick) < len(files) - 25
 
 
 def test_bad_bytes_name_their_path():

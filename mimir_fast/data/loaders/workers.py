@@ -1,4 +1,4 @@
-"""Worker processes: files are read and decoded by PIL and cut by the fused crop; works for every source.
+"""Worker processes: files are read, decoded and cut by the fused crop; works for every source.
 
 A worker reads and cuts a whole micro-batch. It draws nothing: the samples come from the counter-based order, the crops
 from mimir_fast.data.geometry.
