@@ -271,7 +271,7 @@ def test_the_pipeline_of_a_gpu_cuts_the_same_pixels(image_folder, augment):
     """There DALI does the cut as well. Here its decoder is the CPU's: only the resamplers' rounding may differ."""
     pytest.importorskip("nvidia.dali")
     config = DataConfig(
-        source="folder", root=str(image_folder), image_size=48, loader="torch", augment=augment, num_workers=0
+        source="folder", root=str(image_folder), image_size=48, loader="torch", augment=augment, num_workers=1
     )
     loader = build_loader(config, split="train", batch_size=4, seed=5)
     keys = KeyStream(loader.order, loader.plan)
@@ -282,6 +282,7 @@ def test_the_pipeline_of_a_gpu_cuts_the_same_pixels(image_folder, augment):
         assert torch.equal(samples.flatten(), batch.samples)
         difference = (images.float() - batch.images.float()).abs()
         assert difference.mean() < 0.5 and difference.max() < 16
+    loader.close()
 
 
 def test_damage_inside_a_jpeg_is_judged_alike_by_torch_and_dali(image_folder):

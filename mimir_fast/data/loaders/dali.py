@@ -118,7 +118,8 @@ class DaliLoader(Loader):
         tensor = images.as_tensor()
         result = torch.empty(tuple(tensor.shape()), dtype=torch.uint8, device=self.device)
         stream = torch.cuda.current_stream(self.device)
-        return feed_ndarray(tensor, result, cuda_stream=stream)  # device to device, asynchronous in this stream
+        feed_ndarray(tensor, result, cuda_stream=stream)  # device to device, asynchronous in this stream
+        return result
 
     def _cut(self, pictures: Any, numbers: np.ndarray) -> torch.Tensor:
         geometry = Geometry(numbers[:, :4], numbers[:, 4:6], numbers[:, 6:8], numbers[:, 8])
