@@ -6,7 +6,7 @@
 // run down the vectors, and what comes out is already the operand of the next product.
 // Heads are independent and each is one thread's, so the number of threads does not change a bit of the result.
 //
-// Legend as in small_head_attention.cpp: B images, T queries, S keys, H heads of E numbers. Padded with zeros: T and S
+// Legend as in fp32_attention.cpp: B images, T queries, S keys, H heads of E numbers. Padded with zeros: T and S
 // to multiples of 32, E to kDepth = 32 as an inner dimension and to 16 as an outer one. C queries at a time.
 #include <algorithm>
 #include <cmath>

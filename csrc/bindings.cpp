@@ -6,6 +6,7 @@ PYBIND11_MODULE(_C, module) {
     mimir::bind_crop_resize(module);
     mimir::bind_bf16_attention(module);
     mimir::bind_bf16_layers(module);
+    mimir::bind_fp32_attention(module);
     mimir::bind_fp32_layers(module);
     mimir::bind_linf_step(module);
     mimir::bind_masked_loss(module);
@@ -14,6 +15,5 @@ PYBIND11_MODULE(_C, module) {
     mimir::bind_patches(module);
     mimir::bind_random_masks(module);
     mimir::bind_random_uniform(module);
-    mimir::bind_small_head_attention(module);
     mimir::bind_tokens(module);
 }

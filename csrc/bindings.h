@@ -23,6 +23,7 @@ using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
 void bind_crop_resize(pybind11::module_& module);
 void bind_bf16_attention(pybind11::module_& module);
 void bind_bf16_layers(pybind11::module_& module);
+void bind_fp32_attention(pybind11::module_& module);
 void bind_fp32_layers(pybind11::module_& module);
 void bind_linf_step(pybind11::module_& module);
 void bind_masked_loss(pybind11::module_& module);
@@ -31,7 +32,6 @@ void bind_pair_tiles(pybind11::module_& module);
 void bind_patches(pybind11::module_& module);
 void bind_random_masks(pybind11::module_& module);
 void bind_random_uniform(pybind11::module_& module);
-void bind_small_head_attention(pybind11::module_& module);
 void bind_tokens(pybind11::module_& module);
 
 }  // namespace mimir

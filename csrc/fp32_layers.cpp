@@ -30,17 +30,14 @@ struct Gelu {
     float value, slope;
 };
 
-// 2^y for y <= 0, by a minimax polynomial of relative error 2e-9 around the nearest integer.
+// 2^y for y <= 0.
 MIMIR_INLINE float exp2_of_nonpositive(float y) {
     y = y < -126.0f ? -126.0f : y;  // written so that a NaN stays
-    const float shifted = y + 12582912.0f;  // 1.5·2^23: leaves the integer in the low bits
+    const float shifted = y + 12582912.0f;  // 1.5·2^23: leaves the nearest integer in the low bits
     const float f = y - (shifted - 12582912.0f);
-    float p = 1.5345822e-4f * f + 1.33999344e-3f;
-    p = p * f + 9.61848907e-3f;
-    p = p * f + 5.55032864e-2f;
-    p = p * f + 2.40226462e-1f;
-    p = p * f + 6.93147182e-1f;
-    p = p * f + 1.0f;
+    float p = kExp2[6] * f + kExp2[5];
+#pragma GCC unroll 5
+    for (int n = 4; n >= 0; --n) p = p * f + kExp2[n];
     return bits_of<float>(bits_of<std::uint32_t>(p) + (bits_of<std::uint32_t>(shifted) << 23));
 }
 

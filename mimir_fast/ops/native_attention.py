@@ -3,7 +3,7 @@
     o = softmax(q kᵀ/√E) v
 
 C++ only, two kernels: bfloat16 by matrix units (csrc/bf16_attention.cpp: AMX, or AVX-512's bf16 products), and float32
-for heads of 8 numbers (csrc/small_head_attention.cpp). Both keep the log-sum-exp of each query's scores, so that the
+(csrc/fp32_attention.cpp: the widest vectors there are). Both keep the log-sum-exp of each query's scores, so that the
 backward pass needs no T×S matrix either. `models/attention_choice.py` finds out where they are the fastest.
 Shapes: B images, T queries, S keys, H heads, E numbers a head.
 """
@@ -16,10 +16,9 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops._autograd import differentiate_twice
 
-# Asked once: torch.compile cannot trace the questions.
+# Asked once: torch.compile cannot trace the questions. What computes: a matrix unit, vectors of so many numbers.
 _BF16_UNIT = _native.run("bf16_unit") if _native.has("bf16_attention") else ""
-_HAS_SMALL = _native.has("small_head_attention")
-SMALL_HEAD = 8
+_FP32_LANES = _native.run("fp32_lanes") if _native.has("fp32_attention") else 0
 LARGEST_HEAD = 128
 
 
@@ -30,12 +29,9 @@ def native_attention_reference(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -
 
 
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether a kernel computes these: on the CPU, float32 with E = 8, or bfloat16 with E = 8, 16, … 128."""
-    if device.type != "cpu":
-        return False
-    if dtype == torch.bfloat16:
-        return bool(_BF16_UNIT) and head_dim % 8 == 0 and 0 < head_dim <= LARGEST_HEAD
-    return _HAS_SMALL and dtype == torch.float32 and head_dim == SMALL_HEAD
+    """Whether a kernel computes these: on the CPU, float32 or bfloat16 with E = 8, 16, … 128."""
+    there = {torch.float32: bool(_FP32_LANES), torch.bfloat16: bool(_BF16_UNIT)}.get(dtype, False)
+    return there and device.type == "cpu" and head_dim % 8 == 0 and 0 < head_dim <= LARGEST_HEAD
 
 
 def native_attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
@@ -59,12 +55,8 @@ def _run(
 ) -> None:  # fmt: skip
     (B, T, H, E), S = q.shape, k.shape[1]
     strides = [stride for tensor in (q, k, v, *grads) for stride in tensor.stride()[:2]]
-    after = (*after, *grads)
-    if q.dtype == torch.bfloat16:
-        tail = (B, T, S, H, E, strides, _BF16_UNIT == "amx")
-        _native.run("bf16_attention" + suffix, *before, q, k, v, *after, *tail)
-    else:
-        _native.run("small_head_attention" + suffix, *before, q, k, v, *after, B, T, S, H, strides)
+    kernel, unit = ("bf16", _BF16_UNIT == "amx") if q.dtype == torch.bfloat16 else ("fp32", _FP32_LANES)
+    _native.run(f"{kernel}_attention{suffix}", *before, q, k, v, *after, *grads, B, T, S, H, E, strides, unit)
 
 
 @torch.library.custom_op("mimir_fast::native_attention", mutates_args=())

@@ -142,12 +142,12 @@ def test_a_pinned_xformers_that_does_not_work_is_an_error(monkeypatch: pytest.Mo
 
 def test_measuring_leaves_the_caller_alone() -> None:
     """Whoever calls first may be counting, checkpointing, evaluating, under autocast; and draws from a generator."""
-    q, k, v, _ = inputs((2, 6, 6, 2, 16), torch.float32, torch.device("cpu"))
+    q, k, v, _ = inputs((2, 6, 6, 2, 12), torch.float32, torch.device("cpu"))  # not native: PyTorch counts its own ops
     torch.manual_seed(3)
     state = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
         attention(q, k, v)
-    assert counter.get_total_flops() == 2 * 2 * 2 * 6 * 6 * 16 * 2
+    assert counter.get_total_flops() == 2 * 2 * 2 * 6 * 6 * 12 * 2
     assert torch.equal(state, torch.get_rng_state())
     leaf = q.clone().requires_grad_()
     checkpoint(attention, leaf, k, v, use_reentrant=False).sum().backward()  # counts the tensors saved both times

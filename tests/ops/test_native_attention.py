@@ -20,15 +20,17 @@ from mimir_fast.ops.native_attention import (
 CPU = torch.device("cpu")
 UNIT = _native.run("bf16_unit") if _native.has("bf16_unit") else ""
 UNITS = {"amx": ["amx", "avx512"], "avx512": ["avx512"], "": []}[UNIT]
+LANES = [n for n in (16, 8, 4) if _native.has("fp32_lanes") and n <= _native.run("fp32_lanes")]
 SHAPES = [(1, 1, 1, 1), (2, 5, 16, 3), (2, 17, 15, 2), (3, 147, 197, 4), (1, 300, 33, 1), (1, 33, 300, 1)]
 
-pytestmark = pytest.mark.skipif(not _native.has("small_head_attention"), reason="the C++ extension was not built")
+pytestmark = pytest.mark.skipif(not _native.has("fp32_attention"), reason="the C++ extension was not built")
 
 
-@pytest.fixture(params=["fp32", *UNITS])
+@pytest.fixture(params=[*LANES, *UNITS])
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
-    """float32, and bfloat16 on every unit that this processor has."""
-    if request.param == "fp32":
+    """float32 in vectors of every width, and bfloat16 on every unit, that this processor has."""
+    if isinstance(request.param, int):
+        monkeypatch.setattr(op, "_FP32_LANES", request.param)
         yield torch.float32
     else:
         monkeypatch.setattr(op, "_BF16_UNIT", request.param)
@@ -47,8 +49,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("E", [8, 16, 24, 64, 128])
 @pytest.mark.parametrize(("B", "T", "S", "H"), SHAPES)
 def test_equals_the_definition(B: int, T: int, S: int, H: int, E: int, dtype: torch.dtype) -> None:
-    if not takes(CPU, dtype, E):
-        pytest.skip("float32 has heads of 8 only")
     qkv = random_qkv(B, T, S, H, dtype, E)
     exact = [t.detach().double().requires_grad_() for t in qkv]
     others = [t.detach().requires_grad_() for t in qkv]
@@ -132,10 +132,10 @@ def test_attention_offers_it_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MIMIR_FAST_ATTENTION", "native")
     assert takes(CPU, torch.float32, 8)
     assert torch.equal(attention(q, k, v), native_attention(q, k, v))
-    assert not takes(CPU, torch.float64, 8) and not takes(CPU, torch.float32, 16)
+    assert not takes(CPU, torch.float64, 8) and not takes(CPU, torch.float32, 12)
     assert takes(CPU, torch.bfloat16, 64) == bool(UNIT)
     assert not takes(CPU, torch.bfloat16, 12) and not takes(CPU, torch.bfloat16, 136)
-    wide = torch.randn(1, 4, 2, 16)
+    wide = torch.randn(1, 4, 2, 12)
     torch.testing.assert_close(attention(wide, wide, wide), native_attention_reference(wide, wide, wide))
 
 

@@ -1,0 +1,157 @@
+// Softmax attention in float32 for short sequences, a head at a time, without a matrix of scores in memory.
+//
+// A head of a masked autoencoder (50 to 260 tokens of 8 to 64 numbers) fits the second-level cache whole. Its keys and
+// values are copied there once; then come some queries at a time, one in each lane of two or three vectors: products
+// straight from the vector registers (fp32_matrix.h), and the softmax while the scores lie near. Scores stand as
+// (keys, queries), so that the sums of a softmax run down the vectors.
+// Heads are independent and each is one thread's, so the number of threads does not change a bit of the result.
+//
+// Legend: B images, T queries, S keys, H heads of E numbers (a multiple of 8); q (B, T, H, E), k and v (B, S, H, E) with
+// the heads of a token in one piece; s_j = q·k_j/√E, p = softmax(s), o = Σ p_j v_j, lse = log Σ exp s_j. W queries at a
+// time. Backward: dp_j = do·v_j, ds_j = p_j (dp_j − do·o), dq = Σ ds_j k_j/√E, dk_j = Σ_t ds_j q/√E, dv_j = Σ_t p_j do.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "exponential.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace mimir {
+namespace {
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define MIMIR_VECTORS
+#endif
+#endif
+#ifdef MIMIR_VECTORS
+
+constexpr int kQueryVectors = 3;
+constexpr std::int64_t kKeys = 64;  // at a time, backward
+constexpr float kLog2E = 1.44269504f;
+
+struct Tokens {
+    float* data;
+    std::int64_t batch_stride, token_stride, E;
+
+    float* at(std::int64_t b, std::int64_t t, std::int64_t h) const {
+        return data + b * batch_stride + t * token_stride + h * E;
+    }
+};
+
+struct Problem {
+    std::int64_t T, S, H, E;
+    Tokens q, k, v, out;
+    float* lse;  // (B, H, T)
+    Tokens grad, dq, dk, dv;  // backward only
+
+    float scale() const { return 1.0f / std::sqrt(static_cast<float>(E)); }
+};
+
+// Nothing here has to round as the definition does, so a multiplication and an addition may be one instruction.
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=fast")
+#if defined(__x86_64__)
+#define MIMIR_X86
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace v4 {
+constexpr int kLanes = 16, kRegisters = 32;
+#include "fp32_vectors.h"
+#include "fp32_attention_kernel.h"
+}  // namespace v4
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace v3 {
+constexpr int kLanes = 8, kRegisters = 16;
+#include "fp32_vectors.h"
+#include "fp32_attention_kernel.h"
+}  // namespace v3
+#pragma GCC pop_options
+#endif
+namespace baseline {
+constexpr int kLanes = 4, kRegisters = 16;
+#include "fp32_vectors.h"
+#include "fp32_attention_kernel.h"
+}  // namespace baseline
+#pragma GCC pop_options
+
+// Numbers in the widest vector of this processor.
+int lanes(int) {
+#ifdef MIMIR_X86
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (v3) return v4 ? 16 : 8;
+#endif
+    return 4;
+}
+
+using Kernel = void (*)(const Problem&, std::int64_t begin, std::int64_t end);
+
+Kernel choose(int lanes, bool backward) {
+#ifdef MIMIR_X86
+    if (lanes == 16) return backward ? v4::backward_heads : v4::forward_heads;
+    if (lanes == 8) return backward ? v3::backward_heads : v3::forward_heads;
+#endif
+    return backward ? baseline::backward_heads : baseline::forward_heads;
+}
+
+// (B, tokens, H, E) contiguous.
+Tokens whole(Address address, std::int64_t tokens, std::int64_t H, std::int64_t E) {
+    return {pointer<float>(address), tokens * H * E, H * E, E};
+}
+
+Problem problem(std::int64_t T, std::int64_t S, std::int64_t H, std::int64_t E,
+                const std::vector<std::int64_t>& strides, Address q, Address k, Address v, Address out, Address lse) {
+    Problem p{};
+    p.T = T;
+    p.S = S;
+    p.H = H;
+    p.E = E;
+    p.q = {pointer<float>(q), strides[0], strides[1], E};
+    p.k = {pointer<float>(k), strides[2], strides[3], E};
+    p.v = {pointer<float>(v), strides[4], strides[5], E};
+    p.out = whole(out, T, H, E);
+    p.lse = pointer<float>(lse);
+    return p;
+}
+
+// strides: (image, token) of q, k and v, backwards also of their gradients, in numbers; out and lse are contiguous.
+// E: a multiple of 8. lanes: 16, 8 or 4, at most `lanes()`.
+void forward(Address q, Address k, Address v, Address out, Address lse, std::int64_t B, std::int64_t T, std::int64_t S,
+             std::int64_t H, std::int64_t E, const std::vector<std::int64_t>& strides, int lanes, int threads) {
+    const Problem p = problem(T, S, H, E, strides, q, k, v, out, lse);
+    const Kernel kernel = choose(lanes, false);
+    parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { kernel(p, begin, end); });
+}
+
+void backward(Address grad, Address q, Address k, Address v, Address out, Address lse, Address dq, Address dk,
+              Address dv, std::int64_t B, std::int64_t T, std::int64_t S, std::int64_t H, std::int64_t E,
+              const std::vector<std::int64_t>& strides, int lanes, int threads) {
+    Problem p = problem(T, S, H, E, strides, q, k, v, out, lse);
+    p.grad = whole(grad, T, H, E);
+    p.dq = {pointer<float>(dq), strides[6], strides[7], E};
+    p.dk = {pointer<float>(dk), strides[8], strides[9], E};
+    p.dv = {pointer<float>(dv), strides[10], strides[11], E};
+    const Kernel kernel = choose(lanes, true);
+    parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { kernel(p, begin, end); });
+}
+
+#endif
+}  // namespace
+
+void bind_fp32_attention(pybind11::module_& module) {
+#ifdef MIMIR_VECTORS
+    module.def("fp32_lanes", &lanes, "numbers in the widest vector that fp32_attention can use here");
+    module.def("fp32_attention", &forward, Unlocked());
+    module.def("fp32_attention_backward", &backward, Unlocked());
+#endif
+}
+
+}  // namespace mimir
