@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from mimir_fast import _native
 from mimir_fast.models.layers import Block
@@ -148,21 +149,30 @@ def test_what_needs_no_gradient_costs_none() -> None:
     full = with_gradients(mlp_by(mlp, True), [x, *(p.clone().requires_grad_() for p in parameters)], ones)
     torch.testing.assert_close(frozen, full[1])
 
-    products = 0
-
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
-        nonlocal products
-        products += 1
-        return torch.matmul(*args, **kwargs)
-
+    product = 2 * 40 * 64 * 96  # FLOPs
     for needs, expected in (((True, False), 2), ((False, True), 3), ((True, True), 4)):
         inputs = [x.detach().requires_grad_(needs[0]), *(p.clone().requires_grad_(needs[1]) for p in parameters)]
         inputs[1].requires_grad_(False), inputs[2].requires_grad_(False)  # the norm's
-        y, products = mlp_by(mlp, True)(*inputs), 0
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "mm", counted)
+        y = mlp_by(mlp, True)(*inputs)
+        with FlopCounterMode(display=False) as counter:
             torch.autograd.grad(y, [t for t in inputs if t.requires_grad], ones)
-        assert products == expected
+        assert counter.get_total_flops() == expected * product
+
+
+def test_pieces_of_the_hidden_layer_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large inputs are worked on a few rows at a time; the last piece is short."""
+    inputs = draw(100, 64, 96)[:-1]
+
+    def everything() -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        return with_gradients(mlp_by(mlp, True), leaves, torch.ones(100, 64))
+
+    whole = everything()
+    monkeypatch.setattr(op, "_PIECE", 33 * 96)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp_by(mlp, True)(*inputs), whole[0])
+    for mine, expected in zip(everything(), whole, strict=True):
+        torch.testing.assert_close(mine, expected)
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
