@@ -172,8 +172,8 @@ def _mlp_gradients(
         sums_piece = None if sums is None else sums[piece.start // _BLOCK :]
         _native.run("fp32_gelu_backward", hidden, bias1, to_hidden, activated, sums_piece, *hidden.shape)
         if normed is not None and activated is not None and to_weight1 is not None and to_weight2 is not None:
-            to_weight2.addmm_(grad_piece.t(), activated)
-            to_weight1.addmm_(to_hidden.t(), normed[piece])
+            _add_product(to_weight2, grad_piece.t(), activated.t())
+            _add_product(to_weight1, to_hidden.t(), normed[piece].t())
         if to_x is not None:
             torch.mm(to_hidden, weight1, out=to_x[piece])
     if sums is not None:
@@ -214,6 +214,7 @@ def _with_bias(residual_MN: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _add_product(out_MN: Tensor, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """In place. Not `addmm_`, which FlopCounterMode does not count."""
     return torch.addmm(out_MN, x_MK, weight_NK.t(), out=out_MN)
 
 
