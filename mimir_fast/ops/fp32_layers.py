@@ -162,7 +162,7 @@ def _mlp_gradients(
     grad_MK, x_MK, norm = _rows(grad), _rows(x), Norm(gamma, beta, 0.0)
     wants = any(needs[3:6])
     normed = _normalised(x_MK, norm, statistics)[0] if wants else None
-    to_weight1, to_weight2 = (torch.zeros_like(w) if wants else None for w in (weight1, weight2))
+    to_weight1, to_weight2 = (torch.empty_like(w) if wants else None for w in (weight1, weight2))
     sums = _block_sums(hidden_MH) if wants else None
     to_x = torch.empty_like(x_MK) if any(needs[:3]) else None
     for piece in _pieces(*hidden_MH.shape):
@@ -172,8 +172,8 @@ def _mlp_gradients(
         sums_piece = None if sums is None else sums[piece.start // _BLOCK :]
         _native.run("fp32_gelu_backward", hidden, bias1, to_hidden, activated, sums_piece, *hidden.shape)
         if normed is not None and activated is not None and to_weight1 is not None and to_weight2 is not None:
-            _add_product(to_weight2, grad_piece.t(), activated.t())
-            _add_product(to_weight1, to_hidden.t(), normed[piece].t())
+            _add_product(to_weight2, grad_piece.t(), activated.t(), first=piece.start == 0)
+            _add_product(to_weight1, to_hidden.t(), normed[piece].t(), first=piece.start == 0)
         if to_x is not None:
             torch.mm(to_hidden, weight1, out=to_x[piece])
     if sums is not None:
@@ -213,9 +213,9 @@ def _with_bias(residual_MN: Tensor, bias: Tensor | None) -> Tensor:
     return residual_MN.clone() if bias is None else residual_MN + bias
 
 
-def _add_product(out_MN: Tensor, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """In place. Not `addmm_`, which FlopCounterMode does not count."""
-    return torch.addmm(out_MN, x_MK, weight_NK.t(), out=out_MN)
+def _add_product(out_MN: Tensor, x_MK: Tensor, weight_NK: Tensor, *, first: bool = False) -> Tensor:
+    """In place; `first`: whatever stands there does not count. Not `addmm_`, which FlopCounterMode does not count."""
+    return torch.addmm(out_MN, x_MK, weight_NK.t(), beta=0 if first else 1, out=out_MN)
 
 
 def _normalised(x_MK: Tensor, norm: Norm, statistics_M2: Tensor | None = None) -> tuple[Tensor, Tensor]:
