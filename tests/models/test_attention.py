@@ -1,6 +1,7 @@
 """Attention chosen by measurement: every candidate is accurate, the choice is stable, the caller undisturbed."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mimir_fast.models import attention as seam
 from mimir_fast.models import attention_choice
 from mimir_fast.models.attention import attention, attention_backend, attention_choices
-from mimir_fast.models.attention_choice import fastest, memory_file, prefer
+from mimir_fast.models.attention_choice import fastest, measure, memory_file, prefer
 from mimir_fast.models.attention_kernels import CANDIDATES, Candidate, Situation, sdpa
 
 SHAPES = [(2, 50, 50, 3, 64), (2, 197, 197, 2, 8), (1, 147, 197, 4, 8), (3, 17, 33, 2, 32), (1, 1, 1, 1, 16)]
@@ -138,6 +139,21 @@ def test_a_pinned_xformers_that_does_not_work_is_an_error(monkeypatch: pytest.Mo
     monkeypatch.setenv("MIMIR_FAST_ATTENTION", "xformers")
     with pytest.raises(RuntimeError, match="no attention operator for CPU"):
         attention_backend(torch.device("cpu"))
+
+
+def test_one_disturbed_call_rules_no_kernel_out() -> None:
+    calls = 0
+
+    def disturbed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the first that is timed
+            time.sleep(0.5)
+        return sdpa(q, k, v)
+
+    candidates = [Candidate("sdpa", sdpa, lambda s: True), Candidate("disturbed", disturbed, lambda s: True)]
+    seconds = measure(situation((2, 6, 6, 2, 12), torch.float32, torch.device("cpu")), candidates)
+    assert seconds["disturbed"] < 0.25
 
 
 def test_measuring_leaves_the_caller_alone() -> None:
