@@ -2,7 +2,7 @@
 //
 // A head of a masked autoencoder (50 to 260 tokens of 8 to 64 numbers) fits the second-level cache whole. Its keys and
 // values are copied there once; then come some queries at a time, one in each lane of two or three vectors: products
-// straight from the vector registers (fp32_matrix.h), and the softmax while the scores lie near. Scores stand as
+// straight from the vector registers (fp32_vectors.h), and the softmax while the scores lie near. Scores stand as
 // (keys, queries), so that the sums of a softmax run down the vectors.
 // Heads are independent and each is one thread's, so the number of threads does not change a bit of the result.
 //
@@ -30,8 +30,8 @@ namespace {
 #endif
 #ifdef MIMIR_VECTORS
 
-constexpr int kQueryVectors = 3;
-constexpr std::int64_t kKeys = 64;  // at a time, backward
+constexpr int kQueryVectors = 3;  // at most, at a time
+constexpr std::int64_t kKeys = 64;  // at a time, so that what they need stays in the first-level cache
 constexpr float kLog2E = 1.44269504f;
 
 struct Tokens {
