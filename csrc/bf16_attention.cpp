@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_heads.h"
 #include "bf16_matrix.h"
 #include "bindings.h"
 #include "parallel.h"
@@ -29,21 +30,10 @@ namespace {
 constexpr std::int64_t kDepth = 32;
 constexpr std::int64_t kForwardQueries = 32, kBackwardQueries = 128, kKeys = 64;
 
-struct Tokens {
-    std::uint16_t* data;
-    std::int64_t batch_stride, token_stride, E;
+using Tokens = HeadTokens<std::uint16_t>;
 
-    MIMIR_INLINE std::uint16_t* at(std::int64_t b, std::int64_t t, std::int64_t h) const {
-        return data + b * batch_stride + t * token_stride + h * E;
-    }
-};
-
-struct Problem {
-    std::int64_t T, S, H, E;
+struct Problem : Heads<std::uint16_t> {
     bool amx;
-    Tokens q, k, v, out;
-    float* lse;  // (B, H, T)
-    Tokens grad, dq, dk, dv;  // backward only
 };
 
 // Tokens of head h → (rows, depth), zeros around.
@@ -133,7 +123,7 @@ MIMIR_BF16_INLINE void softmax(const float* scores, std::int64_t S, std::int64_t
 MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t end) {
     const std::int64_t T = padded(p.T, 32), S = padded(p.S, 32), depth = padded(p.E, kDepth), E = padded(p.E, 16);
     constexpr std::int64_t C = kForwardQueries;
-    const float scale = 1.0f / std::sqrt(static_cast<float>(p.E));
+    const float scale = p.scale();
     Scratch<Use::own> scratch(2 * (2 * T * depth + 3 * S * depth + S * E) + 4 * (S * C + S / 2 * C + 2 * E * C) + 1024);
     auto* rows = scratch.take<std::uint16_t>(std::max(T, S) * depth);  // of q, then of v
     auto* keys = scratch.take<std::uint16_t>(S * depth);
@@ -222,7 +212,7 @@ MIMIR_BF16_INLINE float inner_product(const std::uint16_t* a, const std::uint16_
 MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_t end) {
     const std::int64_t T = padded(p.T, 32), S = padded(p.S, 32), C = std::min(kBackwardQueries, T);
     const std::int64_t depth = padded(p.E, kDepth), E = padded(p.E, 16);
-    const float scale = 1.0f / std::sqrt(static_cast<float>(p.E));
+    const float scale = p.scale();
     Scratch<Use::own> scratch(2 * (5 * T + 4 * S) * depth + 2 * 3 * S * C + 4 * (2 * S * E + 2 * E * C + 2 * kKeys * 32 + 2 * T) + 4096);
     auto* rows = scratch.take<std::uint16_t>(T * depth);  // of q, then of grad
     auto *queries = scratch.take<std::uint32_t>(depth / 2 * T), *grads = scratch.take<std::uint32_t>(depth / 2 * T);
@@ -287,43 +277,19 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
     }
 }
 
-// (B, tokens, H, E) contiguous.
-Tokens whole(Address address, std::int64_t tokens, std::int64_t H, std::int64_t E) {
-    return {pointer<std::uint16_t>(address), tokens * H * E, H * E, E};
-}
-
-Problem problem(std::int64_t T, std::int64_t S, std::int64_t H, std::int64_t E, bool amx,
-                const std::vector<std::int64_t>& strides, Address q, Address k, Address v, Address out, Address lse) {
-    Problem p{};
-    p.T = T;
-    p.S = S;
-    p.H = H;
-    p.E = E;
-    p.amx = amx;
-    p.q = {pointer<std::uint16_t>(q), strides[0], strides[1], E};
-    p.k = {pointer<std::uint16_t>(k), strides[2], strides[3], E};
-    p.v = {pointer<std::uint16_t>(v), strides[4], strides[5], E};
-    p.out = whole(out, T, H, E);
-    p.lse = pointer<float>(lse);
-    return p;
-}
-
-// strides: (image, token) of q, k and v, backwards also of their gradients, in numbers; out and lse are contiguous.
+// strides: see attention_heads.h.
 // E: a multiple of 8.
 void forward(Address q, Address k, Address v, Address out, Address lse, std::int64_t B, std::int64_t T, std::int64_t S,
              std::int64_t H, std::int64_t E, const std::vector<std::int64_t>& strides, bool amx, int threads) {
-    const Problem p = problem(T, S, H, E, amx, strides, q, k, v, out, lse);
+    const Problem p{heads<std::uint16_t>(T, S, H, E, strides, q, k, v, out, lse), amx};
     parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { forward_heads(p, begin, end); });
 }
 
 void backward(Address grad, Address q, Address k, Address v, Address out, Address lse, Address dq, Address dk,
               Address dv, std::int64_t B, std::int64_t T, std::int64_t S, std::int64_t H, std::int64_t E,
               const std::vector<std::int64_t>& strides, bool amx, int threads) {
-    Problem p = problem(T, S, H, E, amx, strides, q, k, v, out, lse);
-    p.grad = whole(grad, T, H, E);
-    p.dq = {pointer<std::uint16_t>(dq), strides[6], strides[7], E};
-    p.dk = {pointer<std::uint16_t>(dk), strides[8], strides[9], E};
-    p.dv = {pointer<std::uint16_t>(dv), strides[10], strides[11], E};
+    const auto forward = heads<std::uint16_t>(T, S, H, E, strides, q, k, v, out, lse);
+    const Problem p{with_gradients(forward, strides, grad, dq, dk, dv), amx};
     parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { backward_heads(p, begin, end); });
 }
 

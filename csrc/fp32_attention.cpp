@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention_heads.h"
 #include "bindings.h"
 #include "exponential.h"
 #include "parallel.h"
@@ -34,23 +35,8 @@ constexpr int kQueryVectors = 3;  // at most, at a time
 constexpr std::int64_t kKeys = 64;  // at a time, so that what they need stays in the first-level cache
 constexpr float kLog2E = 1.44269504f;
 
-struct Tokens {
-    float* data;
-    std::int64_t batch_stride, token_stride, E;
-
-    float* at(std::int64_t b, std::int64_t t, std::int64_t h) const {
-        return data + b * batch_stride + t * token_stride + h * E;
-    }
-};
-
-struct Problem {
-    std::int64_t T, S, H, E;
-    Tokens q, k, v, out;
-    float* lse;  // (B, H, T)
-    Tokens grad, dq, dk, dv;  // backward only
-
-    float scale() const { return 1.0f / std::sqrt(static_cast<float>(E)); }
-};
+using Tokens = HeadTokens<float>;
+using Problem = Heads<float>;
 
 // Nothing here has to round as the definition does, so a multiplication and an addition may be one instruction.
 #pragma GCC push_options
@@ -102,31 +88,10 @@ Kernel choose(int lanes, bool backward) {
     return backward ? baseline::backward_heads : baseline::forward_heads;
 }
 
-// (B, tokens, H, E) contiguous.
-Tokens whole(Address address, std::int64_t tokens, std::int64_t H, std::int64_t E) {
-    return {pointer<float>(address), tokens * H * E, H * E, E};
-}
-
-Problem problem(std::int64_t T, std::int64_t S, std::int64_t H, std::int64_t E,
-                const std::vector<std::int64_t>& strides, Address q, Address k, Address v, Address out, Address lse) {
-    Problem p{};
-    p.T = T;
-    p.S = S;
-    p.H = H;
-    p.E = E;
-    p.q = {pointer<float>(q), strides[0], strides[1], E};
-    p.k = {pointer<float>(k), strides[2], strides[3], E};
-    p.v = {pointer<float>(v), strides[4], strides[5], E};
-    p.out = whole(out, T, H, E);
-    p.lse = pointer<float>(lse);
-    return p;
-}
-
-// strides: (image, token) of q, k and v, backwards also of their gradients, in numbers; out and lse are contiguous.
-// E: a multiple of 8. lanes: 16, 8 or 4, at most `lanes()`.
+// strides: see attention_heads.h. E: a multiple of 8. lanes: 16, 8 or 4, at most `lanes()`.
 void forward(Address q, Address k, Address v, Address out, Address lse, std::int64_t B, std::int64_t T, std::int64_t S,
              std::int64_t H, std::int64_t E, const std::vector<std::int64_t>& strides, int lanes, int threads) {
-    const Problem p = problem(T, S, H, E, strides, q, k, v, out, lse);
+    const Problem p = heads<float>(T, S, H, E, strides, q, k, v, out, lse);
     const Kernel kernel = choose(lanes, false);
     parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { kernel(p, begin, end); });
 }
@@ -134,11 +99,8 @@ void forward(Address q, Address k, Address v, Address out, Address lse, std::int
 void backward(Address grad, Address q, Address k, Address v, Address out, Address lse, Address dq, Address dk,
               Address dv, std::int64_t B, std::int64_t T, std::int64_t S, std::int64_t H, std::int64_t E,
               const std::vector<std::int64_t>& strides, int lanes, int threads) {
-    Problem p = problem(T, S, H, E, strides, q, k, v, out, lse);
-    p.grad = whole(grad, T, H, E);
-    p.dq = {pointer<float>(dq), strides[6], strides[7], E};
-    p.dk = {pointer<float>(dk), strides[8], strides[9], E};
-    p.dv = {pointer<float>(dv), strides[10], strides[11], E};
+    const auto forward = heads<float>(T, S, H, E, strides, q, k, v, out, lse);
+    const Problem p = with_gradients(forward, strides, grad, dq, dk, dv);
     const Kernel kernel = choose(lanes, true);
     parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { kernel(p, begin, end); });
 }

@@ -128,7 +128,7 @@ class _Mlp(torch.autograd.Function):
         hidden = torch.mm(normed, weight1.t()) if keep else None
         for piece in _pieces(len(rows), len(weight1)):
             before = torch.mm(normed[piece], weight1.t()) if hidden is None else hidden[piece]
-            activated = _passing(before.shape)
+            activated = before if hidden is None else _passing(before.shape)
             _native.run("fp32_gelu", before, bias1, activated, *before.shape)
             _add_product(out[piece], activated, weight2)
         ctx.eps, ctx.residual = eps, residual
