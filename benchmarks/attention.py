@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks.case import Case, Provider, Size, in_double, run_of
 from benchmarks.ceilings import DTYPES
-from mimir_fast.models.attention import attention, xformers_failure
-from mimir_fast.models.attention_kernels import forced_sdpa, plain, sdpa, xformers
+from mimir_fast.layers.attention import attention, xformers_failure
+from mimir_fast.layers.kernels import forced_sdpa, plain, sdpa, xformers
 
 # B, T, H, E: encoders S and B on visible tokens, MAE's decoder, the light decoder
 SHAPES: dict[Size, list[tuple[int, int, int, int]]] = {

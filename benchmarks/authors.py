@@ -24,6 +24,7 @@ from benchmarks.case import Outputs, Provider
 from benchmarks.training import Step
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mimir import MimirConfig
+from mimir_fast.models.file_names import to_files
 from mimir_fast.models.masked_model import MaskedModel
 
 VARIABLE = "MIMIR_FAST_OFFICIAL"
@@ -76,7 +77,7 @@ def authors_provider(
     """
     if skip := why_not() or unknown:
         return Provider(name, lambda inputs: (), skip=skip)
-    weights = {key: weight.detach().clone() for key, weight in model.state_dict().items()}
+    weights = {key: weight.detach().clone() for key, weight in to_files(model, model.state_dict()).items()}
     device, encoder = next(iter(weights.values())).device, model.encoder
     step: Step = (partial(Apart, AuthorsStep) if device.type == "cpu" else AuthorsStep)(
         constructor, weights, config, device=device, bf16=bf16, adversarial=adversarial,

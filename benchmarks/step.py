@@ -33,10 +33,10 @@ from benchmarks.training import (
     some_view,
 )  # fmt: skip
 from mimir_fast.data.batch import Batch
+from mimir_fast.layers.attention import xformers_failure
 from mimir_fast.methods.adv_mae import AdvMae
 from mimir_fast.methods.mae import Mae, MaskedMethod
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
-from mimir_fast.models.attention import xformers_failure
 from mimir_fast.models.masked_model import DecoderName, ModelConfig
 from mimir_fast.training.distributed import World, parallelize
 

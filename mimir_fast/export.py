@@ -18,11 +18,10 @@ import tyro
 from torch import Tensor
 
 from mimir_fast.command import run
+from mimir_fast.layers.norms import SUFFIX, is_adapter
 from mimir_fast.models.families import find_family
 from mimir_fast.models.loading import infer_architecture
-from mimir_fast.models.normalization import NORMALIZATIONS
-from mimir_fast.models.norms import SUFFIX, is_adapter
-from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.weight_files import NORMALIZATIONS, Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.training.cli import parse
 from mimir_fast.versions import python_command
 

@@ -27,6 +27,7 @@ from mimir_fast.evaluation.results import Results
 from mimir_fast.hub_card import card, public_config
 from mimir_fast.models.classifier import Classifier, load_classifier
 from mimir_fast.models.families import find_family
+from mimir_fast.models.file_names import to_files
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel
@@ -85,7 +86,7 @@ class _OnTheHub(ModelHubMixin):
         from safetensors.torch import save_file
 
         assert isinstance(self, nn.Module)
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in to_files(self, self.state_dict()).items()}
         metadata = {"format": "mimir_fast", "config": json.dumps(self.run_config)}
         save_file(tensors, save_directory / SAFETENSORS_SINGLE_FILE, metadata=metadata)
         (save_directory / CONFIG_NAME).write_text(json.dumps(self.run_config, indent=1) + "\n")

@@ -15,7 +15,7 @@ def backends() -> dict[str, str]:
     """What each fast path can do here: `yes`, `yes: …` or `no: why`."""
     import torch
 
-    from mimir_fast.models.attention import xformers_failure
+    from mimir_fast.layers.attention import xformers_failure
 
     cuda = torch.cuda.is_available()
     failure = xformers_failure()

@@ -11,12 +11,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.layers.norms import ADVERSARIAL, is_adapter
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.families import Architecture, build_encoder, find_family, recognise
 from mimir_fast.models.masked_model import DecoderName, MaskedModel, ModelConfig, View, build_masked_model
-from mimir_fast.models.norms import ADVERSARIAL, is_adapter
 from mimir_fast.ops.patches import masked_targets, patchify, patchify_gather
 
 assert timm  # what `TimmModel.code` refers to

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.layers.norms import CLEAN
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, View, build_masked_model
-from mimir_fast.models.norms import CLEAN
 from mimir_fast.ops.patches import patchify_gather
 
 IMAGE, PATCH, BATCH, KEPT = 32, 4, 3, 16

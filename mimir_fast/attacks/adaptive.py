@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import Threat, ascent, start_of
-from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
-from mimir_fast.attacks.no_trace import unwrap
 from mimir_fast.attacks.pgd import check_images, cross_entropy, random_start
 from mimir_fast.attacks.reconstruction import attack_visible
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.layers.borrowing import AttackMode, borrowed, unwrap
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.nhsic import nhsic
 from mimir_fast.ops.patches import gather_patches, masked_targets, patchify
@@ -63,7 +62,7 @@ def pgd_mi(
     check_images(images)
     images = images.detach()
     start = start_of(images, threat, samples=samples, seed=seed, step=step)
-    with borrowed_in_mode(model, mode) as module:
+    with borrowed(model, mode) as module:
         head = getattr(module, "forward_head", None)
 
         def both(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +110,7 @@ def pgd_features(
         raise ValueError("pgd_features needs random_start=True: at the clean image the distance has no gradient")
     images = images.detach()
     start = start_of(images, threat, samples=samples, seed=seed, step=step)
-    with borrowed_in_mode(model, mode) as module:
+    with borrowed(model, mode) as module:
         with torch.no_grad():
             clean = _features(module, images)
         return ascent(lambda x: torch.linalg.vector_norm(_features(module, x) - clean, dim=1), images, start, threat)
@@ -153,7 +152,7 @@ def attack_reconstruction(
 
     clean = visible_of(images)
     noise = visible_of(random_start(images, threat.eps, samples=samples, seed=seed, step=step))
-    with borrowed_in_mode(model, "eval") as module:
+    with borrowed(model, "eval") as module:
         start = noise if threat.random_start else clean
         attacked = attack_visible(module, images, clean, start, keep, masked, norm_pix, threat)
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import project, random_in_ball, steepest
-from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
 from mimir_fast.attacks.pgd import Loss, ball_bounds, check_images, cross_entropy
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.layers.borrowing import AttackMode, borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
 
@@ -112,7 +112,7 @@ def apgd(
             if norm == "linf"
             else random_in_ball(images, eps, "l2", samples=samples, seed=seed, step=step, surface=True)
         )
-    with borrowed_in_mode(model, mode) as module:
+    with borrowed(model, mode) as module:
         loss_of = _loss_function(loss, module, images, labels, targets)
         if num_steps == 0 or len(images) == 0:
             return start

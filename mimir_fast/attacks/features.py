@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.attacks.ascent import ascend
-from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.training_attack import TrainingAttack, precision_of
+from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.models.masked_model import View
 
 
@@ -66,7 +66,7 @@ def attack_features(
         domain: of the adversarial images, see models/norms.py.
         clean_features: (B, T, D) latent of `clean`, where a training step has it already: a forward pass less.
     """
-    with borrowed_in_mode(model) as module, precision_of(threat, start_BKP.device):
+    with borrowed(model) as module, precision_of(threat, start_BKP.device):
         if clean_features is None:
             with torch.no_grad():
                 clean_features = module(clean, decode=False)

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
 from mimir_fast.attacks.pgd import Loss, Objective, check_images, cross_entropy, linf_ascent, random_start
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.layers.borrowing import AttackMode, borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream, normal
 
@@ -151,7 +151,7 @@ def attack_classifier(
     check_images(images, values=mode == "eval" or images.device.type == "cpu")
     images = images.detach()
     start = start_of(images, threat, samples=samples, seed=seed, step=step)
-    with borrowed_in_mode(model, mode) as module:
+    with borrowed(model, mode) as module:
         return ascent(lambda x: loss(module(x), labels), images, start, threat)
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.attacks.ascent import BeforeStep, Objective, ascend
-from mimir_fast.attacks.modes import AttackMode, borrowed_in_mode
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.layers.borrowing import AttackMode, borrowed
 from mimir_fast.ops.random_uniform import random_start_linf
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -119,7 +119,7 @@ def pgd(
         start = images
         if threat.random_start:
             start = random_start(images, threat.eps, samples=samples, seed=seed, step=step)
-    with borrowed_in_mode(model, mode) as module:
+    with borrowed(model, mode) as module:
         return linf_ascent(lambda x: loss(module(x), labels), images, start, threat, keep_best=keep_best)
 
 

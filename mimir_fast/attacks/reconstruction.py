@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.attacks.ascent import ascend
-from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.attacks.training_attack import TrainingAttack, precision_of
+from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.masked_loss import masked_loss
 from mimir_fast.ops.patches import gather_patches, normalize_patches
@@ -57,7 +57,7 @@ def attack_visible(
         start_BKP: where the ascent starts, inside the ball.
         norm_pix: compare patches normalised one by one.
     """
-    with borrowed_in_mode(model) as module, precision_of(threat, start_BKP.device):
+    with borrowed(model) as module, precision_of(threat, start_BKP.device):
         p = cast(MaskedModel, module).patch_size
 
         def error(patches_BKP: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def attack_all(
     ids_masked_BM: Tensor, norm_pix: bool, target: Literal["clean", "adversarial"], threat: LinfThreat,
 ) -> Tensor:  # fmt: skip
     """Adversarial patches (B, N, P) of the whole image; arguments as for `attack_visible`."""
-    with borrowed_in_mode(model) as module, precision_of(threat, start_BNP.device):
+    with borrowed(model) as module, precision_of(threat, start_BNP.device):
         p = cast(MaskedModel, module).patch_size
 
         def error(patches: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.pgd import check_images, cross_entropy
+from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
 
@@ -54,7 +54,7 @@ def elastic(
         flow = F.interpolate(field, size=(side, side), mode="bicubic", align_corners=False)
         return warp(images, flow.clamp(-pixels, pixels))
 
-    with borrowed_in_mode(model, "eval") as module:
+    with borrowed(model, "eval") as module:
         for _ in range(num_steps):
             coarse = coarse.detach().requires_grad_()
             with torch.enable_grad():
@@ -81,7 +81,7 @@ def turn(
     line = torch.arange(side, device=images.device, dtype=images.dtype) - (side - 1) / 2
     y, x = torch.meshgrid(line, line, indexing="ij")
     shifts = torch.linspace(-shift * side, shift * side, num_shifts).tolist()
-    with borrowed_in_mode(model, "eval") as module, torch.no_grad():
+    with borrowed(model, "eval") as module, torch.no_grad():
         for angle in torch.linspace(-degrees, degrees, num_angles).tolist():
             c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
             for dx in shifts:
@@ -121,7 +121,7 @@ def jpeg(
         whole = spatial.permute(0, 1, 2, 4, 3, 5).reshape(batch, channels, 8 * blocks, 8 * blocks)
         return (images + whole[..., :side, :side]).clamp(0, 1)
 
-    with borrowed_in_mode(model, "eval") as module:
+    with borrowed(model, "eval") as module:
         for _ in range(num_steps):
             delta = delta.detach().requires_grad_()
             with torch.enable_grad():

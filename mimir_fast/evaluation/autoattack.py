@@ -20,11 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.evaluation.config import Norm
 from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.evaluation.measure import fingerprint, write_atomically
 from mimir_fast.evaluation.precision import strict_fp32
+from mimir_fast.layers.borrowing import borrowed
 
 Version = Literal["standard", "plus", "rand"]
 ATTACKS: dict[str, tuple[str, ...]] = {
@@ -106,7 +106,7 @@ def run_autoattack(
     part = [] if attacks is None else [list(attacks)]
     identity = fingerprint([settings, norm, eps, batch_size, seed, version, len(shard), *part])
     progress = _load(state, identity)
-    with borrowed_in_mode(model, "eval") as module, strict_fp32(device), _frozen(module), torch.no_grad():
+    with borrowed(model, "eval") as module, strict_fp32(device), _frozen(module), torch.no_grad():
         warnings: list[str] = []
         attack = _package(module, eps, device, seed, version, norm, warnings)
         names = list(attack.attacks_to_run if attacks is None else attacks)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.pgd import cross_entropy
+from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream, normal
 
@@ -74,7 +74,7 @@ def weight_surface(
     """
     steps = grid_steps(radius, num_points).tolist()
     losses = torch.zeros(len(images), num_points, num_points)
-    with borrowed_in_mode(model, "eval") as module, torch.no_grad():
+    with borrowed(model, "eval") as module, torch.no_grad():
         first, second = (filter_normalized_direction(module, seed, which, biases) for which in (0, 1))
         weights = {name: p for name, p in module.named_parameters() if name in first}
         if not any(w.ndim > 1 for w in weights.values()):
@@ -98,7 +98,7 @@ def input_surface(
     """
     steps = grid_steps(radius, num_points).tolist()
     losses = torch.zeros(len(images), num_points, num_points)
-    with borrowed_in_mode(model, "eval") as module:
+    with borrowed(model, "eval") as module:
         x = images.detach().clone().requires_grad_()
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(cross_entropy(module(x), labels).sum(), x)

@@ -172,10 +172,10 @@ def gradients_exist(zero_gradient: Tensor) -> Verdict:
 
 def zero_gradients(model: torch.nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """(B,) 1 where the cross entropy's gradient to the image is zero everywhere, or not finite anywhere."""
-    from mimir_fast.attacks.modes import borrowed_in_mode
     from mimir_fast.attacks.pgd import cross_entropy
+    from mimir_fast.layers.borrowing import borrowed
 
-    with borrowed_in_mode(model, "eval") as module, torch.enable_grad():
+    with borrowed(model, "eval") as module, torch.enable_grad():
         x = images.detach().clone().requires_grad_()
         (grad,) = torch.autograd.grad(cross_entropy(module(x), labels).sum(), x)
     flat = grad.flatten(1)

@@ -20,7 +20,6 @@ from mimir_fast.methods.masking import Mask
 from mimir_fast.methods.noise import UniformNoise, start_of
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.models.masked_model import MaskedModel
-from mimir_fast.ops.bf16_kernels import weights_stay
 from mimir_fast.ops.patches import every_patch, gather_patches
 from mimir_fast.philox import Stream
 
@@ -46,8 +45,7 @@ class AdvMae(Mae):
         attack = self.config.attack
         if not attack.cuda_graph or not attack.attacks_in(step) or attack.compares_in(step):
             return super().__call__(model, batch, seed=seed, step=step)
-        with weights_stay():
-            return self.sum_up(self.reconstruct(model, batch, *self.replay(model, batch, seed, step)))
+        return self.sum_up(self.reconstruct(model, batch, *self.replay(model, batch, seed, step)))
 
     def replay(self, model: nn.Module, batch: Batch, seed: int, step: int) -> tuple[Draws, Shown]:
         """The mask and the attacked input of a step, from the recorded graph."""

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.features import FeatureAttackConfig, attack_features
-from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.data.batch import Batch
+from mimir_fast.layers.borrowing import borrowed
+from mimir_fast.layers.norms import ADVERSARIAL, CLEAN
 from mimir_fast.methods.adv_mae import attacked
 from mimir_fast.methods.mae import Draws, MaeConfig, MaskedMethod, Shown, masked_model, preview_rows
 from mimir_fast.methods.noise import UniformNoise, start_of
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.terms import Term, total
 from mimir_fast.models.masked_model import Encoded, MaskedModel, View
-from mimir_fast.models.norms import ADVERSARIAL, CLEAN
 from mimir_fast.ops.masked_loss import masked_loss
 from mimir_fast.ops.patches import as_images, every_patch, gather_patches, unpatchify
 from mimir_fast.philox import Stream
@@ -115,7 +115,7 @@ class Aemim(MaskedMethod):
         p, norm_pix = bare.patch_size, self.config.norm_pix_loss
         view, start = self.begin(batch.images, p, draws)
         attacked = self.attack(model, view, start, draws)
-        with borrowed_in_mode(model) as module:
+        with borrowed(model) as module:
             clean, adversarial = (
                 module(v).prediction.float()
                 for v in (view._replace(masked=None), View(attacked.visible, view.keep, None, ADVERSARIAL))

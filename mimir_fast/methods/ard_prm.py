@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.pgd import cross_entropy, linf_ascent, random_start
+from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.methods.classification import ClassificationConfig, Inputs, classifier
 from mimir_fast.methods.pgd import Pgd
 from mimir_fast.methods.registry import MethodEntry, register
@@ -100,7 +100,7 @@ class ArdPrm(Pgd):
             let_through = F.interpolate(masks[step], scale_factor=encoder.mask_unit, mode="nearest").bool()
             return torch.where(let_through, x, images)
 
-        with borrowed_in_mode(model, "as_is") as module:
+        with borrowed(model, "as_is") as module:
 
             def objective(x: Tensor) -> Tensor:
                 return cross_entropy(module(x, None, gate), inputs.targets)

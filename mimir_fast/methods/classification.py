@@ -14,15 +14,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.no_trace import unwrap
 from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data.batch import Batch
+from mimir_fast.layers.borrowing import unwrap
 from mimir_fast.methods.augmentation import RandAugmentConfig, rand_augment
 from mimir_fast.methods.mixing import MixingConfig, mix, smooth_labels
 from mimir_fast.models.branches import draw_drop_path
 from mimir_fast.models.classifier import Classifier
-from mimir_fast.ops.bf16_kernels import weights_stay
 
 
 def default_attack() -> LinfThreat:
@@ -79,8 +78,7 @@ class ClassificationMethod(ABC):
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """{"loss": scalar, "accuracy": of the training pass, …}; `model` may be wrapped for data parallelism."""
-        with weights_stay():
-            return self.losses(model, self.prepare(model, batch, seed=seed, step=step))
+        return self.losses(model, self.prepare(model, batch, seed=seed, step=step))
 
     @abstractmethod
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:

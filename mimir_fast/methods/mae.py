@@ -12,15 +12,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.modes import borrowed_in_mode
-from mimir_fast.attacks.no_trace import unwrap
 from mimir_fast.data.batch import Batch
+from mimir_fast.layers.borrowing import borrowed, unwrap
 from mimir_fast.methods.masking import SHARES, Mask, draw_mask, draw_share
 from mimir_fast.methods.noise import UniformNoise
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.terms import Term, total
 from mimir_fast.models.masked_model import MaskedModel, Output, View
-from mimir_fast.ops.bf16_kernels import weights_stay
 from mimir_fast.ops.masked_loss import Kind, masked_loss
 from mimir_fast.ops.patches import patchify, patchify_gather, unpatchify
 from mimir_fast.ops.random_masks import TokenOrder
@@ -110,8 +108,7 @@ class MaskedMethod(ABC):
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """{"loss": scalar, …}; `model` is a MaskedModel, possibly wrapped for data parallelism."""
-        with weights_stay():
-            return self.losses(model, batch, self.draw(masked_model(model), batch, seed=seed, step=step))
+        return self.losses(model, batch, self.draw(masked_model(model), batch, seed=seed, step=step))
 
     @abstractmethod
     def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
@@ -176,7 +173,7 @@ class Mae(MaskedMethod):
         bare = masked_model(model)
         draws = self.draw(bare, batch, seed=seed, step=step)
         shown = self.perturb(model, batch.images, draws)
-        with borrowed_in_mode(model) as module:
+        with borrowed(model) as module:
             prediction = module(View(shown.visible, draws.mask.keep)).prediction.float()
         return preview_rows(batch.images, shown, draws.mask, prediction, bare.patch_size, self.config.norm_pix_loss)
 

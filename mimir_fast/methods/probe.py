@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.pgd import fgsm, pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data.batch import Batch
+from mimir_fast.layers.borrowing import borrowed
 
 # FGSM accuracy may lie a few points above PGD accuracy in healthy training; a gap of 20 points does not happen there.
 _ALARMING_GAP = 0.20
@@ -78,7 +78,7 @@ def probe(
     """
     attack = LinfThreat(eps=threat.eps, alpha=threat.eps / 4, num_steps=num_steps, random_start=True)
     counts = torch.zeros(4, dtype=torch.int64)
-    with borrowed_in_mode(model, "eval") as module:
+    with borrowed(model, "eval") as module:
         for batch in batches:
             images = batch.images.float() / 255 if batch.images.dtype == torch.uint8 else batch.images
             stepped = fgsm(module, images, batch.labels, threat.eps)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.pgd import cross_entropy, pgd
+from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.methods.classification import (
     ClassificationConfig,
     ClassificationMethod,
@@ -75,7 +75,7 @@ class Trades(ClassificationMethod):
 
     def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W): the largest divergence found."""
-        with borrowed_in_mode(model) as module, torch.no_grad():
+        with borrowed(model) as module, torch.no_grad():
             probs = module(inputs.images).float().softmax(dim=1)
         start = gaussian_start(inputs)
         return pgd(model, inputs.images, probs, self.config.attack, loss=kl_divergence, start=start)

@@ -5,8 +5,8 @@ Shapes: B images, T tokens with cls first, D width, H heads, E = D/H.
 
 from torch import Tensor, nn
 
-from mimir_fast.models.attention import attention
-from mimir_fast.models.layers import check_heads
+from mimir_fast.layers.attention import attention
+from mimir_fast.models.blocks import check_heads
 
 
 class ClassAttention(nn.Module):

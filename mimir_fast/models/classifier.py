@@ -17,14 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.layers.norms import LayerNorm, NoNorm
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
-from mimir_fast.models.flat_names import FlatNames
-from mimir_fast.models.freezable import Freezable
+from mimir_fast.models.file_names import Parted, from_files
 from mimir_fast.models.loading import infer_architecture
-from mimir_fast.models.normalization import NORMALIZATIONS, NormalizationName
-from mimir_fast.models.norms import LayerNorm
-from mimir_fast.models.weight_files import WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.weight_files import NORMALIZATIONS, NormalizationName, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops.patches import patchify
 from mimir_fast.validation import check_number
 
@@ -71,7 +69,7 @@ class ClassifierConfig:
             raise ValueError(f"normalization={self.normalization!r}, wanted one of {', '.join(NORMALIZATIONS)}")
 
 
-class Classifier(Freezable, FlatNames):
+class Classifier(Parted):
     """An encoder, pooling and a linear head.
 
     Args:
@@ -82,7 +80,7 @@ class Classifier(Freezable, FlatNames):
         options: what only the family knows, see Architecture.
     """
 
-    flat_parts = ("encoder",)
+    file_parts = ("encoder",)
 
     def __init__(
         self, config: ClassifierConfig, image_size: int, num_classes: int, channels: int = 3,
@@ -102,7 +100,7 @@ class Classifier(Freezable, FlatNames):
         self.encoder = build_encoder(architecture, final_norm=norm_first)
         if config.global_pool == "cls" and self.encoder.num_prefix == 0:
             raise ValueError(f"{family.title} has no cls token: use global_pool avg")
-        self.fc_norm = nn.Identity() if norm_first else LayerNorm(self.encoder.width)
+        self.fc_norm = NoNorm() if norm_first else LayerNorm(self.encoder.width)
         self.head = nn.Linear(self.encoder.width, num_classes)
 
         mean, std = NORMALIZATIONS[config.normalization]
@@ -136,15 +134,15 @@ class Classifier(Freezable, FlatNames):
         if images_BCHW.dtype == torch.uint8:
             images_BCHW = images_BCHW.float() / 255
         with torch.autocast(images_BCHW.device.type, enabled=False):
-            images = images_BCHW.to(self.head.weight.dtype)
+            images = images_BCHW.to(self.mean.dtype)
             if self.config.normalization != "none":
                 images = (images - self.mean) / self.std
-            tokens = self.encoder.embed(patchify(images, self.encoder.mask_unit), None)
+            patches = patchify(images, self.encoder.mask_unit)
         keep_rate = self.config.token_keep_rate if self.training else 1.0
         branches = None
         if branch_scales_BLR is not None or branch_gates_BLR is not None or keep_rate < 1:
             branches = Branches(branch_scales_BLR, branch_gates_BLR, keep_rate)
-        return self.encoder.encode(tokens, None, branches=branches)
+        return self.encoder(patches, None, branches=branches)
 
     def forward_head(self, tokens_BTD: Tensor) -> Tensor:
         """(B, K) logits from the tokens."""
@@ -167,7 +165,6 @@ class Classifier(Freezable, FlatNames):
         Raises:
             ValueError: images of another size.
         """
-        self.branch_on_frozen()
         return self.forward_head(self.forward_features(images_BCHW, branch_scales_BLR, branch_gates_BLR))
 
     def layers(self) -> list[nn.Module]:
@@ -175,7 +172,7 @@ class Classifier(Freezable, FlatNames):
         return self.encoder.layers()
 
     def layer_of(self, name: str) -> int:
-        """Layer of a parameter for layer-wise learning rates, by its flat name."""
+        """Layer of a parameter for layer-wise learning rates, by its name in files."""
         return self.encoder.layer_of(name)
 
     @property
@@ -225,7 +222,7 @@ def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_cl
     model = Classifier(
         config, architecture.image_size, found_classes, architecture.channels, dict(architecture.options)
     )
-    missing, unexpected = model.load_state_dict(weights.tensors, strict=False)
+    missing, unexpected = model.load_state_dict(from_files(model, weights.tensors), strict=False)
     if missing or unexpected:
         raise WeightsError(
             f"{weights.origin} is no classifier of ours: {len(missing)} tensors are missing "

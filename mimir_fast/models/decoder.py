@@ -8,11 +8,11 @@ Shapes: B batch, N patches, K visible, M wanted ones, P numbers a patch, D encod
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.layers.linear import linear
+from mimir_fast.layers.norms import LayerNorm
+from mimir_fast.models.blocks import Block, init_like_mae
 from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.layers import Block, init_like_mae
-from mimir_fast.models.norms import LayerNorm
 from mimir_fast.models.positions import sincos_positions
-from mimir_fast.models.projections import project
 from mimir_fast.ops.patches import gather_patches, scatter_patches
 from mimir_fast.ops.positions import add_positions, behind_prefix
 
@@ -49,7 +49,7 @@ class Decoder(nn.Module):
 
     def forward(self, latent_BTD: Tensor, places_BK: Tensor | None, ids_BM: Tensor | None = None) -> Tensor:
         """Predicted patches (B, M, P) at the places `ids_BM`, or (B, N, P) everywhere when it is None."""
-        x, positions, F = project(self.decoder_embed, latent_BTD), self.positions(), self.num_prefix
+        x, positions, F = linear(self.decoder_embed, latent_BTD), self.positions(), self.num_prefix
         if F and len(positions) == self.num_patches:  # the prefix has none
             positions = nn.functional.pad(positions, (0, 0, F, 0))
         if places_BK is None:
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
             wanted = self.mask_token.to(x.dtype) + positions[ids_BM + F].to(x.dtype)
             ids_BM = torch.arange(ids_BM.shape[1], device=x.device).expand_as(ids_BM) + (x.shape[1] - F)
             x = torch.cat([x, wanted], dim=1)
-        return project(self.decoder_pred, self.run(x, ids_BM), norm=self.decoder_norm)
+        return linear(self.decoder_pred, self.run(x, ids_BM), norm=self.decoder_norm)
 
     def positions(self) -> Tensor:
         """(N, E), or (prefix + N, E) where the prefix has a position too."""

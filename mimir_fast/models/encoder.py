@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.layers.norms import CLEAN, SUFFIX, add_adapters
 from mimir_fast.models.branches import Branches
-from mimir_fast.models.norms import CLEAN, SUFFIX, add_adapters
+from mimir_fast.ops.patches import gather_patches
 
 
 class Encoder(nn.Module):
@@ -80,6 +81,20 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
+    def forward(
+        self, patches_BKP: Tensor, places_BK: Tensor | None, *, domain: int = CLEAN, branches: Branches | None = None,
+        mask_token_D: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Latent (B, prefix + K, D): `encode` of what `embed` gives.
+
+        Args:
+            mask_token_D: stands in all other places (a full-length encoder): the latent has all N patches then.
+        """
+        tokens = self.embed(patches_BKP, places_BK, domain)
+        if mask_token_D is not None and places_BK is not None:
+            tokens, places_BK = fill_in(tokens, places_BK, mask_token_D, self.num_patches), None
+        return self.encode(tokens, places_BK, domain=domain, branches=branches)
+
     def add_adapters(self) -> None:
         """Norm layers and the cls token get a second copy for adversarial data (AEMIM)."""
         add_adapters(self)
@@ -113,3 +128,36 @@ def fill_in(tokens: Tensor, places_BK: Tensor, mask_token_D: Tensor, num_patches
     full = mask_token_D.to(tokens.dtype).expand(B, num_patches, *tokens.shape[2:])
     index = places_BK.view(B, K, *[1] * (tokens.ndim - 2)).expand_as(tokens)
     return torch.scatter(full, 1, index, tokens)
+
+
+def conv_over_grid(conv: nn.Module, x_BKP: Tensor, side: int, places_BK: Tensor | None, grid: int) -> Tensor:
+    """A convolution over visible patches on their grid, zeros in the holes: (B, K, s'·s'·C'), s' = s / stride.
+
+    So nothing of a masked patch reaches a visible one, and what follows (norms with their statistics, activations) sees
+    visible patches only; with nothing masked it is the plain convolution. Masked dense convolution is SparK's idea
+    (arXiv 2301.03580).
+
+    Args:
+        x_BKP: (B, K, s·s·C), as the result in (row, column, channel) order.
+        side: s, pixels a side of a patch at the present resolution.
+        places_BK: where they belong; None when all N are there in raster order.
+    """
+    B, P = len(x_BKP), x_BKP.shape[-1]
+    s, C = side, P // side**2
+    full = x_BKP if places_BK is None else fill_in(x_BKP, places_BK, x_BKP.new_zeros(P), grid**2)
+    image_BHWC = full.reshape(B, grid, grid, s, s, C).transpose(2, 3).reshape(B, grid * s, grid * s, C)
+    out_BHWC = conv(image_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels last in memory, all the way
+    t = out_BHWC.shape[1] // grid
+    rows = out_BHWC.reshape(B, grid, t, grid, t, -1).transpose(2, 3).reshape(B, grid**2, -1)
+    return rows if places_BK is None else gather_patches(rows, places_BK)
+
+
+def check_patch_size(image_size: int, patch_size: int) -> int:
+    """The patch size; raises ValueError, naming those that would do, when the patches do not tile the image."""
+    if patch_size < 1 or image_size % patch_size:
+        fits = [p for p in (2, 4, 7, 8, 14, 16, 28, 32) if image_size % p == 0]
+        raise ValueError(
+            f"image size {image_size} is not divisible by patch size {patch_size}; "
+            f"patch sizes that fit: {', '.join(map(str, fits)) or 'none of the usual ones, resize the images'}"
+        )
+    return patch_size

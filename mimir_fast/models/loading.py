@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.models.families import Architecture, all_families, find_family, recognise
-from mimir_fast.models.normalization import NORMALIZATIONS
-from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.file_names import from_files, to_files
+from mimir_fast.models.weight_files import NORMALIZATIONS, Weights, WeightsChoice, WeightsError, read_weights
 
 
 @dataclass
@@ -56,7 +56,7 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
     """
     weights = source if isinstance(source, Weights) else read_weights(source, which)
     report = LoadReport(weights.origin, notes=list(weights.notes))
-    own = model.state_dict()
+    own = to_files(model, model.state_dict())
     _check_architecture(weights, own)
     architecture = recognise(own)
     family = None if architecture is None else find_family(architecture.family)
@@ -95,7 +95,7 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
             f"({len(absent)} in all) are not in it; use a whole checkpoint of a plain vision transformer"
         )
     _note_normalization(model, weights, report)
-    model.load_state_dict(ready, strict=False)
+    model.load_state_dict(from_files(model, ready), strict=False)
     report.loaded = list(ready)
     return report
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from mimir_fast.layers.norms import is_adapter
+from mimir_fast.models.file_names import from_files
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, build_masked_model
-from mimir_fast.models.norms import is_adapter
 from mimir_fast.models.weight_files import WeightsChoice, WeightsError, read_weights
 
 
@@ -41,5 +42,5 @@ def load_masked_model(source: str | Path, which: WeightsChoice = "auto") -> tupl
         config.decoder = "linear"
     with torch.random.fork_rng([]):
         model = build_masked_model(config, architecture.image_size, architecture.channels, num_classes or 0)
-    model.load_state_dict(weights.tensors)
+    model.load_state_dict(from_files(model, weights.tensors))
     return model.eval().requires_grad_(False), (weights.config or {}).get("objective", {})

@@ -14,12 +14,11 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.layers.norms import CLEAN
 from mimir_fast.models.decoder import Decoder, LinearDecoder
-from mimir_fast.models.encoder import Encoder, fill_in
+from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
-from mimir_fast.models.flat_names import FlatNames
-from mimir_fast.models.freezable import Freezable
-from mimir_fast.models.norms import CLEAN
+from mimir_fast.models.file_names import Parted
 from mimir_fast.ops.patches import gather_patches
 from mimir_fast.validation import check_number
 
@@ -94,7 +93,7 @@ class Encoded(NamedTuple):
     latent: Tensor
 
 
-class MaskedModel(Freezable, FlatNames):
+class MaskedModel(Parted):
     """An encoder over visible patches and a decoder over all of them.
 
     Args:
@@ -102,7 +101,7 @@ class MaskedModel(Freezable, FlatNames):
         num_classes: of a linear head on the cls token (the mean token where there is none); 0 is no head.
     """
 
-    flat_parts = ("encoder", "decoder")
+    file_parts = ("encoder", "decoder")
 
     def __init__(
         self, encoder: Encoder, decoder: nn.Module, *, full_length: bool = False, num_classes: int = 0
@@ -119,11 +118,8 @@ class MaskedModel(Freezable, FlatNames):
         """(B, prefix + K, D) latent in the order of `view.keep`, of all N places in raster order at full length."""
         if view.domain != CLEAN and not self.encoder.has_adapters:
             raise ValueError("a view of adversarial data, but the model has no adapters: build it with adapters=True")
-        tokens = self.encoder.embed(view.patches, view.keep, view.domain)
-        if not self.full_length:
-            return self.encoder.encode(tokens, view.keep, domain=view.domain)
-        tokens = fill_in(tokens, view.keep, self.mask_token[0, 0], self.num_patches)
-        return self.encoder.encode(tokens, None, domain=view.domain)
+        mask_token = self.mask_token[0, 0] if self.full_length else None
+        return self.encoder(view.patches, view.keep, domain=view.domain, mask_token_D=mask_token)
 
     @property
     def decodes_parts(self) -> bool:
@@ -150,7 +146,6 @@ class MaskedModel(Freezable, FlatNames):
             beside: an encoded view of as many patches; the output then has its rows first, those of `view` after them.
                 One pass through the decoder for both: its weights are read, and their gradients written, once.
         """
-        self.branch_on_frozen()
         latent = self.encode(view)
         if not decode:
             return latent
@@ -173,7 +168,7 @@ class MaskedModel(Freezable, FlatNames):
         return [*self.encoder.layers(), *self.decoder.layers()]  # type: ignore[operator]
 
     def layer_of(self, name: str) -> int:
-        """Layer of a parameter for layer-wise learning rates, by its flat name."""
+        """Layer of a parameter for layer-wise learning rates, by its name in files."""
         return self.encoder.layer_of(name)
 
     @property

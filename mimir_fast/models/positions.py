@@ -1,5 +1,7 @@
 """Positions of tokens: the fixed two-dimensional sine-cosine table (MAE, arXiv 2111.06377, App. A), and their sum."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,3 +37,20 @@ def with_positions(
     """
     ids = None if places_BK is None else behind_prefix(places_BK, 0 if cls_1D is None else 1)
     return add_positions(tokens_BKD, ids, positions_RD, cls_1D)
+
+
+def pseudo_grid(num_tokens: int, grid: int) -> int:
+    """√num_tokens, the side of the square grid on which the MIMIR authors' ConViT and XCiT assume the kept patches.
+
+    Args:
+        grid: of the whole image, for the message.
+    Raises:
+        ValueError: the tokens form no square.
+    """
+    side = math.isqrt(num_tokens)
+    if side**2 != num_tokens:
+        raise ValueError(
+            f"positions=official puts the kept patches on a square grid, and {num_tokens} of {grid**2} form none: use "
+            "--model.positions true, or keep a square number of patches (an even grid and mask_ratio 0.75 do)"
+        )
+    return side

@@ -15,17 +15,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimir_fast.layers.norms import CLEAN, normalise
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.freezable import Freezable
-from mimir_fast.models.norms import CLEAN, LayerNorm
 from mimir_fast.ops.patches import gather_patches, place_patches
 
 
-class StageBlock(Freezable, nn.Module):
+class StageBlock(nn.Module):
     """Base of the blocks: `forward(x, layout, *, domain, branches)`, with what its stage's `layouts` gave."""
 
 
@@ -111,7 +109,7 @@ class StagedEncoder(Encoder):
             x = stage(x, places_BK, domain=domain, branches=branches, first_layer=first_layer)
             first_layer += len(stage.blocks)  # type: ignore[arg-type]
         x = x.flatten(1, -2)
-        return self.norm(x, domain) if isinstance(self.norm, LayerNorm) else x
+        return normalise(self.norm, x, domain)
 
     def layers(self) -> list[nn.Module]:
         """All blocks in their order."""
@@ -181,11 +179,6 @@ def pick_up(x_BSSD: Tensor, rows_BR: Tensor, side: int) -> Tensor:
     B, D = len(x_BSSD), x_BSSD.shape[-1]
     rows = gather_patches(x_BSSD.reshape(B, -1, side * D), rows_BR)
     return rows.view(B, -1, side, side, D)
-
-
-def conv_of_squares(conv: nn.Conv2d, squares: Tensor) -> Tensor:
-    """(…, D) from squares (…, k·k·C) in (row, column, channel) order: a k × k convolution of stride k, as a product."""
-    return F.linear(squares, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
 def init_like_timm(module: nn.Module) -> None:

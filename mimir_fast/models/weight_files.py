@@ -29,6 +29,16 @@ from mimir_fast.models.families import all_families, under_our_names
 
 WeightsChoice = Literal["auto", "model", "ema"]
 
+NormalizationName = Literal["none", "half", "imagenet"]
+
+# Subtracted from and divided out of images in [0, 1] inside the classifier, name: (mean, std). `none` is how our
+# pre-training and the authors' feed the encoder.
+NORMALIZATIONS: dict[NormalizationName, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
 _WRAPPERS = ("model", "model_state_dict", "state_dict", "model_ema")
 
 

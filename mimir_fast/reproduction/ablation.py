@@ -18,6 +18,7 @@ import torch
 
 from mimir_fast.data import build_loader
 from mimir_fast.methods.mimir import MimirConfig
+from mimir_fast.models.file_names import from_files
 from mimir_fast.models.masked_model import build_masked_model
 from mimir_fast.models.weight_files import read_weights
 from mimir_fast.reproduction.gradient_share import gradient_share
@@ -144,7 +145,7 @@ def penalty_shares(row: Row, config: PretrainConfig) -> dict[str, float]:
         torch.manual_seed(config.run.seed)
         model = build_masked_model(config.model, config.data.image_size, config.data.channels)
     share = {"init": gradient_share(row.penalty, model, batch)}
-    model.load_state_dict(read_weights(config.folder, "model").tensors)
+    model.load_state_dict(from_files(model, read_weights(config.folder, "model").tensors))
     return share | {"trained": gradient_share(row.penalty, model, batch)}
 
 

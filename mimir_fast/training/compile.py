@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mimir_fast.models.freezable import Freezable
+from mimir_fast.layers.borrowing import FrozenFlag
 
 LIMIT = 128
 """Variants of one code. Four stages, shifted and not, in six modes, two batch sizes and two decoders are 96."""
@@ -36,6 +36,5 @@ def compile_modules(modules: Sequence[nn.Module], backend: str = "inductor") -> 
 
         config.recompile_limit = max(config.recompile_limit, LIMIT)
     for module in modules:
-        if isinstance(module, Freezable):
-            module.frozen = False  # the module's own from the start: that it appears later would be another situation
+        module.register_forward_pre_hook(FrozenFlag())
         module.compile(dynamic=False, backend=backend, **options)

@@ -1,11 +1,9 @@
 """How the model is spread over the processes: one of them, DDP, or FSDP2.
 
 The model knows nothing of this; `parallelize` applies it in a fixed order (recompute, compile, then shard or wrap), and
-methods see either the wrapped model or, through `attacks.no_trace.borrowed`, the bare one.
+methods see either the wrapped model or, through `layers.borrowing.borrowed`, the bare one.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from typing import Any, Literal
@@ -19,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mimir_fast.training.compile import compile_modules
 from mimir_fast.world import World, start_world, stop_world
 
-__all__ = ["Strategy", "World", "gradient_sync", "parallelize", "start_world", "stop_world"]
+__all__ = ["Strategy", "World", "parallelize", "start_world", "stop_world"]
 
 Strategy = Literal["auto", "single", "ddp", "fsdp"]
 
@@ -82,23 +80,3 @@ def _shard(model: nn.Module, layers: list[nn.Module], world: World, bf16: bool, 
         fully_shard(layer, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
     return model
-
-
-@contextmanager
-def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """One forward and backward pass that reduces gradients over ranks, or only accumulates them."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled)
-        # For attacks.no_trace: what to go back to, and that a training pass follows, which needs the same parameters.
-        model.training_pass = enabled  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            model.training_pass = None  # type: ignore[assignment]
-    elif isinstance(model, DistributedDataParallel) and not enabled:
-        with model.no_sync():
-            yield
-    else:
-        yield

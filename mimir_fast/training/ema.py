@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.models.flat_names import flat_parameters
+from mimir_fast.models.file_names import parameters_by_file_name
 
 
 class Ema:
@@ -16,7 +16,7 @@ class Ema:
         if not 0 < decay < 1:
             raise ValueError(f"ema_decay={decay}, wanted 0 < decay < 1 (or 0 to switch it off)")
         self.decay = decay
-        self.parameters = {name: p for name, p in flat_parameters(model) if p.requires_grad}
+        self.parameters = {name: p for name, p in parameters_by_file_name(model) if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

@@ -15,9 +15,10 @@ from torch import Tensor
 from mimir_fast.checkpoints.reading import load_checkpoint
 from mimir_fast.data.batch import Batch
 from mimir_fast.data.loaders.base import Loader
+from mimir_fast.layers.borrowing import training_pass
 from mimir_fast.training.agreement import Agreement
 from mimir_fast.training.checkpointing import Checkpointing
-from mimir_fast.training.distributed import gradient_sync, parallelize
+from mimir_fast.training.distributed import parallelize
 from mimir_fast.training.ema import Ema
 from mimir_fast.training.health import LossWatch, StepGuard, StopSignal, TrainingDiverged
 from mimir_fast.training.loggers import Logger
@@ -134,7 +135,7 @@ class Trainer:
         for index, batch in enumerate(micro):
             # Gradients are averaged over ranks; micro-batches of other sizes count by their images.
             weight = len(batch.images) * self.world.size / self.run.batch_size
-            with gradient_sync(self.model, index == len(micro) - 1):
+            with training_pass(self.model, reduces=index == len(micro) - 1):
                 with self._autocast():
                     out = self.task.losses(self.model, batch, seed=self.run.seed, step=self.step)
                 (out["loss"] * weight).backward()

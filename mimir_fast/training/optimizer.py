@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.models.flat_names import flat_parameters
+from mimir_fast.models.file_names import parameters_by_file_name
 from mimir_fast.training.schedule import cosine_schedule, stepped_schedule
 from mimir_fast.validation import check_choice, check_finite, check_number
 
@@ -74,7 +74,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
     The model says which layer a parameter is of: 0 for the embedding, 1 … L, L + 1 for what comes after.
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in flat_parameters(model):
+    for name, parameter in parameters_by_file_name(model):
         if not parameter.requires_grad:
             continue
         decays = parameter.ndim > 1 and not name.startswith(("cls_token", "mask_token", "pos_embed"))

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from mimir_fast.checkpoints.reading import read_meta
 from mimir_fast.data import DataConfig, build_loader
-from mimir_fast.models.attention import attention_backend
+from mimir_fast.layers.attention import attention_backend
 from mimir_fast.training.health import StopSignal
 from mimir_fast.training.loggers import (
     JsonLines,

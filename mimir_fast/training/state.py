@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.checkpoints.reading import saved_tensors
-from mimir_fast.models.flat_names import flat_parameters
+from mimir_fast.models.file_names import parameters_by_file_name, to_files
 from mimir_fast.training.ema import Ema
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, Tensor]:
     """Every tensor of a training state by its checkpoint name."""
-    tensors = {f"model/{name}": t.detach() for name, t in model.state_dict().items()}
+    tensors = {f"model/{name}": t.detach() for name, t in to_files(model, model.state_dict()).items()}
     if ema is not None:
         tensors |= {f"ema/{name}": t for name, t in ema.state_dict().items()}
-    for name, parameter in flat_parameters(model):
+    for name, parameter in parameters_by_file_name(model):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
@@ -26,7 +26,7 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Em
 def make_room_for_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Create the empty optimiser state a checkpoint will be loaded into, as the checkpoint names it."""
     saved = saved_tensors(folder)
-    for name, parameter in flat_parameters(model):
+    for name, parameter in parameters_by_file_name(model):
         prefix = f"optimizer/{name}/"
         for full_name in (n for n in saved if n.startswith(prefix)):
             info, key = saved[full_name], full_name.removeprefix(prefix)

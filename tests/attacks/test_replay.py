@@ -8,9 +8,9 @@ import pytest
 import torch
 from small_models import masked_vit
 
-from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.replay import Replay
 from mimir_fast.data.batch import Batch
+from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.methods.mutual_information import MutualInformationConfig
@@ -153,7 +153,7 @@ def test_borrowing_while_a_graph_is_recorded() -> None:
     """The GPU's random state cannot be asked for then; outside it is kept as ever."""
     model = masked_vit().to("cuda")
     graph, x = torch.cuda.CUDAGraph(), torch.zeros(2, device="cuda")
-    with torch.cuda.graph(graph), borrowed_in_mode(model):
+    with torch.cuda.graph(graph), borrowed(model):
         x += 1
     graph.replay()
     assert x.tolist() == [1, 1]

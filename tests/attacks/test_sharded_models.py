@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mimir_fast.attacks.no_trace import borrowed
 from mimir_fast.attacks.pgd import cross_entropy, pgd
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.layers.borrowing import borrowed
 
 
 def full_gradients(model: nn.Module) -> list[Tensor]:

@@ -24,7 +24,7 @@ from mimir_fast.export import ExportConfig, export
 from mimir_fast.methods.registry import all_methods, find_method
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier, load_classifier
 from mimir_fast.models.families import all_families, recognise
-from mimir_fast.models.flat_names import flat_parameters
+from mimir_fast.models.file_names import parameters_by_file_name
 from mimir_fast.models.loading import initialize
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, View, build_masked_model
@@ -89,9 +89,9 @@ def test_every_method_trains_every_parameter(family: str, method: str) -> None:
     out = entry.build(config.objective)(model, batch_of(), seed=0, step=0)
     assert out["loss"].isfinite()
     out["loss"].backward()
-    missing = [name for name, p in flat_parameters(model) if p.requires_grad and p.grad is None]
+    missing = [name for name, p in parameters_by_file_name(model) if p.requires_grad and p.grad is None]
     assert not missing, f"no gradient reaches {missing}"
-    silent = [name for name, p in flat_parameters(model) if p.grad is not None and not p.grad.any()]
+    silent = [name for name, p in parameters_by_file_name(model) if p.grad is not None and not p.grad.any()]
     if family in ("cait", "xcit"):
         silent = [name for name in silent if not name.startswith(CLS_STAGE)]
     assert not silent, f"the gradient of {silent} is zero"

@@ -9,11 +9,11 @@ from small_models import masked_vit
 
 from mimir_fast.attacks.features import FeatureAttackConfig, attack_features, feature_distance
 from mimir_fast.data.batch import Batch
+from mimir_fast.layers.norms import is_adapter
 from mimir_fast.methods.aemim import Aemim, AemimConfig
 from mimir_fast.methods.mae import Mae, MaeConfig
-from mimir_fast.models.flat_names import flat_parameters
+from mimir_fast.models.file_names import parameters_by_file_name
 from mimir_fast.models.masked_model import MaskedModel, View
-from mimir_fast.models.norms import is_adapter
 from mimir_fast.ops.patches import gather_patches, normalize_patches, patchify
 
 EPS = 2 / 255
@@ -91,11 +91,11 @@ def test_the_loss_is_two_reconstructions(model: MaskedModel, batch: Batch) -> No
 def test_each_domain_trains_its_own_adapters(model: MaskedModel, batch: Batch) -> None:
     """All parameters get a gradient from the whole, adapters none without the adversarial part."""
     Aemim(AemimConfig())(model, batch, seed=0, step=0)["loss"].backward()
-    without = [n for n, p in flat_parameters(model) if p.requires_grad and (p.grad is None or not p.grad.any())]
+    without = [n for n, p in parameters_by_file_name(model) if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not without
     model.zero_grad()
     Aemim(AemimConfig(adversarial_weight=0.0))(model, batch, seed=0, step=0)["loss"].backward()
-    for name, parameter in flat_parameters(model):
+    for name, parameter in parameters_by_file_name(model):
         if is_adapter(name):
             assert not parameter.grad.any(), name
 

@@ -16,7 +16,7 @@ from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mae import Draws
 from mimir_fast.methods.masking import Mask
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
-from mimir_fast.models.flat_names import flat_parameters
+from mimir_fast.models.file_names import parameters_by_file_name
 from mimir_fast.models.masked_model import View
 from mimir_fast.ops.patches import patchify, unpatchify
 from mimir_fast.ops.random_masks import masks_from_noise
@@ -49,7 +49,7 @@ class Case:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Of the whole loss, parameter by parameter."""
-        named = {name: p for name, p in flat_parameters(self.model) if p.requires_grad}
+        named = {name: p for name, p in parameters_by_file_name(self.model) if p.requires_grad}
         loss = self.losses()["loss"]
         return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from mimir_fast.models.blocks import Attention, attend_and_rank, most_attended
 from mimir_fast.models.branches import draw_drop_path
 from mimir_fast.models.classifier import Classifier, ClassifierConfig, build_classifier
-from mimir_fast.models.layers import Attention, attend_and_rank, most_attended
 from mimir_fast.ops.patches import patchify
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "state_dicts.json").read_text())

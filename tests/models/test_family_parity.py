@@ -84,9 +84,9 @@ def test_equals_the_authors_code(case: Path) -> None:
 
 
 def flat(model: MaskedModel) -> list[tuple[str, torch.nn.Parameter]]:
-    from mimir_fast.models.flat_names import flat_parameters
+    from mimir_fast.models.file_names import parameters_by_file_name
 
-    return list(flat_parameters(model))
+    return list(parameters_by_file_name(model))
 
 
 def test_cases_are_there() -> None:

@@ -13,7 +13,7 @@ from small_models import masked_vit
 
 from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.models.classifier import Classifier, ClassifierConfig, build_classifier, load_classifier
-from mimir_fast.models.flat_names import flat_parameters
+from mimir_fast.models.file_names import parameters_by_file_name
 from mimir_fast.models.loading import initialize, resize_positions
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.weight_files import WeightsError, read_weights
@@ -43,7 +43,7 @@ def checkpoint_folder(run: Path, model: torch.nn.Module, *, ema: float | None = 
     """A checkpoint as the training loop writes it; its moving average holds `ema` everywhere."""
     tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
     if ema is not None:
-        tensors |= {f"ema/{n}": torch.full_like(p, ema) for n, p in flat_parameters(model) if p.requires_grad}
+        tensors |= {f"ema/{n}": torch.full_like(p, ema) for n, p in parameters_by_file_name(model) if p.requires_grad}
     tensors["optimizer/blocks.0.norm1.weight/exp_avg"] = torch.zeros(192)
     folder = run / "checkpoints" / "step-00000007"
     save_checkpoint(folder, tensors, {"step": 7, **meta})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mimir_fast.models.norms import BatchNorm, LayerNorm
+from mimir_fast.layers.norms import BatchNorm, LayerNorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimir_fast.models.layers import PatchEmbed, convolve
+from mimir_fast.models.blocks import PatchEmbed, convolve
 
 EPS = 8 / 255
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from small_families import BATCH, IMAGE, KEPT, PATCH, draw, make, view
 
+from mimir_fast.layers.norms import ADVERSARIAL, CLEAN, is_adapter
 from mimir_fast.models.branches import Branches, draw_drop_path
 from mimir_fast.models.families import all_families, recognise
-from mimir_fast.models.flat_names import flat_parameters
+from mimir_fast.models.file_names import parameters_by_file_name
 from mimir_fast.models.masked_model import ModelConfig, View, build_masked_model
-from mimir_fast.models.norms import ADVERSARIAL, CLEAN, is_adapter
 from mimir_fast.ops.patches import gather_patches, patchify, patchify_gather, unpatchify
 
 # Shifts of all scores of a softmax: their gradients are zero but for rounding.
@@ -51,7 +51,7 @@ def test_gradients_reach_every_parameter(family: str, positions: str) -> None:
     shown = shown._replace(patches=shown.patches.requires_grad_())
     latent, prediction, *_ = model(shown)
     (prediction.square().mean() + latent.sin().mean()).backward()
-    trained = {name: p.grad for name, p in flat_parameters(model) if p.requires_grad}
+    trained = {name: p.grad for name, p in parameters_by_file_name(model) if p.requires_grad}
     assert all(grad is not None and bool(grad.isfinite().all()) for grad in trained.values())
     silent = {name for name, grad in trained.items() if grad is not None and not grad.any()}
     assert not {name for name in silent if not NO_EFFECT.search(name) and not CLS_ONLY.match(name)}

@@ -11,9 +11,9 @@ from small_families import draw, make, moved
 from torch import nn
 
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
+from mimir_fast.models.encoder import conv_over_grid
 from mimir_fast.models.families import find_family, recognise
 from mimir_fast.models.families.xcit import ConvStem, FourierPositions, LocalInteraction, XcitEncoder
-from mimir_fast.models.grid_conv import conv_over_grid
 from mimir_fast.models.loading import initialize
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.models.weight_files import Weights

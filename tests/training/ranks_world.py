@@ -15,16 +15,16 @@ from small_models import masked_vit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimir_fast.attacks.no_trace import borrowed, unwrap
 from mimir_fast.attacks.reconstruction import ReconstructionAttackConfig
 from mimir_fast.checkpoints.reading import load_checkpoint, read_meta, verify
 from mimir_fast.checkpoints.saving import Saver
 from mimir_fast.data.batch import Batch
+from mimir_fast.layers.borrowing import borrowed, training_pass, unwrap
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.models.masked_model import View
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.agreement import MAX_STEPS, Agreement
-from mimir_fast.training.distributed import gradient_sync, parallelize
+from mimir_fast.training.distributed import parallelize
 from mimir_fast.training.run_folder import RunFolder
 from mimir_fast.world import start_world, stop_world
 
@@ -110,7 +110,7 @@ found["loaded"] = [t.mean().item() for t in tensors.values()]
 def attack_and_train(model: nn.Module, reduce: bool) -> None:
     patches = torch.linspace(0, 1, 4 * 4 * 48).view(4, 4, 48)
     ids = torch.arange(4).expand(4, 4)
-    with gradient_sync(model, reduce):
+    with training_pass(model, reduce):
         with borrowed(model) as module:
             for _ in range(3):
                 patches = patches.detach().requires_grad_()

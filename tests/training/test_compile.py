@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from mimir_fast.attacks.no_trace import borrowed
 from mimir_fast.attacks.pgd import cross_entropy, pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data.batch import Batch
+from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.methods.classification import ClassificationConfig
 from mimir_fast.methods.mimir import Mimir, MimirConfig
 from mimir_fast.methods.pgd import Pgd

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import masked_vit
 
-from mimir_fast.models.flat_names import flat_parameters
+from mimir_fast.models.file_names import parameters_by_file_name
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.cli import parse_float
@@ -68,13 +68,13 @@ class TestOptimizer:
 
     def test_only_matrices_decay(self, model: MaskedModel) -> None:
         undecayed = {id(p) for g in parameter_groups(model, 0.05, 1.0) if not g["weight_decay"] for p in g["params"]}
-        named = dict(flat_parameters(model))
+        named = dict(parameters_by_file_name(model))
         assert id(named["cls_token"]) in undecayed and id(named["blocks.0.norm1.weight"]) in undecayed
         assert id(named["blocks.0.attn.qkv.weight"]) not in undecayed
 
     def test_layer_decay_shrinks_towards_the_input(self, model: MaskedModel) -> None:
         scale = {id(p): g["lr_scale"] for g in parameter_groups(model, 0.05, 0.5) for p in g["params"]}
-        named = dict(flat_parameters(model))
+        named = dict(parameters_by_file_name(model))
         names = ["patch_embed.proj.weight", "blocks.0.mlp.fc1.bias", "blocks.1.mlp.fc1.bias", "norm.bias"]
         assert [scale[id(named[name])] for name in names] == [0.125, 0.25, 0.5, 1.0]
 

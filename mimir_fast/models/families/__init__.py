@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.layers.norms import is_adapter
 from mimir_fast.models.encoder import Encoder
 from mimir_fast.validation import nearest
 
@@ -175,6 +176,25 @@ def under_our_names(tensors: Tensors) -> dict[str, Tensor]:
         if family.anchor in tensors and family.recognise(renamed := family.from_timm(tensors)) is not None:
             return renamed
     return dict(tensors)
+
+
+def encoder_tensors(tensors: Tensors, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """Those whose names begin so, without the adapters for adversarial data."""
+    return {name: t for name, t in tensors.items() if name.startswith(prefixes) and not is_adapter(name)}
+
+
+def head_arguments(tensors: Tensors, title: str) -> dict[str, Any]:
+    """timm's `num_classes` and `global_pool` of a model that pools the cls token, or that has no head.
+
+    Raises:
+        ValueError: the classifier has a norm after the mean token, which timm's class has not.
+    """
+    if "fc_norm.weight" in tensors:
+        raise ValueError(
+            f"this classifier has a norm after the mean of the tokens (fc_norm), timm's {title} has none: fine-tune "
+            "with --model.global_pool cls to export it, or export with --format safetensors"
+        )
+    return {"num_classes": len(tensors["head.weight"]) if "head.weight" in tensors else 0, "global_pool": "token"}
 
 
 def _look_up(table: dict[str, Any], name: str, what: str) -> Any:

@@ -9,16 +9,24 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.layers.inspection import is_plain
+from mimir_fast.layers.linear import norm_mlp
+from mimir_fast.layers.norms import CLEAN, LayerNorm, NoNorm, normalise
+from mimir_fast.models.blocks import Mlp, PatchEmbed, check_heads, init_like_mae, project_queries
 from mimir_fast.models.branches import Branches, LayerBranches, shape_branch
 from mimir_fast.models.class_attention import ClassAttention
 from mimir_fast.models.decoder import Decoder
-from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel, register
-from mimir_fast.models.layers import Layer, Mlp, PatchEmbed, check_heads, init_like_mae, project_queries
-from mimir_fast.models.norms import CLEAN, LayerNorm
-from mimir_fast.models.patch_size import check_patch_size
+from mimir_fast.models.encoder import Encoder, check_patch_size
+from mimir_fast.models.families import (
+    Architecture,
+    Family,
+    Tensors,
+    TimmModel,
+    encoder_tensors,
+    head_arguments,
+    register,
+)
 from mimir_fast.models.positions import sincos_positions, with_positions
-from mimir_fast.models.timm_names import encoder_tensors, head_arguments
 from mimir_fast.ops.patches import gather_patches
 
 # name: (width, depth, heads, initial scale of the branches). `nano` is ours: few layers need no small scale.
@@ -33,6 +41,8 @@ SIZES: dict[str, tuple[int, int, int, float]] = {
 
 def mix_heads(scores_BHQT: Tensor, mixer: nn.Linear) -> Tensor:
     """(B, H, Q, T): each head a weighted sum of all heads."""
+    if not is_plain(nn.Linear, mixer):
+        return mixer(scores_BHQT.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     mixed = mixer.weight @ scores_BHQT.flatten(2) + mixer.bias.unsqueeze(-1)
     return mixed.view_as(scores_BHQT)
 
@@ -49,19 +59,18 @@ class TalkingHeads(nn.Module):
         self.proj_l = nn.Linear(num_heads, num_heads)
         self.proj_w = nn.Linear(num_heads, num_heads)
 
-    def forward(self, x_BTD: Tensor, queries_BQD: Tensor | None = None) -> Tensor:
-        """(B, T, D); or (B, Q, D) when only the tokens `queries_BQD` ask, while all T are attended to."""
-        queries = x_BTD if queries_BQD is None else queries_BQD
-        if queries_BQD is None:
+    def forward(self, x_BTD: Tensor, query_ids_BQ: Tensor | None = None) -> Tensor:
+        """(B, T, D); or (B, Q, D) when only the tokens `query_ids_BQ` ask, while all T are attended to."""
+        if query_ids_BQ is None:
             q, k, v = self.qkv(x_BTD).unflatten(-1, (3, *self.heads)).unbind(2)
         else:
-            q, k, v = project_queries(self.qkv, queries, x_BTD, self.heads)
+            q, k, v = project_queries(self.qkv, x_BTD, query_ids_BQ, self.heads)
         scores = (q * self.heads[1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)
         probs_BHQT = mix_heads(mix_heads(scores, self.proj_l).softmax(dim=-1).to(v.dtype), self.proj_w)
         return self.proj((probs_BHQT @ v.transpose(1, 2)).transpose(1, 2).flatten(2))
 
 
-class ScaledLayer(Layer):
+class ScaledLayer(nn.Module):
     """What both of CaiT's layers are made of: two branches with a norm and a scale each."""
 
     attention: type[nn.Module]
@@ -88,15 +97,10 @@ class CaitBlock(ScaledLayer):
         branches: LayerBranches | None = None,
     ) -> Tensor:  # fmt: skip
         """(B, T, D); (B, Q, D) with `query_ids_BQ`. Arguments as for layers.Block."""
-        self.branch_on_frozen()
-        normed = self.norm1(x_BTD, domain)
-        if query_ids_BQ is None:
-            x, attended = x_BTD, self.attn(normed)
-        else:
-            x = gather_patches(x_BTD, query_ids_BQ)
-            attended = self.attn(normed, gather_patches(normed, query_ids_BQ))
+        attended = self.attn(normalise(self.norm1, x_BTD, domain), query_ids_BQ)
+        x = x_BTD if query_ids_BQ is None else gather_patches(x_BTD, query_ids_BQ)
         x = x + shape_branch(self.gamma_1 * attended, branches, 0)
-        return x + shape_branch(self.gamma_2 * self.mlp(self.norm2(x, domain)), branches, 1)
+        return x + shape_branch(self.gamma_2 * norm_mlp(self.norm2, self.mlp, x, domain, residual=False), branches, 1)
 
 
 class ClassBlock(ScaledLayer):
@@ -106,10 +110,9 @@ class ClassBlock(ScaledLayer):
 
     def forward(self, patches_BKD: Tensor, cls_B1D: Tensor, *, domain: int = CLEAN) -> Tensor:
         """(B, 1, D), the new cls token."""
-        self.branch_on_frozen()
         x = torch.cat([cls_B1D, patches_BKD], dim=1)
-        cls = cls_B1D + self.gamma_1 * self.attn(self.norm1(x, domain))
-        return cls + self.gamma_2 * self.mlp(self.norm2(cls, domain))
+        cls = cls_B1D + self.gamma_1 * self.attn(normalise(self.norm1, x, domain))
+        return cls + self.gamma_2 * norm_mlp(self.norm2, self.mlp, cls, domain, residual=False)
 
 
 class CaitEncoder(Encoder):
@@ -133,7 +136,7 @@ class CaitEncoder(Encoder):
         self.blocks_token_only = nn.ModuleList(
             ClassBlock(width, num_heads, mlp_ratio_token_only, qkv_bias, init_values) for _ in range(depth_token_only)
         )
-        self.norm = LayerNorm(width) if final_norm else nn.Identity()
+        self.norm = LayerNorm(width) if final_norm else NoNorm()
         self.apply(init_like_mae)
         nn.init.normal_(self.cls_token, std=0.02)
 
@@ -148,7 +151,7 @@ class CaitEncoder(Encoder):
         for block in self.blocks_token_only:
             cls = block(x, cls, domain=domain)
         x = torch.cat([cls, x], dim=1)
-        return self.norm(x, domain) if isinstance(self.norm, LayerNorm) else x
+        return normalise(self.norm, x, domain)
 
     def layers(self) -> list[nn.Module]:
         """Those over patches and those of the cls token."""

@@ -17,17 +17,24 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.models.attention import attention
+from mimir_fast.layers.attention import attention
+from mimir_fast.layers.inspection import is_plain
+from mimir_fast.layers.linear import norm_mlp
+from mimir_fast.layers.norms import CLEAN, LayerNorm, NoNorm, normalise
+from mimir_fast.models.blocks import Block, Mlp, PatchEmbed, check_heads, init_like_mae
 from mimir_fast.models.branches import Branches, LayerBranches, shape_branch
 from mimir_fast.models.decoder import Decoder
-from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel, register
-from mimir_fast.models.layers import Block, Layer, Mlp, PatchEmbed, check_heads, init_like_mae
-from mimir_fast.models.norms import CLEAN, LayerNorm
-from mimir_fast.models.patch_size import check_patch_size
-from mimir_fast.models.positions import sincos_positions, with_positions
-from mimir_fast.models.pseudo_grid import pseudo_grid
-from mimir_fast.models.timm_names import encoder_tensors, head_arguments
+from mimir_fast.models.encoder import Encoder, check_patch_size
+from mimir_fast.models.families import (
+    Architecture,
+    Family,
+    Tensors,
+    TimmModel,
+    encoder_tensors,
+    head_arguments,
+    register,
+)
+from mimir_fast.models.positions import pseudo_grid, sincos_positions, with_positions
 from mimir_fast.ops.patches import gather_patches
 
 # name: (width, depth, heads, layers with positions). `nano` is ours, the others are timm's and the MIMIR authors'.
@@ -81,9 +88,13 @@ class PositionalAttention(nn.Module):
         (B, T, H, E), G = v_BTHE.shape, len(offsets_G3TT)
         exact = torch.promote_types(v_BTHE.dtype, torch.float32)  # squared distances are too large for bf16
         with torch.autocast(v_BTHE.device.type, enabled=False):
-            weight, bias = self.pos_proj.weight.to(exact), self.pos_proj.bias.to(exact)
-            scores = weight @ offsets_G3TT.to(exact).flatten(2) + bias.unsqueeze(-1)
-            probs_GHTT = scores.view(G, H, T, T).softmax(dim=-1).to(v_BTHE.dtype)
+            offsets = offsets_G3TT.to(exact)
+            if is_plain(nn.Linear, self.pos_proj):
+                weight, bias = self.pos_proj.weight.to(exact), self.pos_proj.bias.to(exact)
+                scores = weight @ offsets.flatten(2) + bias.unsqueeze(-1)
+            else:
+                scores = self.pos_proj(offsets.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            probs_GHTT = scores.reshape(G, H, T, T).softmax(dim=-1).to(v_BTHE.dtype)
         if G == B:
             return (probs_GHTT @ v_BTHE.transpose(1, 2)).transpose(1, 2)
         mixed = probs_GHTT[0] @ v_BTHE.permute(2, 1, 0, 3).reshape(H, T, B * E)  # one product for all images
@@ -104,7 +115,7 @@ class PositionalAttention(nn.Module):
         return self.proj(torch.lerp(by_content, by_position.to(by_content.dtype), gate_H1).flatten(2))
 
 
-class PositionalBlock(Layer):
+class PositionalBlock(nn.Module):
     """x + PositionalAttention(LN(x)), then x + MLP(LN(x))."""
 
     def __init__(
@@ -121,11 +132,10 @@ class PositionalBlock(Layer):
         branches: LayerBranches | None = None,
     ) -> Tensor:  # fmt: skip
         """(B, T, D); (B, Q, D) with `query_ids_BQ`. Arguments as for layers.Block, and the offsets between tokens."""
-        self.branch_on_frozen()
-        attended = self.attn(self.norm1(x_BTD, domain), offsets_G3TT, query_ids_BQ)
+        attended = self.attn(normalise(self.norm1, x_BTD, domain), offsets_G3TT, query_ids_BQ)
         x = x_BTD if query_ids_BQ is None else gather_patches(x_BTD, query_ids_BQ)
         x = x + shape_branch(attended, branches, 0)
-        return x + shape_branch(self.mlp(self.norm2(x, domain)), branches, 1)
+        return x + shape_branch(norm_mlp(self.norm2, self.mlp, x, domain, residual=False), branches, 1)
 
 
 def make_blocks(
@@ -171,7 +181,7 @@ class ConvitEncoder(Encoder):
         self.pos_embed = nn.Parameter(sincos_positions(width, self.grid, cls_token=False))
         self.patch_embed = PatchEmbed(channels, width, patch_size)
         self.blocks = make_blocks(width, depth, num_heads, mlp_ratio, qkv_bias, local_up_to_layer, locality_strength)
-        self.norm = LayerNorm(width) if final_norm else nn.Identity()
+        self.norm = LayerNorm(width) if final_norm else NoNorm()
         initialise(self)
         nn.init.normal_(self.cls_token, std=0.02)
 
@@ -195,7 +205,7 @@ class ConvitEncoder(Encoder):
                 x = torch.cat([self.cls_of(domain).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
             inputs = (x, offsets) if index < self.local_up_to_layer else (x,)
             x = block(*inputs, domain=domain, branches=of_layer)
-        return self.norm(x, domain) if isinstance(self.norm, LayerNorm) else x
+        return normalise(self.norm, x, domain)
 
 
 class ConvitDecoder(Decoder):

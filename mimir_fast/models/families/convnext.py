@@ -15,16 +15,17 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.layers.convolution import conv_of_squares
+from mimir_fast.layers.linear import norm_mlp
+from mimir_fast.layers.norms import CLEAN, LayerNorm, NoNorm, is_adapter, normalise
+from mimir_fast.models.blocks import Mlp
 from mimir_fast.models.branches import LayerBranches, shape_branch
 from mimir_fast.models.decoder import Decoder
 from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel, register
-from mimir_fast.models.layers import Mlp
-from mimir_fast.models.norms import CLEAN, LayerNorm, is_adapter
 from mimir_fast.models.staged import (
     Stage,
     StageBlock,
     StagedEncoder,
-    conv_of_squares,
     cut,
     init_like_timm,
     lay_out,
@@ -66,12 +67,11 @@ class ConvNextBlock(StageBlock):
         self, x: Tensor, rows_BR: Tensor | None, *, domain: int = CLEAN, branches: LayerBranches | None = None
     ) -> Tensor:
         """Same shape as x: (B, K, u, u, D) with the `rows_BR` of its units, (B, S, S, D) with None."""
-        self.branch_on_frozen()
         if rows_BR is None:
             branch = self.convolve(x)
         else:
             branch = pick_up(self.convolve(lay_out(x, rows_BR, self.grid)), rows_BR, self.side)
-        branch = self.mlp(self.norm(branch, domain))
+        branch = norm_mlp(self.norm, self.mlp, branch, domain, residual=False)
         if self.gamma is not None:
             branch = branch * self.gamma
         return x + shape_branch(branch, branches, 0)
@@ -84,10 +84,14 @@ class ConvNextBlock(StageBlock):
 class Stem(nn.Sequential):
     """A linear layer of the pixels of a token, and a norm."""
 
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+        super().__init__(nn.Conv2d(channels, dim, patch_size, patch_size), LayerNorm(dim))
+        self.patch_size = patch_size
+
     def forward(self, pixels: Tensor, domain: int = CLEAN) -> Tensor:
         """(…, D) from (…, patch²·C)."""
         conv, norm = self
-        return norm(conv_of_squares(cast(nn.Conv2d, conv), pixels), domain)
+        return normalise(norm, conv_of_squares(conv, pixels, self.patch_size), domain)
 
 
 class Downsample(nn.Sequential):
@@ -96,7 +100,7 @@ class Downsample(nn.Sequential):
     def forward(self, x: Tensor, domain: int = CLEAN) -> Tensor:
         """(…, h/2, w/2, 2D) from (…, h, w, D)."""
         norm, conv = self
-        return conv_of_squares(cast(nn.Conv2d, conv), cut(norm(x, domain), 2).flatten(-3))
+        return conv_of_squares(conv, cut(normalise(norm, x, domain), 2).flatten(-3), 2)
 
 
 class ConvNextStage(Stage):
@@ -118,13 +122,13 @@ class ConvNextEncoder(StagedEncoder):
     ) -> None:  # fmt: skip
         widths = [width * 2**stage for stage in range(len(depths))]
         super().__init__(widths, depths, image_size=image_size, patch_size=patch_size, channels=channels)
-        self.stem = Stem(nn.Conv2d(channels, width, patch_size, patch_size), LayerNorm(width))
+        self.stem = Stem(channels, width, patch_size)
         self.stages = nn.ModuleList()
         for index, (dim, depth, side) in enumerate(zip(widths, depths, self.sides(), strict=True)):
             merge = Downsample(LayerNorm(dim // 2), nn.Conv2d(dim // 2, dim, 2, 2)) if index else None
             blocks = [ConvNextBlock(dim, self.grid, side) for _ in range(depth)]
             self.stages.append(ConvNextStage(self.grid, side, merge, blocks))
-        self.norm = LayerNorm(self.width) if final_norm else nn.Identity()
+        self.norm = LayerNorm(self.width) if final_norm else NoNorm()
         self.apply(init_like_timm)
 
     def stem_of(self, pixels: Tensor, domain: int) -> Tensor:

@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.layers.convolution import conv_of_squares
+from mimir_fast.layers.norms import CLEAN, LayerNorm, is_adapter, normalise
 from mimir_fast.models.decoder import Decoder
+from mimir_fast.models.encoder import check_patch_size
 from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel, register
 from mimir_fast.models.families.vit import SIZES as VIT_SIZES
 from mimir_fast.models.families.vit import VitEncoder, timm_arguments
-from mimir_fast.models.norms import CLEAN, LayerNorm, is_adapter
-from mimir_fast.models.patch_size import check_patch_size
-from mimir_fast.models.staged import conv_of_squares
 from mimir_fast.ops.patches import gather_patches, unpatchify, unpatchify_visible
 
 # ViT's sizes; `nano` is ours.
@@ -43,14 +43,14 @@ class ConvStem(nn.Module):
         x = images_BCHW
         *stem, last = cast(nn.ModuleList, self.proj["stem"])
         for index, layer in enumerate(stem):
-            if isinstance(layer, LayerNorm):  # over channels, which lie last in memory
-                x = layer(x.permute(0, 2, 3, 1), domain).permute(0, 3, 1, 2)
+            if index % 3 == 1:  # a norm over channels, which lie last in memory
+                x = normalise(layer, x.permute(0, 2, 3, 1), domain).permute(0, 3, 1, 2)
             elif index == 0:
                 with torch.autocast(x.device.type, enabled=False):
                     x = layer(x.float().contiguous(memory_format=torch.channels_last))
             else:
                 x = layer(x)
-        return conv_of_squares(cast(nn.Conv2d, last), x.permute(0, 2, 3, 1).flatten(1, 2))
+        return conv_of_squares(last, x.permute(0, 2, 3, 1).flatten(1, 2), 1)
 
 
 class ConvStemEncoder(VitEncoder):

@@ -16,16 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.layers.convolution import conv_of_squares
+from mimir_fast.layers.linear import norm_mlp
+from mimir_fast.layers.norms import CLEAN, LayerNorm, NoNorm, is_adapter, normalise
+from mimir_fast.models.blocks import Mlp
 from mimir_fast.models.branches import LayerBranches, shape_branch
 from mimir_fast.models.decoder import Decoder
 from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel, register
-from mimir_fast.models.layers import Mlp
-from mimir_fast.models.norms import CLEAN, LayerNorm, is_adapter
 from mimir_fast.models.staged import (
     Stage,
     StageBlock,
     StagedEncoder,
-    conv_of_squares,
     cut,
     init_like_timm,
     numbered,
@@ -109,9 +110,8 @@ class SwinBlock(StageBlock):
         self, x: Tensor, windows: Windows, *, domain: int = CLEAN, branches: LayerBranches | None = None
     ) -> Tensor:
         """Same shape as x, (B, K, u, u, D) or (B, S, S, D)."""
-        self.branch_on_frozen()
-        x = x + shape_branch(self.attn(self.norm1(x, domain), windows, self.apart_WAA), branches, 0)
-        return x + shape_branch(self.mlp(self.norm2(x, domain)), branches, 1)
+        x = x + shape_branch(self.attn(normalise(self.norm1, x, domain), windows, self.apart_WAA), branches, 0)
+        return x + shape_branch(norm_mlp(self.norm2, self.mlp, x, domain, residual=False), branches, 1)
 
 
 class PatchMerging(nn.Module):
@@ -125,7 +125,7 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor, domain: int = CLEAN) -> Tensor:
         """(…, h/2, w/2, 2D) from (…, h, w, D)."""
         # Swin's order of the four is column by column.
-        return self.reduction(self.norm(cut(x, 2).transpose(-3, -2).flatten(-3), domain))
+        return self.reduction(normalise(self.norm, cut(x, 2).transpose(-3, -2).flatten(-3), domain))
 
 
 class SwinStage(Stage):
@@ -161,12 +161,13 @@ class SwinStem(nn.Module):
 
     def __init__(self, channels: int, dim: int, patch_size: int) -> None:
         super().__init__()
+        self.patch_size = patch_size
         self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
         self.norm = LayerNorm(dim, EPS)
 
     def forward(self, pixels: Tensor, domain: int = CLEAN) -> Tensor:
         """(…, D) from (…, patch²·C)."""
-        return self.norm(conv_of_squares(self.proj, pixels), domain)
+        return normalise(self.norm, conv_of_squares(self.proj, pixels, self.patch_size), domain)
 
 
 class SwinEncoder(StagedEncoder):
@@ -183,7 +184,7 @@ class SwinEncoder(StagedEncoder):
             SwinStage(self.grid, side, dim, depth, heads, first=index == 0)
             for index, (side, dim, depth, heads) in enumerate(zip(self.sides(), widths, depths, num_heads, strict=True))
         )
-        self.norm = LayerNorm(self.width, EPS) if final_norm else nn.Identity()
+        self.norm = LayerNorm(self.width, EPS) if final_norm else NoNorm()
         # Not the stem: it keeps the bias of a fresh convolution, as in timm. The norm behind a linear map without bias
         # tells the sign of a flat patch and not how bright it is, and then pre-training learns nothing from an image.
         self.stages.apply(init_like_timm)

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.layers.norms import CLEAN, LayerNorm, NoNorm, normalise
+from mimir_fast.models.blocks import Block, PatchEmbed, init_like_mae
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.decoder import Decoder
-from mimir_fast.models.encoder import Encoder
+from mimir_fast.models.encoder import Encoder, check_patch_size
 from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel, register
-from mimir_fast.models.layers import Block, PatchEmbed, init_like_mae
-from mimir_fast.models.norms import CLEAN, LayerNorm
-from mimir_fast.models.patch_size import check_patch_size
 from mimir_fast.models.positions import sincos_positions, with_positions
 
 # name: (width, depth, heads). `nano` is ours, for experiments on a CPU; the others are the papers'.
@@ -45,7 +44,7 @@ class VitEncoder(Encoder):
         self.pos_embed = nn.Parameter(sincos_positions(width, self.grid), requires_grad=False)
         self.patch_embed = PatchEmbed(channels, width, patch_size)
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = LayerNorm(width) if final_norm else nn.Identity()
+        self.norm = LayerNorm(width) if final_norm else NoNorm()
         self.apply(init_like_mae)
         nn.init.normal_(self.cls_token, std=0.02)
 
@@ -60,7 +59,7 @@ class VitEncoder(Encoder):
                 continue
             keep = 1 + max(1, round((x.shape[1] - 1) * branches.keep_rate)) if branches.keep_rate < 1 else None
             x = block(x, num_keep=keep, domain=domain, branches=branches.of_layer(index))
-        return self.norm(x, domain) if isinstance(self.norm, LayerNorm) else x
+        return normalise(self.norm, x, domain)
 
 
 def build(architecture: Architecture, final_norm: bool) -> VitEncoder:

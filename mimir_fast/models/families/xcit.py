@@ -16,18 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimir_fast.layers.convolution import conv_of_squares
+from mimir_fast.layers.linear import norm_mlp
+from mimir_fast.layers.norms import CLEAN, BatchNorm, LayerNorm, NoNorm, normalise
+from mimir_fast.models.blocks import Mlp, check_heads
 from mimir_fast.models.branches import Branches, LayerBranches, shape_branch
 from mimir_fast.models.class_attention import ClassAttention
 from mimir_fast.models.decoder import Decoder
-from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel, register
-from mimir_fast.models.grid_conv import conv_over_grid
-from mimir_fast.models.layers import Layer, Mlp, check_heads
-from mimir_fast.models.norms import CLEAN, BatchNorm, LayerNorm
-from mimir_fast.models.patch_size import check_patch_size
-from mimir_fast.models.positions import with_positions
-from mimir_fast.models.pseudo_grid import pseudo_grid
-from mimir_fast.models.timm_names import encoder_tensors, head_arguments
+from mimir_fast.models.encoder import Encoder, check_patch_size, conv_over_grid
+from mimir_fast.models.families import (
+    Architecture,
+    Family,
+    Tensors,
+    TimmModel,
+    encoder_tensors,
+    head_arguments,
+    register,
+)
+from mimir_fast.models.positions import pseudo_grid, with_positions
 from mimir_fast.ops.patches import gather_patches
 
 # name: (width, depth, heads, initial scale of the branches). `nano` is ours, `small` timm's xcit_small_12 and the MIMIR
@@ -72,11 +78,11 @@ class LocalInteraction(nn.Module):
 
     def forward(self, x_BKD: Tensor, places_BK: Tensor | None, grid: int, domain: int = CLEAN) -> Tensor:
         """(B, K, D)."""
-        x = F.gelu(conv_over_grid(self.conv1, x_BKD, places_BK, grid))
-        return conv_over_grid(self.conv2, self.bn(x, domain), places_BK, grid)
+        x = F.gelu(conv_over_grid(self.conv1, x_BKD, 1, places_BK, grid))
+        return conv_over_grid(self.conv2, normalise(self.bn, x, domain), 1, places_BK, grid)
 
 
-class XcitBlock(Layer):
+class XcitBlock(nn.Module):
     """Three residual branches: attention between channels, neighbours, MLP."""
 
     def __init__(
@@ -98,16 +104,15 @@ class XcitBlock(Layer):
         domain: int = CLEAN, branches: LayerBranches | None = None,
     ) -> Tensor:  # fmt: skip
         """(B, K, D); (B, Q, D) with `query_ids_BQ`: those tokens only, the MLP runs on no others."""
-        self.branch_on_frozen()
-        x = x_BKD + shape_branch(self.gamma1 * self.attn(self.norm1(x_BKD, domain)), branches, 0)
-        local = self.local_mp(self.norm3(x, domain), places_BK, grid, domain)
+        x = x_BKD + shape_branch(self.gamma1 * self.attn(normalise(self.norm1, x_BKD, domain)), branches, 0)
+        local = self.local_mp(normalise(self.norm3, x, domain), places_BK, grid, domain)
         x = x + shape_branch(self.gamma3 * local, branches, 1)
         if query_ids_BQ is not None:
             x = gather_patches(x, query_ids_BQ)
-        return x + shape_branch(self.gamma2 * self.mlp(self.norm2(x, domain)), branches, 2)
+        return x + shape_branch(self.gamma2 * norm_mlp(self.norm2, self.mlp, x, domain, residual=False), branches, 2)
 
 
-class ClassBlock(Layer):
+class ClassBlock(nn.Module):
     """The cls token gathers from the patches; these pass through the norms only (timm's `tokens_norm`)."""
 
     def __init__(
@@ -125,15 +130,14 @@ class ClassBlock(Layer):
 
     def forward(self, x_BTD: Tensor, *, domain: int = CLEAN) -> Tensor:
         """(B, T, D), cls first."""
-        self.branch_on_frozen()
-        normed = self.norm1(x_BTD, domain)
+        normed = normalise(self.norm1, x_BTD, domain)
         attended = torch.cat([self.attn(normed), normed[:, 1:]], dim=1)
         x = x_BTD + self.gamma1 * attended
         if self.tokens_norm:
-            x = self.norm2(x, domain)
+            x = normalise(self.norm2, x, domain)
             cls, patches = x[:, :1], x[:, 1:]
         else:
-            cls, patches = self.norm2(x[:, :1], domain), x[:, 1:]
+            cls, patches = normalise(self.norm2, x[:, :1], domain), x[:, 1:]
         cls = cls + self.gamma2 * self.mlp(cls)
         return torch.cat([cls, patches + patches], dim=1)  # the published models were trained with this doubling
 
@@ -149,7 +153,7 @@ class FourierPositions(nn.Module):
 
     def forward(self, grid: int) -> Tensor:
         """(N, D) in raster order."""
-        weight = self.token_projection.weight
+        weight = next(self.parameters())
         steps = torch.arange(1, grid + 1, dtype=torch.float32, device=weight.device)
         angles = steps / (grid + self.eps) * 2 * math.pi
         exponents = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32, device=weight.device) / self.hidden_dim
@@ -159,7 +163,7 @@ class FourierPositions(nn.Module):
         )  # (grid, hidden_dim), sine and cosine by turns
         rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
         features = torch.cat([rows, columns], dim=-1).flatten(0, 1).to(weight.dtype)
-        return F.linear(features, weight.flatten(1), self.token_projection.bias)
+        return conv_of_squares(self.token_projection, features, 1)
 
 
 class ConvStem(nn.Module):
@@ -167,7 +171,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, channels: int, dim: int, patch_size: int) -> None:
         super().__init__()
-        depth = STEM_CONVS[patch_size]
+        self.patch_size, depth = patch_size, STEM_CONVS[patch_size]
         widths = [channels, *(dim // 2**halving for halving in reversed(range(depth)))]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -177,11 +181,13 @@ class ConvStem(nn.Module):
 
     def forward(self, patches_BKP: Tensor, places_BK: Tensor | None, grid: int, domain: int = CLEAN) -> Tensor:
         """(B, K, D)."""
-        stages: Any = self.proj[::2]
-        x = patches_BKP.to(stages[0][0].weight.dtype)
-        for index, (conv, norm) in enumerate(stages):
-            x = conv_over_grid(conv, F.gelu(x) if index else x, places_BK, grid)
-            x = norm(x.unflatten(-1, (-1, conv.out_channels)), domain).flatten(2)
+        layers: Any = self.proj
+        side, x = self.patch_size, patches_BKP.to(next(self.parameters()).dtype)
+        for index in range(0, len(layers), 2):
+            conv, norm = layers[index]
+            x = conv_over_grid(conv, layers[index - 1](x) if index else x, side, places_BK, grid)
+            side //= 2
+            x = normalise(norm, x.unflatten(-1, (side**2, -1)), domain).flatten(2)
         return x
 
 
@@ -228,7 +234,7 @@ class XcitEncoder(Encoder):
         self.cls_attn_blocks = nn.ModuleList(
             ClassBlock(width, num_heads, mlp_ratio, qkv_bias, eta, tokens_norm) for _ in range(cls_attn_layers)
         )
-        self.norm = LayerNorm(width) if final_norm else nn.Identity()
+        self.norm = LayerNorm(width) if final_norm else NoNorm()
         self.apply(init_like_xcit)
         nn.init.normal_(self.cls_token, std=0.02)
 
@@ -253,7 +259,7 @@ class XcitEncoder(Encoder):
         x = torch.cat([self.cls_of(domain).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         for block in self.cls_attn_blocks:
             x = block(x, domain=domain)
-        return self.norm(x, domain) if isinstance(self.norm, LayerNorm) else x
+        return normalise(self.norm, x, domain)
 
     def layers(self) -> list[nn.Module]:
         """Those over patches and those of the cls token."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
-from mimir_fast.models.attention_kernels import CANDIDATES, Candidate, Situation
+from mimir_fast.layers.kernels import CANDIDATES, Candidate, Situation
 from mimir_fast.versions import cpu_name, version_of
 
 MARGIN = 0.1

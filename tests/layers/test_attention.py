@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from mimir_fast.models import attention as seam
-from mimir_fast.models import attention_choice
-from mimir_fast.models.attention import attention, attention_backend, attention_choices
-from mimir_fast.models.attention_choice import fastest, measure, memory_file, prefer
-from mimir_fast.models.attention_kernels import CANDIDATES, Candidate, Situation, sdpa
+from mimir_fast.layers import attention as seam
+from mimir_fast.layers import choice
+from mimir_fast.layers.attention import attention, attention_backend, attention_choices
+from mimir_fast.layers.choice import fastest, measure, memory_file, prefer
+from mimir_fast.layers.kernels import CANDIDATES, Candidate, Situation, sdpa
 
 SHAPES = [(2, 50, 50, 3, 64), (2, 197, 197, 2, 8), (1, 147, 197, 4, 8), (3, 17, 33, 2, 32), (1, 1, 1, 1, 16)]
 
@@ -25,7 +25,7 @@ def own_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing known of this machine, and nothing pinned."""
     monkeypatch.setenv("MIMIR_FAST_CACHE", str(tmp_path))
     monkeypatch.delenv("MIMIR_FAST_ATTENTION", raising=False)
-    monkeypatch.setattr(attention_choice, "_remembered", {})
+    monkeypatch.setattr(choice, "_remembered", {})
     monkeypatch.setattr(seam, "_chosen", {})
 
 
@@ -86,8 +86,8 @@ def test_a_second_start_finds_the_answer_of_the_first(monkeypatch: pytest.Monkey
     def measured_again(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(attention_choice, "_remembered", {})  # as in a fresh process
-    monkeypatch.setattr(attention_choice, "measure", measured_again)
+    monkeypatch.setattr(choice, "_remembered", {})  # as in a fresh process
+    monkeypatch.setattr(choice, "measure", measured_again)
     assert fastest(here) == (name, seconds)
     (key,) = stored
     memory_file().write_text(json.dumps({key: {"sdpa": 2.0, "plain": 1.0}}))  # the file decides, not the clock
@@ -113,7 +113,7 @@ def test_a_candidate_that_fails_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -
     def broken(*_: Tensor) -> Tensor:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(attention_choice, "CANDIDATES", (Candidate("native", broken, lambda s: True), *CANDIDATES[1:]))
+    monkeypatch.setattr(choice, "CANDIDATES", (Candidate("native", broken, lambda s: True), *CANDIDATES[1:]))
     name, seconds = fastest(situation((1, 4, 4, 1, 16), torch.float32, torch.device("cpu")))
     assert name != "native" and "native" not in seconds
 

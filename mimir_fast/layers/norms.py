@@ -8,15 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimir_fast.layers.inspection import fusible
+
 CLEAN, ADVERSARIAL = 0, 1
 SUFFIX = "_adversarial"
 
 
-def as_wide_as(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias in float32 where x is: shards travel in bf16, the residual stream and statistics do not."""
+def match_precision(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast weight and bias to float32 if x is float32: FSDP gathers them in bf16, the residual stream stays float32."""
     return (weight.float(), bias.float()) if x.dtype == torch.float32 else (weight, bias)
 
 
+def normalise(norm: nn.Module, x: Tensor, domain: int = CLEAN) -> Tensor:
+    """Call a norm for the data of a domain. On clean data it may be any module that takes x alone."""
+    return norm(x) if domain == CLEAN else norm(x, domain)
+
+
+@fusible
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last dimension, eps 1e-6, with an adapter on demand."""
 
@@ -33,13 +41,21 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor, domain: int = CLEAN) -> Tensor:
         """Same shape as x (…, D)."""
         weight, bias, eps = self.of(domain)
-        return F.layer_norm(x, self.normalized_shape, *as_wide_as(x, weight, bias), eps)
+        return F.layer_norm(x, self.normalized_shape, *match_precision(x, weight, bias), eps)
 
     def of(self, domain: int) -> tuple[Tensor, Tensor, float]:
         """Weight, bias and eps for the data of a domain."""
         if domain == CLEAN:
             return self.weight, self.bias, self.eps
         return self.weight_adversarial, self.bias_adversarial, self.eps
+
+
+class NoNorm(nn.Identity):
+    """Stands where a model has no norm."""
+
+    def forward(self, x: Tensor, domain: int = CLEAN) -> Tensor:
+        """x itself."""
+        return x
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -62,7 +78,7 @@ class BatchNorm(nn.BatchNorm1d):
             getattr(self, name + suffix)
             for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         )
-        weight, bias = as_wide_as(mean, weight, bias)
+        weight, bias = match_precision(mean, weight, bias)
         if self.training and self.track_running_stats:
             count += 1
         elif self.training:

@@ -1,5 +1,6 @@
 """Linear layers in float32 with what stands around them: the definition, any size and layout, second derivatives."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +13,25 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimir_fast import _native
-from mimir_fast.models.layers import Block
-from mimir_fast.ops import fp32_layers as op
-from mimir_fast.ops.fp32_layers import linear, mlp, takes
-from mimir_fast.ops.layer_definitions import Norm, linear_reference, mlp_reference
+from mimir_fast.layers import _fp32 as op
+from mimir_fast.layers import fused
+from mimir_fast.layers._fp32 import takes
+from mimir_fast.layers.definitions import MlpWeights, Norm, linear_reference, mlp_reference
+from mimir_fast.layers.inspection import calls
+from mimir_fast.models.blocks import Block
 
 # rows, inputs, hidden: a real one, then one, primes, more blocks of rows than one, whole vectors
 SHAPES = [(100, 96, 384), (1, 1, 1), (5, 33, 47), (590, 40, 70), (64, 32, 64)]
 
 pytestmark = pytest.mark.skipif(not _native.has("fp32_gelu"), reason="the C++ extension was not built")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return fused.linear(op, x, weight, bias, *rest)  # type: ignore[arg-type]
+
+
+def mlp(x: Tensor, norm: Norm, *weights: Tensor, residual: bool) -> Tensor:
+    return fused.mlp(op, x, norm, MlpWeights(*weights), residual=residual)  # type: ignore[arg-type]
 
 
 def draw(M: int, K: int, H: int) -> list[Tensor]:
@@ -242,12 +253,13 @@ def test_it_is_for_plain_float32_tensors_on_the_cpu() -> None:
 
     x = torch.ones(2, 3)
     assert takes(x, None, torch.nn.Parameter(x))
+    assert not takes(x, None, torch.ones(6)[::2])  # a vector is read where it lies
     assert not takes(x, x.double())
-    assert not takes(x.to("meta"))
-    assert not takes(torch.ones(0, 3))
-    assert not takes(x.as_subclass(Shard))
+    assert not takes(x.to("meta"), None)
+    assert not takes(torch.ones(0, 3), None)
+    assert not takes(x.as_subclass(Shard), None)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not takes(x)
+        assert not takes(x, None)
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -256,20 +268,14 @@ def test_a_block_takes_it(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     block, x = Block(64, 4), torch.randn(2, 9, 64, requires_grad=True)
     ids = torch.tensor([[1, 4, 5], [0, 2, 8]]) if asked else None
-    calls = 0
-
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return mlp(*args, **kwargs)
-
-    monkeypatch.setattr(op, "mlp", counted)
+    monkeypatch.setenv("MIMIR_FAST_ATTENTION", "native")
+    before = calls.copy()
     leaves = [x, *block.parameters()]
     results = []
     for native in (True, False):
         monkeypatch.setattr(op, "_NATIVE", native)
         out = block(x, query_ids_BQ=ids)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-    assert calls == 1
+    assert calls - before == Counter(["fp32 linear"] * 3 + ["fp32 mlp"] if asked else ["fp32 block"])
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.no_trace import borrowed
+from mimir_fast.layers.borrowing import borrowed
 
 
 class Both(torch.autograd.Function):

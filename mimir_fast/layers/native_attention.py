@@ -4,7 +4,7 @@
 
 C++ only, two kernels: bfloat16 by matrix units (csrc/bf16_attention.cpp: AMX, or AVX-512's bf16 products), and float32
 (csrc/fp32_attention.cpp: the widest vectors there are). Both keep the log-sum-exp of each query's scores, so that the
-backward pass needs no T×S matrix either. `models/attention_choice.py` finds out where they are the fastest.
+backward pass needs no T×S matrix either. `choice.py` finds out where they are the fastest.
 Shapes: B images, T queries, S keys, H heads, E numbers a head.
 """
 

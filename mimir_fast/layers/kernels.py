@@ -1,4 +1,4 @@
-"""The ways to compute softmax attention that `attention_choice.py` may choose from.
+"""The ways to compute softmax attention that `choice.py` may choose from.
 
     out = softmax(q kᵀ/√E) v
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mimir_fast.ops.native_attention import native_attention, takes
+from mimir_fast.layers.native_attention import native_attention, takes
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -112,7 +112,7 @@ def _on_cuda_in_half(s: Situation) -> bool:
     return _on_cuda(s) and s.dtype in (torch.float16, torch.bfloat16)
 
 
-# In order of preference: a later one has to be clearly faster than an earlier one (attention_choice.MARGIN).
+# In order of preference: a later one has to be clearly faster than an earlier one (choice.MARGIN).
 CANDIDATES = (
     Candidate("native", native_attention, lambda s: takes(s.device, s.dtype, s.head_dim)),
     Candidate("sdpa", sdpa, lambda s: True),

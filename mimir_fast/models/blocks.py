@@ -1,22 +1,21 @@
-"""The pre-norm transformer block of ViT, with timm's parameter names.
+"""The pre-norm transformer block of ViT, and what its relatives share with it, with timm's parameter names.
 
 Shapes: B batch, N patches of P numbers, T tokens, Q queried tokens, S tokens that stay, D width, H heads.
 """
 
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.models.attention import attention, self_attention, self_attention_kernel
+from mimir_fast.layers.attention import attention, self_attention
+from mimir_fast.layers.block import fused_block
+from mimir_fast.layers.convolution import conv_of_squares
+from mimir_fast.layers.inspection import fusible, is_plain
+from mimir_fast.layers.linear import Mlp as Mlp
+from mimir_fast.layers.linear import linear, linear_by, norm_mlp
+from mimir_fast.layers.norms import CLEAN, LayerNorm, normalise
 from mimir_fast.models.branches import LayerBranches, shape_branch
-from mimir_fast.models.freezable import Freezable
-from mimir_fast.models.norms import CLEAN, LayerNorm
-from mimir_fast.models.projections import Mlp as Mlp
-from mimir_fast.models.projections import project, project_by
-from mimir_fast.ops import bf16_layers
-from mimir_fast.ops.layer_definitions import BlockWeights, keeps
 from mimir_fast.ops.patches import gather_patches
 
 
@@ -27,22 +26,28 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 
 def project_queries(
-    qkv: nn.Linear, queries_BQD: Tensor, x_BTD: Tensor, heads: tuple[int, int], norm: LayerNorm | None = None,
+    qkv: nn.Module, x_BTD: Tensor, query_ids_BQ: Tensor, heads: tuple[int, int], norm: nn.Module | None = None,
     domain: int = CLEAN,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """q (B, Q, H, E) of the queries, k and v (B, T, H, E) of all tokens, from one fused projection.
+    """q (B, Q, H, E) of the queried tokens, k and v (B, T, H, E) of all, from one fused projection.
 
     Args:
-        norm: of both, where they come without.
+        norm: in front, where the tokens come without.
     """
-    D, bias = x_BTD.shape[2], qkv.bias
+    D = x_BTD.shape[2]
+    if not is_plain(nn.Linear, qkv):  # nothing is known of it but that it gives q, k and v
+        q, k, v = linear(qkv, x_BTD, norm=norm, domain=domain).unflatten(-1, (3, D)).unbind(2)
+        q = gather_patches(q, query_ids_BQ)
+        return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+    weight, bias = cast(nn.Linear, qkv).weight, cast(nn.Linear, qkv).bias
     q_bias, kv_bias = (None, None) if bias is None else (bias[:D], bias[D:])
-    q = project_by(qkv.weight[:D], q_bias, queries_BQD, norm=norm, domain=domain).unflatten(-1, heads)
-    kv = project_by(qkv.weight[D:], kv_bias, x_BTD, norm=norm, domain=domain)
+    q = linear_by(weight[:D], q_bias, gather_patches(x_BTD, query_ids_BQ), norm=norm, domain=domain)
+    kv = linear_by(weight[D:], kv_bias, x_BTD, norm=norm, domain=domain)
     k, v = kv.unflatten(-1, (2, *heads)).unbind(2)
-    return q, k, v
+    return q.unflatten(-1, heads), k, v
 
 
+@fusible
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv projection."""
 
@@ -54,23 +59,42 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x_BTD: Tensor, queries_BQD: Tensor | None = None, *, norm: LayerNorm | None = None, domain: int = CLEAN,
+        self, x_BTD: Tensor, query_ids_BQ: Tensor | None = None, *, norm: nn.Module | None = None, domain: int = CLEAN,
         residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """(B, T, D); or (B, Q, D) when only the tokens `queries_BQD` ask, while all T are attended to.
+        """(B, T, D); or (B, Q, D) when only the tokens `query_ids_BQ` ask, while all T are attended to.
 
         Args:
-            norm: in front, of tokens and queries.
+            norm: in front, where the tokens come without.
             residual: added to the output, of its shape.
         """
         B, T, D = x_BTD.shape
         heads = (self.num_heads, D // self.num_heads)
-        if queries_BQD is None:
-            qkv = project(self.qkv, x_BTD, norm=norm, domain=domain).view(B, T, 3, *heads)
+        if query_ids_BQ is None:
+            qkv = linear(self.qkv, x_BTD, norm=norm, domain=domain).view(B, T, 3, *heads)
             attended = self_attention(qkv)
         else:
-            attended = attention(*project_queries(self.qkv, queries_BQD, x_BTD, heads, norm, domain))
-        return project(self.proj, attended.flatten(2), residual=residual)
+            attended = attention(*project_queries(self.qkv, x_BTD, query_ids_BQ, heads, norm, domain))
+        return linear(self.proj, attended.flatten(2), residual=residual)
+
+
+def norm_attention(
+    norm: nn.Module, attn: nn.Module, x_BTD: Tensor, query_ids_BQ: Tensor | None, domain: int, *, residual: bool
+) -> Tensor:
+    """[x +] attn(norm(x)), (B, T, D); (B, Q, D), of the queried tokens only, with `query_ids_BQ`."""
+    rows = x_BTD if query_ids_BQ is None or not residual else gather_patches(x_BTD, query_ids_BQ)
+    if is_plain(Attention, attn):
+        return cast(Attention, attn).forward(
+            x_BTD, query_ids_BQ, norm=norm, domain=domain, residual=rows if residual else None
+        )
+    normed = normalise(norm, x_BTD, domain)
+    if query_ids_BQ is None:
+        y = attn(normed)
+    elif isinstance(attn, Attention):
+        y = attn(normed, query_ids_BQ)
+    else:
+        y = gather_patches(attn(normed), query_ids_BQ)
+    return rows + y if residual else y
 
 
 class PatchEmbed(nn.Module):
@@ -83,28 +107,17 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, dim: int, patch_size: int) -> None:
         super().__init__()
+        self.patch_size = patch_size
         self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
         nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
         nn.init.zeros_(cast(Tensor, self.proj.bias))
 
     def forward(self, patches_BNP: Tensor) -> Tensor:
         """(B, N, D) tokens of patches in (row, column, channel) order."""
-        weight_DP = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
-        product = convolve if patches_BNP.device.type == "cuda" else F.linear
-        return product(patches_BNP.to(weight_DP.dtype), weight_DP, self.proj.bias)
+        return conv_of_squares(self.proj, patches_BNP, self.patch_size, tf32=True)
 
 
-def convolve(x_BNP: Tensor, weight_DP: Tensor, bias_D: Tensor | None) -> Tensor:
-    """`F.linear` as a 1 × 1 convolution, (B, N, D). Both are in channels-last order: nothing is copied."""
-    y_BD1N = F.conv2d(x_BNP.transpose(1, 2).unsqueeze(2), weight_DP[..., None, None], bias_D)
-    return y_BD1N.squeeze(2).transpose(1, 2)
-
-
-class Layer(Freezable, nn.Module):
-    """Base of what is compiled and sharded one by one."""
-
-
-class Block(Layer):
+class Block(nn.Module):
     """x + Attention(LN(x)), then x + MLP(LN(x))."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True) -> None:
@@ -127,40 +140,24 @@ class Block(Layer):
             domain: whose norms, see norms.py.
             branches: what happens to the attention and the MLP branch, see branches.py.
         """
-        self.branch_on_frozen()
-        plain = branches is None and query_ids_BQ is None and num_keep is None
-        if plain and (weights := self._as_one_op(x_BTD, domain)) is not None:
-            return bf16_layers.block(x_BTD, weights, self.attn.num_heads, self.norm1.eps)
+        if branches is None and query_ids_BQ is None and num_keep is None and is_plain(Attention, self.attn):
+            attn = self.attn
+            y = fused_block(self.norm1, attn.qkv, attn.proj, self.norm2, self.mlp, x_BTD, attn.num_heads, domain)
+            if y is not None:
+                return y
         if num_keep is not None and num_keep < x_BTD.shape[1]:
-            attended, received_BT = attend_and_rank(self.attn, self.norm1(x_BTD, domain))
+            attended, received_BT = attend_and_rank(self.attn, normalise(self.norm1, x_BTD, domain))
             x = gather_patches(x_BTD + shape_branch(attended, branches, 0), most_attended(received_BT, num_keep))
-        else:
+        elif branches is None:
             # Only what is asked for goes through q, proj and the MLP; norms are per token, so they may come after.
-            queries = None if query_ids_BQ is None else gather_patches(x_BTD, query_ids_BQ)
-            x = x_BTD if queries is None else queries
-            if branches is None:
-                x = self.attn(x_BTD, queries, norm=self.norm1, domain=domain, residual=x)
-            else:
-                attended = self.attn(x_BTD, queries, norm=self.norm1, domain=domain)
-                x = x + shape_branch(attended, branches, 0)
+            x = norm_attention(self.norm1, self.attn, x_BTD, query_ids_BQ, domain, residual=True)
+        else:
+            x = x_BTD if query_ids_BQ is None else gather_patches(x_BTD, query_ids_BQ)
+            attended = norm_attention(self.norm1, self.attn, x_BTD, query_ids_BQ, domain, residual=False)
+            x = x + shape_branch(attended, branches, 0)
         if branches is None:
-            return self.mlp.after(self.norm2, x, domain, residual=True)
-        return x + shape_branch(self.mlp.after(self.norm2, x, domain), branches, 1)
-
-    def _as_one_op(self, x_BTD: Tensor, domain: int) -> BlockWeights | None:
-        """The weights, where ops/bf16_layers.py computes the whole block with the attention kernel that is fastest."""
-        if not bf16_layers.takes(x_BTD):
-            return None
-        attn, mlp = self.attn, self.mlp
-        weights = BlockWeights(
-            *self.norm1.of(domain)[:2], attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
-            *self.norm2.of(domain)[:2], mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-        )  # fmt: skip
-        if not bf16_layers.takes(x_BTD, *weights):
-            return None
-        (_, T, D), H = x_BTD.shape, attn.num_heads
-        kernel = self_attention_kernel(x_BTD.device, torch.bfloat16, T, H, D // H, keeps(x_BTD, *weights))
-        return weights if kernel == "native" else None
+            return norm_mlp(self.norm2, self.mlp, x, domain, residual=True)
+        return x + shape_branch(norm_mlp(self.norm2, self.mlp, x, domain, residual=False), branches, 1)
 
 
 def attend_and_rank(attn: Attention, x_BTD: Tensor) -> tuple[Tensor, Tensor]:

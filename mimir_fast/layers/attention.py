@@ -1,6 +1,6 @@
 """The one seam through which all attention goes: the kernel that measured fastest here for these shapes.
 
-`attention_kernels.py` has the candidates, `attention_choice.py` the stopwatch. MIMIR_FAST_ATTENTION pins one by name:
+`kernels.py` has the candidates, `choice.py` the stopwatch. MIMIR_FAST_ATTENTION pins one by name:
 `sdpa`, `plain`, `native`, `xformers`, `cudnn`, `flash` or `efficient`; where the pinned one cannot run, `sdpa` does.
 Shapes: B batch, T query tokens, S key tokens, H heads, E head dim.
 """
@@ -11,10 +11,14 @@ import os
 import torch
 from torch import Tensor
 
-from mimir_fast.models.attention_choice import Seconds, fastest
-from mimir_fast.models.attention_kernels import CANDIDATES, KERNELS, Situation
-from mimir_fast.models.attention_kernels import xformers_failure as xformers_failure
-from mimir_fast.ops.native_attention import native_self_attention
+from mimir_fast.layers.choice import Seconds, fastest
+from mimir_fast.layers.inspection import observed
+from mimir_fast.layers.kernels import CANDIDATES, KERNELS, Situation
+from mimir_fast.layers.kernels import xformers_failure as xformers_failure
+from mimir_fast.layers.native_attention import native_self_attention
+
+CUSTOM = ("native", "xformers")
+"""Kernels that are no operations of PyTorch's: a FLOP counter or vmap would not know them."""
 
 _chosen: dict[tuple[str, Situation], tuple[str, Seconds]] = {}
 
@@ -44,7 +48,8 @@ def _kernel_for(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> str:
         # The kernel is a constant of the graph, and so are the lengths it follows from (`index`: not symbolic).
         lengths = operator.index(T), operator.index(S), operator.index(H), operator.index(E)
         return _constant_choice(q_BTHE.device, q_BTHE.dtype, *lengths, backward, True)
-    return _choice(q_BTHE.device, q_BTHE.dtype, T, S, H, E, backward, False)
+    name = _choice(q_BTHE.device, q_BTHE.dtype, T, S, H, E, backward, False)
+    return "sdpa" if name in CUSTOM and observed() else name
 
 
 def attention_backend(device: torch.device, head_dim: int = 64) -> str:
