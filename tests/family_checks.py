@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from file_state import file_state, load_file_state
 from torch import Tensor, nn
 
 from mimir_fast.layers.norms import ADVERSARIAL, is_adapter
@@ -96,14 +97,14 @@ def timm_of(tensors: dict[str, Tensor], architecture: Architecture) -> nn.Module
     namespace: dict[str, Any] = {}
     exec(exported.code, namespace)
     model: nn.Module = namespace["model"]
-    model.load_state_dict(exported.tensors, strict=True)
+    load_file_state(model, exported.tensors)
     return model.eval()
 
 
 def check_equals_timm(case: Case, tolerance: float = 1e-5) -> None:
     """Logits of the classifier and features of the pre-trained encoder, relative to their size; and the way back."""
     classifier, images = case.classifier(), case.images()
-    state = classifier.state_dict()
+    state = file_state(classifier)
     theirs = timm_of(state, case.architecture)
     with torch.no_grad():
         ours, wanted = classifier(images), theirs(images)
@@ -283,7 +284,7 @@ def check_recognised(case: Case) -> None:
     family = find_family(case.family)
     wanted = case.architecture
     for model in (case.encoder(), case.masked_model(), case.classifier()):
-        found = recognise(model.state_dict())
+        found = recognise(file_state(model))
         assert found is not None
         if not family.image_size_in_tensors:
             found = replace(found, image_size=case.image_size)

@@ -13,12 +13,24 @@ LEAVES = {"philox", "streams", "versions", "validation", "world"}
 ALLOWED = {
     "ops": {"ops", "_native"},
     "checkpoints": {"checkpoints"},
-    "models": {"models", "ops", "checkpoints"},  # reading a run's weights
-    "attacks": {"attacks", "models", "ops", "losses"},
-    "methods": {"methods", "attacks", "models", "ops", "losses", "data.batch"},
+    "layers": {"layers", "ops", "_native"},
+    "models": {"models", "layers", "ops", "checkpoints"},  # reading a run's weights
+    "attacks": {"attacks", "models", "layers", "ops", "losses"},
+    "methods": {"methods", "attacks", "models", "layers", "ops", "losses", "data.batch"},
     "data": {"data", "ops.crop_resize", "command"},  # prepare is a command
-    "training": {"training", "methods", "attacks", "models", "ops", "data", "checkpoints"},
-    "evaluation": {"evaluation", "checkpoints", "training", "methods", "attacks", "models", "ops", "data", "losses"},
+    "training": {"training", "methods", "attacks", "models", "layers", "ops", "data", "checkpoints"},
+    "evaluation": {
+        "evaluation",
+        "checkpoints",
+        "training",
+        "methods",
+        "attacks",
+        "models",
+        "layers",
+        "ops",
+        "data",
+        "losses",
+    },
     "reproduction": {
         "reproduction",
         "checkpoints",

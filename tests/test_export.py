@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from file_state import file_state, load_file_state
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -22,7 +23,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn
     torch.manual_seed(0)
     model = build_masked_model(ModelConfig(encoder="tiny", patch_size=8), image_size=32)
     run = tmp_path_factory.mktemp("runs") / "mimir"
-    tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
+    tensors = {f"model/{n}": t.detach() for n, t in file_state(model).items()}
     save_checkpoint(run / "checkpoints" / "step-00000001", tensors, {"step": 1, "config": {"model": {}}})
     return run, model
 
@@ -34,7 +35,7 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.
     model = build_classifier(ClassifierConfig(encoder="tiny", patch_size=8, normalization="half"), 32, 10)
     torch.nn.init.normal_(model.head.weight)
     run = tmp_path_factory.mktemp("runs") / "pgd"
-    tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
+    tensors = {f"model/{n}": t.detach() for n, t in file_state(model).items()}
     config = {"model": {"normalization": "half"}}
     save_checkpoint(run / "checkpoints" / "step-00000001", tensors, {"step": 1, "config": config})
     return run, model.eval()
@@ -46,7 +47,7 @@ def timm_model(path: Path) -> tuple[torch.nn.Module, dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     model = timm_vit.VisionTransformer(**json.loads(metadata["timm"]))
-    model.load_state_dict(load_file(path), strict=True)
+    load_file_state(model, load_file(path))
     return model.eval(), metadata
 
 
@@ -77,7 +78,7 @@ def test_our_own_format_reads_back(finetuned: tuple[Path, torch.nn.Module], tmp_
 def test_our_own_format_keeps_the_decoder(pretrained: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
     run, model = pretrained
     path = export(ExportConfig(str(run), str(tmp_path / "all.safetensors"), format="safetensors"))
-    assert set(load_file(path)) == set(model.state_dict())
+    assert set(load_file(path)) == set(file_state(model))
 
 
 def test_bad_input(pretrained: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from file_state import file_state
 from safetensors.torch import load, load_file, save_file
 
 from mimir_fast.checkpoints.saving import save_checkpoint
@@ -41,7 +42,7 @@ def evaluation(checkpoint: str) -> dict[str, Any]:
 
 
 def save_run(run: Path, model: torch.nn.Module, config: dict[str, Any]) -> Path:
-    tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
+    tensors = {f"model/{n}": t.detach() for n, t in file_state(model).items()}
     save_checkpoint(run / "checkpoints" / "step-00000001", tensors, {"step": 1, "config": config})
     return run
 
@@ -144,7 +145,7 @@ def test_an_upload_carries_the_same_files(
     publish(HubConfig(str(finetuned[0]), output=str(tmp_path / "robust"), repo_id="you/robust", private=True))
     assert created["repo_id"] == "you/robust" and created["private"] is True
     tensors = load(sent["model.safetensors"])
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in finetuned[1].state_dict().items())
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in file_state(finetuned[1]).items())
     assert b'from_pretrained("you/robust")' in sent["README.md"]
 
 

@@ -143,7 +143,8 @@ def mlp_backward(
     grads = [torch.empty_like(p) for p in (norm.weight, norm.bias, *weights)] if any(needs[1:]) else []
     _native.run("bf16_mlp_backward", grad, x, _wide(x), norm.weight, norm.bias, statistics, hidden, back1, back2,
                 residual, dx, [g.data_ptr() for g in grads], *_dims(x, weights.weight1), UNIT == "amx")  # fmt: skip
-    return _needed([dx, *(grads or [None] * 6)], needs)
+    found: list[Tensor | None] = [dx, *grads] if grads else [dx, *[None] * 6]
+    return _needed(found, needs)
 
 
 def _needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> Grads:

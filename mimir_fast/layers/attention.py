@@ -17,9 +17,6 @@ from mimir_fast.layers.kernels import CANDIDATES, KERNELS, Situation
 from mimir_fast.layers.kernels import xformers_failure as xformers_failure
 from mimir_fast.layers.native_attention import native_self_attention
 
-CUSTOM = ("native", "xformers")
-"""Kernels that are no operations of PyTorch's: a FLOP counter or vmap would not know them."""
-
 _chosen: dict[tuple[str, Situation], tuple[str, Seconds]] = {}
 
 
@@ -48,8 +45,9 @@ def _kernel_for(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> str:
         # The kernel is a constant of the graph, and so are the lengths it follows from (`index`: not symbolic).
         lengths = operator.index(T), operator.index(S), operator.index(H), operator.index(E)
         return _constant_choice(q_BTHE.device, q_BTHE.dtype, *lengths, backward, True)
-    name = _choice(q_BTHE.device, q_BTHE.dtype, T, S, H, E, backward, False)
-    return "sdpa" if name in CUSTOM and observed() else name
+    if observed():
+        return "plain"  # of operations that FLOP counters, vmap and forward-mode know, as PyTorch's fused ones are not
+    return _choice(q_BTHE.device, q_BTHE.dtype, T, S, H, E, backward, False)
 
 
 def attention_backend(device: torch.device, head_dim: int = 64) -> str:

@@ -30,8 +30,8 @@ def fused_block(
     if not is_plain(LayerNorm, norm1, norm2) or not is_plain(nn.Linear, qkv, proj):
         return None
     first, second = (cast(LayerNorm, norm).of(domain) for norm in (norm1, norm2))
-    in_and_out = (qkv.weight, qkv.bias, proj.weight, proj.bias)
-    weights = BlockWeights(*first[:2], *cast(tuple[Tensor, ...], in_and_out), *second[:2], *of_mlp)
+    q, p = cast(nn.Linear, qkv), cast(nn.Linear, proj)
+    weights = BlockWeights(*first[:2], q.weight, q.bias, p.weight, p.bias, *second[:2], *of_mlp)
     kernels = kernels_for(x_BTD, None, *weights)
     if kernels is None or first[2] != second[2]:
         return None

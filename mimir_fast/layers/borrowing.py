@@ -58,7 +58,7 @@ def training_pass(model: nn.Module, reduces: bool) -> Iterator[None]:
 
     with ExitStack() as stack:
         if isinstance(model, FSDPModule):
-            model.set_requires_training_pass(reduces)
+            model.set_requires_gradient_sync(reduces)
         elif isinstance(model, DistributedDataParallel) and not reduces:
             stack.enter_context(model.no_sync())
         _notes.passes.append(_TrainingPass(model, reduces))
@@ -137,7 +137,7 @@ class _Loan:
     def _gather(self) -> None:
         """Whole parameters on every rank, all at once, that stay through backward passes; nothing is reduced."""
         root: Any = self.module
-        root.set_requires_training_pass(False)
+        root.set_requires_gradient_sync(False)
         root.set_reshard_after_backward(False)
         root.set_reshard_after_forward(False)
         for handle in [m.unshard(async_op=True) for m in self._gathered]:
@@ -148,7 +148,7 @@ class _Loan:
         """FSDP's own ways again. In a training pass parameters stay; elsewhere the next reader may want new ones."""
         root: Any = self.module
         around = next((p for p in reversed(_notes.passes) if p.model is root), None)
-        root.set_requires_training_pass(around is None or around.reduces)
+        root.set_requires_gradient_sync(around is None or around.reduces)
         root.set_reshard_after_backward(True)
         root.set_reshard_after_forward(True)
         root.set_reshard_after_forward(False, recurse=False)  # fully_shard's default for a root

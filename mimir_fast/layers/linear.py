@@ -28,7 +28,8 @@ def linear(
 ) -> Tensor:
     """[residual +] layer([norm](x)), (…, N)."""
     if is_plain(nn.Linear, layer):
-        return linear_by(layer.weight, layer.bias, x, norm=norm, domain=domain, residual=residual, layer=layer)
+        weight, bias = cast(nn.Linear, layer).weight, cast(nn.Linear, layer).bias
+        return linear_by(weight, bias, x, norm=norm, domain=domain, residual=residual, layer=layer)
     y = layer(x if norm is None else normalise(norm, x, domain))
     return y if residual is None else residual + y
 

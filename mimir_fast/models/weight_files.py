@@ -39,6 +39,8 @@ NORMALIZATIONS: dict[NormalizationName, tuple[tuple[float, ...], tuple[float, ..
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
+# What a model of ours has beside encoder and decoder.
+_BESIDE = ("head.weight", "head.bias", "fc_norm.", "mask_token")
 _WRAPPERS = ("model", "model_state_dict", "state_dict", "model_ema")
 
 
@@ -109,7 +111,12 @@ def strip_wrappers(content: Any, origin: str) -> dict[str, Tensor]:
             "Wanted a checkpoint of mimir_fast, of the MIMIR authors, or a timm model of one of our families"
         )
     prefix = min(prefixes, key=len)
-    return under_our_names({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+    inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    if prefix.endswith("encoder."):  # the state dict of a live model of ours, which shows its parts
+        whole = prefix.removesuffix("encoder.")
+        beside = {name.removeprefix(whole): t for name, t in tensors.items() if name.startswith(whole)}
+        inside |= {n.removeprefix("decoder."): t for n, t in beside.items() if n.startswith(("decoder.", *_BESIDE))}
+    return under_our_names(inside)
 
 
 def _read_checkpoint(folder: Path, which: WeightsChoice) -> Weights:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint
+from file_state import file_state
 from safetensors import safe_open
 from small_models import masked_vit
 from torch import Tensor
@@ -59,7 +60,7 @@ class TestCheckpoint:
 
     def test_another_architecture_is_refused(self, saved: Path) -> None:
         other = masked_vit(16, 4, 3, 64, 2, 2, 16, 1, 2)
-        tensors = {f"model/{name}": t for name, t in other.state_dict().items()}
+        tensors = {f"model/{name}": t for name, t in file_state(other).items()}
         with pytest.raises(CheckpointError, match=r"another architecture.*\(1, 1, 32\) in the file"):
             load_checkpoint(saved, tensors)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from commands import Command, command_environment, command_line
+from file_state import file_state
 from safetensors.torch import load_file
 from small_classifier import DIGITS, EPS, small_net, train_small
 
@@ -202,7 +203,7 @@ def test_full_suite_end_to_end(environment: Path, command: Command, tmp_path: Pa
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         autoencoder = build_masked_model(ModelConfig(encoder="nano", patch_size=2), 8, 1)
-    save_file(dict(autoencoder.state_dict()), tmp_path / "mae.safetensors")
+    save_file(dict(file_state(autoencoder)), tmp_path / "mae.safetensors")
     digits = load_images(DIGITS, np.arange(40))
     for number in range(40):  # other test set: the classes 1 and 7 only
         label = int(digits.labels[number])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from file_state import file_state
 from safetensors.torch import save_file
 
 from mimir_fast.evaluation.images import EvaluationImages
@@ -19,7 +20,7 @@ def autoencoder() -> MaskedModel:
 
 
 def test_sizes_come_from_the_tensors(autoencoder: MaskedModel, tmp_path: Path) -> None:
-    save_file(dict(autoencoder.state_dict()), tmp_path / "mae.safetensors")
+    save_file(dict(file_state(autoencoder)), tmp_path / "mae.safetensors")
     loaded, norm_pix = load_masked_autoencoder(tmp_path / "mae.safetensors")
     assert norm_pix and not loaded.training
     assert (loaded.encoder.image_size, loaded.patch_size, loaded.channels) == (8, 2, 1)
@@ -27,7 +28,7 @@ def test_sizes_come_from_the_tensors(autoencoder: MaskedModel, tmp_path: Path) -
 
 
 def test_an_encoder_without_decoder_is_refused(autoencoder: MaskedModel, tmp_path: Path) -> None:
-    encoder = {name: t for name, t in autoencoder.state_dict().items() if not name.startswith(("decoder", "mask"))}
+    encoder = {name: t for name, t in file_state(autoencoder).items() if not name.startswith(("decoder", "mask"))}
     save_file(encoder, tmp_path / "encoder.safetensors")
     with pytest.raises(ValueError, match="pre-training run"):
         load_masked_autoencoder(tmp_path / "encoder.safetensors")

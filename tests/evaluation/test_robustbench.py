@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from file_state import file_state
 
 from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.data import DataConfig
@@ -27,7 +28,7 @@ def test_its_clean_accuracy_is_ours(tmp_path: Path) -> None:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x[:64]), y[:64]).backward()
         optimizer.step()
-    tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
+    tensors = {f"model/{n}": t.detach() for n, t in file_state(model).items()}
     meta = {"step": 1, "config": {"model": {"normalization": "half"}}}
     save_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000001", tensors, meta)
     path = export(ExportConfig(str(tmp_path / "run"), str(tmp_path / "m.safetensors"), format="safetensors"))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commands import Command
+from file_state import file_state, load_file_state
 from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import pgd
@@ -146,7 +147,7 @@ def test_fine_tuning_starts_from_the_encoder(family: str) -> None:
     torch.manual_seed(1)
     config = ClassifierConfig(family=family, encoder="nano", patch_size=patch_of(family), drop_path=0.0)
     model = build_classifier(config, 32, 5)
-    report = initialize(model, Weights(dict(source.state_dict()), "the pre-trained model"))
+    report = initialize(model, Weights(dict(file_state(source)), "the pre-trained model"))
     assert all(name.startswith(("head.", "fc_norm.", "norm.")) for name in report.fresh), report
     for name, tensor in source.encoder.state_dict().items():
         if name in model.encoder.state_dict() and not name.startswith("norm."):
@@ -170,12 +171,12 @@ def test_resume_is_bit_exact(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     model, objective = load_masked_model(whole)
     assert objective["mi"]["estimator"] == "hsic"
-    assert all(torch.equal(t, wanted[f"model/{name}"]) for name, t in model.state_dict().items())
+    assert all(torch.equal(t, wanted[f"model/{name}"]) for name, t in file_state(model).items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_alone_tell_the_architecture(family: str) -> None:
-    found = recognise(model_of(family).state_dict())
+    found = recognise(file_state(model_of(family)))
     assert found is not None
     assert (found.family, found.size, found.patch_size, found.channels) == (family, "nano", patch_of(family), 3)
     assert found.image_size == 32 or not all_families()[family].image_size_in_tensors
@@ -193,7 +194,7 @@ def test_timm_computes_the_same_from_the_exported_file(family: str, tmp_path: Pa
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     run = tmp_path / "run"
-    tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
+    tensors = {f"model/{n}": t.detach() for n, t in file_state(model).items()}
     save_checkpoint(
         run / "checkpoints" / "step-00000001",
         tensors,
@@ -216,7 +217,7 @@ def build_in_timm(path: Path) -> nn.Module:
     made: dict[str, Any] = {}
     exec(metadata["code"], made)  # a class of timm with its arguments, and layers that no argument describes
     model: nn.Module = made["model"]
-    model.load_state_dict(load_file(path), strict=True)
+    load_file_state(model, load_file(path))
     return model.eval()
 
 
@@ -227,7 +228,7 @@ def test_adversarial_adapters_are_exported_on_demand(tmp_path: Path, capsys: pyt
         model.encoder.norm.weight_adversarial.fill_(3.0)
     run = tmp_path / "run"
     save_checkpoint(
-        run / "checkpoints" / "step-00000001", {f"model/{n}": t.detach() for n, t in model.state_dict().items()},
+        run / "checkpoints" / "step-00000001", {f"model/{n}": t.detach() for n, t in file_state(model).items()},
         {"step": 1, "config": {"model": {"adapters": True}}},
     )  # fmt: skip
     clean = build_in_timm(export(ExportConfig(str(run), str(tmp_path / "clean.safetensors"))))

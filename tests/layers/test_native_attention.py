@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimir_fast import _native
+from mimir_fast.layers import native_attention as op
 from mimir_fast.layers.attention import attention
 from mimir_fast.layers.native_attention import (
     native_attention,
@@ -15,7 +16,6 @@ from mimir_fast.layers.native_attention import (
     native_self_attention,
     takes,
 )
-from mimir_fast.ops import native_attention as op
 
 CPU = torch.device("cpu")
 UNIT = _native.run("bf16_unit") if _native.has("bf16_unit") else ""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm.models.cait
 import torch
+from file_state import file_state
 from small_families import draw, make, moved
 
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
@@ -36,9 +37,9 @@ def test_blocks_are_timm_s() -> None:
 
 def test_export_has_timm_s_features() -> None:
     model = make("cait").eval()
-    architecture = recognise(model.state_dict())
+    architecture = recognise(file_state(model))
     assert architecture is not None
-    exported = find_family("cait").to_timm(model.state_dict(), architecture)
+    exported = find_family("cait").to_timm(file_state(model), architecture)
     theirs = timm.models.cait.Cait(**exported.arguments).eval()
     theirs.load_state_dict(exported.tensors, strict=True)
     images = draw()[0]
@@ -70,7 +71,7 @@ def test_cls_token_does_not_touch_the_patches() -> None:
 @pytest.mark.parametrize("size", ["xxs24", "s36"])
 def test_pretrained_names_are_the_authors(size: str) -> None:
     with torch.device("meta"):
-        state = build_masked_model(ModelConfig("cait", size), 224).state_dict()
+        state = file_state(build_masked_model(ModelConfig("cait", size), 224))
     assert {name: list(t.shape) for name, t in state.items()} == dict(STATES[f"pre/mae_cait_{size}/224p16"])
 
 
@@ -81,4 +82,4 @@ def test_finetuned_names_are_the_authors() -> None:
         assert architecture is not None and architecture.size == "xxs24"
         config = ClassifierConfig("cait", architecture.size, global_pool="cls")
         model = Classifier(config, 224, 1000, options=dict(architecture.options))
-    assert {name: list(t.shape) for name, t in model.state_dict().items()} == theirs
+    assert {name: list(t.shape) for name, t in file_state(model).items()} == theirs

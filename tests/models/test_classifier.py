@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from file_state import file_state
 
 from mimir_fast.models.blocks import Attention, attend_and_rank, most_attended
 from mimir_fast.models.branches import draw_drop_path
@@ -32,7 +33,7 @@ def test_names_and_shapes_are_the_authors(variant: str) -> None:
     config = ClassifierConfig(encoder={"ti": "tiny"}.get(encoder, encoder), patch_size=int(patch_size))  # type: ignore[arg-type]
     with torch.device("meta"):
         model = build_classifier(config, int(image_size), int(num_classes))
-    assert {name: list(t.shape) for name, t in model.state_dict().items()} == dict(GOLDEN[variant])
+    assert {name: list(t.shape) for name, t in file_state(model).items()} == dict(GOLDEN[variant])
 
 
 @pytest.mark.parametrize("global_pool", ["avg", "cls"])
@@ -43,7 +44,7 @@ def test_features_and_logits_equal_timm(global_pool: str) -> None:
         img_size=32, patch_size=16, embed_dim=192, depth=12, num_heads=3, num_classes=10,
         global_pool={"avg": "avg", "cls": "token"}[global_pool],
     ).eval()  # fmt: skip
-    theirs.load_state_dict(ours.state_dict(), strict=True)
+    theirs.load_state_dict(file_state(ours), strict=True)
     images = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(ours.forward_features(images), theirs.forward_features(images), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm.models.convit
 import torch
+from file_state import file_state
 from small_families import draw, make, moved
 
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
@@ -88,9 +89,9 @@ def test_official_positions_need_a_square_number() -> None:
 
 def test_export_has_timm_s_features() -> None:
     model = make("convit").eval()
-    architecture = recognise(model.state_dict())
+    architecture = recognise(file_state(model))
     assert architecture is not None
-    exported = find_family("convit").to_timm(model.state_dict(), architecture)
+    exported = find_family("convit").to_timm(file_state(model), architecture)
     theirs = timm.models.convit.ConVit(**exported.arguments).eval()
     theirs.load_state_dict(exported.tensors, strict=True)
     images = draw()[0]
@@ -108,9 +109,9 @@ def test_classifier_from_timm_and_back(qkv_bias: bool) -> None:
     images = draw()[0]
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
     assert any("zero" in note for note in report.notes) is qkv_bias
-    architecture = recognise(ours.state_dict())
+    architecture = recognise(file_state(ours))
     assert architecture is not None
-    exported = find_family("convit").to_timm(ours.state_dict(), architecture)
+    exported = find_family("convit").to_timm(file_state(ours), architecture)
     again = timm.models.convit.ConVit(**exported.arguments).eval()
     again.load_state_dict(exported.tensors, strict=True)
     torch.testing.assert_close(again(images), theirs(images), rtol=1e-4, atol=1e-5)
@@ -118,10 +119,10 @@ def test_classifier_from_timm_and_back(qkv_bias: bool) -> None:
 
 def test_norm_after_the_mean_is_not_exported() -> None:
     model = Classifier(ClassifierConfig("convit", "nano", 4), 32, 10)
-    architecture = recognise(model.state_dict())
+    architecture = recognise(file_state(model))
     assert architecture is not None
     with pytest.raises(ValueError, match=r"--model.global_pool cls"):
-        find_family("convit").to_timm(model.state_dict(), architecture)
+        find_family("convit").to_timm(file_state(model), architecture)
 
 
 @pytest.mark.parametrize("variant", [name for name in STATES if name.startswith("pre/mae_convit")])
@@ -130,7 +131,7 @@ def test_pretrained_names_are_the_authors(variant: str) -> None:
     size = {"ti": "tiny"}.get(name.rpartition("_")[2], name.rpartition("_")[2])
     image, patch = map(int, sizes.split("p"))
     with torch.device("meta"):
-        state = build_masked_model(ModelConfig("convit", size, patch), image).state_dict()
+        state = file_state(build_masked_model(ModelConfig("convit", size, patch), image))
     assert {name: list(t.shape) for name, t in state.items()} == dict(STATES[variant])
 
 
@@ -141,7 +142,7 @@ def test_finetuned_names_are_the_authors() -> None:
         assert architecture is not None and architecture.size == "small"
         config = ClassifierConfig("convit", architecture.size, global_pool="cls")
         model = Classifier(config, 224, 1000, options=dict(architecture.options))
-    assert {name: list(t.shape) for name, t in model.state_dict().items()} == theirs
+    assert {name: list(t.shape) for name, t in file_state(model).items()} == theirs
 
 
 @pytest.mark.parametrize("layers", [4, -1])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from family_checks import CHECKS, Case, check_equals_timm, shaken, some_places, timm_of
+from file_state import file_state
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
@@ -81,7 +82,7 @@ def test_gradients_equal_the_dense_network_too() -> None:
 def test_decoder_is_of_the_familys_blocks_and_spreads_what_is_visible() -> None:
     model = shaken(build_masked_model(ModelConfig("convnext", "nano", 2, "light"), 32))
     assert isinstance(model.decoder, ConvNextDecoder)
-    names = set(model.state_dict())
+    names = set(file_state(model))
     assert "decoder_blocks.1.conv_dw.weight" in names
     assert not names & {"decoder_pos_embed", "decoder_blocks.0.gamma"}
     latent = torch.rand(1, 2, 128, requires_grad=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from file_state import load_file_state
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def build(arguments: dict[str, Any], decoder: dict[str, int], state: dict[str, T
     model = MaskedModel(
         encoder, decoder_class(encoder, decoder["width"], decoder["depth"], decoder["heads"], mlp_ratio)
     )
-    model.load_state_dict(state, strict=True)
+    load_file_state(model, state)
     return model.eval()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from file_state import file_state
 from safetensors.torch import save_file
 from small_models import masked_vit
 
@@ -41,7 +42,7 @@ def authors_file(path: Path, model: torch.nn.Module) -> Path:
 
 def checkpoint_folder(run: Path, model: torch.nn.Module, *, ema: float | None = None, **meta: Any) -> Path:
     """A checkpoint as the training loop writes it; its moving average holds `ema` everywhere."""
-    tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
+    tensors = {f"model/{n}": t.detach() for n, t in file_state(model).items()}
     if ema is not None:
         tensors |= {f"ema/{n}": torch.full_like(p, ema) for n, p in parameters_by_file_name(model) if p.requires_grad}
     tensors["optimizer/blocks.0.norm1.weight/exp_avg"] = torch.zeros(192)
@@ -91,7 +92,7 @@ class TestInitialize:
     def test_from_a_timm_state_dict(self, tmp_path: Path) -> None:
         timm_vit = pytest.importorskip("timm.models.vision_transformer")
         source = timm_vit.VisionTransformer(img_size=32, patch_size=8, embed_dim=192, num_heads=3, num_classes=1000)
-        save_file(source.state_dict(), tmp_path / "timm.safetensors")
+        save_file(file_state(source), tmp_path / "timm.safetensors")
         model = classifier()
         report = initialize(model, tmp_path / "timm.safetensors")
         assert_encoder_equal(model, source)
@@ -115,7 +116,7 @@ class TestInitialize:
 @pytest.mark.parametrize("prefix", ["module.base_model.", "module.", "_orig_mod.", ""])
 def test_prefixes_of_released_models(tmp_path: Path, prefix: str) -> None:
     source = classifier()
-    state = {prefix + n: t for n, t in source.state_dict().items()} | {"module.normalize.mean": torch.zeros(3)}
+    state = {prefix + n: t for n, t in file_state(source).items()} | {"module.normalize.mean": torch.zeros(3)}
     torch.save({"model_state_dict": state} if prefix == "module.base_model." else state, tmp_path / "robust.pth")
     if prefix in ("module.", ""):
         state.pop("module.normalize.mean")
@@ -138,7 +139,7 @@ class TestLoadClassifier:
         checkpoint_folder(tmp_path, classifier())
         best = classifier()
         torch.nn.init.ones_(best.head.bias)
-        tensors = {f"model/{n}": t.detach() for n, t in best.state_dict().items()}
+        tensors = {f"model/{n}": t.detach() for n, t in file_state(best).items()}
         save_checkpoint(tmp_path / "checkpoints" / "best", tensors, {"step": 3})
         assert (load_classifier(tmp_path).head.bias == 1).all()
 
@@ -168,8 +169,8 @@ class TestBadFiles:
         assert not (tmp_path / "it_ran").exists()
 
     def test_truncated_files(self, tmp_path: Path) -> None:
-        torch.save(classifier().state_dict(), tmp_path / "a.pth")
-        save_file(classifier().state_dict(), tmp_path / "a.safetensors")
+        torch.save(file_state(classifier()), tmp_path / "a.pth")
+        save_file(file_state(classifier()), tmp_path / "a.safetensors")
         for name in ("a.pth", "a.safetensors"):
             whole = (tmp_path / name).read_bytes()
             (tmp_path / name).write_bytes(whole[: len(whole) // 2])
@@ -208,7 +209,7 @@ class TestBadFiles:
         assert fix in str(error.value)
 
     def test_an_incomplete_file(self, tmp_path: Path) -> None:
-        state = autoencoder().state_dict()
+        state = file_state(autoencoder())
         del state["blocks.4.attn.qkv.weight"]
         save_file(state, tmp_path / "a.safetensors")
         with pytest.raises(WeightsError, match=r"incomplete.*blocks\.4\.attn\.qkv\.weight"):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimir_fast.models.blocks import PatchEmbed, convolve
+from mimir_fast.layers.convolution import convolve
+from mimir_fast.models.blocks import PatchEmbed
 
 EPS = 8 / 255
 

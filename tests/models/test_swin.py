@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from family_checks import CHECKS, Case, check_equals_timm, some_places, timm_of
+from file_state import file_state
 from safetensors.torch import save_file
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor
@@ -98,16 +99,16 @@ def test_windows_without_a_visible_token_give_finite_gradients() -> None:
 def test_weights_of_another_image_size_are_resized(tmp_path: Path) -> None:
     """SimMIM pre-trains with windows of 6 and fine-tunes with windows of 7."""
     small, large = NANO.classifier(), Case("swin", "nano", 56, 2).classifier()
-    theirs = timm_of(small.state_dict(), NANO.architecture)
+    theirs = timm_of(file_state(small), NANO.architecture)
     path = tmp_path / "swin.safetensors"
     save_file(theirs.state_dict(), path)
     report = initialize(large, path)
     assert len(report.resized) == 6 and not report.fresh and not report.skipped
     name = "stages.0.blocks.0.attn.relative_position_bias_table"
-    before, after = small.state_dict()[name], large.state_dict()[name]
+    before, after = file_state(small)[name], file_state(large)[name]
     assert after.shape == (13**2, 2)
     torch.testing.assert_close(after.mean(0), before.mean(0), rtol=0, atol=0.05)
-    torch.testing.assert_close(large.state_dict()["head.weight"], small.state_dict()["head.weight"])
+    torch.testing.assert_close(file_state(large)["head.weight"], file_state(small)["head.weight"])
 
 
 @pytest.mark.parametrize("size, millions", [("tiny", 27.5), ("base", 86.7), ("large", 195.0)])

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from file_state import file_state
 from small_families import BATCH, IMAGE, KEPT, PATCH, draw, make, view
 
 from mimir_fast.layers.norms import ADVERSARIAL, CLEAN, is_adapter
@@ -193,7 +194,7 @@ def test_layers_are_numbered_from_the_embedding_up(family: str) -> None:
 
 
 def test_recognised_by_its_own_family_only(family: str) -> None:
-    state = make(family).state_dict()
+    state = file_state(make(family))
     found = recognise(state)
     assert found is not None
     assert (found.family, found.size, found.image_size, found.patch_size, found.channels) == (
@@ -205,7 +206,7 @@ def test_recognised_by_its_own_family_only(family: str) -> None:
 
 
 def test_attention_without_qkv_bias_is_recognised(family: str) -> None:
-    state = {n: t for n, t in make(family).state_dict().items() if not re.search(r"attn\.(qkv|qk|q|k|v)\.bias", n)}
+    state = {n: t for n, t in file_state(make(family)).items() if not re.search(r"attn\.(qkv|qk|q|k|v)\.bias", n)}
     found = recognise(state)
     assert found is not None and found.options["qkv_bias"] is False
 

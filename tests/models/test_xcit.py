@@ -7,6 +7,7 @@ import pytest
 import timm.models.xcit
 import torch
 import torch.nn.functional as F
+from file_state import file_state
 from small_families import draw, make, moved
 from torch import nn
 
@@ -88,9 +89,9 @@ def test_layers_convolve_over_true_neighbours() -> None:
 def test_export_has_timm_s_features(patch_size: int) -> None:
     torch.manual_seed(0)
     model = moved(build_masked_model(ModelConfig("xcit", "nano", patch_size), 64)).eval()
-    architecture = recognise(model.state_dict())
+    architecture = recognise(file_state(model))
     assert architecture is not None
-    exported = find_family("xcit").to_timm(model.state_dict(), architecture)
+    exported = find_family("xcit").to_timm(file_state(model), architecture)
     theirs = timm.models.xcit.Xcit(**exported.arguments).eval()
     theirs.load_state_dict(exported.tensors, strict=True)
     images = torch.rand(2, 3, 64, 64)
@@ -99,7 +100,7 @@ def test_export_has_timm_s_features(patch_size: int) -> None:
 
 
 def test_export_needs_a_stem_that_timm_has() -> None:
-    state = make("xcit").state_dict()
+    state = file_state(make("xcit"))
     architecture = recognise(state)
     assert architecture is not None
     with pytest.raises(ValueError, match="timm's Xcit has stems for patches of 8 and 16 pixels, this encoder's are 4"):
@@ -121,7 +122,7 @@ def test_classifier_from_timm() -> None:
 
 def test_pretrained_names_are_the_authors() -> None:
     with torch.device("meta"):
-        state = build_masked_model(ModelConfig("xcit", "small"), 224).state_dict()
+        state = file_state(build_masked_model(ModelConfig("xcit", "small"), 224))
     assert {name: list(t.shape) for name, t in state.items()} == dict(STATES["pre/mae_xcit_small/224"])
 
 

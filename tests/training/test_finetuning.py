@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import Command
+from file_state import file_state
 
 from mimir_fast.checkpoints.reading import checkpoints_of, read_meta, read_tensors
 from mimir_fast.checkpoints.saving import save_checkpoint
@@ -52,7 +53,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = build_masked_model(ModelConfig(encoder="tiny", patch_size=16), image_size=32)
     run = tmp_path_factory.mktemp("pretrained") / "mimir"
-    tensors = {f"model/{n}": t.detach() for n, t in model.state_dict().items()}
+    tensors = {f"model/{n}": t.detach() for n, t in file_state(model).items()}
     save_checkpoint(run / "checkpoints" / "step-00000009", tensors, {"step": 9, "kind": "pretrain", "config": {}})
     return run
 
