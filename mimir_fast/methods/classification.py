@@ -22,7 +22,6 @@ from mimir_fast.methods.augmentation import RandAugmentConfig, rand_augment
 from mimir_fast.methods.mixing import MixingConfig, mix, smooth_labels
 from mimir_fast.models.branches import draw_drop_path
 from mimir_fast.models.classifier import Classifier
-from mimir_fast.ops.bf16_kernels import weights_stay
 
 
 def default_attack() -> LinfThreat:
@@ -79,8 +78,7 @@ class ClassificationMethod(ABC):
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """{"loss": scalar, "accuracy": of the training pass, …}; `model` may be wrapped for data parallelism."""
-        with weights_stay():
-            return self.losses(model, self.prepare(model, batch, seed=seed, step=step))
+        return self.losses(model, self.prepare(model, batch, seed=seed, step=step))
 
     @abstractmethod
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
