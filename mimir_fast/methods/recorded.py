@@ -41,6 +41,7 @@ class RecordedInputs:
             self._prepare(own)
             return *own.mask, own.visible, *(() if own.whole is None else (own.whole,))
 
+        assert isinstance(step.number, int)
         inputs = images, samples, torch.full((), step.number, dtype=torch.int64, device=images.device)
         autocast = torch.is_autocast_enabled(images.device.type)
         key = id(model), seed, model.training, images.shape, images.dtype, autocast
