@@ -71,9 +71,11 @@ def attack_in_training(
     if not threat.attacks_in(step):
         return start, {}
 
+    autocast = partial(torch.autocast, start.device.type)
+
     def ascent(threat: TrainingAttack, precision: str) -> Tensor:
-        autocast = torch.autocast(start.device.type, torch.bfloat16, enabled=precision == "bf16")
-        with borrowed_in_mode(model) as module, nullcontext() if precision == "same" else autocast:
+        context = nullcontext() if precision == "same" else autocast(dtype=torch.bfloat16, enabled=precision == "bf16")
+        with borrowed_in_mode(model) as module, context:
             return ascend(partial(objective, module), clean, start, threat)
 
     log = {}

@@ -35,7 +35,7 @@ class AdvMae(Mae):
         self.recorded = RecordedInputs(super().prepare)
 
     def prepare(self, step: MaskedStep) -> None:
-        """All before the training pass; with `cuda_graph` it is replayed."""
+        """Fill in the mask and the attacked patches, with `cuda_graph` by replaying a recording."""
         attack, number = self.config.attack, step.number
         replays = attack.cuda_graph and attack.attacks_in(number) and not attack.compares_in(number)
         (self.recorded if replays else super().prepare)(step)

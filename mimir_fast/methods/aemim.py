@@ -34,7 +34,7 @@ class AemimConfig(MaeConfig):
 
     attack: FeatureAttackConfig = field(default_factory=FeatureAttackConfig)
     adversarial_weight: float = 1.0
-    """Of the adversarial reconstruction; not published, 1 is ours."""
+    """Weight of the adversarial reconstruction; not published, 1 is our choice."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

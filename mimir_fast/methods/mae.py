@@ -24,7 +24,7 @@ from mimir_fast.validation import check_choice
 
 @dataclass
 class MaeConfig(MaskConfig):
-    """What every masked method shares."""
+    """Options of every masked method."""
 
     norm_pix_loss: bool = True
     """Reconstruct patches normalised to zero mean and unit variance each."""
@@ -59,12 +59,12 @@ class Mae:
         return {"loss": sum(others, start=first)} | logged
 
     def prepare(self, step: MaskedStep) -> None:
-        """All before the training pass."""
+        """Fill in the mask and the visible patches: all that needs no gradient to the weights."""
         self.sample(step)
         self.perturb(step)
 
     def sample(self, step: MaskedStep) -> None:
-        """Fill in the mask."""
+        """Fill in which patches are visible and which are predicted."""
         step.mask = step.draw_mask(self.config, Stream.MASK, self.token_order)
 
     def perturb(self, step: MaskedStep) -> None:

@@ -17,7 +17,7 @@ from mimir_fast.validation import check_number
 
 @dataclass
 class MutualInformationConfig:
-    """The penalty of `mimir`."""
+    """The penalty λ·I(x + δ, z) of method `mimir`."""
 
     estimator: Literal["hsic", "nhsic", "renyi", "none"] = "hsic"
     """`hsic` (paper), `nhsic` (authors' code), `renyi` matrix-based Rényi entropy, or `none`."""

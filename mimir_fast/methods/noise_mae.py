@@ -14,7 +14,7 @@ from mimir_fast.methods.step import MaskedStep
 
 @dataclass
 class NoiseMaeConfig(MaeConfig):
-    """MAE's options and the noise."""
+    """Options of MAE, and the size of the noise."""
 
     eps: float = 8 / 255
     """Largest absolute value of the noise, in units of images in [0, 1]: 8/255, not 8."""

@@ -22,7 +22,7 @@ class RecordedInputs:
         self._prepare, self._replays = prepare, dict[object, Replay]()
 
     def __len__(self) -> int:
-        """Recordings so far."""
+        """How many recordings there are."""
         return len(self._replays)
 
     def __call__(self, step: MaskedStep) -> None:

@@ -24,7 +24,7 @@ class SingleStageConfig(AdvMaeConfig):
     """adv-MAE's options and the weight of the classifier."""
 
     class_weight: float = 1.0
-    """Of the cross entropy; ours."""
+    """Weight of the cross entropy; 1 is our choice."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

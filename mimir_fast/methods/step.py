@@ -29,9 +29,9 @@ class MaskedStep:
     batch: Batch
     """uint8 or float images (B, C, H, W), labels and sample numbers."""
     seed: int
-    """Of the run."""
+    """Seed of the run."""
     number: int | Tensor
-    """Of the step; a scalar on the device while the step is recorded as a CUDA graph."""
+    """Number of the step; a scalar on the device while the step is recorded as a CUDA graph."""
 
     mask: Mask = field(init=False)
     """What the encoder sees, and what is predicted."""
@@ -46,13 +46,13 @@ class MaskedStep:
     latent: Tensor = field(init=False)
     """(B, T, D) of the visible patches; of all at full length."""
     prediction: Tensor = field(init=False)
-    """(B, M, P) predicted patches."""
+    """(B, M, P) predicted patches, (2B, M, P) with a clean stream in front."""
     logits: Tensor | None = None
     """(B, classes) of the model's head, where it has one."""
 
     @property
     def bare(self) -> MaskedModel:
-        """The model without its wrapper."""
+        """The MaskedModel inside its wrapper."""
         return cast(MaskedModel, unwrap(self.model))
 
     def draw_mask(self, config: MaskConfig, stream: Stream, order: TokenOrder = "sorted") -> Mask:
