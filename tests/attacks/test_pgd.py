@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_classifier import EPS, SmallNet
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import ball_bounds, cross_entropy, fast_threat, fgsm, linf_ascent, pgd, random_start
+from mimir_fast.attacks.pgd import ball_bounds, fast_threat, fgsm, linf_ascent, pgd, random_start
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.evaluation.images import EvaluationImages
 
