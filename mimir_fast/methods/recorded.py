@@ -19,11 +19,8 @@ class RecordedInputs:
     """
 
     def __init__(self, prepare: Callable[[MaskedStep], None]) -> None:
-        self._prepare, self._replays = prepare, dict[object, Replay]()
-
-    def __len__(self) -> int:
-        """How many recordings there are."""
-        return len(self._replays)
+        self._prepare = prepare
+        self.replays: dict[object, Replay] = {}
 
     def __call__(self, step: MaskedStep) -> None:
         """Raises ValueError for a model of FSDP2."""
@@ -45,7 +42,7 @@ class RecordedInputs:
         inputs = images, samples, torch.full((), step.number, dtype=torch.int64, device=images.device)
         autocast = torch.is_autocast_enabled(images.device.type)
         key = id(model), seed, model.training, images.shape, images.dtype, autocast
-        if key not in self._replays:
-            self._replays[key] = Replay(prepare, inputs)
-        keep, masked, step.visible, *whole = self._replays[key](*inputs)
+        if key not in self.replays:
+            self.replays[key] = Replay(prepare, inputs)
+        keep, masked, step.visible, *whole = self.replays[key](*inputs)
         step.mask, step.whole = Mask(keep, masked), whole[0] if whole else None

@@ -72,7 +72,7 @@ def test_replays_are_the_steps_they_stand_for(preset: str, bf16: bool, device: t
             else:  # products may add up in another order
                 torch.testing.assert_close(found, wanted, rtol=5e-2 if bf16 else 1e-3, atol=2e-3 if bf16 else 1e-5)
         optimizer.step()
-    assert len(recorded.recorded) == 1
+    assert len(recorded.recorded.replays) == 1
 
 
 def test_results_are_not_overwritten_by_the_next_replay(device: torch.device) -> None:
@@ -88,7 +88,7 @@ def test_a_short_batch_is_recorded_for_itself(device: torch.device) -> None:
         batch = batch_on(device, count=count)
         losses = [method(model, batch, seed=0, step=count)["loss"].detach() for method in (eager, recorded)]
         torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
-    assert len(recorded.recorded) == 2
+    assert len(recorded.recorded.replays) == 2
 
 
 def test_a_recorded_attack_leaves_no_trace(device: torch.device) -> None:
