@@ -22,7 +22,7 @@ from benchmarks.patches import draw_ids
 from benchmarks.step import TOLERANCE
 from benchmarks.training import Step, build_model, method_step, on_doubles, random_batch
 from mimir_fast.methods.aemim import Aemim, AemimConfig
-from mimir_fast.methods.mae import Mae, MaeConfig, MaskedMethod
+from mimir_fast.methods.mae import Mae, MaeConfig
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, View
 from mimir_fast.ops.patches import patchify_gather
@@ -41,11 +41,11 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
 def aemim_case(device: torch.device, side: int, batch: int, decoder: Any, *, encoder: str) -> Case:
     """AEMIM and MAE on the same images."""
 
-    def model_for(method: MaskedMethod) -> MaskedModel:
+    def model_for(method: Mae) -> MaskedModel:
         config = ModelConfig(encoder=encoder, decoder=decoder, adapters=isinstance(method, Aemim))
         return build_model(config, side, device)
 
-    def ours(name: str, method: MaskedMethod) -> Provider:
+    def ours(name: str, method: Mae) -> Provider:
         exact = on_doubles(method_step(model_for(method).double(), method))
         return Provider(name, method_step(model_for(method), method), reference=exact)
 

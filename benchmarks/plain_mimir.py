@@ -16,11 +16,12 @@ from torch import Tensor
 
 from benchmarks.hsic import authors as hsic_on_host
 from benchmarks.patches import repeat_gather
-from mimir_fast.methods.mae import Draws
 from mimir_fast.methods.mimir import MimirConfig
-from mimir_fast.methods.noise import UniformNoise
+from mimir_fast.methods.step import MaskedStep
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.ops.patches import patchify, unpatchify
+from mimir_fast.ops.random_uniform import random_uniform
+from mimir_fast.philox import Stream
 
 
 def forward(model: MaskedModel, images: Tensor, ids_keep: Tensor, restore: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,10 +46,11 @@ def forward(model: MaskedModel, images: Tensor, ids_keep: Tensor, restore: Tenso
     return latent, decoder.decoder_pred(decoder.decoder_norm(x))[:, 1:]
 
 
-def losses(model: MaskedModel, images: Tensor, draws: Draws, config: MimirConfig) -> dict[str, Tensor]:
-    """{"loss": MSE on the masked patches + λ·HSIC}, with the paper's preset."""
-    keep, p, attack = draws.mask.keep, model.patch_size, config.attack
-    restore = torch.cat([keep, draws.mask.masked], dim=1).argsort(dim=1)
+def losses(step: MaskedStep, config: MimirConfig) -> dict[str, Tensor]:
+    """{"loss": MSE on the masked patches + λ·HSIC}, by the paper's preset, from the step's mask and noise."""
+    model, images, attack = step.bare, step.batch.images, config.attack
+    (keep, masked), p = step.draw_mask(config, Stream.MASK), model.patch_size
+    restore = torch.cat([keep, masked], dim=1).argsort(dim=1)
     clean = images.float() / 255 if images.dtype == torch.uint8 else images
     target = patchify(clean, p)
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
@@ -58,8 +60,9 @@ def losses(model: MaskedModel, images: Tensor, draws: Draws, config: MimirConfig
         latent, prediction = forward(model, x, keep, restore)
         return latent, ((prediction.float() - target).square().mean(-1) * mask).sum() / mask.sum()
 
-    assert isinstance(draws.delta, UniformNoise)  # MIMIR attacks
-    delta = draws.delta.numbers(keep.shape[1], target.shape[2]).to(target.dtype)
+    count = keep.shape[1] * target.shape[2]
+    draws = random_uniform(step.seed, Stream.ATTACK_START, step.number, step.batch.samples, count)
+    delta = (2 * draws - 1).mul_(attack.eps).view(len(keep), -1, target.shape[2]).to(target.dtype)
     noise = torch.zeros_like(target).scatter(1, keep.unsqueeze(-1).expand_as(delta), delta)
     x_adv = (clean + unpatchify(noise, p)).clamp(0, 1)
     for _ in range(attack.num_steps):

@@ -35,8 +35,9 @@ from benchmarks.training import (
 from mimir_fast.data.batch import Batch
 from mimir_fast.layers.attention import xformers_failure
 from mimir_fast.methods.adv_mae import AdvMae
-from mimir_fast.methods.mae import Mae, MaskedMethod
+from mimir_fast.methods.mae import Mae
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
+from mimir_fast.methods.step import MaskedStep
 from mimir_fast.models.masked_model import DecoderName, ModelConfig
 from mimir_fast.training.distributed import World, parallelize
 
@@ -79,7 +80,7 @@ def case(device: torch.device, setting: Setting) -> Case:
     # MIMIR's attack is a forward and an input-backward more.
     of_mae = {"flops": 3 * forward, "products": Products(products, (1, 1, 1))}
 
-    def ours(name: str, method: MaskedMethod, precision: str, step: Step | None = None, **more: Any) -> Provider:
+    def ours(name: str, method: Mae, precision: str, step: Step | None = None, **more: Any) -> Provider:
         """Held against the same method in float64."""
         step = step or method_step(model, method, bf16=precision == "bf16")
         reference = None if method is paper else on_doubles(method_step(exact, method))
@@ -92,8 +93,7 @@ def case(device: torch.device, setting: Setting) -> Case:
         return name if precision == main else f"{name}, {precision}"
 
     def plain(batch: Batch) -> Tensor:
-        draws = paper.draw(model, batch, seed=SEED, step=STEP)
-        return plain_mimir.losses(model, batch.images, draws, config)["loss"]
+        return plain_mimir.losses(MaskedStep(model, batch, SEED, STEP), config)["loss"]
 
     def four(precision: str) -> list[Provider]:
         by_hand = optimizer_step(model, plain, bf16=precision == "bf16", plain=True)

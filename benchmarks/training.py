@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.case import Outputs
 from mimir_fast.data.batch import Batch
-from mimir_fast.methods.mae import MaskedMethod
+from mimir_fast.methods.mae import Mae
 from mimir_fast.models.families.vit import SIZES as ENCODERS
 from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, View, build_masked_model
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients
@@ -78,7 +78,7 @@ def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain
     return run
 
 
-def method_step(model: MaskedModel, method: MaskedMethod, *, bf16: bool = False, plain: bool = False) -> Step:
+def method_step(model: MaskedModel, method: Mae, *, bf16: bool = False, plain: bool = False) -> Step:
     """`optimizer_step` of a pre-training method."""
     return optimizer_step(model, lambda b: method(model, b, seed=SEED, step=STEP)["loss"], bf16=bf16, plain=plain)
 

@@ -1,5 +1,8 @@
-"""Masked models of any size, so that a test need not be a named one."""
+"""Masked models of any size, so that a test need not be a named one, and steps of theirs."""
 
+from mimir_fast.data.batch import Batch
+from mimir_fast.methods.mae import Mae
+from mimir_fast.methods.step import MaskedStep
 from mimir_fast.models.decoder import Decoder
 from mimir_fast.models.families.vit import VitEncoder
 from mimir_fast.models.masked_model import MaskedModel
@@ -14,3 +17,10 @@ def masked_vit(
         embed_dim, depth, num_heads, image_size=img_size, patch_size=patch_size, channels=in_chans, mlp_ratio=mlp_ratio
     )
     return MaskedModel(encoder, Decoder(encoder, decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio))
+
+
+def prepared(method: Mae, model: MaskedModel, batch: Batch, number: int = 0) -> MaskedStep:
+    """A step of seed 0 after its attack, before the training pass."""
+    step = MaskedStep(model, batch, seed=0, number=number)
+    method.prepare(step)
+    return step

@@ -29,7 +29,6 @@ def ascend(
     threat: LinfThreat,
     *,
     before_step: BeforeStep | None = None,
-    keep_best: bool = False,
 ) -> Tensor:
     """The perturbed input (B, …), detached, within eps of `clean` and in [0, 1] up to rounding.
 
@@ -38,30 +37,13 @@ def ascend(
         start: (B, …) inside the ball.
         threat: its eps, alpha and num_steps.
         before_step: changes the input ahead of each step (ARD + PRM erases part of the perturbation).
-        keep_best: return for each sample the iterate of highest value (one more forward pass), not the last; the
-            objective must give one value a sample then.
     """
     x = start.detach()
-    best, best_value = x, torch.full((len(clean),), -torch.inf, device=clean.device)
-
-    def remember(value_B: Tensor) -> None:
-        nonlocal best, best_value
-        better = value_B.detach() > best_value
-        best = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x.detach(), best)
-        best_value = torch.where(better, value_B.detach(), best_value)
-
     for step in range(threat.num_steps):
         if before_step is not None:
             x = before_step(step, x)
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            values = objective(x)
-            (grad,) = torch.autograd.grad(values.sum(), x)
-        if keep_best:
-            remember(values)
+            (grad,) = torch.autograd.grad(objective(x).sum(), x)
         x = linf_step(x.detach(), grad, clean, alpha=threat.alpha, eps=threat.eps)
-    if keep_best:
-        with torch.no_grad():
-            remember(objective(x))
-        return best
     return x

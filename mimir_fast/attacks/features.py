@@ -10,14 +10,11 @@ Shapes: B images, K visible patches, P numbers a patch, T latent tokens, D width
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mimir_fast.attacks.ascent import ascend
-from mimir_fast.attacks.training_attack import TrainingAttack, precision_of
-from mimir_fast.layers.borrowing import borrowed
-from mimir_fast.models.masked_model import View
+from mimir_fast.attacks.training_attack import TrainingAttack
+from mimir_fast.validation import check_choice
 
 
 @dataclass
@@ -35,8 +32,7 @@ class FeatureAttackConfig(TrainingAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.distance not in ("l2", "kl"):
-            raise ValueError(f"distance={self.distance!r}, wanted l2 or kl")
+        check_choice("attack.distance", self.distance, ("l2", "kl"))
         if not self.random_start and self.num_steps:
             raise ValueError("the feature attack needs random_start: at the clean image the distance has no gradient")
 
@@ -47,33 +43,3 @@ def feature_distance(features_BTD: Tensor, clean_BTD: Tensor, distance: Literal[
     if distance == "l2":
         return (features - clean).square().sum(dim=(1, 2))
     return F.kl_div(features.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(dim=(1, 2))
-
-
-def attack_features(
-    model: nn.Module,
-    clean: View,
-    start_BKP: Tensor,
-    threat: FeatureAttackConfig,
-    *,
-    domain: int,
-    clean_features: Tensor | None = None,
-) -> Tensor:
-    """Adversarial visible patches (B, K, P) whose features, seen as `domain`, are far from the clean ones.
-
-    Args:
-        clean: the clean view; its features are taken in its own domain.
-        start_BKP: where the ascent starts, inside the ball.
-        domain: of the adversarial images, see models/norms.py.
-        clean_features: (B, T, D) latent of `clean`, where a training step has it already: a forward pass less.
-    """
-    with borrowed(model) as module, precision_of(threat, start_BKP.device):
-        if clean_features is None:
-            with torch.no_grad():
-                clean_features = module(clean, decode=False)
-        wanted = clean_features.detach()
-
-        def distance(patches_BKP: Tensor) -> Tensor:
-            features = module(clean._replace(patches=patches_BKP, domain=domain), decode=False)
-            return feature_distance(features, wanted, threat.distance)
-
-        return ascend(distance, clean.patches, start_BKP, threat)

@@ -75,11 +75,10 @@ def linf_ascent(
     threat: LinfThreat,
     *,
     before_step: BeforeStep | None = None,
-    keep_best: bool = False,
 ) -> Tensor:
     """`ascend` on images (B, C, H, W): the result is within eps of `images` and in [0, 1] to the last bit."""
     low, high = ball_bounds(images, threat.eps)
-    return ascend(objective, images, start, threat, before_step=before_step, keep_best=keep_best).clamp(low, high)
+    return ascend(objective, images, start, threat, before_step=before_step).clamp(low, high)
 
 
 def pgd(
@@ -93,7 +92,6 @@ def pgd(
     seed: int = 0,
     step: int = 0,
     start: Tensor | None = None,
-    keep_best: bool = False,
     mode: AttackMode = "as_is",
 ) -> Tensor:
     """Adversarial images (B, C, H, W) for a classifier.
@@ -107,7 +105,6 @@ def pgd(
         samples: (B,) int64 global indices, to which the random start belongs; None stands for 0 … B−1.
         seed, step: the random start's other coordinates; give a restart its own step.
         start: (B, C, H, W) where to start; overrules the random start.
-        keep_best: return the iterate of highest loss, not the last.
         mode: run the model in `eval` or `train` mode, or `as_is`.
     Raises:
         ValueError: images are not float (B, C, H, W), or not in [0, 1] (not looked at on a GPU unless mode is `eval`:
@@ -120,7 +117,7 @@ def pgd(
         if threat.random_start:
             start = random_start(images, threat.eps, samples=samples, seed=seed, step=step)
     with borrowed(model, mode) as module:
-        return linf_ascent(lambda x: loss(module(x), labels), images, start, threat, keep_best=keep_best)
+        return linf_ascent(lambda x: loss(module(x), labels), images, start, threat)
 
 
 def fast_threat(eps: float) -> LinfThreat:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.ascent import ascend
 from mimir_fast.attacks.threat_model import LinfThreat
-from mimir_fast.attacks.training_attack import TrainingAttack, precision_of
+from mimir_fast.attacks.training_attack import TrainingAttack
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.masked_loss import masked_loss
@@ -45,43 +45,41 @@ class ReconstructionAttackConfig(TrainingAttack):
         return self.mask == "shared" and self.target == "clean"
 
 
+def reconstruction_error(
+    model: MaskedModel, visible_BKP: Tensor, images_BCHW: Tensor, ids_keep_BK: Tensor, ids_masked_BM: Tensor,
+    norm_pix: bool, target_BNP: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Summed squared error, a scalar, of the masked patches that the model predicts from these visible ones.
+
+    Args:
+        images_BCHW: the clean images, uint8 or float in [0, 1]: what the masked patches should be.
+        norm_pix: compare patches normalised one by one.
+        target_BNP: patches to compare with in place of the images', through which the gradient flows too.
+    """
+    prediction = model(View(visible_BKP, ids_keep_BK, ids_masked_BM)).prediction
+    if target_BNP is None:
+        return masked_loss(prediction, images_BCHW, ids_masked_BM, model.patch_size, norm_pix=norm_pix, reduction="sum")
+    target = gather_patches(target_BNP, ids_masked_BM)
+    if norm_pix:
+        target = normalize_patches(target)
+    return F.mse_loss(prediction.float(), target.float(), reduction="sum")
+
+
 def attack_visible(
     model: nn.Module, images_BCHW: Tensor, visible_BKP: Tensor, start_BKP: Tensor, ids_keep_BK: Tensor,
     ids_masked_BM: Tensor, norm_pix: bool, threat: LinfThreat,
 ) -> Tensor:  # fmt: skip
-    """Adversarial visible patches (B, K, P), for a shared mask and a clean target.
+    """Adversarial visible patches (B, K, P) against the reconstruction of the clean masked ones.
 
     Args:
-        images_BCHW: the clean images, uint8 or float in [0, 1]: what the masked patches should have been.
-        visible_BKP: their visible patches.
+        visible_BKP: the clean visible patches, the centre of the ball.
         start_BKP: where the ascent starts, inside the ball.
-        norm_pix: compare patches normalised one by one.
+        images_BCHW, norm_pix: as for `reconstruction_error`.
     """
-    with borrowed(model) as module, precision_of(threat, start_BKP.device):
-        p = cast(MaskedModel, module).patch_size
+    with borrowed(model) as module:
 
         def error(patches_BKP: Tensor) -> Tensor:
-            prediction = module(View(patches_BKP, ids_keep_BK, ids_masked_BM)).prediction
-            return masked_loss(prediction, images_BCHW, ids_masked_BM, p, norm_pix=norm_pix, reduction="sum")
+            bare = cast(MaskedModel, module)
+            return reconstruction_error(bare, patches_BKP, images_BCHW, ids_keep_BK, ids_masked_BM, norm_pix)
 
         return ascend(error, visible_BKP, start_BKP, threat)
-
-
-def attack_all(
-    model: nn.Module, images_BCHW: Tensor, patches_BNP: Tensor, start_BNP: Tensor, ids_keep_BK: Tensor,
-    ids_masked_BM: Tensor, norm_pix: bool, target: Literal["clean", "adversarial"], threat: LinfThreat,
-) -> Tensor:  # fmt: skip
-    """Adversarial patches (B, N, P) of the whole image; arguments as for `attack_visible`."""
-    with borrowed(model) as module, precision_of(threat, start_BNP.device):
-        p = cast(MaskedModel, module).patch_size
-
-        def error(patches: Tensor) -> Tensor:
-            prediction = module(View(gather_patches(patches, ids_keep_BK), ids_keep_BK, ids_masked_BM)).prediction
-            if target == "clean":
-                return masked_loss(prediction, images_BCHW, ids_masked_BM, p, norm_pix=norm_pix, reduction="sum")
-            wanted = gather_patches(patches, ids_masked_BM)
-            if norm_pix:
-                wanted = normalize_patches(wanted)
-            return F.mse_loss(prediction.float(), wanted.float(), reduction="sum")
-
-        return ascend(error, patches_BNP, start_BNP, threat)

@@ -9,15 +9,18 @@ GPU the two would share what there is.
 Shapes: B samples, anything behind.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mimir_fast.attacks.ascent import ascend
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.validation import check_choice, check_number
 
 COMPARED_EVERY = 1000
@@ -51,24 +54,32 @@ class TrainingAttack(LinfThreat):
         return step // self.every % COMPARED_EVERY == 0
 
 
-@contextmanager
-def precision_of(threat: LinfThreat, device: torch.device) -> Iterator[None]:
-    """Around an attack: bf16 autocast where it asks for it, otherwise nothing."""
-    if getattr(threat, "precision", "same") == "same":
-        yield
-    else:
-        with torch.autocast(device.type, torch.bfloat16):
-            yield
+def attack_in_training(
+    model: nn.Module, objective: Callable[[Any, Tensor], Tensor], clean: Tensor, start: Tensor, threat: TrainingAttack,
+    step: int | Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The perturbed input (B, …) of a training step, detached, and scalars to log of it.
 
-
-def sign_agreement(attack: Callable[[Any], Tensor], threat: TrainingAttack, device: torch.device) -> Tensor:
-    """Share of the numbers that the first step moves the same way in the attack's precision and in fp32, a scalar.
+    In a step without attack that is `start`. "sign_agreement" is the share of the numbers that the first step moves the
+    same way in the attack's precision and in fp32.
 
     Args:
-        attack: threat → the perturbed input, from one and the same start.
+        objective: (bare model, input (B, …)) → values to be maximised, as in `ascend`; the model is borrowed for it.
+        clean, start: (B, …), as in `ascend`.
+        step: its number, on the host or on the device.
     """
-    one_step = replace(threat, num_steps=1)
-    coarse = attack(one_step)
-    with torch.autocast(device.type, enabled=False):
-        exact = attack(replace(one_step, precision="same"))
-    return (coarse == exact).float().mean()
+    if not threat.attacks_in(step):
+        return start, {}
+
+    autocast = partial(torch.autocast, start.device.type)
+
+    def ascent(threat: TrainingAttack, precision: str) -> Tensor:
+        context = nullcontext() if precision == "same" else autocast(dtype=torch.bfloat16, enabled=precision == "bf16")
+        with borrowed(model) as module, context:
+            return ascend(partial(objective, module), clean, start, threat)
+
+    log = {}
+    if threat.compares_in(step):
+        coarse, exact = (ascent(replace(threat, num_steps=1), precision) for precision in (threat.precision, "fp32"))
+        log["sign_agreement"] = (coarse == exact).float().mean()
+    return ascent(threat, threat.precision), log

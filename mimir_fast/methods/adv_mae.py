@@ -3,22 +3,16 @@
 Shapes: B images, N patches, K kept, M masked, P numbers a patch.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mimir_fast.attacks.reconstruction import ReconstructionAttackConfig, attack_all, attack_visible
-from mimir_fast.attacks.replay import Replay
-from mimir_fast.attacks.training_attack import TrainingAttack, sign_agreement
-from mimir_fast.data.batch import Batch
-from mimir_fast.methods.mae import Draws, Mae, MaeConfig, Shown, masked_model
-from mimir_fast.methods.masking import Mask
-from mimir_fast.methods.noise import UniformNoise, start_of
+from mimir_fast.attacks.reconstruction import ReconstructionAttackConfig, reconstruction_error
+from mimir_fast.attacks.training_attack import attack_in_training
+from mimir_fast.methods.mae import Mae, MaeConfig
+from mimir_fast.methods.recorded import RecordedInputs
 from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.methods.step import MaskedStep
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.ops.patches import every_patch, gather_patches
 from mimir_fast.philox import Stream
@@ -38,84 +32,32 @@ class AdvMae(Mae):
 
     def __init__(self, config: AdvMaeConfig) -> None:
         super().__init__(config)
-        self._replays: dict[object, Replay] = {}
+        self.recorded = RecordedInputs(super().prepare)
 
-    def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
-        """{"loss": scalar, …}; with `cuda_graph` all before the training's forward pass is replayed."""
-        attack = self.config.attack
-        if not attack.cuda_graph or not attack.attacks_in(step) or attack.compares_in(step):
-            return super().__call__(model, batch, seed=seed, step=step)
-        return self.sum_up(self.reconstruct(model, batch, *self.replay(model, batch, seed, step)))
+    def prepare(self, step: MaskedStep) -> None:
+        """Fill in the mask and the attacked patches, with `cuda_graph` by replaying a recording."""
+        attack, number = self.config.attack, step.number
+        replays = attack.cuda_graph and attack.attacks_in(number) and not attack.compares_in(number)
+        (self.recorded if replays else super().prepare)(step)
 
-    def replay(self, model: nn.Module, batch: Batch, seed: int, step: int) -> tuple[Draws, Shown]:
-        """The mask and the attacked input of a step, from the recorded graph."""
-
-        def attack(images: Tensor, samples: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-            draws = self.draw(masked_model(model), Batch(images, samples, samples, samples), seed=seed, step=step)
-            shown = self.perturb(model, images, draws)
-            everywhere = () if shown.patches is None else (shown.patches,)
-            return draws.mask.keep, draws.mask.masked, shown.visible, *everywhere
-
-        device = batch.images.device
-        inputs = batch.images, batch.samples, torch.full((), step, dtype=torch.int64, device=device)
-        key = (
-            id(model), seed, model.training, batch.images.shape, batch.images.dtype,
-            torch.is_autocast_enabled(device.type),
-        )  # fmt: skip
-        if key not in self._replays:
-            refuse_shards(model)
-            self._replays[key] = Replay(attack, inputs)
-        keep, masked, visible, *everywhere = self._replays[key](*inputs)
-        return Draws(Mask(keep, masked)), Shown(visible, everywhere[0] if everywhere else None)
-
-    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
-        """Mask, the attack's mask and its start."""
-        attack, samples = self.config.attack, batch.samples
-        mask = self.draw_mask(model, batch, Stream.MASK, seed=seed, step=step)
-        attack_mask = mask
+    def perturb(self, step: MaskedStep) -> None:
+        """Fill in the attacked patches: the visible ones, or all where masked ones matter too."""
+        attack, images, mask = self.config.attack, step.batch.images, step.mask
         if attack.mask == "fresh":
-            attack_mask = self.draw_mask(model, batch, Stream.ATTACK_MASK, seed=seed, step=step)
-        delta = UniformNoise(samples, seed, step, attack.eps) if attack.random_start else None
-        return Draws(mask, attack_mask, delta, attack.attacks_in(step), attack.compares_in(step))
+            mask = step.draw_mask(self.config, Stream.ATTACK_MASK, self.token_order)
 
-    def perturb(self, model: nn.Module, images: Tensor, draws: Draws) -> Shown:
-        """The attacked images."""
-        attack, p = self.config.attack, masked_model(model).patch_size
-        mask = draws.attack_mask or draws.mask
+        def error(model: MaskedModel, patches: Tensor) -> Tensor:
+            visible = patches if attack.visible_only else gather_patches(patches, mask.keep)
+            target = patches if attack.target == "adversarial" else None
+            return reconstruction_error(model, visible, images, *mask, self.config.norm_pix_loss, target)
+
+        ids = mask.keep if attack.visible_only else every_patch(images, step.bare.patch_size)
+        clean, start = step.noisy_patches(ids, attack.eps if attack.random_start else None)
+        perturbed, step.log = attack_in_training(step.model, error, clean, start, attack, step.number)
         if attack.visible_only:
-            clean, start = start_of(images, mask.keep, p, draws.delta)
-            of_visible = partial(
-                attack_visible, model, images, clean, start, mask.keep, mask.masked, self.config.norm_pix_loss
-            )
-            visible, notes = attacked(of_visible, attack, start, draws)
-            return Shown(visible, None, notes)
-        clean, start = start_of(images, every_patch(images, p), p, draws.delta)
-        of_all = partial(
-            attack_all, model, images, clean, start, mask.keep, mask.masked, self.config.norm_pix_loss, attack.target
-        )
-        patches, notes = attacked(of_all, attack, start, draws)
-        return Shown(gather_patches(patches, draws.mask.keep), patches, notes)
-
-
-def refuse_shards(model: nn.Module) -> None:
-    """Raises ValueError for a model of FSDP2."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(model, FSDPModule):
-        raise ValueError(
-            "attack.cuda_graph reads weights where they lay when it was recorded, but FSDP gathers them anew in each "
-            "step: use --strategy ddp, or leave it out"
-        )
-
-
-def attacked(
-    attack: Callable[[Any], Tensor], threat: TrainingAttack, start: Tensor, draws: Draws
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the attack (threat → perturbed input) makes of its start in this step, and scalars to log of it."""
-    if not draws.attacks:
-        return start, {}
-    notes = {"sign_agreement": sign_agreement(attack, threat, start.device)} if draws.compares else {}
-    return attack(threat), notes
+            step.visible = perturbed
+        else:
+            step.visible, step.whole = gather_patches(perturbed, step.mask.keep), perturbed
 
 
 register(MethodEntry("adv_mae", "pretrain", AdvMaeConfig, AdvMae, "MAE on adversarial images"))

@@ -14,25 +14,18 @@ Shapes: B images, N patches, K kept, M masked, P numbers a patch.
 """
 
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mimir_fast.attacks.features import FeatureAttackConfig, attack_features
-from mimir_fast.data.batch import Batch
-from mimir_fast.layers.borrowing import borrowed
+from mimir_fast.attacks.features import FeatureAttackConfig, feature_distance
+from mimir_fast.attacks.training_attack import attack_in_training
 from mimir_fast.layers.norms import ADVERSARIAL, CLEAN
-from mimir_fast.methods.adv_mae import attacked
-from mimir_fast.methods.mae import Draws, MaeConfig, MaskedMethod, Shown, masked_model, preview_rows
-from mimir_fast.methods.noise import UniformNoise, start_of
+from mimir_fast.methods.mae import Mae, MaeConfig
 from mimir_fast.methods.registry import MethodEntry, register
-from mimir_fast.methods.terms import Term, total
-from mimir_fast.models.masked_model import Encoded, MaskedModel, View
-from mimir_fast.ops.masked_loss import masked_loss
-from mimir_fast.ops.patches import as_images, every_patch, gather_patches, unpatchify
-from mimir_fast.philox import Stream
+from mimir_fast.methods.step import MaskedStep
+from mimir_fast.models.masked_model import MaskedModel, View
+from mimir_fast.ops.patches import as_images, every_patch, gather_patches, patchify
+from mimir_fast.validation import check_number
 
 
 @dataclass
@@ -41,87 +34,56 @@ class AemimConfig(MaeConfig):
 
     attack: FeatureAttackConfig = field(default_factory=FeatureAttackConfig)
     adversarial_weight: float = 1.0
-    """Of the adversarial reconstruction; not published, 1 is ours."""
+    """Weight of the adversarial reconstruction; not published, 1 is our choice."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.adversarial_weight < float("inf"):
-            raise ValueError(f"adversarial_weight={self.adversarial_weight}, wanted a finite number of 0 or more")
+        check_number("adversarial_weight", self.adversarial_weight, at_least=0)
 
 
-class Attacked(NamedTuple):
-    """Visible patches (B, K, P) and the whole image (B, N, P) after the attack, and scalars to log of it."""
-
-    visible: Tensor
-    whole: Tensor
-    notes: dict[str, Tensor]
-
-
-class Aemim(MaskedMethod):
+class Aemim(Mae):
     """Two reconstructions from two streams through one encoder."""
 
     config: AemimConfig
 
-    def draw(self, model: MaskedModel, batch: Batch, *, seed: int, step: int | Tensor) -> Draws:
-        """Mask and start of the attack, on all patches: the masked ones are targets too."""
-        mask = self.draw_mask(model, batch, Stream.MASK, seed=seed, step=step)
-        attack = self.config.attack
-        delta = UniformNoise(batch.samples, seed, step, attack.eps)
-        return Draws(mask, None, delta, attack.attacks_in(step), attack.compares_in(step))
+    def perturb(self, step: MaskedStep) -> None:
+        """Fill in the clean stream and the adversarial image: attacked where visible, noise (a target) where masked."""
+        attack, images, keep = self.config.attack, step.batch.images, step.mask.keep
+        patches, whole = step.noisy_patches(every_patch(images, step.bare.patch_size), attack.eps)
+        clean = View(gather_patches(patches, keep), *step.mask, CLEAN)
+        features = step.model(clean, decode=False)  # the attack leads away from them, the training pass decodes them
+        step.clean = clean, features
 
-    def losses(self, model: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """{"loss", "reconstruction": of the clean image, "adversarial": of the adversarial one, before its weight}."""
-        mask, p = draws.mask, masked_model(model).patch_size
-        view, start = self.begin(batch.images, p, draws)
-        # The features the attack leads away from are those of the clean stream: computed once.
-        clean = Encoded(view, model(view, decode=False))
-        shown = self.attack(model, view, start, draws, clean.latent)
-        output = model(View(shown.visible, mask.keep, mask.masked, ADVERSARIAL), beside=clean)
-        targets = (batch.images, p), (as_images(shown.whole), 1)
-        errors = [
-            masked_loss(
-                prediction, images, mask.masked, patch_size, norm_pix=self.config.norm_pix_loss,
-                kind=self.config.pixel_loss,
-            )
-            for prediction, (images, patch_size) in zip(output.prediction.chunk(2), targets, strict=True)
-        ]  # fmt: skip
-        return total(
-            [Term("reconstruction", errors[0]), Term("adversarial", errors[1], self.config.adversarial_weight)],
-            **shown.notes,
+        def distance(model: MaskedModel, visible: Tensor) -> Tensor:
+            found = model(clean._replace(patches=visible, domain=ADVERSARIAL), decode=False)
+            return feature_distance(found, features.detach(), attack.distance)
+
+        step.visible, step.log = attack_in_training(
+            step.model, distance, clean.patches, gather_patches(whole, keep), attack, step.number
         )
+        step.whole = whole.scatter_(1, keep.unsqueeze(-1).expand_as(step.visible), step.visible)
 
-    def begin(self, images: Tensor, patch_size: int, draws: Draws) -> tuple[View, Tensor]:
-        """The visible patches of the clean images, and all patches (B, N, P) where the attack starts."""
-        patches, start = start_of(images, every_patch(images, patch_size), patch_size, draws.delta)
-        keep, masked = draws.mask.keep, draws.mask.masked
-        return View(gather_patches(patches, keep), keep, masked, CLEAN), start
+    def forward(self, step: MaskedStep) -> None:
+        """Fill in latent and prediction, the clean stream's rows first: one pass of the decoder for both."""
+        adversarial = View(step.visible, *step.mask, ADVERSARIAL)
+        step.latent, step.prediction, _ = step.model(adversarial, beside=step.clean)
 
-    def attack(
-        self, model: nn.Module, view: View, start_BNP: Tensor, draws: Draws, clean_features: Tensor | None = None
-    ) -> "Attacked":
-        """The adversarial image, whole: attacked where visible, at the random start (overwritten) where masked."""
-        visible_start = gather_patches(start_BNP, view.keep)
-        of_features = partial(
-            attack_features, model, view, visible_start, domain=ADVERSARIAL, clean_features=clean_features
-        )
-        visible, notes = attacked(of_features, self.config.attack, visible_start, draws)
-        return Attacked(visible, start_BNP.scatter_(1, view.keep.unsqueeze(-1).expand_as(visible), visible), notes)
+    def losses(self, step: MaskedStep) -> dict[str, tuple[float, Tensor]]:
+        """Reconstruction of the clean image, and of the adversarial one."""
+        assert step.whole is not None
+        clean, adversarial = step.prediction.chunk(2)
+        return {
+            "reconstruction": (1.0, self.error(step, clean, step.batch.images, step.bare.patch_size)),
+            "adversarial": (self.config.adversarial_weight, self.error(step, adversarial, as_images(step.whole), 1)),
+        }
 
-    @torch.no_grad()
-    def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
+    def rows(self, step: MaskedStep) -> dict[str, Tensor]:
         """MAE's rows of the clean stream, the adversarial image and its own reconstruction."""
-        bare = masked_model(model)
-        draws = self.draw(bare, batch, seed=seed, step=step)
-        p, norm_pix = bare.patch_size, self.config.norm_pix_loss
-        view, start = self.begin(batch.images, p, draws)
-        attacked = self.attack(model, view, start, draws)
-        with borrowed(model) as module:
-            clean, adversarial = (
-                module(v).prediction.float()
-                for v in (view._replace(masked=None), View(attacked.visible, view.keep, None, ADVERSARIAL))
-            )
-        rows = preview_rows(batch.images, Shown(view.patches), draws.mask, clean, p, norm_pix)
-        own = preview_rows(unpatchify(attacked.whole, p), Shown(attacked.visible), draws.mask, adversarial, p, norm_pix)
+        assert step.whole is not None
+        patches, norm_pix = patchify(step.batch.images, step.bare.patch_size), self.config.norm_pix_loss
+        rows = step.pictures(step.clean[0], patches, norm_pix=norm_pix)
+        adversarial = View(step.visible, step.mask.keep, None, ADVERSARIAL)
+        own = step.pictures(adversarial, step.whole, norm_pix=norm_pix)
         return rows | {"adversarial": own["input"], "adv. reconstr.": own["reconstruction"]}
 
 

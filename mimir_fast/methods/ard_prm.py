@@ -30,14 +30,14 @@ from mimir_fast.validation import check_finite
 
 @dataclass
 class ArdPrmConfig:
-    """What is ARD + PRM's own."""
+    """The warm-up of ARD + PRM; it applies to method `ard_prm` only."""
 
     warmup_epochs: float = 10.0
     """Epochs over which gradients and perturbations are let through more and more."""
     drop_gradients: bool = True
-    """ARD."""
+    """ARD: in the attack's backward pass, gradients skip residual branches at random."""
     mask_perturbation: bool = True
-    """PRM."""
+    """PRM: before each attack step, the perturbation of random patches is erased."""
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -47,7 +47,7 @@ class ArdPrmConfig:
 
 @dataclass
 class ArdPrmObjective(ClassificationConfig):
-    """What every fine-tuning method shares, and ARD + PRM's own."""
+    """Options of method `ard_prm`."""
 
     ard_prm: ArdPrmConfig = field(default_factory=ArdPrmConfig)
 

@@ -31,7 +31,7 @@ def default_attack() -> LinfThreat:
 
 @dataclass
 class ClassificationConfig:
-    """What every fine-tuning method shares; a method with options of its own adds them under its name."""
+    """Options of every fine-tuning method; a method that has more adds them as one field of its own name."""
 
     attack: LinfThreat = field(default_factory=default_attack)
     """The adversary of training; `fast` uses its eps only, `apgd` eps and num_steps, `natural` none of it."""
@@ -82,7 +82,7 @@ class ClassificationMethod(ABC):
 
     @abstractmethod
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-        """The method itself."""
+        """{"loss": scalar to minimise, other detached scalars} of one step on the prepared inputs."""
 
     def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """Rows (B, C, H, W) in [0, 1]: images, what PGD makes of them, and the difference, magnified to full range."""

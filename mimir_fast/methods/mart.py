@@ -32,7 +32,7 @@ _CEILING = 1.0001
 
 @dataclass
 class MartConfig:
-    """What is MART's own."""
+    """The loss of MART; it applies to method `mart` only."""
 
     beta: float = 5.0
     """Weight of the divergence; 5 in the paper, 6 in the authors' code."""
@@ -45,7 +45,7 @@ class MartConfig:
 
 @dataclass
 class MartObjective(ClassificationConfig):
-    """What every fine-tuning method shares, and MART's own."""
+    """Options of method `mart`."""
 
     mart: MartConfig = field(default_factory=MartConfig)
 

@@ -12,10 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
-from mimir_fast.methods.mae import Draws, Shown, Step, masked_model
 from mimir_fast.methods.mutual_information import MutualInformationConfig, mutual_information
 from mimir_fast.methods.registry import MethodEntry, register
-from mimir_fast.methods.terms import Term
+from mimir_fast.methods.step import MaskedStep
 from mimir_fast.ops.patches import every_patch, patchify_gather
 
 
@@ -65,26 +64,25 @@ class Mimir(AdvMae):
         super().__init__(config)
         self.token_order = "shuffled" if config.mi.tokens == "shuffled" else "sorted"
 
-    def terms(self, step: Step) -> list[Term]:
+    def losses(self, step: MaskedStep) -> dict[str, tuple[float, Tensor]]:
         """Reconstruction, and "mi": the estimate before λ."""
-        if self.config.mi.estimator == "none":
-            return super().terms(step)
-        bare = masked_model(step.model)
-        image = self._image(bare.patch_size, step.batch.images, step.draws, step.shown)
-        estimate = mutual_information(self.config.mi, image, bare.visible(step.output.latent, step.view))
-        return [*super().terms(step), Term("mi", estimate, self.config.mi.weight)]
+        mi = self.config.mi
+        if mi.estimator == "none":
+            return super().losses(step)
+        latent = step.bare.visible(step.latent, step.mask.keep)
+        return super().losses(step) | {"mi": (mi.weight, mutual_information(mi, self.image_side(step), latent))}
 
-    def _image(self, patch_size: int, images: Tensor, draws: Draws, shown: Shown) -> Tensor:
-        """(B, N, P), the image side of the estimate: positions aligned between images, as distances demand."""
-        if self.config.mi.inputs == "adversarial" and shown.patches is not None:
-            return shown.patches
-        # A fresh tensor in each case, so the visible patches may be written into it.
-        image = patchify_gather(images, every_patch(images, patch_size), patch_size)
+    def image_side(self, step: MaskedStep) -> Tensor:
+        """(B, N, P), what the estimate compares: positions aligned between images, as distances demand."""
+        images, p, visible = step.batch.images, step.bare.patch_size, step.visible
+        if self.config.mi.inputs == "adversarial" and step.whole is not None:
+            return step.whole
+        image = patchify_gather(images, every_patch(images, p), p)  # fresh memory, so it may be written into
         if self.config.mi.inputs == "clean":
             return image
         if self.config.mi.inputs == "visible":
             image.zero_()
-        return image.scatter_(1, draws.mask.keep.unsqueeze(-1).expand_as(shown.visible), shown.visible)
+        return image.scatter_(1, step.mask.keep.unsqueeze(-1).expand_as(visible), visible)
 
 
 register(MethodEntry("mimir", "pretrain", MimirConfig, Mimir, "MIMIR"))

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mimir_fast.losses import MutualInformationPenalty
-from mimir_fast.validation import check_finite
+from mimir_fast.validation import check_number
 
 
 @dataclass
 class MutualInformationConfig:
-    """The penalty of `mimir`."""
+    """The penalty λ·I(x + δ, z) of method `mimir`."""
 
     estimator: Literal["hsic", "nhsic", "renyi", "none"] = "hsic"
     """`hsic` (paper), `nhsic` (authors' code), `renyi` matrix-based Rényi entropy, or `none`."""
@@ -38,11 +38,9 @@ class MutualInformationConfig:
     """Estimate on each rank's batch (authors' code), or on the global batch across ranks."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        if self.weight < 0:
-            raise ValueError(f"MI weight {self.weight}, wanted λ >= 0")
-        if self.sigma <= 0 or self.alpha <= 0:
-            raise ValueError(f"sigma={self.sigma}, alpha={self.alpha}: wanted positive numbers")
+        check_number("mi.weight", self.weight, at_least=0)
+        check_number("mi.sigma", self.sigma, above=0)
+        check_number("mi.alpha", self.alpha, above=0)
         if self.estimator == "nhsic" and self.bandwidth not in ("auto", "reference"):
             raise ValueError("estimator nhsic is defined with bandwidth=reference; choose that, or estimator=hsic")
 

@@ -25,15 +25,15 @@ _ALARMING_GAP = 0.20
 
 @dataclass
 class ProbeConfig:
-    """The probe of every epoch."""
+    """What is measured at the end of every epoch."""
 
     num_images: int = 512
     """Training images it looks at, over all ranks, evenly spaced and never trained on; at most a tenth of the training
     split. 0 is off: everything is trained on, and no checkpoint is called the best."""
     num_steps: int = 10
-    """PGD steps."""
+    """Steps of PGD, each of eps/4."""
     batch_size: int = 128
-    """Images of a rank's batch."""
+    """Images that a rank attacks at once."""
 
     def __post_init__(self) -> None:
         if self.num_images < 0 or self.num_steps < 1 or self.batch_size < 1:

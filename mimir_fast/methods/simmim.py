@@ -12,7 +12,7 @@ from mimir_fast.ops.masked_loss import Kind
 
 @dataclass
 class SimmimConfig(MaeConfig):
-    """SimMIM's options."""
+    """Options of MAE with the defaults of SimMIM."""
 
     mask_ratio: float = 0.6
     """Fraction of the units that is masked."""

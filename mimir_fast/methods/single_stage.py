@@ -10,11 +10,13 @@ The checkpoint holds encoder, decoder and head, and can be evaluated or fine-tun
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
-from mimir_fast.methods.mae import Step, masked_model
 from mimir_fast.methods.registry import MethodEntry, register
-from mimir_fast.methods.terms import Term
+from mimir_fast.methods.step import MaskedStep
+from mimir_fast.validation import check_number
 
 
 @dataclass
@@ -22,12 +24,11 @@ class SingleStageConfig(AdvMaeConfig):
     """adv-MAE's options and the weight of the classifier."""
 
     class_weight: float = 1.0
-    """Of the cross entropy; ours."""
+    """Weight of the cross entropy; 1 is our choice."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.class_weight < float("inf"):
-            raise ValueError(f"class_weight={self.class_weight}, wanted a finite number of 0 or more")
+        check_number("class_weight", self.class_weight, at_least=0)
 
 
 class SingleStage(AdvMae):
@@ -35,16 +36,14 @@ class SingleStage(AdvMae):
 
     config: SingleStageConfig
 
-    def terms(self, step: Step) -> list[Term]:
+    def losses(self, step: MaskedStep) -> dict[str, tuple[float, Tensor]]:
         """Reconstruction and classification."""
-        logits = step.output.logits
-        if logits is None:
+        if step.logits is None:
             raise ValueError(
-                f"single_stage classifies, but this {type(masked_model(step.model)).__name__} has no head: "
-                "build it with num_classes"
+                f"single_stage classifies, but this {type(step.bare).__name__} has no head: build it with num_classes"
             )
-        loss = cross_entropy(logits, step.batch.labels).mean()
-        return [*super().terms(step), Term("classification", loss, self.config.class_weight)]
+        loss = cross_entropy(step.logits, step.batch.labels).mean()
+        return super().losses(step) | {"classification": (self.config.class_weight, loss)}
 
 
 register(

@@ -32,7 +32,7 @@ START_STD = 0.001
 
 @dataclass
 class TradesConfig:
-    """What is TRADES' own."""
+    """The loss of TRADES; it applies to method `trades` only."""
 
     beta: float = 6.0
     """Weight of stability against accuracy (1/λ in the paper)."""
@@ -45,7 +45,7 @@ class TradesConfig:
 
 @dataclass
 class TradesObjective(ClassificationConfig):
-    """What every fine-tuning method shares, and TRADES's own."""
+    """Options of method `trades`."""
 
     trades: TradesConfig = field(default_factory=TradesConfig)
 

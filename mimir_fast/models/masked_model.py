@@ -86,13 +86,6 @@ class Output(NamedTuple):
     logits: Tensor | None = None
 
 
-class Encoded(NamedTuple):
-    """A view the model has encoded already, and its latent."""
-
-    view: View
-    latent: Tensor
-
-
 class MaskedModel(Parted):
     """An encoder over visible patches and a decoder over all of them.
 
@@ -126,24 +119,26 @@ class MaskedModel(Parted):
         """Whether a view may want less than all masked patches and save the decoder the others."""
         return isinstance(self.decoder, Decoder) and self.decoder.takes_parts
 
-    def visible(self, latent_BTD: Tensor, view: View) -> Tensor:
+    def visible(self, latent_BTD: Tensor, ids_keep_BK: Tensor) -> Tensor:
         """(B, prefix + K, D): the latent of the visible patches only, whatever the length of the encoder."""
         if not self.full_length:
             return latent_BTD
         prefix = self.encoder.num_prefix
-        rows = gather_patches(latent_BTD[:, prefix:], view.keep)
+        rows = gather_patches(latent_BTD[:, prefix:], ids_keep_BK)
         return torch.cat([latent_BTD[:, :prefix], rows], dim=1) if prefix else rows
 
     @overload
-    def forward(self, view: View, *, decode: Literal[True] = True, beside: Encoded | None = None) -> Output: ...
+    def forward(
+        self, view: View, *, decode: Literal[True] = True, beside: tuple[View, Tensor] | None = None
+    ) -> Output: ...
     @overload
     def forward(self, view: View, *, decode: Literal[False]) -> Tensor: ...
 
-    def forward(self, view: View, *, decode: bool = True, beside: Encoded | None = None) -> Output | Tensor:
+    def forward(self, view: View, *, decode: bool = True, beside: tuple[View, Tensor] | None = None) -> Output | Tensor:
         """Latent, prediction and logits of a view; only the latent with `decode=False`.
 
         Args:
-            beside: an encoded view of as many patches; the output then has its rows first, those of `view` after them.
+            beside: another view of as many patches and its latent; the output has its rows first, then those of `view`.
                 One pass through the decoder for both: its weights are read, and their gradients written, once.
         """
         latent = self.encode(view)
@@ -151,9 +146,10 @@ class MaskedModel(Parted):
             return latent
         keep, masked = view.keep, view.masked
         if beside is not None:
-            latent, keep = torch.cat([beside.latent, latent]), torch.cat([beside.view.keep, keep])
-            if masked is not None and beside.view.masked is not None:
-                masked = torch.cat([beside.view.masked, masked])
+            other, other_latent = beside
+            latent, keep = torch.cat([other_latent, latent]), torch.cat([other.keep, keep])
+            if masked is not None and other.masked is not None:
+                masked = torch.cat([other.masked, masked])
         places = None if self.full_length else keep
         return Output(latent, self.decoder(latent, places, masked), self.classify(latent))
 

@@ -6,23 +6,25 @@ it.
 """
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
+from mimir_fast.layers.borrowing import unwrap
 from mimir_fast.methods.adv_mae import AdvMae
-from mimir_fast.methods.mae import Step, masked_model
 from mimir_fast.methods.mimir import Mimir, MimirConfig
-from mimir_fast.methods.terms import Term
+from mimir_fast.methods.step import MaskedStep
+from mimir_fast.models.masked_model import MaskedModel
 
 
 class PenaltyAlone(Mimir):
     """MIMIR without its reconstruction term: loss = λ·I(x + δ, z), everything else as in training."""
 
-    def terms(self, step: Step) -> list[Term]:
+    def losses(self, step: MaskedStep) -> dict[str, tuple[float, Tensor]]:
         """The penalty; the prediction stays in the graph with weight 0."""
-        return [term if term.name == "mi" else term._replace(weight=0.0) for term in super().terms(step)]
+        return {name: (weight if name == "mi" else 0.0, v) for name, (weight, v) in super().losses(step).items()}
 
 
 def gradient_share(config: MimirConfig, model: nn.Module, batch: Batch, *, seed: int = 0, step: int = 0) -> float:
@@ -44,7 +46,8 @@ def gradient_share(config: MimirConfig, model: nn.Module, batch: Batch, *, seed:
 
 
 def _encoder_gradient(method: AdvMae, model: nn.Module, batch: Batch, seed: int, step: int) -> Tensor:
-    parameters = [p for p in masked_model(model).encoder.parameters() if p.requires_grad]
+    encoder = cast(MaskedModel, unwrap(model)).encoder
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
     loss = method(model, batch, seed=seed, step=step)["loss"]
     gradients = torch.autograd.grad(loss, parameters)
     return torch.cat([gradient.flatten().double() for gradient in gradients])

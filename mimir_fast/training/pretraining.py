@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mimir_fast.data import Batch, DataConfig, build_source
 from mimir_fast.methods.mae import MaeConfig
-from mimir_fast.methods.masking import check_decode_ratio, num_keep, unit_factor
+from mimir_fast.methods.masks import check_decode_ratio
 from mimir_fast.methods.mimir import MimirConfig
 from mimir_fast.methods.registry import convert, find_method
 from mimir_fast.models.families import check_method, find_family
@@ -49,8 +49,7 @@ class PretrainConfig:
                 f"method {self.method} needs --model.decoder {entry.decoder}, not {self.model.decoder}: "
                 "its mask tokens go through the encoder"
             )
-        factor = unit_factor(self.objective.mask_unit, unit, self.data.image_size)
-        num_keep((self.data.image_size // unit // factor) ** 2, self.objective.mask_ratio)
+        self.objective.units(unit, self.data.image_size)
 
     @property
     def folder(self) -> Path:

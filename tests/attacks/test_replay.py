@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import masked_vit
+from small_models import masked_vit, prepared
 
 from mimir_fast.attacks.replay import Replay
 from mimir_fast.data.batch import Batch
@@ -14,7 +14,8 @@ from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.methods.mutual_information import MutualInformationConfig
-from mimir_fast.methods.noise import UniformNoise, start_of
+from mimir_fast.methods.step import MaskedStep
+from mimir_fast.ops.noisy_patches import noisy_patches
 from mimir_fast.ops.random_masks import random_masks
 
 
@@ -25,7 +26,7 @@ def batch_on(device: torch.device, first: int = 100, count: int = 6) -> Batch:
     return Batch(*(t.to(device) for t in (images, zeros, torch.arange(first, first + count), zeros)))
 
 
-def twins(preset: str, **attack: object) -> tuple[AdvMae, AdvMae]:
+def eager_and_recorded(preset: str, **attack: object) -> tuple[AdvMae, AdvMae]:
     """The method as ever, and with a recorded attack."""
     config = apply_preset(AdvMaeConfig(decode_ratio=0.5), preset)
     config = replace(config, attack=replace(config.attack, num_steps=2, **attack))
@@ -35,15 +36,18 @@ def twins(preset: str, **attack: object) -> tuple[AdvMae, AdvMae]:
 @pytest.mark.parametrize("preset", ["paper", "official"])
 def test_a_step_number_on_the_device_draws_the_same(preset: str, device: torch.device) -> None:
     """All that is drawn, to the bit: a recorded graph reads its step from memory."""
-    model, batch, (method, _) = masked_vit().to(device), batch_on(device), twins(preset)
+    model, batch, (method, _) = masked_vit().to(device), batch_on(device), eager_and_recorded(preset)
     for number in (0, 7, 2**31):
-        host = method.draw(model, batch, seed=2**63 - 1, step=number)
-        step = torch.full((), number, dtype=torch.int64, device=device)
-        there = method.draw(model, batch, seed=2**63 - 1, step=step)
-        for name in ("keep", "masked"):
-            assert torch.equal(getattr(host.mask, name), getattr(there.mask, name))
-            assert torch.equal(getattr(host.attack_mask, name), getattr(there.attack_mask, name))
-        assert torch.equal(host.delta.numbers(4, 48), there.delta.numbers(4, 48)) and there.attacks
+        steps = [
+            MaskedStep(model, batch, 2**63 - 1, n)
+            for n in (number, torch.full((), number, dtype=torch.int64, device=device))
+        ]
+        for step in steps:
+            method.prepare(step)
+        host, there = steps
+        assert all(
+            torch.equal(a, b) for a, b in zip((*host.mask, host.visible), (*there.mask, there.visible), strict=True)
+        )
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -51,7 +55,7 @@ def test_a_step_number_on_the_device_draws_the_same(preset: str, device: torch.d
 def test_replays_are_the_steps_they_stand_for(preset: str, bf16: bool, device: torch.device) -> None:
     """New masks in each, weights followed as an optimiser moves them, gradients kept from step to step."""
     torch.manual_seed(0)
-    model, (eager, recorded) = masked_vit().to(device), twins(preset, every=2)
+    model, (eager, recorded) = masked_vit().to(device), eager_and_recorded(preset, every=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(6):
         batch = batch_on(device, first=10 * step)
@@ -68,7 +72,7 @@ def test_replays_are_the_steps_they_stand_for(preset: str, bf16: bool, device: t
             else:  # products may add up in another order
                 torch.testing.assert_close(found, wanted, rtol=5e-2 if bf16 else 1e-3, atol=2e-3 if bf16 else 1e-5)
         optimizer.step()
-    assert len(recorded._replays) == 1
+    assert len(recorded.recorded.replays) == 1
 
 
 def test_results_are_not_overwritten_by_the_next_replay(device: torch.device) -> None:
@@ -79,19 +83,19 @@ def test_results_are_not_overwritten_by_the_next_replay(device: torch.device) ->
 
 
 def test_a_short_batch_is_recorded_for_itself(device: torch.device) -> None:
-    model, (eager, recorded) = masked_vit().to(device), twins("paper")
+    model, (eager, recorded) = masked_vit().to(device), eager_and_recorded("paper")
     for count in (6, 4, 6):
         batch = batch_on(device, count=count)
         losses = [method(model, batch, seed=0, step=count)["loss"].detach() for method in (eager, recorded)]
         torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
-    assert len(recorded._replays) == 2
+    assert len(recorded.recorded.replays) == 2
 
 
 def test_a_recorded_attack_leaves_no_trace(device: torch.device) -> None:
-    model, (_, recorded) = masked_vit().to(device), twins("paper")
+    model, (_, recorded) = masked_vit().to(device), eager_and_recorded("paper")
     before = {name: t.clone() for name, t in model.state_dict().items()}
     state = torch.get_rng_state()
-    recorded.replay(model, batch_on(device), 0, 0)
+    prepared(recorded, model, batch_on(device))
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters()) and torch.equal(torch.get_rng_state(), state)
 
@@ -103,7 +107,7 @@ def test_draws_by_a_device_step_can_be_compiled() -> None:
 
     def draw(samples: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, ...]:
         keep, masked = random_masks(samples, 16, 4, seed=3, step=step)
-        return keep, masked, *start_of(images, keep, 4, UniformNoise(samples, 3, step, 8 / 255))
+        return keep, masked, *noisy_patches(images, keep, 4, samples, seed=3, step=step, eps=8 / 255)
 
     torch._dynamo.reset()
     compiled = torch.compile(draw, backend="aot_eager", fullgraph=True)

@@ -1,20 +1,18 @@
 """AEMIM: two streams, two domains, one encoder; its attack and what each part of the loss reaches."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import masked_vit
+from small_models import masked_vit, prepared
 
-from mimir_fast.attacks.features import FeatureAttackConfig, attack_features, feature_distance
+from mimir_fast.attacks.features import FeatureAttackConfig, feature_distance
 from mimir_fast.data.batch import Batch
 from mimir_fast.layers.norms import is_adapter
 from mimir_fast.methods.aemim import Aemim, AemimConfig
 from mimir_fast.methods.mae import Mae, MaeConfig
 from mimir_fast.models.file_names import parameters_by_file_name
 from mimir_fast.models.masked_model import MaskedModel, View
-from mimir_fast.ops.patches import gather_patches, normalize_patches, patchify
+from mimir_fast.ops.patches import every_patch, gather_patches, normalize_patches, patchify
 
 EPS = 2 / 255
 
@@ -52,16 +50,14 @@ def test_the_attack_moves_the_features_and_stays_in_its_ball(model: MaskedModel,
     for num_steps in (0, 1, 4):
         attack = FeatureAttackConfig(num_steps=num_steps, distance=distance)
         method = Aemim(AemimConfig(attack=attack))
-        draws = method.draw(model, batch, seed=0, step=3)
-        patches = patchify(batch.images, 4)
-        shown = method.attack(model, *method.begin(batch.images, 4, draws), draws)
-        assert (shown.whole - patches).abs().max() <= EPS + 1e-7
-        assert shown.whole.min() >= 0 and shown.whole.max() <= 1
-        start = (patches + draws.delta.numbers(16, 48)).clamp(0, 1)
-        assert torch.equal(gather_patches(shown.whole, draws.mask.masked), gather_patches(start, draws.mask.masked))
-        keep = draws.mask.keep
+        step = prepared(method, model, batch, 3)
+        patches, (keep, masked) = patchify(batch.images, 4), step.mask
+        assert (step.whole - patches).abs().max() <= EPS + 1e-7
+        assert step.whole.min() >= 0 and step.whole.max() <= 1
+        _, start = step.noisy_patches(every_patch(batch.images, 4), EPS)
+        assert torch.equal(gather_patches(step.whole, masked), gather_patches(start, masked))
         clean = model(View(gather_patches(patches, keep), keep), decode=False)
-        features = model(View(shown.visible, keep, domain=1), decode=False)
+        features = model(View(step.visible, keep, domain=1), decode=False)
         reached.append(feature_distance(features, clean, distance).sum().item())
     assert reached[0] < reached[1] < reached[2]
 
@@ -80,11 +76,10 @@ def test_the_loss_is_two_reconstructions(model: MaskedModel, batch: Batch) -> No
     out = method(model, batch, seed=0, step=0)
     torch.testing.assert_close(out["reconstruction"], Mae(MaeConfig())(model, batch, seed=0, step=0)["loss"].detach())
     torch.testing.assert_close(out["loss"].detach(), out["reconstruction"] + 0.5 * out["adversarial"])
-    draws = method.draw(model, batch, seed=0, step=0)
-    shown = method.attack(model, *method.begin(batch.images, 4, draws), draws)
-    target = gather_patches(shown.whole, draws.mask.masked)
+    step = prepared(method, model, batch)
+    target = gather_patches(step.whole, step.mask.masked)
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-    prediction = model(View(shown.visible, draws.mask.keep, draws.mask.masked, 1)).prediction
+    prediction = model(View(step.visible, *step.mask, 1)).prediction
     torch.testing.assert_close(out["adversarial"], (prediction - target).square().mean().detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -101,10 +96,8 @@ def test_each_domain_trains_its_own_adapters(model: MaskedModel, batch: Batch) -
 
 
 def test_the_attack_leaves_no_trace(model: MaskedModel, batch: Batch) -> None:
-    method = Aemim(AemimConfig())
-    draws = method.draw(model, batch, seed=0, step=0)
     generator = torch.get_rng_state()
-    method.attack(model, *method.begin(batch.images, 4, draws), draws)
+    prepared(Aemim(AemimConfig()), model, batch)
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), generator) and model.training
 
@@ -130,14 +123,12 @@ def test_preview_shows_both_streams(model: MaskedModel, batch: Batch) -> None:
 def test_bad_values_name_the_fix(model: MaskedModel, batch: Batch) -> None:
     with pytest.raises(ValueError, match="at the clean image the distance has no gradient"):
         FeatureAttackConfig(random_start=False)
-    with pytest.raises(ValueError, match="wanted l2 or kl"):
+    with pytest.raises(ValueError, match="wanted one of l2, kl"):
         FeatureAttackConfig(distance="cosine")
-    with pytest.raises(ValueError, match="finite number"):
+    with pytest.raises(ValueError, match="adversarial_weight=nan, wanted at least 0"):
         AemimConfig(adversarial_weight=float("nan"))
-    keep = torch.arange(4).expand(6, 4)
-    view = View(gather_patches(patchify(batch.images, 4), keep), keep, domain=1)
     with pytest.raises(ValueError, match="no adapters"):
-        attack_features(masked_vit(), view, view.patches, replace(FeatureAttackConfig()), domain=1)
+        Aemim(AemimConfig())(masked_vit(), batch, seed=0, step=0)
 
 
 def test_one_pass_of_the_decoder_serves_both_streams(model: MaskedModel, batch: Batch) -> None:
@@ -145,11 +136,10 @@ def test_one_pass_of_the_decoder_serves_both_streams(model: MaskedModel, batch: 
     method = Aemim(AemimConfig(adversarial_weight=0.5))
     found = method(model, batch, seed=0, step=0)["loss"]
     grads = torch.autograd.grad(found, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-    draws, patches = method.draw(model, batch, seed=0, step=0), patchify(batch.images, 4)
-    shown, mask = method.attack(model, *method.begin(batch.images, 4, draws), draws), draws.mask
-    errors = []
-    for domain, whole in enumerate((patches, shown.whole)):
-        output = model(View(gather_patches(whole, mask.keep), mask.keep, mask.masked, domain))
+    step, patches, errors = prepared(method, model, batch), patchify(batch.images, 4), []
+    mask = step.mask
+    for domain, whole in enumerate((patches, step.whole)):
+        output = model(View(gather_patches(whole, mask.keep), *mask, domain))
         target = normalize_patches(gather_patches(whole, mask.masked))
         errors.append(F.mse_loss(output.prediction, target))
     wanted = errors[0] + 0.5 * errors[1]

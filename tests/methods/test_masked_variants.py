@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small_models import masked_vit
+from small_models import masked_vit, prepared
 
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mae import Mae, MaeConfig
-from mimir_fast.methods.masking import patches_of_units
+from mimir_fast.methods.masks import patches_of_units
 from mimir_fast.methods.noise_mae import NoiseMae, NoiseMaeConfig
 from mimir_fast.methods.simmim import SimmimConfig
 from mimir_fast.methods.single_stage import SingleStage, SingleStageConfig
@@ -33,20 +33,20 @@ def test_patches_of_units() -> None:
 
 def test_a_mask_unit_hides_whole_squares(simmim: MaskedModel, batch: Batch) -> None:
     """Of 16 units of 8 × 8 pixels int(16·0.4) = 6 stay, and a unit's four patches are on the same side."""
-    draws = Mae(SimmimConfig(mask_unit=8)).draw(simmim, batch, seed=0, step=0)
-    assert draws.mask.keep.shape == (6, 24) and draws.mask.masked.shape == (6, 40)
-    hidden = torch.zeros(6, 64).scatter(1, draws.mask.masked, 1).view(6, 4, 2, 4, 2)
+    mask = prepared(Mae(SimmimConfig(mask_unit=8)), simmim, batch).mask
+    assert mask.keep.shape == (6, 24) and mask.masked.shape == (6, 40)
+    hidden = torch.zeros(6, 64).scatter(1, mask.masked, 1).view(6, 4, 2, 4, 2)
     assert torch.equal(hidden.amax(dim=(2, 4)), hidden.amin(dim=(2, 4)))
-    both = torch.cat([draws.mask.keep, draws.mask.masked], dim=1).sort(dim=1).values
+    both = torch.cat([mask.keep, mask.masked], dim=1).sort(dim=1).values
     assert torch.equal(both, torch.arange(64).expand(6, 64))
 
 
 def test_simmim_is_the_formula(simmim: MaskedModel, batch: Batch) -> None:
     """Mask tokens with positions among embedded patches, all 64 through the blocks, L1 on masked raw pixels."""
     method = Mae(SimmimConfig(mask_unit=8))
-    draws = method.draw(simmim, batch, seed=0, step=0)
+    mask = prepared(method, simmim, batch).mask
     patches, encoder = patchify(batch.images, 4), simmim.encoder
-    hidden = torch.zeros(6, 64, 1).scatter(1, draws.mask.masked.unsqueeze(-1), 1)
+    hidden = torch.zeros(6, 64, 1).scatter(1, mask.masked.unsqueeze(-1), 1)
     tokens = encoder.patch_embed(patches) * (1 - hidden) + simmim.mask_token * hidden
     x = torch.cat([encoder.cls_token.expand(6, -1, -1), tokens], dim=1) + encoder.pos_embed
     for block in encoder.blocks:
@@ -57,22 +57,19 @@ def test_simmim_is_the_formula(simmim: MaskedModel, batch: Batch) -> None:
 
 
 def test_simmim_does_not_see_masked_pixels(simmim: MaskedModel, batch: Batch) -> None:
-    draws = Mae(SimmimConfig(mask_unit=8)).draw(simmim, batch, seed=0, step=0)
+    mask = prepared(Mae(SimmimConfig(mask_unit=8)), simmim, batch).mask
     patches = patchify(batch.images, 4)
-    other = patches.scatter(1, draws.mask.masked.unsqueeze(-1).expand(-1, -1, 48), torch.rand(6, 40, 48))
-    latents = [simmim(View(gather_patches(x, draws.mask.keep), draws.mask.keep)).latent for x in (patches, other)]
+    other = patches.scatter(1, mask.masked.unsqueeze(-1).expand(-1, -1, 48), torch.rand(6, 40, 48))
+    latents = [simmim(View(gather_patches(x, mask.keep), mask.keep)).latent for x in (patches, other)]
     assert latents[0].shape == (6, 65, 96) and torch.equal(*latents)
 
 
 def test_noise_is_of_the_attack_s_size_and_a_function_of_the_sample(batch: Batch) -> None:
     model, method = masked_vit(img_size=32), NoiseMae(NoiseMaeConfig(eps=8 / 255))
-    draws = method.draw(model, batch, seed=0, step=4)
-    shown = method.perturb(model, batch.images, draws)
-    noise = shown.visible - gather_patches(patchify(batch.images, 4), draws.mask.keep)
+    step = prepared(method, model, batch, 4)
+    noise = step.visible - gather_patches(patchify(batch.images, 4), step.mask.keep)
     assert noise.abs().max() <= 8 / 255 + 1e-7 and noise.abs().mean() > 2 / 255
-    half = Batch(batch.images[:3], batch.labels[:3], batch.samples[:3], batch.epochs[:3])
-    halves = method.perturb(model, half.images, method.draw(model, half, seed=0, step=4))
-    assert torch.equal(halves.visible, shown.visible[:3])
+    assert torch.equal(prepared(method, model, batch.first(3), 4).visible, step.visible[:3])
     still = NoiseMae(NoiseMaeConfig(eps=0.0))(model, batch, seed=0, step=4)["loss"]
     torch.testing.assert_close(still, Mae(MaeConfig())(model, batch, seed=0, step=4)["loss"])
     with pytest.raises(ValueError, match="looks like 8/255"):

@@ -9,22 +9,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from file_state import load_file_state
 from safetensors.torch import load_file
 from small_models import masked_vit
 
 from mimir_fast.data.batch import Batch
-from mimir_fast.methods.mae import Draws
-from mimir_fast.methods.masking import Mask
+from mimir_fast.methods.masks import Mask
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
+from mimir_fast.methods.step import MaskedStep
 from mimir_fast.models.file_names import parameters_by_file_name
 from mimir_fast.models.masked_model import View
 from mimir_fast.ops.patches import patchify, unpatchify
 from mimir_fast.ops.random_masks import masks_from_noise
+from mimir_fast.philox import Stream
 
 FOLDER = Path(os.environ.get("MIMIR_FAST_GOLDEN", Path(__file__).parents[1] / "golden"))
 CASES = sorted(p.stem for p in FOLDER.glob("*.json") if "kw/img_size" in json.loads(p.read_text()))
 assert CASES, f"no mini-step cases in {FOLDER}"
+
+
+class AuthorsStep(MaskedStep):
+    """A step whose draws are those of the authors' code."""
+
+    masks: dict[Stream, Mask]
+    delta: torch.Tensor
+
+    def draw_mask(self, config: object, stream: Stream, order: object = None) -> Mask:
+        return self.masks[stream]
+
+    def noisy_patches(self, ids_BK: torch.Tensor, eps: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        clean, _ = super().noisy_patches(ids_BK, None)
+        return clean, (clean + self.delta).clamp(0, 1)
 
 
 class Case:
@@ -36,14 +50,16 @@ class Case:
         kwargs = {key[3:]: value for key, value in info.items() if key.startswith("kw/")}
         norm_pix_loss = kwargs.pop("norm_pix_loss", False)
         self.model = masked_vit(**kwargs)
-        load_file_state(self.model, self.group("state_dict/"))
+        self.model.load_state_dict(self.group("state_dict/"), strict=True)
         config = apply_preset(MimirConfig(norm_pix_loss=norm_pix_loss), "official")
         config.attack.eps, config.attack.alpha = info["eps"], info["alpha"]
         config.attack.num_steps, config.mi.weight = info["steps"], info["lam"]
         self.method = Mimir(config)
         num_keep = int(self.tensors["latent"].shape[1]) - 1
-        masks = [masks_from_noise(self.tensors[f"mask_noise_{who}"], num_keep) for who in ("train", "attack")]
-        self.draws = Draws(Mask(*masks[0]), Mask(*masks[1]), self.patches("delta_init"))
+        self.masks = {
+            stream: Mask(*masks_from_noise(self.tensors[f"mask_noise_{who}"], num_keep))
+            for stream, who in ((Stream.MASK, "train"), (Stream.ATTACK_MASK, "attack"))
+        }
 
     def group(self, prefix: str) -> dict[str, torch.Tensor]:
         return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
@@ -54,11 +70,17 @@ class Case:
         loss = self.losses()["loss"]
         return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
-    def losses(self) -> dict[str, torch.Tensor]:
-        """Of the step with the authors' draws."""
+    def step(self) -> AuthorsStep:
+        """With the authors' draws."""
         images = self.tensors["x"]
         nothing = torch.zeros(len(images), dtype=torch.int64)
-        return self.method.losses(self.model, Batch(images, nothing, nothing, nothing), self.draws)
+        step = AuthorsStep(self.model, Batch(images, nothing, nothing, nothing), seed=0, number=0)
+        step.masks, step.delta = self.masks, self.patches("delta_init")
+        return step
+
+    def losses(self) -> dict[str, torch.Tensor]:
+        """Of that step."""
+        return self.method.run(self.step())
 
     def patches(self, name: str) -> torch.Tensor:
         return patchify(self.tensors[name], self.model.patch_size)
@@ -71,15 +93,16 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def test_adversarial_images(case: Case) -> None:
     """Equal but for sign flips where the gradient is (nearly) zero: fewer than one pixel in a thousand."""
-    adversarial = case.method.perturb(case.model, case.tensors["x"], case.draws)
-    assert adversarial.patches is not None
-    images = unpatchify(adversarial.patches, case.model.patch_size)
+    step = case.step()
+    case.method.run(step)
+    assert step.whole is not None
+    images = unpatchify(step.whole, case.model.patch_size)
     flipped = (images - case.tensors["adv"]).abs() > 1e-6
     assert flipped.float().mean() < 1e-3
 
 
 def test_prediction_and_latent(case: Case) -> None:
-    keep = case.draws.mask.keep
+    keep = case.masks[Stream.MASK].keep
     visible = case.patches("adv").gather(1, keep.unsqueeze(-1).expand(-1, -1, case.patches("adv").shape[-1]))
     latent, prediction = case.model(View(visible, keep))[:2]
     torch.testing.assert_close(latent, case.tensors["latent"], rtol=1e-5, atol=1e-5)
@@ -87,7 +110,7 @@ def test_prediction_and_latent(case: Case) -> None:
 
 
 def test_mask_layout(case: Case) -> None:
-    mask = torch.ones_like(case.tensors["mask"]).scatter(1, case.draws.mask.keep, 0)
+    mask = torch.ones_like(case.tensors["mask"]).scatter(1, case.masks[Stream.MASK].keep, 0)
     assert torch.equal(mask, case.tensors["mask"])
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import masked_vit
+from small_models import masked_vit, prepared
 
 from mimir_fast.attacks.reconstruction import ReconstructionAttackConfig
 from mimir_fast.data.batch import Batch
@@ -14,6 +14,7 @@ from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.methods.mutual_information import MutualInformationConfig
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.patches import patchify, patchify_gather
+from mimir_fast.philox import Stream
 
 EPS = 8 / 255
 AXES = [("shared", "clean"), ("shared", "adversarial"), ("fresh", "clean"), ("fresh", "adversarial")]
@@ -39,12 +40,11 @@ def part(batch: Batch, rows: slice) -> Batch:
 @pytest.mark.parametrize(("mask", "target"), AXES)
 def test_the_ball_and_the_range_hold(model: MaskedModel, batch: Batch, mask: str, target: str) -> None:
     method = AdvMae(AdvMaeConfig(attack=ReconstructionAttackConfig(eps=EPS, num_steps=3, mask=mask, target=target)))
-    draws = method.draw(model, batch, seed=0, step=5)
-    adversarial = method.perturb(model, batch.images, draws)
-    clean = patchify_gather(batch.images, draws.mask.keep, 4)
-    assert (adversarial.visible - clean).abs().max() <= EPS + 1e-7
-    assert adversarial.visible.min() >= 0 and adversarial.visible.max() <= 1
-    assert (adversarial.patches is None) == ((mask, target) == ("shared", "clean"))
+    step = prepared(method, model, batch, number=5)
+    clean = patchify_gather(batch.images, step.mask.keep, 4)
+    assert (step.visible - clean).abs().max() <= EPS + 1e-7
+    assert step.visible.min() >= 0 and step.visible.max() <= 1
+    assert (step.whole is None) == ((mask, target) == ("shared", "clean"))
 
 
 def test_a_masked_patch_moves_only_when_the_target_does(model: MaskedModel, batch: Batch) -> None:
@@ -52,10 +52,10 @@ def test_a_masked_patch_moves_only_when_the_target_does(model: MaskedModel, batc
     for target, moves in (("clean", False), ("adversarial", True)):
         attack = ReconstructionAttackConfig(mask="fresh", target=target, random_start=False)
         method = AdvMae(AdvMaeConfig(attack=attack))
-        draws = method.draw(model, batch, seed=0, step=0)
-        adversarial = method.perturb(model, batch.images, draws)
-        change = (adversarial.patches - patchify(batch.images, 4)).abs()
-        hidden = change.gather(1, draws.attack_mask.masked.unsqueeze(-1).expand(-1, -1, 48))
+        step = prepared(method, model, batch)
+        change = (step.whole - patchify(batch.images, 4)).abs()
+        attack_mask = step.draw_mask(method.config, Stream.ATTACK_MASK)
+        hidden = change.gather(1, attack_mask.masked.unsqueeze(-1).expand(-1, -1, 48))
         assert bool((hidden > 0).any()) == moves
 
 
@@ -76,8 +76,7 @@ def test_an_attack_leaves_no_trace(model: MaskedModel, batch: Batch, mask: str, 
     model.encoder.norm.weight.grad = torch.ones_like(model.encoder.norm.weight)
     needs = [p.requires_grad for p in model.parameters()]
     generator = torch.get_rng_state()
-    draws = method.draw(model, batch, seed=0, step=0)
-    method.perturb(model, batch.images, draws)
+    prepared(method, model, batch)
     assert torch.equal(model.encoder.norm.weight.grad, torch.ones_like(model.encoder.norm.weight))
     assert sum(p.grad is not None for p in model.parameters()) == 1
     assert [p.requires_grad for p in model.parameters()] == needs
@@ -103,24 +102,31 @@ def test_a_compiled_model_is_frozen_meanwhile_and_thawed_after(model: MaskedMode
 @pytest.mark.parametrize("preset", ["paper", "official"])
 def test_draws_belong_to_the_sample_not_to_the_batch(model: MaskedModel, batch: Batch, preset: str) -> None:
     """Half a batch gives half of the draws: what two ranks see is what one sees."""
-    method = Mimir(apply_preset(MimirConfig(), preset))
-    whole = method.draw(model, batch, seed=3, step=7)
+    config = apply_preset(MimirConfig(), preset)
+
+    def draws(batch: Batch, number: int) -> list[torch.Tensor]:
+        step = prepared(Mimir(replace(config, attack=replace(config.attack, num_steps=0))), model, batch, number)
+        noise = step.visible - patchify_gather(batch.images, step.mask.keep, 4)
+        return [step.mask.keep, step.draw_mask(config, Stream.ATTACK_MASK).keep, noise]
+
+    whole = draws(batch, 7)
     for rows in (slice(0, 4), slice(4, 8)):
-        half = method.draw(model, part(batch, rows), seed=3, step=7)
-        assert torch.equal(half.mask.keep, whole.mask.keep[rows])
-        assert torch.equal(half.attack_mask.keep, whole.attack_mask.keep[rows])
-        assert torch.equal(half.delta.numbers(16, 48), whole.delta.numbers(16, 48)[rows])
-    later = method.draw(model, batch, seed=3, step=8)
-    assert not torch.equal(later.mask.keep, whole.mask.keep) and not torch.equal(
-        later.delta.numbers(16, 48), whole.delta.numbers(16, 48)
-    )
+        for ours, all_of_them in zip(draws(part(batch, rows), 7), whole, strict=True):
+            assert torch.equal(ours, all_of_them[rows])
+    assert not any(torch.equal(later, now) for later, now in zip(draws(batch, 8), whole, strict=True))
 
 
-def test_a_shared_mask_is_shared_and_a_fresh_one_is_not(model: MaskedModel, batch: Batch) -> None:
-    paper = Mimir(apply_preset(MimirConfig(), "paper")).draw(model, batch, seed=0, step=0)
-    assert paper.attack_mask is paper.mask
-    official = Mimir(apply_preset(MimirConfig(), "official")).draw(model, batch, seed=0, step=0)
-    assert not torch.equal(official.attack_mask.keep, official.mask.keep)
+def test_a_fresh_mask_attacks_other_patches_than_are_visible(model: MaskedModel, batch: Batch) -> None:
+    """And a shared one those: from the clean image, with the image as target, nothing else moves."""
+    for mask in ("shared", "fresh"):
+        attack = ReconstructionAttackConfig(mask=mask, random_start=False)
+        method = AdvMae(AdvMaeConfig(attack=attack))
+        step = prepared(method, model, batch)
+        moved = (step.visible != patchify_gather(batch.images, step.mask.keep, 4)).any(dim=2)
+        fresh = step.draw_mask(method.config, Stream.ATTACK_MASK).keep
+        common = (step.mask.keep[:, :, None] == fresh[:, None]).any(dim=2)
+        assert torch.equal(moved, torch.ones_like(moved) if mask == "shared" else common)
+        assert 0 < common.sum() < common.numel()
 
 
 def test_mae_equals_adv_mae_without_perturbation(model: MaskedModel, batch: Batch) -> None:
@@ -131,16 +137,13 @@ def test_mae_equals_adv_mae_without_perturbation(model: MaskedModel, batch: Batc
 
 def test_mae_loss_is_the_formula(model: MaskedModel, batch: Batch) -> None:
     """Mean over masked patches of the squared error to the per-patch normalised image, written the long way."""
-    method = AdvMae(AdvMaeConfig())
-    draws = method.draw(model, batch, seed=0, step=0)
+    keep = prepared(Mae(MaeConfig()), model, batch).mask.keep
     images = batch.images.float() / 255
     patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(8, 16, 48)
     target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    prediction = model(
-        View(patches.gather(1, draws.mask.keep.unsqueeze(-1).expand(-1, -1, 48)), draws.mask.keep)
-    ).prediction
+    prediction = model(View(patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, 48)), keep)).prediction
     error = (prediction - target).square().mean(-1)
-    hidden = torch.ones(8, 16).scatter(1, draws.mask.keep, 0)
+    hidden = torch.ones(8, 16).scatter(1, keep, 0)
     wanted = (error * hidden).sum() / hidden.sum()
     torch.testing.assert_close(Mae(MaeConfig())(model, batch, seed=0, step=0)["loss"], wanted)
 
@@ -179,8 +182,8 @@ def test_bf16_keeps_its_islands(model: MaskedModel, batch: Batch) -> None:
     [
         (lambda: ReconstructionAttackConfig(eps=8), r"eps=8, .*looks like 8/255"),
         (lambda: MaeConfig(mask_ratio=75), "fraction between 0 and 1"),
-        (lambda: MutualInformationConfig(weight=-1), "λ >= 0"),
-        (lambda: MutualInformationConfig(sigma=0), "positive"),
+        (lambda: MutualInformationConfig(weight=-1), "mi.weight=-1, wanted at least 0"),
+        (lambda: MutualInformationConfig(sigma=0), "mi.sigma=0, wanted more than 0"),
         (lambda: MutualInformationConfig(estimator="nhsic", bandwidth="median"), "bandwidth=reference"),
         (lambda: apply_preset(MimirConfig(), "oficial"), "paper or official"),
     ],

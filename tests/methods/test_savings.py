@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import masked_vit
+from small_models import masked_vit, prepared
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimir_fast.attacks.features import FeatureAttackConfig
@@ -16,11 +16,13 @@ from mimir_fast.data.batch import Batch
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.methods.aemim import Aemim, AemimConfig
 from mimir_fast.methods.mae import Mae, MaeConfig
-from mimir_fast.methods.masking import check_decode_ratio
+from mimir_fast.methods.masks import Mask, MaskConfig, check_decode_ratio
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.methods.noise_mae import NoiseMae, NoiseMaeConfig
+from mimir_fast.methods.step import MaskedStep
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, View, build_masked_model
-from mimir_fast.ops.patches import gather_patches, masked_targets, patchify
+from mimir_fast.ops.patches import every_patch, masked_targets, patchify
+from mimir_fast.philox import Stream
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.pretraining import Pretraining, pretrain
 
@@ -45,8 +47,7 @@ def test_steps_without_attack_are_of_noise_or_clean(model: MaskedModel, batch: B
     seldom = replace(config, attack=replace(config.attack, every=3))
 
     def visible(step: int, config: AdvMaeConfig) -> torch.Tensor:
-        method = AdvMae(config)
-        return method.forward(model, batch, method.draw(model, batch, seed=0, step=step)).shown.visible
+        return prepared(AdvMae(config), model, batch, step).visible
 
     for step in (0, 3):
         assert torch.equal(visible(step, seldom), visible(step, config))
@@ -67,11 +68,10 @@ def test_aemim_too_attacks_in_some_steps_only(batch: Batch) -> None:
     model.encoder.add_adapters()
     method = Aemim(AemimConfig(attack=FeatureAttackConfig(every=2)))
     patches = patchify(batch.images, 4)
-    for step, moves in ((0, True), (1, False), (2, True)):
-        draws = method.draw(model, batch, seed=0, step=step)
-        start = (patches + draws.delta.numbers(16, 48)).clamp(0, 1)
-        whole = method.attack(model, *method.begin(batch.images, 4, draws), draws).whole
-        assert torch.equal(whole, start) is not moves
+    for number, moves in ((0, True), (1, False), (2, True)):
+        step = prepared(method, model, batch, number)
+        clean, start = step.noisy_patches(every_patch(batch.images, 4), 2 / 255)
+        assert torch.equal(clean, patches) and torch.equal(step.whole, start) is not moves
 
 
 def test_an_attack_in_bf16_leaves_the_training_in_fp32(model: MaskedModel, batch: Batch) -> None:
@@ -92,14 +92,13 @@ def test_the_sign_agreement_is_the_share_of_equal_signs(model: MaskedModel, batc
     assert [s for s in range(3 * COMPARED_EVERY) if attack.compares_in(s)] == [0, 2 * COMPARED_EVERY]
     with torch.autocast("cpu", torch.bfloat16, enabled=training == "bf16"):
         found = method(model, batch, seed=0, step=0)["sign_agreement"]
-    draws = method.draw(model, batch, seed=0, step=0)
-    target = masked_targets(batch.images, draws.mask.masked, 4)
-    noise = draws.delta.numbers(4, 48)
-    start = (gather_patches(patchify(batch.images, 4), draws.mask.keep) + noise).clamp(0, 1).requires_grad_()
+    step = prepared(method, model, batch, 0)
+    target = masked_targets(batch.images, step.mask.masked, 4)
+    start = step.noisy_patches(step.mask.keep, attack.eps)[1].requires_grad_()
     signs = []
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            prediction = model(View(start, draws.mask.keep, draws.mask.masked)).prediction
+            prediction = model(View(start, *step.mask)).prediction
         error = (prediction.float() - target).square().sum()
         signs.append(torch.autograd.grad(error, start)[0].sign())
     wanted = (signs[0] == signs[1]).float().mean()
@@ -120,10 +119,9 @@ def decoded_by_hand(model: MaskedModel, view: View) -> torch.Tensor:
 
 
 def test_a_part_of_the_masked_patches_is_decoded_as_if_there_were_no_others(model: MaskedModel, batch: Batch) -> None:
-    method = Mae(MaeConfig(decode_ratio=0.25))
-    draws = method.draw(model, batch, seed=0, step=4)
-    assert draws.mask.masked.shape == (6, 3)  # of 12
-    view = View(gather_patches(patchify(batch.images, 4), draws.mask.keep), draws.mask.keep, draws.mask.masked)
+    step = prepared(Mae(MaeConfig(decode_ratio=0.25)), model, batch, 4)
+    assert step.mask.masked.shape == (6, 3)  # of 12
+    view = View(step.visible, *step.mask)
     torch.testing.assert_close(model(view).prediction, decoded_by_hand(model, view), rtol=1e-4, atol=1e-5)
 
     def flops(masked: torch.Tensor) -> int:
@@ -131,24 +129,23 @@ def test_a_part_of_the_masked_patches_is_decoded_as_if_there_were_no_others(mode
             model.decoder(latent, view.keep, masked)
         return int(counter.get_total_flops())
 
-    latent, everywhere = model.encode(view), Mae(MaeConfig()).draw(model, batch, seed=0, step=4).mask.masked
+    latent, everywhere = model.encode(view), prepared(Mae(MaeConfig()), model, batch, 4).mask.masked
     assert flops(view.masked) < 0.5 * flops(everywhere)
 
 
 def test_the_share_belongs_to_the_sample_and_changes_with_the_step(model: MaskedModel, batch: Batch) -> None:
     """Half a batch has half of the draws; over many samples each masked patch is as likely as any other."""
-    method = AdvMae(replace(apply_preset(AdvMaeConfig(), "official"), decode_ratio=0.5))
-    whole = method.draw(model, batch, seed=3, step=7)
-    half = method.draw(model, batch.first(3), seed=3, step=7)
-    full = AdvMae(apply_preset(AdvMaeConfig(), "official")).draw(model, batch, seed=3, step=7)
-    for ours, other, all_of_them in (
-        (whole.mask, half.mask, full.mask), (whole.attack_mask, half.attack_mask, full.attack_mask),
-    ):  # fmt: skip
-        assert torch.equal(ours.masked[:3], other.masked) and torch.equal(ours.keep, all_of_them.keep)
-        assert all(set(a.tolist()) < set(b.tolist()) for a, b in zip(ours.masked, all_of_them.masked, strict=True))
-    assert not torch.equal(method.draw(model, batch, seed=3, step=8).mask.masked, whole.mask.masked)
+
+    def masks(batch: Batch, number: int, ratio: float = 0.5) -> list[Mask]:
+        step = MaskedStep(model, batch, seed=3, number=number)
+        return [step.draw_mask(MaskConfig(decode_ratio=ratio), s) for s in (Stream.MASK, Stream.ATTACK_MASK)]
+
+    for whole, half, full in zip(masks(batch, 7), masks(batch.first(3), 7), masks(batch, 7, 1.0), strict=True):
+        assert torch.equal(whole.masked[:3], half.masked) and torch.equal(whole.keep, full.keep)
+        assert all(set(a.tolist()) < set(b.tolist()) for a, b in zip(whole.masked, full.masked, strict=True))
+    assert not torch.equal(masks(batch, 8)[0].masked, masks(batch, 7)[0].masked)
     many = Batch(batch.images[:1].expand(4000, -1, -1, -1), *[torch.arange(4000)] * 3)
-    counts = method.draw(model, many, seed=0, step=0).mask.masked.flatten().bincount(minlength=16)
+    counts = masks(many, 0)[0].masked.flatten().bincount(minlength=16)
     assert (counts.float() / counts.sum() - 1 / 16).abs().max() < 0.006
 
 
