@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mimir_fast.checkpoints.reading import checkpoints_of
 from mimir_fast.data import Batch, DataConfig, build_loader, build_source
 from mimir_fast.data.loaders import Loader
-from mimir_fast.data.sources.held_out import hold_out
+from mimir_fast.data.sources.base import hold_out
 from mimir_fast.extensions import Imports
 from mimir_fast.methods.classification import ClassificationConfig
 from mimir_fast.methods.probe import ProbeConfig, probe

@@ -165,6 +165,16 @@ def subset(source: ImageSource, indices: np.ndarray) -> ImageSource:
     raise TypeError(f"cannot take a part of a {type(source).__name__}")
 
 
+def hold_out(num_samples: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rest, held): positions of a split, (N,) int64 ascending; training never sees the `count` held ones.
+
+    They lie at equal distances and are at most a tenth: a small data set is there to be trained on.
+    """
+    count = min(count, num_samples // 10)
+    held = np.arange(count, dtype=np.int64) * num_samples // max(count, 1)
+    return np.setdiff1d(np.arange(num_samples, dtype=np.int64), held), held
+
+
 def existing_root(root: str | None, source: str, advice: str) -> Path:
     """The root as a path, or an error that says where the data can be had."""
     if root is None:
