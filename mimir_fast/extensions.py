@@ -8,14 +8,45 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import", metavar="MODULE"), tyro.conf.UseAppendAction]
 """The type of the option `--import`, which may be given several times."""
+
+
+class RegisteredName(PrimitiveConstructorSpec[str]):
+    """For `Annotated[str, RegisteredName(names)]`: an option whose choices are looked up when a parser is built.
+
+    Args:
+        names: makes the choices.
+    """
+
+    names: Callable[[], Iterable[str]]
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        plain = PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="",
+            instance_from_str=lambda args: args[0],
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda value: [value],
+        )
+        vars(self).update(vars(plain) | {"names": names})
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All names there are."""
+        return tuple(self.names())
+
+    @property
+    def metavar(self) -> str:
+        """What --help shows of them."""
+        return f"{{{','.join(self.choices)}}}"
 
 
 def load_extensions(args: Sequence[str], *runs: str) -> tuple[str, ...]:

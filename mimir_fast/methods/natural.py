@@ -13,6 +13,12 @@ from mimir_fast.methods.registry import MethodEntry, register
 class Natural(ClassificationMethod):
     """Cross entropy on clean images."""
 
+    adversarial = False
+
+    def adversary(self) -> str:
+        """None: an empty string."""
+        return ""
+
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """{"loss", "accuracy"}."""
         logits = train_logits(model, inputs.images, inputs.branch_scales)

@@ -1,11 +1,14 @@
-"""The methods by name, for pre-training and for fine-tuning: their files register themselves, this one finds them."""
+"""The methods by name, for pre-training and for fine-tuning: their files register themselves, this one finds them.
+
+A run names neither a method nor an option of one: what it has to know, `Objective` and `MethodEntry` say.
+"""
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -13,6 +16,35 @@ from mimir_fast.data.batch import Batch
 from mimir_fast.validation import nearest
 
 Stage = Literal["pretrain", "finetune"]
+DEFAULT: Mapping[Stage, str] = {"pretrain": "mimir", "finetune": "pgd"}
+"""The method where none is named."""
+
+
+@dataclass
+class Objective:
+    """The options of a method; a subclass adds its own, and says here what they ask of images, model and ranks.
+
+    Attributes:
+        free_to_change: options (`a.b`) that change how fast a run is and not what it computes; a resumed run may have
+            others.
+    """
+
+    free_to_change: ClassVar[frozenset[str]] = frozenset()
+
+    def fit(self, image_size: int) -> Self:
+        """These options with those replaced by their defaults that make no sense for images of this side in pixels."""
+        return self
+
+    def check_images(self, image_size: int, mask_unit: int) -> None:
+        """Raises ValueError where the options do not fit images of this side with units of `mask_unit` pixels."""
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises ValueError for a model that cannot do what the options ask for."""
+
+    @property
+    def needs_even_ranks(self) -> str:
+        """The option that needs as many images on each rank, as `name=value`, or an empty string."""
+        return ""
 
 
 class Method(Protocol):
@@ -40,6 +72,7 @@ class MethodEntry:
         decoder: the only decoder it works with, or "" for any.
         adapters: the model keeps norm layers and cls token twice.
         labels: the model gets a head, and the data must have labels.
+        as_published: options → the same as in the published numbers that recipes quote, where the defaults differ.
     """
 
     name: str
@@ -50,17 +83,66 @@ class MethodEntry:
     decoder: str = ""
     adapters: bool = False
     labels: bool = False
+    as_published: Callable[[Any], Any] = lambda options: options
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named choice for every point in which the texts and the code of a method's authors differ.
+
+    Attributes:
+        apply: options → options; raises ValueError for a method that has no such points.
+        exact: it promises the authors' numbers, so the precision `auto` is fp32.
+    """
+
+    name: str
+    apply: Callable[[Any], Any]
+    exact: bool = False
 
 
 _METHODS: dict[tuple[Stage, str], MethodEntry] = {}
+_PRESETS: dict[str, Preset] = {}
 
 
 def register(entry: MethodEntry) -> None:
-    """Add a method; its name is unique in its stage."""
+    """Add a method; its name is unique in its stage.
+
+    Raises:
+        ValueError: it is taken.
+    """
     key = (entry.stage, entry.name)
     if key in _METHODS:
         raise ValueError(f"method {entry.name} is registered twice for {entry.stage}")
     _METHODS[key] = entry
+
+
+def register_preset(preset: Preset) -> None:
+    """Add a preset; its name is unique.
+
+    Raises:
+        ValueError: it is taken.
+    """
+    if preset.name in _PRESETS:
+        raise ValueError(f"preset {preset.name} is registered twice")
+    _PRESETS[preset.name] = preset
+
+
+def all_presets() -> dict[str, Preset]:
+    """Every preset by name."""
+    _import_all()
+    return dict(sorted(_PRESETS.items()))
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ValueError: there is none; the message suggests the nearest.
+    """
+    known = all_presets()
+    if name not in known:
+        raise ValueError(f"unknown preset {name!r}{nearest(name, known)} There are {', '.join(known)}")
+    return known[name]
 
 
 def all_methods(stage: Stage) -> dict[str, MethodEntry]:
@@ -84,7 +166,10 @@ def find_method(stage: Stage, name: str) -> MethodEntry:
     """
     known = all_methods(stage)
     if name not in known:
-        raise ValueError(f"unknown method {name!r}{nearest(name, known)} There are {', '.join(known)} for {stage}")
+        raise ValueError(
+            f"unknown method {name!r}{nearest(name, known)} There are {', '.join(known)} for {stage}; "
+            "--import brings others"
+        )
     return known[name]
 
 

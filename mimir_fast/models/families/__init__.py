@@ -83,7 +83,6 @@ class Family:
         resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit.
         image_size_in_tensors: `recognise` can tell the image size; where it cannot, a saved configuration can.
         norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
-        undefined: method → why it cannot be used with this family.
     """
 
     name: str
@@ -99,7 +98,6 @@ class Family:
     resize: Callable[[str, Tensor, torch.Size], Tensor | None] = lambda name, tensor, shape: None
     image_size_in_tensors: bool = True
     norm_before_pool: bool = False
-    undefined: Mapping[str, str] = field(default_factory=dict)
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -130,7 +128,7 @@ def find_family(name: str) -> Family:
     Raises:
         ValueError: there is none; the message suggests the nearest.
     """
-    return _look_up(all_families(), name, "encoder family")
+    return _look_up(all_families(), name, "encoder family (--import brings others)")
 
 
 def check_size(family: Family, size: str) -> None:
@@ -138,16 +136,13 @@ def check_size(family: Family, size: str) -> None:
     _look_up(dict(family.sizes), size, f"size of {family.title}")
 
 
-def check_method(architecture: Architecture, method: str) -> int:
-    """The mask unit in pixels of an architecture.
+def mask_unit_of(architecture: Architecture) -> int:
+    """Side in pixels of what an architecture masks as a whole.
 
     Raises:
-        ValueError: sizes that do not fit, or a method that is not defined for the family.
+        ValueError: unknown family, or sizes that do not fit.
     """
-    family = find_family(architecture.family)
-    if method in family.undefined:
-        raise ValueError(f"method {method} is not defined for {family.title}: {family.undefined[method]}")
-    return family.mask_unit(architecture)
+    return find_family(architecture.family).mask_unit(architecture)
 
 
 def build_encoder(architecture: Architecture, *, final_norm: bool = True) -> Encoder:
