@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from mimir_fast.cli import parse, peek, run
 from mimir_fast.extensions import load_extensions
-from mimir_fast.methods.registry import find_preset
+from mimir_fast.methods.registry import PRESETS
 from mimir_fast.recipes import find_recipe
 from mimir_fast.training.pretraining import PretrainConfig, pretrain, with_method
 
@@ -24,7 +24,7 @@ def config_from(args: Sequence[str]) -> PretrainConfig:
     if (method := peek(args, "--method")) is not None:
         default = with_method(default, method)
     if preset := peek(args, "--preset"):
-        default = replace(default, objective=find_preset(preset).apply(default.objective))
+        default = replace(default, objective=PRESETS.find(preset).apply(default.objective))
     return parse(PretrainConfig, args, default=default, prog="python -m mimir_fast.pretrain")
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mimir_fast"
 
 # Room: the rooms (and leaf modules) it may import. `ops` may also use the kernels and the native door.
-LEAVES = {"philox", "versions", "validation", "world", "extensions"}
+LEAVES = {"philox", "versions", "validation", "world", "extensions", "registry"}
 ALLOWED = {
     "ops": {"ops", "_native"},
     "checkpoints": {"checkpoints"},

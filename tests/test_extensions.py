@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,8 @@ def test_help_shows_what_was_registered(folder: Path) -> None:
 def test_a_module_that_is_gone_is_named(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "pre", tmp_path / "pre")
     out = run_module(tmp_path, "mimir_fast.finetune", "--init", "pre")
-    assert out.returncode == 2 and out.stderr.startswith("error: module 'mine' cannot be imported (No module named")
-    assert "pre was trained with it: start the command in the module's folder, or put that folder into" in out.stderr
+    assert out.returncode == 2 and out.stderr.startswith("error: pre was trained with module 'mine', which cannot be")
+    assert "start the command in the module's folder, or put that folder into PYTHONPATH" in out.stderr
 
 
 @pytest.mark.slow
@@ -67,15 +68,34 @@ def test_every_rank_imports_it(folder: Path) -> None:
 def test_names_come_from_the_line_and_from_the_runs_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(extensions, "import_extension", lambda name, reason: asked.append((name, reason)))
+    monkeypatch.setattr(extensions, "import_extension", lambda name, run: asked.append((name, run)))
     for run, names in (("a", ["x"]), ("b", ["y", "x"])):
         (tmp_path / run / "checkpoints" / "step-00000001").mkdir(parents=True)
         (tmp_path / run / "config.json").write_text(json.dumps({"imports": names}))
     line = ["--import", "z", "--init=a", "--transfer_from", "other", "b/checkpoints/step-00000001", "--import=x"]
     assert load_extensions(line, "runs/none") == ("x", "y", "z")
-    assert asked == [("x", "--import"), ("y", "b/checkpoints/step-00000001 was trained with it"), ("z", "--import")]
+    assert asked == [("x", ""), ("y", "b/checkpoints/step-00000001"), ("z", "")]
     (tmp_path / "config.json").write_text('{"imports": "os"}')  # another program's
     assert saved_imports("a") == ("x",) and saved_imports(".") == saved_imports("nowhere") == saved_imports("") == ()
+
+
+@pytest.mark.parametrize(("name", "package"), [("stolen", True), ("stolen.inner", True), ("stolen.inner", False)])
+def test_a_run_brings_no_code_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: bool) -> None:
+    """Python imports any folder as a package: the run's own would be one that its config.json can name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "stolen" / "run"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"imports": [name]}))
+    code = "import pathlib; pathlib.Path('ran').touch()"
+    for file in ("__init__.py", "inner.py") if package else ("inner.py",):
+        (tmp_path / "stolen" / file).write_text(code)
+    with pytest.raises(ImportError, match=f"stolen/run asks for module '{name}', which came with it: --import"):
+        load_extensions(["--checkpoint", "stolen/run"])
+    assert not (tmp_path / "ran").exists()
+    assert load_extensions(["--checkpoint", "stolen/run", "--import", name]) == (name,) and (tmp_path / "ran").exists()
+    for module in ("stolen", "stolen.inner"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
 
 
 def test_a_bad_name_is_refused() -> None:

@@ -6,7 +6,7 @@ Plain Python on purpose: importing it loads neither numpy nor an image library; 
 from dataclasses import dataclass
 from typing import Literal
 
-from mimir_fast.data.registry import find_source
+from mimir_fast.data.registry import SOURCES
 from mimir_fast.validation import check_finite
 
 LOADERS = ("auto", "resident", "torch", "dali", "raw")
@@ -65,7 +65,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        find_source(self.source)
+        SOURCES.find(self.source)
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
         if self.channels not in (1, 3):

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from mimir_fast.methods import registry
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.methods.mae import Draws, Shown, Step, masked_model
 from mimir_fast.methods.mutual_information import MutualInformationConfig, mutual_information
-from mimir_fast.methods.registry import MethodEntry, Preset, register, register_preset
+from mimir_fast.methods.registry import MethodEntry, Preset, register
 from mimir_fast.methods.terms import Term
 from mimir_fast.ops.patches import every_patch, patchify_gather
 
@@ -95,4 +96,4 @@ class Mimir(AdvMae):
 
 register(MethodEntry("mimir", "pretrain", MimirConfig, Mimir, "MIMIR"))
 for name in PRESETS:
-    register_preset(Preset(name, partial(apply_preset, preset=name), exact=name == "official"))
+    registry.PRESETS.add(name, Preset(name, partial(apply_preset, preset=name), exact=name == "official"))

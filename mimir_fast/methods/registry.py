@@ -3,17 +3,14 @@
 A run names neither a method nor an option of one: what it has to know, `Objective` and `MethodEntry` say.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
-from mimir_fast.validation import nearest
+from mimir_fast.registry import Registry
 
 Stage = Literal["pretrain", "finetune"]
 DEFAULT: Mapping[Stage, str] = {"pretrain": "mimir", "finetune": "pgd"}
@@ -100,62 +97,25 @@ class Preset:
     exact: bool = False
 
 
-_METHODS: dict[tuple[Stage, str], MethodEntry] = {}
-_PRESETS: dict[str, Preset] = {}
+_PACKAGE = __name__.rpartition(".")[0]
+METHODS: Mapping[Stage, Registry[MethodEntry]] = {
+    "pretrain": Registry("method", _PACKAGE), "finetune": Registry("method", _PACKAGE)
+}  # fmt: skip
+PRESETS: Registry[Preset] = Registry("preset", _PACKAGE)
 
 
 def register(entry: MethodEntry) -> None:
-    """Add a method; its name is unique in its stage.
+    """Add a method.
 
     Raises:
-        ValueError: it is taken.
+        ValueError: its name is taken in its stage.
     """
-    key = (entry.stage, entry.name)
-    if key in _METHODS:
-        raise ValueError(f"method {entry.name} is registered twice for {entry.stage}")
-    _METHODS[key] = entry
-
-
-def register_preset(preset: Preset) -> None:
-    """Add a preset; its name is unique.
-
-    Raises:
-        ValueError: it is taken.
-    """
-    if preset.name in _PRESETS:
-        raise ValueError(f"preset {preset.name} is registered twice")
-    _PRESETS[preset.name] = preset
-
-
-def all_presets() -> dict[str, Preset]:
-    """Every preset by name."""
-    _import_all()
-    return dict(sorted(_PRESETS.items()))
-
-
-def find_preset(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-        ValueError: there is none; the message suggests the nearest.
-    """
-    known = all_presets()
-    if name not in known:
-        raise ValueError(f"unknown preset {name!r}{nearest(name, known)} There are {', '.join(known)}")
-    return known[name]
+    METHODS[entry.stage].add(entry.name, entry)
 
 
 def all_methods(stage: Stage) -> dict[str, MethodEntry]:
     """Every method of a stage by name."""
-    _import_all()
-    return {name: entry for (s, name), entry in sorted(_METHODS.items()) if s == stage}
-
-
-@cache
-def _import_all() -> None:
-    package = __name__.rpartition(".")[0]
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
+    return METHODS[stage].all()
 
 
 def find_method(stage: Stage, name: str) -> MethodEntry:
@@ -164,13 +124,7 @@ def find_method(stage: Stage, name: str) -> MethodEntry:
     Raises:
         ValueError: there is none; the message suggests the nearest.
     """
-    known = all_methods(stage)
-    if name not in known:
-        raise ValueError(
-            f"unknown method {name!r}{nearest(name, known)} There are {', '.join(known)} for {stage}; "
-            "--import brings others"
-        )
-    return known[name]
+    return METHODS[stage].find(name)
 
 
 def convert(config: Any, wanted: type) -> Any:

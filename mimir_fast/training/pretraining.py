@@ -13,12 +13,11 @@ from mimir_fast.data import Batch, DataConfig, build_source
 from mimir_fast.extensions import Imports, RegisteredName
 from mimir_fast.methods.registry import (
     DEFAULT,
+    PRESETS,
     Objective,
     all_methods,
-    all_presets,
     convert,
     find_method,
-    find_preset,
 )
 from mimir_fast.models.families import find_family, mask_unit_of
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
@@ -40,7 +39,7 @@ class PretrainConfig:
 
     recipe: str = "digits/mimir_vit_nano"
     """Named starting point of all options below; `python -m mimir_fast.recipes` lists them."""
-    preset: Annotated[str, RegisteredName(lambda: ["", *all_presets()])] = ""
+    preset: Annotated[str, RegisteredName(lambda: ["", *PRESETS.all()])] = ""
     """Set every point in which paper and authors' code differ; empty leaves them as the recipe has them."""
     method: Annotated[str, RegisteredName(lambda: all_methods("pretrain"))] = DEFAULT["pretrain"]
     """How it is trained; the method's own options follow below."""
@@ -75,7 +74,7 @@ class PretrainConfig:
     @property
     def exact(self) -> bool:
         """The preset promises the authors' numbers."""
-        return bool(self.preset) and find_preset(self.preset).exact
+        return bool(self.preset) and PRESETS.find(self.preset).exact
 
 
 def with_method(config: PretrainConfig, method: str) -> PretrainConfig:

@@ -17,7 +17,7 @@ from mimir_fast.data import DataConfig, build_loader, build_source
 from mimir_fast.data import config as data_config
 from mimir_fast.data.decode import UnreadableImageError, checked_file, decode
 from mimir_fast.data.loaders.resident import ResidentLoader
-from mimir_fast.data.sources import MissingDataError, all_sources
+from mimir_fast.data.sources import SOURCES, MissingDataError
 from mimir_fast.data.sources.cifar import read_pickle
 from mimir_fast.data.sources.idx import FASHION_ROOTS, read_idx
 
@@ -350,7 +350,7 @@ def test_unknown_names_suggest_the_nearest():
 
 def test_the_help_names_every_source():
     said = (Path(data_config.__file__).read_text()).partition('source: str = "digits"')[2].partition("root:")[0]
-    assert not [name for name in all_sources() if name not in said]
+    assert not [name for name in SOURCES.all() if name not in said]
 
 
 @pytest.mark.parametrize(

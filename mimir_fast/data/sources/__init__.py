@@ -1,7 +1,7 @@
 """The sources: what images there are, one file a format; each file registers the names it can build."""
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.data.registry import all_sources, find_source, register
+from mimir_fast.data.registry import SOURCES, register
 from mimir_fast.data.sources.base import (
     ArraySource,
     EncodedSource,
@@ -14,12 +14,12 @@ from mimir_fast.data.sources.base import (
 )
 
 __all__ = [
+    "SOURCES",
     "ArraySource",
     "EncodedSource",
     "ImageSource",
     "MissingDataError",
     "RawSource",
-    "all_sources",
     "build_source",
     "register",
 ]
@@ -35,7 +35,7 @@ def build_source(config: DataConfig, split: str) -> ImageSource:
     """
     if split not in ("train", "held_out", "test", "val"):
         raise ValueError(f"split must be 'train', 'held_out' or 'test' (or 'val'), got {split!r}")
-    source = find_source(config.source)(config, "train" if split in ("train", "held_out") else "test")
+    source = SOURCES.find(config.source)(config, "train" if split in ("train", "held_out") else "test")
     if split == "held_out" or (split == "train" and config.hold_out):
         rest, held = hold_out(len(source), config.hold_out)
         source = subset(source, held if split == "held_out" else rest)
