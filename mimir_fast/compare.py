@@ -55,7 +55,7 @@ def config_from(args: Sequence[str]) -> CompareConfig:
 
 
 def main() -> None:
-    """The command."""
+    """The command: compare the evaluations that the line names."""
     compare(config_from(sys.argv[1:]))
 
 

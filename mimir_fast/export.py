@@ -119,7 +119,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def main() -> None:
-    """The command."""
+    """The command: export what the line names."""
     load_extensions(sys.argv[1:])
     export(parse(ExportConfig, sys.argv[1:], prog="python -m mimir_fast.export"))
 

@@ -41,7 +41,7 @@ class RegisteredName(PrimitiveConstructorSpec[str]):
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """All names there are."""
+        """The names that are registered now."""
         return tuple(self.names())
 
     @property

@@ -133,7 +133,7 @@ class HubClassifier(_OnTheHub, Classifier):
 
 
 class HubMaskedModel(_OnTheHub, MaskedModel):
-    """A pre-trained masked autoencoder."""
+    """A pre-trained masked autoencoder: encoder, decoder and mask token."""
 
     kind = "masked autoencoder"
 
@@ -240,7 +240,7 @@ def publish(config: HubConfig) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """The command: publish what the line names."""
     load_extensions(sys.argv[1:])
     publish(parse(HubConfig, sys.argv[1:], prog="python -m mimir_fast.hub"))
 

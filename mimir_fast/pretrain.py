@@ -29,7 +29,7 @@ def config_from(args: Sequence[str]) -> PretrainConfig:
 
 
 def main() -> None:
-    """The command."""
+    """The command: pre-train as the line says."""
     pretrain(config_from(sys.argv[1:]))
 
 

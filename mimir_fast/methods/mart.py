@@ -32,7 +32,7 @@ _CEILING = 1.0001
 
 @dataclass
 class MartConfig:
-    """What is MART's own."""
+    """The options of MART alone."""
 
     beta: float = 5.0
     """Weight of the divergence; 5 in the paper, 6 in the authors' code."""

@@ -45,7 +45,7 @@ class Objective:
 
 
 class Method(Protocol):
-    """What the task calls."""
+    """What a run calls: the loss of a batch, and pictures of it."""
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """{"loss": scalar to minimise, other detached scalars}; `model` may be wrapped for data parallelism."""

@@ -100,5 +100,5 @@ def register_variant(base: str, suffix: str, note: str, caveat: str = "", **chan
 
 
 def join(name: str, suffix: str) -> str:
-    """NAME_SUFFIX, or NAME."""
+    """NAME_SUFFIX, or NAME where the suffix is empty."""
     return f"{name}_{suffix}" if suffix else name

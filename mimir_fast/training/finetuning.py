@@ -70,7 +70,7 @@ class FinetuneConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the run lives."""
+        """The run's folder: `--output_dir`, or runs/RECIPE."""
         return Path(self.run.output_dir or f"runs/{self.recipe}")
 
     @property

@@ -14,14 +14,14 @@ _SHAPE = (800, 384, 1536)  # tokens, width, hidden width of a small ViT
 
 @dataclass(frozen=True)
 class Choice:
-    """The precision and why."""
+    """The precision of a run, fp32 or bf16, and the reason in words."""
 
     name: str
     reason: str
 
     @property
     def bf16(self) -> bool:
-        """True for bf16 autocast."""
+        """True where forward passes run under bf16 autocast."""
         return self.name == "bf16"
 
 

@@ -68,7 +68,7 @@ class PretrainConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the run lives."""
+        """The run's folder: `--output_dir`, or runs/RECIPE."""
         return Path(self.run.output_dir or f"runs/{self.recipe}")
 
     @property
@@ -123,7 +123,7 @@ class Pretraining:
         return {}
 
     def alarm(self) -> str | None:
-        """None: nothing is evaluated."""
+        """None always: pre-training evaluates nothing that could raise one."""
         return None
 
     def pictures(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, np.ndarray]:
@@ -131,7 +131,7 @@ class Pretraining:
         return {"reconstruction": grid(self.method.preview(model, batch.first(8), seed=seed, step=step))}
 
     def describe(self, num_samples: int) -> str:
-        """What is trained."""
+        """Method, data, images and model in one line, for the head of the output."""
         config, model = self.config, self.config.model
         return (
             f"{config.method} on {config.data.source} ({num_samples:,} images, {config.data.image_size}²): "

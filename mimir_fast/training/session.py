@@ -47,7 +47,7 @@ class SessionConfig(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Where the run lives."""
+        """The run's folder: `--output_dir`, or runs/RECIPE."""
         ...
 
     @property

@@ -85,7 +85,7 @@ class EncodedSource(ImageSource):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded file."""
+        """The bytes of one encoded image file."""
 
     def pixels(self, index: int) -> np.ndarray:
         from mimir_fast.data.decode import decode
@@ -128,7 +128,7 @@ class RawSource(ImageSource):
         return f"{self.files[self.table['shard_ids'][index]]} at byte {self.table['offsets'][index]}"
 
     def take(self, indices: np.ndarray) -> "RawSource":
-        """Some samples, renumbered."""
+        """A source of the samples at `indices`, renumbered from 0; the files stay shared."""
         table = {name: column[indices] for name, column in self.table.items()}
         return RawSource(self.name, self.classes, self.labels[indices], self.files, table, self.channels)
 

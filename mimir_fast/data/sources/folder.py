@@ -38,11 +38,11 @@ class FileSource(EncodedSource):
         super().__init__(name, classes, labels, size)
         self.root = root
         # One array of bytes, not a million str: forked workers share it, for no reference count in it ever changes.
-        self._paths = np.array([os.fsencode(path) for path in paths]) if isinstance(paths, list) else paths
+        self.paths = np.array([os.fsencode(path) for path in paths]) if isinstance(paths, list) else paths
 
     def path(self, index: int) -> Path:
         """The file of a sample."""
-        return self.root / os.fsdecode(bytes(self._paths[index]))
+        return self.root / os.fsdecode(bytes(self.paths[index]))
 
     def read(self, index: int) -> bytes:
         with self.path(index).open("rb") as file:

@@ -111,7 +111,7 @@ def register(family: Family) -> None:
 
 
 def all_families() -> dict[str, Family]:
-    """Every family by name."""
+    """Every registered family, by name."""
     return FAMILIES.all()
 
 
