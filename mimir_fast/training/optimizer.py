@@ -148,7 +148,7 @@ def cosine_schedule(step: int, *, total_steps: int, warmup_steps: int, peak: flo
 
 
 def stepped_schedule(step: int, *, total_steps: int, warmup_steps: int, peak: float, drops: Sequence[float]) -> float:
-    """The learning rate of `step` (0-based): linear warm-up, then `peak`, a tenth of it from each part in `drops` on."""
+    """The learning rate of `step` (0-based): linear warm-up, then `peak`, divided by 10 at each part in `drops`."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * 0.1 ** sum(step >= round(part * total_steps) for part in drops)

@@ -93,7 +93,7 @@ class Pretraining:
     """
 
     kind = "pretrain"
-    curves: tuple[str, ...] = ("loss", "mi", "adversarial", "classification", "lr")
+    curves: tuple[str, ...] = ("loss", "lr")
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
@@ -116,7 +116,9 @@ class Pretraining:
 
     def losses(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """{"loss": scalar to minimise, other detached scalars} of the method, for one micro-batch."""
-        return self.method(model, batch, seed=seed, step=step)
+        out = self.method(model, batch, seed=seed, step=step)
+        self.curves = (*out, "lr")
+        return out
 
     def evaluate(self, model: nn.Module, *, step: int) -> dict[str, float]:
         """Nothing: reconstruction loss is logged anyway, and robustness is fine-tuning's to measure."""
