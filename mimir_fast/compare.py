@@ -14,10 +14,9 @@ from typing import Annotated
 
 import tyro
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, run
 from mimir_fast.evaluation.comparison import html, load, markdown
 from mimir_fast.evaluation.measure import write_atomically
-from mimir_fast.training.cli import parse
 
 
 @dataclass
@@ -56,7 +55,7 @@ def config_from(args: Sequence[str]) -> CompareConfig:
 
 
 def main() -> None:
-    """The command."""
+    """The command: compare the evaluations that the line names."""
     compare(config_from(sys.argv[1:]))
 
 

@@ -17,12 +17,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, peek, run
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.adapters import timm_settings
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.run import evaluate
-from mimir_fast.training.cli import parse, peek
+from mimir_fast.extensions import load_extensions
 
 
 def data_of(checkpoint: str) -> DataConfig:
@@ -45,13 +45,14 @@ def data_of(checkpoint: str) -> DataConfig:
 
 def config_from(args: Sequence[str]) -> EvaluateConfig:
     """The run's own data, then flags."""
+    imports = load_extensions(args)
     checkpoint = peek(args, "--checkpoint")
-    default = EvaluateConfig(checkpoint, data=data_of(checkpoint)) if checkpoint else None
+    default = EvaluateConfig(checkpoint, data=data_of(checkpoint), imports=imports) if checkpoint else None
     return parse(EvaluateConfig, args, default=default, prog="python -m mimir_fast.evaluate")
 
 
 def main() -> None:
-    """The command."""
+    """The command: evaluate what the line names."""
     evaluate(config_from(sys.argv[1:]))
 
 

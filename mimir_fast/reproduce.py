@@ -15,13 +15,12 @@ from typing import Annotated
 
 import tyro
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, run
 from mimir_fast.reproduction.ablation import Ablation, read_results, run_ablation
 from mimir_fast.reproduction.demo import run_demo
 from mimir_fast.reproduction.fashion import SizeName, fashion_ablation
 from mimir_fast.reproduction.stages import Interrupted
 from mimir_fast.reproduction.tables import markdown, plot, print_table, table
-from mimir_fast.training.cli import parse
 
 
 @dataclass
@@ -98,7 +97,7 @@ def config_from(args: Sequence[str]) -> DigitsDemo | FashionAblation:
 
 
 def main() -> None:
-    """The command."""
+    """The command: run the experiment that the line names; an interrupted one ends without an error."""
     try:
         config_from(sys.argv[1:]).run()
     except Interrupted as stop:  # all work is saved, as after the signal itself

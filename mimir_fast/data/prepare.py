@@ -17,6 +17,7 @@ the shards that are not there. Files that cannot be read are left out, counted, 
 import fcntl
 import multiprocessing
 import os
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +28,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, run
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.index import write_whole
 from mimir_fast.data.loaders.skip import TooManyBadFilesError
@@ -36,9 +37,10 @@ from mimir_fast.data.order import shuffled
 from mimir_fast.data.shard_files import Job, ShardNote, checksum, read_note, write_shard
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource, MissingDataError
+from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.validation import check_number
-from mimir_fast.versions import COMPLETION_HINT, called_as
 
+_PARTIAL = re.compile(r"\.(\.?(train|test))\b.*\.\d+\.partial")  # as `write_whole` names it
 _ADVICE = "run the command that wrote it again; it goes on where it was"
 
 
@@ -70,6 +72,8 @@ class PrepareConfig:
     """of the order in which training samples are written"""
     verify: bool = False
     """write nothing: compare sizes and checksums of what OUT holds with what was written"""
+    imports: Imports = ()
+    """module that registers the source of --source_format"""
 
     def __post_init__(self) -> None:
         for name, least in (("images_per_shard", 1), ("num_workers", 1), ("max_bad_files", 0), ("seed", 0)):
@@ -112,8 +116,9 @@ def prepare(config: PrepareConfig) -> dict[str, Manifest]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {out}: wait for it, or give another folder") from None
-        for leftover in out.glob("**/.*.partial"):  # of a command that was killed
-            leftover.unlink()
+        for leftover in [*out.glob(".*.partial"), *out.glob(".notes/.*.partial")]:  # of a command that was killed
+            if _PARTIAL.fullmatch(leftover.name):
+                leftover.unlink()
         return {split: _prepare_split(config, source, split) for split, source in sources.items()}
 
 
@@ -159,7 +164,8 @@ def _claim(out: Path, split: str, manifest: Manifest) -> None:
             what = ", ".join(f"{name} = {theirs.get(name)} (now {ours[name]})" for name in different)
             raise ValueError(f"{out} holds shards prepared with {what}: give another folder, or empty this one")
         return
-    if strange := sorted(entry.name for entry in out.iterdir() if entry.name.startswith(f"{split}-")):
+    names = (f"{split}-", f"{split}.json", f"{split}.npz")
+    if strange := sorted(entry.name for entry in out.iterdir() if entry.name.startswith(names)):
         raise ValueError(f"{out} holds {strange[0]}, which this command did not write: give another folder")
     manifest.write(path)
 
@@ -258,8 +264,8 @@ def verify(config: PrepareConfig) -> list[str]:
 
 def main() -> None:
     """The command; shards that fail --verify are exit code 1."""
-    prog, description = called_as("python -m mimir_fast.data.prepare"), f"{PrepareConfig.__doc__}\n\n{COMPLETION_HINT}"
-    config = tyro.cli(PrepareConfig, prog=prog, description=description, use_underscores=True)
+    load_extensions(sys.argv[1:])
+    config = parse(PrepareConfig, prog="python -m mimir_fast.data.prepare")
     if config.verify:
         faults = verify(config)
         print("\n".join(faults) or f"{config.out}: all shards are as they were written")

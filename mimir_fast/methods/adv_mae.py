@@ -4,6 +4,7 @@ Shapes: B images, N patches, K kept, M masked, P numbers a patch.
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from mimir_fast.philox import Stream
 class AdvMaeConfig(MaeConfig):
     """MAE's options and the perturbation."""
 
+    free_to_change: ClassVar[frozenset[str]] = frozenset({"attack.cuda_graph"})
     attack: ReconstructionAttackConfig = field(default_factory=ReconstructionAttackConfig)
 
 

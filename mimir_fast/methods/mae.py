@@ -4,17 +4,18 @@ One step: sample mask and noise, perturb visible patches, run the model, sum wei
 Shapes: B images, N patches, K kept, M masked, P numbers a patch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
-from mimir_fast.layers.borrowing import borrowed
-from mimir_fast.methods.masks import MaskConfig
+from mimir_fast.layers.borrowing import borrowed, unwrap
+from mimir_fast.methods.masks import MaskConfig, check_decode_ratio
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.step import MaskedStep
-from mimir_fast.models.masked_model import View
+from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.masked_loss import Kind, masked_loss
 from mimir_fast.ops.patches import patchify, patchify_gather
 from mimir_fast.ops.random_masks import TokenOrder
@@ -34,6 +35,18 @@ class MaeConfig(MaskConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("pixel_loss", self.pixel_loss, ("l2", "l1"))
+
+    def fit(self, image_size: int) -> Self:
+        """SimMIM's unit of 32 pixels is for 224²: images that have no four of them a side are masked by the patch."""
+        return replace(self, mask_unit=None) if self.mask_unit and image_size < 4 * self.mask_unit else self
+
+    def check_images(self, image_size: int, mask_unit: int) -> None:
+        """Raises ValueError where the unit does not tile the image, or the ratio leaves no patch on either side."""
+        self.units(mask_unit, image_size)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises ValueError where a share of the masked patches cannot be predicted without the others."""
+        check_decode_ratio(cast(MaskedModel, unwrap(model)), self.decode_ratio)
 
 
 class Mae:

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mimir_fast.methods.registry import Objective
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.validation import check_number
 
 
 @dataclass
-class MaskConfig:
+class MaskConfig(Objective):
     """What is masked, and what of it is predicted."""
 
     mask_ratio: float = 0.75

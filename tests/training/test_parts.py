@@ -9,15 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import masked_vit
 
+from mimir_fast.cli import parse_float
 from mimir_fast.models.file_names import parameters_by_file_name
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.pretrain import config_from
-from mimir_fast.training.cli import parse_float
 from mimir_fast.training.ema import Ema
 from mimir_fast.training.loop import RunConfig
-from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups
+from mimir_fast.training.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    cosine_schedule,
+    parameter_groups,
+    stepped_schedule,
+)
 from mimir_fast.training.pictures import grid, save_curves
-from mimir_fast.training.schedule import cosine_schedule, stepped_schedule
 
 
 @pytest.fixture
