@@ -16,7 +16,7 @@ import tyro
 
 from mimir_fast.command import run
 from mimir_fast.evaluation.comparison import html, load, markdown
-from mimir_fast.evaluation.measure import write_atomically
+from mimir_fast.evaluation.journal import write_atomically
 from mimir_fast.training.cli import parse
 
 
@@ -40,12 +40,12 @@ def compare(config: CompareConfig) -> Path:
     Raises:
         FileNotFoundError, ValueError: an evaluation is missing, or of another version.
     """
-    judged = load(config.evaluations)
+    evaluations = load(config.evaluations)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    text = markdown(judged)
+    text = markdown(evaluations)
     write_atomically(folder / "comparison.md", text)
-    write_atomically(folder / "comparison.html", html(judged))
+    write_atomically(folder / "comparison.html", html(evaluations))
     print(f"{text}\n{folder / 'comparison.html'}")
     return folder / "comparison.html"
 

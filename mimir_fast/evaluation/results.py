@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.evaluation.config import NORM_WORDS, EvaluateConfig
-from mimir_fast.evaluation.measure import write_atomically
+from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.journal import write_atomically
+from mimir_fast.evaluation.options import NORM_WORDS
+from mimir_fast.evaluation.topic import all_topics
 from mimir_fast.versions import environment, version_of
 
 FORMAT = "mimir_fast.evaluation"
@@ -29,7 +31,7 @@ class Results:
             "large": the headline, "text": why}.
         choices: the resolved configuration, preprocessing, weights.
         images: data set, number, indices in the split, unreadable files by path.
-        sections: a section's name → its numbers (sections/NAME.py).
+        sections: a topic's name → its numbers (topics/NAME.py).
         notes: what the reader must know before believing a number.
         environment: versions, machine, commit.
         command: what to type to repeat it.
@@ -139,14 +141,15 @@ def validity_verdict(results: Results) -> dict[str, str]:
 
 
 def table_rows(results: Results) -> dict[str, str]:
-    """The result as one row: model, images, ball, natural, each attack, worst case."""
+    """The result as one row: model, images, ball, natural, every topic's columns, worst case."""
     numbers = results.sections["accuracy"]
     name = str(results.choices["checkpoint"])
     columns = [("natural", results.clean["accuracy"])]
-    columns += [(e["label"], e["accuracy"]) for key, e in numbers["attacks"].items() if key != "natural"]
-    if found := results.sections.get("autoattack"):
-        columns.append((found["title"] + (f" ({found['total']})" if found["total"] < found["images"] else ""),
-                        found["accuracy"]))  # fmt: skip
+    for topic in all_topics():
+        for column in topic.columns(results.sections[topic.name]) if topic.name in results.sections else ():
+            if column.key != "natural":
+                few = f" ({column.total})" if column.total is not None else ""
+                columns.append((column.label + few, column.accuracy))
     columns.append(("all attacks", results.robust["accuracy"]))
     head = ["model", "images", "ball", *(label for label, _ in columns)]
     norm = NORM_WORDS[numbers["norm"]]
@@ -178,6 +181,6 @@ def command_of(config: EvaluateConfig) -> str:
             else:
                 words.extend([flag, str(mine)])
 
-    add("", config, EvaluateConfig(config.checkpoint))
+    add("", config, type(config)(config.checkpoint))
     add("data.", config.data, DataConfig())
     return shlex.join(words)

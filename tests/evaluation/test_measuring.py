@@ -13,10 +13,13 @@ from torch import nn
 from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data import build_loader, build_source
-from mimir_fast.evaluation.attacks import make_apgd, make_pgd, make_random_noise, make_square, make_targeted, step_size
+from mimir_fast.evaluation.attacks import NamedAttack, make_pgd, make_random_noise, step_size
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import EvaluationImages, Fitting, ImageSets, choose_indices, load_images
-from mimir_fast.evaluation.measure import Count, Helpers, Journal, accuracy, measure, take
+from mimir_fast.evaluation.journal import Journal
+from mimir_fast.evaluation.measure import Count, accuracy, measure, measure_rows
+from mimir_fast.evaluation.topics.accuracy import make_targeted
+from mimir_fast.evaluation.topics.masking import make_apgd, make_square
 
 ASKED = EvaluateConfig("a model", data=DIGITS, eps=EPS)
 CPU = torch.device("cpu")
@@ -143,13 +146,12 @@ def test_attacks_of_other_norms_stay_in_their_ball(small_model, digits_images, n
 def test_restarts_and_targets_only_break_more(small_model, digits_images: EvaluationImages) -> None:
     images = digits_images.evenly(60)
 
-    def standing(config: EvaluateConfig, make=make_pgd) -> torch.Tensor:
-        return measure(small_model, images, make(config, 5).run, batch_size=60, device=CPU).tensor("correct")
+    def correct(attack: NamedAttack) -> torch.Tensor:
+        return measure(small_model, images, attack.run, batch_size=60, device=CPU).tensor("correct")
 
-    once = standing(ASKED)
-    thrice = standing(replace(ASKED, restarts=3))
+    once, thrice = (correct(make_pgd(replace(ASKED, restarts=k), 5)) for k in (1, 3))
     assert (thrice <= once).all() and thrice.sum() < once.sum(), "a restart that finds nothing new tests nothing"
-    one, many = (standing(replace(ASKED, targets=k), make_targeted) for k in (1, 6))
+    one, many = (correct(make_targeted(ASKED, 5, targets=k)) for k in (1, 6))
     assert (many <= one).all() and many.sum() < one.sum()
 
 
@@ -200,12 +202,14 @@ def test_resizing_equals_torchvisions(size: tuple[int, int], interpolation: str)
 def test_rows_may_be_grids_and_words(small_model, digits_images: EvaluationImages, tmp_path: Path) -> None:
     """A loss surface is a grid an image, an example a picture: both come back from disk as they went."""
 
-    def outcome(model, images, labels, samples, helpers: Helpers):
+    def outcome(model, images, labels, samples):
         return {"grid": images[:, 0, :2, :2], "word": [f"image {s}" for s in samples.tolist()]}
 
     images = digits_images.evenly(5)
     for _ in range(2):
-        record = take(outcome, small_model, images, batch_size=2, device=CPU, journal=tmp_path / "j", settings=1)
+        record = measure_rows(
+            outcome, small_model, images, batch_size=2, device=CPU, journal=tmp_path / "j", settings=1
+        )
         torch.testing.assert_close(record.tensor("grid"), images.images[:, 0, :2, :2].double() / 255)
         assert record.values["word"] == [f"image {s}" for s in images.samples.tolist()]
 
