@@ -9,33 +9,16 @@ Several GPUs: torchrun -m mimir_fast.COMMAND, as torchrun starts modules.
 """
 
 import sys
-from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 
 import mimir_fast
-
-SHELLS = ("bash", "zsh")
-
-# name: (module, what it does)
-COMMANDS = {
-    "pretrain": ("mimir_fast.pretrain", "pre-train a masked autoencoder: MIMIR and its relatives"),
-    "finetune": ("mimir_fast.finetune", "fine-tune it into a robust classifier"),
-    "evaluate": ("mimir_fast.evaluate", "attack any classifier and write a report"),
-    "compare": ("mimir_fast.compare", "finished evaluations side by side"),
-    "export": ("mimir_fast.export", "take the weights of a run to timm, or into one file"),
-    "hub": ("mimir_fast.hub", "put a run on the Hugging Face Hub, or into a folder like one, with a model card"),
-    "prepare": ("mimir_fast.data.prepare", "write a data set as shards that are fast to read"),
-    "recipes": ("mimir_fast.recipes.__main__", "list recipes, published numbers, what is implemented"),
-    "reproduce": ("mimir_fast.reproduce", "whole experiments: several runs, one table"),
-    "info": ("mimir_fast.info", "which backends run here, at which versions"),
-}
+from mimir_fast.completion import COMMANDS
 
 
 def usage() -> str:
     """What `mimir-fast --help` prints."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return f"""usage: mimir-fast COMMAND [OPTIONS]
 
 Fast adversarial masked pre-training of robust vision transformers.
@@ -60,6 +43,8 @@ def main() -> None:
     elif name == "--version":
         print(f"mimir_fast {mimir_fast.__version__}")
     elif name.startswith("--print_completion"):
+        from mimir_fast.cli import run
+
         run(print)
     elif name not in COMMANDS:
         from mimir_fast.validation import nearest
@@ -69,31 +54,18 @@ def main() -> None:
     else:
         sys.argv = [f"mimir-fast {name}", *rest]
         try:
-            module = import_module(COMMANDS[name][0])
+            module = import_module(COMMANDS[name].module)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("mimir_fast"):
                 raise
             print(f"error: {name} needs {error.name}: pip install 'mimir-fast[train]'", file=sys.stderr)
             raise SystemExit(2) from error
-        # `info` says what is missing, so it may not need it.
-        (module.main if name == "info" else partial(run, module.main))()
+        if name == "info":  # it says what is missing, so it may not need it
+            module.main()
+            return
+        from mimir_fast.cli import run
 
-
-def run(main: Callable[[], None]) -> None:
-    """Run a command as a program: errors that users can cause are one line, and `--print_completion SHELL` is known."""
-    from mimir_fast.training.cli import exit_on_error, peek
-
-    args = sys.argv[1:]
-    if not any(arg.split("=")[0] == "--print_completion" for arg in args):
-        exit_on_error(main)
-        return
-    from mimir_fast.completion import script
-
-    shell = peek(args, "--print_completion")
-    if shell not in SHELLS:
-        print(f"error: --print_completion {shell or ''}: wanted {' or '.join(SHELLS)}", file=sys.stderr)
-        raise SystemExit(2)
-    print(script(shell))
+        run(module.main)
 
 
 if __name__ == "__main__":

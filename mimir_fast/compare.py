@@ -14,10 +14,10 @@ from typing import Annotated
 
 import tyro
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, run
 from mimir_fast.evaluation.comparison import html, load, markdown
 from mimir_fast.evaluation.journal import write_atomically
-from mimir_fast.training.cli import parse
+from mimir_fast.extensions import Imports, load_extensions
 
 
 @dataclass
@@ -28,6 +28,8 @@ class CompareConfig:
     """results.json files, evaluation folders, or run folders (their newest evaluation)."""
     output: str = "comparison"
     """Folder of comparison.html and comparison.md."""
+    imports: Imports = ()
+    """Module that registers report topics of your own, looked for in the working folder and PYTHONPATH."""
 
     def __post_init__(self) -> None:
         if not self.evaluations:
@@ -51,7 +53,8 @@ def compare(config: CompareConfig) -> Path:
 
 
 def config_from(args: Sequence[str]) -> CompareConfig:
-    """The configuration of a command line."""
+    """The configuration of a command line, whose modules are imported."""
+    load_extensions(args)
     return parse(CompareConfig, args, prog="python -m mimir_fast.compare")
 
 

@@ -1,4 +1,4 @@
-"""The script by which a shell completes `mimir-fast`, its commands and their options; tyro writes it.
+"""The commands by name, and the script by which a shell completes `mimir-fast`, them and their options; tyro writes it.
 
 A shell completes programs, not `python -m mimir_fast.pretrain`: whichever command is asked, the script is that of
 `mimir-fast`. The options of pre-training and fine-tuning are those of the default recipe's method.
@@ -7,39 +7,66 @@ A shell completes programs, not `python -m mimir_fast.pretrain`: whichever comma
 import contextlib
 import io
 from dataclasses import make_dataclass
-from typing import Annotated, Any, Union
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple, Union
 
-import tyro
+SHELLS = ("bash", "zsh")
 
-from mimir_fast.command import COMMANDS
+
+class Command(NamedTuple):
+    """A command: `main` of its module.
+
+    Attributes:
+        module: imported when the command is used.
+        summary: a line of `mimir-fast --help`.
+        options: what in the module its command line is made from: a type, or a function from arguments to the defaults;
+            empty for a command without options.
+    """
+
+    module: str
+    summary: str
+    options: str = ""
+
+
+COMMANDS = {
+    "pretrain": Command("mimir_fast.pretrain", "pre-train a masked autoencoder: MIMIR and its relatives",
+                        "config_from"),
+    "finetune": Command("mimir_fast.finetune", "fine-tune it into a robust classifier", "config_from"),
+    "evaluate": Command("mimir_fast.evaluate", "attack any classifier and write a report", "EvaluateConfig"),
+    "compare": Command("mimir_fast.compare", "finished evaluations side by side", "CompareConfig"),
+    "export": Command("mimir_fast.export", "take the weights of a run to timm, or into one file", "ExportConfig"),
+    "hub": Command("mimir_fast.hub", "put a run on the Hugging Face Hub, or into a folder like one, with a model card",
+                   "HubConfig"),
+    "prepare": Command("mimir_fast.data.prepare", "write a data set as shards that are fast to read", "PrepareConfig"),
+    "recipes": Command("mimir_fast.recipes.__main__", "list recipes, published numbers, what is implemented",
+                       "RecipesConfig"),
+    "reproduce": Command("mimir_fast.reproduce", "whole experiments: several runs, one table", "Experiment"),
+    "info": Command("mimir_fast.info", "which backends run here, at which versions"),
+}  # fmt: skip
 
 
 def command_lines() -> dict[str, Any]:
     """Command → the type its command line is made from, or a value of that type with its defaults."""
-    from mimir_fast.compare import CompareConfig
-    from mimir_fast.data.prepare import PrepareConfig
-    from mimir_fast.evaluate import EvaluateConfig
-    from mimir_fast.export import ExportConfig
-    from mimir_fast.finetune import config_from as finetuning
-    from mimir_fast.hub import HubConfig
-    from mimir_fast.pretrain import config_from as pretraining
-    from mimir_fast.recipes.__main__ import RecipesConfig
-    from mimir_fast.reproduce import Experiment
-
-    return {
-        "pretrain": pretraining([]), "finetune": finetuning([]), "evaluate": EvaluateConfig, "compare": CompareConfig,
-        "export": ExportConfig, "hub": HubConfig, "prepare": PrepareConfig, "recipes": RecipesConfig,
-        "reproduce": Experiment, "info": make_dataclass("Info", []),
-    }  # fmt: skip
+    lines: dict[str, Any] = {}
+    for name, command in COMMANDS.items():
+        options = getattr(import_module(command.module), command.options) if command.options else None
+        if options is None:
+            lines[name] = make_dataclass(name.title(), [])
+        else:
+            lines[name] = options([]) if command.options == "config_from" else options
+    return lines
 
 
 def script(shell: str) -> str:
     """The completion script for `bash` or `zsh`."""
+    import tyro
+
     subcommands: list[Any] = []
     for name, line in command_lines().items():
         given = {} if isinstance(line, type) or name == "reproduce" else {"default": line}
         kind = type(line) if given else line
-        subcommands.append(Annotated[kind, tyro.conf.subcommand(name, description=COMMANDS[name][1], **given)])
+        description = COMMANDS[name].summary
+        subcommands.append(Annotated[kind, tyro.conf.subcommand(name, description=description, **given)])
     written = io.StringIO()
     every: Any = Union[tuple(subcommands)]  # noqa: UP007
     with contextlib.redirect_stdout(written), contextlib.suppress(SystemExit):

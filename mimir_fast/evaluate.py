@@ -17,12 +17,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, peek, run
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.adapters import timm_settings
 from mimir_fast.evaluation.config import EvaluateConfig, config_type
 from mimir_fast.evaluation.run import evaluate
-from mimir_fast.training.cli import parse, peek
+from mimir_fast.extensions import load_extensions
 
 
 def data_of(checkpoint: str) -> DataConfig:
@@ -44,10 +44,10 @@ def data_of(checkpoint: str) -> DataConfig:
 
 
 def config_from(args: Sequence[str]) -> EvaluateConfig:
-    """The run's own data, then flags."""
-    checkpoint = peek(args, "--checkpoint")
-    kind = config_type()
-    default = kind(checkpoint, data=data_of(checkpoint)) if checkpoint else None
+    """The run's own data, then flags; the options are those of every registered topic."""
+    imports = load_extensions(args)
+    checkpoint, kind = peek(args, "--checkpoint"), config_type()
+    default = kind(checkpoint, data=data_of(checkpoint), imports=imports) if checkpoint else None
     return parse(kind, args, default=default, prog="python -m mimir_fast.evaluate")
 
 

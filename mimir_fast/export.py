@@ -17,13 +17,13 @@ from typing import Annotated, Literal
 import tyro
 from torch import Tensor
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, run
+from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.models.families import find_family
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.normalization import NORMALIZATIONS
 from mimir_fast.models.norms import SUFFIX, is_adapter
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
-from mimir_fast.training.cli import parse
 from mimir_fast.versions import python_command
 
 Domain = Literal["clean", "adversarial"]
@@ -45,6 +45,8 @@ class ExportConfig:
     """Of weights with adapters (AEMIM), whose norms and cls token; clean when not said. Format timm only."""
     overwrite: bool = False
     """Replace an existing file."""
+    imports: Imports = ()
+    """Module that registers the family of the weights; a run's own are imported unasked."""
 
     def __post_init__(self) -> None:
         if Path(self.output).suffix != ".safetensors":
@@ -108,6 +110,7 @@ def export(config: ExportConfig) -> Path:
 
 def main() -> None:
     """The command."""
+    load_extensions(sys.argv[1:])
     export(parse(ExportConfig, sys.argv[1:], prog="python -m mimir_fast.export"))
 
 

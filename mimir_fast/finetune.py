@@ -9,15 +9,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, peek, run
+from mimir_fast.extensions import load_extensions
 from mimir_fast.recipes import find_recipe
-from mimir_fast.training.cli import parse, peek
 from mimir_fast.training.finetuning import FinetuneConfig, finetune
 
 
 def config_from(args: Sequence[str]) -> FinetuneConfig:
     """Recipe, then method, then flags; the options are those of the method."""
-    default = find_recipe(FinetuneConfig, peek(args, "--recipe") or FinetuneConfig.recipe)
+    recipe = peek(args, "--recipe") or FinetuneConfig.recipe
+    imports = load_extensions(args, f"runs/{recipe}")
+    default = replace(find_recipe(FinetuneConfig, recipe), imports=imports)
     if (method := peek(args, "--method")) is not None:
         default = replace(default, method=method)
     return parse(FinetuneConfig, args, default=default, prog="python -m mimir_fast.finetune")

@@ -21,9 +21,10 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from torch import nn
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, run
 from mimir_fast.evaluation.comparison import find_results
 from mimir_fast.evaluation.results import Results
+from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.hub_card import card, public_config
 from mimir_fast.models.classifier import Classifier, load_classifier
 from mimir_fast.models.families import find_family
@@ -31,7 +32,6 @@ from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.weight_files import WeightsChoice, read_weights
-from mimir_fast.training.cli import parse
 
 LICENSE = "apache-2.0"
 Model = TypeVar("Model", bound=nn.Module)
@@ -188,6 +188,8 @@ class HubConfig:
     """results.json of an evaluation for the card; left out: the run's newest."""
     license: str = LICENSE
     """Of the weights, as the Hub writes it."""
+    imports: Imports = ()
+    """Module that registers the family of the weights; a run's own are imported unasked."""
 
     def __post_init__(self) -> None:
         if not self.output and not self.repo_id:
@@ -215,6 +217,7 @@ def publish(config: HubConfig) -> None:
 
 def main() -> None:
     """The command."""
+    load_extensions(sys.argv[1:])
     publish(parse(HubConfig, sys.argv[1:], prog="python -m mimir_fast.hub"))
 
 

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterator
 
 import mimir_fast
-from mimir_fast.command import SHELLS
+from mimir_fast.completion import SHELLS, script
 from mimir_fast.versions import PACKAGES, called_as, version_of
 
 
@@ -91,8 +91,6 @@ def main() -> None:
     )
     parser.add_argument("--print_completion", metavar="bash|zsh", choices=SHELLS, help="a script for the shell")
     if shell := parser.parse_args().print_completion:
-        from mimir_fast.completion import script
-
         print(script(shell))
         return
     print(f"mimir_fast {mimir_fast.__version__}   Python {platform.python_version()}   {platform.platform()}")

@@ -9,16 +9,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, peek, run
+from mimir_fast.extensions import load_extensions
 from mimir_fast.methods.mimir import apply_preset
 from mimir_fast.recipes import find_recipe
-from mimir_fast.training.cli import parse, peek
 from mimir_fast.training.pretraining import PretrainConfig, pretrain, with_method
 
 
 def config_from(args: Sequence[str]) -> PretrainConfig:
     """Recipe, then method, then preset, then flags; the options are those of the method."""
-    default = find_recipe(PretrainConfig, peek(args, "--recipe") or PretrainConfig.recipe)
+    recipe = peek(args, "--recipe") or PretrainConfig.recipe
+    imports = load_extensions(args, f"runs/{recipe}")
+    default = replace(find_recipe(PretrainConfig, recipe), imports=imports)
     if (method := peek(args, "--method")) is not None:
         default = with_method(default, method)
     preset = peek(args, "--preset")

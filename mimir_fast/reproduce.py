@@ -15,13 +15,12 @@ from typing import Annotated
 
 import tyro
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, run
 from mimir_fast.reproduction.ablation import Ablation, read_results, run_ablation
 from mimir_fast.reproduction.demo import run_demo
 from mimir_fast.reproduction.fashion import SizeName, fashion_ablation
 from mimir_fast.reproduction.stages import Interrupted
 from mimir_fast.reproduction.tables import markdown, plot, print_table, table
-from mimir_fast.training.cli import parse
 
 
 @dataclass

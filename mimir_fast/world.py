@@ -25,7 +25,11 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=60)
 
 
-class FailedElsewhere(RuntimeError):
+class RunFailed(RuntimeError):
+    """A run cannot go on; the message says all there is to say, so a command prints it without a traceback."""
+
+
+class FailedElsewhere(RunFailed):
     """Another rank failed, and this one leaves with it."""
 
 
@@ -152,6 +156,20 @@ def leave_at_once(code: int) -> NoReturn:
                 stream.flush()
         os._exit(code)
     raise SystemExit(code)
+
+
+def drop_unread() -> None:
+    """A closed stdout pipe (`| head -1`) does not change the exit status: flush, and print to nowhere from here on.
+
+    Without this Python's own flush at the end fails, and the exit status of a good run is 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def _config_from(name: str) -> Callable[[Words], Any]:
 
 
 def _dataclass(module: str, name: str) -> Callable[[Words], Any]:
-    from mimir_fast.training.cli import parse
+    from mimir_fast.cli import parse
 
     return lambda args: parse(getattr(import_module(module), name), args)
 
@@ -93,11 +93,11 @@ def module_of(words: Words) -> tuple[str, list[str]] | None:
         assert parsed.module, f"wanted torchrun … -m MODULE: {' '.join(words)}"
         return parsed.training_script, parsed.training_script_args
     if words[0] == "mimir-fast" and not words[1].startswith("-"):
-        from mimir_fast.command import COMMANDS
+        from mimir_fast.completion import COMMANDS
 
         if words[1] not in COMMANDS:
             raise NotAccepted(f"mimir-fast has no command {words[1]}")
-        return COMMANDS[words[1]][0], list(words[2:])
+        return COMMANDS[words[1]].module, list(words[2:])
     if re.fullmatch(r"(.*/)?python3?", words[0]) and "-m" in words:
         index = words.index("-m")
         return words[index + 1], list(words[index + 2 :])
@@ -141,7 +141,7 @@ def check(words: Words) -> None:
     elif program in ("sbatch", "kubectl", "sky"):
         _check_launch(words)
     elif program == "mimir-fast":
-        from mimir_fast.command import SHELLS
+        from mimir_fast.completion import SHELLS
 
         if words[1] not in ("--help", "--version") and list(words[1:2]) + list(words[2:3]) not in [
             ["--print_completion", shell] for shell in SHELLS

@@ -9,14 +9,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mimir_fast"
 
 # Room: the rooms (and leaf modules) it may import. `ops` may also use the kernels and the native door.
-LEAVES = {"philox", "streams", "versions", "validation", "world"}
+LEAVES = {"philox", "versions", "validation", "world", "extensions"}
 ALLOWED = {
     "ops": {"ops", "_native"},
     "checkpoints": {"checkpoints"},
     "models": {"models", "ops", "checkpoints"},  # reading a run's weights
     "attacks": {"attacks", "models", "ops", "losses"},
     "methods": {"methods", "attacks", "models", "ops", "losses", "data.batch"},
-    "data": {"data", "ops.crop_resize", "command"},  # prepare is a command
+    "data": {"data", "ops.crop_resize", "cli"},  # prepare is a command
     "training": {"training", "methods", "attacks", "models", "ops", "data", "checkpoints"},
     "evaluation": {"evaluation", "checkpoints", "training", "methods", "attacks", "models", "ops", "data", "losses"},
     "reproduction": {
@@ -30,7 +30,7 @@ ALLOWED = {
         "models",
         "data",
     },
-    "recipes": {"recipes", "training", "methods", "attacks", "models", "data", "evaluation", "command"},
+    "recipes": {"recipes", "training", "methods", "attacks", "models", "data", "evaluation", "cli"},
 }
 
 

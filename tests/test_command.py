@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mimir_fast import command
+from mimir_fast.cli import run
 from mimir_fast.completion import command_lines, script
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,7 @@ HELP = """
 import contextlib, io, sys
 from mimir_fast import command
 assert "torch" not in sys.modules
-for name, (module, _) in command.COMMANDS.items():
+for name in command.COMMANDS:
     if name == "hub":
         continue
     sys.argv, said = ["mimir-fast", name, "--help"], io.StringIO()
@@ -44,7 +45,7 @@ def test_the_list_of_commands(capsys: pytest.CaptureFixture[str], monkeypatch: p
         monkeypatch.setattr(sys, "argv", ["mimir-fast", *line])
         command.main()
         said = capsys.readouterr().out
-        assert all(f"\n  {name} " in said and summary in said for name, (_, summary) in command.COMMANDS.items())
+        assert all(f"\n  {name} " in said and entry.summary in said for name, entry in command.COMMANDS.items())
 
 
 def test_the_script_is_installed_under_that_name() -> None:
@@ -77,7 +78,7 @@ def test_without_the_extras_it_says_what_to_install() -> None:
 
 @pytest.mark.parametrize("name", command.COMMANDS)
 def test_every_module_knows_print_completion(name: str) -> None:
-    source = (ROOT / (command.COMMANDS[name][0].replace(".", "/") + ".py")).read_text()
+    source = (ROOT / (command.COMMANDS[name].module.replace(".", "/") + ".py")).read_text()
     # `info` must run without tyro, and has the option itself.
     assert source.endswith(f'if __name__ == "__main__":\n    {"main()" if name == "info" else "run(main)"}\n')
     assert name in command_lines()
@@ -88,7 +89,7 @@ def test_print_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
     wanted = script("zsh").rstrip()
     monkeypatch.setattr(sys, "argv", ["compare.py", "--print_completion=zsh"])
-    command.run(main)
+    run(main)
     assert capsys.readouterr().out.rstrip() == wanted
     monkeypatch.setattr(sys, "argv", ["mimir-fast", "info", "--print_completion", "zsh"])
     command.main()

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, run
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.index import write_whole
 from mimir_fast.data.loaders.skip import TooManyBadFilesError
@@ -36,8 +36,8 @@ from mimir_fast.data.order import shuffled
 from mimir_fast.data.shard_files import Job, ShardNote, checksum, read_note, write_shard
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource, MissingDataError
+from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.validation import check_number
-from mimir_fast.versions import COMPLETION_HINT, called_as
 
 _ADVICE = "run the command that wrote it again; it goes on where it was"
 
@@ -70,6 +70,8 @@ class PrepareConfig:
     """of the order in which training samples are written"""
     verify: bool = False
     """write nothing: compare sizes and checksums of what OUT holds with what was written"""
+    imports: Imports = ()
+    """module that registers the source of --source_format"""
 
     def __post_init__(self) -> None:
         for name, least in (("images_per_shard", 1), ("num_workers", 1), ("max_bad_files", 0), ("seed", 0)):
@@ -258,8 +260,8 @@ def verify(config: PrepareConfig) -> list[str]:
 
 def main() -> None:
     """The command; shards that fail --verify are exit code 1."""
-    prog, description = called_as("python -m mimir_fast.data.prepare"), f"{PrepareConfig.__doc__}\n\n{COMPLETION_HINT}"
-    config = tyro.cli(PrepareConfig, prog=prog, description=description, use_underscores=True)
+    load_extensions(sys.argv[1:])
+    config = parse(PrepareConfig, prog="python -m mimir_fast.data.prepare")
     if config.verify:
         faults = verify(config)
         print("\n".join(faults) or f"{config.out}: all shards are as they were written")

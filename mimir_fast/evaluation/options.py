@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.extensions import Imports
 from mimir_fast.validation import check_finite, check_number
 
 SuiteName = Literal["quick", "paper", "full", "table"]
@@ -68,9 +69,13 @@ class CommonOptions:
     brings, else 0.875."""
     save_adversarial: bool = False
     """Keep the attacked images: adversarial/ATTACK/*.safetensors in output_dir."""
+    imports: Imports = ()
+    """Module that registers families, data sources or report topics of your own, looked for in the working folder and
+    PYTHONPATH. Modules that the evaluated run was trained with are imported unasked."""
 
     def __post_init__(self) -> None:
         check_finite(self)
+        self.imports = tuple(dict.fromkeys(self.imports))
         check_number("seed", self.seed, at_least=0, below=2**63)
         if self.norm == "linf" and not 0 < self.eps <= 1:
             raise ValueError(

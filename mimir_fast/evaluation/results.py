@@ -172,7 +172,9 @@ def command_of(config: EvaluateConfig) -> str:
             if known.name in ("checkpoint", "data") or mine == usual or mine is None or known.name == "overwrite":
                 continue
             flag = f"--{prefix}{known.name}"
-            if isinstance(mine, bool):
+            if known.name == "imports":
+                words.extend(word for name in mine for word in ("--import", name))
+            elif isinstance(mine, bool):
                 words.append(flag if mine else f"--{prefix}no_{known.name}")
             elif isinstance(mine, tuple):
                 words.extend([flag, *map(str, mine)])

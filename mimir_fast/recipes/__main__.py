@@ -5,17 +5,18 @@ python -m mimir_fast.recipes published       every row of the papers' tables (do
 python -m mimir_fast.recipes table           what is implemented (docs/systems.md)
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from mimir_fast.command import run
+from mimir_fast.cli import parse, run
+from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.recipes import all_recipes
 from mimir_fast.recipes.listing import print_list
 from mimir_fast.recipes.pages import published_page, systems_page
-from mimir_fast.training.cli import parse
 
 
 @dataclass
@@ -27,10 +28,13 @@ class RecipesConfig:
     (docs/published.md); table: what is implemented (docs/systems.md)."""
     word: Annotated[str, tyro.conf.Positional] = ""
     """Of `list`: only recipes whose name contains it."""
+    imports: Imports = ()
+    """Module that registers recipes or methods of your own."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command."""
+    load_extensions(sys.argv[1:] if args is None else args)
     chosen = parse(RecipesConfig, args, prog="python -m mimir_fast.recipes")
     if chosen.what == "published":
         print(published_page(), end="")

@@ -13,6 +13,7 @@ from mimir_fast.checkpoints.reading import checkpoints_of
 from mimir_fast.data import Batch, DataConfig, build_loader, build_source
 from mimir_fast.data.loaders import Loader
 from mimir_fast.data.sources.held_out import hold_out
+from mimir_fast.extensions import Imports
 from mimir_fast.methods.classification import ClassificationConfig
 from mimir_fast.methods.probe import ProbeConfig, probe
 from mimir_fast.methods.registry import convert, find_method
@@ -55,8 +56,12 @@ class FinetuneConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     optim: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(default_factory=finetune_optim)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=finetune_run)
+    imports: Imports = ()
+    """Module that registers methods, families or data sources of your own, looked for in the working folder and
+    PYTHONPATH; the run remembers it. Modules of the run behind --init are imported unasked."""
 
     def __post_init__(self) -> None:
+        self.imports = tuple(dict.fromkeys(self.imports))
         # What the probe looks at is not trained on: the best checkpoint is chosen without a test image.
         self.data = replace(self.data, hold_out=self.probe.num_images)
         entry = find_method("finetune", self.method)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from mimir_fast.data.batch import Batch
-from mimir_fast.world import leave_at_once
+from mimir_fast.world import RunFailed, leave_at_once
 
 MAX_SAVED_BATCHES = 20  # of a rank: enough to study, and a bad week does not fill the disk
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunFailed):
     """Too many non-finite steps in a row.
 
     Attributes:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mimir_fast.checkpoints.durable import write_text
-from mimir_fast.streams import drop_unread
+from mimir_fast.world import drop_unread
 
 
 class Logger:

@@ -10,6 +10,7 @@ import tyro
 from torch import Tensor, nn
 
 from mimir_fast.data import Batch, DataConfig, build_source
+from mimir_fast.extensions import Imports
 from mimir_fast.methods.mae import MaeConfig
 from mimir_fast.methods.masking import check_decode_ratio, num_keep, unit_factor
 from mimir_fast.methods.mimir import MimirConfig
@@ -37,8 +38,12 @@ class PretrainConfig:
     objective: Annotated[MaeConfig, tyro.conf.arg(name="")] = field(default_factory=MimirConfig)
     optim: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(default_factory=OptimizerConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    imports: Imports = ()
+    """Module that registers methods, families or data sources of your own, looked for in the working folder and
+    PYTHONPATH; the run remembers it."""
 
     def __post_init__(self) -> None:
+        self.imports = tuple(dict.fromkeys(self.imports))
         entry = find_method("pretrain", self.method)
         self.objective = convert(self.objective, entry.config)
         if entry.adapters:

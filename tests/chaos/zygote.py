@@ -132,7 +132,7 @@ def _child(request: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         sys.argv = [request["start"], *request["args"]]
         module = sys.modules[request["start"]]
-        from mimir_fast.training.cli import exit_on_error
+        from mimir_fast.cli import exit_on_error
 
         exit_on_error(module.main)
         code = 0

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import masked_vit
 
+from mimir_fast.cli import parse_float
 from mimir_fast.models.flat_names import flat_parameters
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.pretrain import config_from
-from mimir_fast.training.cli import parse_float
 from mimir_fast.training.ema import Ema
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups

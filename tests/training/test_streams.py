@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import sys
 from contextlib import suppress
-from mimir_fast.streams import drop_unread
+from mimir_fast.world import drop_unread
 print("nobody reads this")
 with suppress(OSError):
     print("nor this", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
-"""Command lines from typed dataclasses: recipe first, then preset, then flags, each overriding the one before.
+"""Commands as programs: their options from typed dataclasses, their errors as one line, their completion in a shell.
 
-Floats may be typed as fractions (`--attack.eps 8/255`).
+Recipe first, then preset, then flags, each overriding the one before. Floats may be typed as fractions
+(`--attack.eps 8/255`).
 """
 
 import inspect
@@ -14,13 +15,24 @@ import tyro
 from torch.distributed.elastic.multiprocessing.errors import record
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from mimir_fast.data.loaders.skip import TooManyBadFilesError
-from mimir_fast.streams import drop_unread
-from mimir_fast.training.health import TrainingDiverged
+from mimir_fast.completion import SHELLS, script
 from mimir_fast.versions import COMPLETION_HINT, called_as
-from mimir_fast.world import FailedElsewhere, leave_at_once
+from mimir_fast.world import RunFailed, drop_unread, leave_at_once
 
 T = TypeVar("T")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command as a program: errors that users can cause are one line, and `--print_completion SHELL` is known."""
+    args = sys.argv[1:]
+    if not any(arg.split("=")[0] == "--print_completion" for arg in args):
+        exit_on_error(main)
+        return
+    shell = peek(args, "--print_completion")
+    if shell not in SHELLS:
+        print(f"error: --print_completion {shell or ''}: wanted {' or '.join(SHELLS)}", file=sys.stderr)
+        raise SystemExit(2)
+    print(script(shell))
 
 
 def parse_float(text: str) -> float:
@@ -83,7 +95,7 @@ def exit_on_error(main: Callable[[], None]) -> None:
     """Run `main`; an expected error (bad value, missing file or package) is one line on stderr and exit code 2."""
     try:
         record(main)()  # torchrun shows the first failure of all ranks
-    except (ValueError, ImportError, OSError, TrainingDiverged, FailedElsewhere, TooManyBadFilesError) as error:
+    except (ValueError, ImportError, OSError, RunFailed) as error:
         if sys.flags.dev_mode:  # python -X dev: the whole traceback
             raise
         with suppress(OSError):
