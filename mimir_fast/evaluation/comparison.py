@@ -1,7 +1,7 @@
 """Several evaluations side by side: one table, paired differences with intervals, figures of the topics.
 
-Models evaluated on the same images are compared image by image: the difference of two robust accuracies is then far more
-certain than their intervals say, because what is hard for one model is hard for the other. Nothing is measured here;
+Models evaluated on the same images are compared image by image: the difference of two robust accuracies is then far
+more certain than their intervals, because what is hard for one model is hard for the other. Nothing is measured here;
 everything comes from results.json.
 """
 
@@ -237,8 +237,8 @@ def html(evaluations: Sequence[Evaluation]) -> str:
         parts += ["<h2>Differences</h2>", table(head, body, numbers=range(2, len(head)), caption=caption)]
     for topic in all_topics():
         models = [(e.name, e.results.sections[topic.name]) for e in evaluations if topic.name in e.results.sections]
-        if models and (body := topic.compare(models)):
-            parts += [f"<h2>{escape(topic.title)}</h2>", body]
+        if models and (shown := topic.compare(models)):
+            parts += [f"<h2>{escape(topic.title)}</h2>", shown]
     if rows := published_rows(evaluations[0].results):
         parts += ["<h2>Published models</h2>", paragraph(_published_words()),
                   table(_published_head(), rows, numbers=(2, 3))]  # fmt: skip

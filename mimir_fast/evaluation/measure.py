@@ -7,7 +7,7 @@ Shapes: B images a batch, C channels, H × W pixels, K classes.
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import cross_entropy
-from mimir_fast.data.batch import Batch
 from mimir_fast.evaluation.images import EvaluationImages, MakeSet
 from mimir_fast.evaluation.journal import Journal, Row, read_journal
 from mimir_fast.evaluation.statistics import Count
@@ -48,19 +47,19 @@ def strict_fp32(device: torch.device) -> Iterator[None]:
 
 @dataclass
 class ShardRun:
-    """Where and how a shard of a measurement is run.
+    """How a shard of a measurement is run.
 
     Attributes:
-        path: the journal.
+        path: the journal, which keeps finished batches; None keeps them in memory.
         settings: JSON-able; everything the rows depend on.
-        tick: told how many images are done.
+        tick: told after each batch how many images are done.
         log: told a line, now and then.
     """
 
-    path: Path
-    settings: Any
     batch_size: int
     device: torch.device
+    path: Path | None = None
+    settings: Any = None
     tick: Callable[[float], None] = lambda done: None
     log: Callable[[str], None] = lambda line: None
 
@@ -96,10 +95,7 @@ class Measurement:
 
     def run(self, model: nn.Module, shard: EvaluationImages, how: ShardRun) -> Journal:
         """Measure a shard, or what is left of it."""
-        return measure_rows(
-            self.outcome, model, shard, batch_size=how.batch_size, device=how.device, journal=how.path,
-            settings=how.settings, tick=how.tick,
-        )  # fmt: skip
+        return measure(self.outcome, model, shard, how)
 
 
 def clean(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Tensor:
@@ -165,63 +161,18 @@ def save_images(folder: Path, x: Tensor, labels: Tensor, samples: Tensor, predic
     aside.replace(path)
 
 
-def measure_rows(
-    outcome: Outcome, model: nn.Module, shard: EvaluationImages, *, batch_size: int, device: torch.device,
-    journal: Path | None = None, settings: Any = None, tick: Callable[[float], None] = lambda done: None,
-) -> Journal:  # fmt: skip
-    """The rows of a shard, in fp32; goes on where the journal ends.
-
-    Args:
-        journal: the file that keeps finished batches.
-        settings: JSON-able description of everything the rows depend on.
-        tick: told after each batch how many images are done.
-    """
-    record = Journal(journal, settings)
-    with strict_fp32(device):
-        for images, labels, samples in shard.batches(batch_size, device, start=record.num_images):
+def measure(outcome: Outcome, model: nn.Module, shard: EvaluationImages, how: ShardRun) -> Journal:
+    """The rows of a shard, in fp32; goes on where the journal ends."""
+    record = Journal(how.path, how.settings)
+    with strict_fp32(how.device):
+        for images, labels, samples in shard.batches(how.batch_size, how.device, start=record.num_images):
             started = time.perf_counter()
             row = outcome(model, images, labels, samples)
             # Read back before the clock stops: a GPU is done only then.
             row = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in row.items()}
             record.append({"sample": samples, **row}, time.perf_counter() - started)
-            tick(record.num_images)
+            how.tick(record.num_images)
     return record
-
-
-def measure(
-    model: nn.Module, shard: EvaluationImages, attack: Attack = clean, *, batch_size: int, device: torch.device,
-    journal: Path | None = None, settings: Any = None,
-) -> Journal:  # fmt: skip
-    """The score of every image of a shard under an attack; see `measure_rows`."""
-    return measure_rows(
-        scored(attack), model, shard, batch_size=batch_size, device=device, journal=journal, settings=settings
-    )
-
-
-def accuracy(model: nn.Module, batches: Iterable[Batch], attack: Attack = clean) -> Count:
-    """Accuracy over a loader's evaluation pass; counts of all processes are added when there are several.
-
-    Args:
-        model: takes float images in [0, 1] on the batches' device.
-        batches: `build_loader(…, split="test")`, uint8 or float images.
-        attack: such as `lambda model, x, y, samples: pgd(model, x, y, threat, samples=samples, mode="eval")`.
-    Raises:
-        ValueError: there was no image.
-    """
-    from torch import distributed as dist
-
-    totals = torch.zeros(2, dtype=torch.int64)
-    for batch in batches:
-        images = batch.images.float() / 255 if batch.images.dtype == torch.uint8 else batch.images
-        with strict_fp32(images.device):
-            x = attack(model, images, batch.labels, batch.samples)
-            correct = score(model, x, images, batch.labels)["correct"]
-        totals += torch.tensor([int(correct.sum()), len(images)])
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(totals)
-    if totals[1] == 0:
-        raise ValueError("accuracy of no images: the loader is empty, or the limit is 0")
-    return Count(int(totals[0]), int(totals[1]))
 
 
 class Records:

@@ -140,6 +140,13 @@ def validity_verdict(results: Results) -> dict[str, str]:
     }  # fmt: skip
 
 
+def conclude(results: Results) -> Results:
+    """The results with their verdicts, and as rows of a table; a function of the topics' numbers."""
+    results.verdicts = {"robustness": robustness_verdict(results), "validity": validity_verdict(results)}
+    results.rows = table_rows(results)
+    return results
+
+
 def table_rows(results: Results) -> dict[str, str]:
     """The result as one row: model, images, ball, natural, every topic's columns, worst case."""
     numbers = results.sections["accuracy"]

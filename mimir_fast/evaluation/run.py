@@ -33,15 +33,7 @@ from mimir_fast.evaluation.measure import Measurement, Records, ShardRun, strict
 from mimir_fast.evaluation.options import SUITE_LIMITS
 from mimir_fast.evaluation.progress import TimeLeft
 from mimir_fast.evaluation.report import render
-from mimir_fast.evaluation.results import (
-    PACKAGES,
-    Results,
-    birth_certificate,
-    command_of,
-    robustness_verdict,
-    table_rows,
-    validity_verdict,
-)
+from mimir_fast.evaluation.results import PACKAGES, Results, birth_certificate, command_of, conclude
 from mimir_fast.evaluation.sanity import inspect_model
 from mimir_fast.evaluation.topic import Setup, Topic, all_topics
 from mimir_fast.training.distributed import World, start_world, stop_world
@@ -114,7 +106,7 @@ def evaluate(config: EvaluateConfig, *, log: Log = print) -> Results:
     """
     world = start_world(config.device)
     try:
-        return _evaluate(config, world, log if world.is_main else _silence)
+        return _evaluate(config, world, log if world.is_main else lambda line: None)
     finally:
         stop_world()
 
@@ -242,10 +234,8 @@ def run_shard(job: Job, number: int, clock: TimeLeft, log: Log) -> None:
         settings = {
             **job.identity, "images": item.images, "batch_size": config.batch_size, "attack": item.parameters
         }  # fmt: skip
-        how = ShardRun(
-            job.path(item, number), settings, config.batch_size, job.device,
-            tick=clock.ticker(item, len(images), log), log=log,
-        )  # fmt: skip
+        tick = clock.ticker(item, len(images), log)
+        how = ShardRun(config.batch_size, job.device, job.path(item, number), settings, tick, log)
         record = item.run(job.model.module, images, how)
         clock.finished()
         right = record.values.get("correct")
@@ -300,10 +290,4 @@ def summarize(job: Job) -> Results:
     if skipped:
         some = next(iter(skipped.items()))
         results.notes.append(f"{len(skipped)} unreadable files were left out, such as {some[0]}: {some[1]}")
-    results.verdicts = {"robustness": robustness_verdict(results), "validity": validity_verdict(results)}
-    results.rows = table_rows(results)
-    return results
-
-
-def _silence(line: str) -> None:
-    """What other processes than the main one log to."""
+    return conclude(results)

@@ -23,11 +23,6 @@ Numbers = dict[str, Any]
 T = TypeVar("T")
 
 
-def no_second_model(name: str) -> nn.Module:
-    """The loader of an evaluation without other models."""
-    raise ValueError(f"no model beside the evaluated one can be loaded here: {name}")
-
-
 @dataclass(frozen=True)
 class Setup:
     """What is known before anything is measured; topics plan their measurements from it.
@@ -44,9 +39,9 @@ class Setup:
     config: CommonOptions
     num_images: int
     classes: tuple[str, ...]
-    has_features: bool = False
-    has_weights: bool = True
-    load_model: Callable[[str], nn.Module] = no_second_model
+    has_features: bool
+    has_weights: bool
+    load_model: Callable[[str], nn.Module]
     _loaded: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -63,7 +58,7 @@ class Setup:
         return self.config.folder / "adversarial" / name if self.config.save_adversarial else None
 
     def once(self, name: str, load: Callable[[], T]) -> T:
-        """What `load` returns, loaded when it is first asked for: another model, say."""
+        """What `load` returns, loaded when it is first asked for, such as another model."""
         if name not in self._loaded:
             self._loaded[name] = load()
         loaded: T = self._loaded[name]

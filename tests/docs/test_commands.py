@@ -13,6 +13,7 @@ import pytest
 from commands import command_environment
 from doc_blocks import PAGES, ROOT, Block, blocks_of, inline_commands, split_commands
 
+from mimir_fast.evaluation import topic
 from mimir_fast.methods import registry
 
 SHELL, PYTHON = ("sh", "bash", "console"), ("python", "py")
@@ -58,6 +59,8 @@ def test_the_page_runs_small(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(tmp_path)
     registry.all_methods("pretrain")  # loaded for good, before what a page registers is taken back
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    topic.all_topics()
+    monkeypatch.setattr(topic, "_TOPICS", dict(topic._TOPICS))
     before, namespace = set(sys.modules), dict[str, Any]({"__name__": "__main__"})
     try:
         for block in blocks_of(page):

@@ -50,17 +50,6 @@ class AccuracyOptions:
             raise ValueError(f"--targets {self.targets}, wanted at least 0 (no targeted attack)")
 
 
-def attacks(setup: Setup) -> list[NamedAttack]:
-    """The attacks on all images, in the order of the table."""
-    config, steps = setup.config, STEPS[setup.config.suite]
-    chosen = [natural(), make_fgsm(config), *(make_pgd(config, k) for k in steps)]
-    if (adaptive := ADAPTIVE_STEPS.get(config.suite)) and setup.has_features:
-        chosen += [make_pgd_mi(config, adaptive), make_pgd_features(config, adaptive)]
-    if targets := options_of(config, AccuracyOptions).targets:
-        chosen.append(make_targeted(config, steps[0], targets))
-    return chosen
-
-
 def make_targeted(config: CommonOptions, num_steps: int, targets: int) -> NamedAttack:
     """PGD that pushes each of the likeliest wrong classes above the true one, one after the other."""
     threat = make_threat(config.norm, config.eps, num_steps, config.alpha)
@@ -108,8 +97,14 @@ def make_pgd_features(config: CommonOptions, num_steps: int) -> NamedAttack:
 
 
 def measurements(setup: Setup) -> list[Measurement]:
-    """Every attack on every image."""
-    return [attack.on(keep=setup.keep(attack.name) if attack.in_ball else None) for attack in attacks(setup)]
+    """Every attack on every image, in the order of the table."""
+    config, steps = setup.config, STEPS[setup.config.suite]
+    attacks = [natural(), make_fgsm(config), *(make_pgd(config, k) for k in steps)]
+    if (adaptive := ADAPTIVE_STEPS.get(config.suite)) and setup.has_features:
+        attacks += [make_pgd_mi(config, adaptive), make_pgd_features(config, adaptive)]
+    if targets := options_of(config, AccuracyOptions).targets:
+        attacks.append(make_targeted(config, steps[0], targets))
+    return [attack.on(keep=setup.keep(attack.name) if attack.in_ball else None) for attack in attacks]
 
 
 def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers:

@@ -45,6 +45,7 @@ ATTACKS: dict[str, tuple[str, ...]] = {
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
 }
+PACKAGE_NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 PASSES = {"apgd-t": 2700, "fab-t": 5000, "fab": 3000, "square": 5000}
 """Passes through the model of an attack on an image that it does not break, roughly; of the others 300."""
 _LOG = logging.getLogger(__name__)
@@ -106,12 +107,6 @@ def require_classes(count: int) -> None:
         )
 
 
-def check(setup: Setup) -> None:
-    """Refuse data of too few classes before anything is measured."""
-    if wanted(setup.config):
-        require_classes(setup.num_classes)
-
-
 @dataclass
 class Progress:
     """What is known so far; everything needed to go on.
@@ -124,7 +119,7 @@ class Progress:
         batch: its next batch.
         after: accuracy count after each finished stage, `clean` first.
         seconds: an attack → time spent.
-        warnings: what the package's own checks had to say.
+        warnings: what the package's own checks found.
     """
 
     fingerprint: str
@@ -156,8 +151,8 @@ def run_autoattack(
         state: JSON file of the progress; goes on where it ends.
         seed: the package seeds each batch of each attack with it.
         version: `standard`, `plus`, or `rand` for models that are not deterministic.
-        attacks: only these of the version's attacks, such as ("apgd-ce", "apgd-t"). The others may break
-            more, so the caller must not call it AutoAttack's accuracy.
+        attacks: only these of the version's attacks, such as ("apgd-ce", "apgd-t"). The others may break more, so the
+            caller must not call it AutoAttack's accuracy.
         norm: of the ball.
         settings: JSON-able, whatever else the numbers depend on (checkpoint, data).
         log: told one line an attack.
@@ -183,15 +178,14 @@ def run_autoattack(
             progress.warnings = sorted({*progress.warnings, *warnings})
             _save(state, progress)
 
-        def report() -> None:
-            tick(_share_done(names, progress, batch_size))
-
         if len(shard) == 0:
             progress.after, progress.attack = {"clean": 0}, len(names)
         elif not progress.broken_by:
             x, y, _ = next(shard.batches(batch_size, device))
             _check(attack, x, y)
-            progress.broken_by = _misclassified(module, shard, batch_size, device)
+            for x, y, _ in shard.batches(batch_size, device):
+                correct = (module(x).argmax(dim=1) == y).tolist()
+                progress.broken_by += [UNBROKEN if right else "clean" for right in correct]
             progress.after["clean"] = len(progress.remaining())
             progress.entered = progress.remaining()
             save()
@@ -200,10 +194,25 @@ def run_autoattack(
             _fit_classes(attack, module(x).shape[-1])
         while progress.attack < len(names) and progress.remaining():
             name = names[progress.attack]
-            _run_one(attack, name, progress, shard, batch_size, device, save, report, keep)
+            started = time.perf_counter() - progress.seconds.get(name, 0.0)
+            perturb = _prepared(attack, name)
+            for first in range(progress.batch * batch_size, len(progress.entered), batch_size):
+                rows = torch.tensor(progress.entered[first : first + batch_size])
+                x = shard.images[rows].to(device).float() / 255
+                y = shard.labels[rows].to(device)
+                # A copy goes in: the package reshapes a lone label in place.
+                adversarial = perturb(x.clone(), y.clone())
+                wrong = attack.get_logits(adversarial).argmax(dim=1) != y
+                for row in rows[wrong.cpu()].tolist():
+                    progress.broken_by[row] = name
+                if keep is not None and bool(wrong.any()):
+                    keep(adversarial[wrong], y[wrong], shard.samples[rows][wrong.cpu()], name)
+                progress.batch += 1
+                progress.seconds[name] = time.perf_counter() - started
+                save()
+                tick(_share_done(names, progress, batch_size))
             progress.after[name] = len(progress.remaining())
-            left = f"{progress.after[name]} of {len(shard)} left"
-            log(f"AutoAttack {name}: {left}, {progress.seconds[name]:.0f} s")
+            log(f"AutoAttack {name}: {len(progress.remaining())} of {len(shard)} left, {progress.seconds[name]:.0f} s")
             progress.attack, progress.batch, progress.entered = progress.attack + 1, 0, progress.remaining()
             save()
         progress.attack = len(names)
@@ -236,31 +245,6 @@ def _share_done(names: Sequence[str], progress: Progress, batch_size: int) -> fl
     return min(1.0, done / sum(weights))
 
 
-def _run_one(
-    attack: Any, name: str, progress: Progress, shard: EvaluationImages, batch_size: int, device: torch.device,
-    save: Callable[[], None], tick: Callable[[], None],
-    keep: Callable[[Tensor, Tensor, Tensor, str], None] | None,
-) -> None:  # fmt: skip
-    started = time.perf_counter() - progress.seconds.get(name, 0.0)
-    perturb = _prepared(attack, name)
-    while progress.batch * batch_size < len(progress.entered):
-        first = progress.batch * batch_size
-        rows = torch.tensor(progress.entered[first : first + batch_size])
-        x = shard.images[rows].to(device).float() / 255
-        y = shard.labels[rows].to(device)
-        # A copy goes in: the package reshapes a lone label in place.
-        adversarial = perturb(x.clone(), y.clone())
-        wrong = attack.get_logits(adversarial).argmax(dim=1) != y
-        for row in rows[wrong.cpu()].tolist():
-            progress.broken_by[row] = name
-        if keep is not None and bool(wrong.any()):
-            keep(adversarial[wrong], y[wrong], shard.samples[rows][wrong.cpu()], name)
-        progress.batch += 1
-        progress.seconds[name] = time.perf_counter() - started
-        save()
-        tick()
-
-
 def _prepared(attack: Any, name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The package's attack object behind a name, set as its own loop sets it."""
     if name in ("apgd-ce", "apgd-dlr"):
@@ -288,8 +272,7 @@ def _package(
         raise ImportError(
             "AutoAttack comes from its authors' package: pip install pyautoattack (the name `autoattack` is not theirs)"
         ) from error
-    name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
-    attack = AutoAttack(module, eps=eps, norm=name, version=version, device=device, seed=seed)
+    attack = AutoAttack(module, eps=eps, norm=PACKAGE_NORM[norm], version=version, device=device, seed=seed)
     logger = _listening(warnings)
     attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = logger
     return attack
@@ -319,13 +302,6 @@ def _check(attack: Any, x: Tensor, y: Tensor) -> None:
     if attack.version != "rand":
         checks.check_randomized(attack.get_logits, x, y, bs=len(x), logger=attack.logger)
     checks.check_dynamic(attack.model, x, False, logger=attack.logger)
-
-
-def _misclassified(module: nn.Module, shard: EvaluationImages, batch_size: int, device: torch.device) -> list[str]:
-    names: list[str] = []
-    for x, y, _ in shard.batches(batch_size, device):
-        names += [UNBROKEN if right else "clean" for right in (module(x).argmax(dim=1) == y).tolist()]
-    return names
 
 
 def _load(state: Path | None, identity: str) -> Progress:
@@ -377,7 +353,7 @@ class AutoAttack(Measurement):
 
         progress = run_autoattack(
             model, shard, config.eps, batch_size=how.batch_size, device=how.device,
-            state=how.path.with_suffix(".json"), seed=config.seed, version=options.autoattack_version,
+            state=how.path and how.path.with_suffix(".json"), seed=config.seed, version=options.autoattack_version,
             attacks=options.autoattack_attacks or None, norm=config.norm, settings=how.settings, log=how.log,
             tick=lambda share: how.tick(share * len(shard)), keep=keep if config.save_adversarial else None,
         )  # fmt: skip
@@ -387,6 +363,12 @@ class AutoAttack(Measurement):
             row = {"sample": shard.samples, "correct": [int(n == UNBROKEN) for n in names], "broken_by": names}
             journal.append(row, sum(progress.seconds.values()))
         return journal
+
+
+def check(setup: Setup) -> None:
+    """Refuse data of too few classes before anything is measured."""
+    if wanted(setup.config):
+        require_classes(setup.num_classes)
 
 
 def measurements(setup: Setup) -> list[Measurement]:
@@ -401,9 +383,7 @@ def measurements(setup: Setup) -> list[Measurement]:
         "seed": config.seed,
     }  # fmt: skip
     cost = 0.5 * sum(PASSES.get(name, 300) for name in names)  # about half of the images are broken on the way
-    return [
-        AutoAttack(NAME, scored(clean), parameters, images, options.title, cost, in_ball=True, setup=setup)
-    ]  # fmt: skip
+    return [AutoAttack(NAME, scored(clean), parameters, images, options.title, cost, in_ball=True, setup=setup)]
 
 
 def counts_after(item: Measurement, records: Records) -> dict[str, int]:
@@ -418,7 +398,7 @@ def counts_after(item: Measurement, records: Records) -> dict[str, int]:
 
 
 def warnings_of(item: Measurement, records: Records) -> list[str]:
-    """What the package's own checks had to say, over all shards."""
+    """What the package's own checks found, over all shards."""
     # Each shard has checked its own counts: the share that Square took is one of all images.
     found = {text for state in records.states(item) for text in state["warnings"]}
     kept = sorted(text for text in found if not text.startswith("Square Attack has decreased"))
@@ -468,6 +448,4 @@ def columns(numbers: Numbers) -> list[Column]:
     return [Column(NAME if numbers["whole"] else "", numbers["title"], numbers["accuracy"], few)]
 
 
-register(
-    Topic(NAME, "AutoAttack", measurements, summarize, render, 20, AutoAttackOptions, check=check, columns=columns)
-)
+register(Topic(NAME, "AutoAttack", measurements, summarize, render, 20, AutoAttackOptions, check, columns=columns))

@@ -35,13 +35,9 @@ SEVERITIES = (1, 2, 3, 4, 5)
 # The library draws this one from an unseeded generator: its numbers could not be repeated.
 GENERATED = tuple(name for name in CORRUPTIONS if name != "impulse_noise")
 # Top-1 error of AlexNet, the benchmark's yardstick for the mean corruption error (arXiv 1903.12261, Table 1), percent.
-ALEXNET_ERROR = dict(
-    zip(
-        CORRUPTIONS,
-        (88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7),
-        strict=True,
-    )
-)
+ALEXNET_ERROR = dict(zip(
+    CORRUPTIONS, (88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7), strict=True
+))  # fmt: skip
 WHERE_TO_GET = (
     "CIFAR-10-C is published as doi:10.5281/zenodo.2535967, CIFAR-100-C as doi:10.5281/zenodo.3555552 and ImageNet-C "
     "as doi:10.5281/zenodo.2235448; unpack it and give its folder as --corruptions FOLDER"
@@ -293,8 +289,5 @@ def render(numbers: Numbers) -> str:
 
 
 register(
-    Topic(
-        "corruptions", "Common corruptions", measurements, summarize, render, 80, CorruptionOptions, check=check,
-        identity=identity,
-    )
-)  # fmt: skip
+    Topic("corruptions", "Common corruptions", measurements, summarize, render, 80, CorruptionOptions, check, identity)
+)

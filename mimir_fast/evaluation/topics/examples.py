@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.lp import attack_classifier
 from mimir_fast.evaluation.attacks import make_threat
 from mimir_fast.evaluation.html import paragraph
-from mimir_fast.evaluation.journal import Row
-from mimir_fast.evaluation.measure import Measurement, Records
+from mimir_fast.evaluation.measure import Measurement, Records, Row
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
 
 SUITES = ("quick", "paper", "full")

@@ -25,13 +25,13 @@ from mimir_fast.attacks.lp import attack_classifier
 from mimir_fast.evaluation.attacks import make_threat
 from mimir_fast.evaluation.charts import Line, line_chart
 from mimir_fast.evaluation.html import figure, figures, paragraph, table
-from mimir_fast.evaluation.journal import Row
-from mimir_fast.evaluation.measure import Measurement, Records
+from mimir_fast.evaluation.measure import Measurement, Records, Row
 from mimir_fast.evaluation.options import radius_text
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
 from mimir_fast.evaluation.topics import curve
 from mimir_fast.evaluation.topics.reconstruction import autoencoder_of, pretrained_of, reconstruct
 from mimir_fast.ops.renyi_mi import renyi_mi
+from mimir_fast.validation import check_number
 
 SUITES, STEPS = ("full",), 20
 
@@ -53,22 +53,10 @@ def lower_bound(prediction_entropy: float, p_error: float, num_classes: int) -> 
     Raises:
         ValueError: p_error outside of [0, 1], or fewer than 2 classes.
     """
-    _check(p_error, num_classes)
+    check_number("p_error", p_error, at_least=0, at_most=1, hint="a probability")
+    check_number("num_classes", num_classes, at_least=2)
     rest = p_error * math.log2(num_classes - 1) if num_classes > 2 else 0.0
     return prediction_entropy - binary_entropy(p_error) - rest
-
-
-def upper_bound(reconstruction_entropy: float, p_error: float) -> float:
-    """Bits, approximately: H(F(x_re)) − 2·p_e."""
-    _check(p_error, 2)
-    return reconstruction_entropy - 2 * p_error
-
-
-def _check(p_error: float, num_classes: int) -> None:
-    if not 0 <= p_error <= 1:
-        raise ValueError(f"p_error={p_error}, wanted a probability in [0, 1]")
-    if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes}, wanted at least 2")
 
 
 @dataclass
@@ -97,7 +85,7 @@ def bounds_of(attacked: Tensor, reconstructed: Tensor, num_classes: int) -> Boun
     """Both bounds from the classes seen in attacked images and in their reconstructions, (N,) int64 each."""
     p = float((attacked != reconstructed).double().mean())
     h, h_re = entropy(attacked, num_classes), entropy(reconstructed, num_classes)
-    return Bounds(p, lower_bound(h, p, num_classes), upper_bound(h_re, p), upper_bound(h, p))
+    return Bounds(p, lower_bound(h, p, num_classes), h_re - 2 * p, h - 2 * p)
 
 
 def measurements(setup: Setup) -> list[Measurement]:

@@ -25,8 +25,7 @@ from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.evaluation.attacks import NamedAttack, make_fgsm, make_pgd, make_random_noise
 from mimir_fast.evaluation.charts import Line, line_chart
 from mimir_fast.evaluation.html import figure, figures
-from mimir_fast.evaluation.journal import Row
-from mimir_fast.evaluation.measure import Measurement, Records
+from mimir_fast.evaluation.measure import Attack, Measurement, Records, Row
 from mimir_fast.evaluation.options import CommonOptions, radius_text
 from mimir_fast.evaluation.statistics import binomial_tail, discordant, mcnemar
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
@@ -201,50 +200,47 @@ def zero_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 def make_apgd(config: CommonOptions, num_steps: int) -> NamedAttack:
     """Auto-PGD with cross entropy, the first of AutoAttack's four; for L1 by its authors' package."""
-    eps, seed = config.eps, config.seed
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-        if config.norm == "l1":
-            return _packaged(model, x, y, config, "apgd", n_iter=num_steps, n_restarts=1, use_largereps=True)
         return apgd(
-            model, x, y, eps, num_steps, random_start=True, samples=samples, seed=seed, keep="adversarial",
-            mode="eval", norm=config.norm,
+            model, x, y, config.eps, num_steps, random_start=True, samples=samples, seed=config.seed,
+            keep="adversarial", mode="eval", norm=config.norm,
         )  # fmt: skip
 
-    parameters = {"norm": config.norm, "eps": eps, "num_steps": num_steps, "loss": "ce", "seed": seed}
-    return NamedAttack(f"apgd{num_steps}", f"APGD-CE-{num_steps}", run, parameters, 3.0 * num_steps)
+    packaged = packaged_attack(config, "apgd", n_iter=num_steps, n_restarts=1, use_largereps=True)
+    parameters = {"norm": config.norm, "eps": config.eps, "num_steps": num_steps, "loss": "ce", "seed": config.seed}
+    attack = packaged if config.norm == "l1" else run
+    return NamedAttack(f"apgd{num_steps}", f"APGD-CE-{num_steps}", attack, parameters, 3.0 * num_steps)
 
 
 def make_square(config: CommonOptions, num_queries: int) -> NamedAttack:
     """Square attack (Andriushchenko et al., arXiv 1912.00049) by pyautoattack: it sees logits, never a gradient."""
-
-    def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-        return _packaged(model, x, y, config, "square", n_queries=num_queries)
-
+    run = packaged_attack(config, "square", n_queries=num_queries)
     parameters = {"norm": config.norm, "eps": config.eps, "queries": num_queries, "seed": config.seed}
     return NamedAttack("square", f"Square, {num_queries} queries", run, parameters, num_queries / 2)
 
 
-def _packaged(
-    model: nn.Module, x: Tensor, y: Tensor, config: CommonOptions, name: str, **options: Any
-) -> Tensor:  # fmt: skip
-    """One attack of pyautoattack, its result pulled back into the ball where it rounds out of it."""
-    try:
-        from pyautoattack.autopgd_base import APGDAttack
-        from pyautoattack.square import SquareAttack
-    except ImportError as error:
-        raise ImportError(f"the {name} attack comes with AutoAttack's package: pip install pyautoattack") from error
-    kind = {"square": SquareAttack, "apgd": APGDAttack}[name]
-    norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[config.norm]
-    attack = kind(model, norm=norm, eps=config.eps, seed=config.seed, device=x.device, verbose=False, **options)
-    devices = [x.device.index or 0] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        delta = attack.perturb(x.clone(), y.clone()) - x
-    if config.norm == "linf":
-        return x + delta.clamp(-config.eps, config.eps)
-    # A hair inside, as the others' projections are.
-    factor = (config.eps * (1 - 1e-6) / size_of(delta, config.norm).clamp_min(1e-12)).clamp(max=1)
-    return x + delta * factor.view(-1, 1, 1, 1)
+def packaged_attack(config: CommonOptions, name: str, **options: Any) -> Attack:
+    """pyautoattack's `apgd` or `square`, its result pulled back into the ball where it rounds out of it."""
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        try:
+            from pyautoattack.autopgd_base import APGDAttack
+            from pyautoattack.square import SquareAttack
+        except ImportError as error:
+            raise ImportError(f"the {name} attack comes with AutoAttack's package: pip install pyautoattack") from error
+        kind, norm = {"square": SquareAttack, "apgd": APGDAttack}[name], autoattack.PACKAGE_NORM[config.norm]
+        attack = kind(model, norm=norm, eps=config.eps, seed=config.seed, device=x.device, verbose=False, **options)
+        devices = [x.device.index or 0] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            delta = attack.perturb(x.clone(), y.clone()) - x
+        if config.norm == "linf":
+            return x + delta.clamp(-config.eps, config.eps)
+        # A hair inside, as the others' projections are.
+        factor = (config.eps * (1 - 1e-6) / size_of(delta, config.norm).clamp_min(1e-12)).clamp(max=1)
+        return x + delta * factor.view(-1, 1, 1, 1)
+
+    return run
 
 
 def _zero_gradient(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:

@@ -16,8 +16,7 @@ from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.evaluation.adapters import file_digest
 from mimir_fast.evaluation.attacks import step_size
 from mimir_fast.evaluation.html import paragraph, table
-from mimir_fast.evaluation.journal import Row
-from mimir_fast.evaluation.measure import Measurement, Records
+from mimir_fast.evaluation.measure import Measurement, Records, Row
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel, View

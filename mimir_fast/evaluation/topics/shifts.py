@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from mimir_fast.data.sources.folder import FileSource
 from mimir_fast.evaluation.html import paragraph, percent, span, table
 from mimir_fast.evaluation.images import EvaluationImages, ImageSets, MakeSet, load_from
-from mimir_fast.evaluation.journal import Row
-from mimir_fast.evaluation.measure import Measurement, Outcome, Records
+from mimir_fast.evaluation.measure import Measurement, Outcome, Records, Row
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
 
 
@@ -112,4 +111,4 @@ def render(numbers: Numbers) -> str:
     )
 
 
-register(Topic("shifts", "Other test sets", measurements, summarize, render, 90, ShiftOptions, check=check))
+register(Topic("shifts", "Other test sets", measurements, summarize, render, 90, ShiftOptions, check))

@@ -11,7 +11,7 @@
 The model is never changed: each point is a functional call with other weights. Losses are per image, (B, G, G).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
@@ -26,8 +26,7 @@ from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.evaluation.attacks import make_threat
 from mimir_fast.evaluation.charts import svg
 from mimir_fast.evaluation.html import figure, figures, paragraph
-from mimir_fast.evaluation.journal import Row
-from mimir_fast.evaluation.measure import Measurement, Outcome, Records
+from mimir_fast.evaluation.measure import Measurement, Outcome, Records, Row
 from mimir_fast.evaluation.options import CommonOptions, radius_text
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
 from mimir_fast.ops.random_uniform import random_uniform
@@ -97,18 +96,18 @@ def weight_surface(
     Raises:
         ValueError: an even or too small grid, or a model without weight matrices.
     """
-    steps = grid_steps(radius, num_points).tolist()
-    losses = torch.zeros(len(images), num_points, num_points)
+    steps = grid_steps(radius, num_points)
     with borrowed_in_mode(model, "eval") as module, torch.no_grad():
         first, second = (filter_normalized_direction(module, seed, which, biases) for which in (0, 1))
         weights = {name: p for name, p in module.named_parameters() if name in first}
         if not any(w.ndim > 1 for w in weights.values()):
             raise ValueError(f"{type(module).__name__} has no weight matrices to move: no loss surface of it")
-        for i, a in enumerate(steps):
-            for j, b in enumerate(steps):
-                moved = {name: w + (a * first[name] + b * second[name]).to(w.dtype) for name, w in weights.items()}
-                losses[:, i, j] = cross_entropy(functional_call(module, moved, (images,)), labels).cpu()
-    return losses
+
+        def loss_at(a: float, b: float) -> Tensor:
+            moved = {name: w + (a * first[name] + b * second[name]).to(w.dtype) for name, w in weights.items()}
+            return cross_entropy(functional_call(module, moved, (images,)), labels)
+
+        return _on_grid(steps, loss_at)
 
 
 def input_surface(
@@ -121,20 +120,24 @@ def input_surface(
         radius: largest |a| and |b| in units of images in [0, 1]; images are cut to [0, 1].
         samples: (B,) int64, the coordinates of the random signs.
     """
-    steps = grid_steps(radius, num_points).tolist()
-    losses = torch.zeros(len(images), num_points, num_points)
+    steps = grid_steps(radius, num_points)
     with borrowed_in_mode(model, "eval") as module:
         x = images.detach().clone().requires_grad_()
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(cross_entropy(module(x), labels).sum(), x)
         draws = random_uniform(seed, Stream.EVALUATION, 1 << 24, samples.to(images.device), images[0].numel())
         along, across = grad.sign(), (draws - 0.5).sign().view_as(images)
+
+        def loss_at(a: float, b: float) -> Tensor:
+            return cross_entropy(module((images + a * along + b * across).clamp(0, 1)), labels)
+
         with torch.no_grad():
-            for i, a in enumerate(steps):
-                for j, b in enumerate(steps):
-                    moved = (images + a * along + b * across).clamp(0, 1)
-                    losses[:, i, j] = cross_entropy(module(moved), labels).cpu()
-    return losses
+            return _on_grid(steps, loss_at)
+
+
+def _on_grid(steps: Tensor, loss_at: Callable[[float, float], Tensor]) -> Tensor:
+    """(B, G, G) losses (B,) at every pair of steps."""
+    return torch.stack([torch.stack([loss_at(a, b).cpu() for b in steps.tolist()], 1) for a in steps.tolist()], 1)
 
 
 def measurements(setup: Setup) -> list[Measurement]:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.lp import attack_classifier
 from mimir_fast.evaluation.attacks import make_pgd, make_threat
 from mimir_fast.evaluation.html import paragraph, percent, span, table
-from mimir_fast.evaluation.journal import Row
-from mimir_fast.evaluation.measure import Measurement, Records, save_images, score
+from mimir_fast.evaluation.measure import Measurement, Records, Row, save_images, score
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
 
 STEPS = 20
