@@ -14,9 +14,9 @@ from typing import Annotated
 
 import tyro
 
+from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.cli import parse, run
 from mimir_fast.evaluation.comparison import html, load, markdown
-from mimir_fast.evaluation.journal import write_atomically
 from mimir_fast.extensions import Imports, load_extensions
 
 
@@ -46,8 +46,8 @@ def compare(config: CompareConfig) -> Path:
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     text = markdown(evaluations)
-    write_atomically(folder / "comparison.md", text)
-    write_atomically(folder / "comparison.html", html(evaluations))
+    write_text(folder / "comparison.md", text)
+    write_text(folder / "comparison.html", html(evaluations))
     print(f"{text}\n{folder / 'comparison.html'}")
     return folder / "comparison.html"
 
@@ -59,7 +59,7 @@ def config_from(args: Sequence[str]) -> CompareConfig:
 
 
 def main() -> None:
-    """The command."""
+    """Compare as the command line says."""
     compare(config_from(sys.argv[1:]))
 
 

@@ -52,7 +52,7 @@ def config_from(args: Sequence[str]) -> EvaluateConfig:
 
 
 def main() -> None:
-    """The command."""
+    """Evaluate as the command line says."""
     evaluate(config_from(sys.argv[1:]))
 
 

@@ -59,7 +59,7 @@ def make_threat(norm: Norm, eps: float, num_steps: int, alpha: float | None = No
 
 
 def natural() -> NamedAttack:
-    """No attack."""
+    """The clean images themselves."""
     return NamedAttack("natural", "no attack", clean, in_ball=False)
 
 
@@ -76,7 +76,7 @@ def make_fgsm(config: CommonOptions) -> NamedAttack:
 def make_pgd(
     config: CommonOptions, num_steps: int, eps: float | None = None, *, restarts: int | None = None
 ) -> NamedAttack:
-    """PGD with cross entropy."""
+    """PGD with cross entropy; of several random starts, an image keeps the first that is misclassified."""
     radius = config.eps if eps is None else eps
     restarts = config.restarts if restarts is None else restarts
     threat = make_threat(config.norm, radius, num_steps, config.alpha if eps is None else None)

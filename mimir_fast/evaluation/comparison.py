@@ -14,12 +14,13 @@ from typing import Any
 
 from mimir_fast.evaluation.html import page, paragraph, percent, span, table
 from mimir_fast.evaluation.measure import UNBROKEN
-from mimir_fast.evaluation.options import NORM_WORDS
+from mimir_fast.evaluation.options import NORM_NAMES
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.statistics import mcnemar_two_sided, paired_difference
 from mimir_fast.evaluation.topic import Column, all_topics
 
 PUBLISHED = Path(__file__).with_name("robustbench.json")
+PUBLISHED_HEAD = ["RobustBench", "architecture", "natural", "AutoAttack"]
 
 
 @dataclass
@@ -41,12 +42,6 @@ class Evaluation:
         """Sample → right without attack."""
         broken: dict[str, str] = self.results.sections["accuracy"]["broken_by"]
         return {sample: name != "clean" for sample, name in broken.items()}
-
-    @property
-    def ball(self) -> str:
-        """Norm and radius."""
-        numbers = self.results.sections["accuracy"]
-        return f"{NORM_WORDS[numbers['norm']]}, ε = {numbers['eps_text']}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class Difference:
 
     @property
     def p(self) -> float:
-        """Exact McNemar, two-sided."""
+        """Two-sided p value of the exact McNemar test."""
         return mcnemar_two_sided(self.only_first, self.only_other)
 
 
@@ -112,8 +107,9 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
     found = []
     first = evaluations[0]
     for other in evaluations[1:]:
-        if other.ball != first.ball:
-            found.append(f"{other.name} was evaluated at {other.ball}, {first.name} at {first.ball}: not comparable.")
+        if other.results.ball != first.results.ball:
+            balls = f"{other.name} was evaluated at {other.results.ball}, {first.name} at {first.results.ball}"
+            found.append(f"{balls}: not comparable.")
         mine, theirs = first.results.images, other.results.images
         if mine["source"] != theirs["source"] or mine["classes"] != theirs["classes"]:
             found.append(f"{other.name} was evaluated on {theirs['source']}, {first.name} on {mine['source']}.")
@@ -137,7 +133,7 @@ def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
     """Every other model against the first, without attack and under all attacks, on the images both saw."""
     first, found = evaluations[0], []
     for other in evaluations[1:]:
-        if other.ball != first.ball or other.results.images["source"] != first.results.images["source"]:
+        if other.results.ball != first.results.ball or other.results.images["source"] != first.results.images["source"]:
             continue
         for measure, mine, theirs in (
             ("no attack", first.correct, other.correct),
@@ -169,7 +165,7 @@ def main_table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     lines = [["model", "images", "ball", *labels.values(), "all attacks", "95 % interval", "checks"]]
     for row, one in zip(rows, evaluations, strict=True):
         robust = one.results.robust
-        lines.append([one.name, str(robust["total"]), one.ball, *(cell(row.get(key)) for key in labels),
+        lines.append([one.name, str(robust["total"]), one.results.ball, *(cell(row.get(key)) for key in labels),
                       percent(robust["accuracy"]), span(robust["interval"]),
                       one.results.verdicts["validity"]["large"]])  # fmt: skip
     return lines
@@ -192,7 +188,7 @@ def published_rows(results: Results, limit: int = 10) -> list[list[str]]:
     """Models of RobustBench for the same data, norm and radius, the most robust first; empty where it has none."""
     known = json.loads(PUBLISHED.read_text())
     numbers = results.sections["accuracy"]
-    norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[numbers["norm"]]
+    norm = NORM_NAMES[numbers["norm"]]
     entries = [
         e for e in known["models"]
         if e["data"] == results.images["source"] and e["norm"] == norm and e["eps"] == numbers["eps_text"]
@@ -215,13 +211,13 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     if found := difference_table(evaluations):
         parts.append(text(found))
     if rows := published_rows(evaluations[0].results):
-        parts.append(text([_published_head(), *rows]) + f"\n{_published_words()}\n")
+        parts.append(text([PUBLISHED_HEAD, *rows]) + f"\n{_published_words()}\n")
     parts += [f"- {warning}\n" for warning in warnings(evaluations)]
     return "\n".join(parts)
 
 
 def html(evaluations: Sequence[Evaluation]) -> str:
-    """The page."""
+    """The page: warnings, accuracies, paired differences, figures of the topics, published models."""
     title = "Comparison: " + ", ".join(one.name for one in evaluations)
     head, *body = main_table(evaluations)
     numbers = [i for i in range(1, len(head) - 1) if i != 2]
@@ -241,13 +237,9 @@ def html(evaluations: Sequence[Evaluation]) -> str:
             parts += [f"<h2>{escape(topic.title)}</h2>", shown]
     if rows := published_rows(evaluations[0].results):
         parts += ["<h2>Published models</h2>", paragraph(_published_words()),
-                  table(_published_head(), rows, numbers=(2, 3))]  # fmt: skip
+                  table(PUBLISHED_HEAD, rows, numbers=(2, 3))]  # fmt: skip
     data: dict[str, Any] = {one.name: str(one.path) for one in evaluations}
     return page(title, "\n".join(parts), {"compared": data})
-
-
-def _published_head() -> list[str]:
-    return ["RobustBench", "architecture", "natural", "AutoAttack"]
 
 
 def _published_words() -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.sources.base import ArraySource, ImageSource, subset
+from mimir_fast.validation import check_number
 
 
 @dataclass
@@ -73,8 +74,8 @@ def choose_indices(source: ImageSource, limit: int | None, index_file: str | Non
     """
     if limit is not None and index_file is not None:
         raise ValueError("give --limit or --index_file, not both")
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit} leaves no image to evaluate; give a number of at least 1, or leave it out")
+    if limit is not None:
+        check_number("limit", limit, at_least=1, hint="else there is no image to evaluate")
     if index_file is None:
         count = len(source) if limit is None else min(limit, len(source))
         return np.arange(count, dtype=np.int64) * len(source) // count

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimir_fast.checkpoints.durable import write_text
+
 Row = dict[str, Any]
 """Name → (B, …) tensor, or a list of B things JSON can hold."""
 
@@ -24,16 +26,6 @@ Row = dict[str, Any]
 def fingerprint(settings: Any) -> str:
     """A short hash of JSON-able settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file in one step: after a kill there is the old content or the new one, never half."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 class Journal:
@@ -59,7 +51,7 @@ class Journal:
         if path.exists() and (lines := path.read_text().splitlines(keepends=True)) and lines[0].endswith("\n"):
             self._restore(path, lines, head)
         else:
-            write_atomically(path, json.dumps(head) + "\n")
+            write_text(path, json.dumps(head) + "\n")
 
     def _restore(self, path: Path, lines: list[str], head: dict[str, Any]) -> None:
         saved = json.loads(lines[0])
@@ -68,12 +60,16 @@ class Journal:
                 f"{path} holds a measurement with other settings: {saved['settings']}, now {head['settings']}; "
                 "give another --output_dir, or --overwrite to start anew"
             )
-        whole = [line for line in lines[1:] if line.endswith("\n")]
-        for line in whole:
-            entry = json.loads(line)
-            self._extend(entry["values"], entry["stop"], entry["seconds"])
+        whole = self._extend_by(lines[1:])
         if len(whole) < len(lines) - 1:  # a line cut short by a kill
-            write_atomically(path, lines[0] + "".join(whole))
+            write_text(path, lines[0] + "".join(whole))
+
+    def _extend_by(self, lines: list[str]) -> list[str]:
+        """Read rows; returns the lines that are whole."""
+        whole = [line for line in lines if line.endswith("\n")]
+        for entry in map(json.loads, whole):
+            self._extend(entry["values"], entry["stop"], entry["seconds"])
+        return whole
 
     def _extend(self, values: dict[str, list[Any]], stop: int, seconds: float) -> None:
         for name, numbers in values.items():
@@ -104,10 +100,5 @@ class Journal:
 def read_journal(path: Path) -> Journal:
     """A journal as it is on disk, whatever it was made with; half a line at the end is left out."""
     journal = Journal(None)
-    with path.open() as file:
-        next(file, None)
-        for line in file:
-            if line.endswith("\n"):
-                entry = json.loads(line)
-                journal._extend(entry["values"], entry["stop"], entry["seconds"])
+    journal._extend_by(path.read_text().splitlines(keepends=True)[1:])
     return journal

@@ -176,7 +176,7 @@ def measure(outcome: Outcome, model: nn.Module, shard: EvaluationImages, how: Sh
 
 
 class Records:
-    """Finished measurements, read from disk, rows in the order of the samples.
+    """The measurements of an evaluation, and their rows on disk, in the order of the samples.
 
     Args:
         folder: of the journals.
@@ -191,6 +191,10 @@ class Records:
     def items(self, topic: str | None = None) -> list[Measurement]:
         """The measurements of a topic, or of all topics."""
         return [item for name, items in self.plan.items() if topic in (None, name) for item in items]
+
+    def path(self, item: Measurement, shard: int) -> Path:
+        """The journal of a measurement's shard."""
+        return self.folder / f"{item.file}.{shard}of{self.num_shards}.jsonl"
 
     def rows(self, item: Measurement) -> dict[str, list[Any]]:
         """Name → one value an image."""
@@ -212,15 +216,12 @@ class Records:
     def states(self, item: Measurement) -> Iterator[dict[str, Any]]:
         """What a measurement keeps beside its rows, one a shard."""
         for number in range(self.num_shards):
-            path = self.folder / f"{item.file}.{number}of{self.num_shards}.json"
-            if path.exists():
+            if (path := self.path(item, number).with_suffix(".json")).exists():
                 yield json.loads(path.read_text())
 
     def _load(self, item: Measurement) -> tuple[dict[str, list[Any]], float]:
         if item.file not in self._read:
-            journals = [
-                read_journal(self.folder / f"{item.file}.{k}of{self.num_shards}.jsonl") for k in range(self.num_shards)
-            ]
+            journals = [read_journal(self.path(item, number)) for number in range(self.num_shards)]
             samples = [s for journal in journals for s in journal.values.get("sample", [])]
             order = sorted(range(len(samples)), key=samples.__getitem__)
             names = next((journal.values for journal in journals if journal.values), {})

@@ -11,6 +11,8 @@ from mimir_fast.validation import check_finite, check_number
 SuiteName = Literal["quick", "paper", "full", "table"]
 Norm = Literal["linf", "l2", "l1"]
 NORM_WORDS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+NORM_NAMES = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+"""As AutoAttack's package and RobustBench write them."""
 USUAL_EPS = {"linf": "8/255", "l2": "0.5", "l1": "12"}
 """Radii of RobustBench's CIFAR-10 (L∞, L2) and of Croce & Hein, arXiv 2103.01208 (L1)."""
 
@@ -86,15 +88,14 @@ class CommonOptions:
             raise ValueError(
                 f"--norm {self.norm} needs a radius of its own: give --eps, such as {USUAL_EPS[self.norm]} on CIFAR-10"
             )
-        if self.alpha is not None and not 0 < self.alpha <= 2 * self.eps:
-            raise ValueError(f"--alpha {self.alpha:g}: wanted a step size above 0 and at most 2ε = {2 * self.eps:g}")
-        for name in ("batch_size", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}, wanted at least 1")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit {self.limit} leaves no image to evaluate; give at least 1, or leave it out")
-        if self.crop is not None and not 0 < self.crop <= 1:
-            raise ValueError(f"--crop {self.crop:g}: wanted a part of the short side, 0 < crop <= 1, such as 0.875")
+        if self.alpha is not None:
+            check_number("alpha", self.alpha, above=0, at_most=2 * self.eps, hint="a step size: at most 2ε")
+        check_number("batch_size", self.batch_size, at_least=1)
+        check_number("restarts", self.restarts, at_least=1)
+        if self.limit is not None:
+            check_number("limit", self.limit, at_least=1, hint="else there is no image to evaluate")
+        if self.crop is not None:
+            check_number("crop", self.crop, above=0, at_most=1, hint="a part of the short side, such as 0.875")
         if (self.mean is None) != (self.std is None):
             raise ValueError("give --mean and --std together, one number a channel each")
         if self.mean is not None and self.std is not None:
@@ -106,7 +107,7 @@ class CommonOptions:
 
     @property
     def folder(self) -> Path:
-        """Where the results go."""
+        """Folder of the results: `output_dir`, or one named by suite, norm and ε."""
         if self.output_dir is not None:
             return Path(self.output_dir)
         name = f"{self.suite}-{self.norm}-{self.eps_text.replace('/', '_')}"
@@ -118,14 +119,14 @@ class CommonOptions:
 
     @property
     def eps_text(self) -> str:
-        """ε as people write it."""
+        """ε as papers write it, such as 8/255."""
         return radius_text(self.eps, self.norm)
 
 
 def radius_text(radius: float, norm: Norm) -> str:
-    """A radius as people write it: 8/255 for L∞, 0.5 for the others."""
+    """A radius as papers write it: 8/255 for L∞, 0.5 for the others."""
     levels = radius * 255
-    grain = 1 if levels > 16 else 4  # 0.5/255 is a radius people use, 76.5/255 is 0.3
+    grain = 1 if levels > 16 else 4  # 0.5/255 is a radius in use, 76.5/255 is 0.3
     if norm == "linf" and abs(grain * levels - round(grain * levels)) < 1e-6:
         return f"{round(grain * levels) / grain:g}/255"
     return f"{radius:.4g}"

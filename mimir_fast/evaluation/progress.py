@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mimir_fast.evaluation.journal import write_atomically
+from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.evaluation.measure import Measurement
 
 EVERY = 10.0
@@ -91,11 +91,11 @@ class TimeLeft:
         return self.folder / f"time.{rank}of{self.world_size}.json"
 
     def _write(self) -> None:
-        write_atomically(self._path(self.rank), json.dumps(self.own()) + "\n")
+        write_text(self._path(self.rank), json.dumps(self.own()) + "\n")
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that people use for them."""
+    """Seconds as text, in the unit that suits: 45 s, 12 min, 3.1 h."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     if seconds < 5400:

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.config import EvaluateConfig
-from mimir_fast.evaluation.journal import write_atomically
 from mimir_fast.evaluation.options import NORM_WORDS
 from mimir_fast.evaluation.topic import all_topics
 from mimir_fast.versions import environment, version_of
@@ -48,12 +48,12 @@ class Results:
     rows: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """What is written."""
+        """The content of results.json."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     def write(self, path: Path) -> None:
         """Save as JSON, in one step."""
-        write_atomically(path, json.dumps(self.as_dict(), indent=1) + "\n")
+        write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Results":
@@ -73,13 +73,19 @@ class Results:
 
     @property
     def clean(self) -> dict[str, Any]:
-        """Counts without attack."""
+        """`correct`, `total`, `accuracy` and `interval` without attack."""
         found: dict[str, Any] = self.sections["accuracy"]["attacks"]["natural"]
         return found
 
     @property
+    def ball(self) -> str:
+        """Norm and radius, as L∞, ε = 8/255."""
+        numbers = self.sections["accuracy"]
+        return f"{NORM_WORDS[numbers['norm']]}, ε = {numbers['eps_text']}"
+
+    @property
     def robust(self) -> dict[str, Any]:
-        """Counts under the worst of all attacks."""
+        """The same, of images that no attack broke."""
         found: dict[str, Any] = self.sections["accuracy"]["robust"]
         return found
 
@@ -93,13 +99,13 @@ def birth_certificate() -> dict[str, Any]:
 
 def robustness_verdict(results: Results) -> dict[str, str]:
     """How much robustness: per image, over all attacks."""
-    clean, robust, numbers = results.clean, results.robust, results.sections["accuracy"]
+    clean, robust = results.clean, results.robust
     share, chance = robust["accuracy"], 1 / results.images["classes"]
-    ball = f"{NORM_WORDS[numbers['norm']]}, ε = {numbers['eps_text']}"
     low, high = (f"{100 * v:.1f}" for v in robust["interval"])
     text = (
         f"{robust['correct']} of {robust['total']} images are classified correctly without attack and under every "
-        f"attack tried ({ball}); 95 % interval {low} to {high} %. Natural accuracy: {100 * clean['accuracy']:.1f} %. "
+        f"attack tried ({results.ball}); 95 % interval {low} to {high} %. "
+        f"Natural accuracy: {100 * clean['accuracy']:.1f} %. "
     )
     if share <= chance:
         kind, end = "bad", "The robust accuracy is no better than chance."

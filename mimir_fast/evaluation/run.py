@@ -23,13 +23,14 @@ import torch.distributed as dist
 from torch import nn
 
 from mimir_fast.attacks.adaptive import has_features
+from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource
 from mimir_fast.evaluation.adapters import JudgedModel, load_model
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import Fitting, ImageSets, choose_indices, load_from
-from mimir_fast.evaluation.journal import fingerprint, write_atomically
-from mimir_fast.evaluation.measure import Measurement, Records, ShardRun, strict_fp32
+from mimir_fast.evaluation.journal import fingerprint
+from mimir_fast.evaluation.measure import Records, ShardRun, strict_fp32
 from mimir_fast.evaluation.options import SUITE_LIMITS
 from mimir_fast.evaluation.progress import TimeLeft
 from mimir_fast.evaluation.report import render
@@ -50,9 +51,8 @@ class Job:
         model: the evaluated model.
         indices: (N,) positions of the evaluated images in the test split.
         identity: what all numbers depend on; JSON-able.
-        num_shards: parts the images are cut into; shard k has images k, k + num_shards, …
         topics: in the order of the report.
-        plan: topic → its measurements.
+        records: the measurements of each topic, and their rows on disk.
         notes: what the reader must know of the model.
     """
 
@@ -62,35 +62,20 @@ class Job:
     source: ImageSource
     indices: np.ndarray
     identity: dict[str, Any]
-    num_shards: int
     sets: ImageSets
     topics: list[Topic]
-    plan: dict[str, list[Measurement]]
+    records: Records
     device: torch.device
     notes: list[str]
 
-    @property
-    def progress(self) -> Path:
-        """Folder of finished batches."""
-        return self.config.folder / "progress"
-
-    @property
-    def items(self) -> list[Measurement]:
-        """All measurements, in the order they run."""
-        return [item for items in self.plan.values() for item in items]
-
-    def path(self, item: Measurement, shard: int) -> Path:
-        """The journal of a measurement's shard."""
-        return self.progress / f"{item.file}.{shard}of{self.num_shards}.jsonl"
-
     def done(self, shard: int) -> Path:
         """Written when a shard is finished; holds the fingerprint of the plan."""
-        return self.progress / f"done.{shard}of{self.num_shards}.json"
+        return self.records.folder / f"done.{shard}of{self.records.num_shards}.json"
 
     @property
     def plan_mark(self) -> str:
         """Changes with the plan: an evaluation that is asked for more is not finished by what was done."""
-        return fingerprint([[item.file, item.parameters] for item in self.items])
+        return fingerprint([[item.file, item.parameters] for item in self.records.items()])
 
 
 def evaluate(config: EvaluateConfig, *, log: Log = print) -> Results:
@@ -101,8 +86,8 @@ def evaluate(config: EvaluateConfig, *, log: Log = print) -> Results:
     Returns:
         the results (on the main process; other ones return empty results).
     Raises:
-        ValueError, FileNotFoundError, ImportError: the model, the data or an option does not fit; the message says how
-            to mend it. Nothing has been spent by then.
+        ValueError, FileNotFoundError, ImportError: the model, the data or an option does not fit; the message names
+            the fix. Nothing has been measured by then.
     """
     world = start_world(config.device)
     try:
@@ -120,15 +105,16 @@ def _evaluate(config: EvaluateConfig, world: World, log: Log) -> Results:
     )
     for note in job.notes:
         log(f"note: {note}")
-    clock = TimeLeft(job.progress, job.items, len(job.indices), job.num_shards, world.rank, world.size)
-    for number in range(world.rank, job.num_shards, world.size):
+    records = job.records
+    clock = TimeLeft(records.folder, records.items(), len(job.indices), records.num_shards, world.rank, world.size)
+    for number in range(world.rank, records.num_shards, world.size):
         run_shard(job, number, clock, log)
     if not world.is_main:
         return Results()
     wait_for_shards(job, log)
     results = summarize(job)
     results.write(config.folder / "results.json")
-    write_atomically(config.folder / "report.html", render(results))
+    write_text(config.folder / "report.html", render(results))
     lines = [f"{v['large']}. {v['text']}" for v in results.verdicts.values()]
     log("\n".join(["", *lines, *results.notes, f"{config.folder / 'report.html'}"]))
     return results
@@ -172,9 +158,10 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
         identity |= topic.identity(setup)
     num_shards = open_folder(config, identity, min(world.size, len(indices)), main=world.is_main)
     sets = ImageSets(source, config.data, indices, num_shards, fitting)
-    plan = {topic.name: list(topic.measurements(setup)) for topic in topics}
+    plan = {topic.name: topic.measurements(setup) for topic in topics}
+    records = Records(config.folder / "progress", num_shards, plan)
     notes = [*model.notes, *([note] if (note := sanity.note()) else [])]
-    return Job(config, model, setup, source, indices, identity, num_shards, sets, topics, plan, world.device, notes)
+    return Job(config, model, setup, source, indices, identity, sets, topics, records, world.device, notes)
 
 
 def identity_of(config: EvaluateConfig, model: JudgedModel, indices: np.ndarray, fitting: Fitting) -> dict[str, Any]:
@@ -211,7 +198,7 @@ def open_folder(config: EvaluateConfig, identity: dict[str, Any], num_shards: in
             raise ValueError(f"{config.folder} is not empty and holds no evaluation of ours: give another --output_dir")
         progress.mkdir(parents=True, exist_ok=True)
         if not plan.exists():
-            write_atomically(plan, json.dumps({"num_shards": num_shards, "identity": identity}, indent=1) + "\n")
+            write_text(plan, json.dumps({"num_shards": num_shards, "identity": identity}, indent=1) + "\n")
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()  # all are at their start: this one waits for seconds
     saved = json.loads(plan.read_text())
@@ -228,28 +215,28 @@ def open_folder(config: EvaluateConfig, identity: dict[str, Any], num_shards: in
 def run_shard(job: Job, number: int, clock: TimeLeft, log: Log) -> None:
     """All measurements of one shard; those that are on disk are not repeated."""
     config, skipped = job.config, dict[str, str]()
-    for item in job.items:
+    for item in job.records.items():
         images = job.sets.shard(item.images, number, item.make_set)
         skipped |= images.skipped
         settings = {
             **job.identity, "images": item.images, "batch_size": config.batch_size, "attack": item.parameters
         }  # fmt: skip
         tick = clock.ticker(item, len(images), log)
-        how = ShardRun(config.batch_size, job.device, job.path(item, number), settings, tick, log)
+        how = ShardRun(config.batch_size, job.device, job.records.path(item, number), settings, tick, log)
         record = item.run(job.model.module, images, how)
         clock.finished()
         right = record.values.get("correct")
         share = f"{100 * sum(right) / len(right):.2f} % ({sum(right)}/{len(right)})" if right else ""
         log(f"{item.file:>24}  {share:<24} {record.seconds:7.1f} s")
-    write_atomically(job.done(number), json.dumps({"plan": job.plan_mark, "skipped": skipped}) + "\n")
+    write_text(job.done(number), json.dumps({"plan": job.plan_mark, "skipped": skipped}) + "\n")
 
 
 def wait_for_shards(job: Job, log: Log, every: float = 0.2) -> None:
     """Until every shard is finished; the others' progress is read from the folder, so no process waits in a barrier."""
-    missing, told = list(range(job.num_shards)), time.monotonic()
+    missing, told = list(range(job.records.num_shards)), time.monotonic()
     while missing := [number for number in missing if not _is_done(job, number)]:
         if time.monotonic() - told > 60:
-            log(f"waiting for {len(missing)} of {job.num_shards} shards of other processes: {missing[:8]}")
+            log(f"waiting for {len(missing)} of {job.records.num_shards} shards of other processes: {missing[:8]}")
             told = time.monotonic()
         time.sleep(every)
 
@@ -261,10 +248,9 @@ def _is_done(job: Job, number: int) -> bool:
 
 def summarize(job: Job) -> Results:
     """Results of a finished evaluation, from its files alone."""
-    config, model = job.config, job.model
-    records = Records(job.progress, job.num_shards, job.plan)
+    config, model, records = job.config, job.model, job.records
     skipped: dict[str, str] = {}
-    for number in range(job.num_shards):
+    for number in range(records.num_shards):
         skipped |= json.loads(job.done(number).read_text())["skipped"]
     results = Results(environment=birth_certificate(), notes=list(job.notes), command=command_of(config))
     results.choices = {
@@ -275,7 +261,7 @@ def summarize(job: Job) -> Results:
         "fitting": {k: v for k, v in job.identity["data"].items() if k in ("crop", "interpolation")},
         "weights_judged": model.weights,
         "weights_sha256": job.identity["weights"],
-        "num_shards": job.num_shards,
+        "num_shards": records.num_shards,
         "device": str(job.device),
         "precision": "fp32, no TF32, no autocast",
     }
@@ -284,7 +270,7 @@ def summarize(job: Job) -> Results:
         "classes": job.source.num_classes, "indices": job.indices.tolist(), "skipped": skipped,
     }  # fmt: skip
     for topic in job.topics:
-        if (numbers := topic.summarize(job.setup, job.plan[topic.name], records)) is not None:
+        if (numbers := topic.summarize(job.setup, records.items(topic.name), records)) is not None:
             results.sections[topic.name] = numbers
             results.notes += numbers.pop("notes", [])
     if skipped:

@@ -33,7 +33,7 @@ class Count:
         return max(0.0, middle - half), min(1.0, middle + half)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """`correct`, `total`, `accuracy` and `interval`, for results.json."""
         return {
             "correct": self.correct, "total": self.total, "accuracy": self.accuracy, "interval": list(self.interval),
         }  # fmt: skip

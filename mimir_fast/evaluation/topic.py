@@ -114,7 +114,8 @@ class Topic:
     compare: Callable[[Sequence[tuple[str, Numbers]]], str] = lambda models: ""
 
 
-_TOPICS: dict[str, Topic] = {}
+TOPICS: dict[str, Topic] = {}
+"""What was registered, by name; `all_topics` has the package's own among them and the order."""
 
 
 def register(topic: Topic) -> None:
@@ -123,22 +124,20 @@ def register(topic: Topic) -> None:
     Raises:
         ValueError: its name, or one of its options, is taken.
     """
-    if topic.name in _TOPICS:
+    if topic.name in TOPICS:
         raise ValueError(f"topic {topic.name} is registered twice")
-    for other in (CommonOptions, *(known.options for known in _TOPICS.values())):
-        if (
-            topic.options
-            and other
-            and (both := {f.name for f in fields(other)} & {f.name for f in fields(topic.options)})
-        ):
-            raise ValueError(f"topic {topic.name}: --{min(both)} is an option of {other.__name__} already")
-    _TOPICS[topic.name] = topic
+    kinds = (CommonOptions, *(known.options for known in TOPICS.values()))
+    owners = {option.name: kind.__name__ for kind in kinds if kind for option in fields(kind)}
+    for option in fields(topic.options) if topic.options else ():
+        if option.name in owners:
+            raise ValueError(f"topic {topic.name}: --{option.name} is an option of {owners[option.name]} already")
+    TOPICS[topic.name] = topic
 
 
 def all_topics() -> list[Topic]:
     """Every topic, in the order of the report."""
     _import_own()
-    return sorted(_TOPICS.values(), key=lambda topic: topic.order)
+    return sorted(TOPICS.values(), key=lambda topic: topic.order)
 
 
 @cache

@@ -60,7 +60,7 @@ def test_the_page_runs_small(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     registry.all_methods("pretrain")  # loaded for good, before what a page registers is taken back
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     topic.all_topics()
-    monkeypatch.setattr(topic, "_TOPICS", dict(topic._TOPICS))
+    monkeypatch.setattr(topic, "TOPICS", dict(topic.TOPICS))
     before, namespace = set(sys.modules), dict[str, Any]({"__name__": "__main__"})
     try:
         for block in blocks_of(page):

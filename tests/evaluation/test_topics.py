@@ -102,11 +102,3 @@ def test_options_of_a_topic_registered_too_late_are_its_defaults() -> None:
 def test_only_topics_name_topics() -> None:
     for path in EVALUATION.glob("*.py"):
         assert not {name for name in imports_of(path) if name.startswith("topics.")}, path
-
-
-def test_imports_have_no_circle() -> None:
-    modules = {".".join(path.relative_to(EVALUATION).with_suffix("").parts): path for path in EVALUATION.rglob("*.py")}
-    left = {name: imports_of(path) & set(modules) for name, path in modules.items()}
-    while free := {name for name, needed in left.items() if not needed & set(left)}:
-        left = {name: needed for name, needed in left.items() if name not in free}
-    assert not left, f"among these modules: {', '.join(sorted(left))}"

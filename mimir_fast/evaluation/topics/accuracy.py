@@ -23,6 +23,7 @@ from mimir_fast.evaluation.topics import autoattack
 from mimir_fast.ops.hsic import hsic
 from mimir_fast.ops.nhsic import nhsic
 from mimir_fast.ops.renyi_mi import renyi_mi
+from mimir_fast.validation import check_number
 
 NAME = "accuracy"
 STEPS = {"quick": (20,), "paper": (20, 100), "full": (20, 100), "table": (20,)}
@@ -34,7 +35,7 @@ ESTIMATORS = {"nhsic": nhsic, "hsic": hsic, "renyi": renyi_mi}
 
 @dataclass
 class AccuracyOptions:
-    """Options of the attacks on all images."""
+    """Targeted and adaptive attacks."""
 
     targets: int = 0
     """Aim PGD at that many of the likeliest wrong classes, one after the other; 0 leaves targeted attacks out."""
@@ -46,8 +47,7 @@ class AccuracyOptions:
     """PGD-MI with λ chosen batch by batch so that both terms have gradients of one size; mi_weight is not used."""
 
     def __post_init__(self) -> None:
-        if self.targets < 0:
-            raise ValueError(f"--targets {self.targets}, wanted at least 0 (no targeted attack)")
+        check_number("targets", self.targets, at_least=0, hint="0 leaves targeted attacks out")
 
 
 def make_targeted(config: CommonOptions, num_steps: int, targets: int) -> NamedAttack:
@@ -182,7 +182,7 @@ def render(numbers: Numbers) -> str:
 
 
 def columns(numbers: Numbers) -> list[Column]:
-    """One for each attack."""
+    """The accuracy under each attack."""
     return [Column(key, entry["label"], entry["accuracy"]) for key, entry in numbers["attacks"].items()]
 
 

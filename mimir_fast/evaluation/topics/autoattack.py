@@ -11,8 +11,7 @@ Shapes: N images, C channels, H × W pixels.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.modes import borrowed_in_mode
+from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.evaluation.html import paragraph, percent, span, table
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.evaluation.journal import Journal, fingerprint, write_atomically
+from mimir_fast.evaluation.journal import Journal, fingerprint
 from mimir_fast.evaluation.measure import (
     UNBROKEN,
     Measurement,
@@ -34,8 +34,9 @@ from mimir_fast.evaluation.measure import (
     scored,
     strict_fp32,
 )  # fmt: skip
-from mimir_fast.evaluation.options import CommonOptions, Norm
+from mimir_fast.evaluation.options import NORM_NAMES, CommonOptions, Norm
 from mimir_fast.evaluation.topic import Column, Numbers, Setup, Topic, options_of, register
+from mimir_fast.validation import check_number
 
 NAME = "autoattack"
 SUITES = ("paper", "full", "table")
@@ -45,7 +46,6 @@ ATTACKS: dict[str, tuple[str, ...]] = {
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
 }
-PACKAGE_NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 PASSES = {"apgd-t": 2700, "fab-t": 5000, "fab": 3000, "square": 5000}
 """Passes through the model of an attack on an image that it does not break, roughly; of the others 300."""
 _LOG = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ class AutoAttackOptions:
     """Only these of its attacks, such as apgd-ce apgd-t; the result is then not called AutoAttack."""
 
     def __post_init__(self) -> None:
-        if self.autoattack_images is not None and self.autoattack_images < 1:
-            raise ValueError(f"--autoattack_images {self.autoattack_images}: give at least 1, or --autoattack no")
+        if self.autoattack_images is not None:
+            check_number("autoattack_images", self.autoattack_images, at_least=1, hint="or give --autoattack no")
         if unknown := set(self.autoattack_attacks) - set(known := ATTACKS[self.autoattack_version]):
             raise ValueError(f"--autoattack_attacks: {sorted(unknown)} are none of {', '.join(sorted(known))}")
 
@@ -89,17 +89,13 @@ class AutoAttackOptions:
 
 
 def wanted(config: CommonOptions) -> bool:
-    """Whether AutoAttack runs."""
+    """Whether AutoAttack runs: as asked, else as the suite does."""
     asked = options_of(config, AutoAttackOptions).autoattack
     return config.suite in SUITES if asked == "suite" else asked == "yes"
 
 
 def require_classes(count: int) -> None:
-    """AutoAttack needs four classes.
-
-    Raises:
-        ValueError: there are fewer.
-    """
+    """Refuse fewer classes than AutoAttack needs (ValueError)."""
     if count < 4:
         raise ValueError(
             f"AutoAttack's targeted DLR loss compares the 4 largest logits, and there are {count} classes: add "
@@ -132,7 +128,7 @@ class Progress:
     warnings: list[str] = field(default_factory=list)
 
     def remaining(self) -> list[int]:
-        """Images not broken yet."""
+        """Positions of the images that no attack has broken so far."""
         return [i for i, name in enumerate(self.broken_by) if name == UNBROKEN]
 
 
@@ -167,7 +163,8 @@ def run_autoattack(
     part = [] if attacks is None else [list(attacks)]
     identity = fingerprint([settings, norm, eps, batch_size, seed, version, len(shard), *part])
     progress = _load(state, identity)
-    with borrowed_in_mode(model, "eval") as module, strict_fp32(device), _frozen(module), torch.no_grad():
+    # Borrowed, the parameters are frozen: FAB calls backward(), which would fill their `.grad`.
+    with borrowed_in_mode(model, "eval") as module, strict_fp32(device), torch.no_grad():
         warnings: list[str] = []
         attack = _package(module, eps, device, seed, version, norm, warnings)
         names = list(attack.attacks_to_run if attacks is None else attacks)
@@ -176,7 +173,8 @@ def run_autoattack(
 
         def save() -> None:
             progress.warnings = sorted({*progress.warnings, *warnings})
-            _save(state, progress)
+            if state is not None:
+                write_text(state, json.dumps(asdict(progress)))
 
         if len(shard) == 0:
             progress.after, progress.attack = {"clean": 0}, len(names)
@@ -272,7 +270,7 @@ def _package(
         raise ImportError(
             "AutoAttack comes from its authors' package: pip install pyautoattack (the name `autoattack` is not theirs)"
         ) from error
-    attack = AutoAttack(module, eps=eps, norm=PACKAGE_NORM[norm], version=version, device=device, seed=seed)
+    attack = AutoAttack(module, eps=eps, norm=NORM_NAMES[norm], version=version, device=device, seed=seed)
     logger = _listening(warnings)
     attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = logger
     return attack
@@ -314,24 +312,6 @@ def _load(state: Path | None, identity: str) -> Progress:
             "give another --output_dir, or --overwrite to start anew"
         )
     return Progress(**saved)
-
-
-def _save(state: Path | None, progress: Progress) -> None:
-    if state is not None:
-        write_atomically(state, json.dumps(asdict(progress)))
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Parameters without requires_grad meanwhile: FAB calls backward(), which would fill their `.grad`."""
-    learning = [p for p in module.parameters() if p.requires_grad]
-    for p in learning:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in learning:
-            p.requires_grad_(True)
 
 
 @dataclass(frozen=True)
@@ -425,7 +405,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
 
 
 def render(numbers: Numbers) -> str:
-    """Counts after each attack."""
+    """A table of the accuracy after each attack, and the package's warnings."""
     rows = [
         [name, percent(count / numbers["total"]), f"{count}/{numbers['total']}",
          f"{numbers['seconds'].get(name, 0):.0f} s"]

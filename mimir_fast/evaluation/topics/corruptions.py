@@ -49,7 +49,7 @@ NEEDS_LIBRARY = (
 
 @dataclass
 class CorruptionOptions:
-    """Which corruptions."""
+    """Which common corruptions are evaluated."""
 
     corruptions: str | None = None
     """Folder of CIFAR-10-C or ImageNet-C, or `generated` to make them with corrupt-tta."""
@@ -265,7 +265,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
 
 
 def render(numbers: Numbers) -> str:
-    """Bars and the table."""
+    """Bars of the means over severities, and a table of all accuracies."""
     if not numbers["accuracy"]:
         return ""
     severities = sorted({s for levels in numbers["accuracy"].values() for s in levels}, key=int)

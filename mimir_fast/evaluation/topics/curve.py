@@ -1,7 +1,6 @@
 """Accuracy against ε, under PGD and under random noise of the same size, on the images of the masking checks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mimir_fast.evaluation.attacks import make_pgd, make_random_noise, natural
@@ -11,49 +10,32 @@ from mimir_fast.evaluation.measure import Measurement, Records
 from mimir_fast.evaluation.options import NORM_WORDS, CommonOptions, radius_text
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
 
-NAME, NATURAL = "curve", "check_natural"
-
-
-@dataclass(frozen=True)
-class Amount:
-    """How much a suite does.
-
-    Attributes:
-        images: on how many the curve and the masking checks are made.
-        steps: of PGD.
-        near: radii as multiples of ε.
-        far: radii on to where no model can be right, as parts of the largest radius there is.
-    """
-
-    images: int
-    steps: int
-    near: tuple[float, ...]
-    far: tuple[float, ...]
-
-
-NEAR = (0.25, 0.5, 1.0, 1.5, 2.0)
-FAR = tuple(levels / 255 for levels in (8, 16, 32, 64, 128, 255))
-SUITES = {
-    "quick": Amount(64, 10, (0.5, 1.0, 2.0), FAR[3:]),
-    "paper": Amount(200, 20, NEAR, FAR),
-    "full": Amount(500, 20, NEAR, FAR),
-}
+NAME = "curve"
+IMAGES = {"quick": 64, "paper": 200, "full": 500}
+"""On how many images the curve and the masking checks are made, by suite."""
+STEPS = {"quick": 10, "paper": 20, "full": 20}
+"""Of PGD."""
+NEAR = {"quick": (0.5, 1.0, 2.0), "paper": (0.25, 0.5, 1.0, 1.5, 2.0), "full": (0.25, 0.5, 1.0, 1.5, 2.0)}
+"""Radii as multiples of ε."""
+FAR = {"quick": (64, 128, 255), "paper": (8, 16, 32, 64, 128, 255), "full": (8, 16, 32, 64, 128, 255)}
+"""Radii on to where no model can be right, in 255ths of the largest radius there is."""
 
 
 def images_of(setup: Setup) -> str:
     """Name of the set of images of the curve and of the masking checks."""
-    return setup.subset(SUITES[setup.config.suite].images)
+    return setup.subset(IMAGES[setup.config.suite])
 
 
 def radii_of(config: CommonOptions) -> list[float]:
     """Radii of the curve, ascending: around ε, and on to where no model can be right; [] where there is no curve."""
-    if (amount := SUITES.get(config.suite)) is None:
+    if config.suite not in IMAGES:
         return []
     size = config.data.channels * config.data.image_size**2
     # From one corner of [0, 1]^D to the other: nothing is out of reach.
     whole = {"linf": 1.0, "l2": size**0.5, "l1": float(size)}[config.norm]
-    radii = [config.eps, *(factor * config.eps for factor in amount.near), *(part * whole for part in amount.far)]
-    # Told apart by what people read: 12/255 and 1.5 · 8/255 may differ in the last bit.
+    near, far = NEAR[config.suite], FAR[config.suite]
+    radii = [config.eps, *(factor * config.eps for factor in near), *(level / 255 * whole for level in far)]
+    # Told apart by what is printed: 12/255 and 1.5 · 8/255 may differ in the last bit.
     distinct = {radius_text(radius, config.norm): radius for radius in radii if radius <= whole * (1 + 1e-9)}
     return sorted(distinct.values())
 
@@ -68,33 +50,35 @@ def measurements(setup: Setup) -> list[Measurement]:
     config, found = setup.config, list[Measurement]()
     for radius in radii_of(config):
         images = images_of(setup)
-        found = found or [natural().on(images, NATURAL)]
-        pgd = make_pgd(config, SUITES[config.suite].steps, radius, restarts=1)
+        found = found or [natural().on(images, "check_natural")]
+        pgd = make_pgd(config, STEPS[config.suite], radius, restarts=1)
         found.append(pgd.on(images, name_at("curve", config, radius)))
         found.append(make_random_noise(config, radius).on(images, name_at("noise", config, radius)))
     return found
+
+
+def along_pgd(items: Sequence[Measurement]) -> dict[float, Measurement]:
+    """Radius → PGD at it, of the curve's measurements; ascending."""
+    return {item.parameters["eps"]: item for item in items if item.name.startswith("curve_")}
 
 
 def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
     """Accuracies along ε, ε = 0 first."""
     if not items:
         return None
-    config, radii = setup.config, radii_of(setup.config)
-    count = {item.name: records.count(item) for item in items}
-    start = count[NATURAL]
-    attacked, noisy = (
-        [start, *(count[name_at(kind, config, radius)] for radius in radii)] for kind in ("curve", "noise")
-    )
+    natural_item, noise = items[0], [item for item in items if item.name.startswith("noise_")]
+    attacked = along_pgd(items)
+    counts = [records.count(item) for item in (natural_item, *attacked.values())]
     return {
-        "eps": [0.0, *radii],
-        "labels": ["0", *(radius_text(radius, config.norm) for radius in radii)],
-        "accuracy": [c.accuracy for c in attacked],
-        "interval": [list(c.interval) for c in attacked],
-        "noise": [c.accuracy for c in noisy],
-        "count": start.total,
-        "num_steps": SUITES[config.suite].steps,
-        "judged": config.eps,
-        "norm": config.norm,
+        "eps": [0.0, *attacked],
+        "labels": ["0", *(radius_text(radius, setup.config.norm) for radius in attacked)],
+        "accuracy": [c.accuracy for c in counts],
+        "interval": [list(c.interval) for c in counts],
+        "noise": [records.count(item).accuracy for item in (natural_item, *noise)],
+        "count": counts[0].total,
+        "num_steps": items[1].parameters["num_steps"],
+        "judged": setup.config.eps,
+        "norm": setup.config.norm,
     }
 
 
@@ -120,9 +104,9 @@ def render(numbers: Numbers) -> str:
         )  # fmt: skip
 
     near = [row for row in columns if row[0] <= 2.5 * numbers["judged"]]
-    said = "; ".join(f"{percent(a)} at {label}" for _, label, a, _, _ in near)
+    values = "; ".join(f"{percent(a)} at {label}" for _, label, a, _, _ in near)
     words = f"Accuracy on {numbers['count']} images around the evaluated ε; the band is a 95 % interval."
-    shown = [figure(chart(near, f"{words} Under PGD: {said}."), words)]
+    shown = [figure(chart(near, f"{words} Under PGD: {values}."), words)]
     if len(near) < len(columns):
         far = f"The same to the largest ε there is, where accuracy is {percent(columns[-1][2])}."
         shown.append(figure(chart(columns, far), far))
@@ -149,9 +133,9 @@ def compare(models: Sequence[tuple[str, Numbers]]) -> str:
         lines.append(Line(label, [(e, a) for e, a, _ in rows], [band for _, _, band in rows]))
     ticks = sorted({x for line in lines for x, _ in line.points})
     words = "Accuracy under PGD against ε, each model with its 95 % interval."
-    said = "; ".join(f"{line.label}: " + ", ".join(f"{y:.1f} % at {x:.4g}" for x, y in line.points) for line in lines)
+    values = "; ".join(f"{line.label}: " + ", ".join(f"{y:.1f} % at {x:.4g}" for x, y in line.points) for line in lines)
     chart = line_chart(
-        lines, f"{words} {said}.", x_label="ε · 255" if unit == 255 else "ε", y_label="accuracy (%)", percent=True,
+        lines, f"{words} {values}.", x_label="ε · 255" if unit == 255 else "ε", y_label="accuracy (%)", percent=True,
         x_ticks=[(x, f"{x:.4g}") for x in ticks], x_from=0.0, mark=(unit * eps, f"evaluated at {unit * eps:.4g}"),
     )  # fmt: skip
     return figures(figure(chart, words))

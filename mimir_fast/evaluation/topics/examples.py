@@ -67,7 +67,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
 
 
 def render(numbers: Numbers) -> str:
-    """Small pictures that unfold."""
+    """The attacked pictures; each unfolds into clean image, perturbation and attacked image."""
     parts = []
     for entry in numbers["images"]:
         broken = entry["after"] != entry["label"]

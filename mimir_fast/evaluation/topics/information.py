@@ -123,7 +123,7 @@ def _at(setup: Setup, radius: float) -> Measurement:
 
 
 def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
-    """One entry a radius."""
+    """At each radius: the bounds where there is an autoencoder, the estimate where there are features."""
     entries = []
     for item in items:
         entry: dict[str, Any] = {

@@ -5,8 +5,8 @@ steps never hurt the attacker, black-box attacks do not beat white-box ones, an 
 the gradient is a better direction than noise. AutoAttack's own checks are added where it ran.
 
 All checks read outcomes of the same images, one number an image, and test pairs: an exact McNemar or sign test at 5 %
-asks whether the images themselves say so, not whether two percentages differ. A check that no symptom speaks against
-has passed; where a difference points the wrong way within chance, the sentence says that.
+asks whether single images changed sides, not whether two percentages differ. A check without a symptom has passed;
+where a difference points the wrong way within chance, the sentence tells it.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from mimir_fast.evaluation.attacks import NamedAttack, make_fgsm, make_pgd, make
 from mimir_fast.evaluation.charts import Line, line_chart
 from mimir_fast.evaluation.html import figure, figures
 from mimir_fast.evaluation.measure import Attack, Measurement, Records, Row
-from mimir_fast.evaluation.options import CommonOptions, radius_text
+from mimir_fast.evaluation.options import NORM_NAMES, CommonOptions, radius_text
 from mimir_fast.evaluation.statistics import binomial_tail, discordant, mcnemar
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
 from mimir_fast.evaluation.topics import autoattack, curve
@@ -201,16 +201,18 @@ def zero_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 def make_apgd(config: CommonOptions, num_steps: int) -> NamedAttack:
     """Auto-PGD with cross entropy, the first of AutoAttack's four; for L1 by its authors' package."""
 
+    packaged = packaged_attack(config, "apgd", n_iter=num_steps, n_restarts=1, use_largereps=True)
+
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        if config.norm == "l1":
+            return packaged(model, x, y, samples)
         return apgd(
             model, x, y, config.eps, num_steps, random_start=True, samples=samples, seed=config.seed,
             keep="adversarial", mode="eval", norm=config.norm,
         )  # fmt: skip
 
-    packaged = packaged_attack(config, "apgd", n_iter=num_steps, n_restarts=1, use_largereps=True)
     parameters = {"norm": config.norm, "eps": config.eps, "num_steps": num_steps, "loss": "ce", "seed": config.seed}
-    attack = packaged if config.norm == "l1" else run
-    return NamedAttack(f"apgd{num_steps}", f"APGD-CE-{num_steps}", attack, parameters, 3.0 * num_steps)
+    return NamedAttack(f"apgd{num_steps}", f"APGD-CE-{num_steps}", run, parameters, 3.0 * num_steps)
 
 
 def make_square(config: CommonOptions, num_queries: int) -> NamedAttack:
@@ -229,7 +231,7 @@ def packaged_attack(config: CommonOptions, name: str, **options: Any) -> Attack:
             from pyautoattack.square import SquareAttack
         except ImportError as error:
             raise ImportError(f"the {name} attack comes with AutoAttack's package: pip install pyautoattack") from error
-        kind, norm = {"square": SquareAttack, "apgd": APGDAttack}[name], autoattack.PACKAGE_NORM[config.norm]
+        kind, norm = {"square": SquareAttack, "apgd": APGDAttack}[name], NORM_NAMES[config.norm]
         attack = kind(model, norm=norm, eps=config.eps, seed=config.seed, device=x.device, verbose=False, **options)
         devices = [x.device.index or 0] if x.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
@@ -267,22 +269,22 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
     """The verdict of every check."""
     if not items:
         return None
-    config, steps = setup.config, CHECK_STEPS[setup.config.suite]
-    item_of = {item.name: item for item in (*items, *records.items(curve.NAME))}
+    config, item_of = setup.config, {item.name: item for item in items}
 
     def of(name: str, value: str = "correct") -> Tensor:
         return records.tensor(item_of[name], value)
 
-    strongest = f"steps_{steps[-1]}"
-    losses = {k: of(f"steps_{k}", "loss") for k in steps}
-    radii = [radius for radius in curve.radii_of(config) if radius >= config.eps]
+    by_steps = {item.parameters["num_steps"]: item for item in items if item.name.startswith("steps_")}
+    losses = {steps: records.tensor(item, "loss") for steps, item in by_steps.items()}
+    strongest = records.tensor(by_steps[max(by_steps)], "correct")
+    far = {eps: item for eps, item in curve.along_pgd(records.items(curve.NAME)).items() if eps >= config.eps}
     verdicts = [
         loss_rises_with_steps(losses),
-        iterative_beats_one_step(of("check_fgsm"), of(strongest)),
-        black_box_never_beats_white_box(of(strongest) * of("check_apgd50"), of("check_square")),
+        iterative_beats_one_step(of("check_fgsm"), strongest),
+        black_box_never_beats_white_box(strongest * of("check_apgd50"), of("check_square")),
         unbounded_attack_succeeds(
-            {radius: of(curve.name_at("curve", config, radius)) for radius in radii},
-            {radius: radius_text(radius, config.norm) for radius in radii},
+            {eps: records.tensor(item, "correct") for eps, item in far.items()},
+            {eps: radius_text(eps, config.norm) for eps in far},
         ),
         gradient_beats_noise(of("check_fgsm", "loss"), of("check_random", "loss")),
         gradients_exist(of("check_gradients", "zero_gradient")),

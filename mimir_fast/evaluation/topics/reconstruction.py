@@ -28,7 +28,7 @@ MASK_RATIO, STEPS, IMAGES = 0.75, 20, 256
 
 
 @dataclass
-class ReconstructionOptions:
+class AutoencoderOptions:
     """The masked autoencoder behind the classifier."""
 
     pretrained: str | None = None
@@ -72,7 +72,7 @@ def reconstruct(model: MaskedModel, images: Tensor, samples: Tensor, seed: int, 
 
 def pretrained_of(setup: Setup) -> str | None:
     """The masked autoencoder that was asked for."""
-    return options_of(setup.config, ReconstructionOptions).pretrained
+    return options_of(setup.config, AutoencoderOptions).pretrained
 
 
 def autoencoder_of(setup: Setup, device: torch.device) -> tuple[MaskedModel, bool]:
@@ -114,7 +114,7 @@ def measurements(setup: Setup) -> list[Measurement]:
 
 
 def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
-    """Means over the images."""
+    """Mean errors over the images, and how often the attack beats noise."""
     if not items:
         return None
     values = {name: records.tensor(items[0], name) for name in ("clean", "random", "attacked")}
@@ -127,7 +127,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
 
 
 def render(numbers: Numbers) -> str:
-    """The table."""
+    """A table of the errors with clean, noisy and attacked visible patches."""
     rows = [
         [label, f"{numbers[name]:.4f}", f"{numbers[name] / max(numbers['clean'], 1e-12):.2f} ×"]
         for name, label in (("clean", "clean"), ("random", "random noise"), ("attacked", "attacked"))
@@ -139,9 +139,6 @@ def render(numbers: Numbers) -> str:
     return paragraph(words) + table(["visible patches", "mean squared error", "relative"], rows, numbers=(1, 2))
 
 
-register(
-    Topic(
-        "reconstruction", "Reconstruction", measurements, summarize, render, 100, ReconstructionOptions,
-        identity=identity,
-    )
-)  # fmt: skip
+register(Topic(
+    "reconstruction", "Reconstruction", measurements, summarize, render, 100, AutoencoderOptions, identity=identity
+))  # fmt: skip

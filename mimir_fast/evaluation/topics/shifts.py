@@ -20,7 +20,7 @@ from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, regis
 
 @dataclass
 class ShiftOptions:
-    """Other test sets."""
+    """Which other test sets are evaluated."""
 
     shifts: tuple[str, ...] = ()
     """Folders of class folders to evaluate without attack, such as ImageNet-A, ImageNet-R or ImageNet-V2; where a
@@ -93,12 +93,12 @@ def _among(present: list[int]) -> Outcome:
 
 
 def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
-    """Counts of each folder."""
+    """Correct images of each folder, and how many classes it has."""
     return {item.label: {**records.count(item).as_dict(), **item.parameters} for item in items} or None
 
 
 def render(numbers: Numbers) -> str:
-    """The table."""
+    """A table with one row a test set."""
     rows = [
         [name, percent(e["accuracy"]), span(e["interval"]), str(e["total"]), str(e["classes"])]
         for name, e in numbers.items()

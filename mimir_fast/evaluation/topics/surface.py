@@ -43,7 +43,7 @@ Biases = Literal["still", "copied"]
 
 @dataclass
 class SurfaceOptions:
-    """How weights are moved."""
+    """Which weights are moved."""
 
     surface_biases: Biases = "still"
     """Loss surface: biases and norm weights stay (Li et al.'s `biasbn`, their published figures), or move along
@@ -79,7 +79,7 @@ def grid_steps(radius: float, num_points: int) -> Tensor:
         ValueError: an even or too small grid.
     """
     if num_points < 3 or num_points % 2 == 0:
-        raise ValueError(f"num_points={num_points}, wanted an odd number of at least 3, such as 11")
+        raise ValueError(f"num_points={num_points}, wanted at least 3 and odd (such as 11)")
     return torch.linspace(-radius, radius, num_points)
 
 
@@ -191,7 +191,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
 
 
 def render(numbers: Numbers) -> str:
-    """A heat map each."""
+    """A heat map of each surface, with what to look for."""
     shown = []
     for name, found in numbers.items():
         grid, steps, count = found["loss"], found["steps"], found["count"]

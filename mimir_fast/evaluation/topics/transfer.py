@@ -56,7 +56,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
 
 
 def render(numbers: Numbers) -> str:
-    """The table."""
+    """A table with one row an attacked model."""
     rows = [[s, percent(e["accuracy"]), span(e["interval"]), percent(e["source_accuracy"])] for s, e in numbers.items()]
     head = ["attacked model", "accuracy of this model", "95 % interval", "of the attacked one"]
     words = f"Images attacked by PGD-{STEPS} on another model within the ball, and shown to this one."

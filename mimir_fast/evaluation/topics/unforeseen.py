@@ -20,7 +20,7 @@ STEPS = 20
 
 @dataclass
 class UnforeseenOptions:
-    """Whether unforeseen attacks run."""
+    """Whether attacks of other kinds run."""
 
     unforeseen: Literal["suite", "yes", "no"] = "suite"
     """Attacks of other kinds: other norms, elastic deformation, rotation and shift, changes of JPEG coefficients."""
@@ -74,7 +74,7 @@ def measurements(setup: Setup) -> list[Measurement]:
 
 
 def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
-    """Counts of each kind."""
+    """Correct images under each kind of attack."""
     return {
         item.name: {"label": item.label, **records.count(item).as_dict(), "parameters": item.parameters}
         for item in items
@@ -82,7 +82,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
 
 
 def render(numbers: Numbers) -> str:
-    """The table."""
+    """A table with one row a kind of attack."""
     rows = [[e["label"], percent(e["accuracy"]), span(e["interval"])] for e in numbers.values()]
     words = (
         "The sections above have one threat model; these attacks have others. They are written after Kang et al., "
