@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from benchmarks.case import Case, Outputs, Provider, Size
 from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.threat_model import LinfThreat
-from mimir_fast.evaluation.autoattack import STANDING, run_autoattack
 from mimir_fast.evaluation.images import EvaluationImages
+from mimir_fast.evaluation.measure import UNBROKEN
+from mimir_fast.evaluation.topics.autoattack import run_autoattack
 
 EPS, BATCH = 24 / 255, 64
 NUM_IMAGES: dict[Size, int] = {"tiny": 4, "quick": 32, "full": 128, "gpu": 128}
@@ -37,7 +38,7 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
             progress = run_autoattack(
                 model, shard, EPS, batch_size=BATCH, device=device, state=Path(folder) / "state.json"
             )  # fmt: skip
-        return (torch.tensor([name == STANDING for name in progress.broken_by], device=device),)
+        return (torch.tensor([name == UNBROKEN for name in progress.broken_by], device=device),)
 
     def direct(_: object) -> Outputs:
         from pyautoattack import AutoAttack

@@ -14,9 +14,10 @@ from typing import Annotated
 
 import tyro
 
+from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.cli import parse, run
 from mimir_fast.evaluation.comparison import html, load, markdown
-from mimir_fast.evaluation.measure import write_atomically
+from mimir_fast.extensions import Imports, load_extensions
 
 
 @dataclass
@@ -27,6 +28,8 @@ class CompareConfig:
     """results.json files, evaluation folders, or run folders (their newest evaluation)."""
     output: str = "comparison"
     """Folder of comparison.html and comparison.md."""
+    imports: Imports = ()
+    """Module that registers report topics of your own, looked for in the working folder and PYTHONPATH."""
 
     def __post_init__(self) -> None:
         if not self.evaluations:
@@ -39,18 +42,19 @@ def compare(config: CompareConfig) -> Path:
     Raises:
         FileNotFoundError, ValueError: an evaluation is missing, or of another version.
     """
-    judged = load(config.evaluations)
+    evaluations = load(config.evaluations)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    text = markdown(judged)
-    write_atomically(folder / "comparison.md", text)
-    write_atomically(folder / "comparison.html", html(judged))
+    text = markdown(evaluations)
+    write_text(folder / "comparison.md", text)
+    write_text(folder / "comparison.html", html(evaluations))
     print(f"{text}\n{folder / 'comparison.html'}")
     return folder / "comparison.html"
 
 
 def config_from(args: Sequence[str]) -> CompareConfig:
-    """The configuration of a command line."""
+    """The configuration of a command line, whose modules are imported."""
+    load_extensions(args)
     return parse(CompareConfig, args, prog="python -m mimir_fast.compare")
 
 

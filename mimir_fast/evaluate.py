@@ -20,7 +20,7 @@ from typing import Any
 from mimir_fast.cli import parse, peek, run
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.adapters import timm_settings
-from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.config import EvaluateConfig, config_type
 from mimir_fast.evaluation.run import evaluate
 from mimir_fast.extensions import load_extensions
 
@@ -44,11 +44,11 @@ def data_of(checkpoint: str) -> DataConfig:
 
 
 def config_from(args: Sequence[str]) -> EvaluateConfig:
-    """The run's own data, then flags."""
+    """The run's own data, then flags; the options are those of every registered topic."""
     imports = load_extensions(args)
-    checkpoint = peek(args, "--checkpoint")
-    default = EvaluateConfig(checkpoint, data=data_of(checkpoint), imports=imports) if checkpoint else None
-    return parse(EvaluateConfig, args, default=default, prog="python -m mimir_fast.evaluate")
+    checkpoint, kind = peek(args, "--checkpoint"), config_type()
+    default = kind(checkpoint, data=data_of(checkpoint), imports=imports) if checkpoint else None
+    return parse(kind, args, default=default, prog="python -m mimir_fast.evaluate")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from mimir_fast.evaluation.config import NORM_WORDS
+from mimir_fast.evaluation.options import NORM_WORDS
 from mimir_fast.evaluation.results import Results
 
 PAPER = "https://arxiv.org/abs/2312.04960"

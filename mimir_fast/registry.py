@@ -34,6 +34,10 @@ class Registry(Generic[T]):
             raise ValueError(f"{self.what} {name} is registered twice")
         self._entries[name] = entry
 
+    def registered(self) -> dict[str, T]:
+        """What has registered itself so far."""
+        return dict(self._entries)
+
     def all(self) -> dict[str, T]:
         """Every entry by name, sorted."""
         if not self._complete:

@@ -11,8 +11,6 @@ from html import escape
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 52, 14, 14, 46
 SERIES = ("var(--series-1)", "var(--series-2)", "var(--series-3)", "var(--series-4)", "var(--series-5)")
 SHAPES = ("circle", "square", "triangle", "diamond", "circle")
-# Dark blue to yellow; even steps in lightness, so it reads in grey as well.
-RAMP = ("#1b1f5e", "#2c4a8c", "#2d7597", "#3f9e8a", "#7fc26a", "#d7e04a")
 
 
 @dataclass
@@ -201,89 +199,4 @@ def bars(
         body.append(f'<text x="{end + 6:.1f}" y="{y + 15}">{value:.4g}</text>')
     height = 6 + row * len(values) + 24
     body.append(f'<text x="{left}" y="{height - 6}">{escape(x_label)}</text>')
-    return svg("".join(body), height, words)
-
-
-def histogram(
-    series: Sequence[tuple[str, Sequence[float]]], words: str, *, x_label: str, num_bins: int = 24
-) -> str:  # fmt: skip
-    """Overlaid counts of several samples in common bins, with zero marked where it is inside."""
-    values = sorted(v for _, sample in series for v in sample)
-    cut = max(1, len(values) // 100)  # a handful of outliers would flatten the rest
-    low, high = values[cut - 1], values[-cut]
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
-    width = (high - low) / num_bins
-    counts = []
-    for _, sample in series:
-        bins = [0] * num_bins
-        for v in sample:
-            bins[min(max(int((v - low) / width), 0), num_bins - 1)] += 1
-        counts.append(bins)
-    plane = Plane((low, high), (0, 1.05 * max(max(b) for b in counts)))
-    body = [plane.axes(x_label, "images", thinned(nice_ticks(low, high), plane), nice_ticks(*plane.y_range, 4))]
-    for number, ((label, _), bins) in enumerate(zip(series, counts, strict=True)):
-        for index, count in enumerate(bins):
-            if not count:
-                continue
-            a, b = low + index * width, low + (index + 1) * width
-            x, y = plane.x(a), plane.y(count)
-            body.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{plane.x(b) - x - 0.6:.1f}" height="{plane.y(0) - y:.1f}" '
-                f'fill="{SERIES[number]}" opacity=".6"><title>{escape(label)}: {count} images from {a:.3g} to '
-                f"{b:.3g}</title></rect>"
-            )
-        y = 316 + 20 * number
-        body.append(f'<rect x="{LEFT + 3}" y="{y - 10}" width="11" height="11" fill="{SERIES[number]}" opacity=".6"/>')
-        body.append(f'<text x="{LEFT + 22}" y="{y}">{escape(label)}</text>')
-    if low < 0 < high:
-        x = plane.x(0)
-        body.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{plane.y(0):.1f}"/>')
-    return svg("".join(body), 304 + 20 * len(series), words)
-
-
-def colour_of(share: float) -> str:
-    """A colour of the ramp, share 0 … 1."""
-    place = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
-    index = min(int(place), len(RAMP) - 2)
-    part = place - index
-    ends = [[int(RAMP[index + k][c : c + 2], 16) for c in (1, 3, 5)] for k in (0, 1)]
-    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(*ends, strict=True))
-
-
-def heat_map(
-    grid: Sequence[Sequence[float]], steps: Sequence[float], words: str, *, x_label: str, y_label: str,
-    value_label: str,
-) -> str:  # fmt: skip
-    """grid[i][j] at x = steps[i], y = steps[j], coloured from its least value to where the largest 5 % begin."""
-    flat = sorted(v for row in grid for v in row)
-    low, high = flat[0], flat[int(0.95 * (len(flat) - 1))]
-    side, height = 300.0, 372
-    cell = side / len(steps)
-    left, top = 64.0, 10.0
-    body = []
-    for i, row in enumerate(grid):
-        for j, value in enumerate(row):
-            x, y = left + i * cell, top + side - (j + 1) * cell
-            share = (value - low) / max(high - low, 1e-12)
-            body.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell + 0.4:.1f}" height="{cell + 0.4:.1f}" '
-                f'fill="{colour_of(share)}"><title>{value_label} {value:.4g} at {steps[i]:.3g}, {steps[j]:.3g}'
-                "</title></rect>"
-            )
-    for value in (steps[0], 0.0, steps[-1]):
-        place = (value - steps[0]) / (steps[-1] - steps[0]) * (side - cell) + cell / 2
-        body.append(f'<text x="{left + place:.1f}" y="{top + side + 18}" text-anchor="middle">{value:.3g}</text>')
-        body.append(f'<text x="{left - 6}" y="{top + side - place + 5:.1f}" text-anchor="end">{value:.3g}</text>')
-    body.append(f'<text x="{left + side / 2}" y="{top + side + 40}" text-anchor="middle">{escape(x_label)}</text>')
-    body.append(
-        f'<text x="16" y="{top + side / 2}" text-anchor="middle" transform="rotate(-90 16 {top + side / 2})">'
-        f"{escape(y_label)}</text>"
-    )
-    for index in range(40):
-        y = top + side - (index + 1) * side / 40
-        body.append(
-            f'<rect x="380" y="{y:.1f}" width="14" height="{side / 40 + 0.4:.1f}" fill="{colour_of(index / 39)}"/>'
-        )
-    body.append(f'<text x="400" y="{top + 12}">{high:.3g}</text><text x="400" y="{top + side}">{low:.3g}</text>')
     return svg("".join(body), height, words)

@@ -1,7 +1,7 @@
-"""Several evaluations side by side: one table, paired differences with intervals, ε curves in one figure.
+"""Several evaluations side by side: one table, paired differences with intervals, figures of the topics.
 
-Models judged on the same images are compared image by image: the difference of two robust accuracies is then far more
-certain than their intervals say, because what is hard for one model is hard for the other. Nothing is measured here;
+Models evaluated on the same images are compared image by image: the difference of two robust accuracies is then far
+more certain than their intervals, because what is hard for one model is hard for the other. Nothing is measured here;
 everything comes from results.json.
 """
 
@@ -12,17 +12,19 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mimir_fast.evaluation.charts import Line, line_chart
-from mimir_fast.evaluation.config import NORM_WORDS
-from mimir_fast.evaluation.html import figure, figures, page, paragraph, percent, span, table
+from mimir_fast.evaluation.html import page, paragraph, percent, span, table
+from mimir_fast.evaluation.measure import UNBROKEN
+from mimir_fast.evaluation.options import NORM_NAMES
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.statistics import mcnemar_two_sided, paired_difference
+from mimir_fast.evaluation.topic import Column, all_topics
 
 PUBLISHED = Path(__file__).with_name("robustbench.json")
+PUBLISHED_HEAD = ["RobustBench", "architecture", "natural", "AutoAttack"]
 
 
 @dataclass
-class Judged:
+class Evaluation:
     """One evaluation, under the name it bears in the tables."""
 
     name: str
@@ -30,22 +32,16 @@ class Judged:
     results: Results
 
     @property
-    def standing(self) -> dict[str, bool]:
+    def robust(self) -> dict[str, bool]:
         """Sample → right under every attack tried."""
         broken: dict[str, str] = self.results.sections["accuracy"]["broken_by"]
-        return {sample: name == "none" for sample, name in broken.items()}
+        return {sample: name == UNBROKEN for sample, name in broken.items()}
 
     @property
-    def right(self) -> dict[str, bool]:
+    def correct(self) -> dict[str, bool]:
         """Sample → right without attack."""
         broken: dict[str, str] = self.results.sections["accuracy"]["broken_by"]
         return {sample: name != "clean" for sample, name in broken.items()}
-
-    @property
-    def ball(self) -> str:
-        """Norm and radius."""
-        numbers = self.results.sections["accuracy"]
-        return f"{NORM_WORDS[numbers['norm']]}, ε = {numbers['eps_text']}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class Difference:
 
     Attributes:
         only_first, only_other: images only one of the two has right.
-        total: images both were judged on.
+        total: images both were evaluated on.
     """
 
     measure: str
@@ -70,7 +66,7 @@ class Difference:
 
     @property
     def p(self) -> float:
-        """Exact McNemar, two-sided."""
+        """Two-sided p value of the exact McNemar test."""
         return mcnemar_two_sided(self.only_first, self.only_other)
 
 
@@ -92,7 +88,7 @@ def find_results(path: Path) -> Path:
     return found[-1]
 
 
-def load(paths: Sequence[str]) -> list[Judged]:
+def load(paths: Sequence[str]) -> list[Evaluation]:
     """The evaluations, named by what tells them apart.
 
     Raises:
@@ -101,23 +97,24 @@ def load(paths: Sequence[str]) -> list[Judged]:
     files = [find_results(Path(path)) for path in paths]
     read = [Results.read(file) for file in files]
     names = [str(results.choices["checkpoint"]) for results in read]
-    if len(set(names)) < len(names):  # one model judged twice: the folders differ
+    if len(set(names)) < len(names):  # one model evaluated twice: the folders differ
         names = [str(file.parent) for file in files]
-    return [Judged(n, f, r) for n, f, r in zip(names, files, read, strict=True)]
+    return [Evaluation(n, f, r) for n, f, r in zip(names, files, read, strict=True)]
 
 
-def warnings(judged: Sequence[Judged]) -> list[str]:
+def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
     """What makes the numbers incomparable."""
     found = []
-    first = judged[0]
-    for other in judged[1:]:
-        if other.ball != first.ball:
-            found.append(f"{other.name} was evaluated at {other.ball}, {first.name} at {first.ball}: not comparable.")
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        if other.results.ball != first.results.ball:
+            balls = f"{other.name} was evaluated at {other.results.ball}, {first.name} at {first.results.ball}"
+            found.append(f"{balls}: not comparable.")
         mine, theirs = first.results.images, other.results.images
         if mine["source"] != theirs["source"] or mine["classes"] != theirs["classes"]:
             found.append(f"{other.name} was evaluated on {theirs['source']}, {first.name} on {mine['source']}.")
-        elif set(other.standing) != set(first.standing):
-            common = len(set(other.standing) & set(first.standing))
+        elif set(other.robust) != set(first.robust):
+            common = len(set(other.robust) & set(first.robust))
             found.append(f"{other.name} and {first.name} share {common} images; only these are compared in pairs.")
         tried = [set(j.results.sections["accuracy"]["tried"]) for j in (first, other)]
         if tried[0] != tried[1]:
@@ -126,21 +123,21 @@ def warnings(judged: Sequence[Judged]) -> list[str]:
                 f"{other.name} and {first.name} faced different attacks ({more}): "
                 "their robust accuracies are not equally strict."
             )
-    for one in judged:
+    for one in evaluations:
         if one.results.verdicts["validity"]["kind"] == "bad":
             found.append(f"{one.name}: {one.results.verdicts['validity']['text']}")
     return found
 
 
-def differences(judged: Sequence[Judged]) -> list[Difference]:
+def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
     """Every other model against the first, without attack and under all attacks, on the images both saw."""
-    first, found = judged[0], []
-    for other in judged[1:]:
-        if other.ball != first.ball or other.results.images["source"] != first.results.images["source"]:
+    first, found = evaluations[0], []
+    for other in evaluations[1:]:
+        if other.results.ball != first.results.ball or other.results.images["source"] != first.results.images["source"]:
             continue
         for measure, mine, theirs in (
-            ("no attack", first.right, other.right),
-            ("all attacks", first.standing, other.standing),
+            ("no attack", first.correct, other.correct),
+            ("all attacks", first.robust, other.robust),
         ):
             common = sorted(set(mine) & set(theirs))
             only_first = sum(mine[s] and not theirs[s] for s in common)
@@ -150,37 +147,35 @@ def differences(judged: Sequence[Judged]) -> list[Difference]:
     return found
 
 
-def main_table(judged: Sequence[Judged]) -> list[list[str]]:
+def main_table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     """Head and one line a model."""
-    keys: list[str] = []
+    rows: list[dict[str, Column]] = [{} for _ in evaluations]
     labels: dict[str, str] = {}
-    for one in judged:
-        for key, entry in one.results.sections["accuracy"]["attacks"].items():
-            if key not in keys:
-                keys.append(key)
-                labels[key] = entry["label"]
-    with_autoattack = any("autoattack" in one.results.sections for one in judged)
-    head = ["model", "images", "ball", *(labels[k] for k in keys), *(["AutoAttack"] if with_autoattack else []),
-            "all attacks", "95 % interval", "checks"]  # fmt: skip
-    lines = [head]
-    for one in judged:
-        attacks = one.results.sections["accuracy"]["attacks"]
-        cells = [percent(attacks[k]["accuracy"]) if k in attacks else "" for k in keys]
-        if with_autoattack:
-            found = one.results.sections.get("autoattack")
-            few = f" of {found['total']}" if found and found["total"] < found["images"] else ""
-            cells.append(percent(found["accuracy"]) + few if found and found["whole"] else "")
+    for topic in all_topics():
+        for row, one in zip(rows, evaluations, strict=True):
+            if topic.name in one.results.sections:
+                row |= {c.key: c for c in topic.columns(one.results.sections[topic.name]) if c.key}
+                for key, column in row.items():
+                    labels.setdefault(key, column.label)
+
+    def cell(column: Column | None) -> str:
+        few = f" of {column.total}" if column and column.total is not None else ""
+        return percent(column.accuracy) + few if column else ""
+
+    lines = [["model", "images", "ball", *labels.values(), "all attacks", "95 % interval", "checks"]]
+    for row, one in zip(rows, evaluations, strict=True):
         robust = one.results.robust
-        lines.append([one.name, str(robust["total"]), one.ball, *cells, percent(robust["accuracy"]),
-                      span(robust["interval"]), one.results.verdicts["validity"]["large"]])  # fmt: skip
+        lines.append([one.name, str(robust["total"]), one.results.ball, *(cell(row.get(key)) for key in labels),
+                      percent(robust["accuracy"]), span(robust["interval"]),
+                      one.results.verdicts["validity"]["large"]])  # fmt: skip
     return lines
 
 
-def difference_table(judged: Sequence[Judged]) -> list[list[str]]:
+def difference_table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     """Head and one line a model and measure; empty when nothing can be paired."""
-    lines = [["compared with " + judged[0].name, "measure", "difference", "95 % interval", "p", "images",
+    lines = [["compared with " + evaluations[0].name, "measure", "difference", "95 % interval", "p", "images",
               "only the first correct", "only this one correct"]]  # fmt: skip
-    for d in differences(judged):
+    for d in differences(evaluations):
         value, low, high = d.interval
         lines.append(
             [d.name, d.measure, f"{100 * value:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}",
@@ -193,7 +188,7 @@ def published_rows(results: Results, limit: int = 10) -> list[list[str]]:
     """Models of RobustBench for the same data, norm and radius, the most robust first; empty where it has none."""
     known = json.loads(PUBLISHED.read_text())
     numbers = results.sections["accuracy"]
-    norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[numbers["norm"]]
+    norm = NORM_NAMES[numbers["norm"]]
     entries = [
         e for e in known["models"]
         if e["data"] == results.images["source"] and e["norm"] == norm and e["eps"] == numbers["eps_text"]
@@ -204,36 +199,7 @@ def published_rows(results: Results, limit: int = 10) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def curves(judged: Sequence[Judged]) -> str:
-    """All ε curves in one figure, with their intervals; "" when there is none."""
-    with_curve = [one for one in judged if "curve" in one.results.sections]
-    if not with_curve:
-        return ""
-    norm = with_curve[0].results.sections["curve"]["norm"]
-    unit, eps = 255 if norm == "linf" else 1, with_curve[0].results.sections["curve"]["judged"]
-    lines = []
-    for one in with_curve:
-        found = one.results.sections["curve"]
-        if found["norm"] != norm:
-            continue
-        rows = [
-            (unit * e, 100 * a, (100 * low, 100 * high))
-            for e, a, (low, high) in zip(found["eps"], found["accuracy"], found["interval"], strict=True)
-            if e <= 4 * eps
-        ]
-        label = f"{one.name} ({found['count']} images, PGD-{found['num_steps']})"
-        lines.append(Line(label, [(e, a) for e, a, _ in rows], [band for _, _, band in rows]))
-    ticks = sorted({x for line in lines for x, _ in line.points})
-    words = "Accuracy under PGD against ε, each model with its 95 % interval."
-    said = "; ".join(f"{line.label}: " + ", ".join(f"{y:.1f} % at {x:.4g}" for x, y in line.points) for line in lines)
-    chart = line_chart(
-        lines, f"{words} {said}.", x_label="ε · 255" if unit == 255 else "ε", y_label="accuracy (%)", percent=True,
-        x_ticks=[(x, f"{x:.4g}") for x in ticks], x_from=0.0, mark=(unit * eps, f"evaluated at {unit * eps:.4g}"),
-    )  # fmt: skip
-    return figures(figure(chart, words))
-
-
-def markdown(judged: Sequence[Judged]) -> str:
+def markdown(evaluations: Sequence[Evaluation]) -> str:
     """The tables for a README or an issue."""
 
     def text(lines: Sequence[Sequence[str]]) -> str:
@@ -241,41 +207,39 @@ def markdown(judged: Sequence[Judged]) -> str:
         rows = [head, ["---"] * len(head), *body]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
 
-    parts = [text(main_table(judged))]
-    if found := difference_table(judged):
+    parts = [text(main_table(evaluations))]
+    if found := difference_table(evaluations):
         parts.append(text(found))
-    if rows := published_rows(judged[0].results):
-        parts.append(text([_published_head(), *rows]) + f"\n{_published_words()}\n")
-    parts += [f"- {warning}\n" for warning in warnings(judged)]
+    if rows := published_rows(evaluations[0].results):
+        parts.append(text([PUBLISHED_HEAD, *rows]) + f"\n{_published_words()}\n")
+    parts += [f"- {warning}\n" for warning in warnings(evaluations)]
     return "\n".join(parts)
 
 
-def html(judged: Sequence[Judged]) -> str:
-    """The page."""
-    title = "Comparison: " + ", ".join(one.name for one in judged)
-    head, *body = main_table(judged)
+def html(evaluations: Sequence[Evaluation]) -> str:
+    """The page: warnings, accuracies, paired differences, figures of the topics, published models."""
+    title = "Comparison: " + ", ".join(one.name for one in evaluations)
+    head, *body = main_table(evaluations)
     numbers = [i for i in range(1, len(head) - 1) if i != 2]
     parts = [
         f"<h1>{escape(title)}</h1>",
-        *(paragraph(warning, "note") for warning in warnings(judged)),
+        *(paragraph(warning, "note") for warning in warnings(evaluations)),
         "<h2>Accuracy</h2>",
         table(head, body, numbers=numbers, caption="Wilson intervals"),
     ]
-    if found := difference_table(judged):
+    if found := difference_table(evaluations):
         head, *body = found
-        said = "In percentage points, of the same images: exact McNemar test, Bonett and Price's interval"
-        parts += ["<h2>Differences</h2>", table(head, body, numbers=range(2, len(head)), caption=said)]
-    if chart := curves(judged):
-        parts += ["<h2>Accuracy against ε</h2>", chart]
-    if rows := published_rows(judged[0].results):
+        caption = "In percentage points, of the same images: exact McNemar test, Bonett and Price's interval"
+        parts += ["<h2>Differences</h2>", table(head, body, numbers=range(2, len(head)), caption=caption)]
+    for topic in all_topics():
+        models = [(e.name, e.results.sections[topic.name]) for e in evaluations if topic.name in e.results.sections]
+        if models and (shown := topic.compare(models)):
+            parts += [f"<h2>{escape(topic.title)}</h2>", shown]
+    if rows := published_rows(evaluations[0].results):
         parts += ["<h2>Published models</h2>", paragraph(_published_words()),
-                  table(_published_head(), rows, numbers=(2, 3))]  # fmt: skip
-    data: dict[str, Any] = {one.name: str(one.path) for one in judged}
+                  table(PUBLISHED_HEAD, rows, numbers=(2, 3))]  # fmt: skip
+    data: dict[str, Any] = {one.name: str(one.path) for one in evaluations}
     return page(title, "\n".join(parts), {"compared": data})
-
-
-def _published_head() -> list[str]:
-    return ["RobustBench", "architecture", "natural", "AutoAttack"]
 
 
 def _published_words() -> str:

@@ -93,11 +93,11 @@ def table(
         first, *rest = row
         cells = "".join(f"<td{kind(i + 1)}>{escape(cell)}</td>" for i, cell in enumerate(rest))
         lines.append(f'<tr{mark}><th scope="row"{kind(0)}>{escape(first)}</th>{cells}</tr>')
-    said = f"<caption>{escape(caption)}</caption>" if caption else ""
+    heading = f"<caption>{escape(caption)}</caption>" if caption else ""
     # A frame that scrolls must be reachable from the keyboard.
     label = escape(caption or " · ".join(filter(None, head)))
     return (
-        f'<div class="frame" tabindex="0" role="region" aria-label="{label}"><table>{said}'
+        f'<div class="frame" tabindex="0" role="region" aria-label="{label}"><table>{heading}'
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -126,7 +126,7 @@ def listing(summary: str, text: str) -> str:
 
 
 def percent(value: float) -> str:
-    """0.4567 as "45.7 %"."""
+    """A share as text: 0.4567 as "45.7 %"."""
     return f"{100 * value:.1f} %"
 
 

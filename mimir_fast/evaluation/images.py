@@ -1,4 +1,4 @@
-"""Which images are judged: a subset of a test split, chosen once, written down, decoded once, cut into shards.
+"""Which images are evaluated: a subset of a test split, chosen once, written down, decoded once, cut into shards.
 
 A shard is what one process works on: images k, k + S, k + 2S, … of S shards. The cut is made when an evaluation starts
 and kept on disk, so an interrupted evaluation goes on with any number of processes.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.sources.base import ArraySource, ImageSource, subset
+from mimir_fast.validation import check_number
 
 
 @dataclass
@@ -73,8 +74,8 @@ def choose_indices(source: ImageSource, limit: int | None, index_file: str | Non
     """
     if limit is not None and index_file is not None:
         raise ValueError("give --limit or --index_file, not both")
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit} leaves no image to evaluate; give a number of at least 1, or leave it out")
+    if limit is not None:
+        check_number("limit", limit, at_least=1, hint="else there is no image to evaluate")
     if index_file is None:
         count = len(source) if limit is None else min(limit, len(source))
         return np.arange(count, dtype=np.int64) * len(source) // count
@@ -226,43 +227,43 @@ def decode_source(
     return images, bad
 
 
-Special = Callable[[str, int, Callable[[], EvaluationImages]], EvaluationImages]
-"""(a set's name without its kind, shard, the judged images of the shard) → the set's images of the shard."""
+MakeSet = Callable[["ImageSets", int], EvaluationImages]
+"""(sets, shard) → images of the shard of a set that `ImageSets` does not know."""
 
 
 class ImageSets:
     """The sets of images an evaluation measures on, a shard at a time.
 
     Args:
-        indices: (N,) positions of the judged images.
-        kinds: kind of a set, as before the colon in its name → how its shard is made; `all` and `few:N` are known.
+        indices: (N,) positions of the evaluated images.
     """
 
     def __init__(
-        self, source: ImageSource, config: DataConfig, indices: np.ndarray, num_shards: int, fitting: Fitting,
-        kinds: dict[str, Special] | None = None,
+        self, source: ImageSource, config: DataConfig, indices: np.ndarray, num_shards: int, fitting: Fitting
     ) -> None:  # fmt: skip
-        self.source, self.config, self.indices, self.num_shards = source, config, indices, num_shards
-        self.fitting, self.kinds = fitting, dict(kinds or {})
+        self.source, self.config, self.indices = source, config, indices
+        self.num_shards, self.fitting = num_shards, fitting
         self._kept: dict[tuple[str, int], EvaluationImages] = {}
 
-    def shard(self, name: str, number: int) -> EvaluationImages:
-        """Decoded images; the last two sets that were asked for stay in memory beside `all`."""
+    def shard(self, name: str, number: int, make: MakeSet | None = None) -> EvaluationImages:
+        """Decoded images; the last two sets that were asked for stay in memory beside `all`.
+
+        Args:
+            name: `all`, `few:N`, or any other name of what `make` makes.
+        """
         key = (name, number)
         if key not in self._kept:
             kept = [k for k in self._kept if k[0] != "all" or k[1] != number]
             for old in kept[:-1]:
                 del self._kept[old]
-            self._kept[key] = self._make(name, number)
+            self._kept[key] = make(self, number) if make else self._make(name, number)
         return self._kept[key]
 
     def _make(self, name: str, number: int) -> EvaluationImages:
-        kind, _, rest = name.partition(":")
-        if kind == "all":
+        if name == "all":
             return load_from(self.source, self.config, self.indices[number :: self.num_shards], self.fitting)
-        if kind == "few":  # chosen among all judged images, so the same ones for any number of shards
-            count = min(int(rest), len(self.indices))
-            chosen = self.indices[np.arange(count) * len(self.indices) // count]
-            whole = self.shard("all", number)
-            return whole.take(torch.isin(whole.samples, torch.from_numpy(chosen)).nonzero()[:, 0])
-        return self.kinds[kind](rest, number, lambda: self.shard("all", number))
+        # Chosen among all evaluated images, so the same ones for any number of shards.
+        count = min(int(name.removeprefix("few:")), len(self.indices))
+        chosen = self.indices[np.arange(count) * len(self.indices) // count]
+        whole = self.shard("all", number)
+        return whole.take(torch.isin(whole.samples, torch.from_numpy(chosen)).nonzero()[:, 0])

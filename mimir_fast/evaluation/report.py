@@ -1,13 +1,13 @@
-"""The report: two verdicts, the sections, and everything needed to repeat it. Results in, one HTML page out."""
+"""The report: two verdicts, a section for each topic, how to repeat it. Results in, one HTML page out."""
 
 import json
 from html import escape
 from typing import Any
 
-from mimir_fast.evaluation.config import NORM_WORDS
 from mimir_fast.evaluation.html import listing, page, paragraph
+from mimir_fast.evaluation.options import NORM_WORDS
 from mimir_fast.evaluation.results import Results
-from mimir_fast.evaluation.sections import SECTIONS
+from mimir_fast.evaluation.topic import all_topics
 
 QUESTIONS = {"robustness": "How robust is it?", "validity": "Can the number be trusted?"}
 
@@ -21,10 +21,10 @@ def render(results: Results) -> str:
         f'<div class="verdicts">{"".join(_verdict(k, v) for k, v in results.verdicts.items())}</div>',
         *(paragraph(note, "note") for note in results.notes),
     ]
-    for section in SECTIONS:
-        numbers = results.sections.get(section.NAME)
-        if numbers and (body := section.render(numbers)):
-            parts.append(f'<section id="{section.NAME}"><h2>{escape(section.TITLE)}</h2>{body}</section>')
+    for topic in all_topics():
+        numbers = results.sections.get(topic.name)
+        if numbers and (body := topic.render(numbers)):
+            parts.append(f'<section id="{topic.name}"><h2>{escape(topic.title)}</h2>{body}</section>')
     parts.append(_repeat(results))
     return page(f"Robustness of {name}", "\n".join(parts), results.as_dict())
 

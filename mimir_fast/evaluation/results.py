@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.data.config import DataConfig
-from mimir_fast.evaluation.config import NORM_WORDS, EvaluateConfig
-from mimir_fast.evaluation.measure import write_atomically
+from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.options import NORM_WORDS
+from mimir_fast.evaluation.topic import all_topics
 from mimir_fast.versions import environment, version_of
 
 FORMAT = "mimir_fast.evaluation"
@@ -29,7 +31,7 @@ class Results:
             "large": the headline, "text": why}.
         choices: the resolved configuration, preprocessing, weights.
         images: data set, number, indices in the split, unreadable files by path.
-        sections: a section's name → its numbers (sections/NAME.py).
+        sections: a topic's name → its numbers (topics/NAME.py).
         notes: what the reader must know before believing a number.
         environment: versions, machine, commit.
         command: what to type to repeat it.
@@ -46,12 +48,12 @@ class Results:
     rows: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """What is written."""
+        """The content of results.json."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     def write(self, path: Path) -> None:
         """Save as JSON, in one step."""
-        write_atomically(path, json.dumps(self.as_dict(), indent=1) + "\n")
+        write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Results":
@@ -71,13 +73,19 @@ class Results:
 
     @property
     def clean(self) -> dict[str, Any]:
-        """Counts without attack."""
+        """`correct`, `total`, `accuracy` and `interval` without attack."""
         found: dict[str, Any] = self.sections["accuracy"]["attacks"]["natural"]
         return found
 
     @property
+    def ball(self) -> str:
+        """Norm and radius, as L∞, ε = 8/255."""
+        numbers = self.sections["accuracy"]
+        return f"{NORM_WORDS[numbers['norm']]}, ε = {numbers['eps_text']}"
+
+    @property
     def robust(self) -> dict[str, Any]:
-        """Counts under the worst of all attacks."""
+        """The same, of images that no attack broke."""
         found: dict[str, Any] = self.sections["accuracy"]["robust"]
         return found
 
@@ -91,13 +99,13 @@ def birth_certificate() -> dict[str, Any]:
 
 def robustness_verdict(results: Results) -> dict[str, str]:
     """How much robustness: per image, over all attacks."""
-    clean, robust, numbers = results.clean, results.robust, results.sections["accuracy"]
+    clean, robust = results.clean, results.robust
     share, chance = robust["accuracy"], 1 / results.images["classes"]
-    ball = f"{NORM_WORDS[numbers['norm']]}, ε = {numbers['eps_text']}"
     low, high = (f"{100 * v:.1f}" for v in robust["interval"])
     text = (
         f"{robust['correct']} of {robust['total']} images are classified correctly without attack and under every "
-        f"attack tried ({ball}); 95 % interval {low} to {high} %. Natural accuracy: {100 * clean['accuracy']:.1f} %. "
+        f"attack tried ({results.ball}); 95 % interval {low} to {high} %. "
+        f"Natural accuracy: {100 * clean['accuracy']:.1f} %. "
     )
     if share <= chance:
         kind, end = "bad", "The robust accuracy is no better than chance."
@@ -138,15 +146,23 @@ def validity_verdict(results: Results) -> dict[str, str]:
     }  # fmt: skip
 
 
+def conclude(results: Results) -> Results:
+    """The results with their verdicts, and as rows of a table; a function of the topics' numbers."""
+    results.verdicts = {"robustness": robustness_verdict(results), "validity": validity_verdict(results)}
+    results.rows = table_rows(results)
+    return results
+
+
 def table_rows(results: Results) -> dict[str, str]:
-    """The result as one row: model, images, ball, natural, each attack, worst case."""
+    """The result as one row: model, images, ball, natural, every topic's columns, worst case."""
     numbers = results.sections["accuracy"]
     name = str(results.choices["checkpoint"])
     columns = [("natural", results.clean["accuracy"])]
-    columns += [(e["label"], e["accuracy"]) for key, e in numbers["attacks"].items() if key != "natural"]
-    if found := results.sections.get("autoattack"):
-        columns.append((found["title"] + (f" ({found['total']})" if found["total"] < found["images"] else ""),
-                        found["accuracy"]))  # fmt: skip
+    for topic in all_topics():
+        for column in topic.columns(results.sections[topic.name]) if topic.name in results.sections else ():
+            if column.key != "natural":
+                few = f" ({column.total})" if column.total is not None else ""
+                columns.append((column.label + few, column.accuracy))
     columns.append(("all attacks", results.robust["accuracy"]))
     head = ["model", "images", "ball", *(label for label, _ in columns)]
     norm = NORM_WORDS[numbers["norm"]]
@@ -169,7 +185,9 @@ def command_of(config: EvaluateConfig) -> str:
             if known.name in ("checkpoint", "data") or mine == usual or mine is None or known.name == "overwrite":
                 continue
             flag = f"--{prefix}{known.name}"
-            if isinstance(mine, bool):
+            if known.name == "imports":
+                words.extend(word for name in mine for word in ("--import", name))
+            elif isinstance(mine, bool):
                 words.append(flag if mine else f"--{prefix}no_{known.name}")
             elif isinstance(mine, tuple):
                 words.extend([flag, *map(str, mine)])
@@ -178,6 +196,6 @@ def command_of(config: EvaluateConfig) -> str:
             else:
                 words.extend([flag, str(mine)])
 
-    add("", config, EvaluateConfig(config.checkpoint))
+    add("", config, type(config)(config.checkpoint))
     add("data.", config.data, DataConfig())
     return shlex.join(words)

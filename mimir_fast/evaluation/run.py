@@ -2,7 +2,7 @@
 
     OUTPUT_DIR/results.json  report.html    progress/plan.json  progress/<measurement>.<shard>of<shards>.jsonl
 
-config → model, images → sanity → measurements (resumable) → sections' numbers → results.json, report.html
+config → model, images → sanity → topics' measurements (resumable) → topics' numbers → results.json, report.html
 
 The number of shards is fixed by the processes of the first start; later starts deal the same shards to however many
 processes there are. All processes must see the same folder: the main one waits for the others by reading it.
@@ -19,134 +19,112 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from mimir_fast.attacks.adaptive import has_features
-from mimir_fast.checkpoints.durable import remove
+from mimir_fast.checkpoints.durable import remove, write_text
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource
-from mimir_fast.evaluation.adapters import JudgedModel, file_digest, load_model
-from mimir_fast.evaluation.autoattack import ATTACKS
+from mimir_fast.evaluation.adapters import JudgedModel, load_model
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import Fitting, ImageSets, choose_indices, load_from
-from mimir_fast.evaluation.measure import Helpers, Measurement, Place, Records, fingerprint, write_atomically
-from mimir_fast.evaluation.plan import Setup
-from mimir_fast.evaluation.precision import strict_fp32
+from mimir_fast.evaluation.journal import fingerprint
+from mimir_fast.evaluation.measure import Records, ShardRun, strict_fp32
+from mimir_fast.evaluation.options import SUITE_LIMITS
 from mimir_fast.evaluation.progress import TimeLeft
-from mimir_fast.evaluation.reconstruction import load_masked_autoencoder
 from mimir_fast.evaluation.report import render
-from mimir_fast.evaluation.results import (
-    PACKAGES,
-    Results,
-    birth_certificate,
-    command_of,
-    robustness_verdict,
-    table_rows,
-    validity_verdict,
-)
+from mimir_fast.evaluation.results import PACKAGES, Results, birth_certificate, command_of, conclude
 from mimir_fast.evaluation.sanity import inspect_model
-from mimir_fast.evaluation.sections import SECTIONS, corruptions, shifts
-from mimir_fast.evaluation.sections.reconstruction import AUTOENCODER
+from mimir_fast.evaluation.topic import Setup, Topic, all_topics
 from mimir_fast.training.distributed import World, start_world, stop_world
 from mimir_fast.versions import version_of
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass
 class Job:
-    """An evaluation's standing facts.
+    """What stays the same while an evaluation runs.
 
     Attributes:
-        indices: (N,) positions of the judged images in the test split.
+        model: the evaluated model.
+        indices: (N,) positions of the evaluated images in the test split.
         identity: what all numbers depend on; JSON-able.
-        num_shards: parts the images are cut into; shard k has images k, k + num_shards, …
-        plan: all measurements.
+        topics: in the order of the report.
+        records: the measurements of each topic, and their rows on disk.
+        notes: what the reader must know of the model.
     """
 
     config: EvaluateConfig
-    judged: JudgedModel
+    model: JudgedModel
     setup: Setup
     source: ImageSource
     indices: np.ndarray
     identity: dict[str, Any]
-    num_shards: int
     sets: ImageSets
-    helpers: Helpers
-    plan: list[Measurement]
+    topics: list[Topic]
+    records: Records
     device: torch.device
     notes: list[str]
 
-    @property
-    def progress(self) -> Path:
-        """Where finished batches are kept."""
-        return self.config.folder / "progress"
-
-    def path(self, item: Measurement, shard: int) -> Path:
-        """The journal of a measurement's shard."""
-        return self.progress / f"{item.file}.{shard}of{self.num_shards}.jsonl"
-
     def done(self, shard: int) -> Path:
         """Written when a shard is finished; holds the fingerprint of the plan."""
-        return self.progress / f"done.{shard}of{self.num_shards}.json"
+        return self.records.folder / f"done.{shard}of{self.records.num_shards}.json"
 
     @property
     def plan_mark(self) -> str:
         """Changes with the plan: an evaluation that is asked for more is not finished by what was done."""
-        return fingerprint([[item.file, item.parameters] for item in self.plan])
+        return fingerprint([[item.file, item.parameters] for item in self.records.items()])
 
 
-def evaluate(config: EvaluateConfig, *, say: Say = print) -> Results:
+def evaluate(config: EvaluateConfig, *, log: Log = print) -> Results:
     """Run a suite, or go on with an interrupted one; writes results.json and report.html into `config.folder`.
 
     Args:
-        say: told one line a measurement, on the main process.
+        log: told one line a measurement, on the main process.
     Returns:
         the results (on the main process; other ones return empty results).
     Raises:
-        ValueError, FileNotFoundError, ImportError: the model, the data or an option does not fit; the message says how
-            to mend it. Nothing has been spent by then.
+        ValueError, FileNotFoundError, ImportError: the model, the data or an option does not fit; the message names
+            the fix. Nothing has been measured by then.
     """
     world = start_world(config.device)
     try:
-        return _evaluate(config, world, say if world.is_main else _silence)
+        return _evaluate(config, world, log if world.is_main else lambda line: None)
     finally:
         stop_world()
 
 
-def _evaluate(config: EvaluateConfig, world: World, say: Say) -> Results:
+def _evaluate(config: EvaluateConfig, world: World, log: Log) -> Results:
     job = prepare(config, world)
-    words = f", {job.judged.weights}" if job.judged.weights else ""
-    say(
-        f"{job.judged.kind} {config.checkpoint}{words}: {len(job.indices)} images of {job.source.name}, "
+    words = f", {job.model.weights}" if job.model.weights else ""
+    log(
+        f"{job.model.kind} {config.checkpoint}{words}: {len(job.indices)} images of {job.source.name}, "
         f"{config.norm}, ε = {config.eps_text}"
     )
     for note in job.notes:
-        say(f"note: {note}")
-    clock = TimeLeft(job.progress, job.plan, len(job.indices), job.num_shards, world.rank, world.size)
-    for number in range(world.rank, job.num_shards, world.size):
-        run_shard(job, number, clock, say)
+        log(f"note: {note}")
+    records = job.records
+    clock = TimeLeft(records.folder, records.items(), len(job.indices), records.num_shards, world.rank, world.size)
+    for number in range(world.rank, records.num_shards, world.size):
+        run_shard(job, number, clock, log)
     if not world.is_main:
         return Results()
-    wait_for_shards(job, say)
+    wait_for_shards(job, log)
     results = summarize(job)
     results.write(config.folder / "results.json")
-    write_atomically(config.folder / "report.html", render(results))
+    write_text(config.folder / "report.html", render(results))
     lines = [f"{v['large']}. {v['text']}" for v in results.verdicts.values()]
-    say("\n".join(["", *lines, *results.notes, f"{config.folder / 'report.html'}"]))
+    log("\n".join(["", *lines, *results.notes, f"{config.folder / 'report.html'}"]))
     return results
 
 
 def prepare(config: EvaluateConfig, world: World) -> Job:
-    """Model and images, looked at before anything is spent."""
+    """Model, images and plan, checked before anything is measured."""
     source = build_source(replace(config.data, limit=None), "test")
-    suite_limit = None if config.index_file else config.settings.limit
+    suite_limit = None if config.index_file else SUITE_LIMITS[config.suite]
     limit = config.limit or config.data.limit or suite_limit
     indices = choose_indices(source, None if config.index_file and not config.limit else limit, config.index_file)
-    corruptions.check(config)
-    shifts.check(config, source.classes)
-    known = set(ATTACKS[config.autoattack_version])
-    if unknown := set(config.autoattack_attacks) - known:
-        raise ValueError(f"--autoattack_attacks: {sorted(unknown)} are none of {', '.join(sorted(known))}")
 
     def load(spec: str, **options: Any) -> JudgedModel:
         return load_model(
@@ -154,85 +132,54 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
             image_size=config.data.image_size, **options,
         )  # fmt: skip
 
-    judged = load(
+    model = load(
         config.checkpoint, weights=config.weights, mean=config.mean, std=config.std,
         probabilities=config.outputs == "probabilities",
     )  # fmt: skip
-    made = judged.made_for
+    made = model.made_for
     interpolation = made.get("interpolation", "bicubic") if config.interpolation == "auto" else config.interpolation
     fitting = Fitting(config.crop or made.get("crop", 0.875), interpolation)
-    few = load_from(source, config.data, indices[:8], fitting)
-    x, _, _ = next(few.batches(8, world.device))
+    x, _, _ = next(load_from(source, config.data, indices[:8], fitting).batches(8, world.device))
     with strict_fp32(world.device):
-        sanity = inspect_model(judged.module, x, source.num_classes, source.name)
-    if config.wants_autoattack and sanity.num_classes < 4:
-        raise ValueError(
-            f"AutoAttack's targeted DLR loss needs at least 4 classes, {source.name} has {sanity.num_classes}: "
-            "add --autoattack no; PGD and APGD with cross entropy work"
-        )
-    setup = Setup(
-        config, len(indices), source.classes, has_features(judged.module), has_weights=not judged.opaque
-    )  # fmt: skip
-    helpers = {spec: _surrogate(load, spec, x, source) for spec in config.transfer_from}
-    if config.pretrained is not None:
-        helpers[AUTOENCODER] = _autoencoder(config.pretrained, world.device)
-    identity = identity_of(config, judged, indices, fitting)
-    num_shards = open_folder(config, identity, min(world.size, len(indices)), main=world.is_main)
-    kinds = {
-        "corrupt": corruptions.images_of(config),
-        "shift": shifts.images_of(config, source.classes, fitting, num_shards),
-    }
-    sets = ImageSets(source, config.data, indices, num_shards, fitting, kinds)
-    plan = [item for section in SECTIONS for item in section.measurements(setup)]
-    notes = [*judged.notes, *([note] if (note := sanity.note()) else [])]
-    return Job(config, judged, setup, source, indices, identity, num_shards, sets, Helpers(helpers), plan,
-               world.device, notes)  # fmt: skip
+        sanity = inspect_model(model.module, x, source.num_classes, source.name)
 
-
-def _surrogate(load: Callable[..., JudgedModel], spec: str, x: torch.Tensor, source: ImageSource) -> Callable[[], Any]:
-    def make() -> Any:
+    def load_other(spec: str) -> nn.Module:
         module = load(spec).module
         inspect_model(module, x, source.num_classes, source.name)
         return module
 
-    return make
+    features, topics = has_features(model.module), all_topics()
+    setup = Setup(config, len(indices), source.classes, features, not model.opaque, load_other)
+    for topic in topics:
+        topic.check(setup)
+    identity = identity_of(config, model, indices, fitting)
+    for topic in topics:
+        identity |= topic.identity(setup)
+    num_shards = open_folder(config, identity, min(world.size, len(indices)), main=world.is_main)
+    sets = ImageSets(source, config.data, indices, num_shards, fitting)
+    plan = {topic.name: topic.measurements(setup) for topic in topics}
+    records = Records(config.folder / "progress", num_shards, plan)
+    notes = [*model.notes, *([note] if (note := sanity.note()) else [])]
+    return Job(config, model, setup, source, indices, identity, sets, topics, records, world.device, notes)
 
 
-def _autoencoder(pretrained: str, device: torch.device) -> Callable[[], Any]:
-    def make() -> Any:
-        model, norm_pix = load_masked_autoencoder(pretrained)
-        return model.to(device), norm_pix
-
-    return make
-
-
-def identity_of(
-    config: EvaluateConfig, judged: JudgedModel, indices: np.ndarray, fitting: Fitting
-) -> dict[str, Any]:  # fmt: skip
-    """What all numbers of an evaluation depend on: model, code, images, packages."""
+def identity_of(config: EvaluateConfig, model: JudgedModel, indices: np.ndarray, fitting: Fitting) -> dict[str, Any]:
+    """What the numbers of all topics depend on: model, code, images, packages."""
     root = config.data.root
-    folder = config.corruptions
     return {
-        "checkpoint": judged.name,
-        "weights": judged.digest(),
+        "checkpoint": model.name,
+        "weights": model.digest(),
         "outputs": config.outputs,
-        "preprocessing": judged.preprocessing,
+        "preprocessing": model.preprocessing,
         "data": {
             "source": config.data.source, "root": root and str(Path(root).expanduser().resolve()),
             "size": config.data.image_size, "channels": config.data.channels, **asdict(fitting),
         },
         "indices": hashlib.sha256(indices.tobytes()).hexdigest()[:16],
         "num_images": len(indices),
-        "corruptions": folder if folder in (None, "generated") else str(Path(str(folder)).expanduser().resolve()),
-        "pretrained": config.pretrained and _file_or_name(config.pretrained),
         "norm": config.norm,
         "packages": {name: version_of(name) for name in ("mimir-fast", "torch", "timm", *PACKAGES)},
     }  # fmt: skip
-
-
-def _file_or_name(source: str) -> str:
-    path = Path(source)
-    return f"{source} {file_digest(path)}" if path.is_file() else str(path.resolve())
 
 
 def open_folder(config: EvaluateConfig, identity: dict[str, Any], num_shards: int, *, main: bool) -> int:
@@ -250,7 +197,7 @@ def open_folder(config: EvaluateConfig, identity: dict[str, Any], num_shards: in
             remove(progress)
         progress.mkdir(parents=True, exist_ok=True)
         if not plan.exists():
-            write_atomically(plan, json.dumps({"num_shards": num_shards, "identity": identity}, indent=1) + "\n")
+            write_text(plan, json.dumps({"num_shards": num_shards, "identity": identity}, indent=1) + "\n")
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()  # all are at their start: this one waits for seconds
     saved = json.loads(plan.read_text())
@@ -264,33 +211,31 @@ def open_folder(config: EvaluateConfig, identity: dict[str, Any], num_shards: in
     return int(saved["num_shards"])
 
 
-def run_shard(job: Job, number: int, clock: TimeLeft, say: Say) -> None:
+def run_shard(job: Job, number: int, clock: TimeLeft, log: Log) -> None:
     """All measurements of one shard; those that are on disk are not repeated."""
     config, skipped = job.config, dict[str, str]()
-    for item in job.plan:
-        images = job.sets.shard(item.images, number)
+    for item in job.records.items():
+        images = job.sets.shard(item.images, number, item.make_set)
         skipped |= images.skipped
         settings = {
             **job.identity, "images": item.images, "batch_size": config.batch_size, "attack": item.parameters
         }  # fmt: skip
-        place = Place(
-            job.path(item, number), settings, config.batch_size, job.device, job.helpers,
-            tick=clock.ticker(item, len(images), say), say=say,
-        )  # fmt: skip
-        record = item.run(job.judged.module, images, place)
+        tick = clock.ticker(item, len(images), log)
+        how = ShardRun(config.batch_size, job.device, job.records.path(item, number), settings, tick, log)
+        record = item.run(job.model.module, images, how)
         clock.finished()
         right = record.values.get("correct")
         share = f"{100 * sum(right) / len(right):.2f} % ({sum(right)}/{len(right)})" if right else ""
-        say(f"{item.file:>24}  {share:<24} {record.seconds:7.1f} s")
-    write_atomically(job.done(number), json.dumps({"plan": job.plan_mark, "skipped": skipped}) + "\n")
+        log(f"{item.file:>24}  {share:<24} {record.seconds:7.1f} s")
+    write_text(job.done(number), json.dumps({"plan": job.plan_mark, "skipped": skipped}) + "\n")
 
 
-def wait_for_shards(job: Job, say: Say, every: float = 0.2) -> None:
+def wait_for_shards(job: Job, log: Log, every: float = 0.2) -> None:
     """Until every shard is finished; the others' progress is read from the folder, so no process waits in a barrier."""
-    missing, told = list(range(job.num_shards)), time.monotonic()
+    missing, told = list(range(job.records.num_shards)), time.monotonic()
     while missing := [number for number in missing if not _is_done(job, number)]:
         if time.monotonic() - told > 60:
-            say(f"waiting for {len(missing)} of {job.num_shards} shards of other processes: {missing[:8]}")
+            log(f"waiting for {len(missing)} of {job.records.num_shards} shards of other processes: {missing[:8]}")
             told = time.monotonic()
         time.sleep(every)
 
@@ -302,21 +247,20 @@ def _is_done(job: Job, number: int) -> bool:
 
 def summarize(job: Job) -> Results:
     """Results of a finished evaluation, from its files alone."""
-    config, judged = job.config, job.judged
-    records = Records(job.progress, job.num_shards, job.plan)
+    config, model, records = job.config, job.model, job.records
     skipped: dict[str, str] = {}
-    for number in range(job.num_shards):
+    for number in range(records.num_shards):
         skipped |= json.loads(job.done(number).read_text())["skipped"]
     results = Results(environment=birth_certificate(), notes=list(job.notes), command=command_of(config))
     results.choices = {
         **asdict(config),
         "eps_text": config.eps_text,
-        "model_kind": judged.kind,
-        "preprocessing": judged.preprocessing,
+        "model_kind": model.kind,
+        "preprocessing": model.preprocessing,
         "fitting": {k: v for k, v in job.identity["data"].items() if k in ("crop", "interpolation")},
-        "weights_judged": judged.weights,
+        "weights_judged": model.weights,
         "weights_sha256": job.identity["weights"],
-        "num_shards": job.num_shards,
+        "num_shards": records.num_shards,
         "device": str(job.device),
         "precision": "fp32, no TF32, no autocast",
     }
@@ -324,17 +268,11 @@ def summarize(job: Job) -> Results:
         "source": job.source.name, "split": "test", "count": len(job.indices) - len(skipped),
         "classes": job.source.num_classes, "indices": job.indices.tolist(), "skipped": skipped,
     }  # fmt: skip
-    for section in SECTIONS:
-        if (numbers := section.summarize(job.setup, records)) is not None:
-            results.sections[section.NAME] = numbers
+    for topic in job.topics:
+        if (numbers := topic.summarize(job.setup, records.items(topic.name), records)) is not None:
+            results.sections[topic.name] = numbers
             results.notes += numbers.pop("notes", [])
     if skipped:
         some = next(iter(skipped.items()))
         results.notes.append(f"{len(skipped)} unreadable files were left out, such as {some[0]}: {some[1]}")
-    results.verdicts = {"robustness": robustness_verdict(results), "validity": validity_verdict(results)}
-    results.rows = table_rows(results)
-    return results
-
-
-def _silence(line: str) -> None:
-    """Other processes than the main one have nothing to say."""
+    return conclude(results)

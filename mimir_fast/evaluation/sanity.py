@@ -1,6 +1,6 @@
-"""Can this model be evaluated? Looked at once, before hours are spent.
+"""Can this model be evaluated? Checked once, before anything is measured.
 
-Refused: a wrong number of classes, outputs that are no logits, probabilities. Said: a model that is not deterministic.
+Refused: a wrong number of classes, outputs that are no logits, probabilities. Noted: a model that is not deterministic.
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
@@ -30,7 +30,7 @@ class Sanity:
     largest_difference: float
 
     def note(self) -> str | None:
-        """A sentence for the report, if there is something to say."""
+        """A sentence for the report where the model is not deterministic, else None."""
         if self.deterministic:
             return None
         return (

@@ -1,10 +1,45 @@
-"""Small exact tests for outcomes of the same images: no normal approximation, no table.
+"""Counts of correct images with their intervals, and exact tests for outcomes of the same images.
 
 Notation: b and c are the two kinds of discordant pairs, n the number of pairs.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Count:
+    """Correct among all; prints as a percentage."""
+
+    correct: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """Part of the images that are classified correctly, 0 … 1."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy on the whole distribution; also sound at 0 and at 1.
+
+        Wilson 1927, doi:10.1080/01621459.1927.10502953.
+        """
+        n, p, z = self.total, self.accuracy, 1.959964
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+    def as_dict(self) -> dict[str, Any]:
+        """`correct`, `total`, `accuracy` and `interval`, for results.json."""
+        return {
+            "correct": self.correct, "total": self.total, "accuracy": self.accuracy, "interval": list(self.interval),
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"{100 * self.accuracy:.2f} % ({self.correct}/{self.total})"
 
 
 def binomial_tail(successes: int, trials: int, p: float) -> float:
@@ -42,7 +77,7 @@ def paired_difference(b: int, c: int, total: int) -> tuple[float, float, float]:
     Args:
         b: images only the first has right.
         c: images only the second has right.
-        total: images both were judged on.
+        total: images both were evaluated on.
     """
     p, q = (b + 1) / (total + 2), (c + 1) / (total + 2)
     half = 1.959964 * math.sqrt(max(p + q - (p - q) ** 2, 0.0) / (total + 2))

@@ -77,7 +77,7 @@ def run_demo(
             output_dir=str(folder / "report" / name), device=device,
             autoattack="yes" if autoattack_images else "no", autoattack_images=autoattack_images or None,
         )  # fmt: skip
-        results[name] = stage(f"evaluation ({name})", partial(evaluate, config, say=say))
+        results[name] = stage(f"evaluation ({name})", partial(evaluate, config, log=say))
         reports[name] = config.folder
     found = {name: counts_of(result) for name, result in results.items()}
     write_results(folder, found, results, seconds)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from mimir_fast.checkpoints.reading import checkpoints_of, read_meta
 from mimir_fast.data import DataConfig, build_source
-from mimir_fast.evaluation.autoattack import ATTACKS
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.measure import Count
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.run import evaluate
+from mimir_fast.evaluation.topics.autoattack import ATTACKS
 from mimir_fast.training.finetuning import FinetuneConfig, finetune
 from mimir_fast.training.pretraining import PretrainConfig, pretrain
 
@@ -96,7 +96,7 @@ def judge(run: Path, data: DataConfig, rules: Judge, folder: Path, *, device: st
     Returns:
         see `counts_of`.
     """
-    return counts_of(evaluate(rules.suite(run, data, folder, device), say=lambda line: None))
+    return counts_of(evaluate(rules.suite(run, data, folder, device), log=lambda line: None))
 
 
 def counts_of(results: Results) -> dict[str, Count]:

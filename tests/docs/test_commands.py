@@ -16,6 +16,7 @@ from commands import command_environment
 from doc_blocks import PAGES, ROOT, Block, blocks_of, inline_commands, split_commands
 
 from mimir_fast.data.sources import SOURCES
+from mimir_fast.evaluation.topic import TOPICS
 from mimir_fast.methods.registry import METHODS, PRESETS
 from mimir_fast.models.families import FAMILIES
 
@@ -51,7 +52,7 @@ def own_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     with ExitStack() as registries:
-        for names in (*METHODS.values(), PRESETS, FAMILIES, SOURCES):
+        for names in (*METHODS.values(), PRESETS, FAMILIES, SOURCES, TOPICS):
             registries.enter_context(names.restored())
         try:
             yield

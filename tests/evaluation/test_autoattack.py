@@ -9,8 +9,8 @@ import torch
 from small_classifier import EPS, SmallNet
 from torch import nn
 
-from mimir_fast.evaluation.autoattack import run_autoattack, square_warning
 from mimir_fast.evaluation.images import EvaluationImages
+from mimir_fast.evaluation.topics.autoattack import run_autoattack, square_warning
 
 pyautoattack = pytest.importorskip("pyautoattack")
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_five_classes_have_four_targets(few: EvaluationImages) -> None:
     right = [name != "clean" for name in weak.broken_by]
     assert sum(right) == 6
     strong = run_autoattack(model, images, 0.9, batch_size=8, device=CPU)
-    assert not strong.standing() and {"apgd-ce"} <= set(strong.broken_by)
+    assert not strong.remaining() and {"apgd-ce"} <= set(strong.broken_by)
     assert next(iter(strong.after)) == "clean" and strong.after["clean"] == sum(right)
 
 

@@ -10,9 +10,9 @@ from torch.nn.utils import parameters_to_vector
 
 from mimir_fast.attacks.pgd import cross_entropy, fgsm
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.evaluation.loss_surface import filter_normalized_direction, input_surface, weight_surface
-from mimir_fast.evaluation.mi_bounds import Bounds, binary_entropy, bounds_of, entropy, lower_bound
-from mimir_fast.evaluation.sections import information
+from mimir_fast.evaluation.topics import information
+from mimir_fast.evaluation.topics.information import Bounds, binary_entropy, bounds_of, entropy, lower_bound
+from mimir_fast.evaluation.topics.surface import filter_normalized_direction, input_surface, weight_surface
 
 
 def test_entropy_in_bits() -> None:

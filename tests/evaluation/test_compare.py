@@ -16,7 +16,7 @@ from mimir_fast.evaluation.run import evaluate
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two networks of unequal training, judged on the same digits; one of them at another ε as well."""
+    """Two networks of unequal training, evaluations on the same digits; one of them at another ε as well."""
     import torch
     from small_classifier import train_small
 
@@ -28,29 +28,29 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             str(folder / f"{name}.ts"), "table", DIGITS, eps=eps, limit=60, autoattack="no",
             output_dir=str(folder / name),
         )  # fmt: skip
-        evaluate(config, say=lambda line: None)
+        evaluate(config, log=lambda line: None)
         found[name] = folder / name
     return found
 
 
 def test_differences_are_counted_image_by_image(folders: dict[str, Path]) -> None:
-    judged = comparison.load([str(folders["long"]), str(folders["short"])])
-    first, other = (one.results.sections["accuracy"]["broken_by"] for one in judged)
+    evaluations = comparison.load([str(folders["long"]), str(folders["short"])])
+    first, other = (one.results.sections["accuracy"]["broken_by"] for one in evaluations)
     only_first = sum(first[s] == "none" != other[s] for s in first)
     only_other = sum(other[s] == "none" != first[s] for s in first)
-    found = {d.measure: d for d in comparison.differences(judged)}["all attacks"]
+    found = {d.measure: d for d in comparison.differences(evaluations)}["all attacks"]
     assert (found.only_first, found.only_other, found.total) == (only_first, only_other, 60)
     value, low, high = found.interval
-    accuracies = [one.results.robust["accuracy"] for one in judged]
+    accuracies = [one.results.robust["accuracy"] for one in evaluations]
     assert value == pytest.approx(accuracies[1] - accuracies[0]) and low < value < high
     assert only_first != only_other, "two equal models would test nothing"
-    assert not comparison.warnings(judged)
+    assert not comparison.warnings(evaluations)
 
 
 def test_other_radii_are_not_compared_in_pairs(folders: dict[str, Path]) -> None:
-    judged = comparison.load([str(folders["long"]), str(folders["easy"])])
-    assert comparison.differences(judged) == []
-    assert any("not comparable" in warning for warning in comparison.warnings(judged))
+    evaluations = comparison.load([str(folders["long"]), str(folders["easy"])])
+    assert comparison.differences(evaluations) == []
+    assert any("not comparable" in warning for warning in comparison.warnings(evaluations))
 
 
 def test_models_on_other_images_share_some(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -58,9 +58,9 @@ def test_models_on_other_images_share_some(folders: dict[str, Path], tmp_path: P
     broken = saved["sections"]["accuracy"]["broken_by"]
     saved["sections"]["accuracy"]["broken_by"] = dict(list(broken.items())[:25])
     (tmp_path / "results.json").write_text(json.dumps(saved))
-    judged = comparison.load([str(folders["long"]), str(tmp_path)])
-    assert {d.total for d in comparison.differences(judged)} == {25}
-    assert any("share 25 images" in warning for warning in comparison.warnings(judged))
+    evaluations = comparison.load([str(folders["long"]), str(tmp_path)])
+    assert {d.total for d in comparison.differences(evaluations)} == {25}
+    assert any("share 25 images" in warning for warning in comparison.warnings(evaluations))
 
 
 def test_the_command_writes_both_files(folders: dict[str, Path], command: Command, tmp_path: Path) -> None:

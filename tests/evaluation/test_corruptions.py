@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mimir_fast.data import DataConfig
-from mimir_fast.evaluation.corruptions import (
+from mimir_fast.evaluation.images import EvaluationImages, load_images
+from mimir_fast.evaluation.topics.corruptions import (
     SEVERITIES,
     MissingCorruptionsError,
     generate,
@@ -15,7 +16,6 @@ from mimir_fast.evaluation.corruptions import (
     mean_corruption_error,
     published_names,
 )
-from mimir_fast.evaluation.images import EvaluationImages, load_images
 
 
 @pytest.fixture

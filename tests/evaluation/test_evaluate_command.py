@@ -19,14 +19,15 @@ from safetensors.torch import load_file
 from small_classifier import DIGITS, EPS, small_net, train_small
 
 from mimir_fast.evaluate import config_from
+from mimir_fast.evaluation import topics
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import load_images
-from mimir_fast.evaluation.measure import Measurement, clean, read_journal, under
+from mimir_fast.evaluation.journal import read_journal
+from mimir_fast.evaluation.measure import Measurement, clean, scored
 from mimir_fast.evaluation.progress import TimeLeft
 from mimir_fast.evaluation.report import render
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.run import evaluate
-from mimir_fast.evaluation.sections import SECTIONS
 
 TESTS = Path(__file__).parents[1]
 FLAGS = [
@@ -125,7 +126,7 @@ def test_goes_on_after_an_interruption(finished: Path, tmp_path: Path) -> None:
     cut = folder / "progress" / "pgd20.0of1.jsonl"
     cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:2]))
     untouched = (folder / "progress" / "steps_5@few-40.0of1.jsonl").stat().st_mtime_ns
-    after = evaluate(config_from([*FLAGS, "--output_dir", str(folder)]), say=quiet)
+    after = evaluate(config_from([*FLAGS, "--output_dir", str(folder)]), log=quiet)
     assert (folder / "progress" / "steps_5@few-40.0of1.jsonl").stat().st_mtime_ns == untouched
     assert without_times(after.as_dict()) == without_times(Results.read(finished / "results.json").as_dict())
 
@@ -149,7 +150,7 @@ def test_killed_again_and_again_it_ends_with_the_same_numbers(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    after = evaluate(config_from([*FLAGS, "--output_dir", str(tmp_path / "out")]), say=quiet)
+    after = evaluate(config_from([*FLAGS, "--output_dir", str(tmp_path / "out")]), log=quiet)
     assert without_times(after.as_dict()) == without_times(Results.read(finished / "results.json").as_dict())
 
 
@@ -164,7 +165,7 @@ def test_two_processes_count_as_one(finished: Path, environment: Path, command: 
     assert one.images == two.images
     # One process can finish what two began.
     (tmp_path / "out" / "progress" / "fgsm.1of2.jsonl").unlink()
-    again = evaluate(config_from([*FLAGS, "--output_dir", str(tmp_path / "out")]), say=quiet)
+    again = evaluate(config_from([*FLAGS, "--output_dir", str(tmp_path / "out")]), log=quiet)
     assert without_times(again.sections) == without_times(two.sections)
 
 
@@ -218,7 +219,7 @@ def test_full_suite_end_to_end(environment: Path, command: Command, tmp_path: Pa
     done = command("mimir_fast.evaluate", *flags)
     assert done.returncode == 0, done.stderr
     results = Results.read(tmp_path / "out" / "results.json")
-    assert set(results.sections) == {section.NAME for section in SECTIONS}
+    assert set(results.sections) == {path.stem for path in Path(topics.__file__).parent.glob("[a-z]*.py")}
     assert any("Common corruptions were left out" in note for note in results.notes)
     shifted = results.sections["shifts"]["shifted"]
     assert shifted["classes"] == 2 and shifted["accuracy"] > 0.8 and shifted["total"] >= 4
@@ -243,7 +244,7 @@ def test_full_suite_end_to_end(environment: Path, command: Command, tmp_path: Pa
 def test_other_norms_end_to_end(environment: Path, tmp_path: Path, norm: str, eps: str) -> None:
     flags = [*FLAGS, "--norm", norm, "--limit", "20", "--output_dir", str(tmp_path / "out")]
     flags[flags.index("--eps") + 1] = eps
-    results = evaluate(config_from(flags), say=quiet)
+    results = evaluate(config_from(flags), log=quiet)
     entry = results.sections["accuracy"]["attacks"]["pgd20"]
     assert 0 < entry["correct"] < results.clean["correct"] and entry["largest"] <= float(eps) * (1 + 1e-6)
     assert results.sections["curve"]["accuracy"][-1] < 0.2, "at the largest radius nothing is out of reach"
@@ -280,20 +281,20 @@ def test_a_model_no_better_than_guessing_is_said(environment: Path, tmp_path: Pa
     """Its normalisation is wrong: the numbers are of no model anyone trained."""
     flags = [*FLAGS, "--suite", "table", "--autoattack", "no", "--mean", "9", "--std", "0.01", "--output_dir",
              str(tmp_path / "out")]  # fmt: skip
-    results = evaluate(config_from(flags), say=quiet)
+    results = evaluate(config_from(flags), log=quiet)
     assert results.clean["accuracy"] < 0.3
     assert any("guessing gives 10.0 %" in note for note in results.notes)
     assert results.verdicts["robustness"]["kind"] == "bad"
 
 
 def test_time_left_is_that_of_the_slowest_process(tmp_path: Path) -> None:
-    items = [Measurement("a", under(clean), cost=2.0), Measurement("b", under(clean), images="few:4", cost=8.0)]
-    clock = TimeLeft(tmp_path, items, 16, 1, 0, 1)
+    items = [Measurement("a", scored(clean), cost=2.0), Measurement("b", scored(clean), images="few:4", cost=8.0)]
+    seconds = 0.0
+    clock = TimeLeft(tmp_path, items, 16, 1, 0, 1, now=lambda: seconds)
     tick = clock.ticker(items[0], 16, quiet)
-    clock._since -= 8.0
+    seconds = 8.0
     tick(8)
-    share, left = clock.own()
-    assert share == pytest.approx(0.25) and left == pytest.approx(24, rel=0.05)
+    assert clock.own() == (pytest.approx(0.25), pytest.approx(24))
     tick(16)
     clock.finished()
     clock.ticker(items[1], 4, quiet)
@@ -329,13 +330,13 @@ def test_bad_input_is_explained(
         at = args.index("--limit")
         del args[at : at + 2]
     with pytest.raises((ValueError, FileNotFoundError, SystemExit)) as error:
-        evaluate(config_from(args), say=quiet)
+        evaluate(config_from(args), log=quiet)
     assert words in str(error.value) + capsys.readouterr().err
 
 
 def test_folder_of_another_evaluation_is_refused(finished: Path) -> None:
     with pytest.raises(ValueError, match=r"num_images: 40 -> 20.*--overwrite"):
-        evaluate(config_from([*FLAGS, "--limit", "20", "--output_dir", str(finished)]), say=quiet)
+        evaluate(config_from([*FLAGS, "--limit", "20", "--output_dir", str(finished)]), log=quiet)
 
 
 def test_run_folder_brings_its_own_data(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ import torch
 from small_classifier import DIGITS, EPS
 from torch import Tensor, nn
 
-from mimir_fast.evaluation import masking_checks as checks
 from mimir_fast.evaluation import statistics
-from mimir_fast.evaluation.attacks import make_fgsm, make_pgd, make_random_noise, make_square, natural
+from mimir_fast.evaluation.attacks import make_fgsm, make_pgd, make_random_noise, natural
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.evaluation.measure import measure
+from mimir_fast.evaluation.measure import ShardRun, measure, scored
+from mimir_fast.evaluation.topics import masking as checks
+from mimir_fast.evaluation.topics.masking import make_square
 
 CPU = torch.device("cpu")
 ASKED = EvaluateConfig("a model", data=DIGITS, eps=EPS)
@@ -40,7 +41,7 @@ class Saturated(nn.Module):
 
 def verdicts(model: nn.Module, images: EvaluationImages) -> dict[str, checks.Verdict]:
     def of(attack) -> dict[str, Tensor]:
-        record = measure(model, images, attack.run, batch_size=100, device=CPU)
+        record = measure(scored(attack.run), model, images, ShardRun(100, CPU))
         return {name: record.tensor(name) for name in ("correct", "loss")}
 
     fgsm, pgd, noise = of(make_fgsm(ASKED)), of(make_pgd(ASKED, 20)), of(make_random_noise(ASKED))

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from small_classifier import DIGITS, EPS
-from torch import nn
 
-from mimir_fast.attacks.pgd import pgd
-from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data import build_loader, build_source
-from mimir_fast.evaluation.attacks import make_apgd, make_pgd, make_random_noise, make_square, make_targeted, step_size
+from mimir_fast.evaluation.attacks import NamedAttack, make_pgd, make_random_noise, step_size
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import EvaluationImages, Fitting, ImageSets, choose_indices, load_images
-from mimir_fast.evaluation.measure import Count, Helpers, Journal, accuracy, measure, take
+from mimir_fast.evaluation.journal import Journal
+from mimir_fast.evaluation.measure import Count, ShardRun, clean, measure, scored
+from mimir_fast.evaluation.topics.accuracy import make_targeted
+from mimir_fast.evaluation.topics.masking import make_apgd, make_square
 
 ASKED = EvaluateConfig("a model", data=DIGITS, eps=EPS)
 CPU = torch.device("cpu")
@@ -65,8 +65,6 @@ def test_empty_subsets_are_refused() -> None:
         choose_indices(build_source(DIGITS, "test"), 0, None)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         load_images(DIGITS, np.array([], dtype=np.int64))
-    with pytest.raises(ValueError, match="no images"):
-        accuracy(nn.Identity(), [])
 
 
 def test_unreadable_files_are_left_out_and_named(tmp_path: Path) -> None:
@@ -83,25 +81,18 @@ def test_unreadable_files_are_left_out_and_named(tmp_path: Path) -> None:
     assert [Path(path).name for path in images.skipped] == ["bad.png"]
 
 
-def test_accuracy_over_a_loader_equals_accuracy_in_memory(small_model, digits_images: EvaluationImages) -> None:
-    threat = LinfThreat(EPS, EPS / 4, 5)
-
-    def attack(model, x, y, samples):
-        return pgd(model, x, y, threat, samples=samples, mode="eval")
-
-    record = measure(small_model, digits_images, attack, batch_size=64, device=CPU)
-    count = accuracy(small_model, build_loader(DIGITS, split="test", batch_size=77), attack)
-    assert count == Count(int(record.tensor("correct").sum()), 300)
+def test_counts_are_those_of_the_model(small_model, digits_images: EvaluationImages) -> None:
+    record = measure(scored(clean), small_model, digits_images, ShardRun(77, CPU))
     with torch.no_grad():
         right = (small_model(digits_images.images.float() / 255).argmax(1) == digits_images.labels).sum()
-    assert accuracy(small_model, build_loader(DIGITS, split="test", batch_size=100)) == Count(int(right), 300)
+    assert record.tensor("correct").sum() == right and record.num_images == 300
     assert str(Count(1, 3)) == "33.33 % (1/3)"
 
 
 def test_killed_measurement_goes_on_where_it_was(small_model, digits_images: EvaluationImages, tmp_path: Path) -> None:
     attack, file = make_pgd(ASKED, 5), tmp_path / "pgd.jsonl"
     images = digits_images.evenly(50)
-    whole = measure(small_model, images, attack.run, batch_size=16, device=CPU)
+    whole = measure(scored(attack.run), small_model, images, ShardRun(16, CPU))
     calls = []
 
     def dies(model, x, y, samples):
@@ -111,7 +102,7 @@ def test_killed_measurement_goes_on_where_it_was(small_model, digits_images: Eva
         return attack.run(model, x, y, samples)
 
     with pytest.raises(KeyboardInterrupt):
-        measure(small_model, images, dies, batch_size=16, device=CPU, journal=file, settings="s")
+        measure(scored(dies), small_model, images, ShardRun(16, CPU, file, "s"))
     file.write_text(file.read_text() + '{"start": 32, "stop": 48, "val')  # the kill came while a line was written
     rest = []
 
@@ -119,7 +110,7 @@ def test_killed_measurement_goes_on_where_it_was(small_model, digits_images: Eva
         rest.append(len(x))
         return attack.run(model, x, y, samples)
 
-    resumed = measure(small_model, images, counts, batch_size=16, device=CPU, journal=file, settings="s")
+    resumed = measure(scored(counts), small_model, images, ShardRun(16, CPU, file, "s"))
     assert rest == [16, 2]
     assert resumed.values == whole.values
     assert [json.loads(line)["stop"] for line in file.read_text().splitlines()[1:]] == [16, 32, 48, 50]
@@ -136,27 +127,26 @@ def test_attacks_of_other_norms_stay_in_their_ball(small_model, digits_images, n
     images = digits_images.evenly(20)
     asked = EvaluateConfig("a model", data=DIGITS, norm=norm, eps=eps)  # type: ignore[arg-type]
     for attack in (make_random_noise(asked), make_square(asked, 20), make_pgd(asked, 5), make_apgd(asked, 10)):
-        record = measure(small_model, images, attack.run, batch_size=20, device=CPU)
+        record = measure(scored(attack.run), small_model, images, ShardRun(20, CPU))
         assert 0.5 * eps < record.tensor(norm).max() <= eps * (1 + 1e-6), attack.name
 
 
 def test_restarts_and_targets_only_break_more(small_model, digits_images: EvaluationImages) -> None:
     images = digits_images.evenly(60)
 
-    def standing(config: EvaluateConfig, make=make_pgd) -> torch.Tensor:
-        return measure(small_model, images, make(config, 5).run, batch_size=60, device=CPU).tensor("correct")
+    def correct(attack: NamedAttack) -> torch.Tensor:
+        return measure(scored(attack.run), small_model, images, ShardRun(60, CPU)).tensor("correct")
 
-    once = standing(ASKED)
-    thrice = standing(replace(ASKED, restarts=3))
+    once, thrice = (correct(make_pgd(replace(ASKED, restarts=k), 5)) for k in (1, 3))
     assert (thrice <= once).all() and thrice.sum() < once.sum(), "a restart that finds nothing new tests nothing"
-    one, many = (standing(replace(ASKED, targets=k), make_targeted) for k in (1, 6))
+    one, many = (correct(make_targeted(ASKED, 5, targets=k)) for k in (1, 6))
     assert (many <= one).all() and many.sum() < one.sum()
 
 
-def test_alpha_is_taken(small_model, digits_images: EvaluationImages) -> None:
+def test_alpha_is_the_step_size() -> None:
     tiny = make_pgd(replace(ASKED, alpha=1e-6), 1)
     assert tiny.parameters["alpha"] == 1e-6
-    with pytest.raises(ValueError, match="--alpha"):
+    with pytest.raises(ValueError, match="alpha=0, wanted more than 0"):
         replace(ASKED, alpha=0.0)
 
 
@@ -200,12 +190,12 @@ def test_resizing_equals_torchvisions(size: tuple[int, int], interpolation: str)
 def test_rows_may_be_grids_and_words(small_model, digits_images: EvaluationImages, tmp_path: Path) -> None:
     """A loss surface is a grid an image, an example a picture: both come back from disk as they went."""
 
-    def outcome(model, images, labels, samples, helpers: Helpers):
+    def outcome(model, images, labels, samples):
         return {"grid": images[:, 0, :2, :2], "word": [f"image {s}" for s in samples.tolist()]}
 
     images = digits_images.evenly(5)
     for _ in range(2):
-        record = take(outcome, small_model, images, batch_size=2, device=CPU, journal=tmp_path / "j", settings=1)
+        record = measure(outcome, small_model, images, ShardRun(2, CPU, tmp_path / "j", 1))
         torch.testing.assert_close(record.tensor("grid"), images.images[:, 0, :2, :2].double() / 255)
         assert record.values["word"] == [f"image {s}" for s in images.samples.tolist()]
 
@@ -220,8 +210,8 @@ def test_step_sizes_are_the_papers() -> None:
 def test_attacks_without_gradients_stay_in_the_ball(small_model, digits_images: EvaluationImages, attack) -> None:
     images = digits_images.evenly(20)
     state = torch.get_rng_state()
-    record = measure(small_model, images, attack.run, batch_size=20, device=CPU)
+    record = measure(scored(attack.run), small_model, images, ShardRun(20, CPU))
     assert torch.equal(torch.get_rng_state(), state)
     assert record.tensor("linf").max() <= EPS + 1e-6
-    again = measure(small_model, images, attack.run, batch_size=20, device=CPU)
+    again = measure(scored(attack.run), small_model, images, ShardRun(20, CPU))
     assert again.values == record.values

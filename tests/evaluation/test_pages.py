@@ -31,7 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         str(folder / "small.ts"), data=DIGITS, eps=EPS, limit=24, output_dir=str(folder / "out"), unforeseen="yes",
         transfer_from=(str(folder / "small.ts"),), targets=2,
     )  # fmt: skip
-    return evaluate(config, say=lambda line: None)
+    return evaluate(config, log=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def page(results: Results) -> str:
     return render(results)
 
 
-def look(page: str, folder: Path, width: int, dark: bool, probe: str) -> Any:
+def in_browser(page: str, folder: Path, width: int, dark: bool, probe: str) -> Any:
     """What a script in the page says after it has loaded, in headless Chromium; in a frame of the given width, as the
     window of a headless browser cannot be made as narrow as a phone."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -73,7 +73,7 @@ FITS = """
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_page_fits_the_browser(page: str, tmp_path: Path, width: int, dark: bool) -> None:
-    seen = look(page, tmp_path, width, dark, FITS)
+    seen = in_browser(page, tmp_path, width, dark, FITS)
     assert seen["window"] == width
     assert seen["page"] <= width, "the page scrolls sideways"
     assert seen["charts"] >= 5 and seen["broken"] == seen["wide"] == 0
@@ -93,7 +93,7 @@ def test_axe_finds_no_violation(page: str, tmp_path: Path, dark: bool) -> None:
         violations: found.violations.map(v => v.id + ': ' + v.nodes[0].html.slice(0, 200))}), "*");
     """
     whole = page.replace("</head>", f"<script>{axe.read_text()}</script></head>", 1)
-    seen = look(whole, tmp_path, 1280, dark, probe)
+    seen = in_browser(whole, tmp_path, 1280, dark, probe)
     assert seen["violations"] == [] and seen["passes"] > 15
 
 

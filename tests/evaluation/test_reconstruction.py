@@ -8,7 +8,7 @@ from file_state import file_state
 from safetensors.torch import save_file
 
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.evaluation.reconstruction import load_masked_autoencoder, reconstruct
+from mimir_fast.evaluation.topics.reconstruction import load_masked_autoencoder, reconstruct
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, build_masked_model
 
 

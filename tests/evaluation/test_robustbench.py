@@ -10,7 +10,7 @@ from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.data import DataConfig
 from mimir_fast.evaluation.attacks import natural
 from mimir_fast.evaluation.images import load_images
-from mimir_fast.evaluation.measure import measure
+from mimir_fast.evaluation.measure import ShardRun, measure, scored
 from mimir_fast.export import ExportConfig, export
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier, load_classifier
 
@@ -34,5 +34,5 @@ def test_its_clean_accuracy_is_ours(tmp_path: Path) -> None:
     path = export(ExportConfig(str(tmp_path / "run"), str(tmp_path / "m.safetensors"), format="safetensors"))
     exported = load_classifier(path)
     theirs = utils.clean_accuracy(exported, x, y, batch_size=77, device=torch.device("cpu"))
-    ours = measure(exported, images, natural().run, batch_size=100, device=torch.device("cpu")).tensor("correct")
+    ours = measure(scored(natural().run), exported, images, ShardRun(100, torch.device("cpu"))).tensor("correct")
     assert theirs == pytest.approx(float(ours.mean())) and 0.1 < theirs < 1

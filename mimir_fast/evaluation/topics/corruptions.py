@@ -8,15 +8,24 @@ Hendrycks & Dietterich, arXiv 1903.12261. Generated corruptions are made by `cor
 and the report says so.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.evaluation.images import EvaluationImages, decode_source
+from mimir_fast.data.sources.folder import FileSource
+from mimir_fast.evaluation.attacks import natural
+from mimir_fast.evaluation.charts import bars
+from mimir_fast.evaluation.html import figure, figures, paragraph, percent, table
+from mimir_fast.evaluation.images import EvaluationImages, ImageSets, MakeSet, decode_source
+from mimir_fast.evaluation.measure import Measurement, Records
+from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
 
 CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
@@ -26,17 +35,24 @@ SEVERITIES = (1, 2, 3, 4, 5)
 # The library draws this one from an unseeded generator: its numbers could not be repeated.
 GENERATED = tuple(name for name in CORRUPTIONS if name != "impulse_noise")
 # Top-1 error of AlexNet, the benchmark's yardstick for the mean corruption error (arXiv 1903.12261, Table 1), percent.
-ALEXNET_ERROR = dict(
-    zip(
-        CORRUPTIONS,
-        (88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7),
-        strict=True,
-    )
-)
+ALEXNET_ERROR = dict(zip(
+    CORRUPTIONS, (88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7), strict=True
+))  # fmt: skip
 WHERE_TO_GET = (
     "CIFAR-10-C is published as doi:10.5281/zenodo.2535967, CIFAR-100-C as doi:10.5281/zenodo.3555552 and ImageNet-C "
     "as doi:10.5281/zenodo.2235448; unpack it and give its folder as --corruptions FOLDER"
 )
+NEEDS_LIBRARY = (
+    f"--corruptions generated needs a library: pip install corrupt-tta. Or use published files: {WHERE_TO_GET}"
+)
+
+
+@dataclass
+class CorruptionOptions:
+    """Which common corruptions are evaluated."""
+
+    corruptions: str | None = None
+    """Folder of CIFAR-10-C or ImageNet-C, or `generated` to make them with corrupt-tta."""
 
 
 class MissingCorruptionsError(FileNotFoundError):
@@ -113,8 +129,6 @@ def _from_arrays(root: Path, name: str, severity: int, clean: EvaluationImages) 
 def _from_folders(
     root: Path, name: str, severity: int, clean: EvaluationImages, config: DataConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from mimir_fast.data.sources.folder import FileSource
-
     folder = root / name / str(severity)
     if not folder.is_dir():
         raise MissingCorruptionsError(f"{folder} is missing. {WHERE_TO_GET}")
@@ -137,13 +151,6 @@ def _listing(folder: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
     return classes, [path for path, _ in pairs], [label for _, label in pairs]
 
 
-def generator_available() -> bool:
-    """True when the library that makes corruptions can be imported."""
-    from importlib.util import find_spec
-
-    return find_spec("corrupt_tta") is not None
-
-
 def generate(clean: EvaluationImages, name: str, severity: int, seed: int = 0) -> EvaluationImages:
     """Corrupt images with `corrupt_tta`; a function of (seed, sample, corruption, severity).
 
@@ -156,9 +163,7 @@ def generate(clean: EvaluationImages, name: str, severity: int, seed: int = 0) -
     try:
         from corrupt_tta import corrupt
     except ImportError as error:
-        raise ImportError(
-            f"--corruptions generated needs a library: pip install corrupt-tta. Or use published files: {WHERE_TO_GET}"
-        ) from error
+        raise ImportError(NEEDS_LIBRARY) from error
     corrupted = torch.empty_like(clean.images)
     state = np.random.get_state()
     try:
@@ -183,3 +188,106 @@ def mean_corruption_error(error: dict[str, dict[int, float]]) -> float | None:
         return None
     ratios = [100 * sum(error[name].values()) / len(SEVERITIES) / ALEXNET_ERROR[name] for name in CORRUPTIONS]
     return 100 * sum(ratios) / len(ratios)
+
+
+def corruptions_of(setup: Setup) -> str | None:
+    """The folder of published files, `generated`, or None."""
+    return options_of(setup.config, CorruptionOptions).corruptions
+
+
+def check(setup: Setup) -> None:
+    """Refuse missing files or libraries before anything is measured."""
+    asked = corruptions_of(setup)
+    if asked == "generated" and find_spec("corrupt_tta") is None:
+        raise ImportError(NEEDS_LIBRARY)
+    if asked not in (None, "generated"):
+        published_names(Path(str(asked)))
+
+
+def identity(setup: Setup) -> dict[str, Any]:
+    """Where the images come from."""
+    asked = corruptions_of(setup)
+    return {"corruptions": asked if asked in (None, "generated") else str(Path(str(asked)).expanduser().resolve())}
+
+
+def measurements(setup: Setup) -> list[Measurement]:
+    """Every corruption at every severity."""
+    asked, seed = corruptions_of(setup), setup.config.seed
+    if asked is None:
+        return []
+    generated = asked == "generated"
+    names = GENERATED if generated else published_names(Path(asked))
+    kind = {"kind": "generated" if generated else "published", "seed": seed if generated else None}
+    return [
+        replace(
+            natural().on(f"corrupt:{name}:{severity}", "natural_on"),
+            parameters={"corruption": name, "severity": severity, **kind},
+            make_set=_images_of(asked, name, severity, seed),
+        )
+        for name in names
+        for severity in SEVERITIES
+    ]
+
+
+def _images_of(asked: str, name: str, severity: int, seed: int) -> MakeSet:
+    def make(sets: ImageSets, shard: int) -> EvaluationImages:
+        clean = sets.shard("all", shard)
+        if asked == "generated":
+            return generate(clean, name, severity, seed)
+        return load_published(Path(asked), name, severity, clean, replace(sets.config, limit=None))
+
+    return make
+
+
+def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
+    """Accuracies, their mean, and the mean corruption error where it is defined."""
+    config, accuracy = setup.config, dict[str, dict[str, float]]()
+    for item in items:
+        levels = accuracy.setdefault(item.parameters["corruption"], {})
+        levels[str(item.parameters["severity"])] = records.count(item).accuracy
+    if not accuracy:
+        left_out = f"Common corruptions were left out. {WHERE_TO_GET}, or --corruptions generated."
+        return {"accuracy": {}, "notes": [left_out]} if config.suite == "full" else None
+    means = {name: sum(levels.values()) / len(levels) for name, levels in accuracy.items()}
+    generated = items[0].parameters["kind"] == "generated"
+    error = {name: {int(s): 1 - value for s, value in levels.items()} for name, levels in accuracy.items()}
+    return {
+        "kind": "generated" if generated else "published",
+        "words": "Made with corrupt-tta, without impulse noise: not comparable with published CIFAR-10-C or ImageNet-C "
+        "numbers."
+        if generated
+        else "Published files.",
+        "accuracy": accuracy,
+        "means": means,
+        "mean": sum(means.values()) / len(means),
+        "mce": mean_corruption_error(error) if config.data.source == "imagenet" and not generated else None,
+    }
+
+
+def render(numbers: Numbers) -> str:
+    """Bars of the means over severities, and a table of all accuracies."""
+    if not numbers["accuracy"]:
+        return ""
+    severities = sorted({s for levels in numbers["accuracy"].values() for s in levels}, key=int)
+    rows = [
+        [name.replace("_", " "), *(percent(levels[s]) if s in levels else "" for s in severities),
+         percent(numbers["means"][name])]
+        for name, levels in numbers["accuracy"].items()
+    ]  # fmt: skip
+    mce = "" if numbers["mce"] is None else f" Mean corruption error relative to AlexNet: {numbers['mce']:.1f} %."
+    words = "Accuracy under each corruption, mean over severities."
+    chart = bars(
+        [(name.replace("_", " "), round(100 * v, 1), None) for name, v in numbers["means"].items()], words,
+        x_label="accuracy (%)",
+    )  # fmt: skip
+    head = ["corruption", *(f"severity {s}" for s in severities), "mean"]
+    return (
+        paragraph(f"{numbers['words']} Mean accuracy {percent(numbers['mean'])}.{mce}")
+        + figures(figure(chart, words))
+        + table(head, rows, numbers=range(1, len(head)))
+    )
+
+
+register(
+    Topic("corruptions", "Common corruptions", measurements, summarize, render, 80, CorruptionOptions, check, identity)
+)

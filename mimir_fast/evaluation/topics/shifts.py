@@ -4,20 +4,27 @@ A folder's class folders are named as the data's classes, or numbered 0 … K−
 classes only, the model chooses among these: the benchmarks' own rule (Hendrycks et al., arXiv 1907.07174, 2006.16241).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mimir_fast.data.sources.folder import FileSource
-from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.html import paragraph, percent, span, table
-from mimir_fast.evaluation.images import EvaluationImages, Fitting, Special, load_from
-from mimir_fast.evaluation.measure import Helpers, Measurement, Records, Row
-from mimir_fast.evaluation.plan import Setup
+from mimir_fast.evaluation.images import EvaluationImages, ImageSets, MakeSet, load_from
+from mimir_fast.evaluation.measure import Measurement, Outcome, Records, Row
+from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
 
-NAME, TITLE = "shifts", "Other test sets"
+
+@dataclass
+class ShiftOptions:
+    """Which other test sets are evaluated."""
+
+    shifts: tuple[str, ...] = ()
+    """Folders of class folders to evaluate without attack, such as ImageNet-A, ImageNet-R or ImageNet-V2; where a
+    folder has some of the classes only, the others' logits are left out."""
 
 
 def open_folder(folder: Path, classes: tuple[str, ...]) -> FileSource:
@@ -44,37 +51,39 @@ def open_folder(folder: Path, classes: tuple[str, ...]) -> FileSource:
     return FileSource(folder.name, folder, [p for p, _ in paths], [n for _, n in paths], list(classes))
 
 
-def check(config: EvaluateConfig, classes: tuple[str, ...]) -> None:
-    """Missing folders are said before hours are spent."""
-    for folder in config.shifts:
-        open_folder(Path(folder), classes)
-
-
-def images_of(config: EvaluateConfig, classes: tuple[str, ...], fitting: Fitting, num_shards: int) -> Special:
-    """The set `shift:NUMBER`, sharded like the judged images, but of its own."""
-
-    def make(name: str, shard: int, judged: Any) -> EvaluationImages:
-        source = open_folder(Path(config.shifts[int(name)]), classes)
-        mine = torch.arange(shard, len(source), num_shards)
-        if len(mine) == 0:  # fewer images than processes
-            return judged().take(mine)
-        return load_from(source, config.data, mine.numpy(), fitting)
-
-    return make
+def check(setup: Setup) -> None:
+    """Refuse missing or unfit folders before anything is measured."""
+    for folder in options_of(setup.config, ShiftOptions).shifts:
+        open_folder(Path(folder), setup.classes)
 
 
 def measurements(setup: Setup) -> list[Measurement]:
     """Accuracy on each folder, among the classes it has."""
     found = []
-    for number, folder in enumerate(setup.config.shifts):
-        present = sorted({int(label) for label in open_folder(Path(folder), setup.classes).labels})
-        parameters = {"folder": str(Path(folder).resolve()), "classes": len(present)}
-        found.append(Measurement(f"shift_{number}", _among(present), parameters, f"shift:{number}", Path(folder).name))
+    for number, folder in enumerate(map(Path, options_of(setup.config, ShiftOptions).shifts)):
+        source = open_folder(folder, setup.classes)
+        present = sorted({int(label) for label in source.labels})
+        found.append(Measurement(
+            f"shift_{number}", _among(present), {"folder": str(folder.resolve()), "classes": len(present)},
+            f"shift:{number}", folder.name, make_set=_images_of(source),
+        ))  # fmt: skip
     return found
 
 
-def _among(present: list[int]) -> Any:
-    def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor, helpers: Helpers) -> Row:
+def _images_of(source: FileSource) -> MakeSet:
+    """The images of a folder, cut into shards as the evaluated ones are."""
+
+    def make(sets: ImageSets, shard: int) -> EvaluationImages:
+        mine = torch.arange(shard, len(source), sets.num_shards)
+        if len(mine) == 0:  # fewer images than processes
+            return sets.shard("all", shard).take(mine)
+        return load_from(source, sets.config, mine.numpy(), sets.fitting)
+
+    return make
+
+
+def _among(present: list[int]) -> Outcome:
+    def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
         chosen = torch.tensor(present, device=images.device)
         with torch.no_grad():
             prediction = chosen[model(images)[:, chosen].argmax(dim=1)]
@@ -83,14 +92,13 @@ def _among(present: list[int]) -> Any:
     return outcome
 
 
-def summarize(setup: Setup, records: Records) -> dict[str, Any] | None:
-    """Counts of each folder."""
-    items = measurements(setup)
+def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
+    """Correct images of each folder, and how many classes it has."""
     return {item.label: {**records.count(item).as_dict(), **item.parameters} for item in items} or None
 
 
-def render(numbers: dict[str, Any]) -> str:
-    """The table."""
+def render(numbers: Numbers) -> str:
+    """A table with one row a test set."""
     rows = [
         [name, percent(e["accuracy"]), span(e["interval"]), str(e["total"]), str(e["classes"])]
         for name, e in numbers.items()
@@ -101,3 +109,6 @@ def render(numbers: dict[str, Any]) -> str:
     return paragraph(words) + table(
         ["test set", "accuracy", "95 % interval", "images", "classes"], rows, numbers=range(1, 5)
     )
+
+
+register(Topic("shifts", "Other test sets", measurements, summarize, render, 90, ShiftOptions, check))

@@ -2,8 +2,8 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from mimir_fast.attacks.lp import attack_classifier
 from mimir_fast.evaluation.attacks import make_threat
 from mimir_fast.evaluation.html import paragraph
-from mimir_fast.evaluation.measure import Helpers, Measurement, Records, Row
-from mimir_fast.evaluation.plan import Setup
+from mimir_fast.evaluation.measure import Measurement, Records, Row
+from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
 
-NAME, TITLE = "examples", "Examples"
+SUITES = ("quick", "paper", "full")
 IMAGES, STEPS = 12, 20
 
 
@@ -32,11 +32,11 @@ def png(pixels: Tensor) -> str:
 def measurements(setup: Setup) -> list[Measurement]:
     """Pictures and predictions of a few images under PGD-20."""
     config = setup.config
-    if not config.settings.check_images:
+    if config.suite not in SUITES:
         return []
     threat = make_threat(config.norm, config.eps, STEPS, config.alpha)
 
-    def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor, helpers: Helpers) -> Row:
+    def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
         x = attack_classifier(model, images, labels, threat, samples=samples, seed=config.seed)
         with torch.no_grad():
             before, after = (model(pixels).softmax(dim=1).max(dim=1) for pixels in (images, x))
@@ -49,14 +49,12 @@ def measurements(setup: Setup) -> list[Measurement]:
             "delta_png": [png(0.5 + 0.5 * d / largest) for d in delta],
         }  # fmt: skip
 
-    few = f"few:{min(IMAGES, setup.num_images)}"
     parameters = {"norm": config.norm, "eps": config.eps, "num_steps": STEPS, "seed": config.seed}
-    return [Measurement("examples", outcome, parameters, few, cost=3.0 * STEPS)]
+    return [Measurement("examples", outcome, parameters, setup.subset(IMAGES), cost=3.0 * STEPS)]
 
 
-def summarize(setup: Setup, records: Records) -> dict[str, Any] | None:
+def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
     """One entry an image, those first that the attack broke."""
-    items = measurements(setup)
     if not items:
         return None
     rows = records.rows(items[0])
@@ -68,8 +66,8 @@ def summarize(setup: Setup, records: Records) -> dict[str, Any] | None:
     return {"images": entries, "eps_text": setup.config.eps_text}
 
 
-def render(numbers: dict[str, Any]) -> str:
-    """Small pictures that unfold."""
+def render(numbers: Numbers) -> str:
+    """The attacked pictures; each unfolds into clean image, perturbation and attacked image."""
     parts = []
     for entry in numbers["images"]:
         broken = entry["after"] != entry["label"]
@@ -92,3 +90,6 @@ def render(numbers: dict[str, Any]) -> str:
         )
     words = f"Attacked by PGD-{STEPS}, ε = {numbers['eps_text']}; click a picture to compare it with the clean one."
     return paragraph(words) + f'<div class="examples">{"".join(parts)}</div>'
+
+
+register(Topic("examples", "Examples", measurements, summarize, render, 130))

@@ -1,23 +1,32 @@
-"""Attacks of other kinds than the judged ball: other norms, bending, turning, JPEG coefficients."""
+"""Attacks of other kinds than the evaluated ball: other norms, bending, turning, JPEG coefficients."""
 
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import attack_classifier
 from mimir_fast.attacks.unforeseen import elastic, jpeg, turn
 from mimir_fast.evaluation.attacks import NamedAttack, make_threat
-from mimir_fast.evaluation.config import NORM_WORDS, EvaluateConfig, Norm, radius_text
 from mimir_fast.evaluation.html import paragraph, percent, span, table
 from mimir_fast.evaluation.measure import Measurement, Records
-from mimir_fast.evaluation.plan import Setup
+from mimir_fast.evaluation.options import NORM_WORDS, CommonOptions, Norm, radius_text
+from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
 
-NAME, TITLE = "unforeseen", "Unforeseen attacks"
+SUITES = ("full",)
 STEPS = 20
 
 
-def attacks(config: EvaluateConfig) -> list[NamedAttack]:
+@dataclass
+class UnforeseenOptions:
+    """Whether attacks of other kinds run."""
+
+    unforeseen: Literal["suite", "yes", "no"] = "suite"
+    """Attacks of other kinds: other norms, elastic deformation, rotation and shift, changes of JPEG coefficients."""
+
+
+def attacks(config: CommonOptions) -> list[NamedAttack]:
     """All kinds; sizes are for images of 32 pixels and scale with the side."""
     scale, seed = config.data.image_size / 32, config.seed
     volume = (config.data.image_size / 32) * (config.data.channels / 3) ** 0.5
@@ -44,7 +53,7 @@ def attacks(config: EvaluateConfig) -> list[NamedAttack]:
     return found
 
 
-def _ball(config: EvaluateConfig, norm: Norm, radius: float) -> NamedAttack:
+def _ball(config: CommonOptions, norm: Norm, radius: float) -> NamedAttack:
     threat = make_threat(norm, radius, STEPS)
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
@@ -58,27 +67,28 @@ def _ball(config: EvaluateConfig, norm: Norm, radius: float) -> NamedAttack:
 
 def measurements(setup: Setup) -> list[Measurement]:
     """Every kind on every image."""
-    if not setup.config.wants_unforeseen:
+    config, asked = setup.config, options_of(setup.config, UnforeseenOptions).unforeseen
+    if asked == "no" or (asked == "suite" and config.suite not in SUITES):
         return []
-    return [attack.on(keep=setup.keep(attack.name)) for attack in attacks(setup.config)]
+    return [attack.on(keep=setup.keep(attack.name)) for attack in attacks(config)]
 
 
-def summarize(setup: Setup, records: Records) -> dict[str, Any] | None:
-    """Counts of each kind."""
-    items = measurements(setup)
-    if not items:
-        return None
+def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
+    """Correct images under each kind of attack."""
     return {
         item.name: {"label": item.label, **records.count(item).as_dict(), "parameters": item.parameters}
         for item in items
-    }
+    } or None
 
 
-def render(numbers: dict[str, Any]) -> str:
-    """The table."""
+def render(numbers: Numbers) -> str:
+    """A table with one row a kind of attack."""
     rows = [[e["label"], percent(e["accuracy"]), span(e["interval"])] for e in numbers.values()]
     words = (
         "The sections above have one threat model; these attacks have others. They are written after Kang et al., "
         "arXiv 1908.08016, and not calibrated as theirs are: compare models by them, not with published scores."
     )
     return paragraph(words) + table(["attack", "accuracy", "95 % interval"], rows, numbers=(1, 2))
+
+
+register(Topic("unforeseen", "Unforeseen attacks", measurements, summarize, render, 70, UnforeseenOptions))

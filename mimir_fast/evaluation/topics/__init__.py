@@ -1,0 +1,1 @@
+"""The topics of the report, one file each: options, suites, measurements, numbers and picture (see topic.py)."""

@@ -1,0 +1,189 @@
+"""The first table: accuracy without attack, under each attack, and under the worst of all.
+
+The robust accuracy is per image: right when clean, and not broken by any perturbation within the ball that any
+measurement tried, of this topic or another. It bounds the true robust accuracy from above.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.adaptive import pgd_features, pgd_mi
+from mimir_fast.attacks.lp import aimed_at, attack_classifier
+from mimir_fast.evaluation.attacks import NamedAttack, first_to_fool, make_fgsm, make_pgd, make_threat, natural
+from mimir_fast.evaluation.html import paragraph, percent, span, table
+from mimir_fast.evaluation.measure import UNBROKEN, Measurement, Records
+from mimir_fast.evaluation.options import NORM_WORDS, CommonOptions
+from mimir_fast.evaluation.statistics import Count, binomial_tail
+from mimir_fast.evaluation.topic import Column, Numbers, Setup, Topic, options_of, register
+from mimir_fast.evaluation.topics import autoattack
+from mimir_fast.ops.hsic import hsic
+from mimir_fast.ops.nhsic import nhsic
+from mimir_fast.ops.renyi_mi import renyi_mi
+from mimir_fast.validation import check_number
+
+NAME = "accuracy"
+STEPS = {"quick": (20,), "paper": (20, 100), "full": (20, 100), "table": (20,)}
+"""Of the PGD attacks, by suite."""
+ADAPTIVE_STEPS = {"paper": 100, "full": 100}
+"""Of PGD-MI and PGD-fea."""
+ESTIMATORS = {"nhsic": nhsic, "hsic": hsic, "renyi": renyi_mi}
+
+
+@dataclass
+class AccuracyOptions:
+    """Targeted and adaptive attacks."""
+
+    targets: int = 0
+    """Aim PGD at that many of the likeliest wrong classes, one after the other; 0 leaves targeted attacks out."""
+    mi_estimator: Literal["nhsic", "hsic", "renyi"] = "nhsic"
+    """Estimator of I(x+δ, z) in PGD-MI: nhsic as the authors' code has it (σ = 5), hsic or renyi."""
+    mi_weight: float = 1e-5
+    """λ of PGD-MI."""
+    mi_balanced: bool = False
+    """PGD-MI with λ chosen batch by batch so that both terms have gradients of one size; mi_weight is not used."""
+
+    def __post_init__(self) -> None:
+        check_number("targets", self.targets, at_least=0, hint="0 leaves targeted attacks out")
+
+
+def make_targeted(config: CommonOptions, num_steps: int, targets: int) -> NamedAttack:
+    """PGD that pushes each of the likeliest wrong classes above the true one, one after the other."""
+    threat = make_threat(config.norm, config.eps, num_steps, config.alpha)
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = model(x).float().scatter(1, y[:, None], -torch.inf)
+        count = min(targets, logits.shape[1] - 1)
+        order = logits.topk(count, dim=1).indices
+        aimed = (
+            attack_classifier(
+                model, x, y, threat, loss=aimed_at(order[:, k]), samples=samples, seed=config.seed, step=k
+            )
+            for k in range(count)
+        )  # fmt: skip
+        return first_to_fool(model, y, aimed)
+
+    parameters = {**asdict(threat), "loss": "logit of target − logit of label", "targets": targets,
+                  "seed": config.seed}  # fmt: skip
+    label = f"PGD-{num_steps} at {targets} classes"
+    return NamedAttack(f"pgd{num_steps}_targeted", label, run, parameters, 3.0 * num_steps * targets)
+
+
+def make_pgd_mi(config: CommonOptions, num_steps: int) -> NamedAttack:
+    """PGD on cross entropy plus λ·I(x+δ, z)."""
+    options, threat = options_of(config, AccuracyOptions), make_threat(config.norm, config.eps, num_steps, config.alpha)
+    estimator, weight = ESTIMATORS[options.mi_estimator], "balanced" if options.mi_balanced else options.mi_weight
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        return pgd_mi(model, x, y, threat, weight=weight, estimator=estimator, samples=samples, seed=config.seed)  # type: ignore[arg-type]
+
+    parameters = {**asdict(threat), "weight": weight, "estimator": options.mi_estimator, "seed": config.seed}
+    return NamedAttack(f"pgd_mi{num_steps}", f"PGD-MI-{num_steps}", run, parameters, 3.0 * num_steps)
+
+
+def make_pgd_features(config: CommonOptions, num_steps: int) -> NamedAttack:
+    """PGD on the distance of features."""
+    threat = make_threat(config.norm, config.eps, num_steps, config.alpha)
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        return pgd_features(model, x, threat, samples=samples, seed=config.seed)
+
+    parameters = {**asdict(threat), "loss": "feature distance", "seed": config.seed}
+    return NamedAttack(f"pgd_fea{num_steps}", f"PGD-fea-{num_steps}", run, parameters, 3.0 * num_steps)
+
+
+def measurements(setup: Setup) -> list[Measurement]:
+    """Every attack on every image, in the order of the table."""
+    config, steps = setup.config, STEPS[setup.config.suite]
+    attacks = [natural(), make_fgsm(config), *(make_pgd(config, k) for k in steps)]
+    if (adaptive := ADAPTIVE_STEPS.get(config.suite)) and setup.has_features:
+        attacks += [make_pgd_mi(config, adaptive), make_pgd_features(config, adaptive)]
+    if targets := options_of(config, AccuracyOptions).targets:
+        attacks.append(make_targeted(config, steps[0], targets))
+    return [attack.on(keep=setup.keep(attack.name) if attack.in_ball else None) for attack in attacks]
+
+
+def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers:
+    """Counts of each attack, and of the worst case with the attack that broke each image first."""
+    config, rows = setup.config, {}
+    for item in items:
+        loss = records.tensor(item, "loss")
+        rows[item.name] = {
+            "label": item.label, **records.count(item).as_dict(), "mean_loss": float(loss.mean()),
+            "largest": float(records.tensor(item, config.norm).max()), "parameters": item.parameters,
+            "seconds": records.seconds(item),
+        }  # fmt: skip
+    broken = broken_by(records)
+    clean = Count(rows["natural"]["correct"], rows["natural"]["total"])
+    return {
+        "attacks": rows,
+        "robust": Count(sum(name == UNBROKEN for name in broken.values()), len(broken)).as_dict(),
+        "broken_by": broken,
+        "tried": sorted({item.label or item.name for item in records.items() if item.in_ball}),
+        "norm": config.norm,
+        "eps_text": config.eps_text,
+        "autoattack": autoattack.wanted(config),
+        "notes": near_chance(clean, setup),
+    }
+
+
+def broken_by(records: Records) -> dict[str, str]:
+    """Sample → `clean` where the model is wrong anyway, the first measurement that broke it, or `none`."""
+    first = next(item for item in records.items(NAME) if item.name == "natural")
+    rows = records.rows(first)
+    found = {str(s): UNBROKEN if right else "clean" for s, right in zip(rows["sample"], rows["correct"], strict=True)}
+    for item in records.items():
+        if not item.in_ball:
+            continue
+        rows = records.rows(item)
+        for sample, right in zip(rows.get("sample", ()), rows.get("correct", ()), strict=True):
+            if not right and found.get(str(sample)) == UNBROKEN:
+                found[str(sample)] = item.name
+    return found
+
+
+def near_chance(clean: Count, setup: Setup) -> list[str]:
+    """A warning where the model is hardly better than guessing: most often its input is not what it was made for."""
+    chance = 1 / setup.num_classes
+    hardly_more = min(1.5 * chance, chance + 0.1 * (1 - chance))
+    if binomial_tail(clean.correct, clean.total, hardly_more) < 0.05:
+        return []
+    return [
+        f"The natural accuracy is {100 * clean.accuracy:.1f} %, and guessing gives {100 * chance:.1f} %: before "
+        "trusting any number below, check the weights, the order of the classes, the "
+        "image size and the normalisation (--data.image_size, --mean, --std)."
+    ]
+
+
+def render(numbers: Numbers) -> str:
+    """The table, the worst case in its last row."""
+    rows = [
+        [e["label"], percent(e["accuracy"]), span(e["interval"]), f"{e['correct']}/{e['total']}",
+         f"{e['mean_loss']:.3f}", f"{e['seconds']:.0f} s"]
+        for e in numbers["attacks"].values()
+    ]  # fmt: skip
+    robust = numbers["robust"]
+    rows.append(
+        ["all attacks together", percent(robust["accuracy"]), span(robust["interval"]),
+         f"{robust['correct']}/{robust['total']}", "", ""]
+    )  # fmt: skip
+    ball = f"{NORM_WORDS[numbers['norm']]} ball, ε = {numbers['eps_text']}"
+    head = ["attack", "accuracy", "95 % interval", "correct", "mean loss", "time"]
+    more = paragraph(
+        f"The last row is per image: correct without attack and under each of {len(numbers['tried'])} attacks tried in "
+        f"this report within the ball ({'; '.join(numbers['tried'])}).",
+        "soft",
+    )
+    return table(head, rows, numbers=range(1, 6), caption=f"{ball}; Wilson intervals") + more
+
+
+def columns(numbers: Numbers) -> list[Column]:
+    """The accuracy under each attack."""
+    return [Column(key, entry["label"], entry["accuracy"]) for key, entry in numbers["attacks"].items()]
+
+
+register(Topic(NAME, "Accuracy", measurements, summarize, render, 10, AccuracyOptions, columns=columns))

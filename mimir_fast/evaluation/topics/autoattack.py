@@ -1,0 +1,431 @@
+"""AutoAttack by its authors' own package, with progress on disk after every batch.
+
+The four attacks of *standard* run one after the other, each on the images that the ones before did not break (Croce &
+Hein, arXiv 2003.01690). The attacks are `pyautoattack`'s objects with its settings and its batches; only the loop
+around them is ours, because the package saves nothing within an attack, and an attack on 10,000 images takes hours. So
+the numbers equal those of a direct call with the same images, batch size and seed, also after a kill.
+
+Shapes: N images, C channels, H × W pixels.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.checkpoints.durable import write_text
+from mimir_fast.evaluation.html import paragraph, percent, span, table
+from mimir_fast.evaluation.images import EvaluationImages
+from mimir_fast.evaluation.journal import Journal, fingerprint
+from mimir_fast.evaluation.measure import (
+    UNBROKEN,
+    Measurement,
+    Records,
+    ShardRun,
+    clean,
+    save_images,
+    scored,
+    strict_fp32,
+)  # fmt: skip
+from mimir_fast.evaluation.options import NORM_NAMES, CommonOptions, Norm
+from mimir_fast.evaluation.topic import Column, Numbers, Setup, Topic, options_of, register
+from mimir_fast.layers.borrowing import borrowed
+from mimir_fast.validation import check_number
+
+NAME = "autoattack"
+SUITES = ("paper", "full", "table")
+Version = Literal["standard", "plus", "rand"]
+ATTACKS: dict[str, tuple[str, ...]] = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+PASSES = {"apgd-t": 2700, "fab-t": 5000, "fab": 3000, "square": 5000}
+"""Passes through the model of an attack on an image that it does not break, roughly; of the others 300."""
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class AutoAttackOptions:
+    """Whether and how AutoAttack runs."""
+
+    autoattack: Literal["suite", "yes", "no"] = "suite"
+    """Run AutoAttack as the suite says, or not."""
+    autoattack_version: Version = "standard"
+    """`rand` for models that are not deterministic."""
+    autoattack_images: int | None = None
+    """Run AutoAttack on that many of the images, evenly spaced; left out: on all."""
+    autoattack_attacks: tuple[str, ...] = ()
+    """Only these of its attacks, such as apgd-ce apgd-t; the result is then not called AutoAttack."""
+
+    def __post_init__(self) -> None:
+        if self.autoattack_images is not None:
+            check_number("autoattack_images", self.autoattack_images, at_least=1, hint="or give --autoattack no")
+        if unknown := set(self.autoattack_attacks) - set(known := ATTACKS[self.autoattack_version]):
+            raise ValueError(f"--autoattack_attacks: {sorted(unknown)} are none of {', '.join(sorted(known))}")
+
+    @property
+    def chosen_attacks(self) -> tuple[str, ...]:
+        """The attacks that run, in their order."""
+        return self.autoattack_attacks or ATTACKS[self.autoattack_version]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the version's attacks run, so that the result may bear its name."""
+        return set(self.chosen_attacks) == set(ATTACKS[self.autoattack_version])
+
+    @property
+    def title(self) -> str:
+        """What the result may be called."""
+        if self.whole:
+            return "AutoAttack" + ("" if self.autoattack_version == "standard" else f" {self.autoattack_version}")
+        return " + ".join(name.upper() for name in self.autoattack_attacks)
+
+
+def wanted(config: CommonOptions) -> bool:
+    """Whether AutoAttack runs: as asked, else as the suite does."""
+    asked = options_of(config, AutoAttackOptions).autoattack
+    return config.suite in SUITES if asked == "suite" else asked == "yes"
+
+
+def require_classes(count: int) -> None:
+    """Refuse fewer classes than AutoAttack needs (ValueError)."""
+    if count < 4:
+        raise ValueError(
+            f"AutoAttack's targeted DLR loss compares the 4 largest logits, and there are {count} classes: add "
+            "--autoattack no; PGD and APGD with cross entropy work"
+        )
+
+
+@dataclass
+class Progress:
+    """What is known so far; everything needed to go on.
+
+    Attributes:
+        fingerprint: of the settings the numbers depend on.
+        broken_by: an image → the attack that broke it, `clean` for misclassified ones, `none` where none has.
+        entered: the images not broken when the attack in progress began: its batches are cut from them.
+        attack: number of the attack in progress.
+        batch: its next batch.
+        after: accuracy count after each finished stage, `clean` first.
+        seconds: an attack → time spent.
+        warnings: what the package's own checks found.
+    """
+
+    fingerprint: str
+    broken_by: list[str] = field(default_factory=list)
+    entered: list[int] = field(default_factory=list)
+    attack: int = 0
+    batch: int = 0
+    after: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def remaining(self) -> list[int]:
+        """Positions of the images that no attack has broken so far."""
+        return [i for i, name in enumerate(self.broken_by) if name == UNBROKEN]
+
+
+def run_autoattack(
+    model: nn.Module, shard: EvaluationImages, eps: float, *, batch_size: int, device: torch.device,
+    state: Path | None = None, seed: int = 0, version: Version = "standard", attacks: Sequence[str] | None = None,
+    norm: Norm = "linf", settings: Any = None, log: Callable[[str], None] = _LOG.info,
+    tick: Callable[[float], None] = lambda share: None,
+    keep: Callable[[Tensor, Tensor, Tensor, str], None] | None = None,
+) -> Progress:  # fmt: skip
+    """AutoAttack on a shard, in fp32.
+
+    Args:
+        model: takes images in [0, 1], returns logits; parameters' gradients and global random state are left alone.
+        eps: radius in units of [0, 1].
+        state: JSON file of the progress; goes on where it ends.
+        seed: the package seeds each batch of each attack with it.
+        version: `standard`, `plus`, or `rand` for models that are not deterministic.
+        attacks: only these of the version's attacks, such as ("apgd-ce", "apgd-t"). The others may break more, so the
+            caller must not call it AutoAttack's accuracy.
+        norm: of the ball.
+        settings: JSON-able, whatever else the numbers depend on (checkpoint, data).
+        log: told one line an attack.
+        tick: told after each batch which part of the work is done, 0 … 1.
+        keep: given (images, labels, samples, attack) of what was broken, a batch at a time.
+    Returns:
+        the finished progress: `broken_by`, `after`, `seconds`, `warnings`.
+    Raises:
+        ImportError: pyautoattack is not installed.
+        ValueError: fewer than 4 classes, an attack the version does not have, or `state` belongs to another evaluation.
+    """
+    part = [] if attacks is None else [list(attacks)]
+    identity = fingerprint([settings, norm, eps, batch_size, seed, version, len(shard), *part])
+    progress = _load(state, identity)
+    # Borrowed, the parameters are frozen: FAB calls backward(), which would fill their `.grad`.
+    with borrowed(model, "eval") as module, strict_fp32(device), torch.no_grad():
+        warnings: list[str] = []
+        attack = _package(module, eps, device, seed, version, norm, warnings)
+        names = list(attack.attacks_to_run if attacks is None else attacks)
+        if unknown := set(names) - set(attack.attacks_to_run):
+            raise ValueError(f"AutoAttack {version} has no {sorted(unknown)}, only {attack.attacks_to_run}")
+
+        def save() -> None:
+            progress.warnings = sorted({*progress.warnings, *warnings})
+            if state is not None:
+                write_text(state, json.dumps(asdict(progress)))
+
+        if len(shard) == 0:
+            progress.after, progress.attack = {"clean": 0}, len(names)
+        elif not progress.broken_by:
+            x, y, _ = next(shard.batches(batch_size, device))
+            _check(attack, x, y)
+            for x, y, _ in shard.batches(batch_size, device):
+                correct = (module(x).argmax(dim=1) == y).tolist()
+                progress.broken_by += [UNBROKEN if right else "clean" for right in correct]
+            progress.after["clean"] = len(progress.remaining())
+            progress.entered = progress.remaining()
+            save()
+        if len(shard) and progress.attack < len(names):
+            x, _, _ = next(shard.batches(1, device))
+            _fit_classes(attack, module(x).shape[-1])
+        while progress.attack < len(names) and progress.remaining():
+            name = names[progress.attack]
+            started = time.perf_counter() - progress.seconds.get(name, 0.0)
+            perturb = _prepared(attack, name)
+            for first in range(progress.batch * batch_size, len(progress.entered), batch_size):
+                rows = torch.tensor(progress.entered[first : first + batch_size])
+                x = shard.images[rows].to(device).float() / 255
+                y = shard.labels[rows].to(device)
+                # A copy goes in: the package reshapes a lone label in place.
+                adversarial = perturb(x.clone(), y.clone())
+                wrong = attack.get_logits(adversarial).argmax(dim=1) != y
+                for row in rows[wrong.cpu()].tolist():
+                    progress.broken_by[row] = name
+                if keep is not None and bool(wrong.any()):
+                    keep(adversarial[wrong], y[wrong], shard.samples[rows][wrong.cpu()], name)
+                progress.batch += 1
+                progress.seconds[name] = time.perf_counter() - started
+                save()
+                tick(_share_done(names, progress, batch_size))
+            progress.after[name] = len(progress.remaining())
+            log(f"AutoAttack {name}: {len(progress.remaining())} of {len(shard)} left, {progress.seconds[name]:.0f} s")
+            progress.attack, progress.batch, progress.entered = progress.attack + 1, 0, progress.remaining()
+            save()
+        progress.attack = len(names)
+        warnings += square_warning(progress.after, len(shard))
+        save()
+    return progress
+
+
+def square_warning(after: dict[str, int], total: int) -> list[str]:
+    """The package's last check: Square, which sees no gradient, must not find what the gradient attacks missed.
+
+    Args:
+        after: images not broken after each attack, `clean` first, over all shards.
+        total: images evaluated.
+    """
+    from pyautoattack import checks
+
+    found: list[str] = []
+    if total:
+        checks.check_square_sr({name: count / total for name, count in after.items()}, logger=_listening(found))
+    return found
+
+
+def _share_done(names: Sequence[str], progress: Progress, batch_size: int) -> float:
+    """Part of the work that is done, weighing the attacks by what they cost on images that they do not break."""
+    weights = [PASSES.get(name, 300) for name in names]
+    batches = max(1, -(-len(progress.entered) // batch_size))
+    inside = progress.batch / batches if progress.attack < len(names) else 0.0
+    done = sum(weights[: progress.attack]) + (weights[progress.attack] * inside if inside else 0.0)
+    return min(1.0, done / sum(weights))
+
+
+def _prepared(attack: Any, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The package's attack object behind a name, set as its own loop sets it."""
+    if name in ("apgd-ce", "apgd-dlr"):
+        attack.apgd.loss = name.removeprefix("apgd-")
+        chosen = attack.apgd
+    elif name == "apgd-t":
+        chosen = attack.apgd_targeted
+    elif name in ("fab", "fab-t"):
+        attack.fab.targeted = name == "fab-t"
+        if attack.fab.targeted:
+            attack.fab.n_restarts = 1
+        chosen = attack.fab
+    else:
+        chosen = attack.square
+    chosen.seed = attack.get_seed()
+    return chosen.perturb
+
+
+def _package(
+    module: nn.Module, eps: float, device: torch.device, seed: int, version: Version, norm: Norm, warnings: list[str]
+) -> Any:
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError as error:
+        raise ImportError(
+            "AutoAttack comes from its authors' package: pip install pyautoattack (the name `autoattack` is not theirs)"
+        ) from error
+    attack = AutoAttack(module, eps=eps, norm=NORM_NAMES[norm], version=version, device=device, seed=seed)
+    logger = _listening(warnings)
+    attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = logger
+    return attack
+
+
+def _listening(warnings: list[str]) -> logging.Logger:
+    """A logger of our own that collects the package's warnings: they belong into the report."""
+    logger = logging.Logger("pyautoattack", logging.WARNING)
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    return logger
+
+
+def _fit_classes(attack: Any, num_classes: int) -> None:
+    """Fewer than ten classes have fewer than nine wrong ones; the package would index beyond them."""
+    require_classes(num_classes)
+    attack.apgd_targeted.n_target_classes = min(attack.apgd_targeted.n_target_classes, num_classes - 1)
+    attack.fab.n_target_classes = min(attack.fab.n_target_classes, num_classes - 1)
+
+
+def _check(attack: Any, x: Tensor, y: Tensor) -> None:
+    """The package's own checks of the model; what they find goes to the log."""
+    from pyautoattack import checks
+
+    checks.check_range_output(attack.get_logits, x, logger=attack.logger)
+    if attack.version != "rand":
+        checks.check_randomized(attack.get_logits, x, y, bs=len(x), logger=attack.logger)
+    checks.check_dynamic(attack.model, x, False, logger=attack.logger)
+
+
+def _load(state: Path | None, identity: str) -> Progress:
+    if state is None or not state.exists():
+        return Progress(identity)
+    saved = json.loads(state.read_text())
+    if saved["fingerprint"] != identity:
+        raise ValueError(
+            f"{state} is the progress of another evaluation (other model, images, eps, batch size, seed or version); "
+            "give another --output_dir, or --overwrite to start anew"
+        )
+    return Progress(**saved)
+
+
+@dataclass(frozen=True)
+class AutoAttack(Measurement):
+    """The measurement: progress in a file of its own, and one row an image at the end."""
+
+    setup: Setup | None = None
+
+    def run(self, model: nn.Module, shard: EvaluationImages, how: ShardRun) -> Journal:
+        """Run, or go on with, AutoAttack on a shard."""
+        setup = self.setup
+        assert setup is not None
+        config, options = setup.config, options_of(setup.config, AutoAttackOptions)
+
+        def keep(x: Tensor, labels: Tensor, samples: Tensor, attack: str) -> None:
+            if (folder := setup.keep(f"autoattack-{attack}")) is not None:
+                with torch.no_grad():
+                    save_images(folder, x, labels, samples, model(x).argmax(dim=1))
+
+        progress = run_autoattack(
+            model, shard, config.eps, batch_size=how.batch_size, device=how.device,
+            state=how.path and how.path.with_suffix(".json"), seed=config.seed, version=options.autoattack_version,
+            attacks=options.autoattack_attacks or None, norm=config.norm, settings=how.settings, log=how.log,
+            tick=lambda share: how.tick(share * len(shard)), keep=keep if config.save_adversarial else None,
+        )  # fmt: skip
+        journal = Journal(how.path, how.settings)
+        if journal.num_images < len(shard):
+            names = progress.broken_by
+            row = {"sample": shard.samples, "correct": [int(n == UNBROKEN) for n in names], "broken_by": names}
+            journal.append(row, sum(progress.seconds.values()))
+        return journal
+
+
+def check(setup: Setup) -> None:
+    """Refuse data of too few classes before anything is measured."""
+    if wanted(setup.config):
+        require_classes(setup.num_classes)
+
+
+def measurements(setup: Setup) -> list[Measurement]:
+    """AutoAttack, where it is wanted."""
+    config, options = setup.config, options_of(setup.config, AutoAttackOptions)
+    if not wanted(config):
+        return []
+    few, names = options.autoattack_images, options.chosen_attacks
+    images = setup.subset(few) if few is not None and few < setup.num_images else "all"
+    parameters = {
+        "norm": config.norm, "eps": config.eps, "version": options.autoattack_version, "attacks": list(names),
+        "seed": config.seed,
+    }  # fmt: skip
+    cost = 0.5 * sum(PASSES.get(name, 300) for name in names)  # about half of the images are broken on the way
+    return [AutoAttack(NAME, scored(clean), parameters, images, options.title, cost, in_ball=True, setup=setup)]
+
+
+def counts_after(item: Measurement, records: Records) -> dict[str, int]:
+    """Images not broken after each stage that was reached, `clean` first, over all shards."""
+    broken, after = records.rows(item)["broken_by"], dict[str, int]()
+    remaining = len(broken)
+    for stage in ("clean", *item.parameters["attacks"]):
+        if any(stage in state["after"] for state in records.states(item)):
+            remaining -= sum(name == stage for name in broken)
+            after[stage] = remaining
+    return after
+
+
+def warnings_of(item: Measurement, records: Records) -> list[str]:
+    """What the package's own checks found, over all shards."""
+    # Each shard has checked its own counts: the share that Square took is one of all images.
+    found = {text for state in records.states(item) for text in state["warnings"]}
+    kept = sorted(text for text in found if not text.startswith("Square Attack has decreased"))
+    return kept + square_warning(counts_after(item, records), len(records.rows(item)["broken_by"]))
+
+
+def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
+    """Counts after each stage, over all shards."""
+    if not items:
+        return None
+    (item,), options = items, options_of(setup.config, AutoAttackOptions)
+    states, after = list(records.states(item)), counts_after(item, records)
+    return {
+        "title": item.label,
+        "whole": options.whole,
+        "version": options.autoattack_version,
+        **records.count(item).as_dict(),
+        "after": after,
+        "seconds": {s: sum(state["seconds"].get(s, 0.0) for state in states) for s in after if s != "clean"},
+        "warnings": warnings_of(item, records),
+        "images": setup.num_images,
+        "parameters": item.parameters,
+    }
+
+
+def render(numbers: Numbers) -> str:
+    """A table of the accuracy after each attack, and the package's warnings."""
+    rows = [
+        [name, percent(count / numbers["total"]), f"{count}/{numbers['total']}",
+         f"{numbers['seconds'].get(name, 0):.0f} s"]
+        for name, count in numbers["after"].items()
+    ]  # fmt: skip
+    words = (
+        f"{numbers['title']}, version {numbers['version']}, fp32, by its authors' package; each attack runs on "
+        f"the images that the ones before did not break. Robust accuracy: {percent(numbers['accuracy'])} "
+        f"(95 % interval {span(numbers['interval'])})."
+    )
+    if numbers["total"] < numbers["images"]:
+        words += f" On {numbers['total']} of the {numbers['images']} images, evenly spaced."
+    notes = "".join(paragraph(text, "note") for text in numbers["warnings"])
+    return paragraph(words) + table(["after", "accuracy", "still correct", "time"], rows, numbers=range(1, 4)) + notes
+
+
+def columns(numbers: Numbers) -> list[Column]:
+    """Its accuracy; compared with other models' only where all of its attacks ran."""
+    few = numbers["total"] if numbers["total"] < numbers["images"] else None
+    return [Column(NAME if numbers["whole"] else "", numbers["title"], numbers["accuracy"], few)]
+
+
+register(Topic(NAME, "AutoAttack", measurements, summarize, render, 20, AutoAttackOptions, check, columns=columns))

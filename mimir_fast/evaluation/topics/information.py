@@ -1,0 +1,191 @@
+"""Mutual information of the attacked image and the features: the papers' bounds along ε, and an estimate.
+
+The bounds tie disagreement to mutual information (MIMIR, arXiv 2312.04960, Propositions 3.2 and 3.3):
+
+    H(F(x+δ)) − H_b(p_e) − p_e·log2(|F| − 1)  ≤  I(x+δ, z)  ≲  H(F(x_re)) − 2·p_e          in bits
+    p_e = P( F(x+δ) ≠ F(x_re) )
+
+F is the class the classifier sees, |F| the number of classes, x_re the reconstruction that the masked autoencoder makes
+of the attacked image x+δ. The left side is Fano's inequality and holds always. The right side assumes that no
+information is lost on the ways x+δ → F(x+δ) and z → x_re; where it lies below the left side, it does not hold there.
+
+The proof of Prop. 3.3 (Eq. 19) arrives at H(F(x+δ)) − 2·p_e, the proposition (Eq. 18) states H(F(x_re)) − 2·p_e: both
+are computed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.lp import attack_classifier
+from mimir_fast.evaluation.attacks import make_threat
+from mimir_fast.evaluation.charts import Line, line_chart
+from mimir_fast.evaluation.html import figure, figures, paragraph, table
+from mimir_fast.evaluation.measure import Measurement, Records, Row
+from mimir_fast.evaluation.options import radius_text
+from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
+from mimir_fast.evaluation.topics import curve
+from mimir_fast.evaluation.topics.reconstruction import autoencoder_of, pretrained_of, reconstruct
+from mimir_fast.ops.renyi_mi import renyi_mi
+from mimir_fast.validation import check_number
+
+SUITES, STEPS = ("full",), 20
+
+
+def entropy(labels: Tensor, num_classes: int) -> float:
+    """Entropy in bits of the empirical distribution of (N,) int64 classes; 0 … log2(num_classes)."""
+    p = torch.bincount(labels.long(), minlength=num_classes).double() / len(labels)
+    return -float(torch.special.xlogy(p, p).sum()) / math.log(2) + 0.0
+
+
+def binary_entropy(p: float) -> float:
+    """H_b(p) in bits, 0 ≤ p ≤ 1."""
+    return -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0) + 0.0
+
+
+def lower_bound(prediction_entropy: float, p_error: float, num_classes: int) -> float:
+    """Bits that z must carry about x+δ if the classes differ with probability p_error; below 0 it says nothing.
+
+    Raises:
+        ValueError: p_error outside of [0, 1], or fewer than 2 classes.
+    """
+    check_number("p_error", p_error, at_least=0, at_most=1, hint="a probability")
+    check_number("num_classes", num_classes, at_least=2)
+    rest = p_error * math.log2(num_classes - 1) if num_classes > 2 else 0.0
+    return prediction_entropy - binary_entropy(p_error) - rest
+
+
+@dataclass
+class Bounds:
+    """The bounds at one radius, bits.
+
+    Attributes:
+        p_error: part of the images whose class differs between the attacked image and its reconstruction.
+        lower: Proposition 3.2.
+        upper: Proposition 3.3 as stated, with H(F(x_re)).
+        upper_of_proof: as its proof ends, with H(F(x+δ)).
+    """
+
+    p_error: float
+    lower: float
+    upper: float
+    upper_of_proof: float
+
+    @property
+    def crossed(self) -> bool:
+        """The approximate upper bound lies below the certain lower one: its assumption fails here."""
+        return self.upper < self.lower
+
+
+def bounds_of(attacked: Tensor, reconstructed: Tensor, num_classes: int) -> Bounds:
+    """Both bounds from the classes seen in attacked images and in their reconstructions, (N,) int64 each."""
+    p = float((attacked != reconstructed).double().mean())
+    h, h_re = entropy(attacked, num_classes), entropy(reconstructed, num_classes)
+    return Bounds(p, lower_bound(h, p, num_classes), h_re - 2 * p, h - 2 * p)
+
+
+def measurements(setup: Setup) -> list[Measurement]:
+    """At ε = 0 and along the curve: classes of attacked images and of their reconstructions, and a batch's estimate."""
+    config = setup.config
+    if config.suite not in SUITES or not (pretrained_of(setup) or setup.has_features):
+        return []
+    return [_at(setup, radius) for radius in (0.0, *curve.radii_of(config)) if radius <= 4 * config.eps]
+
+
+def _at(setup: Setup, radius: float) -> Measurement:
+    config, pretrained = setup.config, pretrained_of(setup)
+    threat = make_threat(config.norm, radius, STEPS) if radius else None
+
+    def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
+        x = images
+        if threat is not None:
+            x = attack_classifier(model, images, labels, threat, samples=samples, seed=config.seed)
+        with torch.no_grad():
+            row: Row = {"attacked": model(x).argmax(dim=1)}
+            if pretrained is not None:
+                autoencoder, norm_pix = autoencoder_of(setup, images.device)
+                pictures = reconstruct(autoencoder, x, samples, config.seed, norm_pix)
+                row["reconstructed"] = model(pictures).argmax(dim=1)
+            if setup.has_features:
+                features = model.forward_features(x)  # type: ignore[operator]
+                # One number a batch; an image alone in its batch shares nothing with anything.
+                bits = renyi_mi(x, features.float()) if len(x) > 1 else torch.tensor(torch.nan)
+                row["renyi_bits"] = bits.expand(len(x))
+        return row
+
+    parameters = {"eps": radius, "num_steps": STEPS, "pretrained": pretrained, "seed": config.seed}
+    name = curve.name_at("information", config, radius)
+    return Measurement(name, outcome, parameters, curve.images_of(setup), cost=3.0 * STEPS)
+
+
+def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
+    """At each radius: the bounds where there is an autoencoder, the estimate where there are features."""
+    entries = []
+    for item in items:
+        entry: dict[str, Any] = {
+            "eps": item.parameters["eps"], "label": radius_text(item.parameters["eps"], setup.config.norm)
+        }  # fmt: skip
+        rows = records.rows(item)
+        if "reconstructed" in rows:
+            attacked, reconstructed = (torch.tensor(rows[name]) for name in ("attacked", "reconstructed"))
+            found = bounds_of(attacked, reconstructed, setup.num_classes)
+            entry |= {**asdict(found), "crossed": found.crossed}
+        if "renyi_bits" in rows:
+            entry["renyi_bits"] = float(records.tensor(item, "renyi_bits").nanmean())
+        entries.append(entry)
+    if not entries:
+        return None
+    return {"points": entries, "count": len(rows["attacked"]), "norm": setup.config.norm,
+            "batch_size": setup.config.batch_size}  # fmt: skip
+
+
+def render(numbers: Numbers) -> str:
+    """What the bounds are, whether they cross, the figure and the numbers."""
+    points, unit = numbers["points"], 255 if numbers["norm"] == "linf" else 1
+    bounded = [p for p in points if "lower" in p]
+    words = [
+        "The matrix-based Rényi estimate of order 2 between the attacked images and their features, mean over batches "
+        f"of {numbers['batch_size']}; it cannot exceed the logarithm of the batch size."
+    ]
+    if not bounded:
+        words.append(
+            "The bounds of Propositions 3.2 and 3.3 compare the class of an attacked image with that of its "
+            "reconstruction: give the masked autoencoder (--pretrained) to see them."
+        )
+    else:
+        words.append(
+            "Lower bound: Proposition 3.2 (Fano's inequality, always true). Upper bound: Proposition 3.3, under the "
+            "assumption that nothing is lost between the attacked image, its code, and the two classes."
+        )
+        crossed = [p["label"] for p in bounded if p["crossed"]]
+        words.append(
+            f"The upper bound lies BELOW the lower one at ε = {', '.join(crossed)}: the assumption behind it does not "
+            "hold for this model there."
+            if crossed
+            else "The upper bound lies above the lower one at every ε here."
+        )
+    lines = [
+        Line(name, [(unit * p["eps"], p[key]) for p in points if key in p])
+        for name, key in (("lower bound", "lower"), ("upper bound, approximately", "upper"), ("estimate", "renyi_bits"))
+    ]
+    caption = f"Bits against ε, {numbers['count']} images."
+    ticks = [(unit * p["eps"], f"{unit * p['eps']:.4g}") for p in points]
+    axis = "ε · 255" if unit == 255 else "ε"
+    chart = line_chart(lines, caption, x_label=axis, y_label="bits", x_ticks=ticks, x_from=0.0)
+    names = {"p_error": "p_e", "lower": "lower", "upper": "upper", "upper_of_proof": "upper, by its proof",
+             "renyi_bits": "estimate"}  # fmt: skip
+    keys = [key for key in names if any(key in p for p in points)]
+    rows = [[p["label"], *(f"{p[key]:.3f}" if key in p else "" for key in keys)] for p in points]
+    head = ["ε", *(names[key] for key in keys)]
+    return (
+        "".join(paragraph(text) for text in words)
+        + figures(figure(chart, caption))
+        + table(head, rows, numbers=range(1, len(head)))
+    )
+
+
+register(Topic("information", "Mutual information", measurements, summarize, render, 110))

@@ -1,0 +1,144 @@
+"""The masked autoencoder behind a classifier: loading it, what it fills in, and the attack on its reconstruction.
+
+Shapes: B images, C channels, S × S pixels, N patches, K kept, M masked, P numbers a patch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.adaptive import attack_reconstruction
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.evaluation.adapters import file_digest
+from mimir_fast.evaluation.attacks import step_size
+from mimir_fast.evaluation.html import paragraph, table
+from mimir_fast.evaluation.measure import Measurement, Records, Row
+from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
+from mimir_fast.models.masked_loading import load_masked_model
+from mimir_fast.models.masked_model import MaskedModel, View
+from mimir_fast.models.weight_files import WeightsError
+from mimir_fast.ops.patches import gather_patches, patchify, unpatchify
+from mimir_fast.ops.random_masks import random_masks
+
+MASK_RATIO, STEPS, IMAGES = 0.75, 20, 256
+
+
+@dataclass
+class AutoencoderOptions:
+    """The masked autoencoder behind the classifier."""
+
+    pretrained: str | None = None
+    """Pre-training run or file of the masked autoencoder behind the classifier: its reconstruction is attacked too, and
+    the bounds of Propositions 3.2 and 3.3 can be drawn."""
+
+
+def load_masked_autoencoder(source: str | Path) -> tuple[MaskedModel, bool]:
+    """(model, norm_pix): a pre-trained masked autoencoder in eval mode, and whether it predicts normalised patches.
+
+    From anything `read_weights` reads; files that do not say how they were trained count as normalised, as MAE's are.
+
+    Raises:
+        ValueError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, or a classifier).
+    """
+    try:
+        model, objective = load_masked_model(source)
+    except WeightsError as error:
+        raise ValueError(f"--pretrained {source}: {error}") from error
+    return model, bool(objective.get("norm_pix_loss", True))
+
+
+@torch.no_grad()
+def reconstruct(model: MaskedModel, images: Tensor, samples: Tensor, seed: int, norm_pix: bool = True) -> Tensor:
+    """(B, C, S, S) in [0, 1]: the visible patches and, in place of the masked ones, the prediction.
+
+    Args:
+        norm_pix: the model predicts patches normalised one by one; their true mean and deviation are put back, as MAE's
+            own pictures do.
+    """
+    num_keep = max(1, int(model.num_patches * (1 - MASK_RATIO)))
+    keep, masked = random_masks(samples, model.num_patches, num_keep, seed=seed, step=0)
+    patches = patchify(images, model.patch_size)
+    prediction = model(View(gather_patches(patches, keep), keep, masked)).prediction.float()
+    if norm_pix:
+        truth = gather_patches(patches, masked)
+        prediction = prediction * (truth.var(dim=-1, keepdim=True) + 1e-6).sqrt() + truth.mean(dim=-1, keepdim=True)
+    full = patches.scatter(1, masked.unsqueeze(-1).expand_as(prediction), prediction)
+    return unpatchify(full, model.patch_size).clamp(0, 1)
+
+
+def pretrained_of(setup: Setup) -> str | None:
+    """The masked autoencoder that was asked for."""
+    return options_of(setup.config, AutoencoderOptions).pretrained
+
+
+def autoencoder_of(setup: Setup, device: torch.device) -> tuple[MaskedModel, bool]:
+    """The masked autoencoder on the device, loaded once; see `load_masked_autoencoder`."""
+
+    def load() -> tuple[MaskedModel, bool]:
+        model, norm_pix = load_masked_autoencoder(str(pretrained_of(setup)))
+        return model.to(device), norm_pix
+
+    return setup.once("autoencoder", load)
+
+
+def identity(setup: Setup) -> dict[str, Any]:
+    """Which masked autoencoder, by content where it is a file."""
+    source = pretrained_of(setup)
+    if not source:
+        return {"pretrained": source}
+    path = Path(source)
+    return {"pretrained": f"{source} {file_digest(path)}" if path.is_file() else str(path.resolve())}
+
+
+def measurements(setup: Setup) -> list[Measurement]:
+    """Errors on the masked patches when the visible ones are clean, noisy and attacked."""
+    config, pretrained = setup.config, pretrained_of(setup)
+    if pretrained is None:
+        return []
+    eps = config.eps if config.norm == "linf" else 8 / 255  # the pre-training attack is an L∞ one
+    threat = LinfThreat(eps=eps, alpha=step_size(eps, STEPS), num_steps=STEPS)
+
+    def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
+        autoencoder, norm_pix = autoencoder_of(setup, images.device)
+        errors = attack_reconstruction(
+            autoencoder, images, threat, mask_ratio=MASK_RATIO, norm_pix=norm_pix, samples=samples, seed=config.seed
+        )
+        return {"clean": errors.clean, "random": errors.random, "attacked": errors.attacked}
+
+    parameters = {**asdict(threat), "mask_ratio": MASK_RATIO, "pretrained": pretrained, "seed": config.seed}
+    return [Measurement("reconstruction", outcome, parameters, setup.subset(IMAGES), cost=3.0 * STEPS)]
+
+
+def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
+    """Mean errors over the images, and how often the attack beats noise."""
+    if not items:
+        return None
+    values = {name: records.tensor(items[0], name) for name in ("clean", "random", "attacked")}
+    return {
+        **{name: float(value.mean()) for name, value in values.items()},
+        "worse_than_noise": float((values["attacked"] > values["random"]).double().mean()),
+        "num_images": len(values["clean"]),
+        "parameters": items[0].parameters,
+    }
+
+
+def render(numbers: Numbers) -> str:
+    """A table of the errors with clean, noisy and attacked visible patches."""
+    rows = [
+        [label, f"{numbers[name]:.4f}", f"{numbers[name] / max(numbers['clean'], 1e-12):.2f} ×"]
+        for name, label in (("clean", "clean"), ("random", "random noise"), ("attacked", "attacked"))
+    ]
+    words = (
+        f"Error of the masked autoencoder on masked patches of {numbers['num_images']} images, when the visible ones "
+        f"are perturbed; the attack beats noise on {100 * numbers['worse_than_noise']:.0f} % of them."
+    )
+    return paragraph(words) + table(["visible patches", "mean squared error", "relative"], rows, numbers=(1, 2))
+
+
+register(Topic(
+    "reconstruction", "Reconstruction", measurements, summarize, render, 100, AutoencoderOptions, identity=identity
+))  # fmt: skip
