@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from mimir_fast.ops._checks import check_choice, check_positive
-from mimir_fast.ops.bandwidth import BANDWIDTHS, Bandwidth
+from mimir_fast.ops.dependence.bandwidth import BANDWIDTHS, Bandwidth
 from mimir_fast.ops.global_batch import gather_batch
 from mimir_fast.ops.global_hsic import global_hsic
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
+from mimir_fast.ops._op import register_op
 
 PLAN = (
     "offset", "height", "width", "box_y", "box_x", "box_height", "box_width", "new_height", "new_width", "anchor_y",
@@ -149,7 +150,7 @@ def _run(pixels: Tensor, plan: Tensor, side: int, channels: int) -> Tensor:
     return crop_resize_reference(pixels, plan, side, channels)
 
 
-_crop_resize = torch.library.custom_op("mimir_fast::crop_resize", _run, mutates_args=())
+_crop_resize = register_op("crop_resize", crop_resize_reference)(_run)
 
 
 @_crop_resize.register_fake

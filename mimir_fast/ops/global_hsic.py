@@ -17,11 +17,10 @@ from torch.autograd.function import once_differentiable
 from mimir_fast.ops._checks import as_samples, must_be_finite
 from mimir_fast.ops._dispatch import runs_triton
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
-from mimir_fast.ops.bandwidth import Bandwidth, gamma
-from mimir_fast.ops.distances import centered_rows
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, centered_rows, gamma
 from mimir_fast.ops.global_batch import all_gather, group_size
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic, hsic_from_sums
-from mimir_fast.ops.pair_tiles import Laplacian, TiledKernel, inner_product, kernel_from_gram_, pair_weights
+from mimir_fast.ops.dependence.pair_tiles import Laplacian, TiledKernel, inner_product, kernel_from_gram_, pair_weights
 
 
 def global_hsic(

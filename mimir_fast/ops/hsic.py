@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mimir_fast.ops._checks import as_samples, check_choice
 from mimir_fast.ops._precision import accumulation_dtype
-from mimir_fast.ops.bandwidth import Bandwidth, gamma, gamma_or_later
-from mimir_fast.ops.pair_sums import pair_sums, pair_sums_reference
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, gamma, gamma_or_later
+from mimir_fast.ops.dependence.pair_sums import pair_sums, pair_sums_reference
 
 Estimator = Literal["biased", "unbiased"]
 Normalizer = Literal["n2", "(n-1)^2"]

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from mimir_fast.ops._checks import as_samples, check_positive
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
-from mimir_fast.ops.bandwidth import Bandwidth, gamma
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, gamma
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic_from_sums, hsic_reference
-from mimir_fast.ops.low_rank import rbf_factor
-from mimir_fast.ops.pair_tiles import inner_product
-from mimir_fast.ops.rbf import rbf_minus_one
+from mimir_fast.ops.dependence.low_rank import rbf_factor
+from mimir_fast.ops.dependence.pair_tiles import inner_product
+from mimir_fast.ops.dependence.rbf import rbf_minus_one
 from mimir_fast.philox import Stream, random_bits
 
 # Four samples have 24 arrangements: hardly enough for p < 0.05.

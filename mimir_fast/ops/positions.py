@@ -14,6 +14,7 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
+from mimir_fast.ops._op import register_op
 from mimir_fast.ops.tokens import dense_rows, place_patches
 
 
@@ -69,7 +70,7 @@ def add_positions(
     return _add_positions(tokens_BKD, ids_BT, positions_RD.to(dtype), prefix.to(dtype))
 
 
-@torch.library.custom_op("mimir_fast::add_positions", mutates_args=())
+@register_op("add_positions", add_positions_reference)
 def _add_positions(tokens_BKD: Tensor, ids_BT: Tensor | None, positions_RD: Tensor, prefix_FD: Tensor) -> Tensor:
     if ids_BT is not None:
         _checks.check_ids("ids", ids_BT, len(positions_RD))

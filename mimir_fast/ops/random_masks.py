@@ -14,6 +14,7 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
+from mimir_fast.ops._op import register_op
 from mimir_fast.philox import Stream, random_bits, signed_seed, steps_of
 
 TokenOrder = Literal["shuffled", "sorted"]
@@ -74,7 +75,14 @@ def random_masks(
     return _random_masks(samples_B, steps, num_patches, num_keep, signed_seed(seed), int(stream), order == "shuffled")
 
 
-@torch.library.custom_op("mimir_fast::random_masks", mutates_args=())
+def _definition(
+    samples_B: Tensor, steps_B: Tensor, num_patches: int, num_keep: int, seed: int, stream: int, shuffled: bool
+) -> tuple[Tensor, Tensor]:
+    order: TokenOrder = "shuffled" if shuffled else "sorted"
+    return random_masks_reference(samples_B, num_patches, num_keep, seed, steps_B, stream, order)
+
+
+@register_op("random_masks", _definition)
 def _random_masks(
     samples_B: Tensor, steps_B: Tensor, num_patches: int, num_keep: int, seed: int, stream: int, shuffled: bool
 ) -> tuple[Tensor, Tensor]:
@@ -100,8 +108,7 @@ def _random_masks(
             shuffled,
         )
         return keep, masked
-    order: TokenOrder = "shuffled" if shuffled else "sorted"
-    return random_masks_reference(samples, num_patches, num_keep, seed, steps, stream, order)
+    return _definition(samples, steps, num_patches, num_keep, seed, stream, shuffled)
 
 
 @_random_masks.register_fake

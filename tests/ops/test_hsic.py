@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mimir_fast import hsic
 from mimir_fast.ops._precision import full_precision
-from mimir_fast.ops.bandwidth import gamma
+from mimir_fast.ops.dependence.bandwidth import gamma
 from mimir_fast.ops.hsic import hsic_reference
 
 OPTIONS = [
