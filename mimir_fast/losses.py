@@ -94,7 +94,7 @@ class MutualInformationPenalty(nn.Module):
         check_positive("sigma", sigma)
         check_positive("alpha", alpha)
         if not weight >= 0:
-            raise ValueError(f"wanted weight >= 0, got {weight}")
+            raise ValueError(f"weight must be >= 0, got {weight}")
         if bandwidth is None:
             # Of the Rényi information only the median rule keeps off the ends of the scale: see ops/renyi_mi.py.
             bandwidth = "median" if estimator == "renyi" else "reference"

@@ -11,6 +11,7 @@ import os
 import torch
 from torch import Tensor
 
+from mimir_fast import _native
 from mimir_fast.models.attention_choice import Seconds, fastest
 from mimir_fast.models.attention_kernels import CANDIDATES, KERNELS, Situation
 from mimir_fast.models.attention_kernels import xformers_failure as xformers_failure
@@ -38,6 +39,8 @@ def self_attention_kernel(device: torch.device, dtype: torch.dtype, T: int, H: i
 
 def _kernel_for(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> str:
     """The name of the kernel for these tensors."""
+    if _native.transformed():
+        return "plain"  # of operations that PyTorch transforms and records; there is no clock to ask
     (_, T, H, E), S = q_BTHE.shape, k_BSHE.shape[1]
     backward = torch.is_grad_enabled() and (q_BTHE.requires_grad or k_BSHE.requires_grad or v_BSHE.requires_grad)
     if torch.compiler.is_compiling():

@@ -32,8 +32,10 @@ def _has_triton(device: torch.device) -> bool:
 
 
 def runs_native(function: str, *tensors: Tensor, dtype: torch.dtype | None = torch.float32) -> bool:
-    """Whether this C++ function computes these: it was built, they are all on the CPU and of one dtype (None: of any), and
-    PyTorch does not transform or record the call."""
+    """Whether this C++ function computes these: all on the CPU, of one dtype (None: of any), and it was built.
+
+    Not while PyTorch transforms or records the call.
+    """
     if not _native.has(function) or _native.transformed():
         return False
     return all(tensor.device.type == "cpu" and (dtype is None or tensor.dtype == dtype) for tensor in tensors)

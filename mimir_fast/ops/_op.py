@@ -78,5 +78,8 @@ def gradients_of(
         wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
         outputs = definition(*inputs)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=create_graph, allow_unused=True))
+        # An output may depend only on inputs whose gradient is not needed.
+        pairs = [(out, grad) for out, grad in zip(outputs, grad_outputs, strict=True) if out.requires_grad]
+        outputs, grads = [out for out, _ in pairs], [grad for _, grad in pairs]
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
     return [next(found) if needed else None for needed in needs]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mimir_fast import _native
 from mimir_fast.ops import bf16_kernels
 from mimir_fast.ops.bf16_kernels import packed
 from mimir_fast.ops.layer_definitions import NO_NORM, BlockWeights, MlpWeights, Norm, keeps, plain_float32
@@ -38,6 +39,7 @@ def takes(x: Tensor, *parameters: Tensor | None) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and plain_float32(*parameters)
         and not torch.compiler.is_compiling()
+        and not _native.transformed()
     )
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from mimir_fast.ops._checks import as_samples, check_choice
 from mimir_fast.ops._precision import accumulation_dtype, no_autocast
 from mimir_fast.ops.dependence.bandwidth import Bandwidth, centered_rows, gamma_or_later
-from mimir_fast.ops.hsic import Estimator, check_estimator, hsic_from_sums
 from mimir_fast.ops.dependence.pair_sums import pair_sums
+from mimir_fast.ops.hsic import Estimator, check_estimator, hsic_from_sums
 
 Kernel = Literal["rbf", "linear"]
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
+from mimir_fast.ops._dispatch import runs_native
 from mimir_fast.ops._op import register_op
 
 PLAN = (
@@ -143,7 +144,7 @@ def _run(pixels: Tensor, plan: Tensor, side: int, channels: int) -> Tensor:
         from mimir_kernels import crop_resize as kernels
 
         return kernels.crop_resize(pixels, plan, side, channels, most_taps_of(plan.tolist()))
-    if _native.has("crop_resize"):
+    if runs_native("crop_resize", pixels, plan, dtype=None):
         out = pixels.new_empty((len(plan), channels, side, side))
         _native.run("crop_resize", pixels, plan.contiguous(), out, len(plan), side, channels)
         return out

@@ -27,13 +27,14 @@ _PIECE = 2**21  # numbers of the hidden layer that are worked on at once, beside
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether these ops compute with them: plain float32 on the CPU, outside of autocast and torch.compile."""
+    """Whether these ops compute with them: plain float32 on the CPU, no autocast, torch.compile or transform."""
     return (
         _NATIVE
         and plain_float32(*tensors)
         and all(t is None or (t.is_cpu and t.numel() > 0) for t in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not _native.transformed()
     )
 
 

@@ -59,8 +59,8 @@ def masked_loss(
         kind: squared (`l2`, MAE) or absolute (`l1`, SimMIM) errors.
         reduction: their `mean` or `sum`.
     Returns:
-        float32 (float64 for a float64 prediction), the same bits for any number of threads; differentiable any number of times. If
-        the images need a gradient too, their target is made as a tensor.
+        float32 (float64 for a float64 prediction), the same bits for any number of threads; derivatives of any order.
+        If the images need a gradient too, their target is made as a tensor.
     Raises:
         ValueError: sizes or devices do not fit, an unknown option, ids out of range or repeated (on CUDA: with
             MIMIR_FAST_DEBUG=1).
@@ -73,7 +73,7 @@ def masked_loss(
     _checks.check_same_device(prediction=prediction_BMP, images=images_BCHW)
     wanted = (*ids_BM.shape, patch_size**2 * images_BCHW.shape[1])
     if prediction_BMP.shape != wanted:
-        raise ValueError(f"wanted a prediction (B, M, P) = {tuple(wanted)}, got {tuple(prediction_BMP.shape)}")
+        raise ValueError(f"prediction must be (B, M, P) = {tuple(wanted)}, got {tuple(prediction_BMP.shape)}")
     if torch.is_grad_enabled() and images_BCHW.requires_grad:
         return _error(
             prediction_BMP, masked_targets(images_BCHW, ids_BM, patch_size, norm_pix=norm_pix), kind, reduction

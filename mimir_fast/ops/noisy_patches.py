@@ -63,7 +63,7 @@ def noisy_patches(
     _checks.check_same_device(images=images_BCHW, samples_B=samples_B)
     _checks.check_eps(eps, images_BCHW.shape)
     if samples_B.shape != images_BCHW.shape[:1]:
-        raise ValueError(f"wanted samples_B ({len(images_BCHW)},), one for each image, got {tuple(samples_B.shape)}")
+        raise ValueError(f"samples_B must be ({len(images_BCHW)},), one for each image, got {tuple(samples_B.shape)}")
     steps = steps_of(step, samples_B)
     return _noisy_patches(images_BCHW, ids_BK, samples_B, steps, patch_size, signed_seed(seed), int(stream), float(eps))
 

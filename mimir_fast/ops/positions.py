@@ -63,8 +63,8 @@ def add_positions(
         _checks.check_ids_of("ids", ids_BT, tokens_BKD)
     given = len(positions_RD) if ids_BT is None else ids_BT.shape[1]
     if given != len(prefix) + tokens_BKD.shape[1]:
-        what = "positions" if ids_BT is None else "ids an image"
-        raise ValueError(f"wanted {len(prefix)} + {tokens_BKD.shape[1]} {what}, of prefix and tokens, got {given}")
+        name = "rows of positions" if ids_BT is None else "ids of an image"
+        raise ValueError(f"{name} must be {len(prefix)} + {tokens_BKD.shape[1]}, for prefix and tokens, got {given}")
     _checks.check_same_device(tokens=tokens_BKD, positions=positions_RD, prefix=prefix)
     _checks.check_floating(tokens=tokens_BKD, positions=positions_RD, prefix=prefix)
     return _add_positions(tokens_BKD, ids_BT, positions_RD.to(dtype), prefix.to(dtype))

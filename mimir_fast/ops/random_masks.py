@@ -67,9 +67,10 @@ def random_masks(
         ValueError: num_keep or num_patches out of range, an unknown order.    TypeError: samples_B is not int64.
     """
     if not 1 <= num_keep <= num_patches <= 65536:
-        raise ValueError(f"wanted 1 <= num_keep <= num_patches <= 65536, got num_keep={num_keep}, {num_patches=}")
-    if order not in get_args(TokenOrder):
-        raise ValueError(f"order must be one of {get_args(TokenOrder)}, got {order!r}")
+        raise ValueError(
+            f"num_keep and num_patches must be 1 <= num_keep <= num_patches <= 65536, got {num_keep} and {num_patches}"
+        )
+    _checks.check_choice("order", order, get_args(TokenOrder))
     _checks.check_index_dtype("samples_B", samples_B)
     steps = steps_of(step, samples_B)
     return _random_masks(samples_B, steps, num_patches, num_keep, signed_seed(seed), int(stream), order == "shuffled")

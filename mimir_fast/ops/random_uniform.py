@@ -77,7 +77,7 @@ def random_start_linf(
     _checks.check_eps(eps, x.shape)
     _checks.check_range(clamp)
     if len(x) != len(samples_B):
-        raise ValueError(f"wanted one sample index for each of the {len(x)} rows of x, got {len(samples_B)}")
+        raise ValueError(f"samples_B must have one index for each of the {len(x)} rows of x, got {len(samples_B)}")
     low, high = float(clamp[0]), float(clamp[1])
     steps = steps_of(step, samples_B)
     if isinstance(eps, Tensor):

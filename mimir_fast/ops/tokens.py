@@ -224,7 +224,7 @@ def _scatter_backward(ctx, grad_BND: Tensor):  # type: ignore[no-untyped-def]
     grad_token = None
     if needs_token:  # one matrix-vector product instead of a copy of the masked rows
         masked = _masked_rows(ids, grad_BND.shape[1]).to(grad_BND.dtype)
-        grad_token = masked.flatten() @ grad_BND.flatten(0, 1)
+        grad_token = masked.reshape(-1) @ grad_BND.reshape(-1, grad_BND.shape[2])
     return (
         _gather_patches(grad_BND, ids) if needs_visible else None,
         None,

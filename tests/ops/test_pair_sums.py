@@ -182,7 +182,9 @@ def test_registration(keep: bool, needs: tuple[bool, bool], device: torch.device
     torch.library.opcheck(torch.ops.mimir_fast.pair_sums, (x, y, g.new_empty(0), g, keep))
     s, r, q, k, l_, _ = pair_sums_module._pair_sums(x.detach(), y.detach(), g, g, keep)
     grads = torch.ones_like(s), torch.ones_like(r), torch.ones_like(q)
-    torch.library.opcheck(torch.ops.mimir_fast.pair_sums_backward, (*grads, x.detach(), y.detach(), g, g, k, l_, *needs))
+    torch.library.opcheck(
+        torch.ops.mimir_fast.pair_sums_backward, (*grads, x.detach(), y.detach(), g, g, k, l_, *needs)
+    )
 
 
 def test_registration_of_the_kernel_matrix(device: torch.device) -> None:

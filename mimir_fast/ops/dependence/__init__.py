@@ -1,1 +1,1 @@
-"""What the dependence estimators (hsic, nhsic, cka, renyi_mi, hsic_test) are made of: kernel matrices and their sums."""
+"""What the dependence estimators (hsic, nhsic, cka, renyi_mi, hsic_test) share: kernel matrices and their sums."""

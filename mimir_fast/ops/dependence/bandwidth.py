@@ -54,7 +54,7 @@ def gamma(x_ND: Tensor, sigma: float, bandwidth: Bandwidth) -> Tensor:
 
 
 def gamma_or_later(x_ND: Tensor, sigma: float, bandwidth: Bandwidth) -> Tensor:
-    """`gamma`, or an empty tensor where `pair_sums` finds it: the median rule of samples so few that it keeps all pairs."""
+    """`gamma`, or an empty tensor where `pair_sums` finds it on its way: by the median rule of few samples."""
     if bandwidth == "median" and x_ND.shape[0] <= MEDIAN_ROWS:
         return x_ND.new_empty(0, dtype=torch.float64)
     return gamma(x_ND, sigma, bandwidth)

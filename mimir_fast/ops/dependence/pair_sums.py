@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimir_fast.ops._checks import must_be_finite
+from mimir_fast.ops._checks import check_finite
 from mimir_fast.ops._dispatch import runs_triton
 from mimir_fast.ops._op import differentiated_again, gradients_of, register_op
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
@@ -79,7 +79,7 @@ def _pair_sums(
     """s, r, q, then for the backward pass k, l and (γ_x, γ_y)."""
     with full_precision(x_ND.device), torch.cuda.device_of(x_ND):  # Triton launches on the current device
         s, r, q, k, l_, *gammas = _kernels_for(x_ND, y_ND).forward(x_ND, y_ND, gamma_x, gamma_y, keep)
-    must_be_finite(s, x=x_ND, y=y_ND)
+    check_finite(s, x=x_ND, y=y_ND)
     return s, r, q, k, l_, torch.stack(gammas)
 
 

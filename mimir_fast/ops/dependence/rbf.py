@@ -2,8 +2,8 @@
 
     K_ij − 1 = expm1(−γ ‖x_i − x_j‖²)      ∂x_i = −4γ Σ_j C_ij (x_i − x_j),  C = K ∘ (G + Gᵀ)/2  for a gradient G to K
 
-The 1 is left out: with the authors' σ the entries of K lie around 0.9996, centring removes the 1 anyway, and with it only
-three digits would be left for the rest.
+The 1 is left out: with the authors' σ the entries of K lie around 0.9996, centring removes the 1 anyway, and with it
+only three digits would be left for the rest.
 This is an op of its own so that the fused tiles of `pair_tiles.py` compute it, and so that its backward pass is one
 matrix product instead of the chain through distances.
 Shapes: N samples, D features.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimir_fast.ops._checks import must_be_finite
+from mimir_fast.ops._checks import check_finite
 from mimir_fast.ops._dispatch import runs_triton
 from mimir_fast.ops._op import differentiated_again, gradients_of, register_op
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
@@ -46,8 +46,8 @@ def _definition(x_ND: Tensor, gamma: Tensor) -> Tensor:
 def _rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
     n, dtype = x_ND.shape[0], accumulation_dtype(x_ND)
     if runs_triton(x_ND):
-        from mimir_kernels.gram import center_rows
         from mimir_kernels import rbf as kernels
+        from mimir_kernels.gram import center_rows
 
         with torch.cuda.device_of(x_ND):  # Triton launches on the current device
             k_NN, sums, _ = kernels.rbf_minus_one(center_rows(x_ND), gamma)
@@ -58,7 +58,7 @@ def _rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
             for rows, columns in lower_tiles(n, x_ND.device):
                 kernel.tile(rows, columns, sums=True)
         sums = kernel.sums
-    must_be_finite(sums, samples=x_ND)
+    check_finite(sums, samples=x_ND)
     return k_NN
 
 
