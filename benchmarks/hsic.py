@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.case import Case, Outputs, Provider, Run, Size, compiled, in_double, run_of
-from mimir_fast.ops.bandwidth import gamma
+from mimir_fast.ops.dependence.bandwidth import gamma
 from mimir_fast.ops.hsic import hsic, hsic_from_sums, hsic_reference
 
 SIGMA = 5.0

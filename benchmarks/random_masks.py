@@ -86,7 +86,7 @@ def start_case(batch: int, numbers: int) -> Case:
         return "" if far <= EPS * (1 + 1e-5) else f"left the ball: {far}"
 
     return Case(
-        "random_start",
+        "random_start_linf",
         {"shape": f"{batch}x{numbers}", "dtype": "fp32"},
         [
             Provider("mimir_fast", run_of(partial(random_start_linf, seed=3, step=5, eps=EPS))),

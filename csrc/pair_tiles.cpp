@@ -1,6 +1,6 @@
 // What happens to a tile of X·Xᵀ once the BLAS has computed it: distances, expm1, row and column sums, products.
 //
-// The PyTorch equivalent, in mimir_fast/ops/pair_tiles.py, walks over a tile a dozen times; here it is once. Sums are
+// The PyTorch equivalent, in mimir_fast/ops/dependence/pair_tiles.py, walks over a tile a dozen times; here it is once. Sums are
 // float64. Rows are cut into chunks of fixed size whose partial sums are added in order, so the number of threads does
 // not change a bit of the result.
 #include <vector>
@@ -79,9 +79,9 @@ void for_rows(std::int64_t rows, std::int64_t cols, double* column_sums, int thr
 
 // gram (rows, cols, row stride `stride`) becomes K - 1 in place. `diagonal`: the tile lies on the diagonal of K, whose
 // elements become exactly 0. Row sums are added to row_sums, column sums to column_sums; either may be null.
-void kernel_tile(Address gram_address, std::int64_t stride, std::int64_t rows, std::int64_t cols, Address norms_i_address,
-                 Address norms_j_address, float gamma, bool diagonal, Address row_sums_address,
-                 Address column_sums_address, int threads) {
+void kernel_from_gram(Address gram_address, std::int64_t stride, std::int64_t rows, std::int64_t cols,
+                      Address norms_i_address, Address norms_j_address, float gamma, bool diagonal,
+                      Address row_sums_address, Address column_sums_address, int threads) {
     auto* gram = pointer<float>(gram_address);
     const auto* norms_i = pointer<const float>(norms_i_address);
     const auto* norms_j = pointer<const float>(norms_j_address);
@@ -97,8 +97,8 @@ void kernel_tile(Address gram_address, std::int64_t stride, std::int64_t rows, s
 }
 
 // Sum over k * l of two tiles.
-double product_tile(Address k_address, std::int64_t stride_k, Address l_address, std::int64_t stride_l,
-                    std::int64_t rows, std::int64_t cols, int threads) {
+double inner_product(Address k_address, std::int64_t stride_k, Address l_address, std::int64_t stride_l,
+                     std::int64_t rows, std::int64_t cols, int threads) {
     const auto* k = pointer<const float>(k_address);
     const auto* l = pointer<const float>(l_address);
     std::vector<double> sums(rows);
@@ -110,9 +110,9 @@ double product_tile(Address k_address, std::int64_t stride_k, Address l_address,
 }
 
 // out = (k + 1) * (grad_s * l + half_i + half_j), with its row and column sums (the latter may be null).
-void weight_tile(Address k_address, std::int64_t stride_k, Address l_address, std::int64_t stride_l, std::int64_t rows,
-                 std::int64_t cols, float grad_s, Address half_i_address, Address half_j_address, Address out_address,
-                 Address row_sums_address, Address column_sums_address, int threads) {
+void pair_weights(Address k_address, std::int64_t stride_k, Address l_address, std::int64_t stride_l,
+                  std::int64_t rows, std::int64_t cols, float grad_s, Address half_i_address, Address half_j_address,
+                  Address out_address, Address row_sums_address, Address column_sums_address, int threads) {
     const auto* k = pointer<const float>(k_address);
     const auto* l = pointer<const float>(l_address);
     const auto* half_i = pointer<const float>(half_i_address);
@@ -128,9 +128,9 @@ void weight_tile(Address k_address, std::int64_t stride_k, Address l_address, st
 }  // namespace
 
 void bind_pair_tiles(pybind11::module_& module) {
-    module.def("pair_kernel_tile", &kernel_tile, Unlocked());
-    module.def("pair_product_tile", &product_tile, Unlocked());
-    module.def("pair_weight_tile", &weight_tile, Unlocked());
+    module.def("kernel_from_gram", &kernel_from_gram, Unlocked());
+    module.def("inner_product", &inner_product, Unlocked());
+    module.def("pair_weights", &pair_weights, Unlocked());
 }
 
 }  // namespace mimir

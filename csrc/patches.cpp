@@ -57,9 +57,9 @@ void patchify_gather(Address images, Address ids_address, Address out_address, s
 }
 
 // images (B, C, H, W), contiguous and zeroed: the patches in their places. The adjoint of patchify_gather.
-void patchify_scatter(Address patches_address, Address ids_address, Address images_address, std::int64_t B,
-                      std::int64_t K, std::int64_t channels, std::int64_t patch_size, std::int64_t columns,
-                      std::array<std::int64_t, 4> stride, int threads) {
+void unpatchify_visible(Address patches_address, Address ids_address, Address images_address, std::int64_t B,
+                        std::int64_t K, std::int64_t channels, std::int64_t patch_size, std::int64_t columns,
+                        std::array<std::int64_t, 4> stride, int threads) {
     const Grid grid{channels, patch_size, columns, stride};
     const auto* patches = pointer<const float>(patches_address);
     const auto* ids = pointer<const std::int64_t>(ids_address);
@@ -84,7 +84,7 @@ void patchify_scatter(Address patches_address, Address ids_address, Address imag
 
 void bind_patches(pybind11::module_& module) {
     module.def("patchify_gather", &patchify_gather, Unlocked());
-    module.def("patchify_scatter", &patchify_scatter, Unlocked());
+    module.def("unpatchify_visible", &unpatchify_visible, Unlocked());
 }
 
 }  // namespace mimir

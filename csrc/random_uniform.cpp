@@ -56,9 +56,9 @@ void random_uniform(Address samples, Address steps, Address out_address, std::in
                    });
 }
 
-void random_start(Address x_address, Address samples, Address steps, Address out_address, std::int64_t num_samples,
-                  std::int64_t num, std::uint64_t seed, std::uint32_t stream, float eps, float low, float high,
-                  int threads) {
+void random_start_linf(Address x_address, Address samples, Address steps, Address out_address, std::int64_t num_samples,
+                       std::int64_t num, std::uint64_t seed, std::uint32_t stream, float eps, float low, float high,
+                       int threads) {
     const auto* x = pointer<const float>(x_address);
     auto* out = pointer<float>(out_address);
     const Ball ball{eps, low, high};
@@ -72,7 +72,7 @@ void random_start(Address x_address, Address samples, Address steps, Address out
 
 void bind_random_uniform(pybind11::module_& module) {
     module.def("random_uniform", &random_uniform, Unlocked());
-    module.def("random_start", &random_start, Unlocked());
+    module.def("random_start_linf", &random_start_linf, Unlocked());
 }
 
 }  // namespace mimir

@@ -39,8 +39,8 @@ void invert(const std::int64_t* ids, std::int64_t K, std::vector<std::int64_t>& 
 }
 
 // out[b, ids[b, k]] = y[b, k], zero elsewhere: the adjoint of a gather. Each output row is written once.
-void scatter_rows(Address y_address, Address ids_address, Address out_address, std::int64_t B, std::int64_t K,
-                  std::int64_t N, std::int64_t row_bytes, int threads) {
+void place_patches(Address y_address, Address ids_address, Address out_address, std::int64_t B, std::int64_t K,
+                   std::int64_t N, std::int64_t row_bytes, int threads) {
     const auto* y = pointer<const char>(y_address);
     const auto* ids = pointer<const std::int64_t>(ids_address);
     auto* out = pointer<char>(out_address);
@@ -95,9 +95,9 @@ void scatter_numbers(Address visible_address, Address ids_address, Address mask_
 }
 
 // out[b, n] = (visible[b, k] where ids[b, k] = n, else mask_token) + pos_embed[n], all float or all bfloat16.
-void scatter_tokens(Address visible, Address ids, Address mask_token, Address pos_embed, Address out, std::int64_t B,
-                    std::int64_t K, std::int64_t N, std::int64_t D, std::int64_t batch_stride, std::int64_t row_stride,
-                    bool is_bf16, int threads) {
+void scatter_patches(Address visible, Address ids, Address mask_token, Address pos_embed, Address out, std::int64_t B,
+                     std::int64_t K, std::int64_t N, std::int64_t D, std::int64_t batch_stride, std::int64_t row_stride,
+                     bool is_bf16, int threads) {
     const auto scatter = is_bf16 ? &scatter_numbers<Bf16> : &scatter_numbers<float>;
     scatter(visible, ids, mask_token, pos_embed, out, B, K, N, D, batch_stride, row_stride, threads);
 }
@@ -136,9 +136,9 @@ void add_positions(Address tokens, Address ids, Address positions, Address prefi
 
 void bind_tokens(pybind11::module_& module) {
     module.def("check_ids", &check_ids, Unlocked());
-    module.def("scatter_rows", &scatter_rows, Unlocked());
+    module.def("place_patches", &place_patches, Unlocked());
     module.def("add_positions", &add_positions, Unlocked());
-    module.def("scatter_tokens", &scatter_tokens, Unlocked());
+    module.def("scatter_patches", &scatter_patches, Unlocked());
 }
 
 }  // namespace mimir

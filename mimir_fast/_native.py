@@ -7,6 +7,7 @@ is one pool of threads, not two that fight.
 
 An install without a compiler has no `_C` (said once), and one built from older sources may lack a function: `has` says
 what is there. `MIMIR_FAST_NATIVE=0` turns all of it off, which is how one compares with the PyTorch definitions.
+While PyTorch transforms or records a call, a tensor's memory is not what the call is about: `transformed` says so.
 """
 
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 @cache
@@ -43,13 +45,42 @@ def has(function: str) -> bool:
     return hasattr(library(), function)
 
 
+def transformed() -> bool:
+    """Whether PyTorch transforms or records this call: then only what it sees, its own operations, may compute.
+
+    True inside torch.func (jvp, vmap, grad, …), forward-mode differentiation, torch.jit.trace, and ONNX or
+    torch.export. Ops run their definitions then. torch.compile is not meant: it knows our ops.
+    """
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch.compiler.is_exporting()
+    )
+
+
+# For torch.compile, which follows torch.func inside a graph: asked while it traces, the answer is a constant of the
+# graph. (What torch.compiler.assume_constant_result does, but for its import of torch._dynamo: 1.5 s in every command.)
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def run(function: str, *arguments: Any) -> Any:
     """Call a native function: tensors become addresses, None the null one, and the number of threads comes last.
 
     The tensors stay alive because `arguments` holds them until the call returns.
+
+    Raises:
+        TypeError: a tensor without dimensions, which is a number to its giver (such are sizes under torch.jit.trace)
+            and would be an address to the kernel.
     """
-    raw = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+    raw = [_address(function, a) if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
     return getattr(library(), function)(*raw, torch.get_num_threads())
+
+
+def _address(function: str, tensor: Tensor) -> int:
+    if not tensor.ndim:
+        raise TypeError(f"{function}: a tensor without dimensions is no memory to work on: give a number, int(...)")
+    return tensor.data_ptr()
 
 
 def dense(tensor: Tensor) -> bool:

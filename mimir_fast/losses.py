@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from mimir_fast.ops._checks import check_choice, check_positive
-from mimir_fast.ops.bandwidth import BANDWIDTHS, Bandwidth
+from mimir_fast.ops.dependence.bandwidth import BANDWIDTHS, Bandwidth
 from mimir_fast.ops.global_batch import gather_batch
 from mimir_fast.ops.global_hsic import global_hsic
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic
@@ -94,7 +94,7 @@ class MutualInformationPenalty(nn.Module):
         check_positive("sigma", sigma)
         check_positive("alpha", alpha)
         if not weight >= 0:
-            raise ValueError(f"wanted weight >= 0, got {weight}")
+            raise ValueError(f"weight must be >= 0, got {weight}")
         if bandwidth is None:
             # Of the Rényi information only the median rule keeps off the ends of the scale: see ops/renyi_mi.py.
             bandwidth = "median" if estimator == "renyi" else "reference"

@@ -27,7 +27,7 @@ from mimir_kernels.aot import AotCase
 from mimir_kernels.gram import CenteredRows, center_rows, gram_splits
 from mimir_kernels.laplacian import laplacian_product
 from mimir_kernels.pair_tiles import BLOCK_M, pair_sums, pair_weights, pair_weights_panel
-from mimir_kernels.rbf import Gram, rbf_matrix
+from mimir_kernels.rbf import Gram, rbf_minus_one
 
 DENSE_ROWS = 4096
 PANEL_BYTES = 256 * 2**20
@@ -66,7 +66,7 @@ def forward(
         gamma_x, gamma_y: floating scalar tensors on the same device; the host does not read them. An empty one stands
             for the median rule, for N ≤ DENSE_ROWS.
         keep: return k and l as (N, N) fp32, else as (0, 0).
-        gram: who computes the Gram matrices for N ≤ DENSE_ROWS, see `rbf.rbf_matrix`.
+        gram: who computes the Gram matrices for N ≤ DENSE_ROWS, see `rbf.rbf_minus_one`.
     Returns:
         s (scalar), r (N,), q (N,) float64; k, l fp32; γ_x, γ_y.
     """
@@ -80,13 +80,13 @@ def forward(
         s, r, q = pair_sums(x, y, gamma_x, gamma_y, same=same)
         return s, r, q.clone() if same else q, nothing, nothing.clone(), gamma_x, gamma_y
     gamma_x, gram_x = _with_median(x, gamma_x, gram)
-    k, r, _ = rbf_matrix(x, gamma_x, gram=gram_x)
+    k, r, _ = rbf_minus_one(x, gamma_x, gram=gram_x)
     if same:
         gamma_y = gamma_x
         s, q, l = torch.linalg.vector_norm(k, dtype=torch.float64).square(), r.clone(), k
     else:
         gamma_y, gram_y = _with_median(y, gamma_y, gram)
-        l, q, s = rbf_matrix(y, gamma_y, k, gram_y)
+        l, q, s = rbf_minus_one(y, gamma_y, k, gram_y)
     if not keep:
         return s, r, q, nothing, nothing.clone(), gamma_x, gamma_y
     return s, r, q, k, l.clone() if same else l, gamma_x, gamma_y
@@ -147,8 +147,8 @@ def backward(
     # Training wants ∂z only: with the kernel matrices at hand the images (0.3 GB at N = 512) are not looked at again.
     rows_x = center_rows(x_ND) if need_x or not kept else None
     rows_y = center_rows(y_ND) if need_y or not kept else None
-    k = k_NN if rows_x is None or kept else rbf_matrix(rows_x, gamma_x, gram=gram)[0]
-    l = l_NN if rows_y is None or kept else rbf_matrix(rows_y, gamma_y, gram=gram)[0]
+    k = k_NN if rows_x is None or kept else rbf_minus_one(rows_x, gamma_x, gram=gram)[0]
+    l = l_NN if rows_y is None or kept else rbf_minus_one(rows_y, gamma_y, gram=gram)[0]
     weights = torch.empty_like(k)
     if need_x and rows_x is not None:
         _dense_weights(k, l, grad_s, half_r, weights)

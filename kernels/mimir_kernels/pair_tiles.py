@@ -25,7 +25,7 @@ from torch import Tensor
 from mimir_kernels.aot import AotCase
 from mimir_kernels.gram import CenteredRows, gram_tile, triangular_index
 from mimir_kernels.interpret import INTERPRETED
-from mimir_kernels.rbf import rbf_minus_one
+from mimir_kernels.rbf import rbf_minus_one_tile
 
 # With one tile of k waiting in registers while l is computed, 128×128 spills and 128×64 does not, on any architecture.
 BLOCK_M, BLOCK_N, BLOCK_D = 128, 64, 32
@@ -44,7 +44,7 @@ def _rbf_tile(
     )
     norms_i = tl.load(norms_ptr + rows, mask=rows < num_rows, other=0.0)
     norms_j = tl.load(norms_ptr + cols, mask=cols < num_rows, other=0.0)
-    return rbf_minus_one(gram, norms_i, norms_j, rows, cols, num_rows, tl.load(gamma_ptr).to(tl.float32))
+    return rbf_minus_one_tile(gram, norms_i, norms_j, rows, cols, num_rows, tl.load(gamma_ptr).to(tl.float32))
 
 
 @triton.jit

@@ -86,7 +86,7 @@ def _patchify_gather_kernel(
 
 
 @triton.jit
-def _patchify_scatter_kernel(
+def _unpatchify_visible_kernel(
     patches_ptr,
     ids_ptr,
     images_ptr,
@@ -139,14 +139,14 @@ def patchify_gather(
             )
 
 
-def patchify_scatter(patches_BKP: Tensor, ids_BK: Tensor, images_BCHW: Tensor, patch_size: int) -> None:
+def unpatchify_visible(patches_BKP: Tensor, ids_BK: Tensor, images_BCHW: Tensor, patch_size: int) -> None:
     """Launch: the patches go to their places in `images_BCHW`, which the caller has filled with zeros."""
     (B, K), C, P = ids_BK.shape, images_BCHW.shape[1], patches_BKP.shape[2]
     block_r, block_p = patch_blocks(P)
     if patches_BKP.numel():
         sizes = (B * K, K, *patch_grid(images_BCHW, patch_size), *images_BCHW.stride())
         with torch.cuda.device_of(images_BCHW):
-            _patchify_scatter_kernel[(triton.cdiv(B * K, block_r),)](
+            _unpatchify_visible_kernel[(triton.cdiv(B * K, block_r),)](
                 *(patches_BKP, ids_BK, images_BCHW, *sizes, C, patch_size, block_r, block_p)
             )
 
@@ -167,8 +167,8 @@ def aot_cases() -> list[AotCase]:
 
     block_r, block_p = patch_blocks(768)
     scatter = AotCase(
-        "patches.scatter_16_fp32",
-        _patchify_scatter_kernel,
+        "patches.unpatchify_16_fp32",
+        _unpatchify_visible_kernel,
         {"patches_ptr": "*fp32", "ids_ptr": "*i64", "images_ptr": "*fp32", **sizes},
         {"stride_w": 1, "C": 3, "PATCH": 16, "BLOCK_R": block_r, "BLOCK_P": block_p},
         ("stride_b", "stride_c", "stride_h"),

@@ -28,7 +28,7 @@ def _random_uniform_kernel(samples_ptr, steps_ptr, out_ptr, num, pieces, seed, s
 
 
 @triton.jit
-def _random_start_kernel(
+def _random_start_linf_kernel(
     x_ptr, samples_ptr, steps_ptr, out_ptr, num, pieces, seed, stream, eps, low, high, BLOCK: tl.constexpr
 ):
     program = tl.program_id(0)
@@ -55,7 +55,7 @@ def random_uniform(samples_B: Tensor, steps_B: Tensor, num: int, seed: int, stre
     return out
 
 
-def random_start(
+def random_start_linf(
     x: Tensor, samples_B: Tensor, steps_B: Tensor, seed: int, stream: int, eps: float, low: float, high: float
 ) -> Tensor:
     """clamp(x + eps·(2u − 1)) for a contiguous x (B, …)."""
@@ -64,7 +64,7 @@ def random_start(
     pieces = triton.cdiv(num, BLOCK)
     if out.numel():
         with torch.cuda.device_of(out):
-            _random_start_kernel[(len(x) * pieces,)](
+            _random_start_linf_kernel[(len(x) * pieces,)](
                 x, samples_B, steps_B, out, num, pieces, seed, stream, eps, low, high, BLOCK, enable_fp_fusion=False
             )
     return out
@@ -80,7 +80,7 @@ def aot_cases() -> list[AotCase]:
         AotCase("random_uniform.fp32", _random_uniform_kernel, counter | size, constexprs, ("num",)),
         AotCase(
             "random_uniform.start_fp32",
-            _random_start_kernel,
+            _random_start_linf_kernel,
             {"x_ptr": "*fp32"} | counter | size | ball,
             constexprs,
             ("num",),

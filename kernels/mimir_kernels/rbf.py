@@ -34,7 +34,7 @@ def expm1(u):
 
 
 @triton.jit
-def rbf_minus_one(gram, norms_i, norms_j, rows, cols, num_rows, gamma):
+def rbf_minus_one_tile(gram, norms_i, norms_j, rows, cols, num_rows, gamma):
     """A tile of K − 1 from one of the Gram matrix; zero on the diagonal and beyond the matrix."""
     d2 = tl.maximum(norms_i[:, None] + norms_j[None, :] - 2.0 * gram, 0.0)
     off_diagonal = (rows[:, None] != cols[None, :]) & (rows < num_rows)[:, None] & (cols < num_rows)[None, :]
@@ -65,7 +65,7 @@ def _rbf_rows_kernel(
         gram += tl.sum(tl.load(ptrs, mask=(splits < num_splits)[:, None, None], other=0.0), axis=0)
     norms_i = tl.load(norms_ptr + rows, mask=rows < num_rows, other=0.0)
     norms_j = tl.load(norms_ptr + cols, mask=cols < num_rows, other=0.0)
-    k = rbf_minus_one(gram, norms_i, norms_j, rows, cols, num_rows, tl.load(gamma_ptr).to(tl.float32))
+    k = rbf_minus_one_tile(gram, norms_i, norms_j, rows, cols, num_rows, tl.load(gamma_ptr).to(tl.float32))
 
     inside = (rows < num_rows)[:, None] & (cols < num_rows)[None, :]
     entries = rows[:, None].to(tl.int64) * num_rows + cols[None, :]
@@ -77,7 +77,7 @@ def _rbf_rows_kernel(
         tl.store(products_ptr + slots, tl.sum(k * other, axis=1), mask=rows < num_rows)
 
 
-def rbf_matrix(
+def rbf_minus_one(
     x: CenteredRows, gamma: Tensor, other_NN: Tensor | None = None, gram: Gram = gram_splits
 ) -> tuple[Tensor, Tensor, Tensor]:
     """K − 1 of mean-centred rows with its row sums, and the sum of its product with another matrix.

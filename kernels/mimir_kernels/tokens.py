@@ -18,7 +18,7 @@ INVERSE_BLOCK = 256
 
 
 @triton.jit
-def _gather_rows_kernel(
+def _gather_patches_kernel(
     x_ptr, ids_ptr, out_ptr, R, K, N, D, stride_b, stride_n, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -40,7 +40,7 @@ def _inverse_kernel(ids_ptr, inverse_ptr, R, K, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scatter_rows_kernel(
+def _scatter_patches_kernel(
     y_ptr,
     inverse_ptr,
     token_ptr,
@@ -109,14 +109,14 @@ def _blocks(D: int) -> tuple[int, int]:
     return TILE // block_d, block_d
 
 
-def gather_rows(x_BND: Tensor, ids_BK: Tensor, out_BKD: Tensor) -> None:
+def gather_patches(x_BND: Tensor, ids_BK: Tensor, out_BKD: Tensor) -> None:
     """out[b, k] = x[b, ids[b, k]], zeros for an id outside [0, N); rows of x dense, ids and out contiguous."""
     (B, K), (_, N, D) = ids_BK.shape, x_BND.shape
     block_r, block_d = _blocks(D)
     if out_BKD.numel():
         grid = (triton.cdiv(B * K, block_r), triton.cdiv(D, block_d))
         with torch.cuda.device_of(out_BKD):
-            _gather_rows_kernel[grid](
+            _gather_patches_kernel[grid](
                 x_BND, ids_BK, out_BKD, B * K, K, N, D, x_BND.stride(0), x_BND.stride(1), block_r, block_d
             )
 
@@ -133,7 +133,7 @@ def inverse(ids_BK: Tensor, num_patches: int) -> Tensor:
     return out
 
 
-def scatter_rows(
+def scatter_patches(
     y_BKD: Tensor, inverse_BN: Tensor, mask_token_D: Tensor | None, pos_embed_ND: Tensor | None, out_BND: Tensor
 ) -> None:
     """out[b, n] = y[b, inverse[b, n]], else the mask token, plus positions; zeros and nothing where those are None."""
@@ -145,9 +145,14 @@ def scatter_rows(
         grid = (triton.cdiv(B * N, block_r), triton.cdiv(D, block_d))
         strides = y_BKD.stride(0), y_BKD.stride(1)
         with torch.cuda.device_of(out_BND):
-            _scatter_rows_kernel[grid](
+            _scatter_patches_kernel[grid](
                 y_BKD, inverse_BN, token, pos, out_BND, B * N, N, D, *strides, as_tokens, block_r, block_d
             )
+
+
+def place_patches(visible_BKD: Tensor, inverse_BN: Tensor, out_BND: Tensor) -> None:
+    """out[b, n] = visible[b, inverse[b, n]], zeros where no patch belongs."""
+    scatter_patches(visible_BKD, inverse_BN, None, None, out_BND)
 
 
 def add_positions(
@@ -176,7 +181,7 @@ def aot_cases() -> list[AotCase]:
         block_r, block_d = _blocks(D)
         return AotCase(
             f"tokens.gather_{D}_{dtype}",
-            _gather_rows_kernel,
+            _gather_patches_kernel,
             {"x_ptr": f"*{dtype}", "ids_ptr": "*i64", "out_ptr": f"*{dtype}"}
             | dict.fromkeys(("R", "K", "N", "D", "stride_b", "stride_n"), "i32"),
             {"BLOCK_R": block_r, "BLOCK_D": block_d},
@@ -188,8 +193,8 @@ def aot_cases() -> list[AotCase]:
         block_r, block_d = _blocks(D)
         pointers = dict.fromkeys(("y_ptr", "token_ptr", "pos_ptr", "out_ptr"), f"*{dtype}")
         return AotCase(
-            f"tokens.{'scatter' if as_tokens else 'adjoint'}_{D}_{dtype}",
-            _scatter_rows_kernel,
+            f"tokens.{'scatter' if as_tokens else 'place'}_{D}_{dtype}",
+            _scatter_patches_kernel,
             pointers | {"inverse_ptr": "*i32"} | dict.fromkeys(("R", "N", "D", "stride_b", "stride_k"), "i32"),
             {"AS_TOKENS": as_tokens, "BLOCK_R": block_r, "BLOCK_D": block_d},
             ("D", "stride_b", "stride_k"),

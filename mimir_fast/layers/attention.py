@@ -11,6 +11,7 @@ import os
 import torch
 from torch import Tensor
 
+from mimir_fast._native import transformed
 from mimir_fast.layers.choice import Seconds, fastest
 from mimir_fast.layers.inspection import observed
 from mimir_fast.layers.kernels import CANDIDATES, KERNELS, Situation
@@ -39,14 +40,14 @@ def self_attention_kernel(device: torch.device, dtype: torch.dtype, T: int, H: i
 
 def _kernel_for(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> str:
     """The name of the kernel for these tensors."""
+    if (not torch.compiler.is_compiling() and observed()) or transformed():
+        return "plain"  # of operations that PyTorch transforms, records and counts, as its fused ones are not
     (_, T, H, E), S = q_BTHE.shape, k_BSHE.shape[1]
     backward = torch.is_grad_enabled() and (q_BTHE.requires_grad or k_BSHE.requires_grad or v_BSHE.requires_grad)
     if torch.compiler.is_compiling():
         # The kernel is a constant of the graph, and so are the lengths it follows from (`index`: not symbolic).
         lengths = operator.index(T), operator.index(S), operator.index(H), operator.index(E)
         return _constant_choice(q_BTHE.device, q_BTHE.dtype, *lengths, backward, True)
-    if observed():
-        return "plain"  # of operations that FLOP counters, vmap and forward-mode know, as PyTorch's fused ones are not
     return _choice(q_BTHE.device, q_BTHE.dtype, T, S, H, E, backward, False)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from mimir_fast._native import transformed
+
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {nn.Linear: nn.Linear.forward, nn.Conv2d: nn.Conv2d.forward}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
@@ -47,10 +49,6 @@ def _has_attachments(module: nn.Module) -> bool:
 
 def observed() -> bool:
     """Whether somebody looks at the operations of this call: then they must be PyTorch's."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace, torch.onnx.export(dynamo=False)
-        or torch._C._len_torch_dispatch_stack() > 0  # FlopCounterMode, fake tensors
-        or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func: vmap, grad, jvp
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or transformed()  # modes: FlopCounterMode, fake tensors

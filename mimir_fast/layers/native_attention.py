@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
-from mimir_fast.ops._autograd import differentiate_twice
+from mimir_fast.ops._op import differentiated_again, gradients_of, register_op
 
 # Asked once: torch.compile cannot trace the questions. What computes: a matrix unit, vectors of so many numbers.
 _BF16_UNIT = _native.run("bf16_unit") if _native.has("bf16_attention") else ""
@@ -35,7 +35,7 @@ def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def native_attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
-    """(B, T, H, E) of one dtype that `takes`; differentiable twice."""
+    """(B, T, H, E) of one dtype that `takes`; differentiable any number of times."""
     return _attention(q_BTHE, k_BSHE, v_BSHE)[0]
 
 
@@ -59,7 +59,11 @@ def _run(
     _native.run(f"{kernel}_attention{suffix}", *before, q, k, v, *after, *grads, B, T, S, H, E, strides, unit)
 
 
-@torch.library.custom_op("mimir_fast::native_attention", mutates_args=())
+def _definition(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> tuple[Tensor, Tensor]:
+    return native_attention_reference(q_BTHE, k_BSHE, v_BSHE), q_BTHE.new_empty(0)
+
+
+@register_op("native_attention", _definition)
 def _attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp of the scores (B, H, T) in float32."""
     q, k, v = (_dense_heads(t) for t in (q_BTHE, k_BSHE, v_BSHE))
@@ -98,24 +102,14 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tenso
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad_BTHE: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _attention_backward(grad_BTHE, *ctx.saved_tensors)
+def _backward(ctx: Any, grad_BTHE: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse = ctx.saved_tensors
+    if differentiated_again():
+        return tuple(gradients_of(native_attention_reference, (q, k, v), ctx.needs_input_grad, (grad_BTHE,)))
+    return _attention_backward(grad_BTHE, q, k, v, out, lse)
 
 
 _attention.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def _save_for_second(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    grad, *inputs = ctx.saved_tensors
-    to_inputs, (to_grad,) = differentiate_twice(native_attention_reference, inputs, (grad,), cotangents)
-    return (to_grad, *to_inputs, None, None)
-
-
-_attention_backward.register_autograd(_second_backward, setup_context=_save_for_second)
 
 
 # The same on q, k and v in one tensor: their gradients are written side by side, where three would be copied together.
@@ -144,7 +138,11 @@ def self_attention_backward(grad_BTHE: Tensor, qkv_BT3HE: Tensor, out_BTHE: Tens
     return grads
 
 
-_self_attention = torch.library.custom_op("mimir_fast::native_self_attention", self_attention_forward, mutates_args=())
+def _self_definition(qkv_BT3HE: Tensor) -> tuple[Tensor, Tensor]:
+    return _definition(*qkv_BT3HE.unbind(2))
+
+
+_self_attention = register_op("native_self_attention", _self_definition)(self_attention_forward)
 _self_attention.register_fake(_self_attention_fake)
 _self_attention_backward = torch.library.custom_op(
     "mimir_fast::native_self_attention_backward", self_attention_backward, mutates_args=()
@@ -156,23 +154,11 @@ def _(grad_BTHE: Tensor, qkv_BT3HE: Tensor, out_BTHE: Tensor, lse_BHT: Tensor) -
     return qkv_BT3HE.new_empty(qkv_BT3HE.shape)
 
 
-_self_attention.register_autograd(
-    lambda ctx, grad, _: _self_attention_backward(grad, *ctx.saved_tensors), setup_context=_save_for_backward
-)
+def _self_backward(ctx: Any, grad_BTHE: Tensor, _: Tensor | None) -> Tensor | None:
+    qkv, out, lse = ctx.saved_tensors
+    if differentiated_again():
+        return gradients_of(lambda qkv: _self_definition(qkv)[0], (qkv,), (True,), (grad_BTHE,))[0]
+    return _self_attention_backward(grad_BTHE, qkv, out, lse)
 
 
-def _self_save_for_second(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _self_second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-    grad, qkv = ctx.saved_tensors
-
-    def definition(qkv: Tensor) -> Tensor:
-        return native_attention_reference(*qkv.unbind(2))
-
-    (to_qkv,), (to_grad,) = differentiate_twice(definition, (qkv,), (grad,), (cotangent,))
-    return to_grad, to_qkv, None, None
-
-
-_self_attention_backward.register_autograd(_self_second_backward, setup_context=_self_save_for_second)
+_self_attention.register_autograd(_self_backward, setup_context=_save_for_backward)

@@ -1,4 +1,4 @@
-"""What the ops refuse, and how they say it: what was given, what was wanted, what to type.
+"""What the ops refuse, and how they say it: "NAME must be …, got …: what to type".
 
 Checks of shapes, dtypes and devices cost nothing and always run. Checks of *values* read the tensor; on CUDA that
 would stop the pipeline, so there they run only with `MIMIR_FAST_DEBUG=1`.
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
+from mimir_fast.ops._dispatch import runs_native
 
 
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether to look at the numbers in this tensor: on the CPU always, elsewhere in debug mode.
 
-    Never while torch.compile traces: there are no numbers yet. The bodies of ops look when they run.
+    Never while PyTorch compiles, transforms or records the call, when there may be no numbers. The kernels of compiled
+    ops look when they run.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _native.transformed():
         return False
     return tensor.device.type == "cpu" or os.environ.get("MIMIR_FAST_DEBUG", "0") == "1"
 
@@ -39,7 +41,8 @@ def check_floating(**tensors: Tensor) -> None:
 
 def check_same_shape(**tensors: Tensor) -> None:
     """Raises ValueError if the shapes differ."""
-    if len({tensor.shape for tensor in tensors.values()}) > 1:
+    first, *others = tensors.values()
+    if any(tensor.shape != first.shape for tensor in others):
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"shapes must be equal, got {shapes}")
 
@@ -66,7 +69,7 @@ def check_ids(name: str, ids_BK: Tensor, num_patches: int) -> None:
     if ids_BK.numel() == 0 or not values_are_checked(ids_BK):
         return
     B, K = ids_BK.shape
-    if ids_BK.device.type == "cpu" and _native.has("check_ids"):
+    if runs_native("check_ids", ids_BK, dtype=torch.int64):
         fault = _native.run("check_ids", ids_BK.contiguous(), B, K, num_patches)
     else:
         outside = ((ids_BK < 0) | (ids_BK >= num_patches)).any()
@@ -77,17 +80,17 @@ def check_ids(name: str, ids_BK: Tensor, num_patches: int) -> None:
         low, high = int(ids_BK.min()), int(ids_BK.max())
         raise ValueError(f"{name} must lie in [0, {num_patches}), got ids from {low} to {high}")
     if fault == "repeated":
-        raise ValueError(f"{name} names a patch twice in one image: the {K} ids of a row must be distinct")
+        raise ValueError(f"{name} must be distinct, got a patch twice among the {K} of one image")
 
 
 def check_eps(eps: float | Tensor, shape: torch.Size) -> None:
     """Raises ValueError unless 0 ≤ eps ≤ 1 and a tensor of radii broadcasts against `shape`."""
     if isinstance(eps, Tensor):
         sizes = zip(reversed(eps.shape), reversed(shape), strict=False)
-        if eps.ndim > len(shape) or any(size not in (1, wanted) for size, wanted in sizes):
+        if eps.ndim > len(shape) or any(size not in (1, full) for size, full in sizes):
             raise ValueError(
-                f"eps {tuple(eps.shape)} does not broadcast against {tuple(shape)}; "
-                f"for one radius per channel of (B, C, H, W) give it as (C, 1, 1)"
+                f"eps must broadcast against {tuple(shape)}, got {tuple(eps.shape)}: "
+                f"one radius per channel of (B, C, H, W) is (C, 1, 1)"
             )
         bad = values_are_checked(eps) and not bool(((eps >= 0) & (eps <= 1)).all())
     else:
@@ -113,43 +116,39 @@ def as_samples(x: Tensor, y: Tensor, *, minimum: int = 2) -> tuple[Tensor, Tenso
     """
     for name, t in (("x", x), ("y", y)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"wanted {name} as a torch.Tensor (N, ...), got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"wanted floating-point {name}, got {t.dtype}: convert it, e.g. {name}.float() / 255")
+            raise TypeError(f"{name} must be a torch.Tensor (N, ...), got {type(t).__name__}")
+        check_floating(**{name: t})
         if t.dim() == 0:
-            raise ValueError(f"wanted {name} of shape (N, ...), got a scalar")
+            raise ValueError(f"{name} must be (N, ...), got a scalar")
         if t.shape[0] and not t[0].numel():
-            raise ValueError(f"wanted at least one feature per sample, got {name} of shape {tuple(t.shape)}")
+            raise ValueError(f"{name} must have at least one feature per sample, got shape {tuple(t.shape)}")
     if x.shape[0] != y.shape[0]:
         raise ValueError(
-            f"wanted the same number of samples in x and y (row i of both is sample i), "
+            f"x and y must have the same number of samples (row i of both is sample i), "
             f"got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    if x.device != y.device:
-        raise ValueError(f"wanted x and y on one device, got {x.device} and {y.device}: move one with .to(...)")
+    check_same_device(x=x, y=y)
     if x.shape[0] < minimum:
-        raise ValueError(f"wanted at least {minimum} samples, got N={x.shape[0]}")
+        raise ValueError(f"x and y must have at least {minimum} samples, got N={x.shape[0]}")
     return x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1)
 
 
 def check_choice(name: str, given: str, choices: Sequence[str]) -> None:
     """Raises ValueError listing the choices if `given` is none of them."""
     if given not in choices:
-        raise ValueError(f"wanted {name} as one of {', '.join(map(repr, choices))}, got {given!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {given!r}")
 
 
 def check_positive(name: str, value: float) -> None:
     """Raises ValueError unless value > 0 (NaN is refused too)."""
     if not value > 0:
-        raise ValueError(f"wanted {name} > 0, got {value}")
+        raise ValueError(f"{name} must be > 0, got {value}")
 
 
-def must_be_finite(sums: Tensor, **samples: Tensor) -> None:
-    """Refuse NaN and Inf in the samples, at the price of looking at sums they went into instead.
-
-    On CUDA this would make the host wait, so there it happens only under MIMIR_FAST_DEBUG=1.
-    """
+def check_finite(sums: Tensor, **samples: Tensor) -> None:
+    """Raises ValueError for NaN or Inf in the samples: seen in the sums made of them (when `values_are_checked`)."""
     if values_are_checked(sums) and not bool(sums.isfinite().all()):
         bad = [name for name, t in samples.items() if not bool(t.isfinite().all())]
-        where = f"found NaN or Inf in {' and '.join(bad)}" if bad else "the distances overflow float32"
-        raise ValueError(f"wanted finite samples, {where}: look at what produced them (learning rate, loss scale)")
+        got = "NaN or Inf" if bad else "distances that overflow float32"
+        names = " and ".join(bad or samples)
+        raise ValueError(f"{names} must be finite, got {got}: look at what produced it (learning rate, loss scale)")

@@ -32,7 +32,10 @@ def _has_triton(device: torch.device) -> bool:
 
 
 def runs_native(function: str, *tensors: Tensor, dtype: torch.dtype | None = torch.float32) -> bool:
-    """Whether this C++ function computes these: all on the CPU, of one dtype (None: of any), and it was built."""
-    return _native.has(function) and all(
-        tensor.device.type == "cpu" and (dtype is None or tensor.dtype == dtype) for tensor in tensors
-    )
+    """Whether this C++ function computes these: all on the CPU, of one dtype (None: of any), and it was built.
+
+    Not while PyTorch transforms or records the call.
+    """
+    if not _native.has(function) or _native.transformed():
+        return False
+    return all(tensor.device.type == "cpu" and (dtype is None or tensor.dtype == dtype) for tensor in tensors)

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ def no_autocast(device: torch.device) -> torch.autocast:
 def full_precision(device: torch.device) -> Iterator[None]:
     """`no_autocast`, and no TF32 or bfloat16 inside float32 products, though `set_float32_matmul_precision` allows it.
 
-    A bias of 5e-4 in a distance is the size of what HSIC measures. For the bodies of ops, which torch.compile does not
-    trace. PyTorch knows the permission per process only: where nobody gave it nothing is touched, and where somebody
-    did, the last of all threads inside gives it back.
+    A bias of 5e-4 in a distance is the size of what HSIC measures. PyTorch knows the permission per process only: where
+    nobody gave it nothing is touched, and where somebody did, the last of all threads inside gives it back. While
+    torch.compile traces (torch.func inside a graph) it is left alone: the graph runs later.
     """
-    with no_autocast(device), _withdrawn[device.type == "cuda"]:
+    with no_autocast(device), nullcontext() if torch.compiler.is_compiling() else _withdrawn[device.type == "cuda"]:
         yield
 
 

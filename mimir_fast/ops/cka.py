@@ -14,10 +14,9 @@ from torch import Tensor
 
 from mimir_fast.ops._checks import as_samples, check_choice
 from mimir_fast.ops._precision import accumulation_dtype, no_autocast
-from mimir_fast.ops.bandwidth import Bandwidth, gamma_or_later
-from mimir_fast.ops.distances import centered_rows
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, centered_rows, gamma_or_later
+from mimir_fast.ops.dependence.pair_sums import pair_sums
 from mimir_fast.ops.hsic import Estimator, check_estimator, hsic_from_sums
-from mimir_fast.ops.pair_sums import pair_sums
 
 Kernel = Literal["rbf", "linear"]
 

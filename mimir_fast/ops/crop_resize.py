@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
+from mimir_fast.ops._dispatch import runs_native
+from mimir_fast.ops._op import register_op
 
 PLAN = (
     "offset", "height", "width", "box_y", "box_x", "box_height", "box_width", "new_height", "new_width", "anchor_y",
@@ -142,14 +144,14 @@ def _run(pixels: Tensor, plan: Tensor, side: int, channels: int) -> Tensor:
         from mimir_kernels import crop_resize as kernels
 
         return kernels.crop_resize(pixels, plan, side, channels, most_taps_of(plan.tolist()))
-    if _native.has("crop_resize"):
+    if runs_native("crop_resize", pixels, plan, dtype=None):
         out = pixels.new_empty((len(plan), channels, side, side))
         _native.run("crop_resize", pixels, plan.contiguous(), out, len(plan), side, channels)
         return out
     return crop_resize_reference(pixels, plan, side, channels)
 
 
-_crop_resize = torch.library.custom_op("mimir_fast::crop_resize", _run, mutates_args=())
+_crop_resize = register_op("crop_resize", crop_resize_reference)(_run)
 
 
 @_crop_resize.register_fake

@@ -57,6 +57,6 @@ def gather_batch(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     if group_size(group) == 1:
         return x
     if x.dim() == 0:
-        raise ValueError("gather_batch wanted (n, ...) with a batch dimension, got a scalar: pass x[None]")
+        raise ValueError("x must be (n, ...) with a batch dimension, got a scalar: use x[None]")
     gathered: Tensor = _GatherBatch.apply(x, group)
     return gathered

@@ -12,16 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mimir_fast.ops._checks import as_samples, must_be_finite
+from mimir_fast.ops._checks import as_samples, check_finite
 from mimir_fast.ops._dispatch import runs_triton
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
-from mimir_fast.ops.bandwidth import Bandwidth, gamma
-from mimir_fast.ops.distances import centered_rows
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, centered_rows, gamma
+from mimir_fast.ops.dependence.pair_tiles import Laplacian, TiledKernel, inner_product, kernel_from_gram_, pair_weights
 from mimir_fast.ops.global_batch import all_gather, group_size
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic, hsic_from_sums
-from mimir_fast.ops.pair_tiles import Laplacian, TiledKernel, inner_product, kernel_from_gram_, pair_weights
 
 
 def global_hsic(
@@ -45,9 +43,10 @@ def global_hsic(
         x, y: (n, …) the samples of this rank, equally many on each.
         group: the ranks taking part; all by default. The other options are those of `hsic`.
     Returns:
-        scalar, float32 (float64 if an input is). First derivatives only. Without torch.distributed it is `hsic`.
+        scalar, float32 (float64 if an input is), differentiable once. Without torch.distributed it is `hsic`.
     Raises:
         TypeError, ValueError: as `hsic`; the least number of samples is that of the global batch.
+        RuntimeError: a second derivative is asked for.
     """
     num_ranks = group_size(group)
     if num_ranks == 1:
@@ -88,12 +87,15 @@ class _GlobalPairSums(torch.autograd.Function):
         # Added in the order of the ranks by each of them: the same bits everywhere, unlike an all-reduce.
         gathered = all_gather(partial[None], group)
         total = gathered[:, 0].sum()
-        must_be_finite(total, x=x_ND, y=y_ND)
+        check_finite(total, x=x_ND, y=y_ND)
         return total, gathered[:, 1 : 1 + n].flatten(), gathered[:, 1 + n :].flatten()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_s: Tensor, grad_r: Tensor, grad_q: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # PyTorch's once_differentiable would let the second derivatives be zero
+            raise RuntimeError(
+                "global_hsic has first derivatives only: leave create_graph away, or use hsic on one rank"
+            )
         x_ND, y_ND, gamma_x, gamma_y = ctx.saved_tensors
         with full_precision(x_ND.device), torch.cuda.device_of(x_ND):
             rows_x, rows_y = _rows(x_ND, gamma_x, y_ND, ctx.own), _rows(y_ND, gamma_y, x_ND, ctx.own)

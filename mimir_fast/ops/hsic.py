@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mimir_fast.ops._checks import as_samples, check_choice
 from mimir_fast.ops._precision import accumulation_dtype
-from mimir_fast.ops.bandwidth import Bandwidth, gamma, gamma_or_later
-from mimir_fast.ops.pair_sums import pair_sums, pair_sums_reference
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, gamma, gamma_or_later
+from mimir_fast.ops.dependence.pair_sums import pair_sums, pair_sums_reference
 
 Estimator = Literal["biased", "unbiased"]
 Normalizer = Literal["n2", "(n-1)^2"]
@@ -75,10 +75,10 @@ def hsic(
     """Scalar dependence of x (N, …) and y (N, …); zero in the limit if and only if they are independent.
 
     O(N) memory beside the inputs and their gradients, forward and backward (up to 2048 samples on a CPU, the two
-    kernel matrices are kept instead of computed twice). Second derivatives go through the definition: N×N memory.
+    kernel matrices are kept instead of computed twice).
 
-    Works under autocast, `torch.compile(fullgraph=True)` and DDP; for `torch.func` transforms, which know no custom
-    ops, there is `hsic_reference`.
+    Works under autocast, `torch.compile(fullgraph=True)` and DDP. With `create_graph=True`, under `torch.func` and in
+    forward mode the definition computes it, in N×N memory; derivatives of any order are right.
 
     Args:
         x, y: any floating dtype, N samples in the first dimension, the rest is flattened. Row i of both is sample i.

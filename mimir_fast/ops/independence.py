@@ -26,11 +26,11 @@ from torch import Tensor
 
 from mimir_fast.ops._checks import as_samples, check_positive
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
-from mimir_fast.ops.bandwidth import Bandwidth, gamma
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, gamma
+from mimir_fast.ops.dependence.low_rank import rbf_factor
+from mimir_fast.ops.dependence.pair_tiles import inner_product
+from mimir_fast.ops.dependence.rbf import rbf_minus_one
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic_from_sums, hsic_reference
-from mimir_fast.ops.low_rank import rbf_factor
-from mimir_fast.ops.pair_tiles import inner_product
-from mimir_fast.ops.rbf import rbf_minus_one
 from mimir_fast.philox import Stream, random_bits
 
 # Four samples have 24 arrangements: hardly enough for p < 0.05.
@@ -64,7 +64,7 @@ def hsic_test_reference(
     """The definition of `hsic_test`: `hsic_reference` once for each permutation, in float64."""
     x_ND, y_ND = (z.double() for z in as_samples(x, y, minimum=MINIMUM_SAMPLES))
     batches = permutations(len(x_ND), num_permutations, seed, num_permutations, x.device)
-    return _judge(torch.stack([
+    return _result(torch.stack([
         hsic_reference(x_ND, y_ND[permutation], sigma_x=sigma_x, sigma_y=sigma_y, bandwidth=bandwidth,
                        estimator=estimator, normalizer=normalizer)
         for perms_PN in batches for permutation in perms_PN
@@ -100,10 +100,10 @@ def hsic_test(
     """
     check_positive("num_permutations", num_permutations)
     check_estimator(estimator, normalizer)
-    x_ND, y_ND = as_samples(x, y, minimum=MINIMUM_SAMPLES)
+    x_ND, y_ND = (z.detach() for z in as_samples(x, y, minimum=MINIMUM_SAMPLES))
     for name, samples_ND in (("x", x_ND), ("y", y_ND)):
         if not bool(samples_ND.isfinite().all()):
-            raise ValueError(f"wanted finite samples, found NaN or Inf in {name}: look at what produced them")
+            raise ValueError(f"{name} must be finite, got NaN or Inf: look at what produced it")
     n, values = len(x_ND), []
     with full_precision(x.device):
         dtype = accumulation_dtype(x, y)
@@ -119,11 +119,11 @@ def hsic_test(
             s_P = permuted_products(kernel_x, kernel_y, perms_PN)
             s_P += 2 / n * (q_PN @ r_N) - r_N.sum() * q_N.sum() / n**2
             values.append(hsic_from_sums(s_P, r_N, q_PN, estimator, normalizer))
-    return _judge(torch.cat(values))
+    return _result(torch.cat(values))
 
 
-def _judge(values: Tensor) -> IndependenceTest:
-    """From HSIC of all pairings, that of the data first."""
+def _result(values: Tensor) -> IndependenceTest:
+    """The test's result from HSIC of all pairings, that of the data first."""
     at_least = values >= values[0] - _TIE * values.abs().max()
     return IndependenceTest(values[0], at_least.double().mean(), values[1:])
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
+from mimir_fast.ops._op import register_op
 
 
 def linf_step_reference(
@@ -94,7 +95,27 @@ def _laid_out_like(target: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(target, dtype=tensor.dtype).copy_(tensor)
 
 
-@torch.library.custom_op("mimir_fast::linf_step_out", mutates_args=("out",))
+def _definition(
+    x_adv: Tensor, grad: Tensor, x: Tensor, radii: Tensor | None, alpha: float, eps: float, low: float, high: float
+) -> Tensor:
+    return linf_step_reference(x_adv, grad, x, alpha, eps if radii is None else radii, low, high)
+
+
+def _definition_out(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    radii: Tensor | None,
+    alpha: float,
+    eps: float,
+    low: float,
+    high: float,
+    out: Tensor,
+) -> None:
+    out.copy_(_definition(x_adv, grad, x, radii, alpha, eps, low, high))
+
+
+@register_op("linf_step_out", _definition_out, mutates_args=("out",))
 def _linf_step_out(
     x_adv: Tensor,
     grad: Tensor,
@@ -109,9 +130,9 @@ def _linf_step_out(
     """One step written to `out`: the C++ or the Triton kernel; the definition for dtypes they do not know."""
     if out.numel() == 0:
         return
-    native = runs_native("linf_step", out, grad)
+    native = runs_native("linf_step", out, grad) and out.ndim > 0
     if not native and not runs_triton(out):
-        out.copy_(linf_step_reference(x_adv, grad, x, alpha, eps if radii is None else radii, low, high))
+        _definition_out(x_adv, grad, x, radii, alpha, eps, low, high, out)
         return
     dense_out = out if _native.dense(out) else torch.empty_like(out)
     x_adv, grad, x = (_laid_out_like(dense_out, tensor) for tensor in (x_adv, grad, x))
@@ -129,7 +150,7 @@ def _linf_step_out(
         out.copy_(dense_out)
 
 
-@torch.library.custom_op("mimir_fast::linf_step", mutates_args=())
+@register_op("linf_step", _definition)
 def _linf_step(
     x_adv: Tensor, grad: Tensor, x: Tensor, radii: Tensor | None, alpha: float, eps: float, low: float, high: float
 ) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mimir_fast import _native
 from mimir_fast.ops import _checks
-from mimir_fast.ops._autograd import differentiate_twice
 from mimir_fast.ops._dispatch import runs_native, runs_triton
+from mimir_fast.ops._op import differentiated_again, gradients_of, register_op
 from mimir_fast.ops._precision import accumulation_dtype
 from mimir_fast.ops.patches import NORM_EPS, check_targets, masked_targets, masked_targets_reference
 
@@ -59,8 +59,8 @@ def masked_loss(
         kind: squared (`l2`, MAE) or absolute (`l1`, SimMIM) errors.
         reduction: their `mean` or `sum`.
     Returns:
-        float32 (float64 for a float64 prediction), the same bits for any number of threads; twice differentiable. If
-        the images need a gradient too, their target is made as a tensor.
+        float32 (float64 for a float64 prediction), the same bits for any number of threads; derivatives of any order.
+        If the images need a gradient too, their target is made as a tensor.
     Raises:
         ValueError: sizes or devices do not fit, an unknown option, ids out of range or repeated (on CUDA: with
             MIMIR_FAST_DEBUG=1).
@@ -73,7 +73,7 @@ def masked_loss(
     _checks.check_same_device(prediction=prediction_BMP, images=images_BCHW)
     wanted = (*ids_BM.shape, patch_size**2 * images_BCHW.shape[1])
     if prediction_BMP.shape != wanted:
-        raise ValueError(f"wanted a prediction (B, M, P) = {tuple(wanted)}, got {tuple(prediction_BMP.shape)}")
+        raise ValueError(f"prediction must be (B, M, P) = {tuple(wanted)}, got {tuple(prediction_BMP.shape)}")
     if torch.is_grad_enabled() and images_BCHW.requires_grad:
         return _error(
             prediction_BMP, masked_targets(images_BCHW, ids_BM, patch_size, norm_pix=norm_pix), kind, reduction
@@ -89,7 +89,21 @@ def _error(prediction_BMP: Tensor, target_BMP: Tensor, kind: str, reduction: str
     return error(prediction_BMP.to(dtype), target_BMP.to(dtype), reduction=reduction)
 
 
-@torch.library.custom_op("mimir_fast::masked_loss", mutates_args=())
+def _definition(
+    prediction_BMP: Tensor,
+    images_BCHW: Tensor,
+    ids_BM: Tensor,
+    patch_size: int,
+    norm_pix: bool,
+    kind: str,
+    reduction: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    target = masked_targets_reference(images_BCHW, ids_BM, patch_size, norm_pix)
+    return _error(prediction_BMP, target, kind, reduction), prediction_BMP.new_empty(0)
+
+
+@register_op("masked_loss", _definition)
 def _masked_loss(
     prediction_BMP: Tensor,
     images_BCHW: Tensor,
@@ -156,59 +170,18 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     gradient, prediction, images, ids = ctx.saved_tensors
+    if differentiated_again():
+
+        def definition(prediction: Tensor) -> Tensor:
+            return _definition(prediction, images, ids, *ctx.options, False)[0]
+
+        return *gradients_of(definition, (prediction,), (True,), (grad,)), *[None] * 7
     # Looking at a number of the CPU costs nothing; while a graph is traced there is none. A leaf would keep the tensor
     # and add to it.
-    looks = type(grad) is Tensor and grad.device.type == "cpu" and not torch.is_grad_enabled()
+    looks = type(grad) is Tensor and grad.device.type == "cpu"
     if not (looks and not prediction.is_leaf and grad == 1):
-        gradient = _masked_loss_backward(grad, gradient, prediction, images, ids, *ctx.options)
+        gradient = gradient * grad
     return gradient, *[None] * 7
 
 
 _masked_loss.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-@torch.library.custom_op("mimir_fast::masked_loss_backward", mutates_args=())
-def _masked_loss_backward(
-    grad: Tensor,
-    gradient_BMP: Tensor,
-    prediction_BMP: Tensor,
-    images_BCHW: Tensor,
-    ids_BM: Tensor,
-    patch_size: int,
-    norm_pix: bool,
-    kind: str,
-    reduction: str,
-) -> Tensor:
-    """grad · gradient. The rest is what the second derivative is taken of."""
-    return gradient_BMP * grad
-
-
-@_masked_loss_backward.register_fake
-def _(
-    grad: Tensor,
-    gradient_BMP: Tensor,
-    prediction_BMP: Tensor,
-    images_BCHW: Tensor,
-    ids_BM: Tensor,
-    patch_size: int,
-    norm_pix: bool,
-    kind: str,
-    reduction: str,
-) -> Tensor:
-    return torch.empty_like(gradient_BMP)
-
-
-def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, _, prediction, images, ids, *ctx.options = inputs
-    ctx.save_for_backward(grad, prediction, images, ids)
-
-
-def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-    grad, prediction, images, ids = ctx.saved_tensors
-    (to_prediction,), (to_grad,) = differentiate_twice(
-        lambda given: masked_loss_reference(given, images, ids, *ctx.options), (prediction,), (grad,), (cotangent,)
-    )
-    return to_grad, None, to_prediction, *[None] * 6
-
-
-_masked_loss_backward.register_autograd(_second_backward, setup_context=_save_for_second)

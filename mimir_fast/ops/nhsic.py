@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimir_fast.ops._autograd import differentiate_twice
 from mimir_fast.ops._checks import as_samples, check_positive
+from mimir_fast.ops._op import differentiated_again, gradients_of, register_op
 from mimir_fast.ops._precision import accumulation_dtype
-from mimir_fast.ops.bandwidth import gamma
-from mimir_fast.ops.rbf import rbf_minus_one, rbf_minus_one_reference
+from mimir_fast.ops.dependence.bandwidth import gamma
+from mimir_fast.ops.dependence.rbf import rbf_minus_one, rbf_minus_one_reference
 
 
 def center(k_NN: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def nhsic(x: Tensor, y: Tensor, *, sigma: float = 5.0, eps: float = 1e-5) -> Ten
         eps: regularisation, > 0 (the authors' 1e-5). It has to stand above the rounding of the kernels, about 1e-7 in
             float32: below, K̄ + eps·N·I may have negative eigenvalues and no Cholesky factor.
     Returns:
-        scalar, float32 (float64 if an input is), differentiable to both inputs, twice through the definition. NaN, with
+        scalar, float32 (float64 if an input is), differentiable to both inputs, any number of times. NaN, with
         NaN gradients, where a factorisation failed: raise eps, or give float64.
     Raises:
         TypeError: an input is not a floating-point tensor.
@@ -65,7 +65,13 @@ def nhsic(x: Tensor, y: Tensor, *, sigma: float = 5.0, eps: float = 1e-5) -> Ten
     return value.to(accumulation_dtype(x, y))
 
 
-@torch.library.custom_op("mimir_fast::nhsic_from_kernels", mutates_args=())
+def _definition(k_NN: Tensor, l_NN: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`_nhsic_from_kernels_reference` as the op is called; no backward pass of ours reads the inverses then."""
+    nothing = k_NN.new_empty(0, 0)
+    return _nhsic_from_kernels_reference(k_NN, l_NN, eps), nothing, nothing
+
+
+@register_op("nhsic_from_kernels", _definition)
 def _nhsic_from_kernels(k_NN: Tensor, l_NN: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     n = k_NN.shape[0]
     p_x, p_y = (_inverse(_regularised(k, eps * n)) for k in (k_NN, l_NN))
@@ -125,25 +131,16 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-    grad_k, grad_l = _nhsic_from_kernels_backward(grads[0], *ctx.saved_tensors, ctx.eps)
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    k, l_, p_x, p_y = ctx.saved_tensors
+    if differentiated_again():
+
+        def definition(k: Tensor, l_: Tensor) -> Tensor:
+            return _nhsic_from_kernels_reference(k, l_, ctx.eps)
+
+        return *gradients_of(definition, (k, l_), ctx.needs_input_grad[:2], (grad,)), None
+    grad_k, grad_l = _nhsic_from_kernels_backward(grad, k, l_, p_x, p_y, ctx.eps)
     return grad_k, grad_l, None
 
 
 _nhsic_from_kernels.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.eps = inputs[5]
-    ctx.save_for_backward(*inputs[:3])
-
-
-def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    grad, k, l_ = ctx.saved_tensors
-    to_inputs, to_grad = differentiate_twice(
-        lambda k, l_: _nhsic_from_kernels_reference(k, l_, ctx.eps), (k, l_), (grad,), cotangents
-    )
-    return (*to_grad, *to_inputs, None, None, None)
-
-
-_nhsic_from_kernels_backward.register_autograd(_second_backward, setup_context=_save_for_second)

@@ -12,6 +12,7 @@ from torch import Tensor
 from mimir_fast import _native, philox
 from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
+from mimir_fast.ops._op import register_op
 from mimir_fast.ops.patches import check_images, patchify_gather_reference
 from mimir_fast.philox import Stream, signed_seed, steps_of
 
@@ -62,12 +63,25 @@ def noisy_patches(
     _checks.check_same_device(images=images_BCHW, samples_B=samples_B)
     _checks.check_eps(eps, images_BCHW.shape)
     if samples_B.shape != images_BCHW.shape[:1]:
-        raise ValueError(f"wanted samples_B ({len(images_BCHW)},), one for each image, got {tuple(samples_B.shape)}")
+        raise ValueError(f"samples_B must be ({len(images_BCHW)},), one for each image, got {tuple(samples_B.shape)}")
     steps = steps_of(step, samples_B)
     return _noisy_patches(images_BCHW, ids_BK, samples_B, steps, patch_size, signed_seed(seed), int(stream), float(eps))
 
 
-@torch.library.custom_op("mimir_fast::noisy_patches", mutates_args=())
+def _definition(
+    images_BCHW: Tensor,
+    ids_BK: Tensor,
+    samples_B: Tensor,
+    steps_B: Tensor,
+    patch_size: int,
+    seed: int,
+    stream: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return noisy_patches_reference(images_BCHW, ids_BK, patch_size, samples_B, seed, steps_B, eps, stream)
+
+
+@register_op("noisy_patches", _definition)
 def _noisy_patches(
     images_BCHW: Tensor,
     ids_BK: Tensor,
@@ -88,14 +102,14 @@ def _noisy_patches(
         from mimir_kernels import noisy_patches as kernels
 
         kernels.noisy_patches(images_BCHW, ids, samples, steps, clean, noisy, patch_size, seed, stream, eps)
-    elif runs_native("noisy_patches", images_BCHW, dtype=torch.uint8 if is_uint8 else torch.float32):
+        return clean, noisy
+    if runs_native("noisy_patches", images_BCHW, dtype=torch.uint8 if is_uint8 else torch.float32):
         _native.run(
             *("noisy_patches", images_BCHW, ids, samples, steps, clean, noisy, *ids.shape, C, patch_size, columns),
             *(images_BCHW.stride(), is_uint8, seed % 2**64, stream, eps),
         )
-    else:
-        return noisy_patches_reference(images_BCHW, ids, patch_size, samples, seed, steps, eps, stream)
-    return clean, noisy
+        return clean, noisy
+    return _definition(images_BCHW, ids, samples, steps, patch_size, seed, stream, eps)
 
 
 @_noisy_patches.register_fake

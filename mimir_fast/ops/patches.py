@@ -3,8 +3,8 @@
 Pixel order inside a patch is (row, column, channel), channel fastest, as in MAE and MIMIR; uint8 images become float
 in [0, 1]. Shapes: B images, C channels, N = (H/p)·(W/p) patches of P = p·p·C numbers, K kept, M masked.
 
-`patchify_gather` is linear and its adjoint an op of its own, so derivatives of any order exist; the rest of the file
-(`gather_patches`, `scatter_patches`, on tokens) is in `tokens.py`.
+`patchify_gather` is linear and `unpatchify_visible`, its adjoint, an op too, so derivatives of any order exist.
+`masked_targets` is `patchify_gather` with a normalisation on the way. The ops on tokens are in `tokens.py`.
 """
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
+from mimir_fast.ops._op import register_op
 from mimir_fast.ops.tokens import (
     gather_patches,
     gather_patches_reference,
     place_patches,
+    place_patches_reference,
     scatter_patches,
     scatter_patches_reference,
 )
@@ -85,6 +87,14 @@ def as_images(patches_BNP: Tensor) -> Tensor:
     return patches_BNP.transpose(1, 2).unsqueeze(-1)
 
 
+def unpatchify_visible_reference(
+    patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, height: int, width: int
+) -> Tensor:
+    """The definition of `unpatchify_visible`."""
+    num_patches = height // patch_size * (width // patch_size)
+    return unpatchify(place_patches_reference(patches_BKP, ids_BK, num_patches), patch_size, height)
+
+
 def unpatchify_visible(patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     """(B, C, H, W) images with the patches in the places `ids_BK`, zero elsewhere: the adjoint of `patchify_gather`.
 
@@ -99,7 +109,7 @@ def unpatchify_visible(patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, hei
         )
     _check_size(height, width, patch_size)
     _checks.check_ids_of("ids", ids_BK, patches_BKP)
-    return _patchify_adjoint(patches_BKP, ids_BK, patch_size, height, width)
+    return _unpatchify_visible(patches_BKP, ids_BK, patch_size, height, width)
 
 
 def patchify_gather_reference(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> Tensor:
@@ -118,7 +128,7 @@ def patchify_gather(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> Ten
         TypeError: images of another integer dtype, or ids that are not int64.
     """
     check_images(images_BCHW, ids_BK, patch_size)
-    return _patchify_gather(images_BCHW, ids_BK, patch_size)
+    return _patchify_gather(images_BCHW, ids_BK, patch_size, None)
 
 
 def normalize_patches(patches_BMP: Tensor, eps: float = NORM_EPS) -> Tensor:
@@ -142,9 +152,7 @@ def masked_targets(images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, *, norm
     One pass over the masked pixels; differentiable in float images. Arguments and errors as for `patchify_gather`.
     """
     check_targets(images_BCHW, ids_BM, patch_size, norm_pix)
-    if not norm_pix:
-        return _patchify_gather(images_BCHW, ids_BM, patch_size)
-    return _normalized_targets(images_BCHW, ids_BM, patch_size, NORM_EPS)
+    return _patchify_gather(images_BCHW, ids_BM, patch_size, NORM_EPS if norm_pix else None)
 
 
 def _check_size(height: int, width: int, patch_size: int) -> None:
@@ -169,117 +177,98 @@ def check_images(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> None:
     _checks.check_ids_of("ids", ids_BK, images_BCHW)
 
 
-def _read(images: Tensor, ids: Tensor, patch_size: int, norm_eps: float | None) -> Tensor:
-    """The patches by the best kernel there is, normalised if `norm_eps` is given."""
-    _, C, H, W = images.shape
-    columns = W // patch_size
-    _checks.check_ids("ids", ids, H // patch_size * columns)
-    ids = ids.contiguous()
-    is_uint8 = images.dtype == torch.uint8
-    dtype = torch.float32 if is_uint8 else images.dtype
-    norm, eps = norm_eps is not None, norm_eps or 0.0
-    shape = (*ids.shape, patch_size**2 * C)
-    if runs_triton(images):
-        from mimir_kernels import patches as kernels
-
-        out = torch.empty(shape, dtype=dtype, device=images.device)
-        kernels.patchify_gather(images, ids, out, patch_size, norm, eps)
-        return out
-    if runs_native("patchify_gather", images, dtype=torch.uint8 if is_uint8 else torch.float32):
-        out = torch.empty(shape)
-        layout = (C, patch_size, columns, images.stride())
-        _native.run("patchify_gather", images, ids, out, *ids.shape, *layout, is_uint8, norm, eps)
-        return out
-    return masked_targets_reference(images, ids, patch_size, norm, eps)
-
-
 def _new_patches(images: Tensor, ids: Tensor, patch_size: int) -> Tensor:
     dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
     return images.new_empty((*ids.shape, patch_size**2 * images.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("mimir_fast::patchify_gather", mutates_args=())
-def _patchify_gather(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> Tensor:
-    return _read(images_BCHW, ids_BK, patch_size, None)
+def _definition(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int, norm_eps: float | None) -> Tensor:
+    eps = 0.0 if norm_eps is None else norm_eps
+    return masked_targets_reference(images_BCHW, ids_BK, patch_size, norm_eps is not None, eps)
+
+
+@register_op("patchify_gather", _definition)
+def _patchify_gather(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int, norm_eps: float | None) -> Tensor:
+    """The patches, normalised if `norm_eps` is given: `patchify_gather` and `masked_targets` are one op."""
+    _, C, H, W = images_BCHW.shape
+    columns = W // patch_size
+    _checks.check_ids("ids", ids_BK, H // patch_size * columns)
+    ids, is_uint8 = ids_BK.contiguous(), images_BCHW.dtype == torch.uint8
+    norm, eps = norm_eps is not None, norm_eps or 0.0
+    if runs_triton(images_BCHW):
+        from mimir_kernels import patches as kernels
+
+        out = _new_patches(images_BCHW, ids, patch_size)
+        kernels.patchify_gather(images_BCHW, ids, out, patch_size, norm, eps)
+        return out
+    if runs_native("patchify_gather", images_BCHW, dtype=torch.uint8 if is_uint8 else torch.float32):
+        out = _new_patches(images_BCHW, ids, patch_size)
+        layout = (C, patch_size, columns, images_BCHW.stride())
+        _native.run("patchify_gather", images_BCHW, ids, out, *ids.shape, *layout, is_uint8, norm, eps)
+        return out
+    return _definition(images_BCHW, ids, patch_size, norm_eps)
 
 
 @_patchify_gather.register_fake
-def _(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> Tensor:
+def _(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int, norm_eps: float | None) -> Tensor:
     return _new_patches(images_BCHW, ids_BK, patch_size)
 
 
-@torch.library.custom_op("mimir_fast::patchify_gather_adjoint", mutates_args=())
-def _patchify_adjoint(patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """(B, C, H, W): the patches in their places, zero elsewhere."""
+@register_op("unpatchify_visible", unpatchify_visible_reference)
+def _unpatchify_visible(patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     _checks.check_ids("ids", ids_BK, height // patch_size * (width // patch_size))
     patches, ids, p = patches_BKP.contiguous(), ids_BK.contiguous(), patch_size
     B, K, P = patches.shape
-    images = patches.new_zeros((B, P // p**2, height, width))
     if runs_triton(patches, any_dtype=True):
         from mimir_kernels import patches as kernels
 
-        kernels.patchify_scatter(patches, ids, images, p)
-    elif runs_native("patchify_scatter", patches):
+        images = patches.new_zeros((B, P // p**2, height, width))
+        kernels.unpatchify_visible(patches, ids, images, p)
+        return images
+    if runs_native("unpatchify_visible", patches):
+        images = patches.new_zeros((B, P // p**2, height, width))
         layout = (P // p**2, p, width // p, images.stride())
-        _native.run("patchify_scatter", patches, ids, images, B, K, *layout)
-    else:
-        full = patches.new_zeros((B, height // p * (width // p), P))
-        return unpatchify(full.scatter_(1, ids.unsqueeze(-1).expand(-1, -1, P), patches), p, height)
-    return images
+        _native.run("unpatchify_visible", patches, ids, images, B, K, *layout)
+        return images
+    return unpatchify_visible_reference(patches, ids, p, height, width)
 
 
-@_patchify_adjoint.register_fake
+@_unpatchify_visible.register_fake
 def _(patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     B, _, P = patches_BKP.shape
     return patches_BKP.new_empty((B, P // patch_size**2, height, width))
 
 
-@torch.library.custom_op("mimir_fast::normalized_targets", mutates_args=())
-def _normalized_targets(images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, eps: float) -> Tensor:
-    return _read(images_BCHW, ids_BM, patch_size, eps)
-
-
-@_normalized_targets.register_fake
-def _(images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, eps: float) -> Tensor:
-    return _new_patches(images_BCHW, ids_BM, patch_size)
-
-
 def _gather_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    images, ids, ctx.patch_size = inputs
+    images, ids, ctx.patch_size, ctx.norm_eps = inputs
     ctx.size = images.shape[2:]
-    ctx.save_for_backward(ids)
+    ctx.save_for_backward(ids, *([] if ctx.norm_eps is None else [images]))
 
 
 def _gather_backward(ctx, grad_BKP: Tensor):  # type: ignore[no-untyped-def]
-    return _patchify_adjoint(grad_BKP, ctx.saved_tensors[0], ctx.patch_size, *ctx.size), None, None
+    ids, *images = ctx.saved_tensors
+    if images:
+        grad_BKP = _through_normalisation(grad_BKP, _patchify_gather(*images, ids, ctx.patch_size, None), ctx.norm_eps)
+    return _unpatchify_visible(grad_BKP, ids, ctx.patch_size, *ctx.size), None, None, None
 
 
-def _adjoint_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _through_normalisation(grad_BMP: Tensor, x_BMP: Tensor, eps: float) -> Tensor:
+    """With y = (x − mean)/s: dx = (g − mean(g) − y·⟨g, y⟩/(P − 1))/s, from operations that can be derived again."""
+    centred = x_BMP - x_BMP.mean(-1, keepdim=True)
+    s = (x_BMP.var(-1, keepdim=True) + eps).sqrt()
+    y = centred / s
+    along = (grad_BMP * y).sum(-1, keepdim=True) / (x_BMP.shape[-1] - 1)
+    return (grad_BMP - grad_BMP.mean(-1, keepdim=True) - y * along) / s
+
+
+def _visible_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, ids, ctx.patch_size, _, _ = inputs
     ctx.save_for_backward(ids)
 
 
-def _adjoint_backward(ctx, grad_BCHW: Tensor):  # type: ignore[no-untyped-def]
-    return _patchify_gather(grad_BCHW, ctx.saved_tensors[0], ctx.patch_size), None, None, None, None
-
-
-def _targets_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    images, ids, ctx.patch_size, ctx.eps = inputs
-    ctx.save_for_backward(images, ids)
-
-
-def _targets_backward(ctx, grad_BMP: Tensor):  # type: ignore[no-untyped-def]
-    """With y = (x − mean)/s: dx = (g − mean(g) − y·⟨g, y⟩/(P − 1))/s, from ops that can be derived again."""
-    images, ids = ctx.saved_tensors
-    x = _patchify_gather(images, ids, ctx.patch_size)
-    centred = x - x.mean(-1, keepdim=True)
-    s = (x.var(-1, keepdim=True) + ctx.eps).sqrt()
-    y = centred / s
-    along = (grad_BMP * y).sum(-1, keepdim=True) / (x.shape[-1] - 1)
-    grad_x = (grad_BMP - grad_BMP.mean(-1, keepdim=True) - y * along) / s
-    return _patchify_adjoint(grad_x, ids, ctx.patch_size, *images.shape[2:]), None, None, None
+def _visible_backward(ctx, grad_BCHW: Tensor):  # type: ignore[no-untyped-def]
+    return _patchify_gather(grad_BCHW, ctx.saved_tensors[0], ctx.patch_size, None), None, None, None, None
 
 
 _patchify_gather.register_autograd(_gather_backward, setup_context=_gather_context)
-_patchify_adjoint.register_autograd(_adjoint_backward, setup_context=_adjoint_context)
-_normalized_targets.register_autograd(_targets_backward, setup_context=_targets_context)
+_unpatchify_visible.register_autograd(_visible_backward, setup_context=_visible_context)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
+from mimir_fast.ops._op import register_op
 from mimir_fast.ops.tokens import dense_rows, place_patches
 
 
@@ -62,14 +63,14 @@ def add_positions(
         _checks.check_ids_of("ids", ids_BT, tokens_BKD)
     given = len(positions_RD) if ids_BT is None else ids_BT.shape[1]
     if given != len(prefix) + tokens_BKD.shape[1]:
-        what = "positions" if ids_BT is None else "ids an image"
-        raise ValueError(f"wanted {len(prefix)} + {tokens_BKD.shape[1]} {what}, of prefix and tokens, got {given}")
+        name = "rows of positions" if ids_BT is None else "ids of an image"
+        raise ValueError(f"{name} must be {len(prefix)} + {tokens_BKD.shape[1]}, for prefix and tokens, got {given}")
     _checks.check_same_device(tokens=tokens_BKD, positions=positions_RD, prefix=prefix)
     _checks.check_floating(tokens=tokens_BKD, positions=positions_RD, prefix=prefix)
     return _add_positions(tokens_BKD, ids_BT, positions_RD.to(dtype), prefix.to(dtype))
 
 
-@torch.library.custom_op("mimir_fast::add_positions", mutates_args=())
+@register_op("add_positions", add_positions_reference)
 def _add_positions(tokens_BKD: Tensor, ids_BT: Tensor | None, positions_RD: Tensor, prefix_FD: Tensor) -> Tensor:
     if ids_BT is not None:
         _checks.check_ids("ids", ids_BT, len(positions_RD))

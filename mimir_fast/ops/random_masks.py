@@ -14,6 +14,7 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
+from mimir_fast.ops._op import register_op
 from mimir_fast.philox import Stream, random_bits, signed_seed, steps_of
 
 TokenOrder = Literal["shuffled", "sorted"]
@@ -66,15 +67,23 @@ def random_masks(
         ValueError: num_keep or num_patches out of range, an unknown order.    TypeError: samples_B is not int64.
     """
     if not 1 <= num_keep <= num_patches <= 65536:
-        raise ValueError(f"wanted 1 <= num_keep <= num_patches <= 65536, got num_keep={num_keep}, {num_patches=}")
-    if order not in get_args(TokenOrder):
-        raise ValueError(f"order must be one of {get_args(TokenOrder)}, got {order!r}")
+        raise ValueError(
+            f"num_keep and num_patches must be 1 <= num_keep <= num_patches <= 65536, got {num_keep} and {num_patches}"
+        )
+    _checks.check_choice("order", order, get_args(TokenOrder))
     _checks.check_index_dtype("samples_B", samples_B)
     steps = steps_of(step, samples_B)
     return _random_masks(samples_B, steps, num_patches, num_keep, signed_seed(seed), int(stream), order == "shuffled")
 
 
-@torch.library.custom_op("mimir_fast::random_masks", mutates_args=())
+def _definition(
+    samples_B: Tensor, steps_B: Tensor, num_patches: int, num_keep: int, seed: int, stream: int, shuffled: bool
+) -> tuple[Tensor, Tensor]:
+    order: TokenOrder = "shuffled" if shuffled else "sorted"
+    return random_masks_reference(samples_B, num_patches, num_keep, seed, steps_B, stream, order)
+
+
+@register_op("random_masks", _definition)
 def _random_masks(
     samples_B: Tensor, steps_B: Tensor, num_patches: int, num_keep: int, seed: int, stream: int, shuffled: bool
 ) -> tuple[Tensor, Tensor]:
@@ -100,8 +109,7 @@ def _random_masks(
             shuffled,
         )
         return keep, masked
-    order: TokenOrder = "shuffled" if shuffled else "sorted"
-    return random_masks_reference(samples, num_patches, num_keep, seed, steps, stream, order)
+    return _definition(samples, steps, num_patches, num_keep, seed, stream, shuffled)
 
 
 @_random_masks.register_fake

@@ -12,6 +12,7 @@ from torch import Tensor
 from mimir_fast import _native, philox
 from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
+from mimir_fast.ops._op import register_op
 from mimir_fast.philox import Stream, signed_seed, steps_of
 
 
@@ -76,13 +77,13 @@ def random_start_linf(
     _checks.check_eps(eps, x.shape)
     _checks.check_range(clamp)
     if len(x) != len(samples_B):
-        raise ValueError(f"wanted one sample index for each of the {len(x)} rows of x, got {len(samples_B)}")
+        raise ValueError(f"samples_B must have one index for each of the {len(x)} rows of x, got {len(samples_B)}")
     low, high = float(clamp[0]), float(clamp[1])
     steps = steps_of(step, samples_B)
     if isinstance(eps, Tensor):
         noise = 2 * random_uniform(seed, stream, steps, samples_B, x[0].numel() if len(x) else 0) - 1
         return (x + (noise.view(x.shape) * eps.detach()).to(x.dtype)).clamp(low, high)
-    return _random_start(x, samples_B, steps, signed_seed(seed), int(stream), float(eps), low, high)
+    return _random_start_linf(x, samples_B, steps, signed_seed(seed), int(stream), float(eps), low, high)
 
 
 def _check_samples(samples_B: Tensor) -> None:
@@ -91,14 +92,18 @@ def _check_samples(samples_B: Tensor) -> None:
         raise ValueError(f"samples_B must be (B,), got {tuple(samples_B.shape)}")
 
 
-@torch.library.custom_op("mimir_fast::random_uniform", mutates_args=())
+def _uniform(samples_B: Tensor, steps_B: Tensor, num: int, seed: int, stream: int) -> Tensor:
+    return philox.uniform(seed, stream, steps_B, samples_B, num)
+
+
+@register_op("random_uniform", _uniform)
 def _random_uniform(samples_B: Tensor, steps_B: Tensor, num: int, seed: int, stream: int) -> Tensor:
     if runs_triton(samples_B):
         from mimir_kernels import random_uniform as kernels
 
         return kernels.random_uniform(samples_B.contiguous(), steps_B.contiguous(), num, seed, stream)
     if not runs_native("random_uniform", samples_B, dtype=None):
-        return philox.uniform(seed, stream, steps_B, samples_B, num)
+        return _uniform(samples_B, steps_B, num, seed, stream)
     out = torch.empty(len(samples_B), num)
     samples, steps = samples_B.contiguous(), steps_B.contiguous()
     _native.run("random_uniform", samples, steps, out, len(out), num, seed % 2**64, stream)
@@ -110,8 +115,14 @@ def _(samples_B: Tensor, steps_B: Tensor, num: int, seed: int, stream: int) -> T
     return samples_B.new_empty((len(samples_B), num), dtype=torch.float32)
 
 
-@torch.library.custom_op("mimir_fast::random_start", mutates_args=())
-def _random_start(
+def _definition(
+    x: Tensor, samples_B: Tensor, steps_B: Tensor, seed: int, stream: int, eps: float, low: float, high: float
+) -> Tensor:
+    return random_start_linf_reference(x, samples_B, seed, steps_B, eps, stream, low, high)
+
+
+@register_op("random_start_linf", _definition)
+def _random_start_linf(
     x: Tensor, samples_B: Tensor, steps_B: Tensor, seed: int, stream: int, eps: float, low: float, high: float
 ) -> Tensor:
     x = x.contiguous()
@@ -119,16 +130,16 @@ def _random_start(
     if runs_triton(x):
         from mimir_kernels import random_uniform as kernels
 
-        return kernels.random_start(x, samples, steps, seed, stream, eps, low, high)
-    if runs_native("random_start", x):
+        return kernels.random_start_linf(x, samples, steps, seed, stream, eps, low, high)
+    if runs_native("random_start_linf", x):
         out = torch.empty_like(x)
         num = x.numel() // max(len(x), 1)
-        _native.run("random_start", x, samples, steps, out, len(x), num, seed % 2**64, stream, eps, low, high)
+        _native.run("random_start_linf", x, samples, steps, out, len(x), num, seed % 2**64, stream, eps, low, high)
         return out
-    return random_start_linf_reference(x, samples, seed, steps, eps, stream, low, high).contiguous()
+    return _definition(x, samples, steps, seed, stream, eps, low, high)
 
 
-@_random_start.register_fake
+@_random_start_linf.register_fake
 def _(
     x: Tensor, samples_B: Tensor, steps_B: Tensor, seed: int, stream: int, eps: float, low: float, high: float
 ) -> Tensor:
@@ -145,4 +156,4 @@ def _backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
     return grad_out * ((out > ctx.low) & (out < ctx.high)), None, None, None, None, None, None, None
 
 
-_random_start.register_autograd(_backward, setup_context=_setup_context)
+_random_start_linf.register_autograd(_backward, setup_context=_setup_context)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mimir_fast.ops._checks import as_samples, check_positive
 from mimir_fast.ops._precision import accumulation_dtype
-from mimir_fast.ops.bandwidth import Bandwidth, gamma
-from mimir_fast.ops.pair_sums import pair_sums
-from mimir_fast.ops.rbf import rbf_minus_one, rbf_minus_one_reference
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, gamma
+from mimir_fast.ops.dependence.pair_sums import pair_sums
+from mimir_fast.ops.dependence.rbf import rbf_minus_one, rbf_minus_one_reference
 
 
 def renyi_mi_reference(

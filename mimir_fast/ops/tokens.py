@@ -15,11 +15,18 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
+from mimir_fast.ops._op import register_op
 
 
 def gather_patches_reference(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
     """The definition of `gather_patches`; every kernel is tested against it."""
     return torch.gather(x_BND, 1, ids_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
+
+
+def place_patches_reference(visible_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
+    """The definition of `place_patches`."""
+    B, K, D = visible_BKD.shape
+    return visible_BKD.new_zeros((B, num_patches, D)).scatter(1, ids_BK.unsqueeze(-1).expand(B, K, D), visible_BKD)
 
 
 def scatter_patches_reference(
@@ -42,7 +49,7 @@ def gather_patches(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
     if x_BND.ndim != 3:
         raise ValueError(f"x must be (B, N, D), got {tuple(x_BND.shape)}")
     _checks.check_ids_of("ids", ids_BK, x_BND)
-    return _gather(x_BND, ids_BK)
+    return _gather_patches(x_BND, ids_BK)
 
 
 def place_patches(visible_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
@@ -57,7 +64,7 @@ def place_patches(visible_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tens
             f"visible must be (B, K, D) with ids (B, K), got {tuple(visible_BKD.shape)} and {tuple(ids_BK.shape)}"
         )
     _checks.check_ids_of("ids", ids_BK, visible_BKD)
-    return _gather_adjoint(visible_BKD, ids_BK, num_patches)
+    return _place_patches(visible_BKD, ids_BK, num_patches)
 
 
 def scatter_patches(visible_BKD: Tensor, ids_keep_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
@@ -84,7 +91,7 @@ def scatter_patches(visible_BKD: Tensor, ids_keep_BK: Tensor, mask_token_D: Tens
     _checks.check_same_device(visible=visible_BKD, mask_token=mask_token_D, pos_embed=pos_embed_ND)
     _checks.check_floating(visible=visible_BKD, mask_token=mask_token_D, pos_embed=pos_embed_ND)
     dtype = visible_BKD.dtype
-    return _scatter_tokens(visible_BKD, ids_keep_BK, mask_token_D.to(dtype), pos_embed_ND.to(dtype))
+    return _scatter_patches(visible_BKD, ids_keep_BK, mask_token_D.to(dtype), pos_embed_ND.to(dtype))
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -92,8 +99,8 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-@torch.library.custom_op("mimir_fast::gather_patches", mutates_args=())
-def _gather(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
+@register_op("gather_patches", gather_patches_reference)
+def _gather_patches(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
     _checks.check_ids("ids", ids_BK, x_BND.shape[1])
     ids = ids_BK.contiguous()
     if runs_triton(x_BND, any_dtype=True):
@@ -101,7 +108,7 @@ def _gather(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
 
         x = dense_rows(x_BND)
         out = x.new_empty((*ids.shape, x.shape[2]))
-        kernels.gather_rows(x, ids, out)
+        kernels.gather_patches(x, ids, out)
         return out
     B, N, D = x_BND.shape
     if D and x_BND.numel() and x_BND.stride()[1:] == (D, 1) and x_BND.stride(0) % D == 0:
@@ -114,37 +121,36 @@ def _gather(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
     return gather_patches_reference(x_BND, ids)
 
 
-@_gather.register_fake
+@_gather_patches.register_fake
 def _(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
     return x_BND.new_empty((*ids_BK.shape, x_BND.shape[2]))
 
 
-@torch.library.custom_op("mimir_fast::gather_patches_adjoint", mutates_args=())
-def _gather_adjoint(y_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
-    """(B, N, D): y[b, k] at ids[b, k], zero elsewhere."""
+@register_op("place_patches", place_patches_reference)
+def _place_patches(visible_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
     _checks.check_ids("ids", ids_BK, num_patches)
-    y, ids = y_BKD.contiguous(), ids_BK.contiguous()
-    B, K, D = y.shape
-    if runs_triton(y, any_dtype=True):
+    visible, ids = visible_BKD.contiguous(), ids_BK.contiguous()
+    B, K, D = visible.shape
+    if runs_triton(visible, any_dtype=True):
         from mimir_kernels import tokens as kernels
 
-        out = y.new_empty((B, num_patches, D))
-        kernels.scatter_rows(y, kernels.inverse(ids, num_patches), None, None, out)
-    elif runs_native("scatter_rows", y, dtype=None):
-        out = y.new_empty((B, num_patches, D))
-        _native.run("scatter_rows", y, ids, out, B, K, num_patches, D * y.element_size())
-    else:
-        out = y.new_zeros((B, num_patches, D)).scatter_(1, ids.unsqueeze(-1).expand(-1, -1, D), y)
-    return out
+        out = visible.new_empty((B, num_patches, D))
+        kernels.place_patches(visible, kernels.inverse(ids, num_patches), out)
+        return out
+    if runs_native("place_patches", visible, dtype=None):
+        out = visible.new_empty((B, num_patches, D))
+        _native.run("place_patches", visible, ids, out, B, K, num_patches, D * visible.element_size())
+        return out
+    return place_patches_reference(visible, ids, num_patches)
 
 
-@_gather_adjoint.register_fake
-def _(y_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
-    return y_BKD.new_empty((y_BKD.shape[0], num_patches, y_BKD.shape[2]))
+@_place_patches.register_fake
+def _(visible_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
+    return visible_BKD.new_empty((visible_BKD.shape[0], num_patches, visible_BKD.shape[2]))
 
 
-@torch.library.custom_op("mimir_fast::scatter_patches", mutates_args=())
-def _scatter_tokens(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
+@register_op("scatter_patches", scatter_patches_reference)
+def _scatter_patches(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
     N, D = pos_embed_ND.shape
     _checks.check_ids("ids_keep", ids_BK, N)
     visible, ids = dense_rows(visible_BKD), ids_BK.contiguous()
@@ -154,31 +160,35 @@ def _scatter_tokens(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, p
     if runs_triton(visible, any_dtype=True):
         from mimir_kernels import tokens as kernels
 
-        kernels.scatter_rows(visible, kernels.inverse(ids, N), mask_token, pos_embed, out)
+        kernels.scatter_patches(visible, kernels.inverse(ids, N), mask_token, pos_embed, out)
         return out
     is_bf16, size = visible.dtype == torch.bfloat16, visible.element_size()
-    if runs_native("scatter_tokens", visible, pos_embed, dtype=torch.bfloat16 if is_bf16 else torch.float32):
+    if runs_native("scatter_patches", visible, pos_embed, dtype=torch.bfloat16 if is_bf16 else torch.float32):
         strides = size * visible.stride(0), size * visible.stride(1)
-        _native.run("scatter_tokens", visible, ids, mask_token, pos_embed, out, B, K, N, D, *strides, is_bf16)
+        _native.run("scatter_patches", visible, ids, mask_token, pos_embed, out, B, K, N, D, *strides, is_bf16)
     else:
         return scatter_patches_reference(visible, ids, mask_token, pos_embed)
     return out
 
 
-@_scatter_tokens.register_fake
+@_scatter_patches.register_fake
 def _(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
     return visible_BKD.new_empty((visible_BKD.shape[0], *pos_embed_ND.shape))
 
 
-@torch.library.custom_op("mimir_fast::masked_rows", mutates_args=())
-def _masked_rows(ids_BK: Tensor, num_patches: int) -> Tensor:
+def masked_rows_reference(ids_BK: Tensor, num_patches: int) -> Tensor:
     """(B, N) booleans: True where no id names the patch."""
+    return ids_BK.new_ones((ids_BK.shape[0], num_patches), dtype=torch.bool).scatter(1, ids_BK, False)
+
+
+@register_op("masked_rows", masked_rows_reference)
+def _masked_rows(ids_BK: Tensor, num_patches: int) -> Tensor:
     ids = ids_BK.contiguous()
     if runs_triton(ids):
         from mimir_kernels import tokens as kernels
 
         return kernels.inverse(ids, num_patches) < 0
-    return torch.ones((len(ids), num_patches), dtype=torch.bool, device=ids.device).scatter_(1, ids, False)
+    return masked_rows_reference(ids, num_patches)
 
 
 @_masked_rows.register_fake
@@ -193,15 +203,15 @@ def _gather_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def
 
 
 def _gather_backward(ctx, grad_BKD: Tensor):  # type: ignore[no-untyped-def]
-    return _gather_adjoint(grad_BKD, ctx.saved_tensors[0], ctx.num_patches), None
+    return _place_patches(grad_BKD, ctx.saved_tensors[0], ctx.num_patches), None
 
 
-def _adjoint_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _place_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(inputs[1])
 
 
-def _adjoint_backward(ctx, grad_BND: Tensor):  # type: ignore[no-untyped-def]
-    return _gather(grad_BND, ctx.saved_tensors[0]), None, None
+def _place_backward(ctx, grad_BND: Tensor):  # type: ignore[no-untyped-def]
+    return _gather_patches(grad_BND, ctx.saved_tensors[0]), None, None
 
 
 def _scatter_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -214,15 +224,15 @@ def _scatter_backward(ctx, grad_BND: Tensor):  # type: ignore[no-untyped-def]
     grad_token = None
     if needs_token:  # one matrix-vector product instead of a copy of the masked rows
         masked = _masked_rows(ids, grad_BND.shape[1]).to(grad_BND.dtype)
-        grad_token = masked.flatten() @ grad_BND.flatten(0, 1)
+        grad_token = masked.reshape(-1) @ grad_BND.reshape(-1, grad_BND.shape[2])
     return (
-        _gather(grad_BND, ids) if needs_visible else None,
+        _gather_patches(grad_BND, ids) if needs_visible else None,
         None,
         grad_token,
         grad_BND.sum(0) if needs_pos else None,
     )
 
 
-_gather.register_autograd(_gather_backward, setup_context=_gather_context)
-_gather_adjoint.register_autograd(_adjoint_backward, setup_context=_adjoint_context)
-_scatter_tokens.register_autograd(_scatter_backward, setup_context=_scatter_context)
+_gather_patches.register_autograd(_gather_backward, setup_context=_gather_context)
+_place_patches.register_autograd(_place_backward, setup_context=_place_context)
+_scatter_patches.register_autograd(_scatter_backward, setup_context=_scatter_context)

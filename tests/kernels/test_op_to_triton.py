@@ -10,17 +10,8 @@ import torch
 from torch import Tensor
 
 import mimir_fast
-from mimir_fast.ops import (
-    linf_step,
-    masked_loss,
-    noisy_patches,
-    pair_sums,
-    patches,
-    random_masks,
-    random_uniform,
-    rbf,
-    tokens,
-)
+from mimir_fast.ops import linf_step, masked_loss, noisy_patches, patches, random_masks, random_uniform, tokens
+from mimir_fast.ops.dependence import pair_sums, rbf
 
 pytest.importorskip("triton")
 

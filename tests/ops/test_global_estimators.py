@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.ops import global_hsic as row_blocks
-from mimir_fast.ops.bandwidth import gamma
+from mimir_fast.ops.dependence.bandwidth import gamma
+from mimir_fast.ops.dependence.pair_sums import pair_sums_reference
 from mimir_fast.ops.global_batch import gather_batch
 from mimir_fast.ops.global_hsic import global_hsic
 from mimir_fast.ops.hsic import hsic
-from mimir_fast.ops.pair_sums import pair_sums_reference
 
 RANKS, LOCAL = 2, 8
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mimir_fast import cka, hsic, hsic_test
-from mimir_fast.ops.bandwidth import gamma
+from mimir_fast.ops.dependence.bandwidth import gamma
+from mimir_fast.ops.dependence.low_rank import TOLERANCE, rbf_factor
+from mimir_fast.ops.dependence.rbf import rbf_minus_one_reference
 from mimir_fast.ops.independence import CentredKernel, hsic_test_reference, permutations
-from mimir_fast.ops.low_rank import TOLERANCE, rbf_factor
-from mimir_fast.ops.rbf import rbf_minus_one_reference
 
 HYPPO = json.loads((Path(__file__).parents[1] / "golden" / "independence" / "hyppo.json").read_text())
 

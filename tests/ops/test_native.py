@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mimir_fast import _native
+from mimir_fast.ops import _dispatch
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -35,6 +36,34 @@ def test_shares_the_threads_of_torch():
 
 def test_an_older_extension_lacks_a_function():
     assert not _native.has("a_kernel_of_next_year")
+
+
+def test_a_tensor_is_no_number():
+    """As sizes are under torch.jit.trace: their address must not become a count."""
+    x = torch.ones(4)
+    with pytest.raises(TypeError, match=r"linf_step: .* give a number"):
+        _native.run("linf_step", x, x, x, x, x, torch.tensor(4), 1, 1, 0.1, 0.0, 1.0)
+
+
+def test_knows_when_a_call_is_transformed_or_recorded():
+    answers = {}
+
+    def ask(name):
+        def function(x):
+            answers[name] = _native.transformed(), _dispatch.runs_native("linf_step", x)
+            return x + 1
+
+        return function
+
+    x = torch.ones(3)
+    torch.func.vmap(ask("vmap"))(x)
+    torch.func.grad(lambda x: ask("grad")(x).sum())(x)
+    torch.func.jvp(ask("jvp"), (x,), (x,))
+    torch.jit.trace(ask("trace"), x, check_trace=False)
+    with torch.autograd.forward_ad.dual_level():
+        ask("dual level")(x)
+    assert set(answers.values()) == {(True, False)} and len(answers) == 5
+    assert not _native.transformed()
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,11 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
-from mimir_fast.ops import pair_sums as pair_sums_module
-from mimir_fast.ops import pair_tiles
-from mimir_fast.ops.bandwidth import gamma, gamma_or_later
-from mimir_fast.ops.distances import squared_distances
-from mimir_fast.ops.pair_sums import pair_sums, pair_sums_reference
-from mimir_fast.ops.rbf import rbf_minus_one
+from mimir_fast.ops.dependence import pair_sums as pair_sums_module
+from mimir_fast.ops.dependence import pair_tiles
+from mimir_fast.ops.dependence.bandwidth import gamma, gamma_or_later, squared_distances
+from mimir_fast.ops.dependence.pair_sums import pair_sums, pair_sums_reference
+from mimir_fast.ops.dependence.rbf import rbf_minus_one
 
 # (N, D_x, D_y): one tile, its edges, several tiles with a ragged last one, more features than samples
 SHAPES = [(2, 1, 1), (7, 3, 5), (64, 33, 1), (257, 20, 8), (530, 5, 60), (31, 2000, 300)]
@@ -20,8 +19,8 @@ SHAPES = [(2, 1, 1), (7, 3, 5), (64, 33, 1), (257, 20, 8), (530, 5, 60), (31, 20
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of computing a tile."""
     if request.param == "torch":
-        monkeypatch.setattr(pair_tiles, "native", lambda tile: False)
-    elif not _native.has("pair_weight_tile"):
+        monkeypatch.setattr(pair_tiles, "runs_cpp", lambda tile: False)
+    elif not _native.has("pair_weights"):
         pytest.skip("the C++ extension is not built")
     return request.param
 
@@ -107,7 +106,7 @@ def test_same_bits_for_any_number_of_threads(n: int, tiles: str, regime: str) ->
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.skipif(not _native.has("pair_kernel_tile"), reason="the C++ extension is not built")
+@pytest.mark.skipif(not _native.has("kernel_from_gram"), reason="the C++ extension is not built")
 def test_native_expm1_over_its_whole_range() -> None:
     d2 = torch.cat([torch.zeros(1), torch.logspace(-30, 2.5, 4000)])
     # A tile of one row whose Gram entries are 0 and whose norms are d²: what is left is expm1.
@@ -179,11 +178,13 @@ def test_the_median_rule_inside_the_pass(shape: tuple[int, int, int], tiles: str
 def test_registration(keep: bool, needs: tuple[bool, bool], device: torch.device) -> None:
     x, y = (t.requires_grad_(need) for t, need in zip(samples(9, 4, 3, device), needs, strict=True))
     g = gamma(x, 1.0, "reference")
-    torch.library.opcheck(pair_sums_module._pair_sums, (x, y, g, g, keep))
-    torch.library.opcheck(pair_sums_module._pair_sums, (x, y, g.new_empty(0), g, keep))
+    torch.library.opcheck(torch.ops.mimir_fast.pair_sums, (x, y, g, g, keep))
+    torch.library.opcheck(torch.ops.mimir_fast.pair_sums, (x, y, g.new_empty(0), g, keep))
     s, r, q, k, l_, _ = pair_sums_module._pair_sums(x.detach(), y.detach(), g, g, keep)
     grads = torch.ones_like(s), torch.ones_like(r), torch.ones_like(q)
-    torch.library.opcheck(pair_sums_module._pair_sums_backward, (*grads, x, y, g, g, k, l_, *needs))
+    torch.library.opcheck(
+        torch.ops.mimir_fast.pair_sums_backward, (*grads, x.detach(), y.detach(), g, g, k, l_, *needs)
+    )
 
 
 def test_registration_of_the_kernel_matrix(device: torch.device) -> None:
@@ -191,5 +192,4 @@ def test_registration_of_the_kernel_matrix(device: torch.device) -> None:
     g = gamma(x, 1.0, "reference")
     torch.library.opcheck(torch.ops.mimir_fast.rbf_minus_one.default, (x, g))
     k = rbf_minus_one(x, g).detach()
-    backward = torch.ops.mimir_fast.rbf_minus_one_backward.default
-    torch.library.opcheck(backward, (torch.ones_like(k, requires_grad=True), x, g, k))
+    torch.library.opcheck(torch.ops.mimir_fast.rbf_minus_one_backward, (torch.ones_like(k), x.detach(), g, k))

@@ -124,7 +124,7 @@ def test_triton_kernels(case, layout, dtype, triton_device):
     kernels.patchify_gather(images, ids, target, p, True, 1e-6)
     torch.testing.assert_close(target, masked_targets_reference(images, ids, p, True), rtol=1e-4, atol=1e-5)
     back = torch.zeros(B, C, H, W, device=triton_device)
-    kernels.patchify_scatter(patches, ids, back, p)
+    kernels.unpatchify_visible(patches, ids, back, p)
     full = torch.zeros(B, H // p * (W // p), P, device=triton_device)
     full.scatter_(1, ids.unsqueeze(-1).expand(-1, -1, P), patches)
     assert torch.equal(back, unpatchify(full, p, H))
@@ -140,7 +140,7 @@ def test_triton_reads_and_writes_nothing_for_a_wrong_id(triton_device):
     assert torch.equal(patches[:, :1], patchify_gather_reference(images, ids[:, :1], 2))
     assert not patches[:, 1:].any()
     back = torch.zeros(1, 3, 4, 4, device=triton_device)
-    kernels.patchify_scatter(torch.ones_like(patches), ids, back, 2)
+    kernels.unpatchify_visible(torch.ones_like(patches), ids, back, 2)
     assert torch.equal(back[..., 2:, 2:], torch.ones(1, 3, 2, 2, device=triton_device)) and back.sum() == 12
 
 
@@ -151,9 +151,9 @@ def test_registration(dtype, device):
     if dtype == torch.float32:
         images.requires_grad_()
         patches = torch.rand(2, 3, 48, device=device, requires_grad=True)
-        torch.library.opcheck(torch.ops.mimir_fast.patchify_gather_adjoint, (patches, ids, 4, 8, 12))
-    torch.library.opcheck(torch.ops.mimir_fast.patchify_gather, (images, ids, 4))
-    torch.library.opcheck(torch.ops.mimir_fast.normalized_targets, (images, ids, 4, 1e-6))
+        torch.library.opcheck(torch.ops.mimir_fast.unpatchify_visible, (patches, ids, 4, 8, 12))
+    torch.library.opcheck(torch.ops.mimir_fast.patchify_gather, (images, ids, 4, None))
+    torch.library.opcheck(torch.ops.mimir_fast.patchify_gather, (images, ids, 4, 1e-6))
 
 
 def test_compiles_without_graph_break(device):

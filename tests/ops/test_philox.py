@@ -123,11 +123,11 @@ def test_triton_uniform(shape, triton_device):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 21, 20), (3, 5), (1, 4099)], ids=str)
-def test_triton_random_start(shape, triton_device):
+def test_triton_random_start_linf(shape, triton_device):
     from mimir_kernels import random_uniform as kernels
 
     x, samples = torch.rand(shape, device=triton_device), SAMPLES[: shape[0]].to(triton_device)
-    start = kernels.random_start(x, samples, torch.full_like(samples, 9), -5, 2, 0.3, 0.1, 0.9)
+    start = kernels.random_start_linf(x, samples, torch.full_like(samples, 9), -5, 2, 0.3, 0.1, 0.9)
     assert torch.equal(start, random_start_linf_reference(x, samples, -5, 9, 0.3, 2, 0.1, 0.9))
 
 
@@ -136,7 +136,7 @@ def test_registration(device):
     steps = torch.full_like(samples, 2)
     torch.library.opcheck(torch.ops.mimir_fast.random_uniform, (samples, steps, 7, 1, 0))
     for images in (x, x.clone().requires_grad_(), x.contiguous(memory_format=torch.channels_last)):
-        torch.library.opcheck(torch.ops.mimir_fast.random_start, (images, samples, steps, 1, 2, 0.1, 0.0, 1.0))
+        torch.library.opcheck(torch.ops.mimir_fast.random_start_linf, (images, samples, steps, 1, 2, 0.1, 0.0, 1.0))
 
 
 def test_compiles_without_graph_break(device):

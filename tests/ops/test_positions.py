@@ -108,8 +108,8 @@ X, IDS = torch.zeros(2, 3, 8), torch.tensor([[0, 1, 2, 3], [0, 4, 3, 2]])
     [
         ({"positions_RD": torch.zeros(5, 7)}, r"positions must be \(R, 8\)"),
         ({"prefix_FD": torch.zeros(1, 1, 8)}, r"prefix \(F, 8\)"),
-        ({"prefix_FD": None}, "wanted 0 \\+ 3 ids an image, of prefix and tokens, got 4"),
-        ({"ids_BT": None}, "wanted 1 \\+ 3 positions, of prefix and tokens, got 5"),
+        ({"prefix_FD": None}, "ids of an image must be 0 \\+ 3, for prefix and tokens, got 4"),
+        ({"ids_BT": None}, "rows of positions must be 1 \\+ 3, for prefix and tokens, got 5"),
         ({"ids_BT": IDS + 1}, r"ids must lie in \[0, 5\)"),
         ({"positions_RD": torch.zeros(5, 8, device="meta")}, "one device"),
     ],

@@ -101,13 +101,13 @@ def test_triton_kernels(shape, triton_device):
     B, N, K, D = shape
     visible, ids, mask_token, pos_embed = scatter_operands(shape, triton_device)
     x, ids = torch.randn(B, N + 1, D, device=triton_device)[:, 1:], ids.contiguous()
-    y, z, adjoint = (torch.full((B, rows, D), torch.nan, device=triton_device) for rows in (K, N, N))
-    kernels.gather_rows(x, ids, y)
+    y, z, placed = (torch.full((B, rows, D), torch.nan, device=triton_device) for rows in (K, N, N))
+    kernels.gather_patches(x, ids, y)
     assert torch.equal(y, gather_patches_reference(x, ids))
-    kernels.scatter_rows(visible, kernels.inverse(ids, N), mask_token, pos_embed, z)
+    kernels.scatter_patches(visible, kernels.inverse(ids, N), mask_token, pos_embed, z)
     assert torch.equal(z, scatter_patches_reference(visible, ids, mask_token, pos_embed))
-    kernels.scatter_rows(visible, kernels.inverse(ids, N), None, None, adjoint)
-    assert torch.equal(adjoint, torch.zeros_like(z).scatter(1, ids.unsqueeze(-1).expand(-1, -1, D), visible))
+    kernels.place_patches(visible, kernels.inverse(ids, N), placed)
+    assert torch.equal(placed, torch.zeros_like(z).scatter(1, ids.unsqueeze(-1).expand(-1, -1, D), visible))
 
 
 def test_triton_reads_and_writes_nothing_for_a_wrong_id(triton_device):
@@ -117,7 +117,7 @@ def test_triton_reads_and_writes_nothing_for_a_wrong_id(triton_device):
     ids = torch.tensor([[1, -1, 3], [2**40, 0, 2]], device=triton_device)
     x = torch.randn(2, 3, 8, device=triton_device)
     y = torch.full((2, 3, 8), torch.nan, device=triton_device)
-    kernels.gather_rows(x, ids, y)
+    kernels.gather_patches(x, ids, y)
     zeros = torch.zeros(8, device=triton_device)
     for row, wanted in ((y[0], (x[0, 1], zeros, zeros)), (y[1], (zeros, x[1, 0], x[1, 2]))):
         assert torch.equal(row, torch.stack(wanted))
@@ -144,7 +144,7 @@ def test_registration(device):
     leaves = [tensor.requires_grad_() for tensor in (visible, mask_token, pos_embed)]
     x = torch.randn(2, 6, 4, device=device, requires_grad=True)
     torch.library.opcheck(torch.ops.mimir_fast.gather_patches, (x, ids))
-    torch.library.opcheck(torch.ops.mimir_fast.gather_patches_adjoint, (leaves[0], ids, 6))
+    torch.library.opcheck(torch.ops.mimir_fast.place_patches, (leaves[0], ids, 6))
     torch.library.opcheck(torch.ops.mimir_fast.scatter_patches, (leaves[0], ids, *leaves[1:]))
 
 

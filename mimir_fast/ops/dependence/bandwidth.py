@@ -1,5 +1,7 @@
-"""The width of a Gaussian kernel exp(−γ D): γ by the paper, by the authors' code, or by the data.
+"""The squared distances D_ij = ‖x_i − x_j‖² a Gaussian kernel exp(−γ D) is made of, and its width γ.
 
+The samples are centred first: distances do not change, but ‖x‖² is no longer large beside them, which saves digits.
+γ comes from the paper, from the authors' code, or from the data (the median rule).
 Shapes: N samples, flattened to D numbers each.
 """
 
@@ -9,14 +11,29 @@ import torch
 from torch import Tensor
 
 from mimir_fast.ops._checks import check_choice, check_positive
+from mimir_fast.ops._op import register_op
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
-from mimir_fast.ops.distances import squared_distances
 
 Bandwidth = Literal["paper", "reference", "median"]
 BANDWIDTHS = ("paper", "reference", "median")
 
 # The median of N²/2 distances needs them all at once; beyond this many samples, that of evenly spaced rows is taken.
 MEDIAN_ROWS = 2048
+
+
+def centered_rows(x_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    """x minus its mean over the samples, contiguous, in `dtype`."""
+    x = x_ND.to(dtype)
+    return (x - x.mean(dim=0, keepdim=True)).contiguous()
+
+
+def squared_distances(x_ND: Tensor) -> Tensor:
+    """(N, N) squared distances in the dtype of x, ≥ 0, with a diagonal of exact zeros. The definition."""
+    x = x_ND - x_ND.mean(dim=0, keepdim=True)
+    gram = x @ x.mT
+    norms = gram.diagonal()  # of the same product: its rounding cancels
+    d2 = (norms[:, None] + norms[None, :] - 2 * gram).clamp_min(0)
+    return d2 * (1 - torch.eye(x.shape[0], dtype=x.dtype, device=x.device))
 
 
 def gamma(x_ND: Tensor, sigma: float, bandwidth: Bandwidth) -> Tensor:
@@ -37,7 +54,7 @@ def gamma(x_ND: Tensor, sigma: float, bandwidth: Bandwidth) -> Tensor:
 
 
 def gamma_or_later(x_ND: Tensor, sigma: float, bandwidth: Bandwidth) -> Tensor:
-    """`gamma`, or an empty tensor under the median rule of so few samples that `pair_sums` has all distances anyway."""
+    """`gamma`, or an empty tensor where `pair_sums` finds it on its way: by the median rule of few samples."""
     if bandwidth == "median" and x_ND.shape[0] <= MEDIAN_ROWS:
         return x_ND.new_empty(0, dtype=torch.float64)
     return gamma(x_ND, sigma, bandwidth)
@@ -59,9 +76,11 @@ def _gamma(median: Tensor) -> Tensor:
     return 1 / (2 * median.clamp_min(1e-12))
 
 
-@torch.library.custom_op("mimir_fast::median_squared_distance", mutates_args=())
-def _median_squared_distance(x_ND: Tensor) -> Tensor:
-    """The (lower) median of the squared distances between different samples: float64 scalar on the device of x."""
+def median_squared_distance_reference(x_ND: Tensor) -> Tensor:
+    """The (lower) median of the squared distances between different samples: float64 scalar on the device of x.
+
+    Of more than `MEDIAN_ROWS` samples that of so many, evenly spaced.
+    """
     n = x_ND.shape[0]
     if n > MEDIAN_ROWS:
         rows = torch.arange(MEDIAN_ROWS, device=x_ND.device) * n // MEDIAN_ROWS
@@ -70,6 +89,11 @@ def _median_squared_distance(x_ND: Tensor) -> Tensor:
         d2 = squared_distances(x_ND.to(accumulation_dtype(x_ND))).flatten()
     # Each pair occurs twice, after the n zeros of the diagonal.
     return _of_rank(d2, n + (n * (n - 1) - 1) // 2)
+
+
+@register_op("median_squared_distance", median_squared_distance_reference)
+def _median_squared_distance(x_ND: Tensor) -> Tensor:
+    return median_squared_distance_reference(x_ND)
 
 
 @_median_squared_distance.register_fake

@@ -2,10 +2,10 @@
 
     K_ij − 1 = expm1(−γ ‖x_i − x_j‖²)      ∂x_i = −4γ Σ_j C_ij (x_i − x_j),  C = K ∘ (G + Gᵀ)/2  for a gradient G to K
 
-1 is never added: with the authors' σ off-diagonal entries lie around 0.9996, centring removes the 1 anyway, and keeping
-it would leave three digits of the mantissa to the rest.
-An op of its own so that centring, the half Gram matrix and the fused tiles of `pair_tiles.py` serve here too, and so
-that the backward pass is one matrix product instead of the chain through distances.
+The 1 is left out: with the authors' σ the entries of K lie around 0.9996, centring removes the 1 anyway, and with it
+only three digits would be left for the rest.
+This is an op of its own so that the fused tiles of `pair_tiles.py` compute it, and so that its backward pass is one
+matrix product instead of the chain through distances.
 Shapes: N samples, D features.
 """
 
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimir_fast.ops._autograd import differentiate_twice
-from mimir_fast.ops._checks import must_be_finite
+from mimir_fast.ops._checks import check_finite
 from mimir_fast.ops._dispatch import runs_triton
+from mimir_fast.ops._op import differentiated_again, gradients_of, register_op
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
-from mimir_fast.ops.distances import centered_rows, squared_distances
-from mimir_fast.ops.pair_tiles import TiledKernel, lower_tiles
+from mimir_fast.ops.dependence.bandwidth import centered_rows, squared_distances
+from mimir_fast.ops.dependence.pair_tiles import TiledKernel, lower_tiles
 
 
 def rbf_minus_one_reference(x_ND: Tensor, gamma: float | Tensor) -> Tensor:
@@ -36,15 +36,21 @@ def rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
     return _rbf_minus_one(x_ND, gamma)
 
 
-@torch.library.custom_op("mimir_fast::rbf_minus_one", mutates_args=())
+def _definition(x_ND: Tensor, gamma: Tensor) -> Tensor:
+    """`rbf_minus_one_reference` in the precision of the op."""
+    with full_precision(x_ND.device):
+        return rbf_minus_one_reference(x_ND.to(accumulation_dtype(x_ND)), gamma)
+
+
+@register_op("rbf_minus_one", _definition)
 def _rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
     n, dtype = x_ND.shape[0], accumulation_dtype(x_ND)
     if runs_triton(x_ND):
+        from mimir_kernels import rbf as kernels
         from mimir_kernels.gram import center_rows
-        from mimir_kernels.rbf import rbf_matrix
 
         with torch.cuda.device_of(x_ND):  # Triton launches on the current device
-            k_NN, sums, _ = rbf_matrix(center_rows(x_ND), gamma)
+            k_NN, sums, _ = kernels.rbf_minus_one(center_rows(x_ND), gamma)
     else:
         k_NN = x_ND.new_empty((n, n), dtype=dtype)
         with full_precision(x_ND.device):
@@ -52,7 +58,7 @@ def _rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
             for rows, columns in lower_tiles(n, x_ND.device):
                 kernel.tile(rows, columns, sums=True)
         sums = kernel.sums
-    must_be_finite(sums, samples=x_ND)
+    check_finite(sums, samples=x_ND)
     return k_NN
 
 
@@ -85,26 +91,15 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) 
     ctx.save_for_backward(*inputs, output)
 
 
-def _backward(ctx: Any, grad_NN: Tensor) -> tuple[Tensor, None]:
-    return _rbf_minus_one_backward(grad_NN, *ctx.saved_tensors), None
+def _backward(ctx: Any, grad_NN: Tensor) -> tuple[Tensor | None, None]:
+    x, gamma, k = ctx.saved_tensors
+    if differentiated_again():
+        (grad_x,) = gradients_of(lambda x: _definition(x, gamma), (x,), (True,), (grad_NN,))
+        return grad_x, None
+    return _rbf_minus_one_backward(grad_NN, x, gamma, k), None
 
 
 _rbf_minus_one.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def _save_for_second(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-
-
-def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    grad, x, gamma = ctx.saved_tensors
-    (to_x,), (to_grad,) = differentiate_twice(
-        lambda x: rbf_minus_one_reference(x, gamma).to(grad.dtype), (x,), (grad,), (cotangent,)
-    )
-    return to_grad, to_x, None, None
-
-
-_rbf_minus_one_backward.register_autograd(_second_backward, setup_context=_save_for_second)
 
 
 def _laplacian_product(weights_NN: Tensor, x_ND: Tensor) -> Tensor:

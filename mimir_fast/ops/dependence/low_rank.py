@@ -11,7 +11,7 @@ Shapes: N samples, D features, rank R.
 import torch
 from torch import Tensor
 
-from mimir_fast.ops.distances import centered_rows
+from mimir_fast.ops.dependence.bandwidth import centered_rows
 
 TOLERANCE = 1e-6
 """The largest error of an entry of K, which lies in (0, 1]; HSIC is then right to about as many digits."""

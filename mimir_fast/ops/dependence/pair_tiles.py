@@ -15,8 +15,7 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops._dispatch import runs_native
 from mimir_fast.ops._precision import accumulation_dtype
-from mimir_fast.ops.bandwidth import gamma_of_median
-from mimir_fast.ops.distances import centered_rows
+from mimir_fast.ops.dependence.bandwidth import centered_rows, gamma_of_median
 
 # Up to this many samples the two N×N matrices (16 MB each on a CPU, 64 MB on a GPU) are cheaper to keep for the
 # backward pass than to compute again.
@@ -189,9 +188,9 @@ def kernel_from_gram_(
     column_sums: Tensor | None,
 ) -> None:
     """Turn a tile of X Xᵀ into one of K − 1, in place, and add its row and column sums to the float64 vectors given."""
-    if native(gram):
+    if runs_cpp(gram):
         shape, sums = (gram.stride(0), *gram.shape), (row_sums, column_sums)
-        _native.run("pair_kernel_tile", gram, *shape, norms_i, norms_j, float(gamma), on_diagonal, *sums)
+        _native.run("kernel_from_gram", gram, *shape, norms_i, norms_j, float(gamma), on_diagonal, *sums)
         return
     gram.mul_(-2).add_(norms_i[:, None] + norms_j).clamp_min_(0)
     if on_diagonal:
@@ -205,8 +204,8 @@ def kernel_from_gram_(
 
 def inner_product(k: Tensor, l_: Tensor) -> Tensor | float:
     """Σ k∘l of two tiles, in float64."""
-    if native(k):
-        total: float = _native.run("pair_product_tile", k, k.stride(0), l_, l_.stride(0), *k.shape)
+    if runs_cpp(k):
+        total: float = _native.run("inner_product", k, k.stride(0), l_, l_.stride(0), *k.shape)
         return total
     return (k * l_).sum(dtype=torch.float64)
 
@@ -221,12 +220,10 @@ def pair_weights(
     column_sums: Tensor | None,
 ) -> Tensor:
     """(k + 1)·(g_s·l + half_i + half_j) as a new tile, its row and column sums added to the float64 vectors given."""
-    if native(k):
-        weights, strides = k.new_empty(k.shape), ((k, k.stride(0)), (l_, l_.stride(0)))
-        sums = (row_sums, column_sums)
-        _native.run(
-            "pair_weight_tile", *strides[0], *strides[1], *k.shape, float(grad_s), half_i, half_j, weights, *sums
-        )
+    if runs_cpp(k):
+        weights = k.new_empty(k.shape)
+        operands, halves, sums = (k, k.stride(0), l_, l_.stride(0)), (half_i, half_j), (row_sums, column_sums)
+        _native.run("pair_weights", *operands, *k.shape, float(grad_s), *halves, weights, *sums)
         return weights
     weights = (k + 1).mul_(grad_s * l_ + (half_i[:, None] + half_j))
     row_sums += weights.sum(dim=1, dtype=torch.float64)
@@ -235,6 +232,6 @@ def pair_weights(
     return weights
 
 
-def native(tile: Tensor) -> bool:
+def runs_cpp(tile: Tensor) -> bool:
     """Whether csrc/pair_tiles.cpp takes this tile."""
-    return runs_native("pair_weight_tile", tile)
+    return runs_native("pair_weights", tile)

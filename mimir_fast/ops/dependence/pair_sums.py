@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimir_fast.ops import pair_tiles
-from mimir_fast.ops._autograd import differentiate_twice
-from mimir_fast.ops._checks import must_be_finite
+from mimir_fast.ops._checks import check_finite
 from mimir_fast.ops._dispatch import runs_triton
+from mimir_fast.ops._op import differentiated_again, gradients_of, register_op
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
-from mimir_fast.ops.rbf import rbf_minus_one_reference
+from mimir_fast.ops.dependence import pair_tiles
+from mimir_fast.ops.dependence.bandwidth import gamma
+from mimir_fast.ops.dependence.rbf import rbf_minus_one_reference
 
 
 def pair_sums_reference(x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,14 +58,28 @@ def _kernels_for(x_ND: Tensor, y_ND: Tensor) -> Any:
     return pair_tiles
 
 
-@torch.library.custom_op("mimir_fast::pair_sums", mutates_args=())
+def _definition(
+    x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`pair_sums_reference` as the op is called: in its precision, and with the median rule for an empty γ."""
+    dtype = accumulation_dtype(x_ND, y_ND)
+    gamma_x, gamma_y = (
+        given if given.numel() else gamma(z_ND, 0, "median") for z_ND, given in ((x_ND, gamma_x), (y_ND, gamma_y))
+    )
+    with full_precision(x_ND.device):
+        sums = pair_sums_reference(x_ND.to(dtype), y_ND.to(dtype), gamma_x, gamma_y)
+    nothing = x_ND.new_empty(0, 0)
+    return *sums, nothing, nothing, torch.stack([gamma_x, gamma_y])
+
+
+@register_op("pair_sums", _definition)
 def _pair_sums(
     x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """s, r, q, then for the backward pass k, l and (γ_x, γ_y)."""
     with full_precision(x_ND.device), torch.cuda.device_of(x_ND):  # Triton launches on the current device
         s, r, q, k, l_, *gammas = _kernels_for(x_ND, y_ND).forward(x_ND, y_ND, gamma_x, gamma_y, keep)
-    must_be_finite(s, x=x_ND, y=y_ND)
+    check_finite(s, x=x_ND, y=y_ND)
     return s, r, q, k, l_, torch.stack(gammas)
 
 
@@ -127,27 +142,14 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     need_x, need_y = ctx.needs_input_grad[:2]
     x, y, k, l_, gammas = ctx.saved_tensors
+    if differentiated_again():
+
+        def definition(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+            return _definition(x, y, gammas[0], gammas[1], False)[:3]
+
+        return *gradients_of(definition, (x, y), (need_x, need_y), grads[:3]), None, None, None
     grad_x, grad_y = _pair_sums_backward(*grads[:3], x, y, gammas[0], gammas[1], k, l_, need_x, need_y)
     return grad_x if need_x else None, grad_y if need_y else None, None, None, None
 
 
 _pair_sums.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.needed = inputs[9:11]
-    ctx.save_for_backward(*inputs[:7])
-
-
-def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    grad_s, grad_r, grad_q, x, y, gamma_x, gamma_y = ctx.saved_tensors
-    to_inputs, to_grads = differentiate_twice(
-        lambda x, y: pair_sums_reference(x, y, gamma_x, gamma_y),
-        (x, y),
-        (grad_s, grad_r, grad_q),
-        [c if needed else None for c, needed in zip(cotangents, ctx.needed, strict=True)],
-    )
-    return (*to_grads, *to_inputs, *[None] * 6)
-
-
-_pair_sums_backward.register_autograd(_second_backward, setup_context=_save_for_second)
