@@ -8,10 +8,10 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup pretrain demo test lint format bench docs info clean
+.PHONY: help setup pretrain demo test test-processors lint format bench docs info clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(STAMP) ## make .venv and install everything into it
 
@@ -30,6 +30,9 @@ demo: setup ## pre-train, fine-tune, evaluate, report, about four minutes on two
 
 test: setup ## the tests
 	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+test-processors: setup ## the tests of ops, layers and models as other processors and PyTorch versions run them
+	$(BIN)/python tests/processors.py --torches $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .

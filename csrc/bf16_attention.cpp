@@ -18,6 +18,7 @@
 #include "bf16_matrix.h"
 #include "bindings.h"
 #include "parallel.h"
+#include "processor.h"
 #include "scratch.h"
 
 namespace mimir {
@@ -294,18 +295,18 @@ void backward(Address grad, Address q, Address k, Address v, Address out, Addres
 }
 
 // "amx", "avx512", or "" where neither is there and the two functions above must not be called.
-std::string unit(int) {
-    return bf16_unit() == Bf16Unit::amx ? "amx" : bf16_unit() == Bf16Unit::avx512 ? "avx512" : "";
+std::string bf16_unit(int) {
+    return unit() == Unit::amx ? "amx" : unit() == Unit::avx512_bf16 ? "avx512" : "";
 }
 
 #else
-std::string unit(int) { return ""; }
+std::string bf16_unit(int) { return ""; }
 #endif
 
 }  // namespace
 
 void bind_bf16_attention(pybind11::module_& module) {
-    module.def("bf16_unit", &unit, "what computes bf16_attention here: amx, avx512 or nothing");
+    module.def("bf16_unit", &bf16_unit, "what computes bf16_attention here: amx, avx512 or nothing");
 #ifdef MIMIR_BF16_MATRIX
     module.def("bf16_attention", &forward, Unlocked());
     module.def("bf16_attention_backward", &backward, Unlocked());

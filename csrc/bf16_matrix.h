@@ -9,10 +9,7 @@
 #define MIMIR_BF16_MATRIX 1
 
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include <cpuid.h>
 #include <cstdint>
 
 #include "multiversion.h"
@@ -23,22 +20,6 @@
 #define MIMIR_BF16_LAMBDA MIMIR_BF16 __attribute__((always_inline))  // a lambda does not inherit its function's
 
 namespace mimir {
-
-enum class Bf16Unit { none, avx512, amx };
-
-// The best unit of this processor. Asks the kernel for the tile registers, once for the process.
-inline Bf16Unit bf16_unit() {
-    static const Bf16Unit unit = [] {
-        if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return Bf16Unit::none;
-        unsigned a, b, c, d;
-        if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return Bf16Unit::none;
-        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Bf16Unit::none;
-        const bool has_amx = (d >> 22 & 1) && (d >> 24 & 1);
-        constexpr long kRequestPermission = 0x1023, kTileData = 18;
-        return has_amx && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? Bf16Unit::amx : Bf16Unit::avx512;
-    }();
-    return unit;
-}
 
 // While one lives on a thread, its tile registers are eight of 16 rows of 64 bytes.
 class Tiles {

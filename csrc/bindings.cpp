@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, module) {
     mimir::bind_noisy_patches(module);
     mimir::bind_pair_tiles(module);
     mimir::bind_patches(module);
+    mimir::bind_processor(module);
     mimir::bind_random_masks(module);
     mimir::bind_random_uniform(module);
     mimir::bind_tokens(module);

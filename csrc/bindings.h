@@ -30,6 +30,7 @@ void bind_masked_loss(pybind11::module_& module);
 void bind_noisy_patches(pybind11::module_& module);
 void bind_pair_tiles(pybind11::module_& module);
 void bind_patches(pybind11::module_& module);
+void bind_processor(pybind11::module_& module);
 void bind_random_masks(pybind11::module_& module);
 void bind_random_uniform(pybind11::module_& module);
 void bind_tokens(pybind11::module_& module);

@@ -16,6 +16,7 @@
 #include "bindings.h"
 #include "multiversion.h"
 #include "parallel.h"
+#include "processor.h"
 
 namespace mimir {
 namespace {
@@ -185,8 +186,8 @@ MIMIR_X86_BYTES
 Kernel choose_kernel(std::int64_t channels) {
     const bool grey = channels == 1;
 #ifdef MIMIR_X86
-    if (__builtin_cpu_supports("x86-64-v4")) return grey ? v4::crop_resize_one<1, 1> : v4::crop_resize_one<3, 4>;
-    if (__builtin_cpu_supports("x86-64-v3")) return grey ? v3::crop_resize_one<1, 1> : v3::crop_resize_one<3, 4>;
+    if (unit() >= Unit::avx512) return grey ? v4::crop_resize_one<1, 1> : v4::crop_resize_one<3, 4>;
+    if (unit() >= Unit::avx2) return grey ? v3::crop_resize_one<1, 1> : v3::crop_resize_one<3, 4>;
 #endif
     return grey ? base::crop_resize_one<1, 1> : base::crop_resize_one<3, 4>;
 }

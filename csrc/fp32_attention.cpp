@@ -19,6 +19,7 @@
 #include "bindings.h"
 #include "exponential.h"
 #include "parallel.h"
+#include "processor.h"
 #include "scratch.h"
 
 namespace mimir {
@@ -67,15 +68,9 @@ constexpr int kLanes = 4, kRegisters = 16;
 }  // namespace baseline
 #pragma GCC pop_options
 
-// Numbers in the widest vector of this processor.
+// Numbers in the widest vector in use.
 int lanes(int) {
-#ifdef MIMIR_X86
-    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (v3) return v4 ? 16 : 8;
-#endif
-    return 4;
+    return unit() >= Unit::avx512 ? 16 : unit() == Unit::avx2 ? 8 : 4;
 }
 
 using Kernel = void (*)(const Problem&, std::int64_t begin, std::int64_t end);

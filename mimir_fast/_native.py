@@ -6,7 +6,9 @@ Kernels run on `torch.get_num_threads()` OpenMP threads: torch is imported first
 is one pool of threads, not two that fight.
 
 An install without a compiler has no `_C` (said once), and one built from older sources may lack a function: `has` says
-what is there. `MIMIR_FAST_NATIVE=0` turns all of it off, which is how one compares with the PyTorch definitions.
+what is there. `MIMIR_FAST_NATIVE=0` turns all of it off, which is how one compares with the PyTorch definitions, and
+`MIMIR_FAST_CPU` (none, avx2, avx512, avx512-bf16 or amx) narrows the units that the kernels choose among, which is how
+one tries what another processor would run.
 While PyTorch transforms or records a call, a tensor's memory is not what the call is about: `transformed` says so.
 """
 
@@ -23,7 +25,11 @@ from torch.autograd import forward_ad
 
 @cache
 def library() -> ModuleType | None:
-    """The extension module, or None if it was not built, does not load, or is turned off."""
+    """The extension module, or None if it was not built, does not load, or is turned off.
+
+    Raises:
+        ValueError: MIMIR_FAST_CPU names a unit that this processor lacks.
+    """
     if os.environ.get("MIMIR_FAST_NATIVE", "1") == "0":
         return None
     try:
@@ -36,6 +42,8 @@ def library() -> ModuleType | None:
             stacklevel=2,
         )
         return None
+    if wanted := os.environ.get("MIMIR_FAST_CPU"):
+        _C.use_unit(wanted)
     return _C
 
 
@@ -62,6 +70,11 @@ def transformed() -> bool:
 # For torch.compile, which follows torch.func inside a graph: asked while it traces, the answer is a constant of the
 # graph. (What torch.compiler.assume_constant_result does, but for its import of torch._dynamo: 1.5 s in every command.)
 transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def unit() -> str:
+    """The widest instructions our kernels use here: none, avx2, avx512, avx512-bf16 or amx; empty without kernels."""
+    return str(run("unit")) if has("unit") else ""
 
 
 def run(function: str, *arguments: Any) -> Any:

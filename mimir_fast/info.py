@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import os
 import platform
 from collections.abc import Iterator
 
@@ -36,7 +37,12 @@ def _native() -> str:
         importlib.import_module("mimir_fast._C")
     except ImportError as error:
         return f"no: {error}; reinstall mimir-fast"
-    return "yes"
+    from mimir_fast import _native
+
+    if _native.library() is None:
+        return "no: turned off by MIMIR_FAST_NATIVE=0"
+    by = ", by MIMIR_FAST_CPU" if os.environ.get("MIMIR_FAST_CPU") else ""
+    return f"yes: instructions up to {_native.unit()}{by}"
 
 
 def _triton(cuda: bool) -> str:

@@ -24,6 +24,8 @@ if not torch.cuda.is_available():
 THREADS = os.environ.setdefault("MIMIR_FAST_TEST_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", THREADS)
 torch.set_num_threads(int(THREADS))
+# A stopwatch must not decide which kernel a test runs.
+os.environ.setdefault("MIMIR_FAST_ATTENTION", "native")
 
 REQUIRABLE = {"native": "C++ ops (mimir_fast._C)", "triton": "Triton kernels", "dali": "DALI", "cuda": "CUDA"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

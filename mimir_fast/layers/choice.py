@@ -150,7 +150,8 @@ def _machine() -> str:
     library = _native.library()
     built = os.stat(library.__file__).st_mtime_ns if library is not None and library.__file__ else 0
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    known = [cpu_name(), gpu, torch.__version__, version_of("xformers"), built]
+    instructions = torch.backends.cpu.get_cpu_capability(), _native.unit()
+    known = [cpu_name(), gpu, torch.__version__, version_of("xformers"), built, instructions]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 

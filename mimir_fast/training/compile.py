@@ -28,6 +28,7 @@ LIMIT = 128
 
 def compile_modules(modules: Sequence[nn.Module], backend: str = "inductor") -> None:
     """Compile each in place, keeping its name and parameters: the layers of a model, or the model itself."""
+    _cache_for_these_instructions()
     options: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = LIMIT
@@ -38,3 +39,17 @@ def compile_modules(modules: Sequence[nn.Module], backend: str = "inductor") -> 
     for module in modules:
         module.register_forward_pre_hook(FrozenFlag())
         module.compile(dynamic=False, backend=backend, **options)
+
+
+def _cache_for_these_instructions() -> None:
+    """Let PyTorch's cache of graphs tell processors apart.
+
+    torch 2.14 leaves the instructions out of its keys: a graph of a process with AVX-512 computes wrong numbers in one
+    without, and one with AVX2 does not compile in one without.
+    """
+    from torch.compiler import config
+
+    found = {name for name, there in torch.cpu.get_capabilities().items() if there and name.startswith(("avx", "amx"))}
+    instructions = "-".join(["mimir-fast", torch.backends.cpu.get_cpu_capability(), *sorted(found)])
+    if instructions not in config.cache_key_tag:
+        config.cache_key_tag += instructions

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from exact_attention import exact_attention
+from rounding import BFLOAT16, FLOAT32, assert_as_accurate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,16 +58,16 @@ def test_candidates_are_as_accurate_as_sdpa(
     if not candidate.takes(situation(shape, dtype, device)):
         pytest.skip("not one of its situations")
     given = inputs(shape, dtype, device)
-    exact = results(sdpa, *(t.double() for t in given))
     try:
         ours = results(candidate.run, *given)
     except RuntimeError as error:
         pytest.skip(f"does not run here, so cannot be chosen: {error}")
+    assert all(mine.dtype == dtype for mine in ours)
+    q, k, v, grad = given
+    known = sdpa(q.double(), k.double(), v.double())
     # `plain` rounds its scores to bf16, where fused kernels keep them in fp32.
-    factor = 2.5 if (candidate.name, dtype) == ("plain", torch.bfloat16) else 2
-    for mine, theirs, truth in zip(ours, results(sdpa, *given), exact, strict=True):
-        assert mine.dtype == dtype
-        assert (mine.double() - truth).norm() <= factor * (theirs.double() - truth).norm() + 1e-7 * truth.norm()
+    by = BFLOAT16 if (candidate.name, dtype) == ("plain", torch.bfloat16) else FLOAT32
+    assert_as_accurate(ours, results(sdpa, *given), exact_attention, [q, k, v, known, grad], by)
 
 
 def test_the_least_seconds_win_by_a_margin_and_order_breaks_ties() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import BFLOAT16, assert_as_accurate
 from torch import Tensor
 
 from mimir_fast import _native
@@ -74,16 +75,17 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], grad: 
 def assert_as_good_as_autocast(
     fused: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: list[Tensor], shape: tuple[int, ...]
 ) -> None:
-    """Against float64: no further away than twice what PyTorch's autocast is, output and every gradient."""
+    """Against float64, next to PyTorch's autocast: output and every gradient."""
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     ours = with_gradients(fused, inputs, grad)
-    exact = with_gradients(definition, [t.detach().double().requires_grad_() for t in inputs], grad)
     with torch.autocast("cpu", torch.bfloat16):
         theirs = with_gradients(definition, [t.detach().requires_grad_() for t in inputs], grad)
-    for index, (mine, truth, other) in enumerate(zip(ours, exact, theirs, strict=True)):
-        assert mine.dtype == (inputs[index - 1].dtype if index else mine.dtype)
-        allowed = 2 * (other.double() - truth).norm() + 4e-3 * truth.norm() + 1e-6
-        assert (mine.double() - truth).norm() <= allowed, index
+    assert [t.dtype for t in ours[1:]] == [t.dtype for t in inputs]
+
+    def exactly(grad: Tensor, *inputs: Tensor) -> list[Tensor]:
+        return with_gradients(definition, [t.requires_grad_() for t in inputs], grad)
+
+    assert_as_accurate(ours, theirs, exactly, [grad, *inputs], BFLOAT16)
 
 
 @pytest.mark.parametrize("residual", [True, False])

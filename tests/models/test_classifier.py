@@ -106,10 +106,10 @@ class TestGradientGates:
         gates = torch.ones(2, 12, 2, dtype=torch.bool)
         gates[1] = False  # the second image's gradient may only use the skip connections
         gated, plain = model(images, None, gates), model(images)
-        assert torch.equal(gated, plain)
+        torch.testing.assert_close(gated, plain, rtol=1e-4, atol=1e-5)  # with gates, other kernels may run
         (through,) = torch.autograd.grad(gated.sum(), images, retain_graph=True)
         (full,) = torch.autograd.grad(plain.sum(), images)
-        torch.testing.assert_close(through[0], full[0])
+        torch.testing.assert_close(through[0], full[0], rtol=1e-4, atol=1e-5)
         assert not torch.allclose(through[1], full[1])
         assert through[1].abs().sum() > 0
 

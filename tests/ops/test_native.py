@@ -25,6 +25,19 @@ def test_can_be_turned_off():
 
 
 @pytest.mark.skipif(_native.library() is None, reason="the C++ extension is not built")
+def test_is_held_to_fewer_instructions() -> None:
+    """Whoever asks what computes is told so; what this processor lacks is refused."""
+    code = "from mimir_fast import _native; "
+    code += "print(_native.unit(), _native.run('fp32_lanes'), _native.run('bf16_unit'))"
+    assert run_python(code, MIMIR_FAST_CPU="none") == "none 4"
+    library = _native.library()
+    assert library is not None
+    with pytest.raises(ValueError, match="MIMIR_FAST_CPU='sse9', wanted one of none"):
+        library.use_unit("sse9")
+    assert _native.unit() in ("none", "avx2", "avx512", "avx512-bf16", "amx")
+
+
+@pytest.mark.skipif(_native.library() is None, reason="the C++ extension is not built")
 def test_shares_the_threads_of_torch():
     """Two OpenMP runtimes in one process would keep two pools of threads that spin against each other."""
     code = "import torch; from mimir_fast import _native; assert _native.has('linf_step'); "

@@ -1,8 +1,12 @@
 """Compiled models and layers: as many graphs as situations, none twice, none broken, and no limit reached."""
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,6 +178,29 @@ def test_a_reached_limit_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         for size in (2, 3):
             model(View(torch.rand(size, 4, 192), torch.arange(4).expand(size, 4)))
     assert "recompile_limit" in caplog.text
+
+
+def test_the_cache_of_graphs_knows_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
+    for _ in range(2):
+        compile_modules([nn.Linear(2, 2)], backend="aot_eager")
+    before, found, after = torch.compiler.config.cache_key_tag.partition(torch.backends.cpu.get_cpu_capability())
+    assert before.startswith("mine") and found and found not in after
+
+
+@pytest.mark.slow
+def test_processes_with_other_instructions_share_a_cache_folder(tmp_path: Path) -> None:
+    """Without the tag, torch 2.14 takes the first one's graph in the second, which cannot compile it."""
+    code = (
+        "import torch; from mimir_fast.training.compile import compile_modules; torch.manual_seed(0);"
+        "model = torch.nn.Sequential(torch.nn.Linear(33, 70), torch.nn.GELU(), torch.nn.LayerNorm(70));"
+        "x = torch.randn(5, 33); wanted = model(x); compile_modules([model]);"
+        "torch.testing.assert_close(model(x), wanted)"
+    )
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment.pop("ATEN_CPU_CAPABILITY", None)
+    for held in ({}, {"ATEN_CPU_CAPABILITY": "default"}):
+        subprocess.run([sys.executable, "-c", code], env=environment | held, check=True)
 
 
 def test_savings_need_a_graph_each() -> None:
