@@ -2,7 +2,7 @@
 
 All sequences are equal in length, so packing gains nothing; at 50 tokens a kernel with 128-token tiles computes six
 times what is needed. Floor: 4 T² E FLOPs a head forward and 10 T² E with the backward pass, or reading q, k, v once.
-Shapes: B images, T tokens, H heads, E head dim, as (B, T, H, E), the layout of `mimir_fast.models.attention`.
+Shapes: B images, T tokens, H heads, E head dim, as (B, T, H, E), the layout of `mimir_fast.layers.attention`.
 """
 
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
 // What stands around the matrix products of a transformer's layers in float32: layer normalisation and GELU, with their
-// derivatives. The products themselves are the BLAS's (mimir_fast/ops/fp32_layers.py).
+// derivatives. The products themselves are the BLAS's (mimir_fast/layers/_fp32.py).
 //
 // One pass over memory each. Sums over rows are taken in blocks of 32 rows and then in the blocks' order, so that the
 // number of threads does not change a bit.

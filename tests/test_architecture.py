@@ -6,46 +6,56 @@ import sys
 from collections.abc import Collection
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mimir_fast"
 
-# Room: the rooms (and leaf modules) it may import. `ops` may also use the kernels and the native door.
 LEAVES = {"philox", "versions", "validation", "world", "extensions", "registry"}
-ALLOWED = {
-    "ops": {"ops", "_native"},
-    "checkpoints": {"checkpoints"},
-    "layers": {"layers", "ops", "_native"},
-    "models": {"models", "layers", "ops", "checkpoints"},  # reading a run's weights
-    "attacks": {"attacks", "models", "layers", "ops", "losses"},
-    "methods": {"methods", "attacks", "models", "layers", "ops", "losses", "data.batch"},
-    "data": {"data", "ops.crop_resize", "cli"},  # prepare is a command
-    "training": {"training", "methods", "attacks", "models", "layers", "ops", "data", "checkpoints"},
-    "evaluation": {
-        "evaluation",
-        "checkpoints",
-        "training",
-        "methods",
-        "attacks",
-        "models",
-        "layers",
-        "ops",
-        "data",
-        "losses",
-    },
-    "reproduction": {
-        "reproduction",
-        "checkpoints",
-        "recipes",
-        "training",
-        "evaluation",
-        "methods",
-        "attacks",
-        "models",
-        "data",
-    },
-    "recipes": {"recipes", "training", "methods", "attacks", "models", "data", "evaluation", "cli"},
-}
+
+
+class Room(NamedTuple):
+    """A folder of the package."""
+
+    holds: str
+    imports: tuple[str, ...]
+    """Rooms and files that it may import, beside itself and the leaves."""
+
+
+_LOWER = ("layers", "ops", "checkpoints")
+ROOMS = {
+    "ops": Room("definition, registration, gradient, public function", ("_native",)),
+    "checkpoints": Room("reading, verifying and writing checkpoints", ()),
+    "layers": Room("layers as modules, the fused paths beside them, models on loan to an attack", ("ops", "_native")),
+    "models": Room("masked model, classifier, weights from elsewhere; `families/`: one family per file", _LOWER),
+    "attacks": Room("threat model and attacks; they leave no trace", ("models", "layers", "ops", "losses")),
+    "methods": Room(
+        'a batch in, `{"loss": …}` out; one file per method',
+        ("attacks", "models", "layers", "ops", "losses", "data.batch"),
+    ),
+    "data": Room("sources, order, loaders, prepared shards", ("ops.crop_resize", "cli")),
+    "training": Room("the one loop and its parts", ("methods", "attacks", "models", "data", *_LOWER)),
+    "evaluation": Room(
+        "topics of the report, each one file in `topics/`; suites, images, progress",
+        ("training", "methods", "attacks", "models", "data", "losses", *_LOWER),
+    ),
+    "recipes": Room(
+        "named configurations", ("training", "evaluation", "methods", "attacks", "models", "data", "cli")
+    ),
+    "reproduction": Room(
+        "the demo and the ablation: stages, cells, tables",
+        ("recipes", "training", "evaluation", "methods", "attacks", "models", "data", *_LOWER),
+    ),
+}  # fmt: skip
+
+
+def table() -> str:
+    """As CONTRIBUTING.md has it."""
+    lines = ["| folder | what it holds | may import |", "| --- | --- | --- |"]
+    for name, room in ROOMS.items():
+        others = ", ".join(f"`{other}`" for other in room.imports) or "nothing of ours"
+        lines.append(f"| `mimir_fast/{name}/` | {room.holds} | {others} |")
+    return "\n".join(lines) + "\n"
 
 
 def imports_of(path: Path) -> set[str]:
@@ -80,7 +90,8 @@ def files_imported(path: Path, files: Collection[str]) -> set[str]:
 
 def test_arrows_point_one_way() -> None:
     wrong = []
-    for room, allowed in ALLOWED.items():
+    for room, (_, others) in ROOMS.items():
+        allowed = (room, *others)
         for path in (PACKAGE / room).rglob("*.py"):
             for module in imports_of(path):
                 if module.split(".")[0] in LEAVES:
@@ -88,6 +99,12 @@ def test_arrows_point_one_way() -> None:
                 if not any(module == ok or module.startswith(ok + ".") for ok in allowed):
                     wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_for_contributors_is_these_rooms() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == set(ROOMS)
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert table() in text, f"CONTRIBUTING.md: put in\n{table()}"
 
 
 def test_no_file_imports_itself_by_a_way_round() -> None:
