@@ -42,7 +42,7 @@ class Op(Generic[P, R]):
         return fake
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """As `torch.library.register_autograd`."""
+        """Set the backward pass, with the arguments of `torch.library.register_autograd`."""
         self._registered.register_autograd(backward, setup_context=setup_context)
 
 
