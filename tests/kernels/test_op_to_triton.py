@@ -77,8 +77,8 @@ def test_kernels_behind_the_public_function(name, triton_device, monkeypatch):
         return any_dtype or all(t.dtype != torch.float64 for t in given)
 
     if triton_device.type == "cpu":
-        for name, module in list(sys.modules.items()):
-            if name.startswith("mimir_fast.ops.") and hasattr(module, "runs_triton"):
+        for path, module in list(sys.modules.items()):
+            if path.startswith("mimir_fast.ops.") and hasattr(module, "runs_triton"):
                 monkeypatch.setattr(module, "runs_triton", runs_triton)
         monkeypatch.setattr(linf_step, "runs_native", lambda *_: False)
     actual = value_and_gradients(CALLS[name], operands(triton_device))
