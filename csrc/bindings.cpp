@@ -1,20 +1,30 @@
-// The extension module mimir_fast._C: one line per op.
+// The extension module mimir_fast._C. Each file of csrc/ named here defines `bind_<file>`, which adds its functions.
 #include "bindings.h"
+
+#define MIMIR_FILES(DO) \
+    DO(bf16_attention)  \
+    DO(bf16_layers)     \
+    DO(crop_resize)     \
+    DO(fp32_attention)  \
+    DO(fp32_layers)     \
+    DO(linf_step)       \
+    DO(masked_loss)     \
+    DO(noisy_patches)   \
+    DO(pair_tiles)      \
+    DO(patches)         \
+    DO(processor)       \
+    DO(random_masks)    \
+    DO(random_uniform)  \
+    DO(tokens)
+
+#define MIMIR_DECLARE(file) void bind_##file(pybind11::module_& module);
+#define MIMIR_BIND(file) mimir::bind_##file(module);
+
+namespace mimir {
+MIMIR_FILES(MIMIR_DECLARE)
+}  // namespace mimir
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "C++ kernels of mimir_fast for the CPU; call them through mimir_fast._native";
-    mimir::bind_crop_resize(module);
-    mimir::bind_bf16_attention(module);
-    mimir::bind_bf16_layers(module);
-    mimir::bind_fp32_attention(module);
-    mimir::bind_fp32_layers(module);
-    mimir::bind_linf_step(module);
-    mimir::bind_masked_loss(module);
-    mimir::bind_noisy_patches(module);
-    mimir::bind_pair_tiles(module);
-    mimir::bind_patches(module);
-    mimir::bind_processor(module);
-    mimir::bind_random_masks(module);
-    mimir::bind_random_uniform(module);
-    mimir::bind_tokens(module);
+    MIMIR_FILES(MIMIR_BIND)
 }

@@ -1,4 +1,4 @@
-// One `bind_<op>` per file of csrc/; bindings.cpp calls them all.
+// What each file of csrc/ needs to offer its functions to Python; bindings.cpp lists the files.
 // Tensors arrive as addresses: see mimir_fast/_native.py.
 #pragma once
 
@@ -19,20 +19,5 @@ T* pointer(Address address) {
 
 // Native functions touch no Python object, so they run without the interpreter lock.
 using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
-
-void bind_crop_resize(pybind11::module_& module);
-void bind_bf16_attention(pybind11::module_& module);
-void bind_bf16_layers(pybind11::module_& module);
-void bind_fp32_attention(pybind11::module_& module);
-void bind_fp32_layers(pybind11::module_& module);
-void bind_linf_step(pybind11::module_& module);
-void bind_masked_loss(pybind11::module_& module);
-void bind_noisy_patches(pybind11::module_& module);
-void bind_pair_tiles(pybind11::module_& module);
-void bind_patches(pybind11::module_& module);
-void bind_processor(pybind11::module_& module);
-void bind_random_masks(pybind11::module_& module);
-void bind_random_uniform(pybind11::module_& module);
-void bind_tokens(pybind11::module_& module);
 
 }  // namespace mimir

@@ -60,10 +60,10 @@ def test_modules_are_stateless_and_say_what_they_are() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "mine"}, "estimator as one of 'hsic', 'nhsic', 'renyi', got 'mine'"),
-        ({"weight": -1.0}, "weight >= 0"),
-        ({"sigma": 0.0}, "sigma > 0"),
-        ({"alpha": 0.0}, "alpha > 0"),
+        ({"estimator": "mine"}, "estimator must be one of 'hsic', 'nhsic', 'renyi', got 'mine'"),
+        ({"weight": -1.0}, "weight must be >= 0"),
+        ({"sigma": 0.0}, "sigma must be > 0"),
+        ({"alpha": 0.0}, "alpha must be > 0"),
         ({"estimator": "nhsic", "bandwidth": "median"}, "nhsic is defined with bandwidth='reference'"),
     ],
     ids=str,

@@ -100,7 +100,7 @@ def laplacian_product(
 
 
 def aot_cases() -> list[AotCase]:
-    """Each capability."""
+    """The product of a panel of weights with the samples, for each capability."""
     signature = {"weights_ptr": "*fp32", "hi_ptr": "*bf16", "lo_ptr": "*bf16", "gamma_ptr": "*fp64", "out_ptr": "*fp32"}
     sizes = ("first_row", "panel_rows", "num_rows", "num_features", "cols_per_split")
     return [

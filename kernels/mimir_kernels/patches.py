@@ -115,6 +115,7 @@ def _unpatchify_visible_kernel(
 
 
 def patch_blocks(P: int) -> tuple[int, int]:
+    """(BLOCK_R, BLOCK_P) of a tile: how many patches at once, and P rounded up to a power of two."""
     block_p = triton.next_power_of_2(P)
     return max(TILE // block_p, 1), block_p
 

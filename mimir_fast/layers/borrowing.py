@@ -98,7 +98,7 @@ class _Loan:
         shards = [m for m in module.modules() if isinstance(m, FSDPModule)]
         # To an attack around this one: what that has gathered or frozen, that gives back.
         self._gathered: list[Any] = [] if self._nested else shards
-        compiled = {m: _frozen_flags(m) for m in module.modules()}
+        compiled = {m: frozen_flags(m) for m in module.modules()}
         compiled = {m: flags for m, flags in compiled.items() if any(not flag.frozen for flag in flags)}
         self._flags = [flag for flags in compiled.values() for flag in flags]
         parts = list(compiled) if shards or self._nested else [module]
@@ -172,7 +172,8 @@ class FrozenFlag:
             pass
 
 
-def _frozen_flags(module: nn.Module) -> list[FrozenFlag]:
+def frozen_flags(module: nn.Module) -> list[FrozenFlag]:
+    """Those of a module itself, one where it was compiled."""
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, FrozenFlag)]
 
 

@@ -42,7 +42,7 @@ class Op(Generic[P, R]):
         return fake
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """As `torch.library.register_autograd`."""
+        """Set the backward pass, with the arguments of `torch.library.register_autograd`."""
         self._registered.register_autograd(backward, setup_context=setup_context)
 
 
@@ -80,6 +80,6 @@ def gradients_of(
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         # An output may depend only on inputs whose gradient is not needed.
         pairs = [(out, grad) for out, grad in zip(outputs, grad_outputs, strict=True) if out.requires_grad]
-        outputs, grads = [out for out, _ in pairs], [grad for _, grad in pairs]
-        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
+        reached, seeds = [out for out, _ in pairs], [grad for _, grad in pairs]
+        found = iter(torch.autograd.grad(reached, wanted, seeds, create_graph=create_graph, allow_unused=True))
     return [next(found) if needed else None for needed in needs]

@@ -131,7 +131,7 @@ class _Rows:
         return self._kernel.tile(self._own, columns, sums=sums)
 
     def gradient(self, grad_r_N: Tensor) -> Laplacian:
-        """What the tiles of the gradient's weights are to be given to."""
+        """The collector of the gradient, to which each tile of its weights is added."""
         return Laplacian(self._x, self._gamma, grad_r_N, self._own)
 
 
@@ -146,6 +146,7 @@ class _TritonRows:
         self.sums = torch.zeros(len(self._gram_nN), dtype=torch.float64, device=x_ND.device)
 
     def tile(self, columns: slice, *, sums: bool = False) -> Tensor:
+        """As `_Rows.tile`."""
         k, norms = self._gram_nN[:, columns], self._x.norms_N
         kernel_from_gram_(
             k, norms[self._own], norms[columns], self._gamma, columns == self._own, self.sums if sums else None, None
@@ -153,6 +154,7 @@ class _TritonRows:
         return k
 
     def gradient(self, grad_r_N: Tensor) -> "_TritonLaplacian":
+        """As `_Rows.gradient`."""
         return _TritonLaplacian(self._x, self._gamma, grad_r_N, self._own)
 
 
@@ -166,10 +168,12 @@ class _TritonLaplacian:
         self._sums = torch.zeros(len(self._weights_nN), dtype=torch.float64, device=gamma.device)
 
     def add(self, k: Tensor, l_: Tensor, grad_s: Tensor, rows: slice, columns: slice) -> None:
+        """As `Laplacian.add`."""
         weights = pair_weights(k, l_, grad_s, self._half[rows], self._half[columns], self._sums, None)
         self._weights_nN[:, columns] = weights
 
     def result(self) -> Tensor:
+        """As `Laplacian.result`."""
         from mimir_kernels.laplacian import laplacian_product
 
         grad = self._weights_nN.new_empty((len(self._weights_nN), self._x.hi_ND.shape[1]))
@@ -178,7 +182,7 @@ class _TritonLaplacian:
 
 
 def _rows(x_ND: Tensor, gamma: Tensor, other_ND: Tensor, own: slice) -> _Rows | _TritonRows:
-    """Whoever computes the rows of x's kernel matrix; in the precision that both inputs need."""
+    """The rows of x's kernel matrix, by Triton or by the BLAS, in the precision that both inputs need."""
     if runs_triton(x_ND, other_ND):
         return _TritonRows(x_ND, gamma, own)
     return _Rows(x_ND, gamma, accumulation_dtype(x_ND, other_ND), own)

@@ -173,7 +173,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     if differentiated_again():
 
         def definition(prediction: Tensor) -> Tensor:
-            return _definition(prediction, images, ids, *ctx.options, False)[0]
+            return masked_loss_reference(prediction, images, ids, *ctx.options)
 
         return *gradients_of(definition, (prediction,), (True,), (grad,)), *[None] * 7
     # Looking at a number of the CPU costs nothing; while a graph is traced there is none. A leaf would keep the tensor

@@ -21,7 +21,7 @@ from mimir_fast.ops.dependence.rbf import rbf_minus_one, rbf_minus_one_reference
 
 
 def center(k_NN: Tensor) -> Tensor:
-    """H K H."""
+    """H K H: rows and columns of a kernel matrix (N, N) with a mean of zero."""
     return k_NN - k_NN.mean(0, keepdim=True) - k_NN.mean(1, keepdim=True) + k_NN.mean()
 
 
@@ -84,7 +84,7 @@ def _(k_NN: Tensor, l_NN: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _regularised(k_NN: Tensor, c: float) -> Tensor:
-    """HKH + cI, exactly symmetric."""
+    """HKH + cI (N, N), symmetric to the last bit, as Cholesky needs it."""
     # The BLAS may round k_ij and k_ji differently. Cholesky reads one triangle only, whose rows would then not sum to
     # zero; and along the vector of ones the inverse magnifies by 1/c.
     centered = center((k_NN + k_NN.mT) / 2)
@@ -104,7 +104,7 @@ def _inverse(a_NN: Tensor) -> Tensor:
 
 
 def _identity_minus(p_NN: Tensor, c: float) -> Tensor:
-    """R = I − cP."""
+    """R = I − cP (N, N), from the inverse P."""
     r = p_NN * -c
     r.diagonal().add_(1)
     return r
@@ -131,7 +131,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     k, l_, p_x, p_y = ctx.saved_tensors
     if differentiated_again():
 

@@ -248,7 +248,8 @@ def _gather_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def
 def _gather_backward(ctx, grad_BKP: Tensor):  # type: ignore[no-untyped-def]
     ids, *images = ctx.saved_tensors
     if images:
-        grad_BKP = _through_normalisation(grad_BKP, _patchify_gather(*images, ids, ctx.patch_size, None), ctx.norm_eps)
+        patches = _patchify_gather(images[0], ids, ctx.patch_size, None)
+        grad_BKP = _through_normalisation(grad_BKP, patches, ctx.norm_eps)
     return _unpatchify_visible(grad_BKP, ids, ctx.patch_size, *ctx.size), None, None, None
 
 

@@ -150,10 +150,10 @@ def _(visible_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tensor:
 
 
 @register_op("scatter_patches", scatter_patches_reference)
-def _scatter_patches(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
+def _scatter_patches(visible_BKD: Tensor, ids_keep_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
     N, D = pos_embed_ND.shape
-    _checks.check_ids("ids_keep", ids_BK, N)
-    visible, ids = dense_rows(visible_BKD), ids_BK.contiguous()
+    _checks.check_ids("ids_keep", ids_keep_BK, N)
+    visible, ids = dense_rows(visible_BKD), ids_keep_BK.contiguous()
     mask_token, pos_embed = mask_token_D.contiguous(), pos_embed_ND.contiguous()
     B, K = ids.shape
     out = visible.new_empty((B, N, D))
@@ -172,7 +172,7 @@ def _scatter_patches(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, 
 
 
 @_scatter_patches.register_fake
-def _(visible_BKD: Tensor, ids_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
+def _(visible_BKD: Tensor, ids_keep_BK: Tensor, mask_token_D: Tensor, pos_embed_ND: Tensor) -> Tensor:
     return visible_BKD.new_empty((visible_BKD.shape[0], *pos_embed_ND.shape))
 
 

@@ -79,7 +79,7 @@ def test_compiles_without_graph_break(kernel: str, device: torch.device) -> None
 
 def test_refuses_bad_input() -> None:
     x, y = samples()
-    with pytest.raises(ValueError, match="kernel as one of 'rbf', 'linear', got 'cosine'"):
+    with pytest.raises(ValueError, match="kernel must be one of 'rbf', 'linear', got 'cosine'"):
         cka(x, y, kernel="cosine")
     with pytest.raises(ValueError, match="at least 4 samples"):
         cka(x[:3], y[:3], estimator="unbiased")

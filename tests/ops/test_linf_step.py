@@ -163,7 +163,7 @@ def test_eps_pattern_reads_memory_order():
         ({"eps": -0.1}, ValueError, r"eps must be in \[0, 1\]"),
         ({"eps": math.nan}, ValueError, r"eps must be in \[0, 1\]"),
         ({"eps": torch.tensor(8.0)}, ValueError, "8/255, not 8"),
-        ({"eps": torch.full((7,), 0.1)}, ValueError, "does not broadcast"),
+        ({"eps": torch.full((7,), 0.1)}, ValueError, "eps must broadcast"),
         ({"alpha": -0.1}, ValueError, "alpha must be >= 0"),
         ({"clamp": (1.0, 0.0)}, ValueError, "low <= high"),
         ({"x": torch.zeros(2, 3)}, ValueError, "shapes must be equal"),

@@ -205,7 +205,7 @@ IMAGES, IDS = torch.zeros(2, 3, 8, 8), torch.tensor([[0, 1], [2, 3]])
         (
             {"prediction_BMP": torch.zeros(2, 2, 47)},
             ValueError,
-            r"wanted a prediction .* \(2, 2, 48\), got \(2, 2, 47\)",
+            r"prediction must be .* \(2, 2, 48\), got \(2, 2, 47\)",
         ),
         ({"prediction_BMP": torch.zeros(2, 2, 48, dtype=torch.int64)}, TypeError, "floating point"),
         ({"prediction_BMP": torch.zeros(2, 2, 48, device="meta")}, ValueError, "one device"),

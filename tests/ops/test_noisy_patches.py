@@ -106,7 +106,7 @@ IMAGES, IDS, SAMPLES = torch.zeros(2, 3, 8, 8), torch.tensor([[0, 1], [2, 3]]), 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"samples_B": SAMPLES[:1]}, ValueError, r"wanted samples_B \(2,\)"),
+        ({"samples_B": SAMPLES[:1]}, ValueError, r"samples_B must be \(2,\)"),
         ({"samples_B": SAMPLES.int()}, TypeError, "int64"),
         ({"ids_BK": IDS + 1}, ValueError, r"ids must lie in \[0, 4\)"),
         ({"eps": 8}, ValueError, "write 8/255"),

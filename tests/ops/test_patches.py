@@ -179,7 +179,7 @@ IMAGES, IDS = torch.zeros(2, 3, 8, 8), torch.tensor([[0, 1], [2, 3]])
         (IMAGES[0], IDS, 4, ValueError, r"images must be \(B, C, H, W\)"),
         (IMAGES.int(), IDS, 4, TypeError, "uint8 or floating point, got torch.int32"),
         (IMAGES, IDS + 1, 4, ValueError, r"ids must lie in \[0, 4\)"),
-        (IMAGES, IDS * 0, 4, ValueError, "names a patch twice"),
+        (IMAGES, IDS * 0, 4, ValueError, "got a patch twice"),
         (IMAGES, IDS[:1], 4, ValueError, "B = 2"),
         (IMAGES, IDS.float(), 4, TypeError, "ids must be int64"),
     ],

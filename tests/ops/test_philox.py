@@ -158,7 +158,7 @@ def test_compiles_without_graph_break(device):
     [
         ({"samples_B": torch.zeros(4)}, TypeError, "samples_B must be int64"),
         ({"samples_B": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, r"must be \(B,\)"),
-        ({"samples_B": torch.zeros(3, dtype=torch.int64)}, ValueError, "one sample index for each of the 4"),
+        ({"samples_B": torch.zeros(3, dtype=torch.int64)}, ValueError, "one index for each of the 4"),
         ({"samples_B": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "one device"),
         ({"x": torch.zeros(4, 2, dtype=torch.uint8)}, TypeError, "floating point"),
         ({"eps": 8}, ValueError, "8/255, not 8"),

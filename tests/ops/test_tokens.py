@@ -169,7 +169,7 @@ X, IDS = torch.zeros(2, 4, 3), torch.tensor([[0, 1], [2, 3]])
     [
         (X, IDS + 1, ValueError, r"ids must lie in \[0, 4\), got ids from 1 to 4"),
         (X, IDS - 1, ValueError, "got ids from -1 to 2"),
-        (X, IDS * 0, ValueError, "names a patch twice"),
+        (X, IDS * 0, ValueError, "got a patch twice"),
         (X, IDS[:1], ValueError, r"\(B, K\) with B = 2, got \(1, 2\)"),
         (X, IDS.int(), TypeError, r"ids must be int64, got torch.int32: use ids.long\(\)"),
         (X, IDS.to("meta"), ValueError, r"use ids.to\('cpu'\)"),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from small_models import masked_vit
 from torch import Tensor
 from torch.autograd import forward_ad, functional
 
@@ -21,6 +22,7 @@ from mimir_fast.layers.native_attention import (
     native_self_attention,
     takes,
 )
+from mimir_fast.models.masked_model import View
 from mimir_fast.ops.crop_resize import crop_resize
 from mimir_fast.ops.dependence.pair_sums import pair_sums, pair_sums_reference
 from mimir_fast.ops.dependence.rbf import rbf_minus_one, rbf_minus_one_reference
@@ -318,6 +320,25 @@ def test_ops_without_derivative() -> None:
         return crop_resize(pixels, plan, side=4, channels=1)
 
     assert torch.equal(torch.vmap(grow)(pixels), torch.stack([grow(p) for p in pixels]))
+
+
+def test_a_model_is_traced_and_differentiated_forwards() -> None:
+    """With what stands around the ops: the layers' kernels keep out of the way as well."""
+    model = masked_vit().eval().requires_grad_(False)
+    keep = torch.tensor([[3, 7, 8], [0, 2, 15]])
+
+    def predict(images: Tensor) -> Tensor:
+        return model(View(patchify_gather(images, keep, 4), keep)).prediction
+
+    rng = torch.Generator().manual_seed(2)
+    images, v = (torch.rand(2, 3, 16, 16, generator=rng) for _ in range(2))
+    with torch.no_grad():
+        traced = torch.jit.trace(predict, images)
+        torch.testing.assert_close(traced(images + v), predict(images + v), rtol=1e-4, atol=1e-5)
+    tangent = torch.func.jvp(predict, (images,), (v,))[1]
+    inputs = images.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(predict(inputs).sum(), inputs)
+    torch.testing.assert_close(tangent.sum(), (grad * v).sum(), rtol=1e-3, atol=1e-4)
 
 
 def test_kernels_run_where_nothing_is_transformed() -> None:

@@ -139,7 +139,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(*output[3:])
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_y = ctx.needs_input_grad[:2]
     x, y, k, l_, gammas = ctx.saved_tensors
     if differentiated_again():

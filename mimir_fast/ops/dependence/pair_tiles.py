@@ -102,7 +102,7 @@ class TiledKernel:
     """The matrix K − 1 of x, of which one tile exists at a time (or all, in `into`), and its row sums so far.
 
     Args:
-        norms_N: squares of the rows, for whoever visits tiles before their diagonal ones.
+        norms_N: squares of the rows, needed where tiles are visited before the diagonal tile of their rows.
     """
 
     def __init__(self, centered_ND: Tensor, gamma: Tensor, into: Tensor | None = None, norms_N: Tensor | None = None):
@@ -152,8 +152,8 @@ class Laplacian:
     """Collects −4γ Σ_j C_ij (x_i − x_j) from the tiles of C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2).
 
     Args:
-        own: the only samples whose gradient is wanted, all tiles of whose rows will come; None: all of them, from the
-            lower tiles.
+        own: the samples whose gradient is needed; all tiles of their rows must be added. None: all samples, for which
+            the lower tiles must be added.
     """
 
     def __init__(self, centered_ND: Tensor, gamma: Tensor, grad_r: Tensor, own: slice | None = None):
@@ -164,7 +164,7 @@ class Laplacian:
         self._sums = torch.zeros(len(self._product), dtype=torch.float64, device=self.x.device)  # C 1
 
     def add(self, k: Tensor, l_: Tensor, grad_s: Tensor, rows: slice, columns: slice) -> None:
-        """Take in the tile of C at (rows, columns) and, of all samples and off the diagonal, its mirror image."""
+        """Add the tile of C at (rows, columns); with all samples and off the diagonal, its mirror image too."""
         mirrored, into = self._own is None and rows != columns, rows if self._own is None else slice(None)
         row_sums, column_sums = self._sums[into], self._sums[columns] if mirrored else None
         weights = pair_weights(k, l_, grad_s, self._half[rows], self._half[columns], row_sums, column_sums)
@@ -233,5 +233,5 @@ def pair_weights(
 
 
 def runs_cpp(tile: Tensor) -> bool:
-    """Whether csrc/pair_tiles.cpp takes this tile."""
+    """Whether csrc/pair_tiles.cpp computes this tile: float32 on the CPU."""
     return runs_native("pair_weights", tile)
