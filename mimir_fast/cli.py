@@ -76,7 +76,7 @@ def parse(config_type: type[T], args: Sequence[str] | None = None, *, default: T
 
 
 def _description(config_type: Any) -> str:
-    """What --help says first."""
+    """What --help says first: the docstring, and how a shell completes."""
     said = (inspect.getdoc(config_type) or "") if isinstance(config_type, type) else ""
     return f"{said}\n\n{COMPLETION_HINT}".strip()
 

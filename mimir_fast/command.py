@@ -16,7 +16,7 @@ from mimir_fast.completion import COMMANDS
 
 
 def usage() -> str:
-    """What `mimir-fast --help` prints."""
+    """The text of `mimir-fast --help`: the commands, one line each, and the options."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return f"""usage: mimir-fast COMMAND [OPTIONS]
@@ -36,7 +36,7 @@ Several GPUs: torchrun --nproc_per_node 8 -m mimir_fast.pretrain …"""
 
 
 def main() -> None:
-    """The console script."""
+    """The console script: hand the line over to the command that it names."""
     name, rest = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if name in ("-h", "--help"):
         print(usage())

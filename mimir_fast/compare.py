@@ -59,7 +59,7 @@ def config_from(args: Sequence[str]) -> CompareConfig:
 
 
 def main() -> None:
-    """Compare as the command line says."""
+    """The command: compare the evaluations that the line names."""
     compare(config_from(sys.argv[1:]))
 
 

@@ -52,7 +52,7 @@ def config_from(args: Sequence[str]) -> EvaluateConfig:
 
 
 def main() -> None:
-    """Evaluate as the command line says."""
+    """The command: evaluate what the line names."""
     evaluate(config_from(sys.argv[1:]))
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import tyro
 from torch import Tensor
 
+from mimir_fast.checkpoints.durable import PARTIAL, move
 from mimir_fast.cli import parse, run
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.models.families import find_family
@@ -79,6 +80,10 @@ def export(config: ExportConfig) -> Path:
     path = Path(config.output)
     if path.exists() and not config.overwrite:
         raise FileExistsError(f"{path} exists: choose another --output, or --overwrite")
+    if (path.parent / "meta.json").exists():
+        raise FileExistsError(
+            f"{path.parent} is a checkpoint, which another file would damage: choose another --output"
+        )
     weights = read_weights(config.source, config.weights)
     domain: Domain = config.domain or "clean"
     if not config.domain and any(is_adapter(name) for name in weights.tensors):
@@ -103,13 +108,18 @@ def export(config: ExportConfig) -> Path:
         if "head.weight" in tensors:
             hint = f"{python_command()} -m mimir_fast.evaluate --checkpoint {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+    aside = path.with_name(path.name + PARTIAL)  # the source may be mapped from where the result goes
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, aside, metadata=metadata)
+        move(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
     print(f"{weights.origin}\n  -> {path}: {len(tensors)} tensors, format {config.format}\nuse: {hint}")
     return path
 
 
 def main() -> None:
-    """The command."""
+    """The command: export what the line names."""
     load_extensions(sys.argv[1:])
     export(parse(ExportConfig, sys.argv[1:], prog="python -m mimir_fast.export"))
 

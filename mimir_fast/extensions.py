@@ -5,17 +5,49 @@ A command imports them before it builds its parser, so that what they register s
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import", metavar="MODULE"), tyro.conf.UseAppendAction]
 """The type of the option `--import`, which may be given several times."""
+
+
+class RegisteredName(PrimitiveConstructorSpec[str]):
+    """For `Annotated[str, RegisteredName(names)]`: an option whose choices are looked up when a parser is built.
+
+    Args:
+        names: makes the choices.
+    """
+
+    names: Callable[[], Iterable[str]]
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        plain = PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="",
+            instance_from_str=lambda args: args[0],
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda value: [value],
+        )
+        vars(self).update(vars(plain) | {"names": names})
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names that are registered now."""
+        return tuple(self.names())
+
+    @property
+    def metavar(self) -> str:
+        """What --help shows of them."""
+        return f"{{{','.join(self.choices)}}}"
 
 
 def load_extensions(args: Sequence[str], *runs: str) -> tuple[str, ...]:
@@ -28,21 +60,24 @@ def load_extensions(args: Sequence[str], *runs: str) -> tuple[str, ...]:
         ValueError: no name of a module.
         ImportError: a module that is not there, or that fails; the message says who asks for it.
     """
-    named = [value for flag, value in _options(args) if flag == "--import"]
     wanted: dict[str, str] = {}
     for path in dict.fromkeys([*runs, *(value for flag, value in _options(args) if flag != "--import")]):
         for name in saved_imports(path):
-            wanted.setdefault(name, f"{path} was trained with it")
-    for name in named:
-        wanted[name] = "--import"
-    for name, reason in wanted.items():
-        import_extension(name, reason)
+            wanted.setdefault(name, path)
+    for flag, name in _options(args):
+        if flag == "--import":
+            wanted[name] = ""
+    for name, run in wanted.items():
+        import_extension(name, run)
     return tuple(wanted)
 
 
-def import_extension(name: str, reason: str = "--import") -> None:
+def import_extension(name: str, run: str = "") -> None:
     """Import a module from the working folder, PYTHONPATH or what is installed.
 
+    Args:
+        run: path of the run that asks for it. It may have come from a stranger, so a module that lies around it is not
+            imported: opening a run runs no code that came with it.
     Raises:
         ValueError, ImportError: see `load_extensions`.
     """
@@ -51,15 +86,28 @@ def import_extension(name: str, reason: str = "--import") -> None:
     folder = os.getcwd()  # a console script has no working folder on its path, `python -m` has
     if folder not in sys.path and "" not in sys.path:
         sys.path.append(folder)
+    if run and _lies_around(name.partition(".")[0], Path(run)):
+        raise ImportError(f"{run} asks for module {name!r}, which came with it: --import {name} if you trust it")
     try:
         importlib.import_module(name)
     except ImportError as error:
+        if run:
+            raise ImportError(
+                f"{run} was trained with module {name!r}, which cannot be imported ({error}): start the command in the "
+                "module's folder, or put that folder into PYTHONPATH"
+            ) from error
         raise ImportError(
-            f"module {name!r} cannot be imported ({error}), and {reason}: start the command in the module's folder, or "
-            "put that folder into PYTHONPATH"
-            if reason != "--import"
-            else f"--import {name}: {error}; looked for in {folder}, PYTHONPATH and the installed packages"
+            f"--import {name}: {error}; looked for in {folder}, PYTHONPATH and the installed packages"
         ) from error
+
+
+def _lies_around(package: str, run: Path) -> bool:
+    """True for a folder that Python would import as a package and that holds the run, or has no __init__.py."""
+    spec = importlib.util.find_spec(package) if package not in sys.modules else None
+    if spec is None or spec.submodule_search_locations is None:
+        return False
+    places = [Path(place).resolve() for place in spec.submodule_search_locations]
+    return spec.origin is None or any(run.resolve().is_relative_to(place) for place in places)
 
 
 def saved_imports(path: str) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def config_from(args: Sequence[str]) -> FinetuneConfig:
 
 
 def main() -> None:
-    """The command."""
+    """The command: fine-tune as the line says."""
     finetune(config_from(sys.argv[1:]))
 
 

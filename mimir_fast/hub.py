@@ -32,8 +32,11 @@ from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.weight_files import WeightsChoice, read_weights
+from mimir_fast.training.ownership import is_run
 
 LICENSE = "apache-2.0"
+CARD_MARK = "library_name: mimir_fast"
+"""Stands in the header of every card of ours."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -106,7 +109,12 @@ class _OnTheHub(ModelHubMixin):
         return card(self.kind, type(self).__name__, self.outline, self.run_config, self.results, repo_id, license)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write model.safetensors, config.json and README.md into a folder; see huggingface_hub's ModelHubMixin."""
+        """Write model.safetensors, config.json and README.md into a folder; see huggingface_hub's ModelHubMixin.
+
+        Raises:
+            FileExistsError: the folder has files of these names which this method did not write.
+        """
+        refuse_others_files(Path(save_directory))
         return super().save_pretrained(save_directory, **_named(options, Path(save_directory).name))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -125,13 +133,29 @@ class HubClassifier(_OnTheHub, Classifier):
 
 
 class HubMaskedModel(_OnTheHub, MaskedModel):
-    """A pre-trained masked autoencoder."""
+    """A pre-trained masked autoencoder: encoder, decoder and mask token."""
 
     kind = "masked autoencoder"
 
     @classmethod
     def _load(cls, source: str | Path, which: WeightsChoice) -> MaskedModel:
         return load_masked_model(source, which)[0]
+
+
+def refuse_others_files(folder: Path) -> None:
+    """Raises FileExistsError where saving would replace files that no earlier saving wrote."""
+    if folder.is_dir() and CARD_MARK in _text_of(folder / "README.md") and not is_run(folder):
+        return
+    found = [
+        name for name in (SAFETENSORS_SINGLE_FILE, CONFIG_NAME, "README.md", "results.json") if (folder / name).exists()
+    ]
+    if found:
+        what = "is the folder of a run" if is_run(folder) else "was not written by this command"
+        raise FileExistsError(f"{folder} {what} and has {', '.join(found)}: choose another --output")
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 def _named(options: dict[str, Any], name: str) -> dict[str, Any]:
@@ -216,7 +240,7 @@ def publish(config: HubConfig) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """The command: publish what the line names."""
     load_extensions(sys.argv[1:])
     publish(parse(HubConfig, sys.argv[1:], prog="python -m mimir_fast.hub"))
 

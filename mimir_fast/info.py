@@ -84,7 +84,7 @@ def clashes() -> Iterator[str]:
 
 
 def main() -> None:
-    """Print it all."""
+    """The command: print backends, packages and known clashes."""
     # Not tyro: this command says what is missing, so it needs nothing.
     parser = argparse.ArgumentParser(
         prog=called_as("python -m mimir_fast.info"), description=(__doc__ or "").partition(": ")[2]

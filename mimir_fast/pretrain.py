@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from mimir_fast.cli import parse, peek, run
 from mimir_fast.extensions import load_extensions
-from mimir_fast.methods.mimir import apply_preset
+from mimir_fast.methods.registry import PRESETS
 from mimir_fast.recipes import find_recipe
 from mimir_fast.training.pretraining import PretrainConfig, pretrain, with_method
 
@@ -23,14 +23,13 @@ def config_from(args: Sequence[str]) -> PretrainConfig:
     default = replace(find_recipe(PretrainConfig, recipe), imports=imports)
     if (method := peek(args, "--method")) is not None:
         default = with_method(default, method)
-    preset = peek(args, "--preset")
-    if preset in ("paper", "official"):
-        default = replace(default, objective=apply_preset(default.objective, preset))
+    if preset := peek(args, "--preset"):
+        default = replace(default, objective=PRESETS.find(preset).apply(default.objective))
     return parse(PretrainConfig, args, default=default, prog="python -m mimir_fast.pretrain")
 
 
 def main() -> None:
-    """The command."""
+    """The command: pre-train as the line says."""
     pretrain(config_from(sys.argv[1:]))
 
 

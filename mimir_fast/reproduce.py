@@ -97,7 +97,7 @@ def config_from(args: Sequence[str]) -> DigitsDemo | FashionAblation:
 
 
 def main() -> None:
-    """The command."""
+    """The command: run the experiment that the line names; an interrupted one ends without an error."""
     try:
         config_from(sys.argv[1:]).run()
     except Interrupted as stop:  # all work is saved, as after the signal itself

@@ -3,13 +3,15 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Collection
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mimir_fast"
 
 # Room: the rooms (and leaf modules) it may import. `ops` may also use the kernels and the native door.
-LEAVES = {"philox", "versions", "validation", "world", "extensions"}
+LEAVES = {"philox", "versions", "validation", "world", "extensions", "registry"}
 ALLOWED = {
     "ops": {"ops", "_native"},
     "checkpoints": {"checkpoints"},
@@ -45,6 +47,25 @@ def imports_of(path: Path) -> set[str]:
     return {name.removeprefix("mimir_fast.") for name in found if name.startswith("mimir_fast.")}
 
 
+def files_imported(path: Path, files: Collection[str]) -> set[str]:
+    """Those of our modules that a file imports anywhere but for type checkers."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found.update(name if name in files else node.module for name in inner)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found & set(files)
+
+
 def test_arrows_point_one_way() -> None:
     wrong = []
     for room, allowed in ALLOWED.items():
@@ -55,6 +76,17 @@ def test_arrows_point_one_way() -> None:
                 if not any(module == ok or module.startswith(ok + ".") for ok in allowed):
                     wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_imports_itself_by_a_way_round() -> None:
+    """Also not by imports inside functions: what two files need of each other belongs into a third."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+             for path in PACKAGE.rglob("*.py")}  # fmt: skip
+    graph = {name: files_imported(path, files) - {name} for name, path in files.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(f"import circle: {' <- '.join(error.args[1])}") from None
 
 
 def test_kernels_know_nothing_of_the_package() -> None:

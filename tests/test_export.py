@@ -89,3 +89,19 @@ def test_bad_input(pretrained: tuple[Path, torch.nn.Module], tmp_path: Path) -> 
         ExportConfig(str(pretrained[0]), "model.pth")
     with pytest.raises(WeightsError, match="no checkpoint in"):
         export(ExportConfig(str(tmp_path), str(tmp_path / "new.safetensors")))
+
+
+def test_a_file_may_become_itself_and_a_checkpoint_stays_whole(
+    finetuned: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    run, _ = finetuned
+    path = tmp_path / "all.safetensors"
+    export(ExportConfig(str(run), str(path), format="safetensors"))
+    before = load_file(path)
+    export(ExportConfig(str(path), str(path), format="safetensors", overwrite=True))
+    after = load_file(path)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    checkpoint = run / "checkpoints" / "step-00000001"
+    (inside,) = checkpoint.glob("*.safetensors")
+    with pytest.raises(FileExistsError, match="is a checkpoint, which another file would damage"):
+        export(ExportConfig(str(run), str(inside), overwrite=True))

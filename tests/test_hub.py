@@ -183,3 +183,16 @@ def test_refuses(pretrained: tuple[Path, MaskedModel], tmp_path: Path) -> None:
         HubMaskedModel.from_run(pretrained[0], results=tmp_path)
     with pytest.raises(ValueError, match="--output hub/NAME"):
         HubConfig("runs/x")
+
+
+def test_nobody_else_s_files_are_replaced(finetuned: tuple[Path, Classifier], tmp_path: Path) -> None:
+    """`--output RUN` would have replaced the run's config.json, and a folder of notes its README.md."""
+    run, _ = finetuned
+    (run / "config.json").write_text(json.dumps({"format": "mimir_fast.run", **CONFIG}))
+    with pytest.raises(FileExistsError, match=r"is the folder of a run and has config.json: choose another --output"):
+        publish(HubConfig(str(run), output=str(run)))
+    assert json.loads((run / "config.json").read_text())["init"] == CONFIG["init"]
+    (tmp_path / "README.md").write_text("# My notes")
+    with pytest.raises(FileExistsError, match=r"was not written by this command and has README.md"):
+        HubClassifier.from_run(run).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]

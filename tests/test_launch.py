@@ -1,16 +1,21 @@
 """The launch templates: each is read by a parser, and every option in them is one the commands have."""
 
 import re
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from commands import command_environment
 
+from mimir_fast.checkpoints.reading import checkpoints_of
 from mimir_fast.pretrain import config_from
 
 LAUNCH = Path(__file__).parents[1] / "launch"
+WAIT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 def mimir_flags(words: list[str]) -> list[str]:
@@ -103,6 +108,55 @@ def test_skypilot() -> None:
     words = task["run"].replace("\\\n", " ").split()
     check(words[words.index(".venv/bin/torchrun") :])
     assert task["file_mounts"]["/runs"]["mode"].startswith("MOUNT")
+
+
+def test_torchrun_waits_for_a_slow_save_but_not_longer_than_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.launcher.api import LaunchConfig
+    from torch.distributed.run import get_args_parser
+
+    slurm, sky = (LAUNCH / "slurm.sbatch").read_text(), (LAUNCH / "skypilot.yaml").read_text()
+    (workers,) = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]["replicatedJobs"]
+    pod = workers["template"]["spec"]["template"]["spec"]
+    kubernetes = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+    found = [re.search(rf"^ *export {WAIT}=(?:\$\{{{WAIT}:-)?(\d+)", text, flags=re.M) for text in (slurm, sky)]
+    seconds = [int(match[1]) for match in found if match] + [int(kubernetes[WAIT])]
+    # Slurm signals 300 s before the end, Kubernetes has its grace period, a spot machine gets at most 120 s of notice.
+    assert len(seconds) == 3 and [s + 10 <= end for s, end in zip(seconds, (300, 120, 300), strict=True)] == [True] * 3
+    assert pod["terminationGracePeriodSeconds"] == 300 and "USR1@300" in slurm
+    if "--shutdown-timeout" not in get_args_parser().format_help():
+        pytest.skip("this torch always kills after 30 seconds")
+    for wait in seconds:  # the variable is the one this torch reads
+        monkeypatch.setenv(WAIT, str(wait))
+        assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout == wait
+
+
+SLOW_DISK = """
+import os, time
+def fsync(descriptor, really=os.fsync):
+    if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".safetensors"):
+        time.sleep(40)
+    really(descriptor)
+os.fsync = fsync
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wait", "saved"), [("90", True), (None, False)])
+def test_a_save_of_forty_seconds(tmp_path: Path, wait: str | None, saved: bool) -> None:
+    """After SIGTERM to torchrun; without the variable it is lost, which is why the templates set it."""
+    (tmp_path / "slow_disk.py").write_text(SLOW_DISK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    options = ["--import", "slow_disk", "--output_dir", "run", "--max_steps", "100000", "--log_every", "1",
+               "--save_every", "100000", "--batch_size", "8", "--device", "cpu"]  # fmt: skip
+    line = [*torchrun, "-m", "mimir_fast.pretrain", *options]
+    environment = command_environment() | ({} if wait is None else {WAIT: wait})
+    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("step 3/"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    assert bool(checkpoints_of(tmp_path / "run")) is saved
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "jobset.yaml", "skypilot.yaml"])

@@ -29,8 +29,8 @@ class TrainingAttack(LinfThreat):
     """An L∞ attack inside a training step, and what it saves."""
 
     every: int = 1
-    """Attack in every so many steps; in the others the input stays where the attack would start: uniform noise
-    of radius eps, or the clean image. The model meets fewer adversaries."""
+    """Attack every N-th step; other steps use the random start (weaker training): uniform noise of radius eps, or the
+    clean image without random_start."""
     precision: Literal["same", "bf16"] = "same"
     """Of the attack's passes: the `same` as the training's, or `bf16` where that is fp32. Some signs change:
     sign_agreement in the log is the share that does not, measured in the first attack and every 1000th."""

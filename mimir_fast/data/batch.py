@@ -22,5 +22,5 @@ class Batch:
     epochs: Tensor
 
     def first(self, count: int) -> "Batch":
-        """The first `count` samples."""
+        """A batch of the first `count` samples; views, not copies."""
         return Batch(self.images[:count], self.labels[:count], self.samples[:count], self.epochs[:count])

@@ -1,16 +1,14 @@
 """What data to read and how: its typed configuration.
 
-Plain Python on purpose: importing it loads neither numpy nor an image library.
+Plain Python on purpose: importing it loads neither numpy nor an image library; making one loads the sources' files.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from mimir_fast.validation import check_finite, nearest
+from mimir_fast.data.registry import SOURCES
+from mimir_fast.validation import check_finite
 
-SOURCES = (
-    "digits", "fashion_mnist", "idx", "cifar10", "cifar100", "tiny_imagenet", "imagenet", "folder", "webdataset", "raw",
-)  # fmt: skip
 LOADERS = ("auto", "resident", "torch", "dali", "raw")
 AUGMENTATIONS = ("pad_crop", "resized_crop", "none")
 
@@ -20,8 +18,9 @@ class DataConfig:
     """One data set and the way it reaches the model."""
 
     source: str = "digits"
-    """digits, fashion_mnist, idx, cifar10, cifar100, tiny_imagenet, imagenet, folder, webdataset, or raw (what
-    `python -m mimir_fast.data.prepare` wrote: uint8 images mapped into memory, the fastest)"""
+    """digits, fashion_mnist, idx, cifar10, cifar100, tiny_imagenet, imagenet, folder, webdataset, raw (what
+    `python -m mimir_fast.data.prepare` wrote: uint8 images mapped into memory, the fastest), or one that a module of
+    yours registers (--import)"""
     root: str | None = None
     """where the files lie; a brace pattern of tar shards for webdataset; not needed for digits and fashion_mnist"""
     image_size: int = 32
@@ -66,10 +65,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        if self.source not in SOURCES:
-            raise ValueError(
-                f"unknown source {self.source!r}{nearest(self.source, SOURCES)} Known: {', '.join(SOURCES)}"
-            )
+        SOURCES.find(self.source)
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
         if self.channels not in (1, 3):

@@ -54,7 +54,7 @@ def decode(content: bytes, where: str) -> np.ndarray:
 
 def _decode_jpeg(content: bytes) -> np.ndarray | None:
     """(H, W, C) uint8 by torchvision; None: it is not there, or refuses."""
-    decoder = _jpeg_decoder()
+    decoder = jpeg_decoder()
     if decoder is None:
         return None
     try:
@@ -65,7 +65,7 @@ def _decode_jpeg(content: bytes) -> np.ndarray | None:
 
 
 @cache
-def _jpeg_decoder() -> Callable[[torch.Tensor, int], torch.Tensor] | None:
+def jpeg_decoder() -> Callable[[torch.Tensor, int], torch.Tensor] | None:
     """torchvision's op, if installed: its library alone, for the package imports torch's compiler (2 s, 90 MB)."""
     package = importlib.util.find_spec("torchvision")
     for folder in (package and package.submodule_search_locations) or ():

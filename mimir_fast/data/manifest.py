@@ -46,7 +46,7 @@ class Manifest:
 
     @property
     def num_images(self) -> int:
-        """Images of all shards."""
+        """Number of images in all shards together."""
         return sum(shard.images for shard in self.shards)
 
     def write(self, path: Path) -> None:

@@ -17,6 +17,7 @@ the shards that are not there. Files that cannot be read are left out, counted, 
 import fcntl
 import multiprocessing
 import os
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -39,6 +40,7 @@ from mimir_fast.data.sources.base import ImageSource, MissingDataError
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.validation import check_number
 
+_PARTIAL = re.compile(r"\.(\.?(train|test))\b.*\.\d+\.partial")  # as `write_whole` names it
 _ADVICE = "run the command that wrote it again; it goes on where it was"
 
 
@@ -114,8 +116,9 @@ def prepare(config: PrepareConfig) -> dict[str, Manifest]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {out}: wait for it, or give another folder") from None
-        for leftover in out.glob("**/.*.partial"):  # of a command that was killed
-            leftover.unlink()
+        for leftover in [*out.glob(".*.partial"), *out.glob(".notes/.*.partial")]:  # of a command that was killed
+            if _PARTIAL.fullmatch(leftover.name):
+                leftover.unlink()
         return {split: _prepare_split(config, source, split) for split, source in sources.items()}
 
 
@@ -161,7 +164,8 @@ def _claim(out: Path, split: str, manifest: Manifest) -> None:
             what = ", ".join(f"{name} = {theirs.get(name)} (now {ours[name]})" for name in different)
             raise ValueError(f"{out} holds shards prepared with {what}: give another folder, or empty this one")
         return
-    if strange := sorted(entry.name for entry in out.iterdir() if entry.name.startswith(f"{split}-")):
+    names = (f"{split}-", f"{split}.json", f"{split}.npz")
+    if strange := sorted(entry.name for entry in out.iterdir() if entry.name.startswith(names)):
         raise ValueError(f"{out} holds {strange[0]}, which this command did not write: give another folder")
     manifest.write(path)
 

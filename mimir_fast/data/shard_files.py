@@ -46,7 +46,7 @@ class Job:
 
     @property
     def path(self) -> Path:
-        """The shard."""
+        """Where the shard is written: OUT/SPLIT-NUMBER.bin or .tar."""
         return self.out / f"{self.split}-{self.number:06d}.{_SUFFIX[self.format]}"
 
     @property

@@ -10,7 +10,6 @@ processes there are. All processes must see the same folder: the main one waits 
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mimir_fast.attacks.adaptive import has_features
-from mimir_fast.checkpoints.durable import write_text
+from mimir_fast.checkpoints.durable import remove, write_text
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource
 from mimir_fast.evaluation.adapters import JudgedModel, load_model
@@ -192,10 +191,10 @@ def open_folder(config: EvaluateConfig, identity: dict[str, Any], num_shards: in
     progress = config.folder / "progress"
     plan = progress / "plan.json"
     if main:
-        if config.overwrite and plan.exists():
-            shutil.rmtree(progress)
-        if not plan.exists() and config.folder.exists() and any(config.folder.iterdir()) and not config.overwrite:
+        if not plan.exists() and config.folder.exists() and any(config.folder.iterdir()):
             raise ValueError(f"{config.folder} is not empty and holds no evaluation of ours: give another --output_dir")
+        if config.overwrite and plan.exists():
+            remove(progress)
         progress.mkdir(parents=True, exist_ok=True)
         if not plan.exists():
             write_text(plan, json.dumps({"num_shards": num_shards, "identity": identity}, indent=1) + "\n")

@@ -4,11 +4,8 @@ A topic is one file in `topics/`: its options, how much each suite does of it, i
 of the page. The file registers itself with `register(Topic(…))`, from inside or from outside of the package.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +13,7 @@ from torch import nn
 
 from mimir_fast.evaluation.measure import Measurement, Records
 from mimir_fast.evaluation.options import CommonOptions
+from mimir_fast.registry import Registry
 
 Numbers = dict[str, Any]
 """What a topic found; JSON-able."""
@@ -114,8 +112,7 @@ class Topic:
     compare: Callable[[Sequence[tuple[str, Numbers]]], str] = lambda models: ""
 
 
-TOPICS: dict[str, Topic] = {}
-"""What was registered, by name; `all_topics` has the package's own among them and the order."""
+TOPICS: Registry[Topic] = Registry("topic", f"{__name__.rpartition('.')[0]}.topics")
 
 
 def register(topic: Topic) -> None:
@@ -124,27 +121,17 @@ def register(topic: Topic) -> None:
     Raises:
         ValueError: its name, or one of its options, is taken.
     """
-    if topic.name in TOPICS:
-        raise ValueError(f"topic {topic.name} is registered twice")
-    kinds = (CommonOptions, *(known.options for known in TOPICS.values()))
+    kinds = (CommonOptions, *(known.options for known in TOPICS.all().values()))
     owners = {option.name: kind.__name__ for kind in kinds if kind for option in fields(kind)}
     for option in fields(topic.options) if topic.options else ():
         if option.name in owners:
             raise ValueError(f"topic {topic.name}: --{option.name} is an option of {owners[option.name]} already")
-    TOPICS[topic.name] = topic
+    TOPICS.add(topic.name, topic)
 
 
 def all_topics() -> list[Topic]:
     """Every topic, in the order of the report."""
-    _import_own()
-    return sorted(TOPICS.values(), key=lambda topic: topic.order)
-
-
-@cache
-def _import_own() -> None:
-    package = __name__.rpartition(".")[0] + ".topics"
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
+    return sorted(TOPICS.all().values(), key=lambda topic: topic.order)
 
 
 def options_of(config: CommonOptions, kind: type[T]) -> T:

@@ -6,7 +6,7 @@ Shapes: B images, N patches, K kept, M masked, P numbers a patch.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from mimir_fast.philox import Stream
 class AdvMaeConfig(MaeConfig):
     """MAE's options and the perturbation."""
 
+    free_to_change: ClassVar[frozenset[str]] = frozenset({"attack.cuda_graph"})
     attack: ReconstructionAttackConfig = field(default_factory=ReconstructionAttackConfig)
 
 

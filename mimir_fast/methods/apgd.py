@@ -15,6 +15,10 @@ from mimir_fast.methods.registry import MethodEntry, register
 class Apgd(Pgd):
     """PGD training with APGD's search; of the configured attack eps and num_steps count."""
 
+    def adversary(self) -> str:
+        """Its radius and number of steps; it chooses their sizes itself."""
+        return f"eps {255 * self.config.attack.eps:.3g}/255, {self.config.attack.num_steps} steps"
+
     def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W) in [0, 1]."""
         attack = self.config.attack

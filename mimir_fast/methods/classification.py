@@ -9,7 +9,7 @@ Shapes: B images, C channels, H × W pixels, K classes, L blocks.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.augmentation import RandAugmentConfig, rand_augment
 from mimir_fast.methods.mixing import MixingConfig, mix, smooth_labels
+from mimir_fast.methods.registry import Objective
 from mimir_fast.models.branches import draw_drop_path
 from mimir_fast.models.classifier import Classifier
 from mimir_fast.ops.bf16_kernels import weights_stay
@@ -31,7 +32,7 @@ def default_attack() -> LinfThreat:
 
 
 @dataclass
-class ClassificationConfig:
+class ClassificationConfig(Objective):
     """What every fine-tuning method shares; a method with options of its own adds them under its name."""
 
     attack: LinfThreat = field(default_factory=default_attack)
@@ -72,7 +73,14 @@ class Inputs:
 
 
 class ClassificationMethod(ABC):
-    """Base of the fine-tuning methods."""
+    """Base of the fine-tuning methods.
+
+    Attributes:
+        adversarial: it trains against an adversary, so the best checkpoint is the one of highest PGD accuracy, and
+            catastrophic overfitting can happen.
+    """
+
+    adversarial: ClassVar[bool] = True
 
     def __init__(self, config: ClassificationConfig) -> None:
         self.config = config
@@ -84,7 +92,12 @@ class ClassificationMethod(ABC):
 
     @abstractmethod
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-        """The method itself."""
+        """{"loss": scalar to minimise, other detached scalars} of a batch made ready."""
+
+    def adversary(self) -> str:
+        """The adversary of training in words, for a run's headline; empty where there is none."""
+        attack = self.config.attack
+        return f"eps {255 * attack.eps:.3g}/255, {attack.num_steps} steps of {255 * attack.alpha:.3g}/255"
 
     def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """Rows (B, C, H, W) in [0, 1]: images, what PGD makes of them, and the difference, magnified to full range."""

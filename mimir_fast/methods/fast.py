@@ -14,6 +14,10 @@ from mimir_fast.methods.registry import MethodEntry, register
 class Fast(Pgd):
     """PGD training with FastAT's single step; of the configured attack only eps counts."""
 
+    def adversary(self) -> str:
+        """Its radius: one step of 1.25 times that is the rule."""
+        return f"eps {255 * self.config.attack.eps:.3g}/255"
+
     def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W) in [0, 1]."""
         threat = fast_threat(self.config.attack.eps)

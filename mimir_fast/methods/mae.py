@@ -6,8 +6,8 @@ Shapes: B images, N patches, K kept, M masked, P numbers a patch, T latent token
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mimir_fast.attacks.modes import borrowed_in_mode
 from mimir_fast.attacks.no_trace import unwrap
 from mimir_fast.data.batch import Batch
-from mimir_fast.methods.masking import SHARES, Mask, draw_mask, draw_share
+from mimir_fast.methods.masking import SHARES, Mask, check_decode_ratio, draw_mask, draw_share, num_keep, unit_factor
 from mimir_fast.methods.noise import UniformNoise
-from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.methods.registry import MethodEntry, Objective, register
 from mimir_fast.methods.terms import Term, total
 from mimir_fast.models.masked_model import MaskedModel, Output, View
 from mimir_fast.ops.bf16_kernels import weights_stay
@@ -29,7 +29,7 @@ from mimir_fast.validation import check_number
 
 
 @dataclass
-class MaeConfig:
+class MaeConfig(Objective):
     """What every masked method shares."""
 
     mask_ratio: float = 0.75
@@ -52,6 +52,19 @@ class MaeConfig:
             raise ValueError(f"mask_unit={self.mask_unit}, wanted a multiple of the patch in pixels, such as 32")
         if self.pixel_loss not in ("l2", "l1"):
             raise ValueError(f"pixel_loss={self.pixel_loss!r}, wanted l2 or l1")
+
+    def fit(self, image_size: int) -> Self:
+        """SimMIM's unit of 32 pixels is for 224²: images that have no four of them a side are masked by the patch."""
+        return replace(self, mask_unit=None) if self.mask_unit and image_size < 4 * self.mask_unit else self
+
+    def check_images(self, image_size: int, mask_unit: int) -> None:
+        """Raises ValueError where the unit does not tile the image, or the ratio leaves no patch on either side."""
+        factor = unit_factor(self.mask_unit, mask_unit, image_size)
+        num_keep((image_size // mask_unit // factor) ** 2, self.mask_ratio)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises ValueError where a share of the masked patches cannot be predicted without the others."""
+        check_decode_ratio(masked_model(model), self.decode_ratio)
 
 
 @dataclass

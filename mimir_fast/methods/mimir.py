@@ -7,14 +7,16 @@ Shapes: B images, N patches, K kept, P numbers a patch, T = 1 + K tokens, D widt
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from mimir_fast.methods import registry
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.methods.mae import Draws, Shown, Step, masked_model
 from mimir_fast.methods.mutual_information import MutualInformationConfig, mutual_information
-from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.methods.registry import MethodEntry, Preset, register
 from mimir_fast.methods.terms import Term
 from mimir_fast.ops.patches import every_patch, patchify_gather
 
@@ -24,6 +26,11 @@ class MimirConfig(AdvMaeConfig):
     """adv-MAE's options and the penalty."""
 
     mi: MutualInformationConfig = field(default_factory=MutualInformationConfig)
+
+    @property
+    def needs_even_ranks(self) -> str:
+        """The global estimate gathers the batches of all ranks."""
+        return "mi.scope=global" if self.mi.scope == "global" else ""
 
 
 def apply_preset(config: Any, preset: str) -> Any:
@@ -88,3 +95,5 @@ class Mimir(AdvMae):
 
 
 register(MethodEntry("mimir", "pretrain", MimirConfig, Mimir, "MIMIR"))
+for name in PRESETS:
+    registry.PRESETS.add(name, Preset(name, partial(apply_preset, preset=name), exact=name == "official"))

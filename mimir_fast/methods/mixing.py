@@ -25,7 +25,7 @@ _BETA_TRIES = 16  # for α = 0.8 a try succeeds in 61 % of cases: all fail once 
 
 @dataclass
 class MixingConfig:
-    """MixUp and CutMix."""
+    """MixUp and CutMix: whether, how strongly and how often images are mixed."""
 
     mixup: float = 0.0
     """Beta parameter of MixUp, 0.8 in the recipes; 0 is off."""

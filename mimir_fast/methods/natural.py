@@ -13,8 +13,14 @@ from mimir_fast.methods.registry import MethodEntry, register
 class Natural(ClassificationMethod):
     """Cross entropy on clean images."""
 
+    adversarial = False
+
+    def adversary(self) -> str:
+        """An empty string: it trains on clean images."""
+        return ""
+
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-        """{"loss", "accuracy"}."""
+        """{"loss": mean cross entropy, "accuracy"}, both scalars, of clean images."""
         logits = train_logits(model, inputs.images, inputs.branch_scales)
         return {"loss": cross_entropy(logits, inputs.targets).mean(), "accuracy": accuracy(logits, inputs.targets)}
 

@@ -1,22 +1,51 @@
-"""The methods by name, for pre-training and for fine-tuning: their files register themselves, this one finds them."""
+"""The methods by name, for pre-training and for fine-tuning: their files register themselves, this one finds them.
 
-import importlib
-import pkgutil
-from collections.abc import Callable
+A run names neither a method nor an option of one: what it has to know, `Objective` and `MethodEntry` say.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
-from mimir_fast.validation import nearest
+from mimir_fast.registry import Registry
 
 Stage = Literal["pretrain", "finetune"]
+DEFAULT: Mapping[Stage, str] = {"pretrain": "mimir", "finetune": "pgd"}
+"""The method where none is named."""
+
+
+@dataclass
+class Objective:
+    """The options of a method; a subclass adds its own, and says here what they ask of images, model and ranks.
+
+    Attributes:
+        free_to_change: options (`a.b`) that change how fast a run is and not what it computes; a resumed run may have
+            others.
+    """
+
+    free_to_change: ClassVar[frozenset[str]] = frozenset()
+
+    def fit(self, image_size: int) -> Self:
+        """These options with those replaced by their defaults that make no sense for images of this side in pixels."""
+        return self
+
+    def check_images(self, image_size: int, mask_unit: int) -> None:
+        """Raises ValueError where the options do not fit images of this side with units of `mask_unit` pixels."""
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises ValueError for a model that cannot do what the options ask for."""
+
+    @property
+    def needs_even_ranks(self) -> str:
+        """The option that needs as many images on each rank, as `name=value`, or an empty string."""
+        return ""
 
 
 class Method(Protocol):
-    """What the task calls."""
+    """What a run calls: the loss of a batch, and pictures of it."""
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """{"loss": scalar to minimise, other detached scalars}; `model` may be wrapped for data parallelism."""
@@ -40,6 +69,7 @@ class MethodEntry:
         decoder: the only decoder it works with, or "" for any.
         adapters: the model keeps norm layers and cls token twice.
         labels: the model gets a head, and the data must have labels.
+        as_published: options → the same as in the published numbers that recipes quote, where the defaults differ.
     """
 
     name: str
@@ -50,30 +80,42 @@ class MethodEntry:
     decoder: str = ""
     adapters: bool = False
     labels: bool = False
+    as_published: Callable[[Any], Any] = lambda options: options
 
 
-_METHODS: dict[tuple[Stage, str], MethodEntry] = {}
+@dataclass(frozen=True)
+class Preset:
+    """A named choice for every point in which the texts and the code of a method's authors differ.
+
+    Attributes:
+        apply: options → options; raises ValueError for a method that has no such points.
+        exact: it promises the authors' numbers, so the precision `auto` is fp32.
+    """
+
+    name: str
+    apply: Callable[[Any], Any]
+    exact: bool = False
+
+
+_PACKAGE = __name__.rpartition(".")[0]
+METHODS: Mapping[Stage, Registry[MethodEntry]] = {
+    "pretrain": Registry("method", _PACKAGE), "finetune": Registry("method", _PACKAGE)
+}  # fmt: skip
+PRESETS: Registry[Preset] = Registry("preset", _PACKAGE)
 
 
 def register(entry: MethodEntry) -> None:
-    """Add a method; its name is unique in its stage."""
-    key = (entry.stage, entry.name)
-    if key in _METHODS:
-        raise ValueError(f"method {entry.name} is registered twice for {entry.stage}")
-    _METHODS[key] = entry
+    """Add a method.
+
+    Raises:
+        ValueError: its name is taken in its stage.
+    """
+    METHODS[entry.stage].add(entry.name, entry)
 
 
 def all_methods(stage: Stage) -> dict[str, MethodEntry]:
     """Every method of a stage by name."""
-    _import_all()
-    return {name: entry for (s, name), entry in sorted(_METHODS.items()) if s == stage}
-
-
-@cache
-def _import_all() -> None:
-    package = __name__.rpartition(".")[0]
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
+    return METHODS[stage].all()
 
 
 def find_method(stage: Stage, name: str) -> MethodEntry:
@@ -82,10 +124,7 @@ def find_method(stage: Stage, name: str) -> MethodEntry:
     Raises:
         ValueError: there is none; the message suggests the nearest.
     """
-    known = all_methods(stage)
-    if name not in known:
-        raise ValueError(f"unknown method {name!r}{nearest(name, known)} There are {', '.join(known)} for {stage}")
-    return known[name]
+    return METHODS[stage].find(name)
 
 
 def convert(config: Any, wanted: type) -> Any:

@@ -32,7 +32,7 @@ START_STD = 0.001
 
 @dataclass
 class TradesConfig:
-    """What is TRADES' own."""
+    """The options of TRADES alone."""
 
     beta: float = 6.0
     """Weight of stability against accuracy (1/λ in the paper)."""

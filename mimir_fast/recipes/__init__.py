@@ -56,7 +56,7 @@ def register(name: str, config_type: type, build: Callable[[], Any], note: str, 
 
 
 def all_recipes() -> list[Recipe]:
-    """Every recipe, by name."""
+    """Every registered recipe of pre-training and fine-tuning, sorted by name."""
     for module in _MODULES:
         importlib.import_module(f"mimir_fast.recipes.{module}")
     return sorted(_RECIPES.values(), key=lambda recipe: recipe.name)

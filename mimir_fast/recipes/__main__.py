@@ -33,7 +33,7 @@ class RecipesConfig:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command."""
+    """The command: print the list or the page that the line names."""
     load_extensions(sys.argv[1:] if args is None else args)
     chosen = parse(RecipesConfig, args, prog="python -m mimir_fast.recipes")
     if chosen.what == "published":

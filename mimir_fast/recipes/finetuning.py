@@ -8,7 +8,6 @@ from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data import DataConfig
 from mimir_fast.methods.augmentation import RandAugmentConfig
 from mimir_fast.methods.classification import ClassificationConfig
-from mimir_fast.methods.mart import MartObjective
 from mimir_fast.methods.mixing import MixingConfig
 from mimir_fast.methods.registry import find_method
 from mimir_fast.models.classifier import ClassifierConfig
@@ -18,7 +17,6 @@ from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
 
 METHODS = ("natural", "pgd", "fast", "apgd", "trades", "mart", "ard_prm")
-
 
 MIXING = MixingConfig(mixup=0.8, cutmix=1.0, warmup_epochs=10)
 RANDAUGMENT = RandAugmentConfig(num_ops=2, magnitude=9, warmup_epochs=10)
@@ -57,9 +55,7 @@ def register_finetuning(
             optim=replace(optim) if optim is not None else adamw,
             run=replace(run),
         )  # fmt: skip
-        if isinstance(config.objective, MartObjective):
-            config.objective.mart.beta = 6.0  # of the authors' code; 5 in the paper
-        return config
+        return replace(config, objective=find_method("finetune", method).as_published(config.objective))
 
     name = f"{group}/{method}_{family}_{encoder}" + (f"_{suffix}" if suffix else "")
     register(name, FinetuneConfig, build, f"{find_method('finetune', method).note}; {note}", caveat)

@@ -36,7 +36,7 @@ def _code(*names: str) -> str:
 
 
 def systems_page() -> str:
-    """docs/systems.md."""
+    """The text of docs/systems.md: one row for each implemented system."""
     return _SYSTEMS + _table(
         ("system", "source", "recipe", "test", "largest size run here"),
         ((s.name, s.source, _code(s.recipe), _code(s.test), s.largest) for s in SYSTEMS),
@@ -44,7 +44,7 @@ def systems_page() -> str:
 
 
 def published_page() -> str:
-    """docs/published.md."""
+    """The text of docs/published.md: one table for each table of the papers."""
     parts = [_PUBLISHED]
     for table, rows in itertools.groupby(sorted(all_rows(), key=lambda row: row.table), key=lambda row: row.table):
         lines = []

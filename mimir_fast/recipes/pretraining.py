@@ -5,8 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from mimir_fast.data import DataConfig
-from mimir_fast.methods.mimir import apply_preset
-from mimir_fast.methods.registry import find_method
+from mimir_fast.methods.registry import PRESETS, find_method
 from mimir_fast.models.masked_model import ModelConfig, Positions
 from mimir_fast.recipes import find_recipe, register
 from mimir_fast.training.loop import RunConfig
@@ -72,7 +71,7 @@ def register_official(base: str) -> None:
 
     def build() -> PretrainConfig:
         config = find_recipe(PretrainConfig, base)
-        objective = config.objective if config.method == "mae" else apply_preset(config.objective, "official")
+        objective = config.objective if config.method == "mae" else PRESETS.find("official").apply(config.objective)
         positions: Positions = "official" if config.model.family in PSEUDO_GRID else "true"
         return replace(config, objective=objective, model=replace(config.model, positions=positions))
 
@@ -101,5 +100,5 @@ def register_variant(base: str, suffix: str, note: str, caveat: str = "", **chan
 
 
 def join(name: str, suffix: str) -> str:
-    """NAME_SUFFIX, or NAME."""
+    """NAME_SUFFIX, or NAME where the suffix is empty."""
     return f"{name}_{suffix}" if suffix else name

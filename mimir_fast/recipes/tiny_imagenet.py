@@ -20,7 +20,7 @@ def generated_data() -> DataConfig:
 
 
 def run() -> RunConfig:
-    """The paper's schedule."""
+    """The paper's pre-training: 800 epochs in batches of 512."""
     return RunConfig(epochs=800, warmup_epochs=40, batch_size=512)
 
 

@@ -16,10 +16,14 @@ MAX_STEPS = 100
 
 
 class Agreement:
-    """Asked after each step, with the same steps on every rank."""
+    """Asked after each step, with the same steps on every rank.
+
+    Attributes:
+        rounds: how often the ranks have talked.
+    """
 
     def __init__(self, world: World, step: int) -> None:
-        self.world = world
+        self.world, self.rounds = world, 0
         self._next = self._last = step
         self._since = time.monotonic()
 
@@ -34,6 +38,7 @@ class Agreement:
         # The slowest pace of all: -k, because the maximum is taken.
         votes = torch.tensor([int(stop), int(save), -pace])
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.world.group)
+        self.rounds += 1
         stopping, saving, pace = (int(v) for v in votes)
         self._last, self._next, self._since = step, step - pace, time.monotonic()
         return bool(stopping), bool(saving)

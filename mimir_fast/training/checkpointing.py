@@ -93,7 +93,7 @@ class Checkpointing:
                 self.saved = step
 
     def close(self) -> None:
-        """Let the thread go."""
+        """Wait for the save in progress and end the thread that writes."""
         self._saver.close()
 
     def _start(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -9,16 +9,15 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from mimir_fast.checkpoints.reading import checkpoints_of
 from mimir_fast.data import Batch, DataConfig, build_loader, build_source
 from mimir_fast.data.loaders import Loader
-from mimir_fast.data.sources.held_out import hold_out
-from mimir_fast.extensions import Imports
-from mimir_fast.methods.classification import ClassificationConfig
+from mimir_fast.data.sources.base import hold_out
+from mimir_fast.extensions import Imports, RegisteredName
+from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod
 from mimir_fast.methods.probe import ProbeConfig, probe
-from mimir_fast.methods.registry import convert, find_method
+from mimir_fast.methods.registry import DEFAULT, all_methods, convert, find_method
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier
-from mimir_fast.models.families import check_method, find_family
+from mimir_fast.models.families import find_family, mask_unit_of
 from mimir_fast.models.loading import LoadReport, initialize
 from mimir_fast.models.weight_files import WeightsChoice
 from mimir_fast.training.distributed import World
@@ -44,8 +43,8 @@ class FinetuneConfig:
 
     recipe: str = "digits/pgd_vit_nano"
     """Named starting point of all options below; `python -m mimir_fast.recipes` lists them."""
-    method: str = "pgd"
-    """natural, pgd, fast, apgd, trades, mart or ard_prm; its own options follow below."""
+    method: Annotated[str, RegisteredName(lambda: all_methods("finetune"))] = DEFAULT["finetune"]
+    """How it is trained; the method's own options follow below."""
     init: str = ""
     """A pre-training run, checkpoint, .safetensors or .pth file, or timm:NAME; empty trains from scratch."""
     init_weights: WeightsChoice = "auto"
@@ -66,18 +65,25 @@ class FinetuneConfig:
         self.data = replace(self.data, hold_out=self.probe.num_images)
         entry = find_method("finetune", self.method)
         self.objective = convert(self.objective, entry.config)
-        check_method(self.model.architecture(self.data.image_size, self.data.channels), self.method)
+        mask_unit_of(self.model.architecture(self.data.image_size, self.data.channels))
         entry.build(self.objective)  # options that do not go together are refused here, before anything starts
 
     @property
     def folder(self) -> Path:
-        """Where the run lives."""
+        """The run's folder: `--output_dir`, or runs/RECIPE."""
         return Path(self.run.output_dir or f"runs/{self.recipe}")
+
+    @property
+    def exact(self) -> bool:
+        """False: no preset promises the authors' numbers of a fine-tuning."""
+        return False
 
 
 class Finetuning:
     """The task: a classifier, one of the methods, and the probe.
 
+    Args:
+        resumed: the run's own checkpoint will be loaded, so `init` is not.
     Raises:
         ValueError: labels missing in the data, or other numbers of classes in its two splits.
         WeightsError: `init` cannot be used; the message says why.
@@ -86,9 +92,9 @@ class Finetuning:
     kind = "finetune"
     curves: tuple[str, ...] = ("loss", "natural", "pgd", "lr")
 
-    def __init__(self, config: FinetuneConfig, world: World) -> None:
+    def __init__(self, config: FinetuneConfig, world: World, *, resumed: bool = False) -> None:
         self.config = config
-        self.method = find_method("finetune", config.method).build(config.objective)
+        self.method = build_method(config)
         self.probe_loader, num_classes = probe_data(config, world)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
@@ -97,7 +103,7 @@ class Finetuning:
             )
         self.init_report: LoadReport | None = None
         # A run that goes on has its weights in its own checkpoint.
-        if config.init and not checkpoints_of(config.folder):
+        if config.init and not resumed:
             self.init_report = initialize(self.model, config.init, config.init_weights)
         self.architecture: dict[str, Any] = {
             "kind": "classifier",
@@ -109,11 +115,11 @@ class Finetuning:
         self._alarm: str | None = None
 
     def losses(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
-        """The method's."""
+        """{"loss": scalar to minimise, other detached scalars} of the method, for one micro-batch."""
         return self.method(model, batch, seed=seed, step=step)
 
     def evaluate(self, model: nn.Module, *, step: int) -> dict[str, float]:
-        """The probe; the best checkpoint is the one of highest PGD accuracy (natural, for `natural`)."""
+        """The probe's accuracies in [0, 1]; `score` is that under PGD, the natural one without an adversary."""
         if self.probe_loader is None:
             return {}
         settings = self.config.probe
@@ -122,8 +128,8 @@ class Finetuning:
             seed=self.config.run.seed,
         )  # fmt: skip
         # Only adversarial training can overfit to its single step.
-        self._alarm = None if self.config.method == "natural" else result.alarm
-        score = result.natural if self.config.method == "natural" else result.pgd
+        self._alarm = result.alarm if self.method.adversarial else None
+        score = result.pgd if self.method.adversarial else result.natural
         return {"natural": result.natural, "fgsm": result.fgsm, "pgd": result.pgd, "score": score}
 
     def alarm(self) -> str | None:
@@ -136,15 +142,13 @@ class Finetuning:
 
     def describe(self, num_samples: int) -> str:
         """What is trained on what, and what the weights came from."""
-        config, attack = self.config, self.config.objective.attack
+        config = self.config
         head = (
             f"{config.method} on {config.data.source} ({num_samples:,} images, {config.data.image_size}²): "
             f"{find_family(config.model.family).title}-{config.model.encoder}/{config.model.patch_size}"
         )
-        if config.method != "natural":
-            head += f", eps {255 * attack.eps:.3g}/255"
-        if config.method in ("pgd", "trades", "mart", "ard_prm"):
-            head += f", {attack.num_steps} steps of {255 * attack.alpha:.3g}/255"
+        if adversary := self.method.adversary():
+            head += f", {adversary}"
         if self.init_report is not None:
             return f"{head}\n{self.init_report}"
         return head + ("" if config.init else ", from scratch (no --init)")
@@ -153,6 +157,18 @@ class Finetuning:
         """The evaluation, against the adversary of training."""
         eps = f"{255 * self.config.objective.attack.eps:.4g}/255"
         return f"mimir_fast.evaluate --checkpoint {run} --suite quick --eps {eps}"
+
+
+def build_method(config: FinetuneConfig) -> ClassificationMethod:
+    """The method of a configuration.
+
+    Raises:
+        TypeError: it was registered for fine-tuning and is no ClassificationMethod.
+    """
+    method = find_method("finetune", config.method).build(config.objective)
+    if not isinstance(method, ClassificationMethod):
+        raise TypeError(f"method {config.method}: wanted a ClassificationMethod, got {type(method).__name__}")
+    return method
 
 
 def probe_data(config: FinetuneConfig, world: World) -> tuple[Loader | None, int]:
@@ -185,4 +201,4 @@ def probe_data(config: FinetuneConfig, world: World) -> tuple[Loader | None, int
 
 def finetune(config: FinetuneConfig) -> Path:
     """Run fine-tuning to its end (or to a signal) and return the run's folder."""
-    return run_session(config, lambda world: Finetuning(config, world))
+    return run_session(config, lambda world, checkpoint: Finetuning(config, world, resumed=checkpoint is not None))

@@ -1,7 +1,9 @@
-"""One start at a time in a run folder.
+"""One start at a time in a run folder, and which launch a start belongs to.
 
 A POSIX record lock on `.lock`: the kernel (or the NFS server) lets go of it when the process ends, however it ends, and
-forked data workers do not inherit it. The file says who holds it.
+forked data workers do not inherit it. The file says who holds it. A requeued job and a restarted worker are the same
+launch, going on; MIMIR_FAST_LAUNCH_ID, when set, names it, and the templates in launch/ set it where the scheduler has
+no such name.
 """
 
 import errno
@@ -10,10 +12,25 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mimir_fast.training.launch import launch_id
+_IDS = ("MIMIR_FAST_LAUNCH_ID", "SLURM_JOB_ID", "SKYPILOT_TASK_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID")
+
+
+def launch_id() -> str | None:
+    """A name that survives restarts and requeueing of this launch; None when nobody gave it one."""
+    for variable in _IDS:
+        value = os.environ.get(variable, "")
+        if value and value != "none":  # torchrun's word for a run without --rdzv_id
+            return f"{variable}={value}"
+    return None
+
+
+def restarts() -> int:
+    """How often torchrun has restarted the workers of this launch."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 class FolderInUse(OSError):
@@ -30,6 +47,7 @@ class Lock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: int | None = None
+        self._made: list[Path] = []  # the file and the folders above it, as far as they were not there before
         self.warning: str | None = None
         """What the person watching should know, once it is held."""
 
@@ -39,8 +57,11 @@ class Lock:
         Raises:
             FolderInUse: another process holds it; says which.
         """
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if not self.path.exists():
+            self._made = [self.path, *(folder for folder in self.path.parents if not folder.exists())]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + patience
+        descriptor = self._open()
         while not self._try(descriptor):
             holder = _read(descriptor)
             ours = holder.get("launch") is not None and holder.get("launch") == launch_id()
@@ -51,16 +72,39 @@ class Lock:
                     f"started {holder.get('started', '?')}: wait for it, stop it, or choose another --output_dir"
                 )
             time.sleep(0.2)
+        if not self._is_the_file(descriptor):
+            os.close(descriptor)
+            return self.acquire(patience)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started, "launch": launch_id()})
         os.pwrite(descriptor, text.encode().ljust(512), 0)
         self._file = descriptor
 
-    def release(self) -> None:
-        """Let go; nothing happens when it is not held."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+    def release(self, *, forget: bool = False) -> None:
+        """Let go; nothing happens when it is not held.
+
+        Args:
+            forget: delete the file, and the folders that were made for it and are empty.
+        """
+        if self._file is None:
+            return
+        if forget and self._made:
+            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else has put something into one of them
+                for folder in self._made[1:]:
+                    folder.rmdir()
+        os.close(self._file)
+        self._file = None
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def _is_the_file(self, descriptor: int) -> bool:
+        """False where the file was deleted by whoever held it before, so that the next start makes another."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def _try(self, descriptor: int) -> bool:
         try:

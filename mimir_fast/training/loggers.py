@@ -19,16 +19,16 @@ class Logger:
     """Does nothing; the rank that does not log has this one."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Numbers of a step."""
+        """Take the numbers of a step (0-based), by name."""
 
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-        """A uint8 picture."""
+        """Take a picture of a step, (H, W, 3) uint8."""
 
     def say(self, text: str) -> None:
         """A line for the person watching."""
 
     def close(self) -> None:
-        """Flush and let go."""
+        """Write what is still held, and free files and connections."""
 
 
 class Loggers(Logger):
@@ -161,7 +161,7 @@ def import_wandb() -> Any:
 
 
 class Pictures(Logger):
-    """PNG files `NAME-STEP.png`."""
+    """Writes each picture to FOLDER/NAME-STEP.png."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

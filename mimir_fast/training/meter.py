@@ -18,7 +18,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was added."""
+        """Forget what was added: the next reading counts from now on."""
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._steps, self._since, self._waited = 0, time.perf_counter(), self.loader.wait_seconds

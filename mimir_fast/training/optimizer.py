@@ -1,9 +1,12 @@
 """The optimiser: AdamW (fused where the device has it), or NVIDIA apex's FusedAdam / FusedLAMB when really installed.
 
 Parameters are grouped by weight decay (matrices only) and, for layer-wise decay, by depth: group k's learning rate is
-multiplied by layer_decay^(L − k) (Clark et al. 2020; BEiT, arXiv 2106.08254).
+multiplied by layer_decay^(L − k) (Clark et al. 2020; BEiT, arXiv 2106.08254). The learning rate is a function of the
+step, so that resuming needs no state.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.models.flat_names import flat_parameters
-from mimir_fast.training.schedule import cosine_schedule, stepped_schedule
 from mimir_fast.validation import check_choice, check_finite, check_number
 
 
 @dataclass
 class OptimizerConfig:
-    """Optimiser and learning rate."""
+    """Optimiser, weight decay, and the learning rate over the steps."""
 
     optimizer: Literal["adamw", "sgd", "apex_adam", "apex_lamb"] = "adamw"
     """`apex_*` need NVIDIA apex built from source (the `apex` on PyPI is another project)."""
@@ -135,3 +137,18 @@ def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     # A DTensor's, whose class is not imported for the sake of --help.
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def cosine_schedule(step: int, *, total_steps: int, warmup_steps: int, peak: float, minimum: float = 0.0) -> float:
+    """The learning rate of `step` (0-based): linear warm-up, then half a cosine from `peak` down to `minimum`."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def stepped_schedule(step: int, *, total_steps: int, warmup_steps: int, peak: float, drops: Sequence[float]) -> float:
+    """The learning rate of `step` (0-based): linear warm-up, then `peak`, divided by 10 at each part in `drops`."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.1 ** sum(step >= round(part * total_steps) for part in drops)

@@ -14,14 +14,14 @@ _SHAPE = (800, 384, 1536)  # tokens, width, hidden width of a small ViT
 
 @dataclass(frozen=True)
 class Choice:
-    """The precision and why."""
+    """The precision of a run, fp32 or bf16, and the reason in words."""
 
     name: str
     reason: str
 
     @property
     def bf16(self) -> bool:
-        """True for bf16 autocast."""
+        """True where forward passes run under bf16 autocast."""
         return self.name == "bf16"
 
 
@@ -37,7 +37,7 @@ def choose_precision(wanted: Precision, device: torch.device, *, parity: bool, r
     if recorded is not None:
         return Choice(recorded, "as before")
     if parity:
-        return Choice("fp32", "the official preset's")
+        return Choice("fp32", "the preset promises the authors' numbers")
     if device.type == "cuda":
         return Choice("bf16", "CUDA")
     ratio = bf16_speedup()

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -10,17 +10,27 @@ import tyro
 from torch import Tensor, nn
 
 from mimir_fast.data import Batch, DataConfig, build_source
-from mimir_fast.extensions import Imports
-from mimir_fast.methods.mae import MaeConfig
-from mimir_fast.methods.masking import check_decode_ratio, num_keep, unit_factor
-from mimir_fast.methods.mimir import MimirConfig
-from mimir_fast.methods.registry import convert, find_method
-from mimir_fast.models.families import check_method, find_family
+from mimir_fast.extensions import Imports, RegisteredName
+from mimir_fast.methods.registry import (
+    DEFAULT,
+    PRESETS,
+    Objective,
+    all_methods,
+    convert,
+    find_method,
+)
+from mimir_fast.models.families import find_family, mask_unit_of
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
 from mimir_fast.training.pictures import grid
 from mimir_fast.training.session import run_session
+
+
+def default_objective() -> Objective:
+    """The options of the default method."""
+    options: Objective = find_method("pretrain", DEFAULT["pretrain"]).config()
+    return options
 
 
 @dataclass
@@ -29,13 +39,13 @@ class PretrainConfig:
 
     recipe: str = "digits/mimir_vit_nano"
     """Named starting point of all options below; `python -m mimir_fast.recipes` lists them."""
-    preset: Literal["", "paper", "official"] = ""
+    preset: Annotated[str, RegisteredName(lambda: ["", *PRESETS.all()])] = ""
     """Set every point in which paper and authors' code differ; empty leaves them as the recipe has them."""
-    method: str = "mimir"
-    """mae, noise_mae, adv_mae, mimir, simmim, aemim or single_stage; its own options follow below."""
+    method: Annotated[str, RegisteredName(lambda: all_methods("pretrain"))] = DEFAULT["pretrain"]
+    """How it is trained; the method's own options follow below."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    objective: Annotated[MaeConfig, tyro.conf.arg(name="")] = field(default_factory=MimirConfig)
+    objective: Annotated[Objective, tyro.conf.arg(name="")] = field(default_factory=default_objective)
     optim: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(default_factory=OptimizerConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
     imports: Imports = ()
@@ -48,30 +58,29 @@ class PretrainConfig:
         self.objective = convert(self.objective, entry.config)
         if entry.adapters:
             self.model = replace(self.model, adapters=True)
-        unit = check_method(self.model.architecture(self.data.image_size, self.data.channels), self.method)
+        unit = mask_unit_of(self.model.architecture(self.data.image_size, self.data.channels))
         if entry.decoder and self.model.decoder != entry.decoder:
             raise ValueError(
                 f"method {self.method} needs --model.decoder {entry.decoder}, not {self.model.decoder}: "
                 "its mask tokens go through the encoder"
             )
-        factor = unit_factor(self.objective.mask_unit, unit, self.data.image_size)
-        num_keep((self.data.image_size // unit // factor) ** 2, self.objective.mask_ratio)
+        self.objective.check_images(self.data.image_size, unit)
 
     @property
     def folder(self) -> Path:
-        """Where the run lives."""
+        """The run's folder: `--output_dir`, or runs/RECIPE."""
         return Path(self.run.output_dir or f"runs/{self.recipe}")
+
+    @property
+    def exact(self) -> bool:
+        """The preset promises the authors' numbers."""
+        return bool(self.preset) and PRESETS.find(self.preset).exact
 
 
 def with_method(config: PretrainConfig, method: str) -> PretrainConfig:
-    """`config` for another method: its options converted, and the decoder the method needs.
-
-    SimMIM's mask unit of 32 pixels is for 224²; images that have no four of them a side are masked by the patch.
-    """
+    """`config` for another method: its options converted and fitted to the images, and the decoder the method needs."""
     entry = find_method("pretrain", method)
-    objective = convert(config.objective, entry.config)
-    if objective.mask_unit and config.data.image_size < 4 * objective.mask_unit:
-        objective = replace(objective, mask_unit=None)
+    objective = convert(config.objective, entry.config).fit(config.data.image_size)
     decoder: Any = entry.decoder or config.model.decoder
     return replace(config, method=method, objective=objective, model=replace(config.model, decoder=decoder))
 
@@ -84,7 +93,7 @@ class Pretraining:
     """
 
     kind = "pretrain"
-    curves: tuple[str, ...] = ("loss", "mi", "adversarial", "classification", "lr")
+    curves: tuple[str, ...] = ("loss", "lr")
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
@@ -96,7 +105,7 @@ class Pretraining:
             self.model: nn.Module = build_masked_model(
                 config.model, config.data.image_size, config.data.channels, num_classes
             )
-        check_decode_ratio(self.model, config.objective.decode_ratio)
+        config.objective.check_model(self.model)
         self.architecture: dict[str, Any] = {
             "kind": "masked_autoencoder",
             "image_size": config.data.image_size,
@@ -106,15 +115,17 @@ class Pretraining:
         }
 
     def losses(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
-        """The method's."""
-        return self.method(model, batch, seed=seed, step=step)
+        """{"loss": scalar to minimise, other detached scalars} of the method, for one micro-batch."""
+        out = self.method(model, batch, seed=seed, step=step)
+        self.curves = (*out, "lr")
+        return out
 
     def evaluate(self, model: nn.Module, *, step: int) -> dict[str, float]:
         """Nothing: reconstruction loss is logged anyway, and robustness is fine-tuning's to measure."""
         return {}
 
     def alarm(self) -> str | None:
-        """None: nothing is evaluated."""
+        """None always: pre-training evaluates nothing that could raise one."""
         return None
 
     def pictures(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, np.ndarray]:
@@ -122,7 +133,7 @@ class Pretraining:
         return {"reconstruction": grid(self.method.preview(model, batch.first(8), seed=seed, step=step))}
 
     def describe(self, num_samples: int) -> str:
-        """What is trained."""
+        """Method, data, images and model in one line, for the head of the output."""
         config, model = self.config, self.config.model
         return (
             f"{config.method} on {config.data.source} ({num_samples:,} images, {config.data.image_size}²): "
@@ -130,9 +141,16 @@ class Pretraining:
         )
 
     def next_command(self, run: Path) -> str:
-        """Fine-tuning."""
-        group, model = self.config.recipe.partition("/")[0], self.config.model
-        return f"mimir_fast.finetune --recipe {group}/pgd_{model.family}_{model.encoder} --init {run}"
+        """Fine-tuning by the recipe of this data set and encoder; another encoder than the recipe's is spelled out."""
+        group, _, name = self.config.recipe.partition("/")
+        model, method = self.config.model, DEFAULT["finetune"]
+        if f"_{model.family}_{model.encoder}_" in f"{name}_":
+            return f"mimir_fast.finetune --recipe {group}/{method}_{model.family}_{model.encoder} --init {run}"
+        return (
+            f"mimir_fast.finetune --method {method} --data.source {self.config.data.source} "
+            f"--model.family {model.family} --model.encoder {model.encoder} --model.patch_size {model.patch_size} "
+            f"--init {run}"
+        )
 
 
 def count_classes(config: PretrainConfig) -> int:
@@ -149,4 +167,4 @@ def count_classes(config: PretrainConfig) -> int:
 
 def pretrain(config: PretrainConfig) -> Path:
     """Run pre-training to its end (or to a signal) and return the run's folder."""
-    return run_session(config, lambda world: Pretraining(config))
+    return run_session(config, lambda world, checkpoint: Pretraining(config))

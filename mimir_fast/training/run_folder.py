@@ -1,5 +1,8 @@
 """A run's folder: who may work in it, what it was started with, and where this start goes on.
 
+`open` only looks, and takes the lock; `choose` finds the checkpoint to go on from; `begin`, when data, model and task
+have been built, writes. A command line that fails before leaves the folder as it was.
+
 config.json        the resolved configuration     environment.json   versions, machine, commit, processes
 metrics.jsonl      one line a logged step         checkpoints/       step-…/, best -> the best of them
 .lock              who works here                 diverged.json      why it must not simply be started again
@@ -15,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mimir_fast.checkpoints.durable import PARTIAL, move, point, remove, write_text
+from mimir_fast.checkpoints.durable import move, point, remove, write_text
 from mimir_fast.checkpoints.reading import (
     CheckpointError,
     DamagedCheckpoint,
@@ -25,23 +28,19 @@ from mimir_fast.checkpoints.reading import (
     verify,
 )
 from mimir_fast.training.health import TrainingDiverged
-from mimir_fast.training.launch import launch_id, restarts
-from mimir_fast.training.lock import Lock
+from mimir_fast.training.lock import Lock, launch_id, restarts
+from mimir_fast.training.ownership import MARK, delete_leftovers, delete_run, read_json, refuse_strangers_folder
 from mimir_fast.versions import environment
 from mimir_fast.world import World
-
-# What a start may leave before it has a config.json; with anything else a folder is somebody else's.
-OURS = frozenset({".lock", "config.json", "environment.json", "metrics.jsonl", "checkpoints", "diverged.json", "hangs"})
 
 # What may differ between the parts of one run: it changes where and how fast, not what is computed.
 FREE_TO_CHANGE = frozenset(
     {
-        "recipe", "preset",
+        "format", "recipe", "preset", "imports",
         "run.output_dir", "run.device", "run.strategy", "run.compile", "run.accum_iter", "run.micro_batch",
         "run.log_every", "run.save_every", "run.save_minutes", "run.picture_every", "run.keep_last", "run.keep_every",
         "run.resume", "run.overwrite", "run.allow_changes", "run.max_bad_steps", "run.stop_after", "run.hang_minutes",
         "run.profile", "run.dry_run", "run.wandb", "run.checkpoint_activations", "run.shard_ranks",
-        "objective.attack.cuda_graph",
         "data.num_workers", "data.loader", "data.root", "data.resident_gib", "data.hw_decoder_load",
         "data.max_bad_files",
     }
@@ -70,17 +69,21 @@ def defaults_of(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any] | None = None) -> list[str]:
+def differences(
+    old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any] | None = None,
+    free: frozenset[str] = FREE_TO_CHANGE,
+) -> list[str]:  # fmt: skip
     """Lines `name: old -> new` for what matters and differs.
 
     Args:
         defaults: of options that an older version, which wrote `old`, did not have.
+        free: options that do not matter.
     """
     flat_old, flat_new = {**(defaults or {}), **flatten(old)}, flatten(new)
     return [
         f"{name}: {flat_old.get(name)} -> {flat_new.get(name)}"
         for name in sorted(set(flat_old) | set(flat_new))
-        if name not in FREE_TO_CHANGE and flat_old.get(name) != flat_new.get(name)
+        if name not in free and flat_old.get(name) != flat_new.get(name)
     ]
 
 
@@ -96,10 +99,14 @@ class RunFolder:
         self.path, self.world = path, world
         self.notes: list[str] = []
         self._lock = Lock(path / ".lock")
+        self._overwrites = self._begun = False
+        self._wanted: dict[str, Any] = {}
+        self._processes: list[str] = []
+        self._first_bad: int | None = None  # where the run diverged before
 
     @property
     def checkpoints(self) -> Path:
-        """Where they are."""
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     def open(self, config: Any, *, resume: bool, overwrite: bool, allow_changes: bool) -> None:
@@ -111,20 +118,22 @@ class RunFolder:
             TrainingDiverged: it ended so, and nothing was changed since.
             OSError: it cannot be written, or the hosts do not share it.
         """
-        wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-        defaults = defaults_of(config)
-        nonce = self.world.on_main(lambda: self._take(wanted, defaults, resume, overwrite, allow_changes))
+        self._wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+        free = FREE_TO_CHANGE | {f"objective.{name}" for name in config.objective.free_to_change}
+        nonce = self.world.on_main(lambda: self._take(defaults_of(config), free, resume, overwrite, allow_changes))
         try:
-            processes = self.world.together(lambda: self._find(nonce))
+            self._processes = self.world.together(lambda: self._find(nonce))
         finally:
             if self.world.is_main:
                 (self.path / nonce).unlink(missing_ok=True)
-        about = {**environment(), "launch": launch_id(), "processes": processes}
-        self.world.on_main(lambda: write_text(self.path / "environment.json", json.dumps(about, indent=1) + "\n"))
+
+    def begin(self) -> None:
+        """Write who starts what here, after deleting what is overwritten and what a kill left; collective."""
+        self.world.on_main(self._begin)
 
     def close(self) -> None:
-        """Let others in."""
-        self._lock.release()
+        """Let others in. A folder that was made for a start which never began goes."""
+        self._lock.release(forget=not self._begun)
 
     def choose(self) -> Path | None:
         """The newest whole checkpoint, the same on all ranks, or None in a new run; damaged newer ones are put aside.
@@ -134,7 +143,7 @@ class RunFolder:
         Raises:
             CheckpointError: there are checkpoints and none of them is whole.
         """
-        names = self.world.on_main(lambda: [p.name for p in checkpoints_of(self.path)])
+        names = self.world.on_main(self._candidates)
         damaged: list[tuple[str, str]] = []
         for name in reversed(names):
             problem = self._problem(name)
@@ -189,37 +198,72 @@ class RunFolder:
             )
 
     def _take(
-        self, wanted: dict[str, Any], defaults: dict[str, Any], resume: bool, overwrite: bool, allow_changes: bool
+        self, defaults: dict[str, Any], free: frozenset[str], resume: bool, overwrite: bool, allow_changes: bool
     ) -> str:  # fmt: skip
-        recorded = self.path / "config.json"
-        if not recorded.exists() and self.path.exists() and any(map(_is_strange, self.path.iterdir())):
-            raise FileExistsError(
-                f"{self.path} exists, is not empty and is no run of ours: choose another --output_dir"
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
+        refuse_strangers_folder(self.path)
         self._lock.acquire()
         if self._lock.warning:
             self.notes.append(f"WARNING: {self._lock.warning}")
-        if overwrite:
-            self._overwrite()
-        self._clean()
+        own = self._is_of_this_launch()
+        if overwrite and own:
+            self.notes.append(f"--overwrite: {self.path} was made by this launch ({launch_id()}); going on with it")
+        self._overwrites = overwrite and not own
+        if not self._overwrites:
+            self._check_former(defaults, free, own or resume, allow_changes)
+        nonce = f".seen-{uuid.uuid4().hex}"
+        (self.path / nonce).touch()
+        return nonce
+
+    def _check_former(
+        self, defaults: dict[str, Any], free: frozenset[str], resume: bool, allow_changes: bool
+    ) -> None:  # fmt: skip
+        """Refuse to go on with another configuration, or with what would diverge again."""
+        fix = "choose another --output_dir, or --overwrite to start anew there"
         # A start that failed before its first checkpoint has nothing to lose.
         begun = bool(checkpoints_of(self.path))
-        changed = differences(self._recorded_config(), wanted, defaults) if begun else []
-        fix = "choose another --output_dir, or --overwrite to start anew there"
+        changed = differences(self._recorded_config(), self._wanted, defaults, free) if begun else []
         if changed and not allow_changes:
             raise FileExistsError(
                 f"{self.path} holds a run with another configuration:\n  "
                 + "\n  ".join(changed)
                 + f"\nTo go on with the change, --allow_changes; otherwise {fix}"
             )
-        if begun and not resume and not self._is_of_this_launch():
+        if begun and not resume:
             raise FileExistsError(f"{self.path} already holds this run and --no_resume was given: {fix}")
-        self._after_divergence(wanted)
-        write_text(recorded, json.dumps(wanted, indent=1) + "\n")
-        nonce = f".seen-{uuid.uuid4().hex}"
-        (self.path / nonce).touch()
-        return nonce
+        found = read_json(self.path / "diverged.json")
+        if not found:
+            return
+        if not differences(found["config"], self._wanted, None, free):
+            raise TrainingDiverged(
+                f"the run in {self.path} diverged at step {found['first_bad']} and would do so again with the same "
+                "options: resume with --blr (or --lr) divided by 10 and --allow_changes, or --overwrite to start anew"
+            )
+        self._first_bad = found["first_bad"]
+
+    def _candidates(self) -> list[str]:
+        """Names of the checkpoints to choose from; those whose weights exploded are put aside."""
+        if self._overwrites:
+            return []
+        found = checkpoints_of(self.path)
+        while self._first_bad is not None and found:
+            if _is_healthy(found[-1]) and step_of(found[-1]) < self._first_bad:
+                break
+            checkpoint = found.pop()
+            move(checkpoint, checkpoint.with_name(checkpoint.name + ".diverged"))
+            self.notes.append(
+                f"{checkpoint.name} holds weights that exploded; it is kept as {checkpoint.name}.diverged"
+            )
+        return [path.name for path in found]
+
+    def _begin(self) -> None:
+        if self._overwrites and (kept := delete_run(self.path)):
+            self.notes.append(f"--overwrite: {self.path} keeps what no run of ours writes: {', '.join(kept)}")
+        delete_leftovers(self.path)
+        self._begun = True
+        write_text(self.path / "config.json", json.dumps(MARK | self._wanted, indent=1) + "\n")
+        remove(self.path / "diverged.json")
+        about = {**environment(), "launch": launch_id(), "processes": self._processes}
+        write_text(self.path / "environment.json", json.dumps(about, indent=1) + "\n")
 
     def _find(self, nonce: str) -> str:
         """Prove that this host sees what rank 0 wrote a moment ago."""
@@ -232,32 +276,13 @@ class RunFolder:
             "pieces. Put --output_dir on storage that all hosts share (NFS, Lustre, …)"
         )
 
-    def _overwrite(self) -> None:
-        """Delete the run, unless a former start of this very launch made it."""
-        if self._is_of_this_launch():
-            self.notes.append(f"--overwrite: {self.path} was made by this launch ({launch_id()}); going on with it")
-            return
-        # config.json says that the folder is ours, so it goes last.
-        for path in sorted(self.path.iterdir(), key=lambda path: path.name == "config.json"):
-            if path.name != ".lock":
-                remove(path)
-
     def _is_of_this_launch(self) -> bool:
-        recorded = _read_json(self.path / "environment.json").get("launch")
+        recorded = read_json(self.path / "environment.json").get("launch")
         return restarts() > 0 or (recorded is not None and recorded == launch_id())
-
-    def _clean(self) -> None:
-        """Remove what a kill left half done."""
-        for leftover in [
-            *self.path.glob(f"*{PARTIAL}"),
-            *self.path.glob(".seen-*"),
-            *self.checkpoints.glob(f"*{PARTIAL}"),
-        ]:
-            remove(leftover)
 
     def _recorded_config(self) -> dict[str, Any]:
         """config.json, or the newest checkpoint's copy of it where that was cut."""
-        found = _read_json(self.path / "config.json")
+        found = read_json(self.path / "config.json")
         if found:
             return found
         for checkpoint in reversed(checkpoints_of(self.path)):
@@ -268,26 +293,6 @@ class RunFolder:
             self.notes.append(f"WARNING: {self.path}/config.json was damaged; restored from {checkpoint.name}")
             return config
         return {}
-
-    def _after_divergence(self, wanted: dict[str, Any]) -> None:
-        """Refuse to repeat it; with a change, go on from the last healthy checkpoint."""
-        mark = self.path / "diverged.json"
-        found = _read_json(mark)
-        if not found:
-            return
-        if not differences(found["config"], wanted):
-            raise TrainingDiverged(
-                f"the run in {self.path} diverged at step {found['first_bad']} and would do so again with the same "
-                "options: resume with --blr (or --lr) divided by 10 and --allow_changes, or --overwrite to start anew"
-            )
-        for checkpoint in reversed(checkpoints_of(self.path)):
-            if _is_healthy(checkpoint) and step_of(checkpoint) < found["first_bad"]:
-                break
-            move(checkpoint, checkpoint.with_name(checkpoint.name + ".diverged"))
-            self.notes.append(
-                f"{checkpoint.name} holds weights that exploded; it is kept as {checkpoint.name}.diverged"
-            )
-        remove(mark)
 
     def _problem(self, name: str) -> str | None:
         """What is wrong with a checkpoint; every rank reads its share of the files, all learn it."""
@@ -312,20 +317,8 @@ class RunFolder:
             self.notes.append(f"WARNING: {problem}. Put aside as {aside.name}; going on from the one before it")
 
 
-def _is_strange(path: Path) -> bool:
-    return not (path.name in OURS or path.name.endswith(PARTIAL) or path.name.startswith(".seen-"))
-
-
 def _is_healthy(checkpoint: Path) -> bool:
     try:
         return bool(read_meta(checkpoint).get("healthy", True))
     except CheckpointError:
         return False
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from mimir_fast.checkpoints.reading import read_meta
 from mimir_fast.data import DataConfig, build_loader
+from mimir_fast.methods.registry import Objective
 from mimir_fast.models.attention import attention_backend
 from mimir_fast.training.health import StopSignal
 from mimir_fast.training.loggers import (
@@ -27,32 +28,40 @@ from mimir_fast.training.precision import choose_precision
 from mimir_fast.training.profiling import profiled
 from mimir_fast.training.rehearsal import rehearse
 from mimir_fast.training.run_config import RunConfig
-from mimir_fast.training.run_folder import RunFolder, flatten
+from mimir_fast.training.run_folder import RunFolder
 from mimir_fast.training.task import Task
 from mimir_fast.training.watchdog import Watchdog
 from mimir_fast.versions import python_command
 from mimir_fast.world import World, start_world, stop_world
 
+BuildTask = Callable[[World, Path | None], Task]
+
 
 class SessionConfig(Protocol):
-    """What a configuration of any task has: data, optimiser, run, and the folder it lives in."""
+    """What a configuration of any task has: the method's options, data, optimiser, run, and the folder it lives in."""
 
     data: DataConfig
+    objective: Objective
     optim: OptimizerConfig
     run: RunConfig
 
     @property
     def folder(self) -> Path:
-        """Where the run lives."""
+        """The run's folder: `--output_dir`, or runs/RECIPE."""
+        ...
+
+    @property
+    def exact(self) -> bool:
+        """It promises somebody's numbers, so the precision `auto` is fp32."""
         ...
 
 
-def run_session(config: Any, build_task: Callable[[World], Task]) -> Path:
+def run_session(config: Any, build_task: BuildTask) -> Path:
     """Run a task to its end (or to a signal) and return the run's folder.
 
     Args:
         config: a dataclass that is a SessionConfig; written into the folder and the checkpoints.
-        build_task: makes the task, with its model, on each process.
+        build_task: (world, the checkpoint that is gone on from or None) → the task with its model, on each process.
     """
     stop = StopSignal()
     folder: RunFolder | None = None
@@ -71,7 +80,7 @@ def run_session(config: Any, build_task: Callable[[World], Task]) -> Path:
     return config.folder
 
 
-def _run(config: Any, folder: RunFolder, build_task: Callable[[World], Task], stop: StopSignal) -> None:
+def _run(config: Any, folder: RunFolder, build_task: BuildTask, stop: StopSignal) -> None:
     run, world = config.run, folder.world
     if run.wandb:
         world.on_main(lambda: bool(import_wandb()))
@@ -80,6 +89,7 @@ def _run(config: Any, folder: RunFolder, build_task: Callable[[World], Task], st
     try:
         checkpoint = folder.choose()
         trainer = build_trainer(config, folder, build_task, checkpoint)
+        folder.begin()
         trainer.logger = trainer.checkpoints.logger = logger = build_logger(config, folder, trainer)
         for note in folder.notes:
             logger.say(note)
@@ -100,9 +110,7 @@ def _run(config: Any, folder: RunFolder, build_task: Callable[[World], Task], st
         watchdog.close()
 
 
-def build_trainer(
-    config: Any, folder: RunFolder, build_task: Callable[[World], Task], checkpoint: Path | None
-) -> Trainer:
+def build_trainer(config: Any, folder: RunFolder, build_task: BuildTask, checkpoint: Path | None) -> Trainer:
     """The trainer with its data and model, as `checkpoint` left them if there is one. Collective.
 
     Raises:
@@ -112,21 +120,22 @@ def build_trainer(
     meta = {} if checkpoint is None else read_meta(checkpoint)
     accum = run.accumulation(world.size, meta if "micro_batch" in meta else None)
     micro, rest = divmod(run.batch_size, world.size * accum)
-    if rest and flatten(config).get("objective.mi.scope") == "global":
+    if rest and (option := config.objective.needs_even_ranks):
         raise ValueError(
-            f"mi.scope=global needs ranks with as many images each, but {run.batch_size} do not divide over "
-            f"{world.size} ranks x {accum} accumulation steps: change --batch_size or --accum_iter, or --mi.scope rank"
+            f"{option} needs ranks with as many images each, but {run.batch_size} do not divide over {world.size} "
+            f"ranks x {accum} accumulation steps: change --batch_size or --accum_iter, or that option"
         )
     recorded = None if checkpoint is None else meta.get("precision", "bf16" if world.device.type == "cuda" else "fp32")
-    parity = getattr(config, "preset", "") == "official"
-    precision = world.on_main(lambda: choose_precision(run.precision, world.device, parity=parity, recorded=recorded))
+    precision = world.on_main(
+        lambda: choose_precision(run.precision, world.device, parity=config.exact, recorded=recorded)
+    )
     loader = build_loader(
         config.data, split="train", batch_size=micro + bool(rest), device=world.device, rank=world.rank,
         world_size=world.size, seed=run.seed, accum_iter=accum, global_batch=run.batch_size,
     )  # fmt: skip
     plain = json.loads(json.dumps(asdict(config)))
     trainer = Trainer(
-        build_task(world), loader, run, config.optim, plain, folder, world, Logger(), precision=precision,
+        build_task(world, checkpoint), loader, run, config.optim, plain, folder, world, Logger(), precision=precision,
         accum_iter=accum,
     )  # fmt: skip
     if checkpoint is not None:

@@ -38,7 +38,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, step: int) -> None:
-        """A step was done."""
+        """Note that a step was done: the time until the next one counts from now."""
         self.step, self._deadline = step, time.monotonic() + self.patience
 
     def allow(self, factor: float = 6) -> None:
@@ -46,7 +46,7 @@ class Watchdog:
         self._deadline = time.monotonic() + factor * self.patience
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop looking; the thread ends."""
         self._over.set()
 
     def _watch(self) -> None:

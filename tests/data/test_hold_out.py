@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mimir_fast.data import DataConfig, build_loader, build_source
-from mimir_fast.data.sources.held_out import hold_out
+from mimir_fast.data.sources.base import hold_out
 
 DIGITS = DataConfig(source="digits", image_size=8, channels=1)
 

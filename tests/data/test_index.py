@@ -4,13 +4,13 @@ import multiprocessing
 import os
 import stat
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mimir_fast.data import DataConfig, build_source, index
 from mimir_fast.data.index import kept_index
-from mimir_fast.data.sources import folder as module
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +21,15 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def listings(monkeypatch):
-    """Counts how often a class folder is listed."""
-    seen = []
-    original = module._files
-    monkeypatch.setattr(module, "_files", lambda folder: (seen.append(folder), original(folder))[1])
+    """The class folders that were listed, in order."""
+    seen, original = [], os.scandir
+
+    def scandir(folder):
+        if Path(folder).parent.name in ("train", "val"):
+            seen.append(folder)
+        return original(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
     return seen
 
 
@@ -40,7 +45,7 @@ def test_the_second_start_lists_nothing(image_folder, listings):
     assert len(listings) == 3
     assert [second.where(i) for i in range(25)] == [first.where(i) for i in range(25)]
     assert (second.labels == first.labels).all()
-    assert isinstance(second._paths, np.memmap)  # the ranks of a machine share one copy
+    assert isinstance(second.paths, np.memmap)  # the ranks of a machine share one copy
     assert len(build(image_folder, "test")) == 8  # an index of its own
 
 

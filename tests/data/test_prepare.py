@@ -261,3 +261,12 @@ def test_what_does_not_go_together_is_refused(image_folder, prepared):
         build_loader(replace(raw(image_folder), source="folder", loader="raw"), split="train", batch_size=2)
     with pytest.raises(ValueError, match="decodes image files"):
         build_loader(raw(prepared, loader="dali"), split="train", batch_size=2)
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.npz", "train-notes.txt"])
+def test_other_files_in_the_folder_are_not_touched(image_folder, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    (tmp_path / ".film.partial").write_text("a browser's")
+    with pytest.raises(ValueError, match=f"{name}, which this command did not write: give another folder"):
+        prepare(config_for(image_folder, tmp_path))
+    assert (tmp_path / name).read_text() == "mine" and (tmp_path / ".film.partial").exists()

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import pytest
 from commands import command_environment
 from doc_blocks import PAGES, ROOT, Block, blocks_of, inline_commands, split_commands
 
-from mimir_fast.evaluation import topic
-from mimir_fast.methods import registry
+from mimir_fast.data.sources import SOURCES
+from mimir_fast.evaluation.topic import TOPICS
+from mimir_fast.methods.registry import METHODS, PRESETS
+from mimir_fast.models.families import FAMILIES
 
 SHELL, PYTHON = ("sh", "bash", "console"), ("python", "py")
 WITH_COMMANDS = [page for page in PAGES if any(b.language in SHELL for b in blocks_of(page)) or inline_commands(page)]
@@ -37,8 +41,30 @@ def test_every_block_has_a_language_and_a_known_marker(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name)
-def test_every_command_is_accepted_by_its_parser(page: Path) -> None:
+def test_every_command_is_accepted_by_its_parser(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with own_folder(tmp_path, monkeypatch):
+        check_commands(page)
+
+
+@contextmanager
+def own_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A working folder, whose modules and what they register are forgotten afterwards."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    with ExitStack() as registries:
+        for names in (*METHODS.values(), PRESETS, FAMILIES, SOURCES, TOPICS):
+            registries.enter_context(names.restored())
+        try:
+            yield
+        finally:
+            for module in [n for n, m in sys.modules.items() if str(folder) in str(getattr(m, "__file__", ""))]:
+                del sys.modules[module]
+
+
+def check_commands(page: Path) -> None:
     for block in blocks_of(page):
+        if block.title:
+            Path(block.title).write_text(block.text)  # a module that a command imports
         for words in block.commands if block.language in SHELL else ():
             try:
                 known.check(words)
@@ -55,24 +81,14 @@ def test_every_command_is_accepted_by_its_parser(page: Path) -> None:
 @pytest.mark.parametrize("page", WITH_RUNS, ids=name)
 def test_the_page_runs_small(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the page's order, in one empty folder and one process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    registry.all_methods("pretrain")  # loaded for good, before what a page registers is taken back
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    topic.all_topics()
-    monkeypatch.setattr(topic, "TOPICS", dict(topic.TOPICS))
-    before, namespace = set(sys.modules), dict[str, Any]({"__name__": "__main__"})
-    try:
+    namespace = dict[str, Any]({"__name__": "__main__"})
+    with own_folder(tmp_path, monkeypatch):
         for block in blocks_of(page):
             if block.language in PYTHON:
                 run_python(block, namespace)
             elif block.marker == "run":
                 for words in block.commands:
                     run_small(words, monkeypatch)
-    finally:
-        for module in set(sys.modules) - before:
-            if str(tmp_path) in str(getattr(sys.modules[module], "__file__", "")):
-                del sys.modules[module]
 
 
 def run_python(block: Block, namespace: dict[str, Any]) -> None:

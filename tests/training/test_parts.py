@@ -15,9 +15,14 @@ from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.ema import Ema
 from mimir_fast.training.loop import RunConfig
-from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups
+from mimir_fast.training.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    cosine_schedule,
+    parameter_groups,
+    stepped_schedule,
+)
 from mimir_fast.training.pictures import grid, save_curves
-from mimir_fast.training.schedule import cosine_schedule, stepped_schedule
 
 
 @pytest.fixture

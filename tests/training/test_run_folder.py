@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,20 @@ def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
 def opened(
     path: Path, *flags: str, resume: bool = True, overwrite: bool = False, allow_changes: bool = False
 ) -> RunFolder:
+    """A start of a run as far as its first writes."""
+    folder = looked(path, *flags, resume=resume, overwrite=overwrite, allow_changes=allow_changes)
+    folder.begin()
+    return folder
+
+
+def looked(path: Path, *flags: str, **options: bool) -> RunFolder:
+    """A start as far as its look at the folder."""
     folder = RunFolder(path, ALONE)
-    folder.open(config_from(list(flags)), resume=resume, overwrite=overwrite, allow_changes=allow_changes)
+    try:
+        folder.open(config_from(list(flags)), **{"resume": True, "overwrite": False, "allow_changes": False} | options)
+    except BaseException:
+        folder.close()
+        raise
     return folder
 
 
@@ -55,6 +66,16 @@ def damage(checkpoint: Path) -> None:
 
 def names(run: Path) -> list[str]:
     return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Path → text of every file below."""
+    found = {}
+    for parent, _, files in os.walk(folder, followlinks=True):
+        for name in files:
+            path = Path(parent) / name
+            found[str(path.relative_to(folder))] = path.read_bytes().decode(errors="replace")
+    return found
 
 
 class TestOpening:
@@ -85,11 +106,56 @@ class TestOpening:
         with pytest.raises(FileExistsError, match="--overwrite to start anew"):
             opened(tmp_path, "--seed", "2", resume=False)
 
-    def test_a_strangers_folder_is_left_alone(self, tmp_path: Path) -> None:
-        (tmp_path / "thesis.tex").write_text("mine")
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize(
+        "files",
+        [
+            {"thesis.tex": "mine"},
+            {"config.json": '{"architectures": ["ViTForImageClassification"], "hidden_size": 768}', "model.bin": "x"},
+            {"config.json": '{"run": {"name": "another program\'s"}, "model": {}}'},
+            {"config.json": "no json at all"},
+            {"checkpoints/step-00000001/weights.pt": "another program's", "metrics.jsonl": "{}"},
+            {"environment.json": "{}"},
+            {"download.partial": "a browser's"},
+        ],
+        ids=lambda files: "+".join(files),
+    )
+    def test_a_strangers_folder_is_left_alone(self, tmp_path: Path, files: dict[str, str], overwrite: bool) -> None:
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content)
         with pytest.raises(FileExistsError, match="no run of ours"):
-            opened(tmp_path, overwrite=True, allow_changes=True)
-        assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+            opened(tmp_path, overwrite=overwrite, allow_changes=True)
+        assert contents(tmp_path) == files
+
+    def test_a_folder_of_the_hub_is_no_run(self, tmp_path: Path) -> None:
+        """Its config.json has the keys of a run's, without those that speak of a machine."""
+        from mimir_fast.hub_card import public_config
+
+        opened(tmp_path / "run").close()
+        recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+        (tmp_path / "hub").mkdir()
+        (tmp_path / "hub" / "config.json").write_text(json.dumps(public_config(recorded)))
+        with pytest.raises(FileExistsError, match=r"no run of ours \(config.json\)"):
+            opened(tmp_path / "hub", overwrite=True)
+
+    def test_a_look_that_never_began_leaves_nothing(self, tmp_path: Path) -> None:
+        folder = looked(tmp_path / "runs" / "a")
+        assert (tmp_path / "runs" / "a" / ".lock").exists()
+        folder.close()
+        assert not list(tmp_path.iterdir())
+        (tmp_path / "there").mkdir()
+        looked(tmp_path / "there").close()
+        assert not list((tmp_path / "there").iterdir())
+
+    def test_a_run_of_a_version_without_the_mark_is_known_by_its_keys(self, tmp_path: Path) -> None:
+        opened(tmp_path).close()
+        recorded = json.loads((tmp_path / "config.json").read_text())
+        assert recorded.pop("format") == "mimir_fast.run"
+        (tmp_path / "config.json").write_text(json.dumps(recorded))
+        save(tmp_path, 1)
+        opened(tmp_path).close()
+        opened(tmp_path, "--seed", "1", overwrite=True).close()
 
     @pytest.mark.parametrize("cut", [0, 1, 100])
     def test_a_cut_config_is_restored_from_the_checkpoint(self, tmp_path: Path, cut: int) -> None:
@@ -114,13 +180,6 @@ class TestOpening:
         assert names(tmp_path) == ["step-00000001"]
         assert {p.name for p in tmp_path.iterdir()} == {".lock", "checkpoints", "config.json", "environment.json"}
 
-    def test_a_host_that_does_not_share_the_folder_is_found_out(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        with pytest.raises(OSError, match="storage that all hosts share"):
-            RunFolder(tmp_path, ALONE)._find(".seen-elsewhere")
-
 
 HOLD = """
 import sys, time, torch
@@ -130,6 +189,7 @@ from mimir_fast.training.run_folder import RunFolder
 from mimir_fast.world import World
 folder = RunFolder(Path(sys.argv[1]), World(0, 1, torch.device("cpu")))
 folder.open(config_from([]), resume=True, overwrite=False, allow_changes=False)
+folder.begin()
 print("held", flush=True)
 time.sleep(120)
 """
@@ -185,6 +245,40 @@ class TestOverwrite:
         folder = opened(tmp_path, overwrite=True)
         assert names(tmp_path) == ["step-00000001"]
         assert "made by this launch" in folder.notes[0]
+
+    def test_what_no_run_writes_stays_and_is_named(self, tmp_path: Path) -> None:
+        """Notes beside the run and in its folders, and what lies behind symbolic links."""
+        run, disk = tmp_path / "run", tmp_path / "disk"
+        opened(run).close()
+        disk.mkdir()
+        save(run, 1)
+        (run / "checkpoints").rename(disk / "checkpoints")
+        (run / "checkpoints").symlink_to(disk / "checkpoints")  # as people do whose home is small
+        (disk / "archive").mkdir()
+        (run / "checkpoints" / "step-00000009").symlink_to(disk / "archive")
+        mine = ["notes.md", "checkpoints/keep/weights.pt", "pictures/for the paper.png", "wandb/run.log", "x.partial"]
+        ours = ["pictures/reconstruction-00000004.png", "tensorboard/events.out.tfevents.1", "metrics.jsonl",
+                "curves.png", "evaluation/quick/progress/plan.json", "evaluation/quick/report.html",
+                "profile/rank-0.txt", "hangs/step-00000001/rank-0.txt", "config.json.partial"]  # fmt: skip
+        for name in [*mine, *ours, "../disk/archive/weights.pt"]:
+            (run / name).parent.mkdir(parents=True, exist_ok=True)
+            (run / name).write_text(name)
+        folder = opened(run, overwrite=True)
+        left = contents(run)
+        assert {name: left.pop(name) for name in mine} == {name: name for name in mine}
+        assert set(left) == {".lock", "config.json", "environment.json"}
+        assert (run / "checkpoints").is_symlink() and (disk / "archive" / "weights.pt").exists()
+        (note,) = folder.notes
+        assert "keeps what no run of ours writes: checkpoints/keep, notes.md, pictures/for the paper.png" in note
+
+    def test_nothing_is_deleted_before_the_run_begins(self, tmp_path: Path) -> None:
+        opened(tmp_path).close()
+        save(tmp_path, 1)
+        before = contents(tmp_path)
+        folder = looked(tmp_path, "--seed", "7", overwrite=True)
+        assert folder.choose() is None
+        folder.close()
+        assert contents(tmp_path).keys() == before.keys()
 
     def test_another_job_deletes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SLURM_JOB_ID", "77")
@@ -246,8 +340,9 @@ class TestDivergence:
         folder.close()
         with pytest.raises(TrainingDiverged, match="diverged at step 3 and would do so again"):
             opened(tmp_path)
-        changed = opened(tmp_path, "--blr", "1e-5", allow_changes=True)
+        changed = looked(tmp_path, "--blr", "1e-5", allow_changes=True)
         chosen = changed.choose()
+        changed.begin()
         assert chosen is not None and chosen.name == "step-00000002"
         assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000003.diverged"]
         changed.close()

@@ -158,6 +158,28 @@ class TestWhatIsSaved:
             assert watch.healthy is healthy
 
 
+class TestACommandLineThatFails:
+    """A typo, missing data, weights that cannot be read: whatever it is, the folder is as it was."""
+
+    def fails(self, folder: Path, *flags: str) -> str:
+        with pytest.raises((ValueError, OSError)) as failure:
+            pretrain(small(folder, *flags))
+        return str(failure.value)
+
+    def test_leaves_nothing_behind(self, tmp_path: Path) -> None:
+        flags = ("--data.source", "cifar10", "--data.root", "nowhere")
+        assert "nowhere does not exist" in self.fails(tmp_path / "runs" / "new", *flags)
+        assert "mi.scope=global" in self.fails(tmp_path / "runs" / "new", "--accum_iter", "3", "--mi.scope", "global")
+        assert not list(tmp_path.iterdir())
+
+    def test_deletes_nothing(self, tmp_path: Path) -> None:
+        run = pretrain(small(tmp_path / "run", "--max_steps", "2"))
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+        self.fails(run, "--overwrite", "--data.source", "cifar10", "--data.root", "nowhere")
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+        assert read_meta(checkpoints_of(run)[-1])["step"] == 2
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain(small(tmp_path / "run", "--dry_run"))
     said = capsys.readouterr().out

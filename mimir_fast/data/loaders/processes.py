@@ -64,7 +64,7 @@ class Workers:
                 done += 1
 
     def close(self) -> None:
-        """End the processes."""
+        """End the worker processes and free their shared memory."""
         for worker in self._workers:
             worker.end()
         self._workers = []

@@ -85,7 +85,7 @@ class EncodedSource(ImageSource):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded file."""
+        """The bytes of one encoded image file."""
 
     def pixels(self, index: int) -> np.ndarray:
         from mimir_fast.data.decode import decode
@@ -128,7 +128,7 @@ class RawSource(ImageSource):
         return f"{self.files[self.table['shard_ids'][index]]} at byte {self.table['offsets'][index]}"
 
     def take(self, indices: np.ndarray) -> "RawSource":
-        """Some samples, renumbered."""
+        """A source of the samples at `indices`, renumbered from 0; the files stay shared."""
         table = {name: column[indices] for name, column in self.table.items()}
         return RawSource(self.name, self.classes, self.labels[indices], self.files, table, self.channels)
 
@@ -163,6 +163,16 @@ def subset(source: ImageSource, indices: np.ndarray) -> ImageSource:
     if isinstance(source, RawSource):
         return source.take(indices)
     raise TypeError(f"cannot take a part of a {type(source).__name__}")
+
+
+def hold_out(num_samples: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rest, held): positions of a split, (N,) int64 ascending; training never sees the `count` held ones.
+
+    They lie at equal distances and are at most a tenth: a small data set is there to be trained on.
+    """
+    count = min(count, num_samples // 10)
+    held = np.arange(count, dtype=np.int64) * num_samples // max(count, 1)
+    return np.setdiff1d(np.arange(num_samples, dtype=np.int64), held), held
 
 
 def existing_root(root: str | None, source: str, advice: str) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.data.registry import register
 from mimir_fast.data.sources.base import ArraySource, MissingDataError, existing_root
 
 _IMAGE_BYTES = 3 * 32 * 32
@@ -123,3 +124,7 @@ def _class_names(name: str, folder: Path) -> list[str]:
     if listing.is_file():
         return listing.read_text().split()
     return [str(label) for label in range(100)]
+
+
+register("cifar10", build_cifar10)
+register("cifar100", build_cifar100)

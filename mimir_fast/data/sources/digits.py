@@ -7,6 +7,7 @@ Every sixth image is for testing: 1497 to train on, 300 to test.
 import numpy as np
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.data.registry import register
 from mimir_fast.data.sources.base import ArraySource
 
 TEST_EVERY = 6
@@ -30,3 +31,6 @@ def _upsample(image: np.ndarray, size: int) -> np.ndarray:
 
     levels = Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8))
     return np.asarray(levels.resize((size, size), Image.Resampling.BICUBIC))
+
+
+register("digits", build)

@@ -12,6 +12,7 @@ import numpy as np
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.decode import MAX_FILE_BYTES, UnreadableImageError
 from mimir_fast.data.index import fingerprint_of, kept_index
+from mimir_fast.data.registry import register
 from mimir_fast.data.sources.base import EncodedSource, MissingDataError, existing_root
 
 _TEST_FOLDERS = ("val", "validation", "test")
@@ -37,11 +38,11 @@ class FileSource(EncodedSource):
         super().__init__(name, classes, labels, size)
         self.root = root
         # One array of bytes, not a million str: forked workers share it, for no reference count in it ever changes.
-        self._paths = np.array([os.fsencode(path) for path in paths]) if isinstance(paths, list) else paths
+        self.paths = np.array([os.fsencode(path) for path in paths]) if isinstance(paths, list) else paths
 
     def path(self, index: int) -> Path:
         """The file of a sample."""
-        return self.root / os.fsdecode(bytes(self._paths[index]))
+        return self.root / os.fsdecode(bytes(self.paths[index]))
 
     def read(self, index: int) -> bytes:
         with self.path(index).open("rb") as file:
@@ -141,3 +142,8 @@ def _files(folder: Path) -> list[str]:
     if not files:
         raise ValueError(f"{folder} holds no files; add the images of this class or remove its folder")
     return files
+
+
+register("tiny_imagenet", build_tiny_imagenet)
+register("imagenet", build_folder)
+register("folder", build_folder)

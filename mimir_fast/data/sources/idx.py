@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.data.registry import register
 from mimir_fast.data.sources.base import ArraySource, MissingDataError, existing_root
 
 FASHION_CLASSES = (
@@ -96,3 +97,7 @@ def _pad(images: np.ndarray, size: int) -> np.ndarray:
         raise ValueError(f"image_size {size} is smaller than the {height} x {width} images; give --data.image_size 32")
     top, left = (size - height) // 2, (size - width) // 2
     return np.pad(images, ((0, 0), (top, size - height - top), (left, size - width - left)))
+
+
+register("fashion_mnist", build_fashion_mnist)
+register("idx", build)

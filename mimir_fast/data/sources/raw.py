@@ -9,6 +9,7 @@ import numpy as np
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.manifest import TABLE, check_sizes, read_manifest
 from mimir_fast.data.npz import map_member
+from mimir_fast.data.registry import register
 from mimir_fast.data.sources.base import RawSource, existing_root
 
 ADVICE = "python -m mimir_fast.data.prepare SOURCE_FOLDER OUT --format raw, then --data.source raw --data.root OUT"
@@ -41,3 +42,6 @@ def build(config: DataConfig, split: str) -> RawSource:
         raise ValueError(f"{path} does not fit the shards beside it; make it anew: {ADVICE}")
     files = [root / shard.file for shard in manifest.shards]
     return RawSource("raw", manifest.classes, labels, files, table, manifest.channels)
+
+
+register("raw", build)

@@ -15,6 +15,7 @@ import numpy as np
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.decode import MAX_FILE_BYTES
 from mimir_fast.data.index import fingerprint_of, kept_index
+from mimir_fast.data.registry import register
 from mimir_fast.data.sources.base import EncodedSource, MissingDataError
 
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "webp", "bmp")
@@ -148,3 +149,6 @@ def _parse_label(content: bytes, extension: str, where: str) -> int:
         return next((int(entries[key]) for key in _LABEL_KEYS if key in entries), -1)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where} holds no class number: {content[:40]!r}") from error
+
+
+register("webdataset", build)

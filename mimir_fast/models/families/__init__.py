@@ -3,17 +3,15 @@
 To add one, write a file in this folder that calls `register(Family(…))`; nothing else has to change.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mimir_fast.models.encoder import Encoder
+from mimir_fast.registry import Registry
 from mimir_fast.validation import nearest
 
 Tensors = Mapping[str, Tensor]
@@ -83,7 +81,6 @@ class Family:
         resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit.
         image_size_in_tensors: `recognise` can tell the image size; where it cannot, a saved configuration can.
         norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
-        undefined: method → why it cannot be used with this family.
     """
 
     name: str
@@ -99,29 +96,23 @@ class Family:
     resize: Callable[[str, Tensor, torch.Size], Tensor | None] = lambda name, tensor, shape: None
     image_size_in_tensors: bool = True
     norm_before_pool: bool = False
-    undefined: Mapping[str, str] = field(default_factory=dict)
 
 
-_FAMILIES: dict[str, Family] = {}
+FAMILIES: Registry[Family] = Registry("encoder family", __name__)
 
 
 def register(family: Family) -> None:
-    """Add a family; its name is unique."""
-    if family.name in _FAMILIES:
-        raise ValueError(f"family {family.name} is registered twice")
-    _FAMILIES[family.name] = family
+    """Add a family.
+
+    Raises:
+        ValueError: its name is taken.
+    """
+    FAMILIES.add(family.name, family)
 
 
 def all_families() -> dict[str, Family]:
-    """Every family by name."""
-    _import_all()
-    return dict(sorted(_FAMILIES.items()))
-
-
-@cache
-def _import_all() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+    """Every registered family, by name."""
+    return FAMILIES.all()
 
 
 def find_family(name: str) -> Family:
@@ -130,24 +121,24 @@ def find_family(name: str) -> Family:
     Raises:
         ValueError: there is none; the message suggests the nearest.
     """
-    return _look_up(all_families(), name, "encoder family")
+    return FAMILIES.find(name)
 
 
 def check_size(family: Family, size: str) -> None:
     """Raises ValueError, suggesting the nearest, when the family has no such size."""
-    _look_up(dict(family.sizes), size, f"size of {family.title}")
+    if size not in family.sizes:
+        raise ValueError(
+            f"unknown size of {family.title} {size!r}{nearest(size, family.sizes)} There are {', '.join(family.sizes)}"
+        )
 
 
-def check_method(architecture: Architecture, method: str) -> int:
-    """The mask unit in pixels of an architecture.
+def mask_unit_of(architecture: Architecture) -> int:
+    """Side in pixels of what an architecture masks as a whole.
 
     Raises:
-        ValueError: sizes that do not fit, or a method that is not defined for the family.
+        ValueError: unknown family, or sizes that do not fit.
     """
-    family = find_family(architecture.family)
-    if method in family.undefined:
-        raise ValueError(f"method {method} is not defined for {family.title}: {family.undefined[method]}")
-    return family.mask_unit(architecture)
+    return find_family(architecture.family).mask_unit(architecture)
 
 
 def build_encoder(architecture: Architecture, *, final_norm: bool = True) -> Encoder:
@@ -175,9 +166,3 @@ def under_our_names(tensors: Tensors) -> dict[str, Tensor]:
         if family.anchor in tensors and family.recognise(renamed := family.from_timm(tensors)) is not None:
             return renamed
     return dict(tensors)
-
-
-def _look_up(table: dict[str, Any], name: str, what: str) -> Any:
-    if name not in table:
-        raise ValueError(f"unknown {what} {name!r}{nearest(name, table)} There are {', '.join(table)}")
-    return table[name]
