@@ -112,7 +112,7 @@ class Topic:
     compare: Callable[[Sequence[tuple[str, Numbers]]], str] = lambda models: ""
 
 
-TOPICS: Registry[Topic] = Registry("topic", __name__.rpartition(".")[0] + ".topics")
+TOPICS: Registry[Topic] = Registry("topic", f"{__name__.rpartition('.')[0]}.topics")
 
 
 def register(topic: Topic) -> None:
