@@ -42,14 +42,13 @@ def test_every_block_has_a_language_and_a_known_marker(page: Path) -> None:
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name)
 def test_every_command_is_accepted_by_its_parser(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with own_folder(tmp_path, monkeypatch):
-        check_commands(page)
+    with own_modules(tmp_path, monkeypatch):
+        check_commands(page, tmp_path)
 
 
 @contextmanager
-def own_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A working folder, whose modules and what they register are forgotten afterwards."""
-    monkeypatch.chdir(folder)
+def own_modules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules can be imported from the folder; they and what they register are forgotten afterwards."""
     monkeypatch.syspath_prepend(folder)
     with ExitStack() as registries:
         for names in (*METHODS.values(), PRESETS, FAMILIES, SOURCES, TOPICS):
@@ -61,10 +60,10 @@ def own_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                 del sys.modules[module]
 
 
-def check_commands(page: Path) -> None:
+def check_commands(page: Path, folder: Path) -> None:
     for block in blocks_of(page):
         if block.title:
-            Path(block.title).write_text(block.text)  # a module that a command imports
+            (folder / block.title).write_text(block.text)  # a module that a command imports
         for words in block.commands if block.language in SHELL else ():
             try:
                 known.check(words)
@@ -82,7 +81,8 @@ def check_commands(page: Path) -> None:
 def test_the_page_runs_small(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the page's order, in one empty folder and one process."""
     namespace = dict[str, Any]({"__name__": "__main__"})
-    with own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with own_modules(tmp_path, monkeypatch):
         for block in blocks_of(page):
             if block.language in PYTHON:
                 run_python(block, namespace)
