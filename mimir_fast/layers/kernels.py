@@ -77,8 +77,9 @@ def plain(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
     with torch.autocast(q_BTHE.device.type, enabled=False):
         q = q_BTHE.transpose(1, 2).reshape(B * H, T, E)
         k, v = (t.transpose(1, 2).reshape(B * H, S, E) for t in (k_BSHE, v_BSHE))
-        # alpha scales the accumulated sum: 1/√E is not rounded to the dtype first. Nothing is added (beta=0).
-        scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=E**-0.5)
+        # alpha scales the accumulated sum: 1/√E is not rounded to the dtype first. Nothing is added (beta=0). Not k.mT,
+        # which torch.onnx cannot export.
+        scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=E**-0.5)
         out = torch.bmm(scores.softmax(dim=-1), v)
     return out.view(B, H, T, E).transpose(1, 2)
 
