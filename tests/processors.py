@@ -71,13 +71,14 @@ def torches(extra: list[str]) -> dict[str, bool]:
     (lowest,) = (r.removeprefix("torch>=") for r in project["dependencies"] if r.startswith("torch>="))
     packages = [r for name in ("train", "dev") for r in project["optional-dependencies"][name]]
     passed = {}
-    for wanted in (f"torch=={lowest}.*", "torch"):
+    # The interpreter of Triton 3.6, which comes with torch 2.11, makes numbers of arrays: NumPy 2.4 refuses that.
+    for wanted, beside in ((f"torch=={lowest}.*", ["numpy<2.4"]), ("torch", [])):
         with tempfile.TemporaryDirectory(prefix="mimir-fast-torch-") as folder:
             venv.create(folder, with_pip=True)
             python = Path(folder) / "bin" / "python"
             # A constraint of this machine does not say which version is the newest.
             pip = {"PIP_CONFIG_FILE": os.environ.get("PIP_CONFIG_FILE", os.devnull)}
-            install = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", wanted, *packages]
+            install = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", wanted, *beside, *packages]
             # Our own code from here: the C++ extension is built without torch, so one fits all.
             here = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
             passed[wanted] = (

@@ -38,7 +38,7 @@ def test_matches_definition(
     defined = hsic_test_reference(x, y, num_permutations=40, estimator=estimator)  # type: ignore[arg-type]
     assert ours.statistic.device.type == device.type and ours.null.shape == (40,)
     scale = defined.null.abs().max()
-    tolerance = 3e-6  # of float32, and of the thin factors
+    tolerance = 6 * TOLERANCE  # of each thin factor, in both sums of a statistic; float32 is finer
     torch.testing.assert_close(ours.null / scale, defined.null / scale, rtol=0, atol=tolerance)
     torch.testing.assert_close(ours.statistic / scale, defined.statistic / scale, rtol=0, atol=tolerance)
     assert ours.p_value == defined.p_value

@@ -56,7 +56,8 @@ def test_same_without_the_native_kernel(options, monkeypatch):
         monkeypatch.setattr(_native, "has", has)
         results.append(loss_and_gradient(masked_loss, prediction_of(case), images_of(case), ids_of(case), 2, **options))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        largest = float(b.abs().max())  # the difference of two of this size is as exact as they are
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=4e-6 * max(1.0, largest))
 
 
 def test_without_a_gradient_none_is_computed():

@@ -122,7 +122,7 @@ def test_triton_kernels(case, layout, dtype, triton_device):
     kernels.patchify_gather(images, ids, patches, p, False, 0.0)
     assert torch.equal(patches, patchify_gather_reference(images, ids, p))
     kernels.patchify_gather(images, ids, target, p, True, 1e-6)
-    torch.testing.assert_close(target, masked_targets_reference(images, ids, p, True), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(target, masked_targets_reference(images, ids, p, True), rtol=1e-4, atol=5e-5)
     back = torch.zeros(B, C, H, W, device=triton_device)
     kernels.unpatchify_visible(patches, ids, back, p)
     full = torch.zeros(B, H // p * (W // p), P, device=triton_device)
