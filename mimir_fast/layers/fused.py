@@ -25,6 +25,7 @@ from mimir_fast.layers.definitions import (
 )
 from mimir_fast.layers.inspection import calls
 from mimir_fast.layers.native_attention import self_attention_backward, self_attention_forward
+from mimir_fast.ops._op import differentiated_again
 
 
 def linear(
@@ -68,7 +69,7 @@ class _Linear(torch.autograd.Function):
         x, gamma, beta, weight, bias, *kept = ctx.saved_tensors
         _, *needs_norm_and_x, _, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad
         needs = (*needs_norm_and_x, needs_weight, needs_bias)
-        if torch.is_grad_enabled():
+        if differentiated_again():
 
             def definition(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
                 return linear_reference(x, weight, bias, _norm(gamma, beta, ctx.eps))
@@ -96,7 +97,7 @@ class _Mlp(torch.autograd.Function):
         x, gamma, beta, *rest = ctx.saved_tensors
         weights, kept, norm = MlpWeights(*rest[:4]), tuple(rest[4:]), Norm(gamma, beta, ctx.eps)
         needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[5:])
-        if torch.is_grad_enabled():
+        if differentiated_again():
 
             def definition(x: Tensor, gamma: Tensor, beta: Tensor, *weights: Tensor) -> Tensor:
                 weight1, bias1, weight2, bias2 = weights
@@ -133,7 +134,7 @@ class _Block(torch.autograd.Function):
         saved = ctx.saved_tensors
         weights, (x, qkv, attended, lse, y, *kept) = saved[:12], saved[12:]
         needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[5:])
-        if torch.is_grad_enabled():
+        if differentiated_again():
 
             def definition(x: Tensor, *weights: Tensor) -> Tensor:
                 return block_reference(x, BlockWeights(*weights), ctx.num_heads, ctx.eps)
@@ -165,8 +166,12 @@ def _differentiable(
     grad: Tensor,
 ) -> Grads:  # fmt: skip
     """The gradients as a graph of their own (create_graph), which the definition gives."""
-    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
-    with kernels.precision():
+    with torch.enable_grad(), kernels.precision():
+        # A view of each, because one tensor may be given twice (tied weights) and each place has its own gradient.
+        inputs = [t.view_as(t) if needed and t is not None else t for t, needed in zip(inputs, needs, strict=True)]
+        wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
         out = definition(*inputs)
-    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True) if wanted else ())
+    found = iter(
+        torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=torch.is_grad_enabled()) if wanted else ()
+    )
     return [next(found) if needed else None for needed in needs]
