@@ -47,7 +47,7 @@ class ConvStem(nn.Module):
                 x = normalise(layer, x.permute(0, 2, 3, 1), domain).permute(0, 3, 1, 2)
             elif index == 0:
                 with torch.autocast(x.device.type, enabled=False):
-                    x = layer(x.float().contiguous(memory_format=torch.channels_last))
+                    x = layer(x.to(next(layer.parameters()).dtype).contiguous(memory_format=torch.channels_last))
             else:
                 x = layer(x)
         return conv_of_squares(last, x.permute(0, 2, 3, 1).flatten(1, 2), 1)
