@@ -52,7 +52,7 @@ def checkpoint_folder(run: Path, model: torch.nn.Module, *, ema: float | None = 
 
 
 def assert_encoder_equal(model: Classifier, source: torch.nn.Module) -> None:
-    own, theirs = model.state_dict(), source.state_dict()
+    own, theirs = file_state(model), file_state(source)
     for name in own:
         if not name.startswith(("head", "fc_norm")):
             assert torch.equal(own[name], theirs[name]), name

@@ -30,8 +30,8 @@ def test_convolution_over_a_grid_with_holes_sees_zeros_there() -> None:
     patches = patchify(images, 4)
     holes = patches.scatter(1, masked.unsqueeze(-1).expand(-1, -1, 48), 0.0)
     expected = gather_patches(patchify(conv(unpatchify(holes, 4)), 2), keep)
-    torch.testing.assert_close(conv_over_grid(conv, gather_patches(patches, keep), keep, 8), expected)
-    torch.testing.assert_close(conv_over_grid(conv, patches, None, 8), patchify(conv(images), 2))
+    torch.testing.assert_close(conv_over_grid(conv, gather_patches(patches, keep), 4, keep, 8), expected)
+    torch.testing.assert_close(conv_over_grid(conv, patches, 4, None, 8), patchify(conv(images), 2))
 
 
 def test_batch_norm_counts_visible_tokens_only() -> None:
@@ -41,7 +41,7 @@ def test_batch_norm_counts_visible_tokens_only() -> None:
     _, keep, _ = draw()
     x = torch.randn(*keep.shape, 12)
     layer(x, keep, 8)
-    rows = F.gelu(conv_over_grid(layer.conv1, x, keep, 8)).flatten(0, 1)
+    rows = F.gelu(conv_over_grid(layer.conv1, x, 1, keep, 8)).flatten(0, 1)
     torch.testing.assert_close(layer.bn.running_mean, 0.1 * rows.mean(dim=0))
     torch.testing.assert_close(layer.bn.running_var, 0.9 + 0.1 * rows.var(dim=0))
 
