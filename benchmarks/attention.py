@@ -39,7 +39,7 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
 
 
 def case(shape: tuple[int, int, int, int], precision: str, backends: dict[str, SDPBackend]) -> Case:
-    """One shape."""
+    """Attention of one shape, by all kernels."""
     (B, T, H, E), dtype = shape, DTYPES[precision]
 
     def make_inputs() -> list[Tensor]:
@@ -68,6 +68,6 @@ def case(shape: tuple[int, int, int, int], precision: str, backends: dict[str, S
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ/√E) v."""
+    """The definition of attention, softmax(q kᵀ/√E) v."""
     weights = torch.einsum("bthe,bshe->bhts", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
     return torch.einsum("bhts,bshe->bthe", weights, v)

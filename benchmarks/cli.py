@@ -19,7 +19,7 @@ from mimir_fast.allocator import keep_large_buffers
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The arguments of the command line, checked."""
     parser = argparse.ArgumentParser("python -m benchmarks", description="Which is faster, how much, and is it right?")
     add, size = parser.add_argument, parser.add_mutually_exclusive_group()
     add("questions", nargs="*", metavar="QUESTION", help=f"some of {', '.join(QUESTIONS)}")

@@ -133,7 +133,7 @@ def plain_step(model: nn.Module, *, bf16: bool) -> Step:
 
 
 def forward_flops(setting: Setting) -> float:
-    """Of one image."""
+    """FLOPs of a forward pass of one image."""
     encoder, side, patch, _ = setting
     width, depth, _ = ENCODERS[encoder]
     num_patches = (side // patch) ** 2

@@ -37,7 +37,7 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
 
 
 def case(device: torch.device, shape: tuple[int, ...]) -> Case:
-    """One shape."""
+    """A signed-gradient step on images of one shape."""
 
     def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
         x, noise, grad = torch.rand(shape), torch.randn(shape), torch.randn(shape)

@@ -43,7 +43,7 @@ FILES: dict[Size, int] = {"tiny": 8, "quick": 256, "full": 512, "gpu": 512}
 
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:
-    """Waiting, then decoding."""
+    """The cases: what a training loop waits for, then what decoding alone costs."""
     yield waiting_case(device, BATCH[size])
     with tempfile.TemporaryDirectory() as folder:
         photographs, prepared = Path(folder, "jpeg"), Path(folder, "raw")

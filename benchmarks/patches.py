@@ -86,7 +86,7 @@ def mae_pixels(images: Tensor, ids: Tensor) -> Tensor:
 
 
 def mae_targets(images: Tensor, ids: Tensor) -> Tensor:
-    """MAE's normalised targets."""
+    """The normalised targets as MAE's code computes them."""
     out = mae_pixels(images, ids)
     return (out - out.mean(-1, keepdim=True)) / (out.var(-1, keepdim=True) + 1e-6) ** 0.5
 

@@ -34,7 +34,7 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
 
 
 def masks_case(batch: int, num_patches: int) -> Case:
-    """ids_keep and ids_masked."""
+    """The case: ids_keep and ids_masked of a batch."""
     num_keep = num_patches // 4
     ours = partial(random_masks, num_patches=num_patches, num_keep=num_keep, seed=3, step=5)
 

@@ -56,5 +56,5 @@ def row(record: Record) -> tuple[str, ...]:
 
 
 def number(value: float) -> str:
-    """Three significant digits."""
+    """A number with three significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

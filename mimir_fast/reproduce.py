@@ -37,7 +37,7 @@ class DigitsDemo:
     """Steps of every stage, for a quick look; left out: what the recipes say."""
 
     def run(self) -> None:
-        """The experiment."""
+        """Run the experiment of this name from its first unfinished stage."""
         run_demo(
             Path(self.output_dir), device=self.device, autoattack_images=self.autoattack_images,
             max_steps=self.max_steps,
@@ -62,7 +62,7 @@ class FashionAblation:
     """Tabulate what is finished, run nothing."""
 
     def run(self) -> None:
-        """The experiment."""
+        """Run the experiment of this name from its first unfinished stage."""
         folder = Path(self.output_dir or f"runs/fashion_ablation_{self.size}")
         ablation = fashion_ablation(self.size, self.seeds, folder, rows=self.rows, device=self.device)
         try:

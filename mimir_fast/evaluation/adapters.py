@@ -129,7 +129,7 @@ class FromProbabilities(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, K) log-probabilities."""
+        """(B, K) log-probabilities, which attacks take for logits."""
         return self.model(images).clamp_min(torch.finfo(torch.float32).tiny).log()
 
 

@@ -35,7 +35,7 @@ def takes(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> boo
 
 
 def precision() -> AbstractContextManager[object]:
-    """See Kernels."""
+    """See Kernels: nothing to do."""
     return nullcontext()
 
 
@@ -57,7 +57,7 @@ def linear_backward(
     grad: Tensor, x: Tensor, norm: Norm | None, weight: Tensor, kept: Kept, needs: Sequence[bool],
     along: Tensor | None = None,
 ) -> Grads:  # fmt: skip
-    """See Kernels."""
+    """See Kernels: normalised rows are computed again where the weight's gradient needs them."""
     grads: Grads = [None] * 5
     grad_MN, x_MK, (statistics,) = _rows(grad), _rows(x), kept
     if needs[3]:
@@ -91,7 +91,7 @@ def mlp_forward(x: Tensor, norm: Norm, weights: MlpWeights, *, residual: bool, k
 def mlp_backward(
     grad: Tensor, x: Tensor, norm: Norm, weights: MlpWeights, kept: Kept, *, residual: bool, needs: Sequence[bool]
 ) -> Grads:
-    """See Kernels."""
+    """See Kernels: some rows at a time, from the hidden numbers before GELU."""
     weight1, bias1, weight2, _ = weights
     hidden_MH, statistics = kept
     assert hidden_MH is not None and statistics is not None

@@ -73,7 +73,7 @@ class Kernels(Protocol):
     def linear_forward(
         self, x: Tensor, norm: Norm | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Kept]:
-        """y (…, N)."""
+        """y (…, N), in the residual's dtype if there is one."""
 
     def linear_backward(
         self, grad: Tensor, x: Tensor, norm: Norm | None, weight: Tensor, kept: Kept, needs: Sequence[bool],

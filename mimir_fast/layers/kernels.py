@@ -85,7 +85,7 @@ def plain(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
 
 
 def xformers(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
-    """xformers' choice."""
+    """xformers' memory_efficient_attention, by the kernel that it chooses."""
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention(q_BTHE, k_BSHE, v_BSHE)

@@ -54,7 +54,7 @@ class NoNorm(nn.Identity):
     """Stands where a model has no norm."""
 
     def forward(self, x: Tensor, domain: int = CLEAN) -> Tensor:
-        """x itself."""
+        """x as it is, for data of any domain."""
         return x
 
 

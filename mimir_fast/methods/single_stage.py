@@ -37,7 +37,7 @@ class SingleStage(AdvMae):
     config: SingleStageConfig
 
     def losses(self, step: MaskedStep) -> dict[str, tuple[float, Tensor]]:
-        """Reconstruction and classification."""
+        """Weighted terms: the reconstruction of masked patches, and the cross entropy of the labels."""
         if step.logits is None:
             raise ValueError(
                 f"single_stage classifies, but this {type(step.bare).__name__} has no head: build it with num_classes"

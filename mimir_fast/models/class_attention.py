@@ -22,7 +22,7 @@ class ClassAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, 1, D)."""
+        """The new cls token (B, 1, D) from all tokens (B, T, D), cls first."""
         q, k, v = (
             project(x).unflatten(-1, self.heads)
             for project, x in ((self.q, x_BTD[:, :1]), (self.k, x_BTD), (self.v, x_BTD))

@@ -29,7 +29,7 @@ from mimir_fast.validation import check_number
 
 @dataclass
 class ClassifierConfig:
-    """Which classifier."""
+    """Options of a classifier: encoder, pooling, normalisation, stochastic depth."""
 
     family: str = "vit"
     """Encoder family: vit, convit, cait, xcit, convstem, swin, convnext."""
@@ -177,7 +177,7 @@ class Classifier(Parted):
 
     @property
     def num_layers(self) -> int:
-        """Of the encoder."""
+        """Layers of the encoder, for layer-wise learning rates."""
         return self.encoder.num_layers
 
 

@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         return Block(width, num_heads, self.mlp_ratio)
 
     def layers(self) -> list[nn.Module]:
-        """The blocks."""
+        """The blocks, in their order: what is compiled and sharded one by one."""
         return list(self.decoder_blocks)
 
     @property
@@ -87,7 +87,7 @@ class LinearDecoder(nn.Module):
         self.apply(init_like_mae)
 
     def layers(self) -> list[nn.Module]:
-        """None."""
+        """No blocks: an empty list."""
         return []
 
     def forward(self, latent_BTD: Tensor, places_BK: Tensor | None, ids_BM: Tensor | None = None) -> Tensor:

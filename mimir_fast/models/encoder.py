@@ -41,17 +41,17 @@ class Encoder(nn.Module):
 
     @property
     def grid(self) -> int:
-        """Patches a side."""
+        """Patches along a side of the image."""
         return self.image_size // self.mask_unit
 
     @property
     def num_patches(self) -> int:
-        """N."""
+        """N, patches of an image: grid²."""
         return self.grid**2
 
     @property
     def patch_dim(self) -> int:
-        """P."""
+        """P, numbers in a patch: mask_unit²·channels."""
         return self.mask_unit**2 * self.channels
 
     def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:

@@ -31,7 +31,7 @@ DECODERS: dict[str, tuple[int, int, int]] = {"light": (128, 2, 16), "mae": (512,
 
 @dataclass
 class ModelConfig:
-    """Which masked model."""
+    """Options of a masked model: encoder, decoder, positions, adapters."""
 
     family: str = "vit"
     """Encoder family: vit, convit, cait, xcit, convstem, swin, convnext."""
@@ -169,7 +169,7 @@ class MaskedModel(Parted):
 
     @property
     def num_layers(self) -> int:
-        """Of the encoder."""
+        """Layers of the encoder, for layer-wise learning rates."""
         return self.encoder.num_layers
 
 

@@ -146,7 +146,7 @@ class _TritonRows:
         self.sums = torch.zeros(len(self._gram_nN), dtype=torch.float64, device=x_ND.device)
 
     def tile(self, columns: slice, *, sums: bool = False) -> Tensor:
-        """As `_Rows.tile`."""
+        """A tile of the kernel matrix, see `_Rows.tile`."""
         k, norms = self._gram_nN[:, columns], self._x.norms_N
         kernel_from_gram_(
             k, norms[self._own], norms[columns], self._gamma, columns == self._own, self.sums if sums else None, None
@@ -154,7 +154,7 @@ class _TritonRows:
         return k
 
     def gradient(self, grad_r_N: Tensor) -> "_TritonLaplacian":
-        """As `_Rows.gradient`."""
+        """The gradient of the rows, see `_Rows.gradient`."""
         return _TritonLaplacian(self._x, self._gamma, grad_r_N, self._own)
 
 
@@ -168,12 +168,12 @@ class _TritonLaplacian:
         self._sums = torch.zeros(len(self._weights_nN), dtype=torch.float64, device=gamma.device)
 
     def add(self, k: Tensor, l_: Tensor, grad_s: Tensor, rows: slice, columns: slice) -> None:
-        """As `Laplacian.add`."""
+        """Add a tile to the sums, see `Laplacian.add`."""
         weights = pair_weights(k, l_, grad_s, self._half[rows], self._half[columns], self._sums, None)
         self._weights_nN[:, columns] = weights
 
     def result(self) -> Tensor:
-        """As `Laplacian.result`."""
+        """The gradient of all rows, see `Laplacian.result`."""
         from mimir_kernels.laplacian import laplacian_product
 
         grad = self._weights_nN.new_empty((len(self._weights_nN), self._x.hi_ND.shape[1]))

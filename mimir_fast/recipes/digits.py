@@ -16,7 +16,7 @@ def data() -> DataConfig:
 
 
 def run() -> RunConfig:
-    """About ten passes."""
+    """Options of a run of about ten passes over the digits."""
     return RunConfig(epochs=10, warmup_epochs=1, batch_size=128, log_every=5, save_every=50)
 
 

@@ -109,7 +109,7 @@ def finetune_base(size: Size) -> FinetuneConfig:
 
 
 def rows_of(size: Size) -> tuple[Row, ...]:
-    """The table's rows."""
+    """The rows of the results' table, one for each of the ablation's."""
     base = pretrain_base(size)
 
     def mimir(preset: str = "paper", **mi: Any) -> PretrainConfig:

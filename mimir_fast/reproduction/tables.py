@@ -23,7 +23,7 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean of the accuracies over the seeds."""
         return mean(self.values)
 
     @property
@@ -93,7 +93,7 @@ def markdown(lines: Sequence[Sequence[str]], note: str = "") -> str:
 
 
 def print_table(lines: Sequence[Sequence[str]]) -> None:
-    """On the terminal."""
+    """Print the table on the terminal."""
     from rich.console import Console
     from rich.table import Table
 

@@ -200,7 +200,7 @@ def recognise(tensors: Tensors) -> Architecture | None:
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
-    """timm's Cait."""
+    """The same model as timm's `Cait`, with its tensors."""
     width, depth, num_heads, _ = SIZES[architecture.size]
     arguments = {
         "img_size": architecture.image_size,

@@ -59,7 +59,7 @@ def grid_offsets(grid: int, device: torch.device) -> Tensor:
 
 
 class PositionalAttention(nn.Module):
-    """Gated positional self-attention."""
+    """Gated positional self-attention: each head mixes attention by content with attention by position."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, locality_strength: float = 1.0) -> None:
         super().__init__()

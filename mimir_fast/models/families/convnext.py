@@ -104,7 +104,7 @@ class Downsample(nn.Sequential):
 
 
 class ConvNextStage(Stage):
-    """See Stage."""
+    """A stage whose blocks ask for the rows of the visible units."""
 
     def layouts(self, places_BK: Tensor | None, batch: int) -> tuple[Tensor | None]:
         """The rows of the visible units."""
@@ -132,7 +132,7 @@ class ConvNextEncoder(StagedEncoder):
         self.apply(init_like_timm)
 
     def stem_of(self, pixels: Tensor, domain: int) -> Tensor:
-        """See StagedEncoder."""
+        """(…, D) tokens from the pixels (…, patch²·C) of each, see StagedEncoder."""
         return self.stem(pixels, domain)
 
 
@@ -152,7 +152,7 @@ class ConvNextDecoder(Decoder):
         return ConvNextBlock(width, self.grid, 1, layer_scale=None)
 
     def positions(self) -> Tensor:
-        """Zeros."""
+        """(N, E) zeros: a convolution needs no position embedding."""
         return self.mask_token.new_zeros(self.num_patches, self.mask_token.shape[-1])
 
     def run(self, x: Tensor, ids_BM: Tensor | None) -> Tensor:

@@ -190,7 +190,7 @@ class SwinEncoder(StagedEncoder):
         self.stages.apply(init_like_timm)
 
     def stem_of(self, pixels: Tensor, domain: int) -> Tensor:
-        """See StagedEncoder."""
+        """(…, D) tokens from the pixels (…, patch²·C) of each, see StagedEncoder."""
         return self.patch_embed(pixels, domain)
 
 
@@ -262,7 +262,7 @@ def resize(name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
-    """timm's SwinTransformer."""
+    """The same model as timm's `SwinTransformer`, with its tensors."""
     width, depths, num_heads = SIZES[architecture.size]
     unit = architecture.patch_size * 2 ** (len(depths) - 1)
     arguments = {

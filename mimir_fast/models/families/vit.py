@@ -86,7 +86,7 @@ def recognise(tensors: Tensors) -> Architecture | None:
 
 
 def timm_arguments(tensors: Tensors, architecture: Architecture) -> dict[str, Any]:
-    """Of timm's VisionTransformer."""
+    """Arguments of the constructor of timm's `VisionTransformer`."""
     width, depth, num_heads = SIZES[architecture.size]
     return {
         "img_size": architecture.image_size,
@@ -101,7 +101,7 @@ def timm_arguments(tensors: Tensors, architecture: Architecture) -> dict[str, An
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
-    """timm's VisionTransformer."""
+    """The same model as timm's `VisionTransformer`, with its tensors."""
     arguments = timm_arguments(tensors, architecture)
     return TimmModel("timm.models.vision_transformer.VisionTransformer", arguments, dict(tensors))
 

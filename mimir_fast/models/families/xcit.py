@@ -60,7 +60,7 @@ class ChannelAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D)."""
+        """(B, T, D) attended between channels, from tokens of the same shape."""
         q, k, v = self.qkv(x_BTD).unflatten(-1, (3, *self.heads)).permute(2, 0, 3, 4, 1)  # each (B, H, E, T)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         probs_BHEE = ((q @ k.transpose(-2, -1)) * self.temperature).softmax(dim=-1)
@@ -77,7 +77,7 @@ class LocalInteraction(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x_BKD: Tensor, places_BK: Tensor | None, grid: int, domain: int = CLEAN) -> Tensor:
-        """(B, K, D)."""
+        """(B, K, D) of the visible patches, each with what its visible neighbours give it."""
         x = F.gelu(conv_over_grid(self.conv1, x_BKD, 1, places_BK, grid))
         return conv_over_grid(self.conv2, normalise(self.bn, x, domain), 1, places_BK, grid)
 
@@ -180,7 +180,7 @@ class ConvStem(nn.Module):
         self.proj = nn.Sequential(*layers[:-1])
 
     def forward(self, patches_BKP: Tensor, places_BK: Tensor | None, grid: int, domain: int = CLEAN) -> Tensor:
-        """(B, K, D)."""
+        """(B, K, D) tokens of the visible patches (B, K, P)."""
         layers: Any = self.proj
         side, x = self.patch_size, patches_BKP.to(next(self.parameters()).dtype)
         for index in range(0, len(layers), 2):
@@ -291,11 +291,11 @@ class XcitDecoder(Decoder):
         self.apply(init_like_xcit)
 
     def layers(self) -> list[nn.Module]:
-        """The blocks."""
+        """The blocks over patches, then those of the cls token."""
         return [*self.decoder_blocks, *self.decoder_cls_attn_blocks]
 
     def positions(self) -> Tensor:
-        """(N, E)."""
+        """(N, E) Fourier features of all patches, projected."""
         fourier: Any = self.decoder_pos_embed
         return fourier(self.grid)
 
