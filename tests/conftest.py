@@ -38,6 +38,7 @@ def tools() -> dict[str, str]:
         for name, module, package in (
             ("pyautoattack", "pyautoattack", "pyautoattack"),
             ("torchattacks", "torchattacks", "torchattacks"),
+            ("peft", "peft", "peft"),
             ("corruptions", "corrupt_tta", "corrupt-tta"),
             ("mkdocs", "mkdocstrings", "'.[docs]'"),
             ("notebooks", "nbclient", "nbclient nbformat ipykernel"),
