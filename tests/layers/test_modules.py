@@ -312,7 +312,9 @@ def test_recomputing_layers_are_fused_both_times() -> None:
     case = VIT
     model: Any = case.classifier().train()
     layers = len(model.layers())
-    parallelize(model, "single", World(0, 1, torch.device("cpu")), bf16=False, compiled=False, checkpoint_activations=True)
+    parallelize(
+        model, "single", World(0, 1, torch.device("cpu")), bf16=False, compiled=False, checkpoint_activations=True
+    )
     assert taken(lambda: model(case.images()).sum().backward()) == Counter({"fp32 block": 2 * layers})
 
 

@@ -20,6 +20,7 @@ from mimir_fast.checkpoints.reading import load_checkpoint, read_meta, verify
 from mimir_fast.checkpoints.saving import Saver
 from mimir_fast.data.batch import Batch
 from mimir_fast.layers.borrowing import borrowed, training_pass, unwrap
+from mimir_fast.layers.inspection import calls
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.models.masked_model import View
 from mimir_fast.pretrain import config_from
@@ -180,6 +181,18 @@ def residual_dtypes(strategy: str) -> dict[str, list[str]]:
 
 
 found["dtypes"] = {strategy: residual_dtypes(strategy) for strategy in ("ddp", "fsdp")}
+
+
+def fused(strategy: str) -> dict[str, int]:
+    """How often each fused path is taken, in fp32, with an attack of three steps and a training pass."""
+    os.environ["MIMIR_FAST_ATTENTION"] = "native"
+    model = small() if strategy == "bare" else parallelize(small(), strategy, world, bf16=False, compiled=False)  # type: ignore[arg-type]
+    before = calls.copy()
+    attack_and_train(model, True)
+    return dict(calls - before)
+
+
+found["fused"] = {strategy: fused(strategy) for strategy in ("bare", "ddp", "fsdp")}
 recorded = AdvMae(AdvMaeConfig(attack=ReconstructionAttackConfig(cuda_graph=True)))
 images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
 shards = parallelize(small(), "fsdp", world, bf16=False, compiled=False)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from commands import command_environment
 
+from mimir_fast import _native
 from mimir_fast.world import refuse_strangers
 
 
@@ -75,6 +76,14 @@ def test_the_residual_stream_is_the_same_however_a_model_is_spread(ranks: list[d
     fp32, bf16 = "torch.float32", "torch.bfloat16"
     wanted = {"embedded": [fp32], "residual": [f"{fp32} -> {fp32}"] * 2 + [f"{bf16} -> {bf16}"]}
     assert ranks[0]["dtypes"] == {"ddp": wanted, "fsdp": wanted}
+
+
+def test_fused_paths_are_taken_however_a_model_is_spread(ranks: list[dict[str, Any]]) -> None:
+    """A silent fall back to the single layers would pass every other test."""
+    for found in ranks:
+        bare = found["fused"]["bare"]
+        assert bool(bare) == _native.has("fp32_gelu")
+        assert found["fused"] == dict.fromkeys(("bare", "ddp", "fsdp"), bare)
 
 
 def test_tasks_of_a_scheduler_that_form_no_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
