@@ -23,6 +23,7 @@ from mimir_fast.data.batch import Batch
 from mimir_fast.methods.classification import ClassificationConfig, default_attack
 from mimir_fast.methods.pgd import Pgd
 from mimir_fast.models.classifier import Classifier, ClassifierConfig, build_classifier
+from mimir_fast.models.file_names import to_files
 from mimir_fast.training.distributed import World, parallelize
 
 THREAT = replace(default_attack(), random_start=False)
@@ -109,7 +110,7 @@ def timm_twin(model: Classifier, setting: Setting) -> nn.Module:
         side, patch, num_classes=NUM_CLASSES, embed_dim=width, depth=depth, num_heads=heads, global_pool="avg",
         fc_norm=True,
     )  # fmt: skip
-    twin.load_state_dict(model.state_dict(), strict=True)
+    twin.load_state_dict(to_files(model, model.state_dict()), strict=True)
     return twin.train()
 
 
