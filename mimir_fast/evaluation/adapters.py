@@ -64,9 +64,12 @@ class JudgedModel:
 
     def digest(self) -> str:
         """SHA-256 over names and bytes of the weights, and the code of functions."""
+        from mimir_fast.models.file_names import to_files
+
         digest = hashlib.sha256(self.code.encode())
         hidden = (part.weights for part in self.module.modules() if isinstance(part, Opaque))
-        named = chain(self.module.state_dict().items(), *(weights.items() for weights in hidden))
+        own = to_files(self.module, self.module.state_dict())  # as digests always were, so that evaluations go on
+        named = chain(own.items(), *(weights.items() for weights in hidden))
         for name, tensor in sorted(named, key=lambda pair: pair[0]):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -37,9 +37,14 @@ def is_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
     """Whether calling these would be `kind.forward` of their parameters and nothing else."""
     return (
         kind.forward is _FORWARDS.get(kind)
-        and not any(_GLOBAL_HOOKS)
+        and not any(_acts(hook) for hooks in _GLOBAL_HOOKS for hook in hooks.values())
         and all(type(m) is kind and not _has_attachments(m) for m in modules)
     )
+
+
+def _acts(global_hook: Any) -> bool:
+    """FLOP counters only note which module is running: their total is that of the operations which run without them."""
+    return type(getattr(global_hook, "__self__", None)).__module__ != "torch.utils.module_tracker"
 
 
 def _has_attachments(module: nn.Module) -> bool:
