@@ -16,19 +16,24 @@ from mimir_fast.layers.choice import Seconds, fastest
 from mimir_fast.layers.inspection import observed
 from mimir_fast.layers.kernels import CANDIDATES, KERNELS, Situation
 from mimir_fast.layers.kernels import xformers_failure as xformers_failure
-from mimir_fast.layers.native_attention import native_self_attention
+from mimir_fast.layers.native_attention import native_attention_reference, native_self_attention
 
 _chosen: dict[tuple[str, Situation], tuple[str, Seconds]] = {}
 
 
 def attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
     """softmax(q kᵀ/√E) v, as (B, T, H, E)."""
+    if transformed():  # not by products into memory of no content, which torch.func.linearize cannot fold
+        with torch.autocast(q_BTHE.device.type, enabled=False):
+            return native_attention_reference(q_BTHE, k_BSHE, v_BSHE)
     return KERNELS[_kernel_for(q_BTHE, k_BSHE, v_BSHE)](q_BTHE, k_BSHE, v_BSHE)
 
 
 def self_attention(qkv_BT3HE: Tensor) -> Tensor:
     """`attention` of q, k and v as a fused projection gives them, (B, T, H, E)."""
     q, k, v = qkv_BT3HE.unbind(2)
+    if transformed():
+        return attention(q, k, v)
     name = _kernel_for(q, k, v)
     return native_self_attention(qkv_BT3HE) if name == "native" else KERNELS[name](q, k, v)
 
@@ -40,8 +45,8 @@ def self_attention_kernel(device: torch.device, dtype: torch.dtype, T: int, H: i
 
 def _kernel_for(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> str:
     """The name of the kernel for these tensors."""
-    if (not torch.compiler.is_compiling() and observed()) or transformed():
-        return "plain"  # of operations that PyTorch transforms, records and counts, as its fused ones are not
+    if not torch.compiler.is_compiling() and observed():
+        return "plain"  # of operations that are counted: PyTorch's fused ones are not, on a CPU
     (_, T, H, E), S = q_BTHE.shape, k_BSHE.shape[1]
     backward = torch.is_grad_enabled() and (q_BTHE.requires_grad or k_BSHE.requires_grad or v_BSHE.requires_grad)
     if torch.compiler.is_compiling():

@@ -71,7 +71,8 @@ def borrowed(model: nn.Module, mode: AttackMode = "as_is") -> Iterator[nn.Module
     """The bare module, in eval mode, train mode or as it is; on leaving, everything is as before.
 
     BatchNorm in train mode normalises with the batch's own statistics, as the training step will, but its running
-    statistics stay as they are. Dropout draws from a copy of the random state. May be nested.
+    statistics stay as they are. Dropout draws from a copy of the random state. May be nested, in one thread: two
+    threads that borrow one model would give back each other's changes.
 
     Raises:
         ValueError: an unknown mode.

@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_module
 from mimir_fast._native import transformed
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {nn.Linear: nn.Linear.forward, nn.Conv2d: nn.Conv2d.forward}
+_CALL = nn.Module.__call__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
 
@@ -37,6 +38,7 @@ def is_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
     """Whether calling these would be `kind.forward` of their parameters and nothing else."""
     return (
         kind.forward is _FORWARDS.get(kind)
+        and kind.__call__ is _CALL
         and not any(_acts(hook) for hooks in _GLOBAL_HOOKS for hook in hooks.values())
         and all(type(m) is kind and not _has_attachments(m) for m in modules)
     )

@@ -160,16 +160,27 @@ class Block(nn.Module):
         return x + shape_branch(norm_mlp(self.norm2, self.mlp, x, domain, residual=False), branches, 1)
 
 
-def attend_and_rank(attn: Attention, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+def attend_and_rank(attn: nn.Module, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """The attention's output (B, T, D), and (B, T) fp32: what each token received, summed over heads and queries.
 
     The fused kernels do not give out the probabilities, so they are computed in the open.
+
+    Raises:
+        TypeError: an attention of another kind, which shows no probabilities.
     """
+    if not isinstance(attn, Attention):
+        raise TypeError(
+            f"token_keep_rate below 1 ranks tokens by their attention, which {type(attn).__name__} does not show: "
+            "leave it at 1, or keep the block's own attention"
+        )
     B, T, D = x_BTD.shape
     q, k, v = attn.qkv(x_BTD).view(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     probs_BHTT = (q @ k.transpose(-2, -1) * (D // attn.num_heads) ** -0.5).float().softmax(dim=-1)
+    received_BT = probs_BHTT.sum(dim=(1, 2))
+    if not is_plain(Attention, attn):
+        return attn(x_BTD), received_BT
     out = (probs_BHTT.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-    return attn.proj(out), probs_BHTT.sum(dim=(1, 2))
+    return attn.proj(out), received_BT
 
 
 def most_attended(received_BT: Tensor, num_keep: int) -> Tensor:

@@ -142,7 +142,7 @@ def conv_over_grid(conv: nn.Module, x_BKP: Tensor, side: int, places_BK: Tensor 
         side: s, pixels a side of a patch at the present resolution.
         places_BK: where they belong; None when all N are there in raster order.
     """
-    B, P = len(x_BKP), x_BKP.shape[-1]
+    B, P = x_BKP.shape[0], x_BKP.shape[-1]
     s, C = side, P // side**2
     full = x_BKP if places_BK is None else fill_in(x_BKP, places_BK, x_BKP.new_zeros(P), grid**2)
     image_BHWC = full.reshape(B, grid, grid, s, s, C).transpose(2, 3).reshape(B, grid * s, grid * s, C)

@@ -51,7 +51,7 @@ class Stage(nn.Module):
         """The tokens after this stage; `first_layer` is the number of its first block in the encoder."""
         if self.downsample is not None:
             x = self.downsample(x, domain)
-        layouts = self.layouts(places_BK, len(x))
+        layouts = self.layouts(places_BK, x.shape[0])
         for index, block in enumerate(self.blocks):
             of_layer = None if branches is None else branches.of_layer(first_layer + index)
             x = block(x, layouts[index % len(layouts)], domain=domain, branches=of_layer)
@@ -176,7 +176,7 @@ def lay_out(x_BKuuD: Tensor, rows_BR: Tensor, grid: int) -> Tensor:
 
 def pick_up(x_BSSD: Tensor, rows_BR: Tensor, side: int) -> Tensor:
     """(B, K, u, u, D): the units whose rows these are."""
-    B, D = len(x_BSSD), x_BSSD.shape[-1]
+    B, D = x_BSSD.shape[0], x_BSSD.shape[-1]
     rows = gather_patches(x_BSSD.reshape(B, -1, side * D), rows_BR)
     return rows.view(B, -1, side, side, D)
 

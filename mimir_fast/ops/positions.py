@@ -22,7 +22,7 @@ def add_positions_reference(
     tokens_BKD: Tensor, ids_BT: Tensor | None, positions_RD: Tensor, prefix_FD: Tensor
 ) -> Tensor:
     """The definition of `add_positions`; every kernel is tested against it."""
-    prefix = prefix_FD.to(tokens_BKD.dtype).expand(len(tokens_BKD), -1, -1)
+    prefix = prefix_FD.to(tokens_BKD.dtype).expand(tokens_BKD.shape[0], -1, -1)
     positions = positions_RD.to(tokens_BKD.dtype)
     return torch.cat([prefix, tokens_BKD], dim=1) + (positions if ids_BT is None else positions[ids_BT])
 
@@ -31,7 +31,7 @@ def behind_prefix(ids_BK: Tensor, num_prefix: int) -> Tensor:
     """(B, F + K): 0 … F − 1, then the ids moved up by F: rows of what has F rows in front of its patches."""
     if not num_prefix:
         return ids_BK
-    first = torch.arange(num_prefix, device=ids_BK.device).expand(len(ids_BK), -1)
+    first = torch.arange(num_prefix, device=ids_BK.device).expand(ids_BK.shape[0], -1)
     return torch.cat([first, ids_BK + num_prefix], dim=1)
 
 

@@ -224,6 +224,8 @@ def test_transforms_of_torch_func_give_the_gradient(case: Case) -> None:
     torch.testing.assert_close(torch.func.grad(loss)(images), gradient)
     _, slope = torch.func.jvp(loss, (images,), (direction,))
     torch.testing.assert_close(slope, (gradient * direction).sum())
+    _, linear = torch.func.linearize(loss, images)
+    torch.testing.assert_close(linear(direction), slope)
 
 
 @each_family
@@ -247,6 +249,37 @@ def test_flops_are_the_plain_models(case: Case, made: Any) -> None:
     assert calls == before
     assert counter.get_total_flops() >= 0.9 * rows["linear"] > 0
     assert counter.get_total_flops() <= hooked.get_total_flops()
+
+
+@each_family
+def test_layers_without_bias(case: Case) -> None:
+    """A plain layer in another's place, without the bias that a fused path would read."""
+    model, images = case.classifier(), case.images()
+    for name, leaf in leaves_of(model).items():
+        if type(leaf) is nn.Linear and leaf.bias is not None and name != "head":
+            other = nn.Linear(leaf.in_features, leaf.out_features, bias=False)
+            model.set_submodule(name, other)
+    assert model(images).isfinite().all()
+
+
+def test_dropping_tokens_hears_the_attention() -> None:
+    model, seen = VIT.classifier(token_keep_rate=0.5).train(), list[nn.Module]()
+    before = model(VIT.images())
+    for layer in model.layers():
+        layer.attn.register_forward_hook(lambda module, *_: seen.append(module))  # type: ignore[union-attr]
+    torch.testing.assert_close(model(VIT.images()), before)
+    assert len(seen) == len(model.layers())
+    layer.attn = nn.Identity()
+    with pytest.raises(TypeError, match="Identity does not show"):
+        model(VIT.images())
+
+
+@each_family
+def test_export_with_any_batch(case: Case) -> None:
+    model, batch = case.classifier(), torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (case.images(),), dynamic_shapes=({0: batch},))
+    images = case.images(5)
+    torch.testing.assert_close(program.module()(images), model(images), rtol=1e-3, atol=1e-4)
 
 
 def test_tracing_gives_the_eager_values() -> None:

@@ -103,3 +103,14 @@ def test_refuses_bad_input() -> None:
         nhsic(x[:1], y[:1])
     with pytest.raises(ValueError, match="samples must be finite, got NaN or Inf"):
         nhsic(x / 0, y)
+
+
+def test_forward_mode_twice() -> None:
+    """Equal to forward over reverse; by torch.linalg.solve it was not."""
+    x, y = (torch.rand(6, n, dtype=torch.double, generator=torch.Generator().manual_seed(n)) for n in (3, 4))
+
+    def value(x: Tensor) -> Tensor:
+        return nhsic(x, y)
+
+    twice = torch.func.jacfwd(torch.func.jacfwd(value))(x)
+    torch.testing.assert_close(twice, torch.func.jacfwd(torch.func.jacrev(value))(x), rtol=1e-5, atol=1e-7)

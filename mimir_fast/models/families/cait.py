@@ -43,8 +43,8 @@ def mix_heads(scores_BHQT: Tensor, mixer: nn.Linear) -> Tensor:
     """(B, H, Q, T): each head a weighted sum of all heads."""
     if not is_plain(nn.Linear, mixer):
         return mixer(scores_BHQT.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    mixed = mixer.weight @ scores_BHQT.flatten(2) + mixer.bias.unsqueeze(-1)
-    return mixed.view_as(scores_BHQT)
+    mixed = mixer.weight @ scores_BHQT.flatten(2)
+    return (mixed if mixer.bias is None else mixed + mixer.bias.unsqueeze(-1)).view_as(scores_BHQT)
 
 
 class TalkingHeads(nn.Module):
@@ -147,7 +147,7 @@ class CaitEncoder(Encoder):
         x = with_positions(tokens, places_BK, self.pos_embed[0])
         for index, block in enumerate(self.blocks):
             x = block(x, domain=domain, branches=None if branches is None else branches.of_layer(index))
-        cls = self.cls_of(domain).to(x.dtype).expand(len(x), -1, -1)
+        cls = self.cls_of(domain).to(x.dtype).expand(x.shape[0], -1, -1)
         for block in self.blocks_token_only:
             cls = block(x, cls, domain=domain)
         x = torch.cat([cls, x], dim=1)

@@ -90,8 +90,9 @@ class PositionalAttention(nn.Module):
         with torch.autocast(v_BTHE.device.type, enabled=False):
             offsets = offsets_G3TT.to(exact)
             if is_plain(nn.Linear, self.pos_proj):
-                weight, bias = self.pos_proj.weight.to(exact), self.pos_proj.bias.to(exact)
-                scores = weight @ offsets.flatten(2) + bias.unsqueeze(-1)
+                weight, bias = self.pos_proj.weight.to(exact), self.pos_proj.bias
+                scores = weight @ offsets.flatten(2)
+                scores = scores if bias is None else scores + bias.to(exact).unsqueeze(-1)
             else:
                 scores = self.pos_proj(offsets.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             probs_GHTT = scores.reshape(G, H, T, T).softmax(dim=-1).to(v_BTHE.dtype)
@@ -202,7 +203,7 @@ class ConvitEncoder(Encoder):
         for index, block in enumerate(self.blocks):
             of_layer = None if branches is None else branches.of_layer(index)
             if index == self.local_up_to_layer:
-                x = torch.cat([self.cls_of(domain).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+                x = torch.cat([self.cls_of(domain).to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
             inputs = (x, offsets) if index < self.local_up_to_layer else (x,)
             x = block(*inputs, domain=domain, branches=of_layer)
         return normalise(self.norm, x, domain)

@@ -73,7 +73,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, windows: Windows, apart_WAA: Tensor | None) -> Tensor:
         """Same shape as x, visible units or a whole image; `apart_WAA` is added to the scores."""
-        B, D, A = len(x), x.shape[-1], self.window**2
+        B, D, A = x.shape[0], x.shape[-1], self.window**2
         num_slots = x.shape[1] * x.shape[2] if windows.hidden is None else windows.hidden.numel() // B
         qkv = place_patches(self.qkv(x).view(B, -1, 3 * D), windows.slots, num_slots)
         q, k, v = qkv.view(-1, A, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)

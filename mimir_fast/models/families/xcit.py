@@ -256,7 +256,7 @@ class XcitEncoder(Encoder):
             x = block(
                 x, places_BK, grid, domain=domain, branches=None if branches is None else branches.of_layer(index)
             )
-        x = torch.cat([self.cls_of(domain).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_of(domain).to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.cls_attn_blocks:
             x = block(x, domain=domain)
         return normalise(self.norm, x, domain)
