@@ -4,7 +4,7 @@
 # Guess: the key of the cache holds the instruction set, so a process under another ATEN_CPU_CAPABILITY compiles anew.
 # Seen:  it does not. A graph cached with vector instructions is taken by a process under ATEN_CPU_CAPABILITY=default, whose
 #        compiler stops at it ("at::vec has not been declared"); the other way round, the scalar graph is taken without a word.
-# Hurt:  tests that let one machine stand for narrower processors, and nodes of a cluster that share a home: a compile error
+# Hurt:  tests that let one machine stand for narrower processors: a compile error
 #        that a second look cannot reproduce with an empty cache, or a slow graph with other roundings.
 # Do:    give each capability its own TORCHINDUCTOR_CACHE_DIR.
 set -euo pipefail

@@ -5,8 +5,7 @@
 # Seen:  BEiT, EVA and Swin V2 add their own bias and therefore read qkv.weight instead of calling qkv. peft lets the weight
 #        of the wrapped layer through, so the adapter is never run: it gets no gradient, trains nothing, and changes the output
 #        only when it is merged. It is counted as trainable and saved all the same; nothing warns.
-# Hurt:  parameter-efficient (adversarial) fine-tuning: only the head learns, yet the report says LoRA; DistributedDataParallel
-#        stops at unused parameters; a random or borrowed adapter answers differently before and after merging.
+# Hurt:  parameter-efficient (adversarial) fine-tuning: only the head learns, yet the report says LoRA; a random or borrowed adapter answers differently before and after merging.
 # Do:    after one backward, assert that no lora_B has grad None; on these families target `proj`, `fc1`, `fc2`.
 set -euo pipefail
 dir=$(mktemp -d)

@@ -4,7 +4,7 @@
 # Guess: create_optimizer_v2 makes the same groups for a model and for torch.compile(model): the same parameters.
 # Seen:  compiling puts a prefix before each name, and timm's lists (no_weight_decay) and patterns (group_matcher) match from
 #        the start of the name. Class token and position embedding silently get weight decay, and layer_decay puts all layers
-#        into one; the second is logged, as if the model had no group_matcher. DistributedDataParallel does the same.
+#        into one; the second is logged, as if the model had no group_matcher.
 # Hurt:  fine-tuning of masked autoencoders, which lives on layer decay: the scaled learning rates are gone with --compile.
 # Do:    make the optimizer from the bare model and compile afterwards, or call model.compile(), which keeps the names.
 set -euo pipefail
