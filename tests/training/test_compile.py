@@ -180,11 +180,12 @@ def test_a_reached_limit_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert "recompile_limit" in caplog.text
 
 
-def test_the_cache_of_graphs_knows_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
-    for _ in range(2):
-        compile_modules([nn.Linear(2, 2)], backend="aot_eager")
-    before, found, after = torch.compiler.config.cache_key_tag.partition(torch.backends.cpu.get_cpu_capability())
+def test_the_cache_of_graphs_knows_the_instructions() -> None:
+    with torch.compiler.config.patch(cache_key_tag="mine"):
+        for _ in range(2):
+            compile_modules([nn.Linear(2, 2)], backend="aot_eager")
+        tag = torch.compiler.config.cache_key_tag
+    before, found, after = tag.partition(torch.backends.cpu.get_cpu_capability())
     assert before.startswith("mine") and found and found not in after
 
 
