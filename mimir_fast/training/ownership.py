@@ -44,7 +44,11 @@ def is_run(folder: Path) -> bool:
     run = found.get("run")
     if found.get("format") == MARK["format"] or (isinstance(run, dict) and {"output_dir", "save_every"} <= set(run)):
         return True
-    return any(read_json(path / "meta.json").get("format") == CHECKPOINT for path in checkpoints_of(folder))
+    if any(read_json(path / "meta.json").get("format") == CHECKPOINT for path in checkpoints_of(folder)):
+        return True
+    # Both damaged: a config.json that was cut short beside folders with the names of our checkpoints.
+    cut = not found and (folder / "config.json").is_file()
+    return cut and any(re.fullmatch(r"step-\d{8}(\.damaged|\.diverged)?", p.name) for p in folder.glob("checkpoints/*"))
 
 
 def refuse_strangers_folder(folder: Path) -> None:
