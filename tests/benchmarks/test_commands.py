@@ -19,6 +19,7 @@ def benchmarks(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=QUIETLY, capture_output=True, text=True, timeout=400)
 
 
+@pytest.mark.slow
 def test_device_suite_runs_to_its_end(tmp_path):
     pytest.importorskip("timm")
     output = tmp_path / "suite.jsonl"
