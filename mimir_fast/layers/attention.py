@@ -23,7 +23,7 @@ _chosen: dict[tuple[str, Situation], tuple[str, Seconds]] = {}
 
 def attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
     """softmax(q kᵀ/√E) v, as (B, T, H, E)."""
-    if transformed():  # not by products into memory of no content, which torch.func.linearize cannot fold
+    if transformed():  # by the definition, each operation of which PyTorch can transform and record
         with torch.autocast(q_BTHE.device.type, enabled=False):
             return native_attention_reference(q_BTHE, k_BSHE, v_BSHE)
     return KERNELS[_kernel_for(q_BTHE, k_BSHE, v_BSHE)](q_BTHE, k_BSHE, v_BSHE)
