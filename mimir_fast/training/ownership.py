@@ -38,17 +38,19 @@ _EVALUATION: Mapping[str, Any] = {r"results\.json|report\.html|adversarial|progr
 
 
 def is_run(folder: Path) -> bool:
-    """True for the folder of a run: by the mark in its config.json, the keys that older versions wrote there, or a
-    checkpoint of ours."""
+    """True for the folder of a run: by the mark in its config.json, the keys that older versions wrote there, a
+    checkpoint of ours, or, where its config.json is damaged, the names of all that is in it."""
     found = read_json(folder / "config.json")
     run = found.get("run")
     if found.get("format") == MARK["format"] or (isinstance(run, dict) and {"output_dir", "save_every"} <= set(run)):
         return True
     if any(read_json(path / "meta.json").get("format") == CHECKPOINT for path in checkpoints_of(folder)):
         return True
-    # Both damaged: a config.json that was cut short beside folders with the names of our checkpoints.
-    cut = not found and (folder / "config.json").is_file()
-    return cut and any(re.fullmatch(r"step-\d{8}(\.damaged|\.diverged)?", p.name) for p in folder.glob("checkpoints/*"))
+    if found or not (folder / "config.json").is_file():
+        return False
+    # A config.json that was cut short before the first checkpoint: told by the names beside it, all of them a run's.
+    beside = {path.name for path in folder.iterdir()} - {"config.json", ".lock"}
+    return bool(beside) and all(re.fullmatch("|".join([*_NAMES, _FOLDERS]), name) for name in beside)
 
 
 def refuse_strangers_folder(folder: Path) -> None:

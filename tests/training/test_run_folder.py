@@ -170,6 +170,18 @@ class TestOpening:
         assert any("config.json was damaged; restored from step-00000001" in note for note in folder.notes)
         assert json.loads(recorded.read_text())["run"]["seed"] == 5
 
+    def test_a_cut_config_before_the_first_checkpoint(self, tmp_path: Path) -> None:
+        """Nothing of ours can be read any more: the folder is known by names alone, and by nothing else beside them."""
+        opened(tmp_path).close()
+        (tmp_path / "config.json").write_text('{"run"')
+        (tmp_path / "checkpoints" / "step-00000001.partial").mkdir(parents=True)
+        (tmp_path / "model.safetensors").touch()
+        with pytest.raises(FileExistsError, match=r"is no run of ours \(.*model\.safetensors"):
+            opened(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        opened(tmp_path).close()
+        assert json.loads((tmp_path / "config.json").read_text())["format"] == "mimir_fast.run"
+
     def test_leftovers_of_a_kill_go(self, tmp_path: Path) -> None:
         opened(tmp_path).close()
         save(tmp_path, 1)
