@@ -20,6 +20,7 @@ from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.evaluation.images import EvaluationImages, MakeSet
 from mimir_fast.evaluation.journal import Journal, Row, read_journal
 from mimir_fast.evaluation.statistics import Count
+from mimir_fast.ops._precision import no_autocast
 
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 """(model, images (B, C, H, W) in [0, 1], labels (B,), samples (B,)) → adversarial images."""
@@ -38,7 +39,7 @@ def strict_fp32(device: torch.device) -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
-        with torch.autocast(device.type, enabled=False):
+        with no_autocast(device):
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)

@@ -17,6 +17,7 @@ from mimir_fast.layers.inspection import observed
 from mimir_fast.layers.kernels import CANDIDATES, KERNELS, Situation
 from mimir_fast.layers.kernels import xformers_failure as xformers_failure
 from mimir_fast.layers.native_attention import native_attention_reference, native_self_attention
+from mimir_fast.ops._precision import no_autocast
 
 _chosen: dict[tuple[str, Situation], tuple[str, Seconds]] = {}
 
@@ -24,7 +25,7 @@ _chosen: dict[tuple[str, Situation], tuple[str, Seconds]] = {}
 def attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
     """softmax(q kᵀ/√E) v, as (B, T, H, E)."""
     if transformed():  # by the definition, each operation of which PyTorch can transform and record
-        with torch.autocast(q_BTHE.device.type, enabled=False):
+        with no_autocast(q_BTHE.device):
             return native_attention_reference(q_BTHE, k_BSHE, v_BSHE)
     return KERNELS[_kernel_for(q_BTHE, k_BSHE, v_BSHE)](q_BTHE, k_BSHE, v_BSHE)
 

@@ -69,7 +69,7 @@ class _Linear(torch.autograd.Function):
         x, gamma, beta, weight, bias, *kept = ctx.saved_tensors
         _, *needs_norm_and_x, _, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad
         needs = (*needs_norm_and_x, needs_weight, needs_bias)
-        if differentiated_again():
+        if differentiated_again(grad):
 
             def definition(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
                 return linear_reference(x, weight, bias, _norm(gamma, beta, ctx.eps))
@@ -97,7 +97,7 @@ class _Mlp(torch.autograd.Function):
         x, gamma, beta, *rest = ctx.saved_tensors
         weights, kept, norm = MlpWeights(*rest[:4]), tuple(rest[4:]), Norm(gamma, beta, ctx.eps)
         needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[5:])
-        if differentiated_again():
+        if differentiated_again(grad):
 
             def definition(x: Tensor, gamma: Tensor, beta: Tensor, *weights: Tensor) -> Tensor:
                 weight1, bias1, weight2, bias2 = weights
@@ -134,7 +134,7 @@ class _Block(torch.autograd.Function):
         saved = ctx.saved_tensors
         weights, (x, qkv, attended, lse, y, *kept) = saved[:12], saved[12:]
         needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[5:])
-        if differentiated_again():
+        if differentiated_again(grad):
 
             def definition(x: Tensor, *weights: Tensor) -> Tensor:
                 return block_reference(x, BlockWeights(*weights), ctx.num_heads, ctx.eps)

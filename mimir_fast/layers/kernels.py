@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mimir_fast.layers.native_attention import native_attention, takes
+from mimir_fast.ops._precision import no_autocast
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -74,7 +75,7 @@ def plain(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
     For the short sequences of a masked autoencoder often the fastest on a CPU.
     """
     (B, T, H, E), S = q_BTHE.shape, k_BSHE.shape[1]
-    with torch.autocast(q_BTHE.device.type, enabled=False):
+    with no_autocast(q_BTHE.device):
         q = q_BTHE.transpose(1, 2).reshape(B * H, T, E)
         k, v = (t.transpose(1, 2).reshape(B * H, S, E) for t in (k_BSHE, v_BSHE))
         # alpha scales the accumulated sum: 1/√E is not rounded to the dtype first. Nothing is added (beta=0). Not k.mT,

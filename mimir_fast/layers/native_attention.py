@@ -104,7 +104,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tenso
 
 def _backward(ctx: Any, grad_BTHE: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse = ctx.saved_tensors
-    if differentiated_again():
+    if differentiated_again(grad_BTHE):
         return tuple(gradients_of(native_attention_reference, (q, k, v), ctx.needs_input_grad, (grad_BTHE,)))
     return _attention_backward(grad_BTHE, q, k, v, out, lse)
 
@@ -156,7 +156,7 @@ def _(grad_BTHE: Tensor, qkv_BT3HE: Tensor, out_BTHE: Tensor, lse_BHT: Tensor) -
 
 def _self_backward(ctx: Any, grad_BTHE: Tensor, _: Tensor | None) -> Tensor | None:
     qkv, out, lse = ctx.saved_tensors
-    if differentiated_again():
+    if differentiated_again(grad_BTHE):
         return gradients_of(lambda qkv: _self_definition(qkv)[0], (qkv,), (True,), (grad_BTHE,))[0]
     return _self_attention_backward(grad_BTHE, qkv, out, lse)
 

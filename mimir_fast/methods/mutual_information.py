@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.losses import MutualInformationPenalty
+from mimir_fast.ops._precision import no_autocast
 from mimir_fast.validation import check_number
 
 
@@ -52,7 +53,7 @@ def mutual_information(config: MutualInformationConfig, image: Tensor, latent_BT
         image: (B, …) what the config's `inputs` names, detached by the caller.
         latent_BTD: encoder output with cls in front; gradients flow here.
     """
-    with torch.autocast(latent_BTD.device.type, enabled=False):
+    with no_autocast(latent_BTD.device):
         z = latent_BTD.float()
         z = z[:, 1:].mean(dim=1) if config.tokens == "pooled" else z
         if z.device.type == "cpu" and not bool(z.isfinite().all()):

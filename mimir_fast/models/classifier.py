@@ -23,6 +23,7 @@ from mimir_fast.models.families import Architecture, build_encoder, check_size, 
 from mimir_fast.models.file_names import Parted, from_files
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.weight_files import NORMALIZATIONS, NormalizationName, WeightsChoice, WeightsError, read_weights
+from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import patchify
 from mimir_fast.validation import check_number
 
@@ -133,7 +134,7 @@ class Classifier(Parted):
             )
         if images_BCHW.dtype == torch.uint8:
             images_BCHW = images_BCHW.float() / 255
-        with torch.autocast(images_BCHW.device.type, enabled=False):
+        with no_autocast(images_BCHW.device):
             images = images_BCHW.to(self.mean.dtype)
             if self.config.normalization != "none":
                 images = (images - self.mean) / self.std

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mimir_fast.layers.norms import CLEAN, SUFFIX, add_adapters
 from mimir_fast.models.branches import Branches
+from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches
 
 
@@ -66,7 +67,7 @@ class Encoder(nn.Module):
 
         Here: `patch_embed` of each patch alone. Stems that look beyond a patch override it.
         """
-        with torch.autocast(patches_BKP.device.type, enabled=False):
+        with no_autocast(patches_BKP.device):
             return self.patch_embed(patches_BKP)  # type: ignore[operator]
 
     def encode(

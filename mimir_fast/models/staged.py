@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mimir_fast.layers.norms import CLEAN, normalise
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.encoder import Encoder
+from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches, place_patches
 
 
@@ -92,7 +93,7 @@ class StagedEncoder(Encoder):
     def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
         """(B, K, u², D); see Encoder."""
         unit, patch = self.mask_unit, self.stem_patch
-        with torch.autocast(patches_BKP.device.type, enabled=False):
+        with no_autocast(patches_BKP.device):
             pixels = patches_BKP.to(next(self.parameters()).dtype).unflatten(-1, (unit, unit, self.channels))
             return self.stem_of(cut(pixels, patch).flatten(-3), domain).flatten(2, 3)
 

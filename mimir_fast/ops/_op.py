@@ -53,9 +53,15 @@ def register_op(
     return lambda kernels: Op(name, kernels, definition, mutates_args)
 
 
-def differentiated_again() -> bool:
-    """Inside a backward pass: whether its gradients will be differentiated (`create_graph`) or transformed."""
-    return torch.is_grad_enabled() or transformed()
+def differentiated_again(*grad_outputs: Tensor) -> bool:
+    """Inside a backward pass: whether its gradients will be differentiated (`create_graph`) or transformed.
+
+    Args:
+        grad_outputs: several at once are stacked (`is_grads_batched`, vectorised jacobians), which only PyTorch's own
+            operations can unstack.
+    """
+    stacked = any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grad_outputs)
+    return stacked or torch.is_grad_enabled() or transformed()
 
 
 def gradients_of(

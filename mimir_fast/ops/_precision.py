@@ -16,7 +16,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 def no_autocast(device: torch.device) -> torch.autocast:
     """Matrix products are in the dtype of their operands, though the model around runs under autocast."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)  # meta tensors have none
 
 
 @contextmanager

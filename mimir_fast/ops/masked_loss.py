@@ -170,7 +170,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     gradient, prediction, images, ids = ctx.saved_tensors
-    if differentiated_again():
+    if differentiated_again(grad):
 
         def definition(prediction: Tensor) -> Tensor:
             return masked_loss_reference(prediction, images, ids, *ctx.options)

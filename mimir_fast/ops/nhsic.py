@@ -134,7 +134,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     k, l_, p_x, p_y = ctx.saved_tensors
-    if differentiated_again():
+    if differentiated_again(grad):
 
         def definition(k: Tensor, l_: Tensor) -> Tensor:
             return _nhsic_from_kernels_reference(k, l_, ctx.eps)

@@ -116,7 +116,9 @@ def _backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
     if needs_positions and ctx.has_ids:
         placed = place_patches(grad_BTD, ctx.saved_tensors[0], ctx.num_positions)
     return (
-        grad_BTD[:, F:] if needs_tokens else None,
+        grad_BTD.narrow(1, F, grad_BTD.shape[1] - F)
+        if needs_tokens
+        else None,  # [:, 0:] would be an alias, which has no rule for stacked gradients
         None,
         placed.sum(0) if needs_positions else None,
         grad_BTD[:, :F].sum(0) if needs_prefix else None,

@@ -229,6 +229,20 @@ def test_transforms_of_torch_func_give_the_gradient(case: Case) -> None:
 
 
 @each_family
+def test_shapes_on_meta_tensors_and_stacked_gradients(case: Case, made: Any) -> None:
+    """What torchinfo asks for, and `is_grads_batched`, by which vectorised jacobians take all rows at once."""
+    model, run = made
+    images = case.images().requires_grad_()
+    outputs = run(model, images)
+    first = outputs.reshape(-1)[:3]
+    stacked = torch.autograd.grad(first, images, torch.eye(3), is_grads_batched=True, retain_graph=True)[0]
+    one_by_one = [torch.autograd.grad(value, images, retain_graph=True)[0] for value in first]
+    torch.testing.assert_close(stacked, torch.stack(one_by_one))
+    if run is not run_masked:  # a mask is checked by its values, which meta tensors have not
+        assert run(model.to("meta"), images.to("meta")).shape == outputs.shape
+
+
+@each_family
 def test_flops_are_the_plain_models(case: Case, made: Any) -> None:
     """As many as its linear layers and convolutions have by their shapes, at least; and never those of fused calls."""
     model, run = made

@@ -35,6 +35,7 @@ from mimir_fast.models.families import (
     register,
 )
 from mimir_fast.models.positions import pseudo_grid, sincos_positions, with_positions
+from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches
 
 # name: (width, depth, heads, layers with positions). `nano` is ours, the others are timm's and the MIMIR authors'.
@@ -87,7 +88,7 @@ class PositionalAttention(nn.Module):
         """(B, T, H, E): values weighted by where they are."""
         (B, T, H, E), G = v_BTHE.shape, len(offsets_G3TT)
         exact = torch.promote_types(v_BTHE.dtype, torch.float32)  # squared distances are too large for bf16
-        with torch.autocast(v_BTHE.device.type, enabled=False):
+        with no_autocast(v_BTHE.device):
             offsets = offsets_G3TT.to(exact)
             if is_plain(nn.Linear, self.pos_proj):
                 weight, bias = self.pos_proj.weight.to(exact), self.pos_proj.bias

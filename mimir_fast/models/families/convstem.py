@@ -20,6 +20,7 @@ from mimir_fast.models.encoder import check_patch_size
 from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel, register
 from mimir_fast.models.families.vit import SIZES as VIT_SIZES
 from mimir_fast.models.families.vit import VitEncoder, timm_arguments
+from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches, unpatchify, unpatchify_visible
 
 # ViT's sizes; `nano` is ours.
@@ -46,7 +47,7 @@ class ConvStem(nn.Module):
             if index % 3 == 1:  # a norm over channels, which lie last in memory
                 x = normalise(layer, x.permute(0, 2, 3, 1), domain).permute(0, 3, 1, 2)
             elif index == 0:
-                with torch.autocast(x.device.type, enabled=False):
+                with no_autocast(x.device):
                     x = layer(x.to(next(layer.parameters()).dtype).contiguous(memory_format=torch.channels_last))
             else:
                 x = layer(x)

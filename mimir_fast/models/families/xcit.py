@@ -34,6 +34,7 @@ from mimir_fast.models.families import (
     register,
 )
 from mimir_fast.models.positions import pseudo_grid, with_positions
+from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches
 
 # name: (width, depth, heads, initial scale of the branches). `nano` is ours, `small` timm's xcit_small_12 and the MIMIR
@@ -240,7 +241,7 @@ class XcitEncoder(Encoder):
 
     def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
         """(B, K, D); see Encoder."""
-        with torch.autocast(patches_BKP.device.type, enabled=False):
+        with no_autocast(patches_BKP.device):
             return self.patch_embed(patches_BKP, places_BK, self.grid, domain)
 
     def encode(

@@ -142,7 +142,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_y = ctx.needs_input_grad[:2]
     x, y, k, l_, gammas = ctx.saved_tensors
-    if differentiated_again():
+    if differentiated_again(*grads):
 
         def definition(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
             return _definition(x, y, gammas[0], gammas[1], False)[:3]

@@ -93,7 +93,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) 
 
 def _backward(ctx: Any, grad_NN: Tensor) -> tuple[Tensor | None, None]:
     x, gamma, k = ctx.saved_tensors
-    if differentiated_again():
+    if differentiated_again(grad_NN):
         (grad_x,) = gradients_of(lambda x: _definition(x, gamma), (x,), (True,), (grad_NN,))
         return grad_x, None
     return _rbf_minus_one_backward(grad_NN, x, gamma, k), None
