@@ -21,6 +21,7 @@ from mimir_fast.attacks.reconstruction import attack_visible
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.layers.borrowing import AttackMode, borrowed, unwrap
 from mimir_fast.models.masked_model import MaskedModel, View
+from mimir_fast.ops.masked_loss import Kind
 from mimir_fast.ops.nhsic import nhsic
 from mimir_fast.ops.patches import gather_patches, masked_targets, patchify
 from mimir_fast.ops.random_masks import random_masks
@@ -118,7 +119,7 @@ def pgd_features(
 
 @dataclass
 class ReconstructionErrors:
-    """Mean squared error on the masked patches, (B,) fp32 each: of clean, randomly perturbed and attacked images."""
+    """Mean error on the masked patches, (B,) fp32 each: of clean, randomly perturbed and attacked images."""
 
     clean: Tensor
     random: Tensor
@@ -127,15 +128,18 @@ class ReconstructionErrors:
 
 def attack_reconstruction(
     model: MaskedModel, images: Tensor, threat: LinfThreat, *, mask_ratio: float = 0.75, norm_pix: bool = True,
-    samples: Tensor | None = None, seed: int = 0, step: int = 0,
+    kind: Kind = "l2", mask: tuple[Tensor, Tensor] | None = None, samples: Tensor | None = None, seed: int = 0,
+    step: int = 0,
 ) -> ReconstructionErrors:  # fmt: skip
     """How much worse a masked autoencoder fills in clean masked patches when the visible ones are attacked.
 
     Args:
         images: (B, C, H, W) float in [0, 1].
         threat: of the perturbation; random noise of the same radius is the yardstick.
-        mask_ratio: part of the patches that is masked.
+        mask_ratio: part of the patches that is masked, each for itself.
         norm_pix: compare patches normalised one by one, as in pre-training.
+        kind: squared (`l2`) or absolute (`l1`) errors, as in pre-training; attacked and reported alike.
+        mask: (B, K) kept and (B, M) masked patches, in place of `mask_ratio`.
     """
     check_images(images)
     bare = unwrap(model)
@@ -143,8 +147,10 @@ def attack_reconstruction(
         raise ValueError(f"attack_reconstruction wants a MaskedModel, got {type(bare).__name__}")
     if samples is None:
         samples = torch.arange(len(images), device=images.device)
-    num_keep = max(1, int(bare.num_patches * (1 - mask_ratio)))
-    keep, masked = random_masks(samples, bare.num_patches, num_keep, seed=seed, step=step)
+    if mask is None:
+        num_keep = max(1, int(bare.num_patches * (1 - mask_ratio)))
+        mask = random_masks(samples, bare.num_patches, num_keep, seed=seed, step=step)
+    keep, masked = mask
     target = masked_targets(images, masked, bare.patch_size, norm_pix=norm_pix)
 
     def visible_of(pixels: Tensor) -> Tensor:
@@ -154,11 +160,12 @@ def attack_reconstruction(
     noise = visible_of(random_start(images, threat.eps, samples=samples, seed=seed, step=step))
     with borrowed(model, "eval") as module:
         start = noise if threat.random_start else clean
-        attacked = attack_visible(module, images, clean, start, keep, masked, norm_pix, threat)
+        attacked = attack_visible(module, images, clean, start, keep, masked, norm_pix, threat, kind)
 
         @torch.no_grad()
         def error(patches: Tensor) -> Tensor:
             prediction = module(View(patches, keep, masked)).prediction
-            return (prediction.float() - target).square().mean(dim=(1, 2))
+            difference = prediction.float() - target
+            return (difference.square() if kind == "l2" else difference.abs()).mean(dim=(1, 2))
 
         return ReconstructionErrors(error(clean), error(noise), error(attacked))

@@ -23,7 +23,7 @@ from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.attacks.training_attack import TrainingAttack
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.models.masked_model import MaskedModel, View
-from mimir_fast.ops.masked_loss import masked_loss
+from mimir_fast.ops.masked_loss import Kind, masked_loss
 from mimir_fast.ops.patches import gather_patches, normalize_patches
 
 
@@ -47,39 +47,43 @@ class ReconstructionAttackConfig(TrainingAttack):
 
 def reconstruction_error(
     model: MaskedModel, visible_BKP: Tensor, images_BCHW: Tensor, ids_keep_BK: Tensor, ids_masked_BM: Tensor,
-    norm_pix: bool, target_BNP: Tensor | None = None,
+    norm_pix: bool, target_BNP: Tensor | None = None, kind: Kind = "l2",
 ) -> Tensor:  # fmt: skip
-    """Summed squared error, a scalar, of the masked patches that the model predicts from these visible ones.
+    """Summed error, a scalar, of the masked patches that the model predicts from these visible ones.
 
     Args:
         images_BCHW: the clean images, uint8 or float in [0, 1]: what the masked patches should be.
         norm_pix: compare patches normalised one by one.
         target_BNP: patches to compare with in place of the images', through which the gradient flows too.
+        kind: squared (`l2`) or absolute (`l1`) errors: the attack maximises what the training minimises.
     """
     prediction = model(View(visible_BKP, ids_keep_BK, ids_masked_BM)).prediction
     if target_BNP is None:
-        return masked_loss(prediction, images_BCHW, ids_masked_BM, model.patch_size, norm_pix=norm_pix, reduction="sum")
+        return masked_loss(
+            prediction, images_BCHW, ids_masked_BM, model.patch_size, norm_pix=norm_pix, kind=kind, reduction="sum"
+        )
     target = gather_patches(target_BNP, ids_masked_BM)
     if norm_pix:
         target = normalize_patches(target)
-    return F.mse_loss(prediction.float(), target.float(), reduction="sum")
+    error = F.mse_loss if kind == "l2" else F.l1_loss
+    return error(prediction.float(), target.float(), reduction="sum")
 
 
 def attack_visible(
     model: nn.Module, images_BCHW: Tensor, visible_BKP: Tensor, start_BKP: Tensor, ids_keep_BK: Tensor,
-    ids_masked_BM: Tensor, norm_pix: bool, threat: LinfThreat,
+    ids_masked_BM: Tensor, norm_pix: bool, threat: LinfThreat, kind: Kind = "l2",
 ) -> Tensor:  # fmt: skip
     """Adversarial visible patches (B, K, P) against the reconstruction of the clean masked ones.
 
     Args:
         visible_BKP: the clean visible patches, the centre of the ball.
         start_BKP: where the ascent starts, inside the ball.
-        images_BCHW, norm_pix: as for `reconstruction_error`.
+        images_BCHW, norm_pix, kind: as for `reconstruction_error`.
     """
     with borrowed(model) as module:
 
         def error(patches_BKP: Tensor) -> Tensor:
             bare = cast(MaskedModel, module)
-            return reconstruction_error(bare, patches_BKP, images_BCHW, ids_keep_BK, ids_masked_BM, norm_pix)
+            return reconstruction_error(bare, patches_BKP, images_BCHW, ids_keep_BK, ids_masked_BM, norm_pix, kind=kind)
 
         return ascend(error, visible_BKP, start_BKP, threat)

@@ -51,7 +51,8 @@ class AdvMae(Mae):
         def error(model: MaskedModel, patches: Tensor) -> Tensor:
             visible = patches if attack.visible_only else gather_patches(patches, mask.keep)
             target = patches if attack.target == "adversarial" else None
-            return reconstruction_error(model, visible, images, *mask, self.config.norm_pix_loss, target)
+            norm_pix, kind = self.config.norm_pix_loss, self.config.pixel_loss
+            return reconstruction_error(model, visible, images, *mask, norm_pix, target, kind)
 
         ids = mask.keep if attack.visible_only else every_patch(images, step.bare.patch_size)
         clean, start = step.noisy_patches(ids, attack.eps if attack.random_start else None)

@@ -5,6 +5,7 @@ patches). Shapes: B images, N patches, K kept, M masked.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from mimir_fast.methods.registry import Objective
 from mimir_fast.models.masked_model import MaskedModel
+from mimir_fast.ops.random_masks import TokenOrder, random_masks
+from mimir_fast.philox import Stream
 from mimir_fast.validation import check_number
 
 
@@ -54,6 +57,24 @@ class MaskConfig(Objective):
                 f"wanted a ratio between {1 / num_units:.3f} and {1 - 1 / num_units:.3f}"
             )
         return unit // patch_size, num_units, keep
+
+    def draw(
+        self, model: MaskedModel, samples_B: Tensor, *, seed: int, step: int | Tensor, stream: Stream = Stream.MASK,
+        order: TokenOrder = "sorted",
+    ) -> "Mask":  # fmt: skip
+        """Masks of these samples, functions of (seed, step, sample, stream); a share is predicted (CrossMAE, §3.2)."""
+        random, grid = partial(random_masks, samples_B, seed=seed, step=step), model.encoder.grid
+        factor, num_units, num_keep = self.units(model.patch_size, model.encoder.image_size)
+        keep, masked = random(num_units, num_keep, stream=stream, order=order)
+        if factor > 1:
+            keep, masked = (patches_of_units(ids, factor, grid) for ids in (keep, masked))
+            keep, masked = keep.sort(dim=1).values if order == "sorted" else keep, masked.sort(dim=1).values
+        if self.decode_ratio < 1:
+            share = Stream.DECODE if stream == Stream.MASK else Stream.ATTACK_DECODE
+            num_masked = masked.shape[1]
+            chosen, _ = random(num_masked, max(1, round(self.decode_ratio * num_masked)), stream=share)
+            masked = masked.gather(1, chosen)
+        return Mask(keep, masked)
 
 
 class Mask(NamedTuple):

@@ -4,7 +4,6 @@ Shapes: B images, N patches, K kept, M masked, P numbers a patch, T latent token
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import cast
 
 import torch
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
 from mimir_fast.layers.borrowing import unwrap
-from mimir_fast.methods.masks import Mask, MaskConfig, patches_of_units
+from mimir_fast.methods.masks import Mask, MaskConfig
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.noisy_patches import noisy_patches
 from mimir_fast.ops.patches import NORM_EPS, patchify_gather, unpatchify
-from mimir_fast.ops.random_masks import TokenOrder, random_masks
+from mimir_fast.ops.random_masks import TokenOrder
 from mimir_fast.philox import Stream
 
 
@@ -56,19 +55,8 @@ class MaskedStep:
         return cast(MaskedModel, unwrap(self.model))
 
     def draw_mask(self, config: MaskConfig, stream: Stream, order: TokenOrder = "sorted") -> Mask:
-        """The mask of this step in this stream of random numbers; a share of it is predicted (CrossMAE, §3.2)."""
-        model, draw = self.bare, partial(random_masks, self.batch.samples, seed=self.seed, step=self.number)
-        factor, num_units, num_keep = config.units(model.patch_size, model.encoder.image_size)
-        keep, masked = draw(num_units, num_keep, stream=stream, order=order)
-        if factor > 1:
-            keep, masked = (patches_of_units(ids, factor, model.encoder.grid) for ids in (keep, masked))
-            keep, masked = keep.sort(dim=1).values if order == "sorted" else keep, masked.sort(dim=1).values
-        if config.decode_ratio < 1:
-            share = Stream.DECODE if stream == Stream.MASK else Stream.ATTACK_DECODE
-            num_masked = masked.shape[1]
-            chosen, _ = draw(num_masked, max(1, round(config.decode_ratio * num_masked)), stream=share)
-            masked = masked.gather(1, chosen)
-        return Mask(keep, masked)
+        """The mask of this step in this stream of random numbers."""
+        return config.draw(self.bare, self.batch.samples, seed=self.seed, step=self.number, stream=stream, order=order)
 
     def noisy_patches(self, ids_BK: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
         """(B, K, P) each: the clean patches, and with noise uniform in [-eps, eps], cut to [0, 1]; None is no noise."""

@@ -58,6 +58,11 @@ class PretrainConfig:
         self.objective = convert(self.objective, entry.config)
         if entry.adapters:
             self.model = replace(self.model, adapters=True)
+        elif self.model.adapters:
+            raise ValueError(
+                f"method {self.method} trains no adapters, and they would stay as they are initialised: "
+                "leave --model.adapters out, or take --method aemim"
+            )
         unit = mask_unit_of(self.model.architecture(self.data.image_size, self.data.channels))
         if entry.decoder and self.model.decoder != entry.decoder:
             raise ValueError(
@@ -78,11 +83,15 @@ class PretrainConfig:
 
 
 def with_method(config: PretrainConfig, method: str) -> PretrainConfig:
-    """`config` for another method: its options converted and fitted to the images, and the decoder the method needs."""
-    entry = find_method("pretrain", method)
+    """`config` for another method: its options converted and fitted to the images, and the model that it needs.
+
+    What the method before asked of the model goes: its adapters, and a decoder that it alone works with.
+    """
+    entry, before = find_method("pretrain", method), find_method("pretrain", config.method)
     objective = convert(config.objective, entry.config).fit(config.data.image_size)
-    decoder: Any = entry.decoder or config.model.decoder
-    return replace(config, method=method, objective=objective, model=replace(config.model, decoder=decoder))
+    decoder: Any = entry.decoder or (ModelConfig.decoder if before.decoder else config.model.decoder)
+    model = replace(config.model, decoder=decoder, adapters=entry.adapters)
+    return replace(config, method=method, objective=objective, model=model)
 
 
 class Pretraining:

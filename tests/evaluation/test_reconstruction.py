@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.evaluation.topics.reconstruction import load_masked_autoencoder, reconstruct
+from mimir_fast.methods.mae import MaeConfig
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, build_masked_model
 
 
@@ -21,8 +22,8 @@ def autoencoder() -> MaskedModel:
 
 def test_sizes_come_from_the_tensors(autoencoder: MaskedModel, tmp_path: Path) -> None:
     save_file(dict(file_state(autoencoder)), tmp_path / "mae.safetensors")
-    loaded, norm_pix = load_masked_autoencoder(tmp_path / "mae.safetensors")
-    assert norm_pix and not loaded.training
+    loaded, trained = load_masked_autoencoder(tmp_path / "mae.safetensors")
+    assert trained == MaeConfig() and not loaded.training
     assert (loaded.encoder.image_size, loaded.patch_size, loaded.channels) == (8, 2, 1)
     assert all(torch.equal(loaded.state_dict()[name], t) for name, t in autoencoder.state_dict().items())
 
@@ -38,8 +39,8 @@ def test_visible_patches_stay_and_true_patches_come_back(
     autoencoder: MaskedModel, digits_images: EvaluationImages
 ) -> None:
     images = digits_images.images[:6].float() / 255
-    pictures = reconstruct(autoencoder, images, torch.arange(6), seed=0)
+    pictures = reconstruct(autoencoder, MaeConfig(), images, torch.arange(6), seed=0)
     kept = (pictures.view(6, 4, 2, 4, 2) == images.view(6, 4, 2, 4, 2)).all(dim=2).all(dim=-1).sum(dim=(1, 2))
     assert (kept >= 4).all(), "a quarter of 16 patches is visible"
     assert pictures.min() >= 0 and pictures.max() <= 1
-    assert torch.equal(pictures, reconstruct(autoencoder, images, torch.arange(6), seed=0))
+    assert torch.equal(pictures, reconstruct(autoencoder, MaeConfig(), images, torch.arange(6), seed=0))

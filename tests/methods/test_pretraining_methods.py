@@ -12,8 +12,10 @@ from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.methods.mae import Mae, MaeConfig
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.methods.mutual_information import MutualInformationConfig
-from mimir_fast.models.masked_model import MaskedModel, View
-from mimir_fast.ops.patches import patchify, patchify_gather
+from mimir_fast.models.masked_model import MaskedModel, ModelConfig, View, build_masked_model
+from mimir_fast.ops.hsic import hsic
+from mimir_fast.ops.masked_loss import Kind
+from mimir_fast.ops.patches import gather_patches, patchify, patchify_gather
 from mimir_fast.philox import Stream
 
 EPS = 8 / 255
@@ -68,6 +70,43 @@ def test_the_attack_raises_the_loss(model: MaskedModel, batch: Batch) -> None:
         return out["loss"].item()
 
     assert loss(0) < loss(1) < loss(8)
+
+
+@pytest.mark.parametrize("target", ["clean", "adversarial"])
+@pytest.mark.parametrize("kind", ["l2", "l1"])
+def test_the_attack_maximises_the_error_that_training_minimises(
+    model: MaskedModel, batch: Batch, target: str, kind: Kind
+) -> None:
+    attack = ReconstructionAttackConfig(target=target, random_start=False, alpha=1 / 255)
+    method = AdvMae(AdvMaeConfig(attack=attack, pixel_loss=kind, norm_pix_loss=False))
+    step = prepared(method, model, batch)
+    clean = patchify(batch.images, 4).requires_grad_()
+    prediction = model(View(gather_patches(clean, step.mask.keep), *step.mask)).prediction
+    truth = gather_patches(clean if target == "adversarial" else clean.detach(), step.mask.masked)
+    difference = prediction - truth
+    (grad,) = torch.autograd.grad((difference.square() if kind == "l2" else difference.abs()).sum(), clean)
+    grad, clean = gather_patches(grad, step.mask.keep), gather_patches(clean.detach(), step.mask.keep)
+    sure = (grad.abs() > 1e-6) & (clean > 0.01) & (clean < 0.99)
+    assert sure.float().mean() > 0.5
+    assert torch.equal((step.visible - clean).sign()[sure], grad.sign()[sure])
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "convnext"])
+def test_pooled_tokens_are_those_of_all_visible_patches(family: str, batch: Batch) -> None:
+    """Swin and ConvNeXt have no cls row to leave out: the first visible unit counts, also where it is the only one."""
+    torch.manual_seed(0)
+    config = ModelConfig(family=family, encoder="nano", patch_size=2 if family != "vit" else 8)
+    model = build_masked_model(config, 32)
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    batch = Batch(images, *[torch.arange(6)] * 3)
+    grid = model.encoder.num_patches
+    method = Mimir(MimirConfig(mask_ratio=1 - 1 / grid, mi=MutualInformationConfig(tokens="pooled", weight=1.0)))
+    step = prepared(method, model, batch)
+    method.forward(step)
+    patches = step.latent[:, model.encoder.num_prefix :]
+    assert patches.shape[1] == 1
+    expected = hsic(method.image_side(step).flatten(1), patches.mean(1), sigma_x=5.0, sigma_y=5.0)
+    torch.testing.assert_close(method.losses(step)["mi"][1], expected)
 
 
 @pytest.mark.parametrize(("mask", "target"), AXES)

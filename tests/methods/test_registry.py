@@ -11,7 +11,9 @@ from mimir_fast.methods.aemim import AemimConfig
 from mimir_fast.methods.mimir import MimirConfig
 from mimir_fast.methods.registry import all_methods, convert, find_method
 from mimir_fast.methods.simmim import SimmimConfig
+from mimir_fast.models.masked_model import ModelConfig
 from mimir_fast.pretrain import config_from
+from mimir_fast.recipes.digits import EVERY_METHOD
 from mimir_fast.training.pretraining import PretrainConfig, with_method
 
 
@@ -69,3 +71,16 @@ def test_help_shows_the_method_s_options_only() -> None:
     aemim, mae = help_of("aemim"), help_of("mae")
     assert "--adversarial_weight" in aemim and "--attack.distance" in aemim and "--mi." not in aemim
     assert "--adversarial_weight" not in mae and "--attack." not in mae and "--mask_ratio" in mae
+
+
+@pytest.mark.parametrize("before", EVERY_METHOD)
+@pytest.mark.parametrize("after", EVERY_METHOD)
+def test_another_method_gets_the_model_that_it_needs(before: str, after: str) -> None:
+    """`--method mae` on a recipe of aemim kept its adapters, on one of simmim its linear decoder."""
+    changed = config_from(["--recipe", f"digits/{before}_vit_nano", "--method", after])
+    assert changed.model == config_from(["--recipe", f"digits/{after}_vit_nano"]).model
+
+
+def test_adapters_that_nothing_trains_are_refused() -> None:
+    with pytest.raises(ValueError, match="--method aemim"):
+        PretrainConfig(method="mae", model=ModelConfig(adapters=True))

@@ -107,8 +107,7 @@ def _at(setup: Setup, radius: float) -> Measurement:
         with torch.no_grad():
             row: Row = {"attacked": model(x).argmax(dim=1)}
             if pretrained is not None:
-                autoencoder, norm_pix = autoencoder_of(setup, images.device)
-                pictures = reconstruct(autoencoder, x, samples, config.seed, norm_pix)
+                pictures = reconstruct(*autoencoder_of(setup, images.device), x, samples, config.seed)
                 row["reconstructed"] = model(pictures).argmax(dim=1)
             if setup.has_features:
                 features = model.forward_features(x)  # type: ignore[operator]

@@ -18,13 +18,13 @@ from mimir_fast.evaluation.attacks import step_size
 from mimir_fast.evaluation.html import paragraph, table
 from mimir_fast.evaluation.measure import Measurement, Records, Row
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
+from mimir_fast.methods.mae import MaeConfig
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.models.weight_files import WeightsError
 from mimir_fast.ops.patches import gather_patches, patchify, unpatchify
-from mimir_fast.ops.random_masks import random_masks
 
-MASK_RATIO, STEPS, IMAGES = 0.75, 20, 256
+STEPS, IMAGES = 20, 256
 
 
 @dataclass
@@ -36,10 +36,10 @@ class AutoencoderOptions:
     the bounds of Propositions 3.2 and 3.3 can be drawn."""
 
 
-def load_masked_autoencoder(source: str | Path) -> tuple[MaskedModel, bool]:
-    """(model, norm_pix): a pre-trained masked autoencoder in eval mode, and whether it predicts normalised patches.
+def load_masked_autoencoder(source: str | Path) -> tuple[MaskedModel, MaeConfig]:
+    """(model in eval mode, the mask and the loss it was trained with).
 
-    From anything `read_weights` reads; files that do not say how they were trained count as normalised, as MAE's are.
+    From anything `read_weights` reads; a file that does not say how it was trained counts as MAE's.
 
     Raises:
         ValueError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, or a classifier).
@@ -48,22 +48,22 @@ def load_masked_autoencoder(source: str | Path) -> tuple[MaskedModel, bool]:
         model, objective = load_masked_model(source)
     except WeightsError as error:
         raise ValueError(f"--pretrained {source}: {error}") from error
-    return model, bool(objective.get("norm_pix_loss", True))
+    # What is predicted: all that is masked, though training may have paid for a share (CrossMAE).
+    names = ("mask_ratio", "mask_unit", "norm_pix_loss", "pixel_loss")
+    return model, MaeConfig(**{name: objective[name] for name in names if name in objective})
 
 
 @torch.no_grad()
-def reconstruct(model: MaskedModel, images: Tensor, samples: Tensor, seed: int, norm_pix: bool = True) -> Tensor:
+def reconstruct(model: MaskedModel, trained: MaeConfig, images: Tensor, samples: Tensor, seed: int) -> Tensor:
     """(B, C, S, S) in [0, 1]: the visible patches and, in place of the masked ones, the prediction.
 
     Args:
-        norm_pix: the model predicts patches normalised one by one; their true mean and deviation are put back, as MAE's
-            own pictures do.
+        trained: how; predictions of normalised patches get the true mean and deviation back, as in MAE's own pictures.
     """
-    num_keep = max(1, int(model.num_patches * (1 - MASK_RATIO)))
-    keep, masked = random_masks(samples, model.num_patches, num_keep, seed=seed, step=0)
+    keep, masked = trained.draw(model, samples, seed=seed, step=0)
     patches = patchify(images, model.patch_size)
     prediction = model(View(gather_patches(patches, keep), keep, masked)).prediction.float()
-    if norm_pix:
+    if trained.norm_pix_loss:
         truth = gather_patches(patches, masked)
         prediction = prediction * (truth.var(dim=-1, keepdim=True) + 1e-6).sqrt() + truth.mean(dim=-1, keepdim=True)
     full = patches.scatter(1, masked.unsqueeze(-1).expand_as(prediction), prediction)
@@ -75,14 +75,10 @@ def pretrained_of(setup: Setup) -> str | None:
     return options_of(setup.config, AutoencoderOptions).pretrained
 
 
-def autoencoder_of(setup: Setup, device: torch.device) -> tuple[MaskedModel, bool]:
+def autoencoder_of(setup: Setup, device: torch.device) -> tuple[MaskedModel, MaeConfig]:
     """The masked autoencoder on the device, loaded once; see `load_masked_autoencoder`."""
-
-    def load() -> tuple[MaskedModel, bool]:
-        model, norm_pix = load_masked_autoencoder(str(pretrained_of(setup)))
-        return model.to(device), norm_pix
-
-    return setup.once("autoencoder", load)
+    model, trained = setup.once("autoencoder", lambda: load_masked_autoencoder(str(pretrained_of(setup))))
+    return model.to(device), trained
 
 
 def identity(setup: Setup) -> dict[str, Any]:
@@ -103,13 +99,18 @@ def measurements(setup: Setup) -> list[Measurement]:
     threat = LinfThreat(eps=eps, alpha=step_size(eps, STEPS), num_steps=STEPS)
 
     def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
-        autoencoder, norm_pix = autoencoder_of(setup, images.device)
+        autoencoder, trained = autoencoder_of(setup, images.device)
         errors = attack_reconstruction(
-            autoencoder, images, threat, mask_ratio=MASK_RATIO, norm_pix=norm_pix, samples=samples, seed=config.seed
-        )
+            autoencoder, images, threat, norm_pix=trained.norm_pix_loss, kind=trained.pixel_loss, samples=samples,
+            mask=trained.draw(autoencoder, samples, seed=config.seed, step=0), seed=config.seed,
+        )  # fmt: skip
         return {"clean": errors.clean, "random": errors.random, "attacked": errors.attacked}
 
-    parameters = {**asdict(threat), "mask_ratio": MASK_RATIO, "pretrained": pretrained, "seed": config.seed}
+    _, trained = autoencoder_of(setup, torch.device("cpu"))
+    parameters = {**asdict(threat), "mask_ratio": trained.mask_ratio, "pretrained": pretrained, "seed": config.seed}
+    # Only where they differ from MAE's: evaluations that began before these were known go on.
+    others = {"mask_unit": trained.mask_unit, "pixel_loss": trained.pixel_loss}
+    parameters |= {name: value for name, value in others.items() if value != getattr(MaeConfig, name)}
     return [Measurement("reconstruction", outcome, parameters, setup.subset(IMAGES), cost=3.0 * STEPS)]
 
 
@@ -136,7 +137,8 @@ def render(numbers: Numbers) -> str:
         f"Error of the masked autoencoder on masked patches of {numbers['num_images']} images, when the visible ones "
         f"are perturbed; the attack beats noise on {100 * numbers['worse_than_noise']:.0f} % of them."
     )
-    return paragraph(words) + table(["visible patches", "mean squared error", "relative"], rows, numbers=(1, 2))
+    kind = "absolute" if numbers["parameters"].get("pixel_loss") == "l1" else "squared"
+    return paragraph(words) + table(["visible patches", f"mean {kind} error", "relative"], rows, numbers=(1, 2))
 
 
 register(Topic(
