@@ -49,7 +49,8 @@ class Aemim(Mae):
     def perturb(self, step: MaskedStep) -> None:
         """Fill in the clean stream and the adversarial image: attacked where visible, noise (a target) where masked."""
         attack, images, keep = self.config.attack, step.batch.images, step.mask.keep
-        patches, whole = step.noisy_patches(every_patch(images, step.bare.patch_size), attack.eps)
+        radius = attack.eps if attack.random_start else None
+        patches, whole = step.noisy_patches(every_patch(images, step.bare.patch_size), radius)
         clean = View(gather_patches(patches, keep), *step.mask, CLEAN)
         features = step.model(clean, decode=False)  # the attack leads away from them, the training pass decodes them
         step.clean = clean, features

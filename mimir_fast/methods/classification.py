@@ -97,12 +97,21 @@ class ClassificationMethod(ABC):
         attack = self.config.attack
         return f"eps {255 * attack.eps:.3g}/255, {attack.num_steps} steps of {255 * attack.alpha:.3g}/255"
 
+    def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """Adversarial images (B, C, H, W) in [0, 1]: here by PGD on the cross entropy."""
+        return pgd(
+            model, inputs.images, inputs.targets, self.config.attack,
+            samples=inputs.samples, seed=inputs.seed, step=inputs.step,
+        )  # fmt: skip
+
     def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
-        """Rows (B, C, H, W) in [0, 1]: images, what PGD makes of them, and the difference, magnified to full range."""
+        """Rows (B, C, H, W) in [0, 1]: images, and of an adversarial method what its attack makes of them, and the
+        difference, magnified to full range."""
         images = batch.images.float() / 255 if batch.images.dtype == torch.uint8 else batch.images
-        attack = self.config.attack
-        adversarial = pgd(model, images, batch.labels, attack, samples=batch.samples, seed=seed, step=step)
-        difference = 0.5 + 0.5 * (adversarial - images) / max(attack.eps, 1e-9)
+        if not self.adversarial:
+            return {"input": images}
+        adversarial = self.perturb(model, Inputs(images, batch.labels, batch.samples, batch.epochs, seed, step, None))
+        difference = 0.5 + 0.5 * (adversarial - images) / max(self.config.attack.eps, 1e-9)
         return {"input": images, "adversarial": adversarial, "difference": difference}
 
     def prepare(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> Inputs:

@@ -3,8 +3,9 @@
     loss = BCE(p', y) + β · (1/B) Σᵢ KL( p(xᵢ) ‖ p(x'ᵢ) ) · (1 − p(xᵢ)_y)
     BCE(p', y) = −log p'_y − log(1 − max_{k≠y} p'_k)           p' = softmax f(x'),  p = softmax f(x)
 
-x' comes from PGD on the cross entropy, from x + 0.001·N(0, 1) as in the authors' code. β is 5 in the paper, 6 in
-their code. "The true class" and "the strongest other class" have no meaning for mixed labels: mixing is refused.
+x' comes from PGD on the cross entropy, from x + 0.001·N(0, 1) as in the authors' code (from x without random_start). β
+is 5 in the paper, 6 in their code. "The true class" and "the strongest other class" have no meaning for mixed labels:
+mixing is refused.
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
@@ -73,11 +74,15 @@ class Mart(ClassificationMethod):
                 "(--mixing.mixup 0 --mixing.cutmix 0 --label_smoothing 0), or use another method"
             )
 
+    def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """Adversarial images (B, C, H, W) in [0, 1]."""
+        attack = self.config.attack
+        start = gaussian_start(inputs) if attack.random_start else inputs.images
+        return pgd(model, inputs.images, inputs.targets, attack, start=start)
+
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """{"loss", "boosted_loss", "robust_loss" (with β), "accuracy"}, the accuracy on adversarial images."""
-        start = gaussian_start(inputs)
-        adversarial = pgd(model, inputs.images, inputs.targets, self.config.attack, start=start)
-        both = torch.cat([inputs.images, adversarial])
+        both = torch.cat([inputs.images, self.perturb(model, inputs)])
         logits, logits_adv = train_logits(model, both, inputs.doubled_scales()).chunk(2)
         boosted, robust = mart_loss(logits, logits_adv, inputs.targets, self.config.mart.beta)
         return {

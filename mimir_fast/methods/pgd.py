@@ -5,20 +5,13 @@ loss = CE(f(x + δ), y) with δ from k signed-gradient steps in the ε-ball. Oth
 
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import cross_entropy, pgd
+from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs, accuracy, train_logits
 from mimir_fast.methods.registry import MethodEntry, register
 
 
 class Pgd(ClassificationMethod):
     """Cross entropy on the images an attack makes of the batch."""
-
-    def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """Adversarial images (B, C, H, W) in [0, 1]."""
-        return pgd(
-            model, inputs.images, inputs.targets, self.config.attack,
-            samples=inputs.samples, seed=inputs.seed, step=inputs.step,
-        )  # fmt: skip
 
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """{"loss", "accuracy"}, the accuracy on adversarial images."""

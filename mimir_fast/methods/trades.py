@@ -73,6 +73,13 @@ class Trades(ClassificationMethod):
 
     config: TradesObjective
 
+    def __init__(self, config: TradesObjective) -> None:
+        super().__init__(config)
+        if not config.attack.random_start:
+            raise ValueError(
+                "trades starts beside the image, where its divergence has a gradient: leave random_start on"
+            )
+
     def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W): the largest divergence found."""
         with borrowed(model) as module, torch.no_grad():

@@ -120,6 +120,11 @@ def test_preview_shows_both_streams(model: MaskedModel, batch: Batch) -> None:
     assert (rows["adversarial"] - rows["input"]).abs().max() <= EPS + 1e-6
 
 
+def test_without_attack_and_noise_the_adversarial_image_is_the_clean_one(model: MaskedModel, batch: Batch) -> None:
+    step = prepared(Aemim(AemimConfig(attack=FeatureAttackConfig(num_steps=0, random_start=False))), model, batch)
+    assert torch.equal(step.whole, patchify(batch.images, 4))
+
+
 def test_bad_values_name_the_fix(model: MaskedModel, batch: Batch) -> None:
     with pytest.raises(ValueError, match="at the clean image the distance has no gradient"):
         FeatureAttackConfig(random_start=False)

@@ -149,6 +149,14 @@ class TestAttacks:
             before, after = (F.cross_entropy(model(x), inputs.targets) for x in (inputs.images, adversarial))
             assert after > before
 
+    def test_the_picture_shows_the_attack_of_training(self, kind: Any, model: Classifier, batch: Batch) -> None:
+        method = kind(config(kind))
+        rows = method.preview(model, batch, seed=3, step=4)
+        images = batch.images.float() / 255
+        inputs = Inputs(images, batch.labels, batch.samples, batch.epochs, 3, 4, None)
+        assert torch.equal(rows["input"], images)
+        assert torch.equal(rows["adversarial"], method.perturb(model, inputs))
+
     def test_leaves_no_trace(self, kind: Any, model: Classifier, batch: Batch) -> None:
         method = kind(config(kind))
         inputs = self.inputs(method, model, batch)
@@ -183,6 +191,20 @@ def test_gaussian_start_has_the_papers_width(model: Classifier, batch: Batch) ->
     inputs = Natural(config()).prepare(model, grey, seed=0, step=0)
     noise = gaussian_start(inputs) - inputs.images
     assert abs(noise.std() - 0.001) < 2e-5 and abs(noise.mean()) < 5e-5
+
+
+def test_without_random_start(model: Classifier, batch: Batch) -> None:
+    """MART's attack starts at the image then; TRADES' divergence has no gradient there, so it is refused."""
+    threat = LinfThreat(eps=EPS, alpha=2 / 255, num_steps=0, random_start=False)
+    images = batch.images.float() / 255
+    inputs = Inputs(images, batch.labels, batch.samples, batch.epochs, 0, 0, None)
+    assert torch.equal(Mart(MartObjective(attack=threat)).perturb(model, inputs), images)
+    with pytest.raises(ValueError, match="leave random_start on"):
+        Trades(TradesObjective(attack=threat))
+
+
+def test_natural_training_has_no_attack_to_show(model: Classifier, batch: Batch) -> None:
+    assert set(Natural(config()).preview(model, batch, seed=0, step=0)) == {"input"}
 
 
 def test_mart_refuses_soft_labels() -> None:
