@@ -79,12 +79,22 @@ class BatchNorm(nn.BatchNorm1d):
             for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         )
         weight, bias = match_precision(mean, weight, bias)
-        if self.training and self.track_running_stats:
-            count += 1
-        elif self.training:
+        if self.training and not self.track_running_stats:
             mean = var = None  # an attack borrows the layer: batch statistics, and none remembered
+        elif self.training and _recomputing():
+            mean, var = mean.clone(), var.clone()  # as many tensors as before are kept, which checkpointing checks
+        elif self.training:
+            count += 1
         rows = x.reshape(-1, x.shape[-1])
         return F.batch_norm(rows, mean, var, weight, bias, self.training, self.momentum or 0.0, self.eps).view_as(x)
+
+
+def _recomputing() -> bool:
+    """Inside a backward pass, where activation checkpointing computes a batch again that was counted before.
+
+    torch.compile, which recomputes by itself, sees each layer once.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def add_adapters(module: nn.Module) -> None:

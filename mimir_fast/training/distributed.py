@@ -21,7 +21,8 @@ __all__ = ["Strategy", "World", "parallelize", "start_world", "stop_world"]
 
 Strategy = Literal["auto", "single", "ddp", "fsdp"]
 
-# Buffers are functions of the configuration: nothing to send. The option's name changed after torch 2.11.
+# Running statistics are averaged once a step (statistics.py), other buffers are functions of the configuration: nothing
+# to send. The option's name changed after torch 2.11.
 _NAMES = signature(DistributedDataParallel.__init__).parameters
 _KEEP_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimir_fast.checkpoints.reading import load_checkpoint
 from mimir_fast.data.batch import Batch
 from mimir_fast.data.loaders.base import Loader
 from mimir_fast.layers.borrowing import training_pass
@@ -27,7 +26,8 @@ from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, clip
 from mimir_fast.training.precision import Choice
 from mimir_fast.training.run_config import RunConfig
 from mimir_fast.training.run_folder import RunFolder
-from mimir_fast.training.state import group_steps, make_room_for_optimizer, set_group_steps, training_tensors
+from mimir_fast.training.state import group_steps, load_training, set_group_steps, training_tensors
+from mimir_fast.training.statistics import StatisticsGuard
 from mimir_fast.training.task import Task
 from mimir_fast.training.watchdog import Watchdog
 from mimir_fast.world import World
@@ -60,6 +60,7 @@ class Trainer:
         )  # fmt: skip
         self.optimizer = build_optimizer(task.model, optim)
         self.ema = Ema(task.model, run.ema_decay) if run.ema_decay else None
+        self.statistics = StatisticsGuard(task.model)
         # Sharded gradients are DTensors, which the fused step's flag is not: there the host looks before it steps.
         on_device = world.device.type == "cuda" and optim.optimizer == "adamw" and run.strategy != "fsdp"
         bad = folder.path / "bad_batches"
@@ -74,8 +75,7 @@ class Trainer:
 
     def restore(self, checkpoint: Path, meta: dict[str, Any]) -> None:
         """Go on from a checkpoint. Collective."""
-        make_room_for_optimizer(checkpoint, self.task.model, self.optimizer)
-        load_checkpoint(checkpoint, training_tensors(self.task.model, self.optimizer, self.ema))
+        load_training(checkpoint, self.task.model, self.optimizer, self.ema)
         set_group_steps(self.optimizer, meta.get("group_steps", []))
         self.loader.load_state_dict(meta["loader"])
         self._position, self.step = self.loader.state_dict(), meta["step"]
@@ -132,6 +132,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         metrics: dict[str, Tensor] = {}
+        self.statistics.before_step()
         for index, batch in enumerate(micro):
             # Gradients are averaged over ranks; micro-batches of other sizes count by their images.
             weight = len(batch.images) * self.world.size / self.run.batch_size
@@ -144,7 +145,9 @@ class Trainer:
         self.guard.poll()
         norm = clip_gradients(self.task.model, self.run.clip_grad)
         self._whole = False
-        self.guard.step(self.step, torch.isfinite(norm), micro)
+        finite = torch.isfinite(norm)
+        self.guard.step(self.step, finite, micro)
+        self.statistics.after_step(finite)
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update()

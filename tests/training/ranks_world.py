@@ -27,6 +27,7 @@ from mimir_fast.pretrain import config_from
 from mimir_fast.training.agreement import MAX_STEPS, Agreement
 from mimir_fast.training.distributed import parallelize
 from mimir_fast.training.run_folder import RunFolder
+from mimir_fast.training.statistics import StatisticsGuard
 from mimir_fast.world import start_world, stop_world
 
 found: dict[str, object] = {}
@@ -103,6 +104,15 @@ for tensor in tensors.values():
     tensor.zero_()
 load_checkpoint(folder / "checkpoints" / "step-00000002", tensors)
 found["loaded"] = [t.mean().item() for t in tensors.values()]
+
+
+# Ranks that saw different batches keep one and the same statistics: the mean.
+norm = nn.BatchNorm1d(2)
+guard = StatisticsGuard(norm)
+guard.before_step()
+norm(torch.tensor([[0.0, 0.0], [2.0, 4.0]]) * (1 + rank))
+guard.after_step(torch.tensor(True))
+found["statistics"] = [norm.running_mean.tolist(), norm.running_var.tolist()]
 
 
 # FSDP: an attack of three steps, then a training pass; how often parameters are gathered, and the gradients.

@@ -57,6 +57,13 @@ def test_a_save_fails_for_all_or_for_none(ranks: list[dict[str, Any]]) -> None:
         assert found["loaded"] == [0.0, 1.0, 2.0, 3.0]
 
 
+def test_running_statistics_are_the_mean_over_ranks(ranks: list[dict[str, Any]]) -> None:
+    """Means 1, 2 and variances 2, 8 on rank 0, means 2, 4 and variances 8, 32 on rank 1, with momentum 0.1."""
+    for found in ranks:
+        means, variances = found["statistics"]
+        assert means == pytest.approx([0.15, 0.3]) and variances == pytest.approx([0.9 + 0.5, 0.9 + 2.0])
+
+
 def test_fsdp_gathers_once_for_the_attack_and_the_training_forward(ranks: list[dict[str, Any]]) -> None:
     """Three blocks and a root: 4 all-gathers for the attack's six passes and the training forward, 3 for the blocks in
     the training backward. Resharding after each pass took about 3 · (4 + 3) + 7."""
