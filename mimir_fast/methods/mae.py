@@ -64,6 +64,10 @@ class Mae:
     def run(self, step: MaskedStep) -> dict[str, Tensor]:
         """Fill the record; {"loss": Σ weight·value, each value if there are several, what is logged}."""
         self.prepare(step)
+        return self.finish(step)
+
+    def finish(self, step: MaskedStep) -> dict[str, Tensor]:
+        """`run` from the training pass on."""
         self.forward(step)
         losses = self.losses(step)
         first, *others = (value if weight == 1 else weight * value for weight, value in losses.values())

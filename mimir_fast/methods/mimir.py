@@ -6,17 +6,22 @@ Two presets set everything in which paper and authors' code differ: `paper` and 
 Shapes: B images, N patches, K kept, P numbers a patch, T = 1 + K tokens, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from mimir_fast.data.batch import Batch
+from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.methods import registry
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.methods.mutual_information import MutualInformationConfig, mutual_information
-from mimir_fast.methods.registry import MethodEntry, Preset, register
+from mimir_fast.methods.registry import MethodEntry, Pass, Preset, register
 from mimir_fast.methods.step import MaskedStep
+from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.patches import every_patch, patchify_gather
 
 
@@ -30,6 +35,21 @@ class MimirConfig(AdvMaeConfig):
     def needs_even_ranks(self) -> str:
         """The global estimate gathers the batches of all ranks."""
         return "mi.scope=global" if self.mi.scope == "global" else ""
+
+    def check_batches(self, micro_batch: int, accum_iter: int, ranks: int) -> str:
+        """Says on how many images the penalty is estimated, on which its strength depends; at least two."""
+        if self.mi.estimator == "none" or not self.mi.weight:
+            return ""
+        accumulated, everywhere = self.mi.accumulated, self.mi.scope == "global"
+        images = micro_batch * (accum_iter if accumulated else 1) * (ranks if everywhere else 1)
+        if images < 2:
+            raise ValueError(
+                f"mi.estimator={self.mi.estimator} compares images with each other, but {ranks} ranks x {accum_iter} "
+                "accumulation steps leave it one: use a larger --batch_size, a smaller --accum_iter, --mi.accumulated, "
+                "or --mi.scope global"
+            )
+        whole = accumulated or accum_iter == 1
+        return f"penalty estimated on {images} images" + ("" if whole else " (--mi.accumulated: on all of a step)")
 
 
 def apply_preset(config: Any, preset: str) -> Any:
@@ -73,12 +93,44 @@ class Mimir(AdvMae):
 
     def losses(self, step: MaskedStep) -> dict[str, tuple[float, Tensor]]:
         """Reconstruction, and "mi": the estimate before λ."""
-        mi = self.config.mi
-        if mi.estimator == "none":
+        if self.config.mi.estimator == "none":
             return super().losses(step)
         latent = step.bare.visible(step.latent, step.mask.keep)
-        estimate = mutual_information(mi, self.image_side(step), latent, step.bare.encoder.num_prefix)
-        return super().losses(step) | {"mi": (mi.weight, estimate)}
+        if step.estimate is None:
+            estimate = self.estimate(step, self.image_side(step), latent)
+        else:  # of all micro-batches, with the gradient to this one's latent
+            value, gradient = step.estimate
+            inner = (gradient * latent.float()).sum()
+            estimate = value + inner - inner.detach()
+        return super().losses(step) | {"mi": (self.config.mi.weight, estimate)}
+
+    def estimate(self, step: MaskedStep, image: Tensor, latent: Tensor) -> Tensor:
+        """The estimate before λ, a scalar, from image sides (B, N, P) and latents (B, T, D) of visible patches."""
+        return mutual_information(self.config.mi, image, latent, step.bare.encoder.num_prefix)
+
+    def passes(self, model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int) -> list[Pass]:
+        """The training passes of a step. With `mi.accumulated` the estimate is taken first, on all latents together.
+
+        Its gradient is handed to each pass (gradient caching: Gao et al., arXiv 2101.06983), whose graph is then the
+        only one in memory. Micro-batches of other sizes count by their images, as in the loop.
+        """
+        steps = [MaskedStep(model, batch, seed, step) for batch in batches]
+        mi = self.config.mi
+        if not mi.accumulated or mi.estimator == "none" or len(steps) == 1:
+            return [partial(self.run, one) for one in steps]
+        latents = []
+        for one in steps:
+            self.prepare(one)
+            with borrowed(model) as module, torch.no_grad():
+                bare = cast(MaskedModel, module)
+                latents.append(bare.visible(bare(View(one.visible, *one.mask), decode=False), one.mask.keep).float())
+        latent = torch.cat(latents).requires_grad_()
+        with torch.enable_grad():
+            value = self.estimate(steps[0], torch.cat([self.image_side(one) for one in steps]), latent)
+        gradients = torch.autograd.grad(value, latent)[0].split([len(one.visible) for one in steps])
+        for one, gradient in zip(steps, gradients, strict=True):
+            one.estimate = value.detach(), gradient * (len(latent) / len(gradient))
+        return [partial(self.finish, one) for one in steps]
 
     def image_side(self, step: MaskedStep) -> Tensor:
         """(B, N, P), what the estimate compares: positions aligned between images, as distances demand."""

@@ -37,6 +37,9 @@ class MutualInformationConfig:
     """Latent side: visible tokens in raster order, in the order of the mask's draws (authors' code), or their mean."""
     scope: Literal["rank", "global"] = "rank"
     """Estimate on each rank's batch (authors' code), or on the global batch across ranks."""
+    accumulated: bool = False
+    """Estimate on all micro-batches of a step together, for one encoder pass more: --accum_iter then changes memory and
+    time only. Without, each micro-batch has an estimate of its own, and a penalty of another strength."""
 
     def __post_init__(self) -> None:
         check_number("mi.weight", self.weight, at_least=0)

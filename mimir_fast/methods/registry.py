@@ -3,9 +3,10 @@
 A run names neither a method nor an option of one: what it has to know, `Objective` and `MethodEntry` say.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol, Self
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -38,10 +39,22 @@ class Objective:
     def check_model(self, model: nn.Module) -> None:
         """Raises ValueError for a model that cannot do what the options ask for."""
 
+    def check_batches(self, micro_batch: int, accum_iter: int, ranks: int) -> str:
+        """What a run should say of the sizes of its batches, or an empty string; raises ValueError for too small ones.
+
+        Args:
+            micro_batch: images of the smallest micro-batch, of which each rank accumulates `accum_iter` for a step.
+        """
+        return ""
+
     @property
     def needs_even_ranks(self) -> str:
         """The option that needs as many images on each rank, as `name=value`, or an empty string."""
         return ""
+
+
+Pass = Callable[[], dict[str, Tensor]]
+"""A training pass: → {"loss": scalar to minimise, other detached scalars}."""
 
 
 class Method(Protocol):
@@ -54,6 +67,22 @@ class Method(Protocol):
     def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """Rows of images (B, C, H, W) in [0, 1] by name, for the run's pictures."""
         ...
+
+
+@runtime_checkable
+class MethodOverBatches(Protocol):
+    """A method whose loss is not a sum over micro-batches: it looks at all of a step before the first is trained on."""
+
+    def passes(self, model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int) -> list[Pass]:
+        """The training passes of a step, one for each micro-batch, to be called in this order."""
+        ...
+
+
+def passes_of(method: Method, model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int) -> list[Pass]:
+    """The training passes of a step by any method, one for each micro-batch."""
+    if isinstance(method, MethodOverBatches):
+        return method.passes(model, batches, seed=seed, step=step)
+    return [partial(method, model, batch, seed=seed, step=step) for batch in batches]
 
 
 @dataclass(frozen=True)

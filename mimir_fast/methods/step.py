@@ -40,6 +40,9 @@ class MaskedStep:
     """(B, N, P) the whole perturbed image, where the perturbation went beyond the visible patches."""
     clean: tuple[View, Tensor] = field(init=False)
     """The clean view and its latent, where the step has a second, clean stream (AEMIM)."""
+    estimate: tuple[Tensor, Tensor] | None = None
+    """Where the penalty is estimated on all micro-batches of a step (MIMIR): the estimate, and its gradient to the
+    latent of the visible patches here."""
     log: dict[str, Tensor] = field(default_factory=dict)
     """Scalars to log beside the losses."""
     latent: Tensor = field(init=False)

@@ -1,5 +1,6 @@
 """Fine-tuning as a task of the loop: configuration, assembly, the probe of every epoch, pictures."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
 from mimir_fast.data import Batch, DataConfig, build_loader, build_source
 from mimir_fast.data.loaders import Loader
@@ -15,7 +16,7 @@ from mimir_fast.data.sources.base import hold_out
 from mimir_fast.extensions import Imports, RegisteredName
 from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod
 from mimir_fast.methods.probe import ProbeConfig, probe
-from mimir_fast.methods.registry import DEFAULT, all_methods, convert, find_method
+from mimir_fast.methods.registry import DEFAULT, Pass, all_methods, convert, find_method, passes_of
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier
 from mimir_fast.models.families import find_family, mask_unit_of
 from mimir_fast.models.loading import LoadReport, initialize
@@ -114,9 +115,9 @@ class Finetuning:
         }
         self._alarm: str | None = None
 
-    def losses(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
-        """{"loss": scalar to minimise, other detached scalars} of the method, for one micro-batch."""
-        return self.method(model, batch, seed=seed, step=step)
+    def passes(self, model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int) -> list[Pass]:
+        """The method's training passes of a step, one for each micro-batch."""
+        return passes_of(self.method, model, batches, seed=seed, step=step)
 
     def evaluate(self, model: nn.Module, *, step: int) -> dict[str, float]:
         """The probe's accuracies in [0, 1]; `score` is that under PGD, the natural one without an adversary."""

@@ -133,12 +133,14 @@ class Trainer:
             group["lr"] = lr * group["lr_scale"]
         metrics: dict[str, Tensor] = {}
         self.statistics.before_step()
-        for index, batch in enumerate(micro):
+        with self._autocast():
+            passes = self.task.passes(self.model, micro, seed=self.run.seed, step=self.step)
+        for index, (batch, losses) in enumerate(zip(micro, passes, strict=True)):
             # Gradients are averaged over ranks; micro-batches of other sizes count by their images.
             weight = len(batch.images) * self.world.size / self.run.batch_size
             with training_pass(self.model, reduces=index == len(micro) - 1):
                 with self._autocast():
-                    out = self.task.losses(self.model, batch, seed=self.run.seed, step=self.step)
+                    out = losses()
                 (out["loss"] * weight).backward()
             for name, value in out.items():
                 metrics[name] = metrics.get(name, 0) + value.detach() * weight

@@ -1,6 +1,8 @@
 """Pre-training as a task of the loop: configuration, assembly, pictures."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +17,11 @@ from mimir_fast.methods.registry import (
     DEFAULT,
     PRESETS,
     Objective,
+    Pass,
     all_methods,
     convert,
     find_method,
+    passes_of,
 )
 from mimir_fast.models.families import find_family, mask_unit_of
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
@@ -123,9 +127,12 @@ class Pretraining:
             **asdict(config.model),
         }
 
-    def losses(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
-        """{"loss": scalar to minimise, other detached scalars} of the method, for one micro-batch."""
-        out = self.method(model, batch, seed=seed, step=step)
+    def passes(self, model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int) -> list[Pass]:
+        """The method's training passes of a step, one for each micro-batch."""
+        return [partial(self._noted, run) for run in passes_of(self.method, model, batches, seed=seed, step=step)]
+
+    def _noted(self, run: Pass) -> dict[str, Tensor]:
+        out = run()
         self.curves = (*out, "lr")
         return out
 

@@ -125,6 +125,7 @@ def build_trainer(config: Any, folder: RunFolder, build_task: BuildTask, checkpo
             f"{option} needs ranks with as many images each, but {run.batch_size} do not divide over {world.size} "
             f"ranks x {accum} accumulation steps: change --batch_size or --accum_iter, or that option"
         )
+    config.objective.check_batches(micro, accum, world.size)
     recorded = None if checkpoint is None else meta.get("precision", "bf16" if world.device.type == "cuda" else "fp32")
     precision = world.on_main(
         lambda: choose_precision(run.precision, world.device, parity=config.exact, recorded=recorded)
@@ -164,6 +165,9 @@ def surroundings(config: SessionConfig, trainer: Trainer) -> str:
     world, precision = trainer.world, trainer.precision
     millions = sum(p.numel() for p in trainer.task.model.parameters() if p.requires_grad) / 1e6
     accumulated = f" (each accumulates {trainer.accum_iter} micro-batches)" if trainer.accum_iter > 1 else ""
+    smallest = config.run.batch_size // (world.size * trainer.accum_iter)
+    if said := config.objective.check_batches(smallest, trainer.accum_iter, world.size):
+        accumulated += f", {said}"
     return (
         f"{millions:.1f} M parameters, {world.size} x {world.device}, {precision.name} ({precision.reason}), "
         f"attention: {attention_backend(world.device)}, batch {config.run.batch_size}{accumulated}, "
@@ -181,7 +185,8 @@ def resumed(trainer: Trainer, meta: dict[str, Any]) -> str:
     if old is not None and old != new:
         text += (
             f"\nNOTE: micro-batches of {new} images, before of {old}: the mean over the batch is the same, but what is "
-            f"estimated on a micro-batch (mi.scope=rank) sees others; --micro_batch {old} keeps it where ranks allow"
+            f"estimated on a micro-batch (mi.scope=rank, not mi.accumulated) sees others; --micro_batch {old} keeps it "
+            "where ranks allow"
         )
     return text
 

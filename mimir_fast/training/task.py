@@ -1,12 +1,14 @@
 """What the loop needs to know of the thing it trains."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from mimir_fast.data.batch import Batch
+from mimir_fast.methods.registry import Pass
 
 
 class Task(Protocol):
@@ -24,8 +26,8 @@ class Task(Protocol):
     architecture: dict[str, Any]
     curves: tuple[str, ...]
 
-    def losses(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
-        """{"loss": scalar to minimise, other scalars to log}; `model` may be wrapped for data parallelism."""
+    def passes(self, model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int) -> list[Pass]:
+        """The training passes of a step, one for each micro-batch; `model` may be wrapped for data parallelism."""
         ...
 
     def pictures(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, np.ndarray]:

@@ -238,3 +238,41 @@ def test_a_preview_shows_a_perturbation_where_there_is_one(model: MaskedModel, b
         ["input", "masked", "reconstruction"], ["input", "perturbed", "masked", "reconstruction"],
     ]  # fmt: skip
     assert (rows[1]["perturbed"] - rows[1]["input"]).abs().max() > 0
+
+
+@pytest.mark.parametrize("estimator", ["hsic", "nhsic", "renyi"])
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 3, 2), (1, 7)])
+def test_the_penalty_of_a_whole_step_does_not_know_of_micro_batches(
+    model: MaskedModel, batch: Batch, estimator: str, sizes: tuple[int, ...]
+) -> None:
+    """Estimated on each micro-batch, its gradient fell (nHSIC) or grew (HSIC, Rényi) with their number."""
+    mi = MutualInformationConfig(estimator=estimator, weight=10.0, accumulated=True)
+    method = Mimir(MimirConfig(mi=mi))
+
+    def step(*batches: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        value = 0.0
+        for run, one in zip(method.passes(model, batches, seed=0, step=3), batches, strict=True):
+            out = run()
+            (out["loss"] * len(one.images) / 8).backward()
+            value += out["mi"].item() * len(one.images) / 8
+        return value, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    value, gradients = step(*(part(batch, slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)))
+    wanted, wanted_gradients = step(batch)
+    assert value == pytest.approx(wanted, rel=1e-5)
+    torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_run_says_of_the_penaltys_images() -> None:
+    def said(micro: int, accum: int, ranks: int, **options: object) -> str:
+        return MimirConfig(mi=MutualInformationConfig(**options)).check_batches(micro, accum, ranks)
+
+    assert said(128, 1, 8) == "penalty estimated on 128 images"
+    assert said(8, 16, 1) == "penalty estimated on 8 images (--mi.accumulated: on all of a step)"
+    assert said(8, 16, 2, accumulated=True) == "penalty estimated on 128 images"
+    assert said(8, 16, 2, accumulated=True, scope="global") == "penalty estimated on 256 images"
+    assert said(1, 4, 1, estimator="none") == said(1, 4, 1, weight=0.0) == ""
+    with pytest.raises(ValueError, match=r"--accum_iter, --mi\.accumulated, or --mi\.scope global"):
+        said(1, 4, 1)

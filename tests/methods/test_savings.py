@@ -155,7 +155,8 @@ def test_a_share_trains_everything_by_every_method(method: str, batch: Batch) ->
     task = Pretraining(config_from(line))
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     zeros = torch.zeros(4, dtype=torch.int64)
-    task.losses(task.model, Batch(images, zeros, torch.arange(4), zeros), seed=0, step=0)["loss"].backward()
+    (run,) = task.passes(task.model, [Batch(images, zeros, torch.arange(4), zeros)], seed=0, step=0)
+    run()["loss"].backward()
     assert all(p.grad is not None for p in task.model.parameters() if p.requires_grad)
 
 
