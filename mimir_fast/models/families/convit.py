@@ -178,7 +178,7 @@ class ConvitEncoder(Encoder):
         self.width = self.token_width = width
         self.num_layers, self.num_heads, self.local_up_to_layer = depth, num_heads, local_up_to_layer
         self.locality_strength, self.official = locality_strength, positions == "official"
-        # A buffer: a traced graph would compute it on the device of the trace. Integers keep their type in a bf16 model.
+        # A buffer: a traced graph would compute it on the trace's device. Integers keep their type in a bf16 model.
         self.register_buffer("offsets_13NN", grid_offsets(self.grid).int(), persistent=False)
         self.offsets_13NN: Tensor
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
