@@ -34,7 +34,7 @@ COMMANDS = {
     "finetune": Command("mimir_fast.finetune", "fine-tune it into a robust classifier", "config_from"),
     "evaluate": Command("mimir_fast.evaluate", "attack any classifier and write a report", "EvaluateConfig"),
     "compare": Command("mimir_fast.compare", "finished evaluations side by side", "CompareConfig"),
-    "export": Command("mimir_fast.export", "take the weights of a run to timm, or into one file", "ExportConfig"),
+    "export": Command("mimir_fast.export", "take a model to timm, transformers, ONNX, torch.export, TorchScript", "ExportConfig"),
     "hub": Command("mimir_fast.hub", "put a run on the Hugging Face Hub, or into a folder like one, with a model card",
                    "HubConfig"),
     "prepare": Command("mimir_fast.data.prepare", "write a data set as shards that are fast to read", "PrepareConfig"),
