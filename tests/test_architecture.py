@@ -39,7 +39,9 @@ ROOMS = {
         "topics of the report, each one file in `topics/`; suites, images, progress",
         ("training", "methods", "attacks", "models", "data", "losses", *_LOWER),
     ),
-    "exporting": Room("export formats, each one file in `formats/`; the comparison with what is exported", ("models", *_LOWER)),
+    "exporting": Room(
+        "export formats, each one file in `formats/`; the comparison with what is exported", ("models", *_LOWER)
+    ),
     "recipes": Room(
         "named configurations", ("training", "evaluation", "methods", "attacks", "models", "data", "cli")
     ),

@@ -71,7 +71,7 @@ def renamed(tensors: Mapping[str, Tensor], rules: Rules, class_name: str) -> dic
     Raises:
         ValueError: a tensor that no rule takes: the class would compute without it.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         match, new = next(((m, new) for old, new in rules.items() if (m := re.fullmatch(old, name))), (None, ""))
         if match is None:
@@ -87,7 +87,7 @@ def renamed(tensors: Mapping[str, Tensor], rules: Rules, class_name: str) -> dic
     return {name: tensor.float().contiguous() for name, tensor in found.items()}
 
 
-def block_rules(ours: str, theirs: str, attention: str) -> Rules:
+def block_rules(ours: str, theirs: str, attention: str) -> dict[str, str]:
     """Those of a transformer block.
 
     Args:

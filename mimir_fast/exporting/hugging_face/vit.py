@@ -8,7 +8,7 @@ does not see.
 
 from typing import Any, cast
 
-from mimir_fast.exporting.hugging_face import Rules, Twin, block_rules, register, renamed, shared_config
+from mimir_fast.exporting.hugging_face import Twin, block_rules, register, renamed, shared_config
 from mimir_fast.exporting.original import Original
 from mimir_fast.models.classifier import Classifier
 from mimir_fast.models.families.vit import VitEncoder
@@ -81,8 +81,8 @@ def _encoder_config(original: Original) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _encoder_rules(prefix: str) -> dict[str, Any]:
-    rules: Rules = {
+def _encoder_rules(prefix: str) -> dict[str, str]:
+    rules = {
         "cls_token": f"{prefix}embeddings.cls_token",
         "pos_embed": f"{prefix}embeddings.position_embeddings",
         rf"patch_embed\.proj{_LAST}": rf"{prefix}embeddings.patch_embeddings.projection.\1",
