@@ -4,7 +4,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from mimir_fast.exporting.hugging_face import Twin, block_rules, register, renamed, shared_config
+from mimir_fast.exporting.hugging_face import Rules, Twin, block_rules, register, renamed, shared_config
 from mimir_fast.exporting.original import Original
 from mimir_fast.models.families.swin import SwinEncoder, WindowAttention
 
@@ -24,7 +24,7 @@ def build(original: Original) -> Twin:
         "qkv_bias": True, "use_absolute_embeddings": False, "drop_path_rate": 0.0,
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     }  # fmt: skip
-    rules = {
+    rules: Rules = {
         rf"patch_embed\.proj{_LAST}": rf"{prefix}embeddings.patch_embeddings.projection.\1",
         rf"patch_embed\.norm{_LAST}": rf"{prefix}embeddings.norm.\1",
         rf"stages\.(\d+)\.downsample\.(norm|reduction){_LAST}":
