@@ -188,6 +188,11 @@ def _find(
     if path.is_file() and _is_torchscript(path):
         module = torch.jit.load(spec, map_location="cpu")
         return JudgedModel(module, spec, "TorchScript", code=file_digest(path))
+    if path.suffix == ".onnx" and path.is_file():
+        raise ValueError(
+            f"--checkpoint {spec}: an ONNX file has no gradients, which attacks need: give the .pt2 of the same model "
+            "(python -m mimir_fast.export … --format pt2)"
+        )
     if path.exists():
         return _ours(spec, num_classes, weights)
     if ":" in spec and "/" not in spec:

@@ -22,8 +22,19 @@ from mimir_fast.models.branches import Branches
 from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
 from mimir_fast.models.file_names import Parted, from_files
 from mimir_fast.models.loading import infer_architecture
+<<<<<<< HEAD
 from mimir_fast.models.weight_files import NORMALIZATIONS, NormalizationName, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops._precision import no_autocast
+=======
+from mimir_fast.models.weight_files import (
+    NORMALIZATIONS,
+    NormalizationName,
+    Weights,
+    WeightsChoice,
+    WeightsError,
+    read_weights,
+)
+>>>>>>> d-export
 from mimir_fast.ops.patches import patchify
 from mimir_fast.validation import check_number
 
@@ -187,24 +198,27 @@ def build_classifier(config: ClassifierConfig, image_size: int, num_classes: int
     return Classifier(config, image_size, num_classes, channels)
 
 
-def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_classes: int | None = None) -> Classifier:
+def load_classifier(
+    source: str | Path | Weights, which: WeightsChoice = "auto", *, num_classes: int | None = None
+) -> Classifier:
     """A trained classifier in eval mode, taking images in [0, 1], from anything `read_weights` reads.
 
     Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one.
 
     Args:
-        source: a fine-tuning run or checkpoint folder, an exported .safetensors file, an authors' .pth, timm:NAME.
+        source: a fine-tuning run or checkpoint folder, an exported .safetensors file, an authors' .pth, timm:NAME, or
+            weights already read.
         which: `model`, `ema`, or `auto` for the moving average where there is one.
         num_classes: what the data has; checked.
     Raises:
         WeightsError: not a classifier, damaged, of another architecture, or for another number of classes.
     """
-    weights = read_weights(source, which)
+    weights = source if isinstance(source, Weights) else read_weights(source, which)
     architecture, found_classes = infer_architecture(weights)
     if found_classes is None:
         raise WeightsError(
             f"{weights.origin} has no classification head, it is a pre-trained encoder: fine-tune it first with "
-            f"python -m mimir_fast.finetune --recipe … --init {source}"
+            f"python -m mimir_fast.finetune --recipe … --init {weights.origin if source is weights else source}"
         )
     if num_classes is not None and num_classes != found_classes:
         raise WeightsError(

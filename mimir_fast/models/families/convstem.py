@@ -66,7 +66,7 @@ class ConvStemEncoder(VitEncoder):
     def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
         """(B, K, D); see Encoder."""
         if places_BK is None:
-            return self.patch_embed(unpatchify(patches_BKP, self.mask_unit), domain)
+            return self.patch_embed(unpatchify(patches_BKP, self.mask_unit, self.image_size), domain)
         side = self.image_size
         images = unpatchify_visible(patches_BKP, places_BK, self.mask_unit, side, side)
         return gather_patches(self.patch_embed(images, domain), places_BK)

@@ -144,27 +144,29 @@ class ClassBlock(nn.Module):
 
 
 class FourierPositions(nn.Module):
-    """A learned projection of sines and cosines of row and column, which fits every grid."""
+    """A learned projection of sines and cosines of row and column, whatever the grid."""
 
     hidden_dim, temperature, eps = 32, 10000.0, 1e-6
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, grid: int) -> None:
         super().__init__()
         self.token_projection = nn.Conv2d(2 * self.hidden_dim, dim, 1)
+        # A buffer: a traced graph would compute it on the device of the trace.
+        self.register_buffer("features_NF", self.features(grid), persistent=False)
+        self.features_NF: Tensor
 
-    def forward(self, grid: int) -> Tensor:
-        """(N, D) in raster order."""
-        weight = next(self.parameters())
-        steps = torch.arange(1, grid + 1, dtype=torch.float32, device=weight.device)
-        angles = steps / (grid + self.eps) * 2 * math.pi
-        exponents = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32, device=weight.device) / self.hidden_dim
+    def features(self, grid: int) -> Tensor:
+        """(N, 2·hidden_dim) in raster order."""
+        angles = torch.arange(1, grid + 1, dtype=torch.float32) / (grid + self.eps) * 2 * math.pi
+        exponents = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32) / self.hidden_dim
         angles = angles[:, None] / self.temperature**exponents
-        axis = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(
-            1
-        )  # (grid, hidden_dim), sine and cosine by turns
+        axis = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)  # (grid, hidden_dim), by turns
         rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
-        features = torch.cat([rows, columns], dim=-1).flatten(0, 1).to(weight.dtype)
-        return conv_of_squares(self.token_projection, features, 1)
+        return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+    def forward(self) -> Tensor:
+        """(N, D) in raster order."""
+        return conv_of_squares(self.token_projection, self.features_NF.to(next(self.parameters()).dtype), 1)
 
 
 class ConvStem(nn.Module):
@@ -230,7 +232,7 @@ class XcitEncoder(Encoder):
         self.qkv_bias, self.eta, self.tokens_norm = qkv_bias, eta, tokens_norm
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embed = ConvStem(channels, width, patch_size)
-        self.pos_embed = FourierPositions(width) if use_pos_embed else None
+        self.pos_embed = FourierPositions(width, self.grid) if use_pos_embed else None
         self.blocks = nn.ModuleList(XcitBlock(width, num_heads, mlp_ratio, qkv_bias, eta) for _ in range(depth))
         self.cls_attn_blocks = nn.ModuleList(
             ClassBlock(width, num_heads, mlp_ratio, qkv_bias, eta, tokens_norm) for _ in range(cls_attn_layers)
@@ -250,7 +252,7 @@ class XcitEncoder(Encoder):
         """(B, 1 + K, D); the class attention has no stochastic depth, as in timm. See Encoder."""
         x, grid = tokens, self.grid
         if self.pos_embed is not None:
-            x = with_positions(x, places_BK, self.pos_embed(grid))
+            x = with_positions(x, places_BK, self.pos_embed())
         if self.official and places_BK is not None:
             places_BK, grid = None, pseudo_grid(x.shape[1], grid)
         for index, block in enumerate(self.blocks):
@@ -283,7 +285,7 @@ class XcitDecoder(Decoder):
     def __init__(self, encoder: XcitEncoder, width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__(encoder, width, 0, num_heads, mlp_ratio)
         del self.decoder_pos_embed
-        self.decoder_pos_embed = FourierPositions(width)  # type: ignore[assignment]
+        self.decoder_pos_embed = FourierPositions(width, self.grid)  # type: ignore[assignment]
         self.decoder_blocks = nn.ModuleList(XcitBlock(width, num_heads, mlp_ratio) for _ in range(depth))
         self.decoder_cls_attn_blocks = nn.ModuleList(
             ClassBlock(width, num_heads, mlp_ratio, encoder.qkv_bias, encoder.eta, encoder.tokens_norm)
@@ -298,7 +300,7 @@ class XcitDecoder(Decoder):
     def positions(self) -> Tensor:
         """(N, E) Fourier features of all patches, projected."""
         fourier: Any = self.decoder_pos_embed
-        return fourier(self.grid)
+        return fourier()
 
     def run(self, x: Tensor, ids_BM: Tensor | None) -> Tensor:
         """(B, M or N, E); see Decoder."""
