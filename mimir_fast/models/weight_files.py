@@ -25,6 +25,7 @@ from mimir_fast.checkpoints.reading import (
     resolve_checkpoint,
     saved_tensors,
 )
+from mimir_fast.models.facts import Facts
 from mimir_fast.models.families import all_families, under_our_names
 
 WeightsChoice = Literal["auto", "model", "ema"]
@@ -52,14 +53,19 @@ class Weights:
         tensors: name → CPU tensor, without any wrapper's prefix.
         origin: what was read, for messages.
         config: the configuration saved with them (ours only).
-        normalization: (mean, std) the weights were trained with, where the writer says so.
+        facts: what the writer says of the model beside the tensors.
     """
 
     tensors: dict[str, Tensor]
     origin: str
     config: dict[str, Any] | None = None
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    facts: Facts = field(default_factory=Facts)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """(mean, std) of `facts`."""
+        return None if self.facts.mean is None or self.facts.std is None else (self.facts.mean, self.facts.std)
 
 
 def read_weights(source: str | Path, which: WeightsChoice = "auto") -> Weights:
@@ -184,4 +190,4 @@ def _read_timm(name: str) -> Weights:
         ) from error
     config = model.pretrained_cfg
     tensors = strip_wrappers({k: v.detach() for k, v in model.state_dict().items()}, f"timm:{name}")
-    return Weights(tensors, f"timm:{name}", normalization=(tuple(config["mean"]), tuple(config["std"])))
+    return Weights(tensors, f"timm:{name}", facts=Facts(mean=tuple(config["mean"]), std=tuple(config["std"])))
