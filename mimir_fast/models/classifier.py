@@ -17,14 +17,24 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.layers.norms import LayerNorm, NoNorm
+from mimir_fast.layers.norms import LayerNorm, NoNorm, is_adapter
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
 from mimir_fast.models.file_names import Parted, from_files
 from mimir_fast.models.loading import infer_architecture
-from mimir_fast.models.weight_files import NORMALIZATIONS, NormalizationName, WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.normalization import (
+    NormalizationName,
+    Normalizer,
+    Statistics,
+    check_choice,
+    chosen,
+    fields_of,
+)
+from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops.patches import patchify
 from mimir_fast.validation import check_number
+
+_MASKED = ("decoder_", "mask_token")  # what a masked model has beside encoder and head
 
 
 @dataclass
@@ -48,6 +58,10 @@ class ClassifierConfig:
     """AGAT (family vit): patch tokens kept by each layer in train mode, 0.9 in the paper; 1 drops none."""
     normalization: NormalizationName = "none"
     """Subtracted mean and divided std, inside the model: `none` after our pre-training, timm weights need theirs."""
+    mean: tuple[float, ...] | None = None
+    """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
+    std: tuple[float, ...] | None = None
+    """The deviation as numbers, one a channel."""
 
     def architecture(self, image_size: int, channels: int = 3) -> Architecture:
         """What the encoder is built from."""
@@ -65,8 +79,7 @@ class ClassifierConfig:
                 f"token_keep_rate={self.token_keep_rate} (AGAT) drops tokens by their attention, which is defined for "
                 f"family vit only, not {self.family}: leave it at 1"
             )
-        if self.normalization not in NORMALIZATIONS:
-            raise ValueError(f"normalization={self.normalization!r}, wanted one of {', '.join(NORMALIZATIONS)}")
+        check_choice(self)
 
 
 class Classifier(Parted):
@@ -78,13 +91,14 @@ class Classifier(Parted):
         num_classes: outputs of the head, at least 2.
         channels: of the images.
         options: what only the family knows, see Architecture.
+        norm_first: the encoder's norm comes before the pooling; None: where `global_pool` and the family have it.
     """
 
     file_parts = ("encoder",)
 
     def __init__(
         self, config: ClassifierConfig, image_size: int, num_classes: int, channels: int = 3,
-        options: dict[str, object] | None = None,
+        options: dict[str, object] | None = None, norm_first: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if num_classes < 2:
@@ -96,19 +110,15 @@ class Classifier(Parted):
         self.config, self.num_classes = config, num_classes
         self.image_size, self.channels = image_size, channels
         # With `avg` the norm comes after the pooling (MAE's fine-tuning), but for families that norm before it.
-        norm_first = config.global_pool == "cls" or family.norm_before_pool
+        if norm_first is None:
+            norm_first = config.global_pool == "cls" or family.norm_before_pool
         self.encoder = build_encoder(architecture, final_norm=norm_first)
         if config.global_pool == "cls" and self.encoder.num_prefix == 0:
             raise ValueError(f"{family.title} has no cls token: use global_pool avg")
         self.fc_norm = NoNorm() if norm_first else LayerNorm(self.encoder.width)
         self.head = nn.Linear(self.encoder.width, num_classes)
 
-        mean, std = NORMALIZATIONS[config.normalization]
-        # Not persistent: a state dict holds the authors' names and nothing else.
-        self.register_buffer("mean", torch.tensor(mean[:channels]).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std[:channels]).view(1, -1, 1, 1), persistent=False)
-        self.mean: Tensor
-        self.std: Tensor
+        self.normalizer = Normalizer(chosen(config, channels))
         positions = getattr(self.encoder, "pos_embed", None)
         if isinstance(positions, nn.Parameter):
             positions.requires_grad_(config.train_pos_embed)
@@ -134,9 +144,7 @@ class Classifier(Parted):
         if images_BCHW.dtype == torch.uint8:
             images_BCHW = images_BCHW.float() / 255
         with torch.autocast(images_BCHW.device.type, enabled=False):
-            images = images_BCHW.to(self.mean.dtype)
-            if self.config.normalization != "none":
-                images = (images - self.mean) / self.std
+            images = self.normalizer(images_BCHW.to(self.normalizer.mean.dtype))
             patches = patchify(images, self.encoder.mask_unit)
         keep_rate = self.config.token_keep_rate if self.training else 1.0
         branches = None
@@ -186,24 +194,30 @@ def build_classifier(config: ClassifierConfig, image_size: int, num_classes: int
     return Classifier(config, image_size, num_classes, channels)
 
 
-def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_classes: int | None = None) -> Classifier:
+def load_classifier(
+    source: str | Path | Weights, which: WeightsChoice = "auto", *, num_classes: int | None = None,
+    statistics: Statistics | None = None,
+) -> Classifier:  # fmt: skip
     """A trained classifier in eval mode, taking images in [0, 1], from anything `read_weights` reads.
 
-    Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one.
+    Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one. Decoder,
+    mask token and the norms for adversarial images (of a `single_stage` run) are left out.
 
     Args:
-        source: a fine-tuning run or checkpoint folder, an exported .safetensors file, an authors' .pth, timm:NAME.
+        source: a fine-tuning run or checkpoint folder, an exported .safetensors file, an authors' .pth, timm:NAME, or
+            weights already read.
         which: `model`, `ema`, or `auto` for the moving average where there is one.
         num_classes: what the data has; checked.
+        statistics: (mean, std) to normalise by, in place of what the weights say; None where neither does is none.
     Raises:
         WeightsError: not a classifier, damaged, of another architecture, or for another number of classes.
     """
-    weights = read_weights(source, which)
+    weights = source if isinstance(source, Weights) else read_weights(source, which)
     architecture, found_classes = infer_architecture(weights)
     if found_classes is None:
         raise WeightsError(
             f"{weights.origin} has no classification head, it is a pre-trained encoder: fine-tune it first with "
-            f"python -m mimir_fast.finetune --recipe … --init {source}"
+            f"python -m mimir_fast.finetune --recipe … --init {weights.origin if isinstance(source, Weights) else source}"
         )
     if num_classes is not None and num_classes != found_classes:
         raise WeightsError(
@@ -215,24 +229,17 @@ def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_cl
     config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names})
     config.family, config.encoder = architecture.family, architecture.size
     config.patch_size = architecture.patch_size
-    normed_late = "fc_norm.weight" in weights.tensors or find_family(architecture.family).norm_before_pool
-    config.global_pool = "avg" if normed_late else "cls"
-    if weights.normalization is not None:
-        config.normalization = _normalization_name(weights.normalization)
+    tensors = {n: t for n, t in weights.tensors.items() if not (n.startswith(_MASKED) or is_adapter(n))}
+    norm_first = "fc_norm.weight" not in tensors
+    config.global_pool = weights.facts.pool or ("cls" if norm_first and "cls_token" in tensors else "avg")
+    config = replace(config, **fields_of(weights.statistics(architecture.channels, statistics)))
     model = Classifier(
-        config, architecture.image_size, found_classes, architecture.channels, dict(architecture.options)
+        config, architecture.image_size, found_classes, architecture.channels, dict(architecture.options), norm_first
     )
-    missing, unexpected = model.load_state_dict(from_files(model, weights.tensors), strict=False)
+    missing, unexpected = model.load_state_dict(from_files(model, tensors), strict=False)
     if missing or unexpected:
         raise WeightsError(
             f"{weights.origin} is no classifier of ours: {len(missing)} tensors are missing "
             f"({', '.join(missing[:3])}), {len(unexpected)} unknown ({', '.join(unexpected[:3])})"
         )
     return model.eval()
-
-
-def _normalization_name(stats: tuple[tuple[float, ...], tuple[float, ...]]) -> NormalizationName:
-    for name, known in NORMALIZATIONS.items():
-        if known == stats:
-            return name
-    raise WeightsError(f"normalisation with mean {stats[0]} and std {stats[1]} is none of {', '.join(NORMALIZATIONS)}")

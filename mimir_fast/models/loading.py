@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mimir_fast.models.families import Architecture, all_families, find_family, recognise
 from mimir_fast.models.file_names import from_files, to_files
-from mimir_fast.models.weight_files import NORMALIZATIONS, Weights, WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.normalization import Normalizer, choice_note, flags, is_none, same, words
+from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 
 
 @dataclass
@@ -61,9 +62,17 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
     architecture = recognise(own)
     family = None if architecture is None else find_family(architecture.family)
     ready: dict[str, Tensor] = {}
+    other_pooling = ("fc_norm.weight" in weights.tensors) != ("fc_norm.weight" in own)
     for name, tensor in weights.tensors.items():
         if name not in own:
             report.skipped.append(name)
+        elif tensor.shape == own[name].shape and name.startswith("head.") and other_pooling:
+            report.skipped.append(name)
+            if name == "head.weight":
+                report.notes.append(
+                    "the head was trained on another pooling (the mean of patch tokens has fc_norm, the cls token has "
+                    "norm): it starts fresh"
+                )
         elif tensor.shape == own[name].shape:
             ready[name] = tensor
         elif name == "pos_embed":
@@ -178,14 +187,16 @@ def _title(architecture: Architecture) -> str:
 
 
 def _note_normalization(model: nn.Module, weights: Weights, report: LoadReport) -> None:
-    if weights.normalization is None:
+    normalizer, said = getattr(model, "normalizer", None), weights.normalization
+    if not isinstance(normalizer, Normalizer):
         return
-    chosen = getattr(getattr(model, "config", None), "normalization", None)
-    fit = next((n for n, stats in NORMALIZATIONS.items() if stats == weights.normalization), None)
-    if fit is not None and chosen is not None and fit != chosen:
+    chosen = normalizer.statistics
+    if said is None:
+        note = choice_note(None, None if is_none(chosen) else chosen, "--model.")
+        report.notes += [note] if note else []
+    elif not same(said, chosen):
         report.notes.append(
-            f"these weights were trained with normalization {fit}, the model has {chosen}: "
-            f"use --model.normalization {fit}"
+            f"these weights were trained with {words(said)}, the model has {words(chosen)}: use {flags(said)}"
         )
 
 

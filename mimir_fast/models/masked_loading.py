@@ -1,6 +1,6 @@
 """A pre-trained masked model out of a run or a file, for looking at its reconstructions and attacking them."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +10,26 @@ from mimir_fast.layers.norms import is_adapter
 from mimir_fast.models.file_names import from_files
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, build_masked_model
-from mimir_fast.models.weight_files import WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.normalization import Statistics, fields_of
+from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 
 
-def load_masked_model(source: str | Path, which: WeightsChoice = "auto") -> tuple[MaskedModel, dict[str, Any]]:
+def load_masked_model(
+    source: str | Path | Weights, which: WeightsChoice = "auto", *, statistics: Statistics | None = None
+) -> tuple[MaskedModel, dict[str, Any]]:
     """(model in eval mode and without gradients, the options of the method it was trained with).
 
     From anything `read_weights` reads; a bare file has no options: {} stands for MAE's, normalised patches and so on.
 
+    Args:
+        statistics: (mean, std) to normalise by, in place of what the weights say; None where neither does is none.
     Raises:
         WeightsError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, a classifier).
     """
-    weights = read_weights(source, which)
+    weights = source if isinstance(source, Weights) else read_weights(source, which)
     if "decoder_pred.weight" not in weights.tensors:
         raise WeightsError(
-            f"{source} holds no decoder, so it is no masked autoencoder; give the pre-training run, not an exported "
+            f"{weights.origin} holds no decoder, so it is no masked autoencoder; give the pre-training run, not an exported "
             "encoder or a classifier"
         )
     architecture, num_classes = infer_architecture(weights)
@@ -36,10 +41,11 @@ def load_masked_model(source: str | Path, which: WeightsChoice = "auto") -> tupl
         width = len(weights.tensors["decoder_embed.weight"])
         decoder: Any = next((name for name, (w, _, _) in DECODERS.items() if w == width), None)
         if decoder is None:
-            raise WeightsError(f"{source}: a decoder {width} wide is none of {', '.join(DECODERS)}")
+            raise WeightsError(f"{weights.origin}: a decoder {width} wide is none of {', '.join(DECODERS)}")
         config.decoder = decoder
     else:
         config.decoder = "linear"
+    config = replace(config, **fields_of(weights.statistics(architecture.channels, statistics)))
     with torch.random.fork_rng([]):
         model = build_masked_model(config, architecture.image_size, architecture.channels, num_classes or 0)
     model.load_state_dict(from_files(model, weights.tensors))

@@ -27,18 +27,9 @@ from mimir_fast.checkpoints.reading import (
 )
 from mimir_fast.models.facts import Facts
 from mimir_fast.models.families import all_families, under_our_names
+from mimir_fast.models.normalization import Statistics, from_file, is_none, none_of
 
 WeightsChoice = Literal["auto", "model", "ema"]
-
-NormalizationName = Literal["none", "half", "imagenet"]
-
-# Subtracted from and divided out of images in [0, 1] inside the classifier, name: (mean, std). `none` is how our
-# pre-training and the authors' feed the encoder.
-NORMALIZATIONS: dict[NormalizationName, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 # What a model of ours has beside encoder and decoder.
 _BESIDE = ("head.weight", "head.bias", "fc_norm.", "mask_token")
@@ -63,9 +54,23 @@ class Weights:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    def normalization(self) -> Statistics | None:
         """(mean, std) of `facts`."""
         return None if self.facts.mean is None or self.facts.std is None else (self.facts.mean, self.facts.std)
+
+    def statistics(self, channels: int, asked: Statistics | None = None) -> Statistics:
+        """(mean, std) of a model with these weights: as asked, else as the weights say, else none.
+
+        Raises:
+            WeightsError: not one number a channel.
+        """
+        found = asked or self.normalization
+        if found is None or is_none(found):
+            return none_of(channels)
+        if len(found[0]) != channels or len(found[1]) != channels:
+            who = "--mean and --std have" if asked else f"{self.origin} says a normalisation of"
+            raise WeightsError(f"{who} {len(found[0])} channels, {self.origin} takes images of {channels}")
+        return found
 
 
 def read_weights(source: str | Path, which: WeightsChoice = "auto") -> Weights:
@@ -134,7 +139,8 @@ def _read_checkpoint(folder: Path, which: WeightsChoice) -> Weights:
     # The average covers what was trained; fixed tensors are with the weights.
     tensors = read_tensors(folder, "model/") | (read_tensors(folder, "ema/") if use_ema else {})
     origin = f"{folder} ({'moving average' if use_ema else 'weights'} of step {meta.get('step', '?')})"
-    return Weights(strip_wrappers(tensors, origin), origin, config=meta.get("config"))
+    config = meta.get("config")
+    return Weights(strip_wrappers(tensors, origin), origin, config=config, facts=_said(from_file(config)))
 
 
 def _read_safetensors(path: Path) -> Weights:
@@ -148,7 +154,12 @@ def _read_safetensors(path: Path) -> Weights:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is no whole safetensors file ({error}): copy or download it again") from error
     config = json.loads(metadata["config"]) if metadata.get("format") == "mimir_fast" else None
-    return Weights(strip_wrappers(tensors, str(path)), str(path), config=config)
+    facts = _said(from_file(config, metadata))
+    return Weights(strip_wrappers(tensors, str(path)), str(path), config=config, facts=facts)
+
+
+def _said(statistics: Statistics | None) -> Facts:
+    return Facts() if statistics is None else Facts(mean=statistics[0], std=statistics[1])
 
 
 def _read_pickled(path: Path) -> Weights:
