@@ -217,7 +217,7 @@ def load_classifier(
     if found_classes is None:
         raise WeightsError(
             f"{weights.origin} has no classification head, it is a pre-trained encoder: fine-tune it first with "
-            f"python -m mimir_fast.finetune --recipe … --init {weights.origin if isinstance(source, Weights) else source}"
+            f"python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"
         )
     if num_classes is not None and num_classes != found_classes:
         raise WeightsError(

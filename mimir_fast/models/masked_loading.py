@@ -29,8 +29,8 @@ def load_masked_model(
     weights = source if isinstance(source, Weights) else read_weights(source, which)
     if "decoder_pred.weight" not in weights.tensors:
         raise WeightsError(
-            f"{weights.origin} holds no decoder, so it is no masked autoencoder; give the pre-training run, not an exported "
-            "encoder or a classifier"
+            f"{weights.origin} holds no decoder, so it is no masked autoencoder; give the pre-training run, not an "
+            "exported encoder or a classifier"
         )
     architecture, num_classes = infer_architecture(weights)
     saved = (weights.config or {}).get("model", {})
