@@ -27,7 +27,7 @@ from mimir_fast.evaluation.results import Results
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.hub_card import card, public_config
 from mimir_fast.models.classifier import Classifier, load_classifier
-from mimir_fast.models.families import find_family
+from mimir_fast.models.families import describe
 from mimir_fast.models.file_names import to_files
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.masked_loading import load_masked_model
@@ -72,13 +72,12 @@ class _OnTheHub(ModelHubMixin):
         """
         weights = read_weights(source, which)
         architecture, _ = infer_architecture(weights)
-        family = find_family(architecture.family)
         model = cls._load(weights)
         # As torch's parametrizations do: the same object with more methods, so no weight is copied.
         model.__class__ = cls
         model.run_config = public_config(weights.config or {})
         model.outline = (
-            f"{family.title}-{architecture.size} ({family.sizes[architecture.size]}), patch {architecture.patch_size}, "
+            f"{describe(architecture)}, patch {architecture.patch_size}, "
             f"images of {architecture.image_size} × {architecture.image_size}"
         )
         model.statistics = weights.normalization and weights.statistics(architecture.channels)

@@ -77,7 +77,8 @@ class Mimir(AdvMae):
         if mi.estimator == "none":
             return super().losses(step)
         latent = step.bare.visible(step.latent, step.mask.keep)
-        return super().losses(step) | {"mi": (mi.weight, mutual_information(mi, self.image_side(step), latent))}
+        estimate = mutual_information(mi, self.image_side(step), latent, step.bare.encoder.num_prefix)
+        return super().losses(step) | {"mi": (mi.weight, estimate)}
 
     def image_side(self, step: MaskedStep) -> Tensor:
         """(B, N, P), what the estimate compares: positions aligned between images, as distances demand."""

@@ -45,16 +45,19 @@ class MutualInformationConfig:
             raise ValueError("estimator nhsic is defined with bandwidth=reference; choose that, or estimator=hsic")
 
 
-def mutual_information(config: MutualInformationConfig, image: Tensor, latent_BTD: Tensor) -> Tensor:
+def mutual_information(
+    config: MutualInformationConfig, image: Tensor, latent_BTD: Tensor, num_prefix: int = 1
+) -> Tensor:
     """The estimate before λ, a scalar in fp32 outside of autocast.
 
     Args:
         image: (B, …) what the config's `inputs` names, detached by the caller.
-        latent_BTD: encoder output with cls in front; gradients flow here.
+        latent_BTD: encoder output; gradients flow here.
+        num_prefix: its rows in front of the patches' (cls, registers), which `pooled` leaves out.
     """
     with torch.autocast(latent_BTD.device.type, enabled=False):
         z = latent_BTD.float()
-        z = z[:, 1:].mean(dim=1) if config.tokens == "pooled" else z
+        z = z[:, num_prefix:].mean(dim=1) if config.tokens == "pooled" else z
         if z.device.type == "cpu" and not bool(z.isfinite().all()):
             # The estimators refuse NaN. A training step wants it in its gradient, where it is skipped and counted.
             return z.sum() * torch.nan

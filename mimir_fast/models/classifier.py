@@ -10,7 +10,7 @@ that were looked at least are left behind, so later layers, and the attack's pas
 Shapes: B images, C channels, H = W pixels, T = prefix + N tokens, D width, L layers, R branches, K classes.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mimir_fast.layers.norms import LayerNorm, NoNorm, is_adapter
 from mimir_fast.models.branches import Branches
-from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
+from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
 from mimir_fast.models.file_names import Parted, from_files
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.normalization import (
@@ -30,6 +30,7 @@ from mimir_fast.models.normalization import (
     chosen,
     fields_of,
 )
+from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops.patches import patchify
 from mimir_fast.validation import check_number
@@ -62,14 +63,19 @@ class ClassifierConfig:
     """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
     std: tuple[float, ...] | None = None
     """The deviation as numbers, one a channel."""
+    options: tuple[str, ...] = ()
+    """What the family can do beside its plain form, as NAME or NAME=VALUE: of ViT heads, eps, gelu, layer_scale,
+    qk_norm, pre_norm, distilled, registers, no_prefix_positions, no_cls_token, norm_before_pool, qkv_bias, mlp_ratio,
+    width, depth."""
 
     def architecture(self, image_size: int, channels: int = 3) -> Architecture:
         """What the encoder is built from."""
-        return Architecture(self.family, self.encoder, image_size, self.patch_size, channels)
+        return architecture_of(self.family, self.encoder, image_size, self.patch_size, channels, self.options)
 
     def __post_init__(self) -> None:
         check_number("patch_size", self.patch_size, at_least=1)
-        check_size(find_family(self.family), self.encoder)
+        self.options = tuple(self.options)
+        self.architecture(self.patch_size)  # refuses unknown families, sizes and options
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path}, wanted 0 <= drop_path < 1, such as 0.1")
         if not 0 < self.token_keep_rate <= 1:
@@ -90,33 +96,30 @@ class Classifier(Parted):
         image_size: side of the images in pixels.
         num_classes: outputs of the head, at least 2.
         channels: of the images.
-        options: what only the family knows, see Architecture.
-        norm_first: the encoder's norm comes before the pooling; None: where `global_pool` and the family have it.
     """
 
     file_parts = ("encoder",)
 
-    def __init__(
-        self, config: ClassifierConfig, image_size: int, num_classes: int, channels: int = 3,
-        options: dict[str, object] | None = None, norm_first: bool | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, config: ClassifierConfig, image_size: int, num_classes: int, channels: int = 3) -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(
                 f"num_classes={num_classes}: a classifier needs at least 2 classes; check the data's labels"
             )
-        architecture = replace(config.architecture(image_size, channels), options=options or {})
+        architecture = config.architecture(image_size, channels)
         family = find_family(config.family)
         self.config, self.num_classes = config, num_classes
         self.image_size, self.channels = image_size, channels
         # With `avg` the norm comes after the pooling (MAE's fine-tuning), but for families that norm before it.
-        if norm_first is None:
-            norm_first = config.global_pool == "cls" or family.norm_before_pool
+        options = architecture.options
+        norm_first = config.global_pool == "cls" or family.norm_before_pool or options.get("norm_before_pool", False)
         self.encoder = build_encoder(architecture, final_norm=norm_first)
-        if config.global_pool == "cls" and self.encoder.num_prefix == 0:
-            raise ValueError(f"{family.title} has no cls token: use global_pool avg")
-        self.fc_norm = NoNorm() if norm_first else LayerNorm(self.encoder.width)
+        if config.global_pool == "cls" and not self.encoder.has_cls_token:
+            raise ValueError(f"this {family.title} has no cls token: use global_pool avg")
+        self.fc_norm = NoNorm() if norm_first else LayerNorm(self.encoder.width, options.get("eps", 1e-6))
         self.head = nn.Linear(self.encoder.width, num_classes)
+        has_two = config.global_pool == "cls" and options.get("distilled", False)
+        self.head_dist = nn.Linear(self.encoder.width, num_classes) if has_two else None
 
         self.normalizer = Normalizer(chosen(config, channels))
         positions = getattr(self.encoder, "pos_embed", None)
@@ -126,8 +129,10 @@ class Classifier(Parted):
 
     def reset_head(self) -> None:
         """A fresh head that starts at nearly uniform predictions (MAE's fine-tuning)."""
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
-        nn.init.zeros_(self.head.bias)
+        for head in (self.head, self.head_dist):
+            if head is not None:
+                nn.init.trunc_normal_(head.weight, std=2e-5)
+                nn.init.zeros_(head.bias)
 
     def forward_features(
         self,
@@ -153,8 +158,10 @@ class Classifier(Parted):
         return self.encoder(patches, None, branches=branches)
 
     def forward_head(self, tokens_BTD: Tensor) -> Tensor:
-        """(B, K) logits from the tokens."""
+        """(B, K) logits from the tokens; of a distilled model the mean of both heads', as in DeiT's evaluation."""
         prefix = self.encoder.num_prefix
+        if self.head_dist is not None:
+            return (self.head(tokens_BTD[:, 0]) + self.head_dist(tokens_BTD[:, 1])) / 2
         pooled = tokens_BTD[:, prefix:].mean(dim=1) if self.config.global_pool == "avg" else tokens_BTD[:, 0]
         return self.head(self.fc_norm(pooled))
 
@@ -226,16 +233,14 @@ def load_classifier(
         )
     saved = (weights.config or {}).get("model", {})
     names = {f.name for f in fields(ClassifierConfig)}
-    config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names})
-    config.family, config.encoder = architecture.family, architecture.size
-    config.patch_size = architecture.patch_size
+    family, options = find_family(architecture.family), architecture.options
+    pools_patches = "fc_norm.weight" in weights.tensors or family.norm_before_pool or "norm_before_pool" in options
+    shown = {"family": family.name, "encoder": architecture.size, "patch_size": architecture.patch_size,
+             "global_pool": "avg" if pools_patches else "cls", "options": option_texts(options),
+             **fields_of(weights.statistics(architecture.channels, statistics))}  # fmt: skip
+    config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)
     tensors = {n: t for n, t in weights.tensors.items() if not (n.startswith(_MASKED) or is_adapter(n))}
-    norm_first = "fc_norm.weight" not in tensors
-    config.global_pool = weights.facts.pool or ("cls" if norm_first and "cls_token" in tensors else "avg")
-    config = replace(config, **fields_of(weights.statistics(architecture.channels, statistics)))
-    model = Classifier(
-        config, architecture.image_size, found_classes, architecture.channels, dict(architecture.options), norm_first
-    )
+    model = Classifier(config, architecture.image_size, found_classes, architecture.channels)
     missing, unexpected = model.load_state_dict(from_files(model, tensors), strict=False)
     if missing or unexpected:
         raise WeightsError(

@@ -4,6 +4,7 @@ Shapes of tensors do not show these. A layout reader (models/layouts) takes them
 it; what nobody says stays None, is assumed by whoever builds the model, and is printed as assumed.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
@@ -43,3 +44,26 @@ class Facts:
     def over(self, others: "Facts") -> Self:
         """These facts, and those of `others` where these say nothing."""
         return replace(self, **{name: value for name, value in others.known() if getattr(self, name) is None})
+
+
+def facts_of_args(args: Any) -> Facts:
+    """From the options a training script saved: the MIMIR authors', MAE's and timm's names."""
+    said = args if isinstance(args, dict) else vars(args) if hasattr(args, "__dict__") else {}
+    size = said.get("input_size", said.get("img_size"))
+    size = size[-1] if isinstance(size, (list, tuple)) and size else size
+    norm_pixels, pool = said.get("norm_pix_loss"), said.get("global_pool")
+    return Facts(
+        mean=numbers(said.get("mean")),
+        std=numbers(said.get("std")),
+        image_size=size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None,
+        norm_pixels=norm_pixels if isinstance(norm_pixels, bool) else None,
+        pool=None if not isinstance(pool, bool) else "avg" if pool else "cls",
+    )
+
+
+def numbers(value: Any) -> tuple[float, ...] | None:
+    """A list of finite numbers, or None for anything else."""
+    fits = isinstance(value, (list, tuple)) and len(value) > 0
+    if not fits or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in value):
+        return None
+    return tuple(float(x) for x in value)

@@ -13,9 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.models.families import Architecture, all_families, find_family, recognise
+from mimir_fast.models.encoder import Encoder
+from mimir_fast.models.families import (
+    Architecture,
+    all_families,
+    describe,
+    find_family,
+    informed,
+    recognise,
+    why_not,
+)
 from mimir_fast.models.file_names import from_files, to_files
 from mimir_fast.models.normalization import Normalizer, choice_note, flags, is_none, same, words
+from mimir_fast.models.options import option_texts, parse_options
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 
 
@@ -58,7 +68,7 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
     weights = source if isinstance(source, Weights) else read_weights(source, which)
     report = LoadReport(weights.origin, notes=list(weights.notes))
     own = to_files(model, model.state_dict())
-    _check_architecture(weights, own)
+    _check_architecture(weights, own, model)
     architecture = recognise(own)
     family = None if architecture is None else find_family(architecture.family)
     ready: dict[str, Tensor] = {}
@@ -81,7 +91,7 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
         elif family is not None and (resized := family.resize(name, tensor, own[name].shape)) is not None:
             ready[name] = resized
             report.resized.append(f"{name} {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
-        elif name.startswith("head."):
+        elif name.startswith(("head.", "head_dist.")):
             report.skipped.append(name)
             if name == "head.bias":
                 report.notes.append(
@@ -97,7 +107,7 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
         ready |= {name: torch.zeros_like(own[name]) for name in biases}
         report.notes.append(f"{len(biases)} biases of queries, keys and values are not in these weights: zero here")
     report.fresh = [name for name in own if name not in ready]
-    absent = [name for name in report.fresh if not name.startswith(("head.", "fc_norm.", "norm."))]
+    absent = [name for name in report.fresh if not name.startswith(("head.", "head_dist.", "fc_norm.", "norm."))]
     if absent:
         raise WeightsError(
             f"{weights.origin} is incomplete or of another architecture: {', '.join(absent[:4])} "
@@ -136,14 +146,18 @@ def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
         WeightsError: no encoder of ours has such tensors.
     """
     architecture = recognise(weights.tensors)
+    if architecture is None and (reason := why_not(weights.tensors)):
+        raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours because of {reason}")
     if architecture is None:
         known = "; ".join(
             f"{family.title}: {', '.join(f'{name} ({words})' for name, words in family.sizes.items())}"
             for family in all_families().values()
         )
         raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours. Those are {known}")
+    family, config = find_family(architecture.family), (weights.config or {}).get("model") or {}
+    architecture = informed(architecture, parse_options(config.get("options", ()), family.options, family.title))
     saved = ((weights.config or {}).get("data") or {}).get("image_size")
-    if saved is not None and not find_family(architecture.family).image_size_in_tensors:
+    if saved is not None and not family.image_size_in_tensors:
         architecture = replace(architecture, image_size=saved)
     head = weights.tensors.get("head.weight")
     return architecture, None if head is None else len(head)
@@ -158,9 +172,9 @@ def _outline(tensors: Mapping[str, Tensor]) -> str:
     return f"width {first.shape[0]}, depth {depth}, patch {first.shape[-1]}, {first.shape[1]} channels"
 
 
-def _check_architecture(weights: Weights, own: dict[str, Tensor]) -> None:
-    theirs, ours = recognise(weights.tensors), recognise(own)
-    if theirs is None or ours is None:  # odd sizes have no name: the shapes are compared one by one
+def _check_architecture(weights: Weights, own: dict[str, Tensor], model: nn.Module) -> None:
+    theirs, ours = infer_architecture(weights)[0], recognise(own)
+    if ours is None:  # a model of another maker: the shapes are compared one by one
         same = {n: t.shape for n, t in own.items() if n.startswith("blocks.")}
         if all(n in weights.tensors and weights.tensors[n].shape == shape for n, shape in same.items()):
             return
@@ -170,7 +184,17 @@ def _check_architecture(weights: Weights, own: dict[str, Tensor]) -> None:
         )
     flags = {"family": "--model.family", "size": "--model.encoder", "patch_size": "--model.patch_size",
              "channels": "--data.channels"}  # fmt: skip
+    encoder = getattr(model, "encoder", None)
+    ours = informed(ours, encoder.options) if isinstance(encoder, Encoder) else ours
     fixes = [f"{flag} {getattr(theirs, n)}" for n, flag in flags.items() if getattr(theirs, n) != getattr(ours, n)]
+    # Where the final norm stands is the pooling's affair, and a missing bias of q, k, v is a bias of zero.
+    wanted, has = (
+        {n: value for n, value in a.options.items() if n not in ("norm_before_pool", "qkv_bias")}
+        for a in (theirs, ours)
+    )
+    if wanted != has:
+        texts = option_texts(wanted | {n: v for n, v in theirs.options.items() if n == "qkv_bias"})
+        fixes.append(f"--model.options {' '.join(texts)}" if texts else "leave --model.options out")
     if fixes:
         raise WeightsError(
             f"{weights.origin} is of another architecture: {_title(theirs)}; the model is {_title(ours)}. "
@@ -179,11 +203,7 @@ def _check_architecture(weights: Weights, own: dict[str, Tensor]) -> None:
 
 
 def _title(architecture: Architecture) -> str:
-    family = find_family(architecture.family)
-    return (
-        f"{family.title}-{architecture.size} ({family.sizes[architecture.size]}), patch {architecture.patch_size}, "
-        f"{architecture.channels} channels"
-    )
+    return f"{describe(architecture)}, patch {architecture.patch_size}, {architecture.channels} channels"
 
 
 def _note_normalization(model: nn.Module, weights: Weights, report: LoadReport) -> None:

@@ -11,6 +11,7 @@ from mimir_fast.models.file_names import from_files
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, build_masked_model
 from mimir_fast.models.normalization import Statistics, fields_of
+from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 
 
@@ -34,9 +35,10 @@ def load_masked_model(
         )
     architecture, num_classes = infer_architecture(weights)
     saved = (weights.config or {}).get("model", {})
-    config = ModelConfig(**{f.name: saved[f.name] for f in fields(ModelConfig) if f.name in saved})
-    config.family, config.encoder, config.patch_size = architecture.family, architecture.size, architecture.patch_size
-    config.adapters = any(is_adapter(name) for name in weights.tensors)
+    shown = {"family": architecture.family, "encoder": architecture.size, "patch_size": architecture.patch_size,
+             "options": option_texts(architecture.options),
+             "adapters": any(is_adapter(name) for name in weights.tensors)}  # fmt: skip
+    config = ModelConfig(**{f.name: saved[f.name] for f in fields(ModelConfig) if f.name in saved} | shown)
     if "decoder_embed.weight" in weights.tensors:
         width = len(weights.tensors["decoder_embed.weight"])
         decoder: Any = next((name for name, (w, _, _) in DECODERS.items() if w == width), None)

@@ -8,7 +8,7 @@ Parameter names and shapes are those of MAE and of the MIMIR authors, so their c
 Shapes: B batch, N patches, K kept, M masked, P = p·p·C numbers a patch, D encoder width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mimir_fast.layers.norms import CLEAN
 from mimir_fast.models.decoder import Decoder, LinearDecoder
 from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
+from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
 from mimir_fast.models.file_names import Parted
 from mimir_fast.models.normalization import (
     NormalizationName,
@@ -61,20 +61,24 @@ class ModelConfig:
     """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
     std: tuple[float, ...] | None = None
     """The deviation as numbers, one a channel."""
+    options: tuple[str, ...] = ()
+    """What the family can do beside its plain form, as NAME or NAME=VALUE: of ViT heads, eps, gelu, layer_scale,
+    qk_norm, pre_norm, distilled, registers, no_prefix_positions, no_cls_token, qkv_bias, mlp_ratio, width, depth."""
 
     def __post_init__(self) -> None:
         check_number("patch_size", self.patch_size, at_least=1)
-        check_size(find_family(self.family), self.encoder)
+        self.options = tuple(self.options)
         if self.decoder not in (*DECODERS, "linear"):
             raise ValueError(f"decoder={self.decoder!r}, wanted one of {', '.join((*DECODERS, 'linear'))}")
         if self.positions not in ("true", "official"):
             raise ValueError(f"positions={self.positions!r}, wanted true or official")
         check_choice(self)
+        self.architecture(self.patch_size)  # refuses unknown families, sizes and options
 
     def architecture(self, image_size: int, channels: int = 3) -> Architecture:
         """What the encoder is built from."""
-        options = {"positions": self.positions}
-        return Architecture(self.family, self.encoder, image_size, self.patch_size, channels, options)
+        architecture = architecture_of(self.family, self.encoder, image_size, self.patch_size, channels, self.options)
+        return replace(architecture, options={**architecture.options, "positions": self.positions})
 
 
 class View(NamedTuple):
@@ -107,7 +111,7 @@ class MaskedModel(Parted):
 
     Args:
         full_length: mask tokens go into the encoder instead of the decoder.
-        num_classes: of a linear head on the cls token (the mean token where there is none); 0 is no head.
+        num_classes: of a linear head on the cls token (the mean patch token where there is none); 0 is no head.
         statistics: (mean, std) taken out of the patches where the encoder embeds them; None takes nothing.
     """
 
@@ -177,7 +181,8 @@ class MaskedModel(Parted):
         """(B, classes) logits, or None without a head."""
         if self.head is None:
             return None
-        return self.head(latent_BTD[:, 0] if self.encoder.num_prefix else latent_BTD.mean(dim=1))
+        prefix = self.encoder.num_prefix
+        return self.head(latent_BTD[:, 0] if self.encoder.has_cls_token else latent_BTD[:, prefix:].mean(dim=1))
 
     def layers(self) -> list[nn.Module]:
         """What is compiled and sharded one by one."""

@@ -13,6 +13,7 @@ Shapes: B images, N patches, K kept, T tokens, Q queried ones, D width, H heads,
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from mimir_fast.models.families import (
     encoder_tensors,
     head_arguments,
     register,
+    settled,
 )
 from mimir_fast.models.positions import pseudo_grid, sincos_positions, with_positions
 from mimir_fast.ops.patches import gather_patches
@@ -179,7 +181,7 @@ class ConvitEncoder(Encoder):
         self.num_layers, self.num_heads, self.local_up_to_layer = depth, num_heads, local_up_to_layer
         self.locality_strength, self.official = locality_strength, positions == "official"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(sincos_positions(width, self.grid, cls_token=False))
+        self.pos_embed = nn.Parameter(sincos_positions(width, self.grid, num_prefix=0))
         self.patch_embed = PatchEmbed(channels, width, patch_size)
         self.blocks = make_blocks(width, depth, num_heads, mlp_ratio, qkv_bias, local_up_to_layer, locality_strength)
         self.norm = LayerNorm(width) if final_norm else NoNorm()
@@ -216,7 +218,7 @@ class ConvitDecoder(Decoder):
         super().__init__(encoder, width, 0, num_heads, mlp_ratio)
         num_positional, strength = encoder.local_up_to_layer, encoder.locality_strength
         self.local_up_to_layer = num_positional
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(width, self.grid, cls_token=False), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(width, self.grid, num_prefix=0), requires_grad=False)
         self.decoder_blocks = make_blocks(width, depth, num_heads, mlp_ratio, True, num_positional, strength)
         initialise(self)
 
@@ -261,7 +263,15 @@ def recognise(tensors: Tensors) -> Architecture | None:
         "qkv_bias": "blocks.0.attn.v.bias" in tensors,
         "local_up_to_layer": sum(f"blocks.{index}.attn.gating_param" in tensors for index in range(depth)),
     }
-    return Architecture("convit", size, grid * patch_size, patch_size, channels, options)
+    return settled(Architecture("convit", size, grid * patch_size, patch_size, channels, options))
+
+
+def settle(architecture: Architecture) -> Architecture:
+    """Without the number of layers that the size has anyway."""
+    options = dict(architecture.options)
+    if options.get("local_up_to_layer") == SIZES[architecture.size][3]:
+        del options["local_up_to_layer"]
+    return replace(architecture, options=options)
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
@@ -295,5 +305,7 @@ register(
         build_decoder=ConvitDecoder,  # type: ignore[arg-type]
         recognise=recognise,
         to_timm=to_timm,
+        options={"qkv_bias": True, "local_up_to_layer": -1},
+        settle=settle,
     )
 )
