@@ -144,9 +144,11 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
         sanity = inspect_model(model.module, x, source.num_classes, source.name)
 
     def load_other(spec: str) -> nn.Module:
-        module = load(spec).module
-        inspect_model(module, x, source.num_classes, source.name)
-        return module
+        other = load(spec)
+        inspect_model(other.module, x, source.num_classes, source.name)
+        for note in other.notes if world.is_main else ():
+            print(f"note: {spec}: {note}")
+        return other.module
 
     features, topics = has_features(model.module), all_topics()
     setup = Setup(config, len(indices), source.classes, features, not model.opaque, load_other)
