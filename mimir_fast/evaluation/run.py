@@ -143,11 +143,12 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
     with strict_fp32(world.device):
         sanity = inspect_model(model.module, x, source.num_classes, source.name)
 
+    notes = [*model.notes, *([note] if (note := sanity.note()) else [])]
+
     def load_other(spec: str) -> nn.Module:
         other = load(spec)
         inspect_model(other.module, x, source.num_classes, source.name)
-        for note in other.notes if world.is_main else ():
-            print(f"note: {spec}: {note}")
+        notes.extend(f"{spec}: {note}" for note in other.notes)
         return other.module
 
     features, topics = has_features(model.module), all_topics()
@@ -161,7 +162,6 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
     sets = ImageSets(source, config.data, indices, num_shards, fitting)
     plan = {topic.name: topic.measurements(setup) for topic in topics}
     records = Records(config.folder / "progress", num_shards, plan)
-    notes = [*model.notes, *([note] if (note := sanity.note()) else [])]
     return Job(config, model, setup, source, indices, identity, sets, topics, records, world.device, notes)
 
 
