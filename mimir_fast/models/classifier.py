@@ -20,10 +20,18 @@ from torch import Tensor, nn
 from mimir_fast.layers.norms import LayerNorm, NoNorm
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
-from mimir_fast.models.file_names import Parted, from_files
-from mimir_fast.models.loading import infer_architecture
+from mimir_fast.models.file_names import Parted
+from mimir_fast.models.loading import LoadReport, fill, infer_architecture
 from mimir_fast.models.options import option_texts
-from mimir_fast.models.weight_files import NORMALIZATIONS, NormalizationName, WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.weight_files import (
+    NORMALIZATIONS,
+    OUTSIDE,
+    NormalizationName,
+    Weights,
+    WeightsChoice,
+    WeightsError,
+    read_weights,
+)
 from mimir_fast.ops.patches import patchify
 from mimir_fast.validation import check_number
 
@@ -198,8 +206,6 @@ def build_classifier(config: ClassifierConfig, image_size: int, num_classes: int
 def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_classes: int | None = None) -> Classifier:
     """A trained classifier in eval mode, taking images in [0, 1], from anything `read_weights` reads.
 
-    Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one.
-
     Args:
         source: a fine-tuning run or checkpoint folder, an exported .safetensors file, an authors' .pth, timm:NAME.
         which: `model`, `ema`, or `auto` for the moving average where there is one.
@@ -207,12 +213,22 @@ def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_cl
     Raises:
         WeightsError: not a classifier, damaged, of another architecture, or for another number of classes.
     """
-    weights = read_weights(source, which)
+    return classifier_of(read_weights(source, which), num_classes=num_classes)[0]
+
+
+def classifier_of(weights: Weights, *, num_classes: int | None = None) -> tuple[Classifier, LoadReport]:
+    """The classifier that weights are of, in eval mode, and what became of them; see `load_classifier`.
+
+    Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one, or from
+    what the file says.
+    """
     architecture, found_classes = infer_architecture(weights)
     if found_classes is None:
+        outside = [name for name, why in weights.left_out.items() if why == OUTSIDE]
+        beside = f" (outside of the encoder are {', '.join(outside[:4])})" if outside else ""
         raise WeightsError(
-            f"{weights.origin} has no classification head, it is a pre-trained encoder: fine-tune it first with "
-            f"python -m mimir_fast.finetune --recipe … --init {source}"
+            f"{weights.origin} has no classification head, it is a pre-trained encoder{beside}: fine-tune it first "
+            f"with python -m mimir_fast.finetune --recipe … --init {weights.origin}"
         )
     if num_classes is not None and num_classes != found_classes:
         raise WeightsError(
@@ -229,13 +245,8 @@ def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_cl
     if weights.normalization is not None:
         config.normalization = _normalization_name(weights.normalization)
     model = Classifier(config, architecture.image_size, found_classes, architecture.channels)
-    missing, unexpected = model.load_state_dict(from_files(model, weights.tensors), strict=False)
-    if missing or unexpected:
-        raise WeightsError(
-            f"{weights.origin} is no classifier of ours: {len(missing)} tensors are missing "
-            f"({', '.join(missing[:3])}), {len(unexpected)} unknown ({', '.join(unexpected[:3])})"
-        )
-    return model.eval()
+    report = fill(model, weights, whole=True)
+    return model.eval(), report
 
 
 def _normalization_name(stats: tuple[tuple[float, ...], tuple[float, ...]]) -> NormalizationName:

@@ -24,7 +24,10 @@ AGAIN = "copy or download it again"
 
 # First bytes → what such a file is, and what to do.
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "is a pointer of Git LFS, the weights are elsewhere: run `git lfs pull` in its folder"),
+    (
+        b"version https://git-lfs",
+        "is a pointer of Git LFS, the weights are elsewhere: run `git lfs pull` in its folder",
+    ),
     (b"<!DOCTYPE", f"is a web page, not a file of weights: {AGAIN} by its direct address"),
     (b"<html", f"is a web page, not a file of weights: {AGAIN} by its direct address"),
     (b"\x89HDF", "is an HDF5 file (Keras): convert it to PyTorch and save its state dict with safetensors"),
@@ -167,7 +170,9 @@ def _unpickle(path: Path, *, mapped: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # for damaged bytes the unpickler raises anything
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-        found = re.search(r"GLOBAL (\S+)|Unsupported class (\S+)|[Cc]an only .*?(?:for|but got) (?:<class ')?([\w.]+)", text)
+        found = re.search(
+            r"GLOBAL (\S+)|Unsupported class (\S+)|[Cc]an only .*?(?:for|but got) (?:<class ')?([\w.]+)", text
+        )
         if found is not None:
             wanted = next(group for group in found.groups() if group).strip("`'\".,")
             raise WeightsError(

@@ -1,8 +1,8 @@
 """Reading weights, whoever wrote them, without ever running code from the file.
 
     ours       a run folder, one of its checkpoints, or a .safetensors file written by mimir_fast.export
-    others'    a .safetensors, .pth or .bin file, the index.json of several, a folder of Hugging Face's: in any layout that
-               models/layouts has a reader for
+    others'    a .safetensors, .pth or .bin file, the index.json of several, a folder of Hugging Face's: in any layout
+               that models/layouts has a reader for
     timm       `timm:NAME` for weights timm downloads
 
 A file is opened (opening.py), the encoder that is meant is found in it (parts.py), and a layout reader puts its tensors
@@ -27,9 +27,11 @@ from mimir_fast.models.families import all_families
 from mimir_fast.models.layouts import all_anchors, find_layout
 from mimir_fast.models.layouts.mimir_fast import config_of
 from mimir_fast.models.opening import find_file, open_file
-from mimir_fast.models.parts import WeightsChoice, choose, find_parts
+from mimir_fast.models.parts import STATISTICS, WeightsChoice, choose, find_parts
 
-__all__ = ["NORMALIZATIONS", "NormalizationName", "Weights", "WeightsChoice", "WeightsError", "read_weights"]
+__all__ = ["NORMALIZATIONS", "OUTSIDE", "NormalizationName", "Weights", "WeightsChoice", "WeightsError", "read_weights"]
+
+OUTSIDE = "outside of the encoder"
 
 NormalizationName = Literal["none", "half", "imagenet"]
 
@@ -126,7 +128,7 @@ def _understand(
         used = {id(tensor) for tensor in read.tensors.values()}
         for name, tensor in {**chosen.siblings, **chosen.outside}.items():
             if id(tensor) not in used and name not in left_out and not name.startswith("decoder."):
-                left_out[name] = "outside of the encoder"
+                left_out[name] = OUTSIDE
             elif id(tensor) not in used and name not in left_out:
                 left_out[name] = "the decoder"
     return Weights(read.tensors, origin, config, facts, notes, layout.title, left_out)
@@ -135,11 +137,10 @@ def _understand(
 def _statistics(tensors: dict[str, Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and std of a normalisation that stands in front of the encoder, as in RobustBench's models."""
     for name, mean in tensors.items():
-        before, _, word = name.rpartition(".")
-        for first, second in (("mean", "std"), ("mu", "sigma")):
-            std = tensors.get(f"{before}.{second}" if before else second)
-            if word == first and std is not None and mean.numel() == std.numel() <= 4 and bool((std > 0).all()):
-                return tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
+        before, dot, word = name.rpartition(".")
+        std = tensors.get(f"{before}{dot}{STATISTICS[word]}") if word in ("mean", "mu") else None
+        if std is not None and mean.numel() == std.numel() <= 4 and bool((std > 0).all()):
+            return tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
     return None
 
 

@@ -77,9 +77,13 @@ def read(part: Part) -> Read:
     """Under our names: queries, keys and values joined."""
     names, config = part.tensors, _config(part)
     swin, convnext = "embeddings.norm.weight" in names, "embeddings.patch_embeddings.weight" in names
-    foreign = next((n for n in names if re.search(r"\.lambda_\d$|relative_position_bias\.|\.weights_in\.|grn\.", n)), "")
+    foreign = next(
+        (n for n in names if re.search(r"\.lambda_\d$|relative_position_bias\.|\.weights_in\.|grn\.", n)), ""
+    )
     if foreign:
-        raise WeightsError(f"{foreign} is of another architecture than ours ({config.get('model_type', 'BEiT or such')})")
+        raise WeightsError(
+            f"{foreign} is of another architecture than ours ({config.get('model_type', 'BEiT or such')})"
+        )
     tensors = joined(renamed(names, _CONVNEXT if convnext else _SWIN if swin else _VIT))
     left_out = {name: "the pooling of transformers" for name in names if name.startswith("pooler.")}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
@@ -101,7 +105,7 @@ def read(part: Part) -> Read:
         tensors["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
         tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
     index = [name for name in tensors if name.endswith(".relative_position_index")]
-    left_out |= {name: "computed from the sizes" for name in index}
+    left_out |= dict.fromkeys(index, "computed from the sizes")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in index}
     return Read(under_our_names(tensors), facts_of(config, part.beside.get("preprocessor_config")), left_out)
 
