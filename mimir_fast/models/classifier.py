@@ -22,16 +22,16 @@ from mimir_fast.models.branches import Branches
 from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
 from mimir_fast.models.file_names import Parted
 from mimir_fast.models.loading import LoadReport, fill, infer_architecture
-from mimir_fast.models.options import option_texts
-from mimir_fast.models.weight_files import (
-    NORMALIZATIONS,
-    OUTSIDE,
+from mimir_fast.models.normalization import (
     NormalizationName,
-    Weights,
-    WeightsChoice,
-    WeightsError,
-    read_weights,
+    Normalizer,
+    Statistics,
+    check_choice,
+    chosen,
+    fields_of,
 )
+from mimir_fast.models.options import option_texts
+from mimir_fast.models.weight_files import OUTSIDE, Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops.patches import patchify
 from mimir_fast.validation import check_number
 
@@ -61,6 +61,10 @@ class ClassifierConfig:
     """What the family can do beside its plain form, as NAME or NAME=VALUE: of ViT heads, eps, gelu, layer_scale,
     qk_norm, pre_norm, distilled, registers, no_prefix_positions, no_cls_token, norm_before_pool, qkv_bias, mlp_ratio,
     width, depth."""
+    mean: tuple[float, ...] | None = None
+    """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
+    std: tuple[float, ...] | None = None
+    """The deviation as numbers, one a channel."""
 
     def architecture(self, image_size: int, channels: int = 3) -> Architecture:
         """What the encoder is built from."""
@@ -79,8 +83,7 @@ class ClassifierConfig:
                 f"token_keep_rate={self.token_keep_rate} (AGAT) drops tokens by their attention, which is defined for "
                 f"family vit only, not {self.family}: leave it at 1"
             )
-        if self.normalization not in NORMALIZATIONS:
-            raise ValueError(f"normalization={self.normalization!r}, wanted one of {', '.join(NORMALIZATIONS)}")
+        check_choice(self)
 
 
 class Classifier(Parted):
@@ -91,11 +94,15 @@ class Classifier(Parted):
         image_size: side of the images in pixels.
         num_classes: outputs of the head, at least 2.
         channels: of the images.
+        norm_first: the encoder's norm comes before the pooling; None: where `global_pool` and the family have it.
     """
 
     file_parts = ("encoder",)
 
-    def __init__(self, config: ClassifierConfig, image_size: int, num_classes: int, channels: int = 3) -> None:
+    def __init__(
+        self, config: ClassifierConfig, image_size: int, num_classes: int, channels: int = 3,
+        norm_first: bool | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if num_classes < 2:
             raise ValueError(
@@ -107,7 +114,9 @@ class Classifier(Parted):
         self.image_size, self.channels = image_size, channels
         # With `avg` the norm comes after the pooling (MAE's fine-tuning), but for families that norm before it.
         options = architecture.options
-        norm_first = config.global_pool == "cls" or family.norm_before_pool or options.get("norm_before_pool", False)
+        if norm_first is None:
+            before = family.norm_before_pool or options.get("norm_before_pool", False)
+            norm_first = config.global_pool == "cls" or before
         self.encoder = build_encoder(architecture, final_norm=norm_first)
         if config.global_pool == "cls" and not self.encoder.has_cls_token:
             raise ValueError(f"this {family.title} has no cls token: use global_pool avg")
@@ -116,12 +125,7 @@ class Classifier(Parted):
         has_two = config.global_pool == "cls" and options.get("distilled", False)
         self.head_dist = nn.Linear(self.encoder.width, num_classes) if has_two else None
 
-        mean, std = NORMALIZATIONS[config.normalization]
-        # Not persistent: a state dict holds the authors' names and nothing else.
-        self.register_buffer("mean", torch.tensor(mean[:channels]).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std[:channels]).view(1, -1, 1, 1), persistent=False)
-        self.mean: Tensor
-        self.std: Tensor
+        self.normalizer = Normalizer(chosen(config, channels))
         positions = getattr(self.encoder, "pos_embed", None)
         if isinstance(positions, nn.Parameter):
             positions.requires_grad_(config.train_pos_embed)
@@ -149,9 +153,7 @@ class Classifier(Parted):
         if images_BCHW.dtype == torch.uint8:
             images_BCHW = images_BCHW.float() / 255
         with torch.autocast(images_BCHW.device.type, enabled=False):
-            images = images_BCHW.to(self.mean.dtype)
-            if self.config.normalization != "none":
-                images = (images - self.mean) / self.std
+            images = self.normalizer(images_BCHW.to(self.normalizer.mean.dtype))
             patches = patchify(images, self.encoder.mask_unit)
         keep_rate = self.config.token_keep_rate if self.training else 1.0
         branches = None
@@ -203,24 +205,32 @@ def build_classifier(config: ClassifierConfig, image_size: int, num_classes: int
     return Classifier(config, image_size, num_classes, channels)
 
 
-def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_classes: int | None = None) -> Classifier:
+def load_classifier(
+    source: str | Path | Weights, which: WeightsChoice = "auto", *, num_classes: int | None = None,
+    statistics: Statistics | None = None,
+) -> Classifier:  # fmt: skip
     """A trained classifier in eval mode, taking images in [0, 1], from anything `read_weights` reads.
 
     Args:
-        source: a fine-tuning run or checkpoint folder, an exported .safetensors file, an authors' .pth, timm:NAME.
+        source: a fine-tuning run or checkpoint folder, an exported .safetensors file, an authors' .pth, timm:NAME, or
+            weights already read.
         which: `model`, `ema`, or `auto` for the moving average where there is one.
         num_classes: what the data has; checked.
+        statistics: (mean, std) to normalise by, in place of what the weights say; None where neither does is none.
     Raises:
         WeightsError: not a classifier, damaged, of another architecture, or for another number of classes.
     """
-    return classifier_of(read_weights(source, which), num_classes=num_classes)[0]
+    weights = source if isinstance(source, Weights) else read_weights(source, which)
+    return classifier_of(weights, num_classes=num_classes, statistics=statistics)[0]
 
 
-def classifier_of(weights: Weights, *, num_classes: int | None = None) -> tuple[Classifier, LoadReport]:
+def classifier_of(
+    weights: Weights, *, num_classes: int | None = None, statistics: Statistics | None = None
+) -> tuple[Classifier, LoadReport]:
     """The classifier that weights are of, in eval mode, and what became of them; see `load_classifier`.
 
     Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one, or from
-    what the file says.
+    what the file says. Decoder, mask token and the norms for adversarial images are left out.
     """
     architecture, found_classes = infer_architecture(weights)
     if found_classes is None:
@@ -228,7 +238,7 @@ def classifier_of(weights: Weights, *, num_classes: int | None = None) -> tuple[
         beside = f" (outside of the encoder are {', '.join(outside[:4])})" if outside else ""
         raise WeightsError(
             f"{weights.origin} has no classification head, it is a pre-trained encoder{beside}: fine-tune it first "
-            f"with python -m mimir_fast.finetune --recipe … --init {weights.origin}"
+            f"with python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"
         )
     if num_classes is not None and num_classes != found_classes:
         raise WeightsError(
@@ -238,19 +248,13 @@ def classifier_of(weights: Weights, *, num_classes: int | None = None) -> tuple[
     saved = (weights.config or {}).get("model", {})
     names = {f.name for f in fields(ClassifierConfig)}
     family, options = find_family(architecture.family), architecture.options
-    pools_patches = "fc_norm.weight" in weights.tensors or family.norm_before_pool or "norm_before_pool" in options
+    norm_first = "fc_norm.weight" not in weights.tensors
+    takes_cls = norm_first and "cls_token" in weights.tensors and "norm_before_pool" not in options
+    pool = weights.facts.pool or ("cls" if takes_cls and not family.norm_before_pool else "avg")
     shown = {"family": family.name, "encoder": architecture.size, "patch_size": architecture.patch_size,
-             "global_pool": "avg" if pools_patches else "cls", "options": option_texts(options)}  # fmt: skip
+             "global_pool": pool, "options": option_texts(options)}  # fmt: skip
+    shown |= fields_of(weights.statistics(architecture.channels, statistics))
     config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)
-    if weights.normalization is not None:
-        config.normalization = _normalization_name(weights.normalization)
-    model = Classifier(config, architecture.image_size, found_classes, architecture.channels)
+    model = Classifier(config, architecture.image_size, found_classes, architecture.channels, norm_first)
     report = fill(model, weights, whole=True)
     return model.eval(), report
-
-
-def _normalization_name(stats: tuple[tuple[float, ...], tuple[float, ...]]) -> NormalizationName:
-    for name, known in NORMALIZATIONS.items():
-        if known == stats:
-            return name
-    raise WeightsError(f"normalisation with mean {stats[0]} and std {stats[1]} is none of {', '.join(NORMALIZATIONS)}")

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mimir_fast.checkpoints.durable import write_text
+
 FILE_NAME = "weights.json"
 
 
@@ -15,7 +17,7 @@ class LoadReport:
         origin: what was read.
         layout: in whose way it is written.
         loaded: names under which they are in the model's own files.
-        skipped: name → why it is not in the model: a decoder, another head.
+        reasons: name → why it is not in the model: a decoder, another head.
         resized: with old and new shape.
         fresh: in the model, not in the file: left as initialised.
         assumed: what neither tensors nor file say.
@@ -25,16 +27,21 @@ class LoadReport:
     origin: str
     layout: str = ""
     loaded: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
     resized: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def skipped(self) -> list[str]:
+        """Names that are in the file and not in the model."""
+        return list(self.reasons)
+
     def by_reason(self) -> dict[str, list[str]]:
         """Reason → the names that were skipped for it."""
         groups: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
+        for name, reason in self.reasons.items():
             groups.setdefault(reason, []).append(name)
         return groups
 
@@ -52,9 +59,9 @@ class LoadReport:
 
     def save(self, folder: Path) -> Path:
         """Write it as weights.json into a folder that is there, and return the path."""
-        found = vars(self) | {"skipped": self.by_reason()}
+        found = {name: value for name, value in vars(self).items() if name != "reasons"}
         path = folder / FILE_NAME
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(path, json.dumps(found | {"skipped": self.by_reason()}, indent=1) + "\n")
         return path
 
 

@@ -32,8 +32,9 @@ from mimir_fast.models.families import (
 )
 from mimir_fast.models.file_names import from_files, to_files
 from mimir_fast.models.load_report import LoadReport
+from mimir_fast.models.normalization import Normalizer, flags, same, words
 from mimir_fast.models.options import option_texts, parse_options
-from mimir_fast.models.weight_files import NORMALIZATIONS, Weights, WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 
 __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "resize_positions"]
 
@@ -77,12 +78,12 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
     own = to_files(model, model.state_dict())
     architecture = recognise(own)
     family = None if architecture is None else find_family(architecture.family)
-    report = LoadReport(weights.origin, weights.layout, skipped=dict(weights.left_out), notes=list(weights.notes))
+    report = LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out), notes=list(weights.notes))
     unfit = {} if whole else _unfit_heads(weights.tensors, own) | _unfit_decoder(weights.tensors, own)
     ready: dict[str, Tensor] = {}
     for name, tensor in weights.tensors.items():
         if reason := unfit.get(name) or _may_be_left(name, own):
-            report.skipped[name] = reason
+            report.reasons[name] = reason
             continue
         if name not in own:
             raise WeightsError(
@@ -221,9 +222,9 @@ def _assumed(model: nn.Module, weights: Weights, family: Family | None) -> list[
     norm = next((part for part in model.modules() if isinstance(part, nn.LayerNorm)), None)
     if facts.eps is None and norm is not None:
         found.append(f"eps {norm.eps:g}")
-    name = getattr(getattr(model, "config", None), "normalization", None)
-    if facts.mean is None and name is not None:
-        found.append(f"normalisation {name}")
+    normalizer = getattr(model, "normalizer", None)
+    if facts.mean is None and isinstance(normalizer, Normalizer):
+        found.append(words(normalizer.statistics).replace("normalization", "normalisation"))
     return found
 
 
@@ -321,14 +322,11 @@ def _title(architecture: Architecture) -> str:
 
 
 def _note_normalization(model: nn.Module, weights: Weights, report: LoadReport) -> None:
-    if weights.normalization is None:
-        return
-    chosen = getattr(getattr(model, "config", None), "normalization", None)
-    fit = next((n for n, stats in NORMALIZATIONS.items() if stats == weights.normalization), None)
-    if fit is not None and chosen is not None and fit != chosen:
+    normalizer, said = getattr(model, "normalizer", None), weights.normalization
+    if isinstance(normalizer, Normalizer) and said is not None and not same(said, normalizer.statistics):
         report.notes.append(
-            f"these weights were trained with normalization {fit}, the model has {chosen}: "
-            f"use --model.normalization {fit}"
+            f"these weights were trained with {words(said)}, the model has {words(normalizer.statistics)}: "
+            f"use {flags(said)}"
         )
 
 

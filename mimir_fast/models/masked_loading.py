@@ -1,6 +1,6 @@
 """A pre-trained masked model out of a run or a file, for looking at its reconstructions and attacking them."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +9,26 @@ import torch
 from mimir_fast.layers.norms import is_adapter
 from mimir_fast.models.loading import LoadReport, fill, infer_architecture
 from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, build_masked_model
+from mimir_fast.models.normalization import Statistics, fields_of
 from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 
 
-def load_masked_model(source: str | Path, which: WeightsChoice = "auto") -> tuple[MaskedModel, dict[str, Any]]:
+def load_masked_model(
+    source: str | Path | Weights, which: WeightsChoice = "auto", *, statistics: Statistics | None = None
+) -> tuple[MaskedModel, dict[str, Any]]:
     """(model in eval mode and without gradients, the options of the method it was trained with).
 
     From anything `read_weights` reads; a bare file has no options: {} stands for MAE's, normalised patches and so on,
     but for what the file says otherwise.
 
+    Args:
+        statistics: (mean, std) to normalise by, in place of what the weights say; None where neither does is none.
     Raises:
         WeightsError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, a classifier).
     """
-    return masked_model_of(weights := read_weights(source, which))[0], objective_of(weights)
+    weights = source if isinstance(source, Weights) else read_weights(source, which)
+    return masked_model_of(weights, statistics=statistics)[0], objective_of(weights)
 
 
 def objective_of(weights: Weights) -> dict[str, Any]:
@@ -31,7 +37,7 @@ def objective_of(weights: Weights) -> dict[str, Any]:
     return (weights.config or {}).get("objective", said)
 
 
-def masked_model_of(weights: Weights) -> tuple[MaskedModel, LoadReport]:
+def masked_model_of(weights: Weights, *, statistics: Statistics | None = None) -> tuple[MaskedModel, LoadReport]:
     """The masked model that weights are of, and what became of them; see `load_masked_model`."""
     if "decoder_pred.weight" not in weights.tensors:
         raise WeightsError(
@@ -53,6 +59,7 @@ def masked_model_of(weights: Weights) -> tuple[MaskedModel, LoadReport]:
         config.decoder = decoder
     else:
         config.decoder = "linear"
+    config = replace(config, **fields_of(weights.statistics(architecture.channels, statistics)))
     with torch.random.fork_rng([]):
         model = build_masked_model(config, architecture.image_size, architecture.channels, num_classes or 0)
     report = fill(model, weights, whole=True)

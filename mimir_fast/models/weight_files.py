@@ -11,7 +11,7 @@ under our names and says what the file tells beside them.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -26,22 +26,13 @@ from mimir_fast.models.facts import Facts
 from mimir_fast.models.families import all_families
 from mimir_fast.models.layouts import all_anchors, find_layout
 from mimir_fast.models.layouts.mimir_fast import config_of
+from mimir_fast.models.normalization import Statistics, from_file, is_none, none_of
 from mimir_fast.models.opening import find_file, open_file
 from mimir_fast.models.parts import STATISTICS, WeightsChoice, choose, find_parts
 
-__all__ = ["NORMALIZATIONS", "OUTSIDE", "NormalizationName", "Weights", "WeightsChoice", "WeightsError", "read_weights"]
+__all__ = ["OUTSIDE", "Weights", "WeightsChoice", "WeightsError", "read_weights"]
 
 OUTSIDE = "outside of the encoder"
-
-NormalizationName = Literal["none", "half", "imagenet"]
-
-# Subtracted from and divided out of images in [0, 1] inside the classifier, name: (mean, std). `none` is how our
-# pre-training and the authors' feed the encoder.
-NORMALIZATIONS: dict[NormalizationName, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 
 @dataclass
@@ -67,9 +58,23 @@ class Weights:
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
-    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    def normalization(self) -> Statistics | None:
         """(mean, std) of `facts`."""
         return None if self.facts.mean is None or self.facts.std is None else (self.facts.mean, self.facts.std)
+
+    def statistics(self, channels: int, asked: Statistics | None = None) -> Statistics:
+        """(mean, std) of a model with these weights: as asked, else as the weights say, else none.
+
+        Raises:
+            WeightsError: not one number a channel.
+        """
+        found = asked or self.normalization
+        if found is None or is_none(found):
+            return none_of(channels)
+        if len(found[0]) != channels or len(found[1]) != channels:
+            who = "--mean and --std have" if asked else f"{self.origin} says a normalisation of"
+            raise WeightsError(f"{who} {len(found[0])} channels, {self.origin} takes images of {channels}")
+        return found
 
 
 def read_weights(source: str | Path, which: WeightsChoice = "auto", part: str = "") -> Weights:
@@ -98,15 +103,16 @@ def read_weights(source: str | Path, which: WeightsChoice = "auto", part: str = 
         config = config_of(opened.metadata)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}: export it again") from error
-    beside = {**opened.configs, "mimir_fast": config is not None}
-    return _understand(opened.content, beside, origin, which, part, config)
+    beside = {**opened.configs, "metadata": opened.metadata, "mimir_fast": config is not None}
+    said = from_file(config, opened.metadata)
+    return _understand(opened.content, beside, origin, which, part, config, said)
 
 
 def _understand(
     content: Any, beside: dict[str, Any], origin: str, which: WeightsChoice = "auto", part: str = "",
-    config: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None, said: Statistics | None = None,
 ) -> Weights:  # fmt: skip
-    """The encoder in the content of a file, read by the layout it is written in."""
+    """The encoder in the content of a file, read by the layout it is written in; `said`: its normalisation."""
     anchors = {family.anchor for family in all_families().values()} | all_anchors()
     parts = find_parts(content, beside, anchors, origin)
     chosen = choose(parts, which, part, origin)
@@ -120,7 +126,7 @@ def _understand(
         facts = Facts(part=".".join(chosen.path)).over(facts)
         others = ", ".join(sorted({".".join(p.path) or "(no key)" for p in parts} - {".".join(chosen.path)}))
         notes.append(f"the file holds several encoders: taken is {facts.part or '(no key)'}, left are {others}")
-    if (statistics := _statistics({**chosen.siblings, **chosen.outside})) is not None:
+    if (statistics := said or _statistics({**chosen.siblings, **chosen.outside})) is not None:
         facts = Facts(mean=statistics[0], std=statistics[1]).over(facts)
     if read.hint and config is None and facts.mean is None:
         notes.append(read.hint)
@@ -134,7 +140,7 @@ def _understand(
     return Weights(read.tensors, origin, config, facts, notes, layout.title, left_out)
 
 
-def _statistics(tensors: dict[str, Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def _statistics(tensors: dict[str, Tensor]) -> Statistics | None:
     """Mean and std of a normalisation that stands in front of the encoder, as in RobustBench's models."""
     for name, mean in tensors.items():
         before, dot, word = name.rpartition(".")
@@ -153,7 +159,8 @@ def _read_checkpoint(folder: Path, which: WeightsChoice, part: str) -> Weights:
     # The average covers what was trained; fixed tensors are with the weights.
     tensors = read_tensors(folder, "model/") | (read_tensors(folder, "ema/") if use_ema else {})
     origin = f"{folder} ({'moving average' if use_ema else 'weights'} of step {meta.get('step', '?')})"
-    return _understand(tensors, {"mimir_fast": True}, origin, part=part, config=meta.get("config"))
+    config = meta.get("config")
+    return _understand(tensors, {"mimir_fast": True}, origin, part=part, config=config, said=from_file(config))
 
 
 def _read_timm(name: str) -> Weights:
