@@ -17,11 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.layers.norms import LayerNorm, NoNorm, is_adapter
+from mimir_fast.layers.norms import LayerNorm, NoNorm
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
-from mimir_fast.models.file_names import Parted, from_files
-from mimir_fast.models.loading import infer_architecture
+from mimir_fast.models.file_names import Parted
+from mimir_fast.models.loading import LoadReport, fill, infer_architecture
 from mimir_fast.models.normalization import (
     NormalizationName,
     Normalizer,
@@ -31,11 +31,9 @@ from mimir_fast.models.normalization import (
     fields_of,
 )
 from mimir_fast.models.options import option_texts
-from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.weight_files import OUTSIDE, Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops.patches import patchify
 from mimir_fast.validation import check_number
-
-_MASKED = ("decoder_", "mask_token")  # what a masked model has beside encoder and head
 
 
 @dataclass
@@ -59,14 +57,14 @@ class ClassifierConfig:
     """AGAT (family vit): patch tokens kept by each layer in train mode, 0.9 in the paper; 1 drops none."""
     normalization: NormalizationName = "none"
     """Subtracted mean and divided std, inside the model: `none` after our pre-training, timm weights need theirs."""
-    mean: tuple[float, ...] | None = None
-    """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
-    std: tuple[float, ...] | None = None
-    """The deviation as numbers, one a channel."""
     options: tuple[str, ...] = ()
     """What the family can do beside its plain form, as NAME or NAME=VALUE: of ViT heads, eps, gelu, layer_scale,
     qk_norm, pre_norm, distilled, registers, no_prefix_positions, no_cls_token, norm_before_pool, qkv_bias, mlp_ratio,
     width, depth."""
+    mean: tuple[float, ...] | None = None
+    """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
+    std: tuple[float, ...] | None = None
+    """The deviation as numbers, one a channel."""
 
     def architecture(self, image_size: int, channels: int = 3) -> Architecture:
         """What the encoder is built from."""
@@ -96,11 +94,15 @@ class Classifier(Parted):
         image_size: side of the images in pixels.
         num_classes: outputs of the head, at least 2.
         channels: of the images.
+        norm_first: the encoder's norm comes before the pooling; None: where `global_pool` and the family have it.
     """
 
     file_parts = ("encoder",)
 
-    def __init__(self, config: ClassifierConfig, image_size: int, num_classes: int, channels: int = 3) -> None:
+    def __init__(
+        self, config: ClassifierConfig, image_size: int, num_classes: int, channels: int = 3,
+        norm_first: bool | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if num_classes < 2:
             raise ValueError(
@@ -112,7 +114,9 @@ class Classifier(Parted):
         self.image_size, self.channels = image_size, channels
         # With `avg` the norm comes after the pooling (MAE's fine-tuning), but for families that norm before it.
         options = architecture.options
-        norm_first = config.global_pool == "cls" or family.norm_before_pool or options.get("norm_before_pool", False)
+        if norm_first is None:
+            before = family.norm_before_pool or options.get("norm_before_pool", False)
+            norm_first = config.global_pool == "cls" or before
         self.encoder = build_encoder(architecture, final_norm=norm_first)
         if config.global_pool == "cls" and not self.encoder.has_cls_token:
             raise ValueError(f"this {family.title} has no cls token: use global_pool avg")
@@ -207,9 +211,6 @@ def load_classifier(
 ) -> Classifier:  # fmt: skip
     """A trained classifier in eval mode, taking images in [0, 1], from anything `read_weights` reads.
 
-    Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one. Decoder,
-    mask token and the norms for adversarial images (of a `single_stage` run) are left out.
-
     Args:
         source: a fine-tuning run or checkpoint folder, an exported .safetensors file, an authors' .pth, timm:NAME, or
             weights already read.
@@ -220,11 +221,24 @@ def load_classifier(
         WeightsError: not a classifier, damaged, of another architecture, or for another number of classes.
     """
     weights = source if isinstance(source, Weights) else read_weights(source, which)
+    return classifier_of(weights, num_classes=num_classes, statistics=statistics)[0]
+
+
+def classifier_of(
+    weights: Weights, *, num_classes: int | None = None, statistics: Statistics | None = None
+) -> tuple[Classifier, LoadReport]:
+    """The classifier that weights are of, in eval mode, and what became of them; see `load_classifier`.
+
+    Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one, or from
+    what the file says. Decoder, mask token and the norms for adversarial images are left out.
+    """
     architecture, found_classes = infer_architecture(weights)
     if found_classes is None:
+        outside = [name for name, why in weights.left_out.items() if why == OUTSIDE]
+        beside = f" (outside of the encoder are {', '.join(outside[:4])})" if outside else ""
         raise WeightsError(
-            f"{weights.origin} has no classification head, it is a pre-trained encoder: fine-tune it first with "
-            f"python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"
+            f"{weights.origin} has no classification head, it is a pre-trained encoder{beside}: fine-tune it first "
+            f"with python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"
         )
     if num_classes is not None and num_classes != found_classes:
         raise WeightsError(
@@ -234,17 +248,13 @@ def load_classifier(
     saved = (weights.config or {}).get("model", {})
     names = {f.name for f in fields(ClassifierConfig)}
     family, options = find_family(architecture.family), architecture.options
-    pools_patches = "fc_norm.weight" in weights.tensors or family.norm_before_pool or "norm_before_pool" in options
+    norm_first = "fc_norm.weight" not in weights.tensors
+    takes_cls = norm_first and "cls_token" in weights.tensors and "norm_before_pool" not in options
+    pool = weights.facts.pool or ("cls" if takes_cls and not family.norm_before_pool else "avg")
     shown = {"family": family.name, "encoder": architecture.size, "patch_size": architecture.patch_size,
-             "global_pool": "avg" if pools_patches else "cls", "options": option_texts(options),
-             **fields_of(weights.statistics(architecture.channels, statistics))}  # fmt: skip
+             "global_pool": pool, "options": option_texts(options)}  # fmt: skip
+    shown |= fields_of(weights.statistics(architecture.channels, statistics))
     config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)
-    tensors = {n: t for n, t in weights.tensors.items() if not (n.startswith(_MASKED) or is_adapter(n))}
-    model = Classifier(config, architecture.image_size, found_classes, architecture.channels)
-    missing, unexpected = model.load_state_dict(from_files(model, tensors), strict=False)
-    if missing or unexpected:
-        raise WeightsError(
-            f"{weights.origin} is no classifier of ours: {len(missing)} tensors are missing "
-            f"({', '.join(missing[:3])}), {len(unexpected)} unknown ({', '.join(unexpected[:3])})"
-        )
-    return model.eval()
+    model = Classifier(config, architecture.image_size, found_classes, architecture.channels, norm_first)
+    report = fill(model, weights, whole=True)
+    return model.eval(), report

@@ -54,6 +54,9 @@ class ModelConfig:
     """Where convit and xcit assume the kept patches to be: `true`, or the square grid of the `official` code."""
     adapters: bool = False
     """Keep norm layers and cls token twice, for clean and for adversarial images; method aemim switches it on."""
+    options: tuple[str, ...] = ()
+    """What the family can do beside its plain form, as NAME or NAME=VALUE: of ViT heads, eps, gelu, layer_scale,
+    qk_norm, pre_norm, distilled, registers, no_prefix_positions, no_cls_token, qkv_bias, mlp_ratio, width, depth."""
     normalization: NormalizationName = "none"
     """Mean and deviation taken out of images where the encoder embeds them, as for MAE's public weights (imagenet);
     attack and reconstruction stay in [0, 1]."""
@@ -61,9 +64,6 @@ class ModelConfig:
     """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
     std: tuple[float, ...] | None = None
     """The deviation as numbers, one a channel."""
-    options: tuple[str, ...] = ()
-    """What the family can do beside its plain form, as NAME or NAME=VALUE: of ViT heads, eps, gelu, layer_scale,
-    qk_norm, pre_norm, distilled, registers, no_prefix_positions, no_cls_token, qkv_bias, mlp_ratio, width, depth."""
 
     def __post_init__(self) -> None:
         check_number("patch_size", self.patch_size, at_least=1)

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import pathlib
+import pickletools
 import re
 import types
 import zipfile
@@ -173,11 +174,7 @@ def _unpickle(path: Path, *, mapped: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # for damaged bytes the unpickler raises anything
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-        found = re.search(
-            r"GLOBAL (\S+)|Unsupported class (\S+)|[Cc]an only .*?(?:for|but got) (?:<class ')?([\w.]+)", text
-        )
-        if found is not None:
-            wanted = next(group for group in found.groups() if group).strip("`'\".,")
+        if wanted := _wanted_class(text, path, zipped=mapped):
             raise WeightsError(
                 f"{path} is not loaded: it wants to create {wanted}, and unpickling objects other than tensors could "
                 "run code of its author. If you trust it, open it yourself where that class is installed and save its "
@@ -186,6 +183,25 @@ def _unpickle(path: Path, *, mapped: bool) -> Any:
         raise WeightsError(
             f"{path} is truncated or not a torch checkpoint ({type(error).__name__}: {_first_line(text)}): {AGAIN}"
         ) from error
+
+
+def _wanted_class(text: str, path: Path, *, zipped: bool) -> str:
+    """The class that the weights-only unpickler refused, by its message or by the operations of the pickle."""
+    if found := re.search(r"GLOBAL ([\w.]+)|(?:but got|whose module) <?(?:class ')?([\w.]+)", text):
+        return found[1] or found[2]
+    if zipped or "Unsupported operand" not in text:
+        return ""
+    words: list[str] = []
+    try:
+        for operation, argument, _ in pickletools.genops(path.read_bytes()):
+            if operation.name == "STACK_GLOBAL" and len(words) > 1:
+                return ".".join(words[-2:])
+            if operation.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            words += [argument] if isinstance(argument, str) else []
+    except ValueError:  # cut
+        return ""
+    return ""
 
 
 def _first_line(error: object) -> str:

@@ -1,8 +1,8 @@
 """The encoders in a file: which state dicts are there, under which keys and prefixes, and which of them is meant.
 
-A file of the field nests its state dict under keys (`model`, `state_dict`, `teacher` …), and wrappers put words into the
-names of its tensors (`module.`, `_orig_mod.` …). Where several encoders are there, the choice is the caller's, or one
-that is known and named; never the order in a file.
+A file of the field nests its state dict under keys (`model`, `state_dict`, `teacher` …), and wrappers put words into
+the names of its tensors (`module.`, `_orig_mod.` …). Where several encoders are there, the choice is the caller's, or
+one that is known and named; never the order in a file.
 """
 
 import re
@@ -29,6 +29,8 @@ _PREFERRED = (
     ("backbone", "momentum_backbone"),
 )
 MAX_DEPTH = 5
+# A normalisation in front of the encoder has these.
+STATISTICS = {"mean": "std", "mu": "sigma", "std": "mean", "sigma": "mu"}
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,19 @@ def _split(
     owner = {name: max((p for p in prefixes if name.startswith(p)), key=len, default=None) for name in tensors}
     for prefix in prefixes:
         inside = {name.removeprefix(prefix): t for name, t in tensors.items() if owner[name] == prefix}
+        statistics = {name: inside.pop(name) for name in [*inside] if _is_statistic(name, inside[name])}
         model = prefix.removesuffix(".").rpartition(".")[0]
         model = f"{model}." if model else ""
         rest = {name: t for name, t in tensors.items() if owner[name] is None}
         siblings = {n.removeprefix(model): t for n, t in rest.items() if n.startswith(model)} if prefix else {}
         outside = {} if not prefix else {n: t for n, t in rest.items() if not n.startswith(model)}
         path = (*keys, *[word for word in prefix.split(".") if word])
-        yield Part(path, inside, siblings, outside, beside, any(map(_says_average, path)))
+        yield Part(path, inside, siblings | statistics, outside, beside, any(map(_says_average, path)))
+
+
+def _is_statistic(name: str, tensor: Tensor) -> bool:
+    """Mean or std of the images, which a model may hold beside its encoder's tensors."""
+    return name.rpartition(".")[2] in STATISTICS and tensor.numel() <= 4
 
 
 def _says_average(word: str) -> bool:

@@ -1,8 +1,8 @@
 """Reading weights, whoever wrote them, without ever running code from the file.
 
     ours       a run folder, one of its checkpoints, or a .safetensors file written by mimir_fast.export
-    others'    a .safetensors, .pth or .bin file, the index.json of several, a folder of Hugging Face's: in any layout that
-               models/layouts has a reader for
+    others'    a .safetensors, .pth or .bin file, the index.json of several, a folder of Hugging Face's: in any layout
+               that models/layouts has a reader for
     timm       `timm:NAME` for weights timm downloads
 
 A file is opened (opening.py), the encoder that is meant is found in it (parts.py), and a layout reader puts its tensors
@@ -28,9 +28,11 @@ from mimir_fast.models.layouts import all_anchors, find_layout
 from mimir_fast.models.layouts.mimir_fast import config_of
 from mimir_fast.models.normalization import Statistics, from_file, is_none, none_of
 from mimir_fast.models.opening import find_file, open_file, weights_only
-from mimir_fast.models.parts import WeightsChoice, choose, find_parts
+from mimir_fast.models.parts import STATISTICS, WeightsChoice, choose, find_parts
 
-__all__ = ["Weights", "WeightsChoice", "WeightsError", "read_weights"]
+__all__ = ["OUTSIDE", "Weights", "WeightsChoice", "WeightsError", "read_weights"]
+
+OUTSIDE = "outside of the encoder"
 
 
 @dataclass
@@ -101,15 +103,16 @@ def read_weights(source: str | Path, which: WeightsChoice = "auto", part: str = 
         config = config_of(opened.metadata)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}: export it again") from error
-    beside = {**opened.configs, "mimir_fast": config is not None}
-    return _understand(opened.content, beside, origin, which, part, config, from_file(config, opened.metadata))
+    beside = {**opened.configs, "metadata": opened.metadata, "mimir_fast": config is not None}
+    said = from_file(config, opened.metadata)
+    return _understand(opened.content, beside, origin, which, part, config, said)
 
 
 def _understand(
     content: Any, beside: dict[str, Any], origin: str, which: WeightsChoice = "auto", part: str = "",
     config: dict[str, Any] | None = None, said: Statistics | None = None,
 ) -> Weights:  # fmt: skip
-    """The encoder in the content of a file, read by the layout it is written in."""
+    """The encoder in the content of a file, read by the layout it is written in; `said`: its normalisation."""
     anchors = {family.anchor for family in all_families().values()} | all_anchors()
     parts = find_parts(content, beside, anchors, origin)
     chosen = choose(parts, which, part, origin)
@@ -131,7 +134,7 @@ def _understand(
         used = {id(tensor) for tensor in read.tensors.values()}
         for name, tensor in {**chosen.siblings, **chosen.outside}.items():
             if id(tensor) not in used and name not in left_out and not name.startswith("decoder."):
-                left_out[name] = "outside of the encoder"
+                left_out[name] = OUTSIDE
             elif id(tensor) not in used and name not in left_out:
                 left_out[name] = "the decoder"
     return Weights(read.tensors, origin, config, facts, notes, layout.title, left_out)
@@ -140,11 +143,10 @@ def _understand(
 def _statistics(tensors: dict[str, Tensor]) -> Statistics | None:
     """Mean and std of a normalisation that stands in front of the encoder, as in RobustBench's models."""
     for name, mean in tensors.items():
-        before, _, word = name.rpartition(".")
-        for first, second in (("mean", "std"), ("mu", "sigma")):
-            std = tensors.get(f"{before}.{second}" if before else second)
-            if word == first and std is not None and mean.numel() == std.numel() <= 4 and bool((std > 0).all()):
-                return tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
+        before, dot, word = name.rpartition(".")
+        std = tensors.get(f"{before}{dot}{STATISTICS[word]}") if word in ("mean", "mu") else None
+        if std is not None and mean.numel() == std.numel() <= 4 and bool((std > 0).all()):
+            return tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
     return None
 
 

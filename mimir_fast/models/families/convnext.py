@@ -189,10 +189,7 @@ def recognise(tensors: Tensors) -> Architecture | None:
     if size is None or "stages.0.blocks.0.gamma" not in tensors:
         return None
     unit = patch_size * 2 ** (num_stages - 1)
-    # A head behind the norm of all tokens: a run of single_stage, or timm's `head_norm_first`.
-    first = "fc_norm.weight" not in tensors and {"norm.weight", "head.weight"} <= tensors.keys()
-    options = {"norm_before_pool": True} if first else {}
-    return Architecture("convnext", size, 224 if unit == 32 else 4 * unit, patch_size, channels, options)
+    return Architecture("convnext", size, 224 if unit == 32 else 4 * unit, patch_size, channels)
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
@@ -238,6 +235,5 @@ register(
         to_timm=to_timm,
         from_timm=from_timm,
         image_size_in_tensors=False,
-        options={"norm_before_pool": False},
     )
 )

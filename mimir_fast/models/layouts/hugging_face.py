@@ -105,7 +105,7 @@ def read(part: Part) -> Read:
         tensors["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
         tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
     index = [name for name in tensors if name.endswith(".relative_position_index")]
-    left_out |= {name: "computed from the sizes" for name in index}
+    left_out |= dict.fromkeys(index, "computed from the sizes")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in index}
     return Read(under_our_names(tensors), facts_of(config, part.beside.get("preprocessor_config")), left_out)
 

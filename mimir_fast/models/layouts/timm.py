@@ -4,6 +4,7 @@ What timm says of a model beside its tensors stands in the hub's config.json (`p
 training script.
 """
 
+import json
 from typing import Any
 
 from torch import Tensor
@@ -40,7 +41,13 @@ def facts_beside(part: Part) -> Facts:
             std=numbers(settings.get("std")),
             image_size=last if isinstance(last, int) else None,
         )
-    return said.over(facts_of_args(part.beside.get("args")))
+    try:  # the arguments of timm's class, in a file that our export wrote
+        heads = json.loads((part.beside.get("metadata") or {})["timm"])["num_heads"]
+    except (KeyError, ValueError, TypeError):
+        heads = None
+    return (
+        Facts(heads=heads if isinstance(heads, int) else None).over(said).over(facts_of_args(part.beside.get("args")))
+    )
 
 
 def read(part: Part) -> Read:
