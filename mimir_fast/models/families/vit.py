@@ -206,7 +206,7 @@ def _grid_of(tensors: Tensors) -> tuple[int, bool] | None:
 
 def why_not(tensors: Tensors) -> str:
     """By which tensor a model with patches and blocks is no ViT; "" for one that is."""
-    return next(_misfits(tensors), "") if "blocks.0.norm1.weight" in tensors else ""
+    return next(_misfits(tensors), "") if any(name.startswith("blocks.0.") for name in tensors) else ""
 
 
 def recognise(tensors: Tensors) -> Architecture | None:
@@ -251,7 +251,7 @@ def timm_arguments(tensors: Tensors, architecture: Architecture) -> dict[str, An
     """Arguments of the constructor of timm's `VisionTransformer`."""
     (width, depth, num_heads), options = shape_of(architecture), architecture.options
     has_cls, pools_late = not options.get("no_cls_token"), "fc_norm.weight" in tensors
-    arguments = {
+    arguments: dict[str, Any] = {
         "img_size": architecture.image_size,
         "patch_size": architecture.patch_size,
         "in_chans": architecture.channels,
