@@ -138,7 +138,9 @@ def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
     """
     architecture = recognise(weights.tensors)
     if architecture is None and (reason := why_not(weights.tensors)):
-        raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours because of {reason}")
+        raise WeightsError(
+            f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours, or incomplete, because of {reason}"
+        )
     if architecture is None:
         known = "; ".join(
             f"{family.title}: {', '.join(f'{name} ({words})' for name, words in family.sizes.items())}"

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import torch
@@ -169,13 +168,12 @@ def _misfits(tensors: Tensors) -> Iterator[str]:
     for name in tensors:
         if not _KNOWN.fullmatch(name.removesuffix(SUFFIX)):
             yield f"{name}, which ViT has not"
-    depth = next(index for index in count() if f"blocks.{index}.attn.qkv.weight" not in tensors)
     needed = list(_ALWAYS)
     for group in _TOGETHER:
         needed += [name for name in group if any(f"blocks.0.{one}" in tensors for one in group)]
-    names = [f"blocks.{index}.{name}" for index in range(depth) for name in needed] + ["pos_embed"]
-    if "norm_pre.weight" not in tensors:
-        names.append("patch_embed.proj.bias")
+    names = [f"blocks.{index}.{name}" for index in range(_depth_of(tensors)) for name in needed] + ["pos_embed"]
+    names += [] if "norm_pre.weight" in tensors else ["patch_embed.proj.bias"]
+    names += [] if "fc_norm.weight" in tensors else ["norm.weight"]
     for name in names:
         if name not in tensors:
             yield f"{name}, which is missing"
@@ -193,6 +191,10 @@ def _misfits(tensors: Tensors) -> Iterator[str]:
     positions = tensors.get("pos_embed")
     if positions is not None and (positions.ndim != 3 or _grid_of(tensors) is None):
         yield f"pos_embed, which is {tuple(positions.shape)} and no square grid"
+
+
+def _depth_of(tensors: Tensors) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
 
 
 def _grid_of(tensors: Tensors) -> tuple[int, bool] | None:
@@ -217,7 +219,7 @@ def recognise(tensors: Tensors) -> Architecture | None:
     grid, bare_prefix = found
     options = {
         "width": width,
-        "depth": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        "depth": _depth_of(tensors),
         "layer_scale": "blocks.0.ls1.gamma" in tensors,
         "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
         "pre_norm": "norm_pre.weight" in tensors,
