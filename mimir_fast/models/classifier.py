@@ -10,6 +10,7 @@ that were looked at least are left behind, so later layers, and the attack's pas
 Shapes: B images, C channels, H = W pixels, T = prefix + N tokens, D width, L layers, R branches, K classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -195,7 +196,9 @@ def build_classifier(config: ClassifierConfig, image_size: int, num_classes: int
     return Classifier(config, image_size, num_classes, channels)
 
 
-def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_classes: int | None = None) -> Classifier:
+def load_classifier(
+    source: str | Path, which: WeightsChoice = "auto", *, num_classes: int | None = None, options: Sequence[str] = ()
+) -> Classifier:
     """A trained classifier in eval mode, taking images in [0, 1], from anything `read_weights` reads.
 
     Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one.
@@ -204,11 +207,12 @@ def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_cl
         source: a fine-tuning run or checkpoint folder, an exported .safetensors file, an authors' .pth, timm:NAME.
         which: `model`, `ema`, or `auto` for the moving average where there is one.
         num_classes: what the data has; checked.
+        options: what neither tensors nor file say, as in ClassifierConfig: heads=12, eps=1e-5, gelu=tanh.
     Raises:
         WeightsError: not a classifier, damaged, of another architecture, or for another number of classes.
     """
     weights = read_weights(source, which)
-    architecture, found_classes = infer_architecture(weights)
+    architecture, found_classes = infer_architecture(weights, options)
     if found_classes is None:
         raise WeightsError(
             f"{weights.origin} has no classification head, it is a pre-trained encoder: fine-tune it first with "
@@ -221,10 +225,10 @@ def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_cl
         )
     saved = (weights.config or {}).get("model", {})
     names = {f.name for f in fields(ClassifierConfig)}
-    family, options = find_family(architecture.family), architecture.options
-    pools_patches = "fc_norm.weight" in weights.tensors or family.norm_before_pool or "norm_before_pool" in options
+    family, found = find_family(architecture.family), architecture.options
+    pools_patches = "fc_norm.weight" in weights.tensors or family.norm_before_pool or "norm_before_pool" in found
     shown = {"family": family.name, "encoder": architecture.size, "patch_size": architecture.patch_size,
-             "global_pool": "avg" if pools_patches else "cls", "options": option_texts(options)}  # fmt: skip
+             "global_pool": "avg" if pools_patches else "cls", "options": option_texts(found)}  # fmt: skip
     config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)
     if weights.normalization is not None:
         config.normalization = _normalization_name(weights.normalization)

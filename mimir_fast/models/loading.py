@@ -5,7 +5,7 @@ Shapes: N patch tokens (grid × grid), D width, K classes.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -130,11 +130,14 @@ def resize_positions(pos_embed_1TD: Tensor, num_rows: int) -> Tensor:
     return torch.cat([pos_embed_1TD[:, :prefix], resized], dim=1)
 
 
-def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
+def infer_architecture(weights: Weights, options: Sequence[str] = ()) -> tuple[Architecture, int | None]:
     """The encoder, and the classes of the head if there is one, from the tensors alone: a bare file is enough.
 
+    Args:
+        options: what no tensor shows, as it is typed: heads=12, eps=1e-5; goes before what was saved with the weights.
     Raises:
         WeightsError: no encoder of ours has such tensors.
+        ValueError: options that the family does not know.
     """
     architecture = recognise(weights.tensors)
     if architecture is None and (reason := why_not(weights.tensors)):
@@ -148,7 +151,8 @@ def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
         )
         raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours. Those are {known}")
     family, config = find_family(architecture.family), (weights.config or {}).get("model") or {}
-    architecture = informed(architecture, parse_options(config.get("options", ()), family.options, family.title))
+    for texts in (config.get("options", ()), options):
+        architecture = informed(architecture, parse_options(texts, family.options, family.title))
     saved = ((weights.config or {}).get("data") or {}).get("image_size")
     if saved is not None and not family.image_size_in_tensors:
         architecture = replace(architecture, image_size=saved)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.layers.norms import CLEAN, SUFFIX, LayerNorm, NoNorm, normalise
+from mimir_fast.layers.norms import CLEAN, SUFFIX, LayerNorm, NoNorm, is_adapter, normalise
 from mimir_fast.models.blocks import Block, PatchEmbed, check_heads, init_like_mae
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.decoder import Decoder
@@ -106,10 +106,11 @@ class VitEncoder(Encoder):
 
 
 def shape_of(architecture: Architecture) -> tuple[int, int, int]:
-    """Width, depth and heads: the size's, or those of the options."""
+    """Width, depth and heads: the size's, or those of the options; a width of no size has heads of about 64."""
     (width, depth, heads), options = SIZES[architecture.size], architecture.options
     if "width" in options:
-        width, heads = options["width"], max(1, options["width"] // 64)
+        width = options["width"]
+        heads = min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: abs(width / h - 64), default=1)
     return width, options.get("depth", depth), options.get("heads", heads)
 
 
@@ -119,12 +120,10 @@ def settle(architecture: Architecture) -> Architecture:
     Raises:
         ValueError: options that cannot be built.
     """
-    width, depth, heads = shape_of(architecture)
+    width, depth, _ = shape_of(architecture)
     options = {name: value for name, value in architecture.options.items() if name not in _OF_SHAPE}
     check_number("width", width, at_least=4)
-    for name, value in (("depth", depth), ("heads", heads)):
-        check_number(name, value, at_least=1)
-    check_heads(width, heads)
+    check_number("depth", depth, at_least=1)
     check_number("eps", options.get("eps", 1e-6), above=0)
     check_number("registers", options.get("registers", 0), at_least=0)
     check_number("mlp_ratio", options.get("mlp_ratio", 4.0), at_least=1 / width)
@@ -136,7 +135,11 @@ def settle(architecture: Architecture) -> Architecture:
     for name, value, usual in zip(_OF_SHAPE, (width, depth), SIZES[size], strict=False):
         if value != usual:
             options[name] = value
-    if heads != shape_of(replace(architecture, size=size, options=options))[2]:
+    usual = shape_of(replace(architecture, size=size, options=options))[2]
+    heads = architecture.options.get("heads", usual)
+    check_number("heads", heads, at_least=1)
+    check_heads(width, heads)
+    if heads != usual:
         options["heads"] = heads
     return replace(architecture, size=size, options=options)
 
@@ -165,7 +168,7 @@ _TOGETHER = [("ls1.gamma", "ls2.gamma"), ("attn.q_norm.weight", "attn.q_norm.bia
 
 def _misfits(tensors: Tensors) -> Iterator[str]:
     """What keeps these from being a ViT's, as `NAME, which …`."""
-    for name in tensors:
+    for name in sorted(tensors):
         if not _KNOWN.fullmatch(name.removesuffix(SUFFIX)):
             yield f"{name}, which ViT has not"
     needed = list(_ALWAYS)
@@ -284,7 +287,8 @@ def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
     path = "timm.models.vision_transformer.VisionTransformer"
     if architecture.options.get("distilled"):
         path = "timm.models.deit.VisionTransformerDistilled"
-    return TimmModel(path, timm_arguments(tensors, architecture), dict(tensors))
+    own = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
+    return TimmModel(path, timm_arguments(tensors, architecture), own)
 
 
 register(
