@@ -9,7 +9,7 @@ Shapes: N patch tokens (grid × grid), D width, K classes.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,15 +252,20 @@ def resize_positions(pos_embed_1TD: Tensor, num_rows: int, num_prefix: int = 1) 
     return torch.cat([pos_embed_1TD[:, :prefix], resized], dim=1)
 
 
-def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
+def infer_architecture(weights: Weights, options: Sequence[str] = ()) -> tuple[Architecture, int | None]:
     """The encoder, and the classes of the head if there is one: from the tensors, and from what the file says.
 
+    Args:
+        options: what no tensor shows, as it is typed: heads=12, eps=1e-5; goes before what was saved with the weights.
     Raises:
         WeightsError: no encoder of ours has such tensors.
+        ValueError: options that the family does not know.
     """
     architecture = recognise(weights.tensors)
     if architecture is None and (reason := why_not(weights.tensors)):
-        raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours because of {reason}")
+        raise WeightsError(
+            f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours, or incomplete, because of {reason}"
+        )
     if architecture is None:
         known = "; ".join(
             f"{family.title}: {', '.join(f'{name} ({words})' for name, words in family.sizes.items())}"
@@ -268,7 +273,9 @@ def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
         )
         raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours. Those are {known}")
     family, config = find_family(architecture.family), (weights.config or {}).get("model") or {}
-    said = dict(weights.facts.known()) | parse_options(config.get("options", ()), family.options, family.title)
+    said = dict(weights.facts.known())
+    for texts in (config.get("options", ()), options):
+        said |= parse_options(texts, family.options, family.title)
     architecture = informed(architecture, said)
     saved = ((weights.config or {}).get("data") or {}).get("image_size", weights.facts.image_size)
     if saved is not None and not family.image_size_in_tensors:
