@@ -22,8 +22,9 @@ from mimir_fast.cli import parse, run
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.layers.norms import SUFFIX, is_adapter
 from mimir_fast.models.families import find_family
-from mimir_fast.models.loading import infer_architecture
+from mimir_fast.models.loading import inspect_weights
 from mimir_fast.models.normalization import check_statistics, choice_note, to_metadata
+from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.versions import python_command
 
@@ -42,6 +43,8 @@ class ExportConfig:
     """`timm`: for timm's class. `safetensors`: everything, for our own commands."""
     weights: WeightsChoice = "auto"
     """The trained weights (model), their moving average (ema), or the average where there is one (auto)."""
+    part: str = ""
+    """Of a file with several encoders, the name of the one to take, such as teacher."""
     domain: Literal["", "clean", "adversarial"] = ""
     """Of weights with adapters (AEMIM), whose norms and cls token; clean when not said. Format timm only."""
     mean: tuple[float, ...] | None = None
@@ -89,14 +92,15 @@ def export(config: ExportConfig) -> Path:
         raise FileExistsError(
             f"{path.parent} is a checkpoint, which another file would damage: choose another --output"
         )
-    weights = read_weights(config.source, config.weights)
+    weights = read_weights(config.source, config.weights, config.part)
     domain: Domain = config.domain or "clean"
     if not config.domain and any(is_adapter(name) for name in weights.tensors):
         print(
             "these weights keep their norms for clean and for adversarial images: the clean ones are exported "
             "(--domain adversarial for the others)"
         )
-    architecture, _ = infer_architecture(weights)
+    architecture, report = inspect_weights(weights)
+    print(report)
     asked = (config.mean, config.std) if config.mean is not None and config.std is not None else None
     statistics = weights.statistics(architecture.channels, asked)
     if note := choice_note(weights.normalization, asked):
@@ -111,7 +115,8 @@ def export(config: ExportConfig) -> Path:
         hint += f"\nimages in [0, 1], then mean {statistics[0]}, std {statistics[1]}"
     else:
         tensors = weights.tensors
-        metadata = {"format": "mimir_fast", "config": json.dumps(weights.config or {})}
+        written = weights.config or {"model": {"options": option_texts(architecture.options)}}
+        metadata = {"format": "mimir_fast", "config": json.dumps(written)}
         hint = f"{python_command()} -m mimir_fast.finetune --init {path}"
         if "head.weight" in tensors:
             hint = f"{python_command()} -m mimir_fast.evaluate --checkpoint {path}"

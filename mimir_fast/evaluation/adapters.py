@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from mimir_fast.evaluation.door import at_the_door
 from mimir_fast.evaluation.timm_files import fill
 from mimir_fast.evaluation.wrappers import FromProbabilities, Normalized, Opaque
+from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Statistics, choice_note, name_of
 from mimir_fast.models.opening import weights_only
 
@@ -52,6 +53,7 @@ class JudgedModel:
         weights: which weights of a run were loaded, in words.
         made_for: how images were prepared for it where it says so: `image_size`, `crop`, `interpolation`.
         code: digest of the code behind it, where that is part of what is judged.
+        report: what became of a file of weights that we read.
     """
 
     module: nn.Module
@@ -62,6 +64,7 @@ class JudgedModel:
     weights: str = ""
     made_for: dict[str, Any] = field(default_factory=dict)
     code: str = ""
+    report: LoadReport | None = None
 
     @property
     def opaque(self) -> bool:
@@ -105,14 +108,15 @@ def _bytes_of(value: Any) -> bytes:
 def load_model(
     spec: str, *, num_classes: int | None, device: torch.device, channels: int = 3, weights: Choice = "auto",
     image_size: int | None = None, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
-    probabilities: bool = False,
+    probabilities: bool = False, part: str = "",
 ) -> JudgedModel:  # fmt: skip
     """The model `spec` names.
 
     Args:
         num_classes: of the data: sizes a timm model with random weights, and is checked by a checkpoint with a head.
         channels, image_size: of the data: size a timm model.
-        weights: of a run folder, which checkpoint.
+        weights: of a run folder, which checkpoint; of a file, its moving average (`ema`) or what is there (`auto`).
+        part: of a file with several encoders, which.
         mean, std: normalise by these, in place of what the model brings.
         probabilities: the model returns probabilities; their logarithm is evaluated.
     Raises:
@@ -121,7 +125,7 @@ def load_model(
         ImportError: the module or the package it needs cannot be imported, or weights cannot be downloaded.
     """
     asked = (tuple(mean), tuple(std)) if mean is not None and std is not None else None
-    judged = _find(spec, num_classes, channels, device, weights, image_size, asked)
+    judged = _find(spec, num_classes, channels, device, weights, image_size, asked, part)
     if asked is not None:
         if judged.kind != "mimir_fast":  # ours has its own inside
             said = judged.module.normalizer.statistics if isinstance(judged.module, Normalized) else None
@@ -141,10 +145,10 @@ def load_model(
 
 def _find(
     spec: str, num_classes: int | None, channels: int, device: torch.device, weights: Choice, image_size: int | None,
-    asked: Statistics | None,
+    asked: Statistics | None, part: str,
 ) -> JudgedModel:  # fmt: skip
     path = Path(spec)
-    if weights != "auto" and not path.is_dir():
+    if weights != "auto" and not path.is_dir() and not (weights == "ema" and path.is_file()):
         raise ValueError(f"--weights {weights} chooses among the checkpoints of a run folder; {spec} is none")
     if spec.startswith(("timm:", "hf-hub:")):
         return _timm(spec, num_classes, channels, image_size)
@@ -159,7 +163,7 @@ def _find(
             raise ValueError(f"--checkpoint {spec}: this TorchScript file cannot be loaded ({_line(error)})") from error
         return JudgedModel(module, spec, "TorchScript", code=file_digest(path))
     if path.exists():
-        return _ours(spec, num_classes, weights, asked)
+        return _ours(spec, num_classes, weights, asked, part)
     if ":" in spec and "/" not in spec:
         return _function(spec)
     raise FileNotFoundError(f"--checkpoint {spec}: there is no such file or folder; a model is given as {KINDS}")
@@ -200,20 +204,22 @@ def _exported(spec: str, channels: int, device: torch.device, image_size: int | 
     return JudgedModel(module, spec, "torch.export", notes=notes, code=file_digest(Path(spec)))
 
 
-def _ours(spec: str, num_classes: int | None, weights: Choice, asked: Statistics | None) -> JudgedModel:
+def _ours(spec: str, num_classes: int | None, weights: Choice, asked: Statistics | None, part: str) -> JudgedModel:
     from mimir_fast.checkpoints.reading import resolve_checkpoint
-    from mimir_fast.models.classifier import load_classifier
+    from mimir_fast.models.classifier import classifier_of
+    from mimir_fast.models.opening import find_file
     from mimir_fast.models.weight_files import WeightsChoice, read_weights
 
     path, words = Path(spec), ""
     kind: WeightsChoice = {"auto": "auto", "best": "auto", "last": "model", "ema": "ema"}[weights]  # type: ignore[assignment]
-    if path.is_dir():
+    if path.is_dir() and ((path / "meta.json").exists() or find_file(path) is None):
         path = resolve_checkpoint(path, "last" if weights == "ema" else weights)
         words = f"{path.name} checkpoint" + {"model": ", trained weights", "ema": ", moving average"}.get(kind, "")
-    read = read_weights(path, kind)
-    module = load_classifier(read, num_classes=num_classes, statistics=asked)
-    notes = [*read.notes, *([note] if (note := choice_note(read.normalization, asked)) else [])]
-    return JudgedModel(module, spec, "mimir_fast", _inside(module.normalizer.statistics), notes, words)
+    read = read_weights(path, kind, part)
+    module, report = classifier_of(read, num_classes=num_classes, statistics=asked)
+    notes = [*report.notes, *([note] if (note := choice_note(read.normalization, asked)) else [])]
+    inside = _inside(module.normalizer.statistics)
+    return JudgedModel(module, spec, "mimir_fast", inside, notes, words, report=report)
 
 
 def timm_settings(spec: str) -> dict[str, Any]:

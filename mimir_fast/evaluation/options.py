@@ -34,7 +34,10 @@ class CommonOptions:
     data: DataConfig = field(default_factory=DataConfig)
     weights: Literal["auto", "last", "best", "ema"] = "auto"
     """Of a run folder: its last checkpoint, the best one by its probe, the last one's moving average; auto takes the
-    best where it was kept, else the last, and of either the moving average where there is one."""
+    best where it was kept, else the last, and of either the moving average where there is one. Of a file with both:
+    ema."""
+    part: str = ""
+    """Of a file with several encoders, the name of the one to evaluate, such as teacher."""
     norm: Norm = "linf"
     """Shape of the ball: linf, l2 or l1."""
     eps: float = 8 / 255

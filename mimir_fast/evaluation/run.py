@@ -104,6 +104,9 @@ def _evaluate(config: EvaluateConfig, world: World, log: Log) -> Results:
     )
     for note in job.notes:
         log(f"note: {note}")
+    if job.model.report is not None and world.is_main:
+        log(str(job.model.report))
+        job.model.report.save(config.folder)
     records = job.records
     clock = TimeLeft(records.folder, records.items(), len(job.indices), records.num_shards, world.rank, world.size)
     for number in range(world.rank, records.num_shards, world.size):
@@ -133,7 +136,7 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
         )  # fmt: skip
 
     model = load(
-        config.checkpoint, weights=config.weights, mean=config.mean, std=config.std,
+        config.checkpoint, weights=config.weights, part=config.part, mean=config.mean, std=config.std,
         probabilities=config.outputs == "probabilities",
     )  # fmt: skip
     made = model.made_for

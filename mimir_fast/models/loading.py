@@ -24,6 +24,7 @@ from mimir_fast.models.families import (
     Architecture,
     Family,
     all_families,
+    build_encoder,
     describe,
     find_family,
     informed,
@@ -36,7 +37,7 @@ from mimir_fast.models.normalization import Normalizer, flags, same, words
 from mimir_fast.models.options import option_texts, parse_options
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 
-__all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "resize_positions"]
+__all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_weights", "resize_positions"]
 
 _HEADS, _NORMS = ("head.", "head_dist."), ("fc_norm.", "norm.")
 _DECODER = ("decoder_", "mask_token")
@@ -121,6 +122,39 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
     model.load_state_dict(from_files(model, ready), strict=False)
     report.loaded = list(ready)
     return report
+
+
+def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
+    """What `fill` would say of an encoder of these weights, without one being made: for what only passes them on.
+
+    Raises:
+        WeightsError: as `fill`.
+    """
+    architecture, _ = infer_architecture(weights)
+    with torch.device("meta"):
+        encoder = build_encoder(architecture, final_norm="norm.weight" in weights.tensors)
+    if any(is_adapter(name) for name in weights.tensors):
+        encoder.add_adapters()
+    own, report = encoder.state_dict(), LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out))
+    beside = (*_HEADS, *_NORMS, *_DECODER)
+    for name, tensor in weights.tensors.items():
+        if name in own:
+            _check_numbers(name, tensor, own[name], weights.origin)
+            if tensor.shape != own[name].shape and find_family(architecture.family).image_size_in_tensors:
+                raise WeightsError(
+                    f"{weights.origin}: {name} is {tuple(tensor.shape)}, {tuple(own[name].shape)} in "
+                    f"{_title(architecture)}"
+                )
+            report.loaded.append(name)
+        elif not name.startswith(beside):
+            raise WeightsError(f"{weights.origin}: {name} is in none of our encoders")
+    report.fresh = [n for n in own if n not in weights.tensors and not _is_optional_bias(n, weights.tensors)]
+    _check_complete(report.fresh, {}, weights, whole=True)
+    bad = [name for name in report.loaded if not _is_finite(weights.tensors[name])]
+    report.notes = [*weights.notes, *[f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)"][: len(bad)]]
+    if weights.config is None:
+        report.assumed = _assumed(encoder, weights, find_family(architecture.family))
+    return architecture, report
 
 
 def _may_be_left(name: str, own: Mapping[str, Tensor]) -> str:
@@ -214,7 +248,7 @@ def _model_words(model: nn.Module) -> str:
 
 def _assumed(model: nn.Module, weights: Weights, family: Family | None) -> list[str]:
     """What the model has and neither the tensors nor the file say."""
-    encoder, facts = getattr(model, "encoder", None), weights.facts
+    encoder, facts = getattr(model, "encoder", model), weights.facts
     unseen = () if family is None else family.unseen
     found = []
     if "heads" in unseen and facts.heads is None and (heads := getattr(encoder, "num_heads", None)):
