@@ -118,7 +118,8 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
         report.notes.append(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do): so will what it computes")
     if weights.config is None:
         report.assumed = _assumed(model, weights, family)
-    _note_normalization(model, weights, report)
+    if not whole:
+        _note_normalization(model, weights, report)
     model.load_state_dict(from_files(model, ready), strict=False)
     report.loaded = list(ready)
     return report
@@ -151,7 +152,9 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     report.fresh = [n for n in own if n not in weights.tensors and not _is_optional_bias(n, weights.tensors)]
     _check_complete(report.fresh, {}, weights, whole=True)
     bad = [name for name in report.loaded if not _is_finite(weights.tensors[name])]
-    report.notes = [*weights.notes, *[f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)"][: len(bad)]]
+    report.notes = list(weights.notes)
+    if bad:
+        report.notes.append(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)")
     if weights.config is None:
         report.assumed = _assumed(encoder, weights, find_family(architecture.family))
     return architecture, report

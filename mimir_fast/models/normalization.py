@@ -178,7 +178,7 @@ def from_file(config: Mapping[str, Any] | None, metadata: Mapping[str, str] | No
     """What a file of ours says, by its metadata or else its configuration; None where neither does.
 
     Args:
-        config: of the run that wrote it; without an entry for it the run had none.
+        config: of the run that wrote it.
         metadata: of a safetensors file.
     """
     try:
@@ -186,12 +186,13 @@ def from_file(config: Mapping[str, Any] | None, metadata: Mapping[str, str] | No
         return mean, std
     except (KeyError, ValueError, TypeError):
         pass
-    if not config or "model" not in config:
+    model = (config or {}).get("model") or {}
+    # Older runs of pre-training, which have a decoder, had no such option and no normalisation.
+    if not {"normalization", "decoder"} & model.keys():
         return None
-    model = config["model"]
     if model.get("mean") is not None and model.get("std") is not None:
         return tuple(model["mean"]), tuple(model["std"])
-    channels = (config.get("data") or {}).get("channels", 3)
+    channels = ((config or {}).get("data") or {}).get("channels", 3)
     name = model.get("normalization", "none")
     return none_of(channels) if name == "none" else tuple(v[:channels] for v in NORMALIZATIONS[name])  # type: ignore[return-value]
 
