@@ -42,6 +42,14 @@ __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_we
 _HEADS, _NORMS = ("head.", "head_dist."), ("fc_norm.", "norm.")
 _DECODER = ("decoder_", "mask_token")
 _PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
+# Part of a tensor's name → what to do about it.
+_HINTS = {
+    ".lora_": ": merge the adapters into the weights first (PEFT's merge_and_unload)",
+    "parametrizations": ": remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations)",
+    "_flat_param": ": save it with FULL_STATE_DICT",
+    "weight_scale": ": it is quantised, use the weights it was made of",
+    "q_bias": " (BEiT, EVA, Data2Vec): no family of ours has biases of queries and values alone",
+}
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -152,9 +160,7 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     report.fresh = [n for n in own if n not in weights.tensors and not _is_optional_bias(n, weights.tensors)]
     _check_complete(report.fresh, {}, weights, whole=True)
     bad = [name for name in report.loaded if not _is_finite(weights.tensors[name])]
-    report.notes = list(weights.notes)
-    if bad:
-        report.notes.append(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)")
+    report.notes = [*weights.notes, *(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" for _ in bad[:1])]
     if weights.config is None:
         report.assumed = _assumed(encoder, weights, find_family(architecture.family))
     return architecture, report
@@ -300,8 +306,10 @@ def infer_architecture(weights: Weights, options: Sequence[str] = ()) -> tuple[A
     """
     architecture = recognise(weights.tensors)
     if architecture is None and (reason := why_not(weights.tensors)):
+        hint = next((words for mark, words in _HINTS.items() if mark in reason), "")
         raise WeightsError(
-            f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours, or incomplete, because of {reason}"
+            f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours, or incomplete, because of "
+            f"{reason}{hint}"
         )
     if architecture is None:
         known = "; ".join(

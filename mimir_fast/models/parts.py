@@ -29,6 +29,7 @@ _PREFERRED = (
     ("backbone", "momentum_backbone"),
 )
 MAX_DEPTH = 5
+_AVERAGED = "n_averaged"  # in a state dict of torch's AveragedModel
 # A normalisation in front of the encoder has these.
 STATISTICS = {"mean": "std", "mu": "sigma", "std": "mean", "sigma": "mu"}
 
@@ -163,7 +164,9 @@ def _split(
         siblings = {n.removeprefix(model): t for n, t in rest.items() if n.startswith(model)} if prefix else {}
         outside = {} if not prefix else {n: t for n, t in rest.items() if not n.startswith(model)}
         path = (*keys, *[word for word in prefix.split(".") if word])
-        yield Part(path, inside, siblings | statistics, outside, beside, any(map(_says_average, path)))
+        counted = inside.pop(_AVERAGED, None) is not None or _AVERAGED in siblings
+        average = counted or any(map(_says_average, path))
+        yield Part(path, inside, siblings | statistics, outside, beside, average)
 
 
 def _is_statistic(name: str, tensor: Tensor) -> bool:

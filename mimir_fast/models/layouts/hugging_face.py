@@ -24,7 +24,12 @@ _BLOCK: Rules = (
     (r"\.attention\.self\.(query|key|value)\.", r".attn.\1."),
     (r"\.attention\.self\.relative_position_bias_table$", ".attn.relative_position_bias_table"),
     (r"\.attention\.self\.relative_position_index$", ".attn.relative_position_index"),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    # Names of a live model since transformers 5; its files keep the others.
+    (r"\.attention\.q_proj\.", ".attn.query."),
+    (r"\.attention\.k_proj\.", ".attn.key."),
+    (r"\.attention\.v_proj\.", ".attn.value."),
+    (r"\.attention\.relative_position_bias\.", ".attn."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.layernorm_before\.", ".norm1."),
@@ -37,7 +42,7 @@ _VIT: Rules = (
     (r"^embeddings\.distillation_token$", "dist_token"),
     (r"^embeddings\.register_tokens$", "register_tokens"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^encoder\.layer\.", "blocks."),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
     (r"^layernorm\.", "norm."),
     *_BLOCK,
 )
@@ -77,13 +82,11 @@ def read(part: Part) -> Read:
     """Under our names: queries, keys and values joined."""
     names, config = part.tensors, _config(part)
     swin, convnext = "embeddings.norm.weight" in names, "embeddings.patch_embeddings.weight" in names
-    foreign = next(
-        (n for n in names if re.search(r"\.lambda_\d$|relative_position_bias\.|\.weights_in\.|grn\.", n)), ""
-    )
-    if foreign:
-        raise WeightsError(
-            f"{foreign} is of another architecture than ours ({config.get('model_type', 'BEiT or such')})"
-        )
+    pattern = r"\.lambda_\d$|\.weights_in\.|\.grn\.|\.mask_emb" + ("" if swin else r"|relative_position_bias")
+    if foreign := next((name for name in names if re.search(pattern, name)), ""):
+        kind = config.get("model_type", "BEiT, Data2Vec or such")
+        raise WeightsError(f"{foreign} is of another architecture than ours ({kind}): use ViT, DeiT, ViTMAE, DINOv2, "
+                           "Swin or ConvNeXt")  # fmt: skip
     tensors = joined(renamed(names, _CONVNEXT if convnext else _SWIN if swin else _VIT))
     left_out = {name: "the pooling of transformers" for name in names if name.startswith("pooler.")}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
