@@ -25,6 +25,8 @@ from mimir_fast.exporting.formats import FORMATS, Format
 from mimir_fast.exporting.original import Domain, Original
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.layers.norms import is_adapter
+from mimir_fast.models.loading import inspect_weights
+from mimir_fast.models.normalization import check_statistics, choice_note
 from mimir_fast.models.weight_files import WeightsChoice, read_weights
 
 FOLDER = {"config.json", "preprocessor_config.json", "model.safetensors"}
@@ -44,8 +46,14 @@ class ExportConfig:
     for any number of images in [0, 1]. `safetensors`: all weights, for our own commands."""
     weights: WeightsChoice = "auto"
     """The trained weights (model), their moving average (ema), or the average where there is one (auto)."""
+    part: str = ""
+    """Of a file with several encoders, the name of the one to take, such as teacher."""
     domain: Literal["", "clean", "adversarial"] = ""
     """Of weights with adapters (AEMIM), whose norms and cls token; clean when not said. safetensors keeps both."""
+    mean: tuple[float, ...] | None = None
+    """The mean that the model takes out of images in [0, 1], one number a channel; left out: as the weights say."""
+    std: tuple[float, ...] | None = None
+    """The deviation."""
     overwrite: bool = False
     """Replace an existing file, or a folder of these three files."""
     imports: Imports = ()
@@ -53,6 +61,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         FORMATS.find(self.format).check_name(Path(self.output))
+        check_statistics(self.mean, self.std, None)
 
 
 def export(config: ExportConfig) -> Path:
@@ -67,14 +76,19 @@ def export(config: ExportConfig) -> Path:
     form, path = FORMATS.find(config.format), Path(config.output)
     form.check_installed()
     _check_free(form, path, config.overwrite)
-    weights = read_weights(config.source, config.weights)
+    weights = read_weights(config.source, config.weights, config.part)
     domain: Domain = config.domain or "clean"
     if not config.domain and form.name != "safetensors" and any(is_adapter(name) for name in weights.tensors):
         print(
             "these weights keep their norms for clean and for adversarial images: the clean ones are exported "
             "(--domain adversarial for the others)"
         )
-    original = Original(weights, domain)
+    asked = (config.mean, config.std) if config.mean is not None and config.std is not None else None
+    _, report = inspect_weights(weights)
+    print(report)
+    if note := choice_note(weights.normalization, asked):
+        print(note)
+    original = Original(weights, domain, asked)
     largest = _write(form, original, path)
     same = "its tensors are the original's"
     if form.name != "safetensors":

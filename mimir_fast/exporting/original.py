@@ -15,11 +15,11 @@ from mimir_fast.models.classifier import Classifier, load_classifier
 from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.families import Architecture, build_encoder
 from mimir_fast.models.loading import infer_architecture
-from mimir_fast.models.weight_files import NORMALIZATIONS, Weights, WeightsError
+from mimir_fast.models.normalization import Normalizer, Statistics, to_metadata
+from mimir_fast.models.weight_files import Weights, WeightsError
 from mimir_fast.ops.patches import patchify
 
 Domain = Literal["clean", "adversarial"]
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 _DECODER = ("decoder_", "mask_token")
 
@@ -29,15 +29,11 @@ class Tokens(nn.Module):
 
     def __init__(self, encoder: Encoder, statistics: Statistics) -> None:
         super().__init__()
-        self.encoder = encoder
-        for name, numbers in zip(("mean", "std"), statistics, strict=True):
-            self.register_buffer(name, torch.tensor(numbers).view(1, -1, 1, 1), persistent=False)
-        self.mean: Tensor
-        self.std: Tensor
+        self.encoder, self.normalizer = encoder, Normalizer(statistics)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """(B, T, D) after the encoder's norm: the cls token first where there is one, then patches in raster order."""
-        return self.encoder(patchify((images_BCHW - self.mean) / self.std, self.encoder.mask_unit), None)
+        return self.encoder(patchify(self.normalizer(images_BCHW), self.encoder.mask_unit), None)
 
 
 class Original:
@@ -46,12 +42,13 @@ class Original:
     Args:
         weights: as `read_weights` gave them.
         domain: of weights with adapters (AEMIM), whose norms and cls token.
+        asked: (mean, std) to normalise by, in place of what the weights say.
     Raises:
         WeightsError: the adversarial domain is asked for and the weights have no adapters.
     """
 
-    def __init__(self, weights: Weights, domain: Domain = "clean") -> None:
-        self.weights = weights
+    def __init__(self, weights: Weights, domain: Domain = "clean", asked: Statistics | None = None) -> None:
+        self.weights, self.asked = weights, asked
         adapters = {n.removesuffix(SUFFIX): t for n, t in weights.tensors.items() if is_adapter(n)}
         if domain == "adversarial" and not adapters:
             raise WeightsError(f"{weights.origin} has no adapters for adversarial images: leave --domain out")
@@ -88,16 +85,19 @@ class Original:
     @cached_property
     def statistics(self) -> Statistics:
         """(mean, std) that is taken out of images in [0, 1], inside the model."""
-        name = ((self.weights.config or {}).get("model") or {}).get("normalization", "none")
-        mean, std = self.weights.normalization or NORMALIZATIONS[name]
-        return mean[: self.architecture.channels], std[: self.architecture.channels]
+        return self.weights.statistics(self.architecture.channels, self.asked)
+
+    @property
+    def known_statistics(self) -> dict[str, str]:
+        """As a file's metadata; {} where they are an assumption, which is not written as if it were known."""
+        return to_metadata(self.statistics) if self.asked or self.weights.normalization else {}
 
     @cached_property
     def model(self) -> Classifier | Tokens:
         """In eval mode: images (B, C, H, W) in [0, 1] to logits (B, K), or to tokens (B, T, D) without a head."""
         weights = replace(self.weights, tensors=self.without_decoder)
         if self.num_classes is not None:
-            return load_classifier(weights)
+            return load_classifier(weights, statistics=self.asked)
         return Tokens(_load_encoder(weights, self.architecture), self.statistics).eval()
 
     def images(self, batch: int) -> Tensor:

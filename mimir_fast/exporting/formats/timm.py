@@ -20,9 +20,9 @@ def write(original: Original, path: Path) -> float:
     """The tensors of encoder and head; read back by the class of timm that the code in the file names."""
     from safetensors.torch import load_file, save_file
 
-    timm_model, (mean, std) = in_timm(original), original.statistics
+    timm_model = in_timm(original)
     metadata = {"format": "pt", "timm": json.dumps(timm_model.arguments), "class": timm_model.path,
-                "code": timm_model.code, "mean": json.dumps(mean), "std": json.dumps(std)}  # fmt: skip
+                "code": timm_model.code, **original.known_statistics}  # fmt: skip
     save_file({name: t.contiguous() for name, t in timm_model.tensors.items()}, path, metadata=metadata)
     made: dict[str, Any] = {}
     exec(timm_model.code, made)  # the code that users are told to run
