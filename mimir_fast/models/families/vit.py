@@ -171,6 +171,8 @@ def _misfits(tensors: Tensors) -> Iterator[str]:
     for name in sorted(tensors):
         if not _KNOWN.fullmatch(name.removesuffix(SUFFIX)):
             yield f"{name}, which ViT has not"
+    if "norm_pre.weight" in tensors and "patch_embed.proj.bias" in tensors:
+        yield "patch_embed.proj.bias, which ViT with norm_pre has not"
     needed = list(_ALWAYS)
     for group in _TOGETHER:
         needed += [name for name in group if any(f"blocks.0.{one}" in tensors for one in group)]
