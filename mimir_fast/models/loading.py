@@ -71,13 +71,16 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
     architecture = recognise(own)
     family = None if architecture is None else find_family(architecture.family)
     ready: dict[str, Tensor] = {}
+    encoder, positions = getattr(model, "encoder", None), own.get("pos_embed")
+    known = isinstance(encoder, Encoder) and positions is not None
+    prefix = positions.shape[1] - encoder.num_patches if known else None
     for name, tensor in weights.tensors.items():
         if name not in own:
             report.skipped.append(name)
         elif tensor.shape == own[name].shape:
             ready[name] = tensor
         elif name == "pos_embed":
-            ready[name] = resize_positions(tensor, own[name].shape[1])
+            ready[name] = resize_positions(tensor, own[name].shape[1], prefix)
             report.resized.append(f"pos_embed {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
         elif family is not None and (resized := family.resize(name, tensor, own[name].shape)) is not None:
             ready[name] = resized
@@ -110,19 +113,21 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
     return report
 
 
-def resize_positions(pos_embed_1TD: Tensor, num_rows: int) -> Tensor:
-    """(1, num_rows, D): the grid resized by bicubic interpolation; a cls row in front of it is kept.
+def resize_positions(pos_embed_1TD: Tensor, num_rows: int, num_prefix: int | None = None) -> Tensor:
+    """(1, num_rows, D): the grid resized by bicubic interpolation; the rows in front of it are kept.
 
+    Args:
+        num_prefix: how many these are (cls token, registers); None for one where the rows are no square, else none.
     Raises:
-        WeightsError: the rows are no square grid, with or without a cls token, or only one of both has that token.
+        WeightsError: the other rows are no square grid, here or there.
     """
     rows = pos_embed_1TD.shape[1]
-    old, new = math.isqrt(rows), math.isqrt(num_rows)
-    prefix = int(old**2 != rows)
+    prefix = int(math.isqrt(rows) ** 2 != rows) if num_prefix is None else num_prefix
+    old, new = (math.isqrt(max(0, count - prefix)) for count in (rows, num_rows))
     if old**2 + prefix != rows or new**2 + prefix != num_rows:
         raise WeightsError(
-            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be square grids, "
-            "with a cls row or without; models with a distillation token or registers cannot be used"
+            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be square grids "
+            f"behind {prefix} rows of cls token and registers"
         )
     grid = pos_embed_1TD[:, prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
