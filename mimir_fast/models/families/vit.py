@@ -120,6 +120,8 @@ def settle(architecture: Architecture) -> Architecture:
     Raises:
         ValueError: options that cannot be built.
     """
+    if architecture.size not in SIZES:  # of a family made from this one by `dataclasses.replace`
+        return architecture
     width, depth, _ = shape_of(architecture)
     options = {name: value for name, value in architecture.options.items() if name not in _OF_SHAPE}
     check_number("width", width, at_least=4)
