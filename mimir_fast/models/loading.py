@@ -90,6 +90,8 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
     report = LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out), notes=list(weights.notes))
     unfit = {} if whole else _unfit_heads(weights.tensors, own) | _unfit_decoder(weights.tensors, own)
     ready: dict[str, Tensor] = {}
+    encoder = getattr(model, "encoder", None)
+    num_patches = encoder.num_patches if isinstance(encoder, Encoder) else None
     for name, tensor in weights.tensors.items():
         if reason := unfit.get(name) or _may_be_left(name, own):
             report.reasons[name] = reason
@@ -103,7 +105,7 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
         if tensor.shape == own[name].shape:
             ready[name] = tensor
             continue
-        resized = None if whole else _resize(name, tensor, own[name].shape, weights.tensors, family)
+        resized = None if whole else _resize(name, tensor, own[name].shape, num_patches, family)
         if resized is None:
             raise WeightsError(
                 f"{weights.origin} is of another architecture: {name} is {tuple(tensor.shape)} there, "
@@ -136,6 +138,8 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
 def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     """What `fill` would say of an encoder of these weights, without one being made: for what only passes them on.
 
+    Args:
+        num_prefix: how many these are (cls token, registers); None for one where the rows are no square, else none.
     Raises:
         WeightsError: as `fill`.
     """
@@ -210,11 +214,10 @@ def _unfit_decoder(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
 
 
 def _resize(
-    name: str, tensor: Tensor, shape: torch.Size, tensors: Mapping[str, Tensor], family: Family | None
+    name: str, tensor: Tensor, shape: torch.Size, num_patches: int | None, family: Family | None
 ) -> Tensor | None:
     if name in ("pos_embed", "decoder_pos_embed") and tensor.ndim == 3 and tensor.shape[-1] == shape[-1]:
-        prefix = sum(tensors[token].shape[1] for token in _PREFIX_TOKENS if token in tensors)
-        return resize_positions(tensor, shape[1], prefix or 1)
+        return resize_positions(tensor, shape[1], None if num_patches is None else shape[1] - num_patches)
     return None if family is None else family.resize(name, tensor, shape)
 
 
@@ -271,23 +274,21 @@ def _assumed(model: nn.Module, weights: Weights, family: Family | None) -> list[
     return found
 
 
-def resize_positions(pos_embed_1TD: Tensor, num_rows: int, num_prefix: int = 1) -> Tensor:
-    """(1, num_rows, D): the grid resized by bicubic interpolation; rows of prefix tokens in front of it are kept.
+def resize_positions(pos_embed_1TD: Tensor, num_rows: int, num_prefix: int | None = None) -> Tensor:
+    """(1, num_rows, D): the grid resized by bicubic interpolation; the rows in front of it are kept.
 
     Args:
-        num_prefix: tokens in front of the patches, which have rows or have none.
+        num_prefix: how many these are (cls token, registers); None for one where the rows are no square, else none.
     Raises:
-        WeightsError: the rows are no square grid, with or without those of the prefix, or only one of both has these.
+        WeightsError: the other rows are no square grid, here or there.
     """
     rows = pos_embed_1TD.shape[1]
-    for prefix in (0, num_prefix):
-        old, new = math.isqrt(max(rows - prefix, 0)), math.isqrt(max(num_rows - prefix, 0))
-        if old > 0 and old**2 + prefix == rows and new**2 + prefix == num_rows:
-            break
-    else:
+    prefix = int(math.isqrt(rows) ** 2 != rows) if num_prefix is None else num_prefix
+    old, new = (math.isqrt(max(0, count - prefix)) for count in (rows, num_rows))
+    if old**2 + prefix != rows or new**2 + prefix != num_rows:
         raise WeightsError(
-            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be square grids, "
-            f"with the {num_prefix} rows of the tokens in front of them or without"
+            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be square grids "
+            f"behind {prefix} rows of cls token and registers"
         )
     grid = pos_embed_1TD[:, prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
