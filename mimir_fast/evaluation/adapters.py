@@ -26,9 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.evaluation.door import at_the_door
+from mimir_fast.evaluation.timm_files import fill
 from mimir_fast.evaluation.wrappers import FromProbabilities, Normalized, Opaque
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Statistics, choice_note, name_of
+from mimir_fast.models.opening import weights_only
 
 KINDS = (
     "a run folder, a .safetensors or .pth file, timm:NAME, hf-hub:ORG/NAME, robustbench:DATA/NORM/NAME, a .pt2 "
@@ -251,13 +253,11 @@ def _made_for(settings: dict[str, Any]) -> dict[str, Any]:
 def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | None) -> JudgedModel:
     import timm
 
-    from mimir_fast.models.timm_files import fill_timm
-
     name, _, weights = spec.removeprefix("timm:").partition("@")
     if spec.startswith("timm:") and not timm.is_model(name.split(".")[0]):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise ValueError(f"timm has no model {name!r}; near it: {near or 'none, see timm.list_models()'}")
-    notes: list[str] = []
+    notes, said = list[str](), None
     sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     made_for = timm_settings(spec)
     if image_size and image_size != made_for.get("image_size", image_size):
@@ -268,13 +268,15 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | N
                 f"{spec}: there is no file {weights}; timm:{name}@FILE wants a weights file of timm's"
             )
         model = _create(name, image_size, made_for, **sizes)
-        fill_timm(model, Path(weights), name)
+        said, found = fill(model, Path(weights), name)
+        notes += found
     elif weights == "random":
         model, random = _create(name, image_size, made_for, **sizes), "the weights are random: nothing was trained"
         notes.append(random)
     else:
         try:
-            model = _create(name, image_size, made_for, pretrained=True)
+            with weights_only():
+                model = _create(name, image_size, made_for, pretrained=True)
         except Exception as error:  # whatever the download runs into: no network, no such file, a refused connection
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
             raise ImportError(
@@ -282,7 +284,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | N
                 "timm:NAME@random if you mean to evaluate an untrained network"
             ) from error
     settings: dict[str, Any] = dict(model.pretrained_cfg)
-    mean, std = settings.get("mean"), settings.get("std")
+    mean, std = said or (settings.get("mean"), settings.get("std"))
     if mean is None or std is None or len(mean) != channels:
         return JudgedModel(model, spec, "timm", "none", notes, made_for=made_for)
     words = f"mean {mean}, std {std}, inside the model"
@@ -314,7 +316,8 @@ def _robustbench(spec: str) -> JudgedModel:
         ) from error
     dataset, threat, name = parts if len(parts) == 3 else ("cifar10", "Linf", parts[0])
     try:
-        module = fetch(model_name=name, dataset=dataset, threat_model=threat)
+        with weights_only():
+            module = fetch(model_name=name, dataset=dataset, threat_model=threat)
     except KeyError as error:
         raise ValueError(f"{spec}: RobustBench has no such model ({error})") from error
     except Exception as error:  # its downloads raise many types

@@ -49,21 +49,21 @@ def _gradient(logits: Tensor, x: Tensor) -> Tensor:
         raise ValueError(
             f"the model returns {_word(logits.dtype)}, wanted logits: floating-point scores of the classes"
         )
-    if not logits.requires_grad:
-        raise ValueError(
-            "the model gives no gradient with respect to its images, so no attack can climb: it runs under "
-            "torch.no_grad() or torch.inference_mode(), detaches, or is quantised. Take that out, or judge the float "
-            "model it was made of"
-        )
+    gradient = None
     try:
-        (gradient,) = torch.autograd.grad(logits.float().logsumexp(-1).sum(), x, allow_unused=True)
+        if logits.requires_grad:
+            (gradient,) = torch.autograd.grad(logits.float().logsumexp(-1).sum(), x, allow_unused=True)
     except RuntimeError as error:
         raise ValueError(
             f"the gradient of the model with respect to its images fails ({_first_line(error)}): if it is in a wrapper "
             "of Fabric, Accelerate or an exporter, give the module inside"
         ) from error
     if gradient is None:
-        raise ValueError("the model's logits do not depend on its images, so there is nothing to attack")
+        raise ValueError(
+            "the model gives no gradient with respect to its images, so no attack can climb: it runs under "
+            "torch.no_grad() or torch.inference_mode(), detaches, or is quantised. Take that out, or judge the float "
+            "model it was made of"
+        )
     return gradient
 
 

@@ -4,6 +4,7 @@ Refused: a wrong number of classes, outputs that are no logits, probabilities. N
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ def answer(model: nn.Module, images: Tensor) -> Any:
     try:
         return model(images)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        if "dtype" in str(error) or "scalar type" in str(error):
+        if re.search("dtype|scalar type|BFloat16|Half", str(error)):
             raise ValueError(
                 f"the model casts images to another type than its weights have, which are judged in float32 "
                 f"({str(error).splitlines()[0]}): give the module inside its wrapper (Fabric's, Accelerate's)"

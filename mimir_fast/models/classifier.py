@@ -10,6 +10,7 @@ that were looked at least are left behind, so later layers, and the attack's pas
 Shapes: B images, C channels, H = W pixels, T = prefix + N tokens, D width, L layers, R branches, K classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -207,7 +208,7 @@ def build_classifier(config: ClassifierConfig, image_size: int, num_classes: int
 
 def load_classifier(
     source: str | Path | Weights, which: WeightsChoice = "auto", *, num_classes: int | None = None,
-    statistics: Statistics | None = None,
+    statistics: Statistics | None = None, options: Sequence[str] = (),
 ) -> Classifier:  # fmt: skip
     """A trained classifier in eval mode, taking images in [0, 1], from anything `read_weights` reads.
 
@@ -217,22 +218,24 @@ def load_classifier(
         which: `model`, `ema`, or `auto` for the moving average where there is one.
         num_classes: what the data has; checked.
         statistics: (mean, std) to normalise by, in place of what the weights say; None where neither does is none.
+        options: what neither tensors nor file say, as in ClassifierConfig: heads=12, eps=1e-5, gelu=tanh.
     Raises:
         WeightsError: not a classifier, damaged, of another architecture, or for another number of classes.
     """
     weights = source if isinstance(source, Weights) else read_weights(source, which)
-    return classifier_of(weights, num_classes=num_classes, statistics=statistics)[0]
+    return classifier_of(weights, num_classes=num_classes, statistics=statistics, options=options)[0]
 
 
 def classifier_of(
-    weights: Weights, *, num_classes: int | None = None, statistics: Statistics | None = None
-) -> tuple[Classifier, LoadReport]:
+    weights: Weights, *, num_classes: int | None = None, statistics: Statistics | None = None,
+    options: Sequence[str] = (),
+) -> tuple[Classifier, LoadReport]:  # fmt: skip
     """The classifier that weights are of, in eval mode, and what became of them; see `load_classifier`.
 
     Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one, or from
     what the file says. Decoder, mask token and the norms for adversarial images are left out.
     """
-    architecture, found_classes = infer_architecture(weights)
+    architecture, found_classes = infer_architecture(weights, options)
     if found_classes is None:
         outside = [name for name, why in weights.left_out.items() if why == OUTSIDE]
         beside = f" (outside of the encoder are {', '.join(outside[:4])})" if outside else ""
@@ -247,12 +250,12 @@ def classifier_of(
         )
     saved = (weights.config or {}).get("model", {})
     names = {f.name for f in fields(ClassifierConfig)}
-    family, options = find_family(architecture.family), architecture.options
+    family, found = find_family(architecture.family), architecture.options
     norm_first = "fc_norm.weight" not in weights.tensors
-    takes_cls = norm_first and "cls_token" in weights.tensors and "norm_before_pool" not in options
+    takes_cls = norm_first and "cls_token" in weights.tensors and "norm_before_pool" not in found
     pool = weights.facts.pool or ("cls" if takes_cls and not family.norm_before_pool else "avg")
     shown = {"family": family.name, "encoder": architecture.size, "patch_size": architecture.patch_size,
-             "global_pool": pool, "options": option_texts(options)}  # fmt: skip
+             "global_pool": pool, "options": option_texts(found)}  # fmt: skip
     shown |= fields_of(weights.statistics(architecture.channels, statistics))
     config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)
     model = Classifier(config, architecture.image_size, found_classes, architecture.channels, norm_first)

@@ -9,7 +9,7 @@ Shapes: N patch tokens (grid × grid), D width, K classes.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from mimir_fast.models.families import (
     recognise,
     why_not,
 )
-from mimir_fast.models.file_names import from_files, to_files
+from mimir_fast.models.file_names import to_files
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Normalizer, flags, same, words
 from mimir_fast.models.options import option_texts, parse_options
@@ -50,6 +50,7 @@ _HINTS = {
     "weight_scale": ": it is quantised, use the weights it was made of",
     "q_bias": " (BEiT, EVA, Data2Vec): no family of ours has biases of queries and values alone",
 }
+_PIECE = 2**18  # numbers that stay in a core's cache
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -82,7 +83,8 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
         whole: the model was built for these weights: nothing of it may stay fresh, nothing is resized, and NaN is
             noted. Else it goes on to be trained: heads, norms in front of them and decoders may be missing.
     Raises:
-        WeightsError: by the name of the tensor that does not fit, is missing, or is no tensor of numbers.
+        WeightsError: by the name of the tensor that does not fit, is missing, is no tensor of numbers, or (not `whole`)
+            holds NaN; in this case the model is filled nevertheless.
     """
     own = to_files(model, model.state_dict())
     architecture = recognise(own)
@@ -117,7 +119,8 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
         report.notes.append(f"{len(biases)} biases of queries, keys and values are not in these weights: zero here")
     report.fresh = [name for name in own if name not in ready]
     _check_complete(report.fresh, ready, weights, whole=whole)
-    bad = [name for name, tensor in ready.items() if not _is_finite(tensor)]
+    # Tensors of the state dict share the model's memory.
+    bad = [name for name, tensor in ready.items() if not _copy(own[name], tensor)]
     if bad and not whole:
         raise WeightsError(
             f"{weights.origin}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do): training cannot start from it"
@@ -127,7 +130,6 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
     if weights.config is None:
         report.assumed = _assumed(model, weights, family)
     _note_normalization(model, weights, report)
-    model.load_state_dict(from_files(model, ready), strict=False)
     report.loaded = list(ready)
     return report
 
@@ -243,6 +245,22 @@ def _check_complete(fresh: list[str], ready: Mapping[str, Tensor], weights: Weig
         )
 
 
+@torch.no_grad()
+def _copy(target: Tensor, tensor: Tensor) -> bool:
+    """Copy, and whether all numbers are finite: a piece is looked at while it is still in the cache.
+
+    A large file is mapped and not read at once, so this is the one pass over its numbers, and there is no second copy.
+    """
+    if tensor.ndim == 0 or not target.is_floating_point():
+        target.copy_(tensor)
+        return bool(target.isfinite()) if tensor.ndim == 0 else True
+    rows = max(1, _PIECE * len(tensor) // max(tensor.numel(), 1))
+    finite = True
+    for ours, theirs in zip(target.split(rows), tensor.split(rows), strict=True):
+        finite &= _is_finite(ours.copy_(theirs))
+    return finite
+
+
 def _is_finite(tensor: Tensor) -> bool:
     # One number a tensor; only where the sum overflows is every number looked at.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
@@ -294,17 +312,21 @@ def resize_positions(pos_embed_1TD: Tensor, num_rows: int, num_prefix: int = 1) 
     return torch.cat([pos_embed_1TD[:, :prefix], resized], dim=1)
 
 
-def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
+def infer_architecture(weights: Weights, options: Sequence[str] = ()) -> tuple[Architecture, int | None]:
     """The encoder, and the classes of the head if there is one: from the tensors, and from what the file says.
 
+    Args:
+        options: what no tensor shows, as it is typed: heads=12, eps=1e-5; goes before what was saved with the weights.
     Raises:
         WeightsError: no encoder of ours has such tensors.
+        ValueError: options that the family does not know.
     """
     architecture = recognise(weights.tensors)
     if architecture is None and (reason := why_not(weights.tensors)):
         hint = next((words for mark, words in _HINTS.items() if mark in reason), "")
         raise WeightsError(
-            f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours because of {reason}{hint}"
+            f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours, or incomplete, because of {reason}"
+            f"{hint}"
         )
     if architecture is None:
         known = "; ".join(
@@ -313,7 +335,9 @@ def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
         )
         raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours. Those are {known}")
     family, config = find_family(architecture.family), (weights.config or {}).get("model") or {}
-    said = dict(weights.facts.known()) | parse_options(config.get("options", ()), family.options, family.title)
+    said = dict(weights.facts.known())
+    for texts in (config.get("options", ()), options):
+        said |= parse_options(texts, family.options, family.title)
     architecture = informed(architecture, said)
     saved = ((weights.config or {}).get("data") or {}).get("image_size", weights.facts.image_size)
     if saved is not None and not family.image_size_in_tensors:

@@ -78,6 +78,8 @@ class ModelConfig:
     def architecture(self, image_size: int, channels: int = 3) -> Architecture:
         """What the encoder is built from."""
         architecture = architecture_of(self.family, self.encoder, image_size, self.patch_size, channels, self.options)
+        if self.positions == "true":
+            return architecture
         return replace(architecture, options={**architecture.options, "positions": self.positions})
 
 

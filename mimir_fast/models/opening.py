@@ -7,11 +7,14 @@ second copy of a large file.
 
 import argparse
 import json
+import os
 import pathlib
 import pickletools
 import re
 import types
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,3 +225,16 @@ def _harmless_globals() -> list[Any]:
         harmless += [(scalar, f"{module}.scalar"), (rebuild, f"{module}._reconstruct")]
     harmless += [np.dtype, np.ndarray]
     return harmless + [type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u4", "u8", "u1", "?")]
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """Whatever another package loads with torch.load in here is loaded without running code, whatever it asks for."""
+    name, off = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before: dict[str, Any] = {key: os.environ.pop(key, None) for key in (name, off)}
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        os.environ.update({key: value for key, value in before.items() if value is not None})

@@ -80,21 +80,6 @@ def find_parts(content: Any, beside: Mapping[str, Any], anchors: Iterable[str], 
     return parts
 
 
-def state_dict_of(content: Any, origin: str) -> dict[str, Tensor]:
-    """The largest state dict of a file whatever its model, without the words of wrappers; an average goes first.
-
-    Raises:
-        WeightsError: no named tensors.
-    """
-    found = [(keys, unwrap(tensors)) for keys, tensors, _ in _state_dicts(content)]
-    if not found:
-        raise WeightsError(f"{origin} holds no weights: {_outline(content)}")
-    most = max(len(tensors) for _, tensors in found)
-    whole = [(keys, tensors) for keys, tensors in found if 2 * len(tensors) > most]
-    averages = [tensors for keys, tensors in whole if any(map(_says_average, keys))]
-    return averages[0] if averages else max(whole, key=lambda pair: len(pair[1]))[1]
-
-
 def choose(parts: Sequence[Part], which: WeightsChoice, wanted: str, origin: str) -> Part:
     """The part that is asked for, the only one, or the one that its authors evaluate.
 

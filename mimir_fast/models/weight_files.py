@@ -27,7 +27,7 @@ from mimir_fast.models.families import all_families
 from mimir_fast.models.layouts import all_anchors, find_layout
 from mimir_fast.models.layouts.mimir_fast import config_of
 from mimir_fast.models.normalization import Statistics, from_file, is_none, none_of
-from mimir_fast.models.opening import find_file, open_file
+from mimir_fast.models.opening import find_file, open_file, weights_only
 from mimir_fast.models.parts import STATISTICS, WeightsChoice, choose, find_parts
 
 __all__ = ["OUTSIDE", "Weights", "WeightsChoice", "WeightsError", "read_weights"]
@@ -167,7 +167,8 @@ def _read_timm(name: str) -> Weights:
     import timm
 
     try:
-        model: Any = timm.create_model(name, pretrained=True)
+        with weights_only():
+            model: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # unknown name, no weights of that name, no network: timm and its hub raise many types
         raise WeightsError(
             f"timm:{name} cannot be had ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "

@@ -161,7 +161,8 @@ def run_autoattack(
         the finished progress: `broken_by`, `after`, `seconds`, `warnings`.
     Raises:
         ImportError: pyautoattack is not installed.
-        ValueError: fewer classes than an attack needs, an attack the version does not have, or `state` belongs to another evaluation.
+        ValueError: fewer classes than an attack needs, an attack the version does not have, or `state` belongs to
+            another evaluation.
     """
     part = [] if attacks is None else [list(attacks)]
     identity = fingerprint([settings, norm, eps, batch_size, seed, version, len(shard), *part])

@@ -205,9 +205,8 @@ def build_encoder(architecture: Architecture, *, final_norm: bool = True) -> Enc
     Raises:
         ValueError: unknown family or size, or an image that its patches, stages or windows do not divide.
     """
-    family = find_family(architecture.family)
-    check_size(family, architecture.size)
-    encoder = family.build(architecture, final_norm)
+    architecture = settled(architecture)
+    encoder = find_family(architecture.family).build(architecture, final_norm)
     encoder.options = architecture.options
     return encoder
 

@@ -48,6 +48,15 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 }
 
 
+def check_local(local_up_to_layer: int, depth: int) -> None:
+    """Raises ValueError when no layer is left in which the cls token can join."""
+    if not 0 <= local_up_to_layer < depth:
+        raise ValueError(
+            f"local_up_to_layer={local_up_to_layer} of {depth} layers: the cls token joins after those layers, so "
+            f"choose 0 to {depth - 1}"
+        )
+
+
 def relative_offsets(places_BK: Tensor, grid: int) -> Tensor:
     """(B, 3, K, K) float32: column and row of the key minus those of the query, and the squared distance."""
     columns_rows = torch.stack([places_BK % grid, places_BK // grid], dim=1).float()
@@ -171,11 +180,7 @@ class ConvitEncoder(Encoder):
     ) -> None:  # fmt: skip
         super().__init__()
         check_patch_size(image_size, patch_size)
-        if not 0 <= local_up_to_layer < depth:
-            raise ValueError(
-                f"local_up_to_layer={local_up_to_layer} of {depth} layers: the cls token joins after those layers, so "
-                f"choose 0 to {depth - 1}"
-            )
+        check_local(local_up_to_layer, depth)
         self.image_size, self.mask_unit, self.channels = image_size, patch_size, channels
         self.width = self.token_width = width
         self.num_layers, self.num_heads, self.local_up_to_layer = depth, num_heads, local_up_to_layer
@@ -267,9 +272,10 @@ def recognise(tensors: Tensors) -> Architecture | None:
 
 
 def settle(architecture: Architecture) -> Architecture:
-    """Without the number of layers that the size has anyway."""
-    options = dict(architecture.options)
-    if options.get("local_up_to_layer") == SIZES[architecture.size][3]:
+    """Without the number of layers that the size has anyway; see Family."""
+    options, (_, depth, _, usual) = dict(architecture.options), SIZES[architecture.size]
+    check_local(options.get("local_up_to_layer", usual), depth)
+    if options.get("local_up_to_layer") == usual:
         del options["local_up_to_layer"]
     return replace(architecture, options=options)
 

@@ -10,14 +10,13 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.layers.norms import CLEAN, SUFFIX, LayerNorm, NoNorm, normalise
+from mimir_fast.layers.norms import CLEAN, SUFFIX, LayerNorm, NoNorm, is_adapter, normalise
 from mimir_fast.models.blocks import Block, PatchEmbed, check_heads, init_like_mae
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.decoder import Decoder
@@ -107,10 +106,11 @@ class VitEncoder(Encoder):
 
 
 def shape_of(architecture: Architecture) -> tuple[int, int, int]:
-    """Width, depth and heads: the size's, or those of the options."""
+    """Width, depth and heads: the size's, or those of the options; a width of no size has heads of about 64."""
     (width, depth, heads), options = SIZES[architecture.size], architecture.options
     if "width" in options:
-        width, heads = options["width"], max(1, options["width"] // 64)
+        width = options["width"]
+        heads = min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: abs(width / h - 64), default=1)
     return width, options.get("depth", depth), options.get("heads", heads)
 
 
@@ -120,12 +120,10 @@ def settle(architecture: Architecture) -> Architecture:
     Raises:
         ValueError: options that cannot be built.
     """
-    width, depth, heads = shape_of(architecture)
+    width, depth, _ = shape_of(architecture)
     options = {name: value for name, value in architecture.options.items() if name not in _OF_SHAPE}
     check_number("width", width, at_least=4)
-    for name, value in (("depth", depth), ("heads", heads)):
-        check_number(name, value, at_least=1)
-    check_heads(width, heads)
+    check_number("depth", depth, at_least=1)
     check_number("eps", options.get("eps", 1e-6), above=0)
     check_number("registers", options.get("registers", 0), at_least=0)
     check_number("mlp_ratio", options.get("mlp_ratio", 4.0), at_least=1 / width)
@@ -137,7 +135,11 @@ def settle(architecture: Architecture) -> Architecture:
     for name, value, usual in zip(_OF_SHAPE, (width, depth), SIZES[size], strict=False):
         if value != usual:
             options[name] = value
-    if heads != shape_of(replace(architecture, size=size, options=options))[2]:
+    usual = shape_of(replace(architecture, size=size, options=options))[2]
+    heads = architecture.options.get("heads", usual)
+    check_number("heads", heads, at_least=1)
+    check_heads(width, heads)
+    if heads != usual:
         options["heads"] = heads
     return replace(architecture, size=size, options=options)
 
@@ -166,16 +168,15 @@ _TOGETHER = [("ls1.gamma", "ls2.gamma"), ("attn.q_norm.weight", "attn.q_norm.bia
 
 def _misfits(tensors: Tensors) -> Iterator[str]:
     """What keeps these from being a ViT's, as `NAME, which …`."""
-    for name in tensors:
+    for name in sorted(tensors):
         if not _KNOWN.fullmatch(name.removesuffix(SUFFIX)):
             yield f"{name}, which ViT has not"
-    depth = next(index for index in count() if f"blocks.{index}.attn.qkv.weight" not in tensors)
     needed = list(_ALWAYS)
     for group in _TOGETHER:
         needed += [name for name in group if any(f"blocks.0.{one}" in tensors for one in group)]
-    names = [f"blocks.{index}.{name}" for index in range(depth) for name in needed] + ["pos_embed"]
-    if "norm_pre.weight" not in tensors:
-        names.append("patch_embed.proj.bias")
+    names = [f"blocks.{index}.{name}" for index in range(_depth_of(tensors)) for name in needed] + ["pos_embed"]
+    names += [] if "norm_pre.weight" in tensors else ["patch_embed.proj.bias"]
+    names += [] if "fc_norm.weight" in tensors else ["norm.weight"]
     for name in names:
         if name not in tensors:
             yield f"{name}, which is missing"
@@ -195,6 +196,10 @@ def _misfits(tensors: Tensors) -> Iterator[str]:
         yield f"pos_embed, which is {tuple(positions.shape)} and no square grid"
 
 
+def _depth_of(tensors: Tensors) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+
+
 def _grid_of(tensors: Tensors) -> tuple[int, bool] | None:
     """Patches a side, and whether only they have positions."""
     rows, prefix = tensors["pos_embed"].shape[1], sum(tensors[n].shape[1] for n in PREFIX_TOKENS if n in tensors)
@@ -206,7 +211,7 @@ def _grid_of(tensors: Tensors) -> tuple[int, bool] | None:
 
 def why_not(tensors: Tensors) -> str:
     """By which tensor a model with patches and blocks is no ViT; "" for one that is."""
-    return next(_misfits(tensors), "") if "blocks.0.norm1.weight" in tensors else ""
+    return next(_misfits(tensors), "") if any(name.startswith("blocks.0.") for name in tensors) else ""
 
 
 def recognise(tensors: Tensors) -> Architecture | None:
@@ -217,7 +222,7 @@ def recognise(tensors: Tensors) -> Architecture | None:
     grid, bare_prefix = found
     options = {
         "width": width,
-        "depth": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        "depth": _depth_of(tensors),
         "layer_scale": "blocks.0.ls1.gamma" in tensors,
         "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
         "pre_norm": "norm_pre.weight" in tensors,
@@ -251,7 +256,7 @@ def timm_arguments(tensors: Tensors, architecture: Architecture) -> dict[str, An
     """Arguments of the constructor of timm's `VisionTransformer`."""
     (width, depth, num_heads), options = shape_of(architecture), architecture.options
     has_cls, pools_late = not options.get("no_cls_token"), "fc_norm.weight" in tensors
-    arguments = {
+    arguments: dict[str, Any] = {
         "img_size": architecture.image_size,
         "patch_size": architecture.patch_size,
         "in_chans": architecture.channels,
@@ -282,7 +287,8 @@ def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
     path = "timm.models.vision_transformer.VisionTransformer"
     if architecture.options.get("distilled"):
         path = "timm.models.deit.VisionTransformerDistilled"
-    return TimmModel(path, timm_arguments(tensors, architecture), dict(tensors))
+    own = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
+    return TimmModel(path, timm_arguments(tensors, architecture), own)
 
 
 register(
