@@ -50,7 +50,7 @@ _HINTS = {
     "weight_scale": ": it is quantised, use the weights it was made of",
     "q_bias": " (BEiT, EVA, Data2Vec): no family of ours has biases of queries and values alone",
 }
-_PIECE = 2**18  # numbers that stay in a core's cache
+_PIECE = 2**19  # numbers that stay in the cache
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
