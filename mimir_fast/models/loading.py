@@ -31,7 +31,7 @@ from mimir_fast.models.families import (
     recognise,
     why_not,
 )
-from mimir_fast.models.file_names import from_files, to_files
+from mimir_fast.models.file_names import to_files
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Normalizer, flags, same, words
 from mimir_fast.models.options import option_texts, parse_options
@@ -41,7 +41,6 @@ __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_we
 
 _HEADS, _NORMS = ("head.", "head_dist."), ("fc_norm.", "norm.")
 _DECODER = ("decoder_", "mask_token")
-_PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 # Part of a tensor's name → what to do about it.
 _HINTS = {
     ".lora_": ": merge the adapters into the weights first (PEFT's merge_and_unload)",
@@ -50,6 +49,7 @@ _HINTS = {
     "weight_scale": ": it is quantised, use the weights it was made of",
     "q_bias": " (BEiT, EVA, Data2Vec): no family of ours has biases of queries and values alone",
 }
+_PIECE = 2**19  # numbers that stay in the cache
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -82,7 +82,8 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
         whole: the model was built for these weights: nothing of it may stay fresh, nothing is resized, and NaN is
             noted. Else it goes on to be trained: heads, norms in front of them and decoders may be missing.
     Raises:
-        WeightsError: by the name of the tensor that does not fit, is missing, or is no tensor of numbers.
+        WeightsError: by the name of the tensor that does not fit, is missing, is no tensor of numbers, or (not `whole`)
+            holds NaN; in this case the model is filled nevertheless.
     """
     own = to_files(model, model.state_dict())
     architecture = recognise(own)
@@ -119,7 +120,8 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
         report.notes.append(f"{len(biases)} biases of queries, keys and values are not in these weights: zero here")
     report.fresh = [name for name in own if name not in ready]
     _check_complete(report.fresh, ready, weights, whole=whole)
-    bad = [name for name, tensor in ready.items() if not _is_finite(tensor)]
+    # Tensors of the state dict share the model's memory.
+    bad = [name for name, tensor in ready.items() if not _copy(own[name], tensor)]
     if bad and not whole:
         raise WeightsError(
             f"{weights.origin}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do): training cannot start from it"
@@ -130,7 +132,6 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
         report.assumed = _assumed(model, weights, family)
     if not whole:
         _note_normalization(model, weights, report)
-    model.load_state_dict(from_files(model, ready), strict=False)
     report.loaded = list(ready)
     return report
 
@@ -245,6 +246,22 @@ def _check_complete(fresh: list[str], ready: Mapping[str, Tensor], weights: Weig
             f"{weights.origin} is incomplete or of another architecture: {', '.join(absent[:4])} "
             f"({len(absent)} in all) are not in it; use a whole checkpoint of a plain vision transformer"
         )
+
+
+@torch.no_grad()
+def _copy(target: Tensor, tensor: Tensor) -> bool:
+    """Copy, and whether all numbers are finite: a piece is looked at while it is still in the cache.
+
+    A large file is mapped and not read at once, so this is the one pass over its numbers, and there is no second copy.
+    """
+    if tensor.ndim == 0 or not target.is_floating_point():
+        target.copy_(tensor)
+        return bool(target.isfinite()) if tensor.ndim == 0 else True
+    rows = max(1, _PIECE * len(tensor) // max(tensor.numel(), 1))
+    finite = True
+    for ours, theirs in zip(target.split(rows), tensor.split(rows), strict=True):
+        finite &= _is_finite(ours.copy_(theirs))
+    return finite
 
 
 def _is_finite(tensor: Tensor) -> bool:
