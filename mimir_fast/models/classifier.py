@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.layers.norms import LayerNorm, NoNorm
-from mimir_fast.models.branches import Branches
+from mimir_fast.models.branches import Branches, DropPathLaw
 from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
 from mimir_fast.models.file_names import Parted, from_files
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.weight_files import NORMALIZATIONS, NormalizationName, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import patchify
-from mimir_fast.validation import check_number
+from mimir_fast.validation import check_choice, check_number
 
 
 @dataclass
@@ -39,10 +39,15 @@ class ClassifierConfig:
     base 768/12/12, large 1024/24/16."""
     patch_size: int = 16
     """Side of a patch in pixels: 2 for 32² images, 4 for 64², 16 for 224²; of the stem in swin and convnext, 4."""
-    global_pool: Literal["avg", "cls"] = "avg"
-    """`avg`: mean of patch tokens, then fc_norm; `cls`: the cls token after the encoder's norm."""
+    global_pool: Literal["auto", "avg", "cls"] = "auto"
+    """`avg`: mean of patch tokens, then fc_norm; `cls`: the cls token after the encoder's norm; `auto`: as the MIMIR
+    authors fine-tune the family, cls of convit, cait and xcit, avg of the others."""
     drop_path: float = 0.1
-    """Stochastic depth: the last block's drop rate; it grows linearly from 0 at the first."""
+    """Stochastic depth: the last block's drop rate."""
+    drop_path_law: DropPathLaw = "linear"
+    """`linear`: the rate grows from 0 at the first block; `constant`: the same in all (CaiT's and XCiT's authors)."""
+    head_std: float = 2e-5
+    """Standard deviation of a fresh head's weights; the MIMIR authors have 2e-2 on small images."""
     train_pos_embed: bool = True
     """Train the position embedding."""
     token_keep_rate: float = 1.0
@@ -54,8 +59,15 @@ class ClassifierConfig:
         """What the encoder is built from."""
         return Architecture(self.family, self.encoder, image_size, self.patch_size, channels)
 
+    def resolved(self) -> "ClassifierConfig":
+        """The same with the pooling of the family where it is `auto`."""
+        return replace(self, global_pool=find_family(self.family).pool) if self.global_pool == "auto" else self
+
     def __post_init__(self) -> None:
         check_number("patch_size", self.patch_size, at_least=1)
+        check_number("head_std", self.head_std, above=0)
+        check_choice("global_pool", self.global_pool, ("auto", "avg", "cls"))
+        check_choice("drop_path_law", self.drop_path_law, ("linear", "constant"))
         check_size(find_family(self.family), self.encoder)
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path}, wanted 0 <= drop_path < 1, such as 0.1")
@@ -88,6 +100,7 @@ class Classifier(Parted):
         options: dict[str, object] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        config = config.resolved()
         if num_classes < 2:
             raise ValueError(
                 f"num_classes={num_classes}: a classifier needs at least 2 classes; check the data's labels"
@@ -116,8 +129,8 @@ class Classifier(Parted):
         self.reset_head()
 
     def reset_head(self) -> None:
-        """A fresh head that starts at nearly uniform predictions (MAE's fine-tuning)."""
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        """A fresh head; with a small `head_std` it starts at nearly uniform predictions (MAE's fine-tuning)."""
+        nn.init.trunc_normal_(self.head.weight, std=self.config.head_std)
         nn.init.zeros_(self.head.bias)
 
     def forward_features(

@@ -201,4 +201,5 @@ def probe_data(config: FinetuneConfig, world: World) -> tuple[Loader | None, int
 
 def finetune(config: FinetuneConfig) -> Path:
     """Run fine-tuning to its end (or to a signal) and return the run's folder."""
+    config = replace(config, model=config.model.resolved())  # the run remembers what `auto` was
     return run_session(config, lambda world, checkpoint: Finetuning(config, world, resumed=checkpoint is not None))

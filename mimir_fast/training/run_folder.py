@@ -42,7 +42,7 @@ FREE_TO_CHANGE = frozenset(
         "run.resume", "run.overwrite", "run.allow_changes", "run.max_bad_steps", "run.stop_after", "run.hang_minutes",
         "run.profile", "run.dry_run", "run.wandb", "run.checkpoint_activations", "run.shard_ranks",
         "data.num_workers", "data.loader", "data.root", "data.resident_gib", "data.hw_decoder_load",
-        "data.max_bad_files",
+        "data.max_bad_files", "model.head_std",
     }
 )  # fmt: skip
 

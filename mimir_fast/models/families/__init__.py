@@ -5,7 +5,7 @@ To add one, write a file in this folder that calls `register(Family(…))`; noth
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,7 @@ class Family:
         resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit.
         image_size_in_tensors: `recognise` can tell the image size; where it cannot, a saved configuration can.
         norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
+        pool: what a classifier pools where nobody says: `cls` where the authors (and timm) do, else `avg`.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Family:
     resize: Callable[[str, Tensor, torch.Size], Tensor | None] = lambda name, tensor, shape: None
     image_size_in_tensors: bool = True
     norm_before_pool: bool = False
+    pool: Literal["avg", "cls"] = "avg"
 
 
 FAMILIES: Registry[Family] = Registry("encoder family", __name__)

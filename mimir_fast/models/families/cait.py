@@ -227,5 +227,6 @@ register(
         build_decoder=CaitDecoder,  # type: ignore[arg-type]
         recognise=recognise,
         to_timm=to_timm,
+        pool="cls",
     )
 )

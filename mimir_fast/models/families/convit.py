@@ -296,5 +296,6 @@ register(
         build_decoder=ConvitDecoder,  # type: ignore[arg-type]
         recognise=recognise,
         to_timm=to_timm,
+        pool="cls",
     )
 )

@@ -378,5 +378,6 @@ register(
         recognise=recognise,
         to_timm=to_timm,
         image_size_in_tensors=False,
+        pool="cls",
     )
 )
