@@ -28,6 +28,7 @@ class Encoder(nn.Module):
         num_layers: layers for stochastic depth and layer-wise learning rates.
         num_branches: residual branches of a layer.
         has_adapters: norms and cls token exist twice, for clean and for adversarial data.
+        cls_joins: layers in front of which the cls token joins the patches; of interest to who freezes some.
     """
 
     image_size: int
@@ -39,6 +40,7 @@ class Encoder(nn.Module):
     num_layers: int
     num_branches: int = 2
     has_adapters: bool = False
+    cls_joins: int = 0
 
     @property
     def grid(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mimir_fast.models.families import Architecture, all_families, find_family, recognise
 from mimir_fast.models.file_names import from_files, to_files
+from mimir_fast.models.patch_resize import with_patches_of
 from mimir_fast.models.weight_files import NORMALIZATIONS, Weights, WeightsChoice, WeightsError, read_weights
 
 
@@ -33,8 +34,9 @@ class LoadReport:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
+        few = self.fresh if len(self.fresh) <= 8 else _summary(self.fresh)
         lines = [f"initialised from {self.origin}", f"  loaded   {len(self.loaded)} tensors"]
-        for title, names in (("resized", self.resized), ("skipped", _summary(self.skipped)), ("fresh", self.fresh)):
+        for title, names in (("resized", self.resized), ("skipped", _summary(self.skipped)), ("fresh", few)):
             if names:
                 lines.append(f"  {title:<8} {', '.join(names)}")
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
@@ -43,11 +45,12 @@ class LoadReport:
 def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsChoice = "auto") -> LoadReport:
     """Fill a classifier from pre-trained (or fine-tuned) weights.
 
-    The position embedding is resized to the model's grid; a head for another number of classes, decoders and the
-    norm of another pooling are left out; the classifier's own norm and head stay fresh where the weights have none.
+    The position embedding is resized to the model's grid, the projection of patches to its patch size; a head for
+    another number of classes, decoders and the norm of another pooling are left out; the classifier's own norm and head
+    stay fresh where the weights have none.
 
     Args:
-        model: a VisionTransformer.
+        model: a classifier, or an encoder by itself.
         source: anything `read_weights` reads, or weights already read.
     Returns:
         the report; print it.
@@ -57,6 +60,8 @@ def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsCho
     weights = source if isinstance(source, Weights) else read_weights(source, which)
     report = LoadReport(weights.origin, notes=list(weights.notes))
     own = to_files(model, model.state_dict())
+    tensors, report.resized = with_patches_of(weights.tensors, own)
+    weights = replace(weights, tensors=dict(tensors))
     _check_architecture(weights, own)
     architecture = recognise(own)
     family = None if architecture is None else find_family(architecture.family)

@@ -26,6 +26,7 @@ from mimir_fast.checkpoints.reading import (
     saved_tensors,
 )
 from mimir_fast.models.families import all_families, under_our_names
+from mimir_fast.models.lora import merge_lora
 
 WeightsChoice = Literal["auto", "model", "ema"]
 
@@ -127,6 +128,7 @@ def _read_checkpoint(folder: Path, which: WeightsChoice) -> Weights:
     use_ema = has_ema and which != "model"
     # The average covers what was trained; fixed tensors are with the weights.
     tensors = read_tensors(folder, "model/") | (read_tensors(folder, "ema/") if use_ema else {})
+    tensors = merge_lora(tensors, meta.get("config"))
     origin = f"{folder} ({'moving average' if use_ema else 'weights'} of step {meta.get('step', '?')})"
     return Weights(strip_wrappers(tensors, origin), origin, config=meta.get("config"))
 

@@ -43,7 +43,7 @@ def test_every_family_has_a_recipe_here() -> None:
 def test_pooling_head_and_stochastic_depth_are_the_authors() -> None:
     for config in CONFIGS:
         model, group = config.model.resolved(), config.recipe.partition("/")[0]
-        mo = config.method == "ard_prm" and group == "cifar10" or config.recipe.endswith("_mo")
+        mo = (config.method == "ard_prm" and group == "cifar10") or config.recipe.endswith("_mo")
         assert model.global_pool == ("cls" if mo or model.family in ("convit", "cait", "xcit") else "avg"), (
             config.recipe
         )

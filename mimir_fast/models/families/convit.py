@@ -179,6 +179,7 @@ class ConvitEncoder(Encoder):
         self.width = self.token_width = width
         self.num_layers, self.num_heads, self.local_up_to_layer = depth, num_heads, local_up_to_layer
         self.locality_strength, self.official = locality_strength, positions == "official"
+        self.cls_joins = local_up_to_layer
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_positions(width, self.grid, cls_token=False))
         self.patch_embed = PatchEmbed(channels, width, patch_size)
