@@ -25,7 +25,7 @@ class LoraConfig:
 
     rank: int = 0
     """Rank of the updates; the encoder is frozen, the head trains. 0 trains the weights themselves."""
-    alpha: float | None = None
+    alpha: int | None = None
     """An update is multiplied by alpha/rank; None is the rank, a factor of 1."""
     targets: tuple[str, ...] = ()
     """Linear layers of the encoder's layers that get one, such as qkv,proj,fc1,fc2; none named: all."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimir_fast.checkpoints.reading import load_checkpoint
 from mimir_fast.data.batch import Batch
 from mimir_fast.data.loaders.base import Loader
 from mimir_fast.layers.borrowing import training_pass
@@ -27,7 +26,7 @@ from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer, clip
 from mimir_fast.training.precision import Choice
 from mimir_fast.training.run_config import RunConfig
 from mimir_fast.training.run_folder import RunFolder
-from mimir_fast.training.state import group_steps, make_room_for_optimizer, set_group_steps, training_tensors
+from mimir_fast.training.state import group_steps, load_training_state, set_group_steps, training_tensors
 from mimir_fast.training.task import Task
 from mimir_fast.training.watchdog import Watchdog
 from mimir_fast.world import World
@@ -74,8 +73,7 @@ class Trainer:
 
     def restore(self, checkpoint: Path, meta: dict[str, Any]) -> None:
         """Go on from a checkpoint. Collective."""
-        make_room_for_optimizer(checkpoint, self.task.model, self.optimizer)
-        load_checkpoint(checkpoint, training_tensors(self.task.model, self.optimizer, self.ema))
+        load_training_state(checkpoint, self.task.model, self.optimizer, self.ema)
         set_group_steps(self.optimizer, meta.get("group_steps", []))
         self.loader.load_state_dict(meta["loader"])
         self._position, self.step = self.loader.state_dict(), meta["step"]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.checkpoints.reading import saved_tensors
+from mimir_fast.checkpoints.reading import load_checkpoint, saved_tensors
 from mimir_fast.models.file_names import parameters_by_file_name, to_files
 from mimir_fast.training.ema import Ema
 
@@ -21,6 +21,22 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Em
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
     return tensors
+
+
+@torch.no_grad()
+def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
+    """Go on from a checkpoint. Collective.
+
+    Raises:
+        CheckpointError: names or shapes differ, so it is of another architecture.
+    """
+    make_room_for_optimizer(folder, model, optimizer)
+    tensors, saved = training_tensors(model, optimizer, ema), saved_tensors(folder)
+    # What did not train when it was saved (--freeze, no EMA) has no average yet.
+    late = [name for name in tensors if name.startswith("ema/") and name not in saved]
+    load_checkpoint(folder, {name: t for name, t in tensors.items() if name not in late})
+    for name in late:
+        tensors[name].copy_(tensors[name.replace("ema/", "model/", 1)])
 
 
 def make_room_for_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -1,6 +1,7 @@
 """Frozen layers: they stay, cost nothing, and count from the input; flags that do not go together."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,20 @@ class TestFreezing:
     def test_resumed_is_bit_exact(self, config: FinetuneConfig, tmp_path: Path) -> None:
         assert_same(stopped_and_resumed(config, tmp_path / "parts"), last(config.folder))
 
+    def test_layers_thaw_in_a_resumed_run(self, config: FinetuneConfig, tmp_path: Path) -> None:
+        """With --allow_changes; what has trained goes on, the rest starts its optimiser state and average."""
+        run = replace(config.run, output_dir=str(tmp_path / "run"), stop_after=2, save_every=1)
+        first = last(finetune(replace(config, run=run)))
+        thawed = replace(config, freeze="", run=replace(run, stop_after=None, allow_changes=True))
+        with pytest.raises(FileExistsError, match="freeze: 2 -> "):
+            finetune(replace(thawed, run=replace(thawed.run, allow_changes=False)))
+        tensors = last(finetune(thawed))
+        name = "blocks.0.attn.qkv.weight"
+        weight, before = tensors[f"model/{name}"], first[f"model/{name}"]
+        assert not torch.equal(weight, before) and tensors[f"optimizer/{name}/step"] == 1
+        torch.testing.assert_close(tensors[f"ema/{name}"], torch.lerp(before, weight, 0.1))
+        assert tensors["optimizer/head.weight/step"] == 3
+
     @pytest.mark.slow
     def test_shards_train_the_same(self, config: FinetuneConfig, vit: Path, tmp_path: Path, command: Command) -> None:
         """FSDP2 on two ranks, recomputing activations, against one process."""
@@ -57,13 +72,16 @@ class TestFreezing:
         for name in (n for n in whole if n.startswith("model/")):
             torch.testing.assert_close(found[name], whole[name], rtol=2e-3, atol=2e-4)
 
-    def test_batch_norms_keep_their_statistics(self, tmp_path: Path) -> None:
-        init = pretrained("xcit", tmp_path / "init")
-        tensors, before = last(finetune(small("xcit", init, tmp_path / "run", "--freeze", "2"))), last(init)
+    def test_batch_norms_keep_their_statistics(self) -> None:
+        model = build_classifier(ClassifierConfig("xcit", "nano", 8), 32, 4)
+        freeze(model, model.encoder, "2")
+        before = {name: t.clone() for name, t in model.named_buffers()}
+        model.train()(torch.rand(3, 3, 32, 32)).sum().backward()
         for index in range(4):
-            name = f"model/blocks.{index}.local_mp.bn.running_mean"
-            assert torch.equal(tensors[name], before[name]) == (index < 2)
-        assert torch.equal(tensors["model/patch_embed.proj.0.1.running_var"], torch.ones(24))
+            name = f"encoder.blocks.{index}.local_mp.bn.running_mean"
+            assert torch.equal(model.get_buffer(name), before[name]) == (index < 2)
+        name = "encoder.patch_embed.proj.0.1.running_var"
+        assert torch.equal(model.get_buffer(name), before[name])
 
     def test_a_frozen_batch_norm_is_in_eval_mode_under_every_attack(self) -> None:
         norm = BatchNorm(3)

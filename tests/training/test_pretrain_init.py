@@ -114,10 +114,7 @@ def test_resumed_without_the_file_is_bit_exact(run: Path, tmp_path: Path, capsys
 
 def test_bad_weights_leave_nothing(tmp_path: Path) -> None:
     save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.safetensors")
-    for init, message in (
-        (tmp_path / "resnet.safetensors", "holds no vision transformer"),
-        (tmp_path / "x", "does not"),
-    ):
+    for name, message in (("resnet.safetensors", "holds no vision transformer"), ("x", "does not exist")):
         with pytest.raises(WeightsError, match=message):
             pretrain(config(tmp_path / name, "--output_dir", str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
