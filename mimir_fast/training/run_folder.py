@@ -58,14 +58,14 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def defaults_of(config: Any, prefix: str = "") -> dict[str, Any]:
-    """What each option of a (nested) dataclass is where nobody names it, as {"a.b": value}."""
+    """What each option of a (nested) dataclass is where nobody names it, as {"a.b": value} of JSON."""
     flat: dict[str, Any] = {}
     for option in dataclasses.fields(config):
         name, value = f"{prefix}{option.name}", getattr(config, option.name)
         if dataclasses.is_dataclass(value):
             flat |= defaults_of(value, name + ".")
         elif option.default is not dataclasses.MISSING:
-            flat[name] = option.default
+            flat[name] = list(option.default) if isinstance(option.default, tuple) else option.default
     return flat
 
 

@@ -1,6 +1,7 @@
 """What the fine-tuning recipes share: pooling, head and stochastic depth as the authors', and no dead parameter."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from mimir_fast.models.classifier import ClassifierConfig, build_classifier
 from mimir_fast.models.families import all_families
 from mimir_fast.recipes import all_recipes, find_recipe
 from mimir_fast.training.finetuning import FinetuneConfig
+from mimir_fast.training.run_folder import defaults_of, differences
 
 CONFIGS = [find_recipe(FinetuneConfig, r.name) for r in all_recipes() if r.config_type is FinetuneConfig]
 
@@ -34,6 +36,18 @@ def test_no_parameter_goes_without_gradient(config: ClassifierConfig) -> None:
     F.cross_entropy(logits, torch.arange(4)).backward()
     dead = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert [name for name in dead if not name.endswith(".attn.k.bias")] == []
+
+
+@pytest.mark.parametrize("name", ["cifar10/pgd_vit_tiny", "imagenet/fast_swin_base", "digits/pgd_convit_nano"])
+def test_a_run_of_before_these_options_goes_on(name: str) -> None:
+    config = find_recipe(FinetuneConfig, name)
+    config = replace(config, model=config.model.resolved())
+    new = json.loads(json.dumps(asdict(config)))
+    old = {key: value for key, value in new.items() if key not in ("freeze", "lora")}
+    old["model"] = {k: v for k, v in new["model"].items() if k not in ("head_std", "drop_path_law")}
+    old["model"]["global_pool"] = "avg"
+    found = differences(old, new, defaults_of(config))
+    assert found == (["model.global_pool: avg -> cls"] if "convit" in name else [])
 
 
 def test_every_family_has_a_recipe_here() -> None:
