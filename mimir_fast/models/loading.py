@@ -35,6 +35,7 @@ from mimir_fast.models.file_names import to_files
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Normalizer, flags, same, words
 from mimir_fast.models.options import option_texts, parse_options
+from mimir_fast.models.patch_resize import with_patches_of
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 
 __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_weights", "resize_positions"]
@@ -58,8 +59,9 @@ def initialize(
 ) -> LoadReport:
     """Fill a classifier or a masked model from pre-trained (or fine-tuned) weights.
 
-    The position embedding is resized to the model's grid; a head for another number of classes, decoders and the
-    norm of another pooling are left out; the model's own norm, head and decoder stay fresh where the weights have none.
+    The position embedding is resized to the model's grid, the projection of patches to its patch size; a head for
+    another number of classes, decoders and the norm of another pooling are left out; the model's own norm, head and
+    decoder stay fresh where the weights have none.
 
     Args:
         model: a Classifier or a MaskedModel.
@@ -71,8 +73,13 @@ def initialize(
         WeightsError: weights of another architecture, incomplete, or with NaN in them.
     """
     weights = source if isinstance(source, Weights) else read_weights(source, which, part)
-    _check_architecture(weights, to_files(model, model.state_dict()), model)
-    return fill(model, weights, whole=False)
+    own = to_files(model, model.state_dict())
+    tensors, resized = with_patches_of(weights.tensors, own)
+    weights = replace(weights, tensors=dict(tensors))
+    _check_architecture(weights, own, model)
+    report = fill(model, weights, whole=False)
+    report.resized = [*resized, *report.resized]
+    return report
 
 
 def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:

@@ -119,7 +119,7 @@ def test_classifier_from_timm_and_back(qkv_bias: bool) -> None:
 
 
 def test_norm_after_the_mean_is_not_exported() -> None:
-    model = Classifier(ClassifierConfig("convit", "nano", 4), 32, 10)
+    model = Classifier(ClassifierConfig("convit", "nano", 4, global_pool="avg"), 32, 10)
     architecture = recognise(file_state(model))
     assert architecture is not None
     with pytest.raises(ValueError, match=r"--model.global_pool cls"):
