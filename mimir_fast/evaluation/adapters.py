@@ -25,6 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.sizes import Size, as_size, shown
+
 KINDS = (
     "a run folder, a .safetensors or .pth file, timm:NAME, hf-hub:ORG/NAME, robustbench:DATA/NORM/NAME, a .pt2 "
     "(torch.export) or TorchScript file, module:function"
@@ -138,7 +140,7 @@ class FromProbabilities(nn.Module):
 
 def load_model(
     spec: str, *, num_classes: int | None, device: torch.device, channels: int = 3, weights: Choice = "auto",
-    image_size: int | None = None, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
+    image_size: Size | None = None, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
     probabilities: bool = False,
 ) -> JudgedModel:  # fmt: skip
     """The model `spec` names.
@@ -170,7 +172,7 @@ def load_model(
 
 
 def _find(
-    spec: str, num_classes: int | None, channels: int, device: torch.device, weights: Choice, image_size: int | None
+    spec: str, num_classes: int | None, channels: int, device: torch.device, weights: Choice, image_size: Size | None
 ) -> JudgedModel:  # fmt: skip
     path = Path(spec)
     if weights != "auto" and not path.is_dir():
@@ -230,14 +232,14 @@ def _hub_settings(spec: str) -> Any:
 def _made_for(settings: dict[str, Any]) -> dict[str, Any]:
     size = settings.get("input_size")
     known = {
-        "image_size": size[-1] if size else None,
+        "image_size": as_size(size[-2:]) if size else None,
         "crop": settings.get("crop_pct"),
         "interpolation": settings.get("interpolation"),
     }
     return {name: value for name, value in known.items() if value}
 
 
-def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | None) -> JudgedModel:
+def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | None) -> JudgedModel:
     import timm
 
     name, _, weights = spec.removeprefix("timm:").partition("@")
@@ -248,7 +250,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | N
     sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     made_for = timm_settings(spec)
     if image_size and image_size != made_for.get("image_size", image_size):
-        notes.append(f"evaluated at {image_size}², made for {made_for['image_size']}²")
+        notes.append(f"evaluated at {shown(image_size)}, made for {shown(made_for['image_size'])}")
     if weights and weights != "random":
         if not Path(weights).is_file():
             raise FileNotFoundError(
@@ -275,7 +277,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | N
     return JudgedModel(Normalized(model, tuple(mean), tuple(std)), spec, "timm", words, notes, made_for=made_for)
 
 
-def _create(name: str, image_size: int | None, made_for: dict[str, Any], **options: Any) -> Any:
+def _create(name: str, image_size: Size | None, made_for: dict[str, Any], **options: Any) -> Any:
     """A timm model, told of the image size where it is not its own and it must know (vision transformers)."""
     import timm
 

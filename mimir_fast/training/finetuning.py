@@ -21,6 +21,7 @@ from mimir_fast.models.classifier import ClassifierConfig, build_classifier
 from mimir_fast.models.families import find_family, mask_unit_of
 from mimir_fast.models.loading import LoadReport, initialize
 from mimir_fast.models.weight_files import WeightsChoice
+from mimir_fast.sizes import shown
 from mimir_fast.training.distributed import World
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
@@ -145,7 +146,7 @@ class Finetuning:
         """What is trained on what, and what the weights came from."""
         config = self.config
         head = (
-            f"{config.method} on {config.data.source} ({num_samples:,} images, {config.data.image_size}²): "
+            f"{config.method} on {config.data.source} ({num_samples:,} images, {shown(config.data.image_size)}): "
             f"{find_family(config.model.family).title}-{config.model.encoder}/{config.model.patch_size}"
         )
         if adversary := self.method.adversary():

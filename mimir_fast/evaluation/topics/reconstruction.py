@@ -55,7 +55,7 @@ def load_masked_autoencoder(source: str | Path) -> tuple[MaskedModel, MaeConfig]
 
 @torch.no_grad()
 def reconstruct(model: MaskedModel, trained: MaeConfig, images: Tensor, samples: Tensor, seed: int) -> Tensor:
-    """(B, C, S, S) in [0, 1]: the visible patches and, in place of the masked ones, the prediction.
+    """(B, C, H, W) in [0, 1]: the visible patches and, in place of the masked ones, the prediction.
 
     Args:
         trained: how; predictions of normalised patches get the true mean and deviation back, as in MAE's own pictures.
@@ -67,7 +67,7 @@ def reconstruct(model: MaskedModel, trained: MaeConfig, images: Tensor, samples:
         truth = gather_patches(patches, masked)
         prediction = prediction * (truth.var(dim=-1, keepdim=True) + 1e-6).sqrt() + truth.mean(dim=-1, keepdim=True)
     full = patches.scatter(1, masked.unsqueeze(-1).expand_as(prediction), prediction)
-    return unpatchify(full, model.patch_size).clamp(0, 1)
+    return unpatchify(full, model.patch_size, images.shape[2]).clamp(0, 1)
 
 
 def pretrained_of(setup: Setup) -> str | None:
