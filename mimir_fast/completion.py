@@ -33,6 +33,7 @@ COMMANDS = {
                         "config_from"),
     "finetune": Command("mimir_fast.finetune", "fine-tune it into a robust classifier", "config_from"),
     "evaluate": Command("mimir_fast.evaluate", "attack any classifier and write a report", "EvaluateConfig"),
+    "probe": Command("mimir_fast.probe", "nearest neighbours and linear probes of a frozen encoder", "ProbingConfig"),
     "compare": Command("mimir_fast.compare", "finished evaluations side by side", "CompareConfig"),
     "export": Command("mimir_fast.export", "take the weights of a run to timm, or into one file", "ExportConfig"),
     "hub": Command("mimir_fast.hub", "put a run on the Hugging Face Hub, or into a folder like one, with a model card",

@@ -39,6 +39,10 @@ ROOMS = {
         "topics of the report, each one file in `topics/`; suites, images, progress",
         ("training", "methods", "attacks", "models", "data", "losses", *_LOWER),
     ),
+    "probing": Room(
+        "what a frozen encoder knows: neighbours, linear and attentive probes",
+        ("evaluation", "attacks", "models", "data", *_LOWER),
+    ),
     "recipes": Room(
         "named configurations", ("training", "evaluation", "methods", "attacks", "models", "data", "cli")
     ),

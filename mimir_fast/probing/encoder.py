@@ -1,0 +1,108 @@
+"""Any model as a frozen encoder: images in [0, 1] to tokens, and to one vector an image.
+
+Our checkpoints, pre-trained or fine-tuned, and any model that `evaluate` takes and that shows its features
+(`forward_features`, timm's convention).
+Shapes: B images, C channels, S × S pixels, T tokens, D width.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.data.config import DataConfig
+from mimir_fast.evaluation.adapters import load_model
+from mimir_fast.models.classifier import Classifier, ClassifierConfig
+from mimir_fast.models.families import find_family
+from mimir_fast.models.loading import infer_architecture, initialize
+from mimir_fast.models.weight_files import WeightsChoice, read_weights
+
+Pool = Literal["auto", "cls", "mean", "both"]
+
+
+class FrozenEncoder(nn.Module):
+    """Takes no gradients to its weights, only to its images.
+
+    Args:
+        model: owner of the weights, put into eval mode.
+        tokens: images → (B, T, D), rows of a prefix first.
+        num_prefix: rows that are no patch's, the cls token first; 0 is none.
+        pool: `cls`, the `mean` of the patches, `both` one behind the other (DINOv2's), or `auto`: cls if there is one.
+        norm: of the pooled vector, where the model has one.
+        width: D.
+    Raises:
+        ValueError: cls is asked for and there is none.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokens: Callable[[Tensor], Tensor], num_prefix: int, pool: Pool = "auto",
+        norm: nn.Module | None = None, width: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if pool in ("cls", "both") and not num_prefix:
+            raise ValueError(f"--pool {pool}: this encoder has no cls token: take mean")
+        self.model = model.eval().requires_grad_(False)
+        self._tokens, self.num_prefix, self.norm = (tokens,), num_prefix, norm or nn.Identity()
+        self.token_width = width
+        self.pool = ("cls" if num_prefix else "mean") if pool == "auto" else pool
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, T, D)."""
+        return self._tokens[0](images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, D), or (B, 2·D) with both pools."""
+        tokens = self.tokens(images)
+        cls, mean = tokens[:, 0], tokens[:, self.num_prefix :].mean(dim=1)
+        return self.norm({"cls": cls, "mean": mean}.get(self.pool, torch.cat([cls, mean], dim=1)))
+
+
+def open_encoder(
+    source: str, data: DataConfig, weights: WeightsChoice = "auto", pool: Pool = "auto"
+) -> tuple[FrozenEncoder, list[str]]:
+    """The encoder of a checkpoint or of any model with features, and what a reader of its numbers must know.
+
+    Raises:
+        ValueError: the model shows no features.
+        WeightsError: the file cannot be read, or holds no encoder of ours.
+    """
+    if Path(source).exists() and Path(source).suffix not in (".pt2", ".ts"):
+        return _ours(source, weights, pool)
+    judged = load_model(
+        source, num_classes=None, device=torch.device("cpu"), channels=data.channels, image_size=data.image_size
+    )
+    model: Any = judged.module
+    if not hasattr(getattr(model, "model", model), "forward_features"):
+        raise ValueError(f"{source} shows no features: it has no forward_features(images), as models of timm have")
+    bare = getattr(model, "model", model)
+    num_prefix = int(getattr(bare, "num_prefix_tokens", 0))
+    width = int(bare.num_features)
+
+    def tokens(images: Tensor) -> Tensor:
+        found: Tensor = model.forward_features(images)
+        if found.ndim == 4:  # (B, D, H, W) of convolutional networks, (B, H, W, D) of Swin
+            found = found.flatten(2).transpose(1, 2) if found.shape[1] == width else found.flatten(1, 2)
+        return found
+
+    return FrozenEncoder(model, tokens, num_prefix, pool, width=width), judged.notes
+
+
+def _ours(source: str, which: WeightsChoice, pool: Pool) -> tuple[FrozenEncoder, list[str]]:
+    weights = read_weights(source, which)
+    architecture, _ = infer_architecture(weights)
+    family = find_family(architecture.family)
+    averaged = "fc_norm.weight" in weights.tensors or family.norm_before_pool
+    config = ClassifierConfig(
+        family=architecture.family, encoder=architecture.size, patch_size=architecture.patch_size,
+        global_pool="avg" if averaged else "cls",
+    )  # fmt: skip
+    with torch.random.fork_rng([]):
+        model = Classifier(config, architecture.image_size, 2, architecture.channels, dict(architecture.options))
+    report = initialize(model, weights)
+    if pool == "auto":
+        pool = "mean" if averaged else "auto"
+    norm = model.fc_norm if pool == "mean" else None
+    encoder = FrozenEncoder(model, model.forward_features, model.encoder.num_prefix, pool, norm, model.encoder.width)
+    return encoder, [str(report)]

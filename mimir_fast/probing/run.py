@@ -1,0 +1,186 @@
+"""From a frozen encoder and a data set to numbers: features once, then each probe on each share of the labels.
+
+Features are computed on all ranks; probes are trained and attacked on the main one.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.pgd import pgd
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.data.sources import build_source
+from mimir_fast.data.sources.base import ImageSource
+from mimir_fast.evaluation.images import EvaluationImages, load_from
+from mimir_fast.evaluation.statistics import Count
+from mimir_fast.probing.attentive import Probed, train_attentive
+from mimir_fast.probing.config import ProbeName, ProbingConfig
+from mimir_fast.probing.encoder import FrozenEncoder
+from mimir_fast.probing.features import Features, extract
+from mimir_fast.probing.heads import Heads, logistic_regression, train_heads
+from mimir_fast.probing.neighbours import NeighbourHead
+from mimir_fast.world import World
+
+HELD_OUT = 0.1
+"""Share of the training images on which the learning rate of the linear probe is chosen."""
+
+
+@dataclass
+class Outcome:
+    """What one probe found with one share of the labels.
+
+    Attributes:
+        probe, fraction: which.
+        train_images: whose labels it saw.
+        clean: test images that are right.
+        attacked: of those that PGD attacked through encoder and probe; None without attack.
+        seconds: to train it.
+        sweep: (learning rate, accuracy on held-out training images), of the linear probe.
+    """
+
+    probe: ProbeName
+    fraction: float
+    train_images: int
+    clean: Count
+    attacked: Count | None
+    seconds: float
+    sweep: list[tuple[float, float]]
+
+
+class Probing:
+    """The features of a data set and the probes on them.
+
+    Args:
+        log: called with a line for each probe.
+    """
+
+    def __init__(
+        self, config: ProbingConfig, encoder: FrozenEncoder, world: World,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:  # fmt: skip
+        self.config, self.encoder, self.world, self.log = config, encoder.to(world.device), world, log
+        self.train_source, self.test_source = (build_source(config.data, split) for split in ("train", "test"))
+        for source in (self.train_source, self.test_source):
+            if source.num_classes < 2 or (np.asarray(source.labels) < 0).any():
+                raise ValueError(f"{source.name} has images without labels: a probe needs the labels of all")
+        self.num_classes = self.train_source.num_classes
+        self.train, self.test = self._features(self.train_source, "train"), self._features(self.test_source, "test")
+
+    def _features(self, source: ImageSource, split: str) -> Features:
+        count = len(source) if self.config.limit is None or split == "train" else min(self.config.limit, len(source))
+        indices = np.arange(count, dtype=np.int64) * len(source) // count
+        path = self.config.folder / f"{split}.npy"
+        started = time.perf_counter()
+        found = extract(
+            self.encoder, source, self.config.data, indices, path, self.world, batch_size=self.config.batch_size
+        )
+        seconds = time.perf_counter() - started
+        self.log(f"features of {len(found):,} {split} images: {seconds:.1f} s ({len(found) / seconds:,.0f} images/s)")
+        return found
+
+    def run(self) -> list[Outcome]:
+        """Every probe on every share of the labels. On the main rank only."""
+        attacked = self._attacked_images()
+        outcomes = []
+        for fraction in self.config.label_fractions:
+            train = self.train.take(share(self.train.labels, fraction, self.config.seed))
+            for name in self.config.probes:
+                outcome = self._probe(name, fraction, train, attacked)
+                line = f"{name:>10} on {outcome.train_images:,} labels: {outcome.clean}"
+                line += f", under attack {outcome.attacked}" if outcome.attacked else ""
+                self.log(f"{line}, {outcome.seconds:.1f} s")
+                outcomes.append(outcome)
+        return outcomes
+
+    def _probe(self, name: ProbeName, fraction: float, train: Features, attacked: EvaluationImages | None) -> Outcome:
+        started = time.perf_counter()
+        head, sweep = self._head(name, train)
+        seconds = time.perf_counter() - started
+        probed = Probed(self.encoder, head.to(self.world.device)).eval().requires_grad_(False)
+        if name == "attentive":
+            images = load_from(self.test_source, self.config.data, self.test.samples.numpy())
+            clean = Count(sum(int((probed(x).argmax(1) == y).sum()) for x, y, _ in self._batches(images)), len(images))
+        else:
+            clean = Count(_right(head.cpu(), self.test), len(self.test))
+        under_attack = None if attacked is None else self._attack(probed.to(self.world.device), attacked)
+        return Outcome(name, fraction, len(train), clean, under_attack, seconds, sweep)
+
+    def _head(self, name: ProbeName, train: Features) -> tuple[nn.Module, list[tuple[float, float]]]:
+        config = self.config
+        if name == "knn":
+            k = min(config.neighbours, len(train))
+            return NeighbourHead(train.values, train.labels, self.num_classes, k), []
+        if name == "logistic":
+            return logistic_regression(train, self.num_classes).linear(0), []
+        if name == "linear":
+            heads, sweep = self._best_linear(train)
+            return heads, sweep
+        images = load_from(self.train_source, config.data, train.samples.numpy())
+        return train_attentive(
+            self.encoder, images, self.num_classes, epochs=config.attentive_epochs, seed=config.seed,
+            batch_size=min(128, config.batch_size), device=self.world.device,
+        ), []  # fmt: skip
+
+    def _best_linear(self, train: Features) -> tuple[nn.Linear, list[tuple[float, float]]]:
+        """The head of the rate that is best on held-out training images; all rates are trained together."""
+        config = self.config
+        held = share(train.labels, HELD_OUT, config.seed + 1)
+        rest = torch.ones(len(train), dtype=torch.bool)
+        rest[held] = False
+        heads: Heads = train_heads(
+            train.take(rest.nonzero()[:, 0]), self.num_classes, epochs=config.epochs, batch_size=config.batch_size,
+            seed=config.seed, device=self.world.device,
+        )  # fmt: skip
+        accuracies = heads.accuracies(train.take(held))
+        best = max(range(len(accuracies)), key=accuracies.__getitem__)
+        return heads.linear(best), list(zip(heads.rates, accuracies, strict=True))
+
+    def _attacked_images(self) -> EvaluationImages | None:
+        count = min(self.config.attack_images, len(self.test))
+        if not count or not self.config.eps:
+            return None
+        chosen = self.test.samples[torch.arange(count) * len(self.test) // count]
+        return load_from(self.test_source, self.config.data, chosen.numpy())
+
+    def _attack(self, probed: nn.Module, images: EvaluationImages) -> Count:
+        eps = self.config.eps
+        threat = LinfThreat(eps=eps, alpha=eps / 4, num_steps=self.config.attack_steps)
+        right = 0
+        for x, labels, samples in self._batches(images):
+            adversarial = pgd(probed, x, labels, threat, samples=samples, seed=self.config.seed, mode="eval")
+            with torch.no_grad():
+                right += int((probed(adversarial).argmax(dim=1) == labels).sum())
+        return Count(right, len(images))
+
+    def _batches(self, images: EvaluationImages) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return list(images.batches(min(128, self.config.batch_size), self.world.device))
+
+
+@torch.no_grad()
+def _right(head: nn.Module, features: Features) -> int:
+    blocks = zip(features.values.split(4096), features.labels.split(4096), strict=True)
+    return sum(int((head(values).argmax(dim=1) == labels).sum()) for values, labels in blocks)
+
+
+def share(labels_N: Tensor, fraction: float, seed: int) -> Tensor:
+    """Ascending positions of a share of the images, of every class as many in a hundred, and at least one."""
+    if fraction == 1:
+        return torch.arange(len(labels_N))
+    order = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
+    chosen = []
+    for label in labels_N.unique():
+        own = order[labels_N[order] == label]
+        chosen.append(own[: max(1, round(fraction * len(own)))])
+    return torch.cat(chosen).sort().values
+
+
+def as_dict(outcome: Outcome) -> dict[str, object]:
+    """For results.json."""
+    plain = asdict(outcome)
+    plain["clean"] = outcome.clean.as_dict()
+    plain["attacked"] = None if outcome.attacked is None else outcome.attacked.as_dict()
+    return plain
