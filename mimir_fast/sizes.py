@@ -3,6 +3,7 @@
 A square is typed, saved and passed on as one number everywhere; who needs both numbers asks `height_width`.
 """
 
+import math
 from collections.abc import Sequence
 
 Size = int | tuple[int, int]
@@ -53,6 +54,12 @@ def divided(size: Size, by: int) -> Size:
 def divides(by: int, size: Size) -> bool:
     """Whether squares of side `by` tile `size`."""
     return by >= 1 and not any(side % by for side in height_width(size))
+
+
+def nearest_grid(count: int) -> Size:
+    """The square grid of so many places, or, where there is none, the rectangle with more columns that is nearest."""
+    rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
+    return as_size((rows, count // rows))
 
 
 def area(size: Size) -> int:

@@ -141,7 +141,7 @@ def test_an_empty_batch():
 
 def test_registration():
     pixels, plan, _ = make(JOBS["crop"], 3)
-    torch.library.opcheck(torch.ops.mimir_fast.crop_resize, (pixels, plan, SIDE, 3))
+    torch.library.opcheck(torch.ops.mimir_fast.crop_resize, (pixels, plan, SIDE, SIDE, 3))
 
 
 @pytest.mark.parametrize(

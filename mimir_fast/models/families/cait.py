@@ -28,6 +28,7 @@ from mimir_fast.models.families import (
 )
 from mimir_fast.models.positions import sincos_positions, with_positions
 from mimir_fast.ops.patches import gather_patches
+from mimir_fast.sizes import Size
 
 # name: (width, depth, heads, initial scale of the branches). `nano` is ours: few layers need no small scale.
 SIZES: dict[str, tuple[int, int, int, float]] = {
@@ -119,7 +120,7 @@ class CaitEncoder(Encoder):
     """Layers over the visible patches, then class attention."""
 
     def __init__(
-        self, width: int, depth: int, num_heads: int, init_values: float = 1e-5, *, image_size: int, patch_size: int,
+        self, width: int, depth: int, num_heads: int, init_values: float = 1e-5, *, image_size: Size, patch_size: int,
         channels: int = 3, mlp_ratio: float = 4.0, qkv_bias: bool = True, depth_token_only: int = 2,
         mlp_ratio_token_only: float = 4.0, final_norm: bool = True,
     ) -> None:  # fmt: skip

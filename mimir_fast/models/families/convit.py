@@ -37,6 +37,7 @@ from mimir_fast.models.families import (
 from mimir_fast.models.positions import pseudo_grid, sincos_positions, with_positions
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches
+from mimir_fast.sizes import Size, area, height_width
 
 # name: (width, depth, heads, layers with positions). `nano` is ours, the others are timm's and the MIMIR authors'.
 SIZES: dict[str, tuple[int, int, int, int]] = {
@@ -47,16 +48,17 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 }
 
 
-def relative_offsets(places_BK: Tensor, grid: int) -> Tensor:
+def relative_offsets(places_BK: Tensor, grid: Size) -> Tensor:
     """(B, 3, K, K) float32: column and row of the key minus those of the query, and the squared distance."""
-    columns_rows = torch.stack([places_BK % grid, places_BK // grid], dim=1).float()
+    _, across = height_width(grid)
+    columns_rows = torch.stack([places_BK % across, places_BK // across], dim=1).float()
     offsets = columns_rows.unsqueeze(2) - columns_rows.unsqueeze(3)
     return torch.cat([offsets, offsets.square().sum(dim=1, keepdim=True)], dim=1)
 
 
-def grid_offsets(grid: int, device: torch.device) -> Tensor:
+def grid_offsets(grid: Size, device: torch.device) -> Tensor:
     """(1, 3, N, N) float32: those of a whole grid in raster order."""
-    return relative_offsets(torch.arange(grid**2, device=device).unsqueeze(0), grid)
+    return relative_offsets(torch.arange(area(grid), device=device).unsqueeze(0), grid)
 
 
 class PositionalAttention(nn.Module):
@@ -164,7 +166,7 @@ class ConvitEncoder(Encoder):
     """Positional layers over the visible patches, then plain ones over these and the cls token."""
 
     def __init__(
-        self, width: int, depth: int, num_heads: int, local_up_to_layer: int = 10, *, image_size: int, patch_size: int,
+        self, width: int, depth: int, num_heads: int, local_up_to_layer: int = 10, *, image_size: Size, patch_size: int,
         channels: int = 3, mlp_ratio: float = 4.0, qkv_bias: bool = True, locality_strength: float = 1.0,
         positions: str = "true", final_norm: bool = True,
     ) -> None:  # fmt: skip

@@ -22,6 +22,7 @@ from mimir_fast.models.families.vit import SIZES as VIT_SIZES
 from mimir_fast.models.families.vit import VitEncoder, timm_arguments
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches, unpatchify, unpatchify_visible
+from mimir_fast.sizes import height_width
 
 # ViT's sizes; `nano` is ours.
 SIZES = {name: VIT_SIZES[name] for name in ("nano", "small", "base")}
@@ -65,10 +66,10 @@ class ConvStemEncoder(VitEncoder):
 
     def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
         """(B, K, D); see Encoder."""
+        height, width = height_width(self.image_size)
         if places_BK is None:
-            return self.patch_embed(unpatchify(patches_BKP, self.mask_unit), domain)
-        side = self.image_size
-        images = unpatchify_visible(patches_BKP, places_BK, self.mask_unit, side, side)
+            return self.patch_embed(unpatchify(patches_BKP, self.mask_unit, height), domain)
+        images = unpatchify_visible(patches_BKP, places_BK, self.mask_unit, height, width)
         return gather_patches(self.patch_embed(images, domain), places_BK)
 
 
