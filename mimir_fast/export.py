@@ -22,8 +22,10 @@ from mimir_fast.cli import parse, run
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.layers.norms import SUFFIX, is_adapter
 from mimir_fast.models.families import find_family
-from mimir_fast.models.loading import infer_architecture
-from mimir_fast.models.weight_files import NORMALIZATIONS, Weights, WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.loading import inspect_weights
+from mimir_fast.models.normalization import check_statistics, choice_note, to_metadata
+from mimir_fast.models.options import option_texts
+from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.versions import python_command
 
 Domain = Literal["clean", "adversarial"]
@@ -41,8 +43,14 @@ class ExportConfig:
     """`timm`: for timm's class. `safetensors`: everything, for our own commands."""
     weights: WeightsChoice = "auto"
     """The trained weights (model), their moving average (ema), or the average where there is one (auto)."""
+    part: str = ""
+    """Of a file with several encoders, the name of the one to take, such as teacher."""
     domain: Literal["", "clean", "adversarial"] = ""
     """Of weights with adapters (AEMIM), whose norms and cls token; clean when not said. Format timm only."""
+    mean: tuple[float, ...] | None = None
+    """The mean that the model takes out of images in [0, 1], one number a channel; left out: as the weights say."""
+    std: tuple[float, ...] | None = None
+    """The deviation."""
     overwrite: bool = False
     """Replace an existing file."""
     imports: Imports = ()
@@ -51,6 +59,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if Path(self.output).suffix != ".safetensors":
             raise ValueError(f"--output {self.output}: wanted a name that ends in .safetensors")
+        check_statistics(self.mean, self.std, None)
 
 
 def encoder_tensors(weights: Weights, domain: Domain) -> dict[str, Tensor]:
@@ -83,33 +92,38 @@ def export(config: ExportConfig) -> Path:
         raise FileExistsError(
             f"{path.parent} is a checkpoint, which another file would damage: choose another --output"
         )
-    weights = read_weights(config.source, config.weights)
+    weights = read_weights(config.source, config.weights, config.part)
     domain: Domain = config.domain or "clean"
     if not config.domain and any(is_adapter(name) for name in weights.tensors):
         print(
             "these weights keep their norms for clean and for adversarial images: the clean ones are exported "
             "(--domain adversarial for the others)"
         )
-    saved = (weights.config or {}).get("model", {})
-    mean, std = NORMALIZATIONS[saved.get("normalization", "none")]
+    architecture, report = inspect_weights(weights)
+    print(report)
+    asked = (config.mean, config.std) if config.mean is not None and config.std is not None else None
+    statistics = weights.statistics(architecture.channels, asked)
+    if note := choice_note(weights.normalization, asked):
+        print(note)
+    # An assumption is not written as if it were known.
+    known = to_metadata(statistics) if asked or weights.normalization else {}
     if config.format == "timm":
-        architecture, _ = infer_architecture(weights)
         timm_model = find_family(architecture.family).to_timm(encoder_tensors(weights, domain), architecture)
         tensors, arguments = timm_model.tensors, timm_model.arguments
-        metadata = {"format": "pt", "timm": json.dumps(arguments), "class": timm_model.path, "code": timm_model.code,
-                    "mean": json.dumps(mean), "std": json.dumps(std)}  # fmt: skip
+        metadata = {"format": "pt", "timm": json.dumps(arguments), "class": timm_model.path, "code": timm_model.code}
         hint = f"\n{timm_model.code}\nmodel.load_state_dict(safetensors.torch.load_file({str(path)!r}))"
-        hint += f"\nimages in [0, 1], then mean {mean}, std {std}"
+        hint += f"\nimages in [0, 1], then mean {statistics[0]}, std {statistics[1]}"
     else:
         tensors = weights.tensors
-        metadata = {"format": "mimir_fast", "config": json.dumps(weights.config or {})}
+        written = weights.config or {"model": {"options": option_texts(architecture.options)}}
+        metadata = {"format": "mimir_fast", "config": json.dumps(written)}
         hint = f"{python_command()} -m mimir_fast.finetune --init {path}"
         if "head.weight" in tensors:
             hint = f"{python_command()} -m mimir_fast.evaluate --checkpoint {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + PARTIAL)  # the source may be mapped from where the result goes
     try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, aside, metadata=metadata)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, aside, metadata=metadata | known)
         move(aside, path)
     finally:
         aside.unlink(missing_ok=True)

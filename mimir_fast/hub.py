@@ -27,12 +27,13 @@ from mimir_fast.evaluation.results import Results
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.hub_card import card, public_config
 from mimir_fast.models.classifier import Classifier, load_classifier
-from mimir_fast.models.families import find_family
+from mimir_fast.models.families import describe
 from mimir_fast.models.file_names import to_files
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel
-from mimir_fast.models.weight_files import WeightsChoice, read_weights
+from mimir_fast.models.normalization import Statistics, to_metadata
+from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 from mimir_fast.training.ownership import is_run
 
 LICENSE = "apache-2.0"
@@ -48,12 +49,14 @@ class _OnTheHub(ModelHubMixin):
         run_config: the configuration the weights were trained with, {} where it is not known.
         results: of an evaluation, for the card; may be set by hand.
         outline: the architecture in words.
+        statistics: the (mean, std) inside the model, None where the weights did not say.
     """
 
     kind: ClassVar[str]
     run_config: dict[str, Any]
     results: Results | None
     outline: str
+    statistics: Statistics | None
 
     @classmethod
     def from_run(cls, source: str | Path, which: WeightsChoice = "auto", results: str | Path | None = None) -> Self:
@@ -69,20 +72,20 @@ class _OnTheHub(ModelHubMixin):
         """
         weights = read_weights(source, which)
         architecture, _ = infer_architecture(weights)
-        family = find_family(architecture.family)
-        model = cls._load(source, which)
+        model = cls._load(weights)
         # As torch's parametrizations do: the same object with more methods, so no weight is copied.
         model.__class__ = cls
         model.run_config = public_config(weights.config or {})
         model.outline = (
-            f"{family.title}-{architecture.size} ({family.sizes[architecture.size]}), patch {architecture.patch_size}, "
+            f"{describe(architecture)}, patch {architecture.patch_size}, "
             f"images of {architecture.image_size} × {architecture.image_size}"
         )
+        model.statistics = weights.normalization and weights.statistics(architecture.channels)
         model.results = _results_of(source, results)
         return model
 
     @classmethod
-    def _load(cls, source: str | Path, which: WeightsChoice) -> Any:
+    def _load(cls, weights: Weights) -> Any:
         raise NotImplementedError
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -91,6 +94,8 @@ class _OnTheHub(ModelHubMixin):
         assert isinstance(self, nn.Module)
         tensors = {name: tensor.contiguous() for name, tensor in to_files(self, self.state_dict()).items()}
         metadata = {"format": "mimir_fast", "config": json.dumps(self.run_config)}
+        if self.statistics is not None:
+            metadata |= to_metadata(self.statistics)
         save_file(tensors, save_directory / SAFETENSORS_SINGLE_FILE, metadata=metadata)
         (save_directory / CONFIG_NAME).write_text(json.dumps(self.run_config, indent=1) + "\n")
         if self.results is not None:
@@ -129,8 +134,8 @@ class HubClassifier(_OnTheHub, Classifier):
     kind = "classifier"
 
     @classmethod
-    def _load(cls, source: str | Path, which: WeightsChoice) -> Classifier:
-        return load_classifier(source, which)
+    def _load(cls, weights: Weights) -> Classifier:
+        return load_classifier(weights)
 
 
 class HubMaskedModel(_OnTheHub, MaskedModel):
@@ -139,8 +144,8 @@ class HubMaskedModel(_OnTheHub, MaskedModel):
     kind = "masked autoencoder"
 
     @classmethod
-    def _load(cls, source: str | Path, which: WeightsChoice) -> MaskedModel:
-        return load_masked_model(source, which)[0]
+    def _load(cls, weights: Weights) -> MaskedModel:
+        return load_masked_model(weights)[0]
 
 
 def refuse_others_files(folder: Path) -> None:

@@ -16,7 +16,7 @@ from mimir_fast.layers.norms import ADVERSARIAL, is_adapter
 from mimir_fast.models.branches import Branches
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.families import Architecture, build_encoder, find_family, recognise
+from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family, recognise
 from mimir_fast.models.masked_model import DecoderName, MaskedModel, ModelConfig, View, build_masked_model
 from mimir_fast.ops.patches import masked_targets, patchify, patchify_gather
 
@@ -32,11 +32,12 @@ class Case:
     image_size: int
     patch_size: int
     channels: int = 3
+    options: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> Architecture:
         """What the encoder is built from."""
-        return Architecture(self.family, self.size, self.image_size, self.patch_size, self.channels)
+        return architecture_of(self.family, self.size, self.image_size, self.patch_size, self.channels, self.options)
 
     def encoder(self, seed: int = 0) -> Encoder:
         """Shaken, in eval mode."""
@@ -46,13 +47,13 @@ class Case:
     def masked_model(self, decoder: DecoderName = "light") -> MaskedModel:
         """Shaken, in train mode."""
         torch.manual_seed(0)
-        config = ModelConfig(self.family, self.size, self.patch_size, decoder)
+        config = ModelConfig(self.family, self.size, self.patch_size, decoder, options=self.options)
         return shaken(build_masked_model(config, self.image_size, self.channels))
 
     def classifier(self, num_classes: int = 7, **options: Any) -> Classifier:
         """Shaken, in eval mode."""
         torch.manual_seed(0)
-        config = ClassifierConfig(self.family, self.size, self.patch_size, **options)
+        config = ClassifierConfig(self.family, self.size, self.patch_size, options=self.options, **options)
         return shaken(Classifier(config, self.image_size, num_classes, self.channels)).eval()
 
     def images(self, batch: int = 2, seed: int = 1) -> Tensor:
@@ -101,9 +102,9 @@ def timm_of(tensors: dict[str, Tensor], architecture: Architecture) -> nn.Module
     return model.eval()
 
 
-def check_equals_timm(case: Case, tolerance: float = 1e-5) -> None:
+def check_equals_timm(case: Case, tolerance: float = 1e-5, **options: Any) -> None:
     """Logits of the classifier and features of the pre-trained encoder, relative to their size; and the way back."""
-    classifier, images = case.classifier(), case.images()
+    classifier, images = case.classifier(**options), case.images()
     state = file_state(classifier)
     theirs = timm_of(state, case.architecture)
     with torch.no_grad():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import project, random_in_ball, steepest
-from mimir_fast.attacks.pgd import Loss, ball_bounds, check_images, cross_entropy
+from mimir_fast.attacks.pgd import Loss, ball_bounds, check_images, cross_entropy, is_correct
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.layers.borrowing import AttackMode, borrowed
 from mimir_fast.ops.random_uniform import random_uniform
@@ -252,4 +252,4 @@ def _evaluate(
         value = loss_of(logits, labels)
     grad = torch.autograd.grad(value.sum(), x)[0] if gradient else torch.zeros_like(x)
     truth = labels if labels.ndim == 1 else labels.argmax(dim=1)
-    return value.detach(), grad, logits.detach().argmax(dim=1) != truth
+    return value.detach(), grad, ~is_correct(logits.detach(), truth)

@@ -29,6 +29,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
+def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) bool: the largest logit is the label's (B,). An answer with NaN in it is wrong: its argmax means nothing."""
+    return (logits.argmax(dim=1) == labels) & ~logits.isnan().any(dim=1)
+
+
 def ball_bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The smallest and largest representable images within eps of `images` and in [0, 1], exactly.
 

@@ -15,16 +15,22 @@ import hashlib
 import importlib
 import inspect
 import logging
+import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.evaluation.door import at_the_door
+from mimir_fast.evaluation.timm_files import fill
+from mimir_fast.evaluation.wrappers import FromProbabilities, Normalized, Opaque
+from mimir_fast.models.load_report import LoadReport
+from mimir_fast.models.normalization import Statistics, choice_note, name_of
+from mimir_fast.models.opening import weights_only
 from mimir_fast.sizes import Size, as_size, shown
 
 KINDS = (
@@ -48,6 +54,7 @@ class JudgedModel:
         weights: which weights of a run were loaded, in words.
         made_for: how images were prepared for it where it says so: `image_size`, `crop`, `interpolation`.
         code: digest of the code behind it, where that is part of what is judged.
+        report: what became of a file of weights that we read.
     """
 
     module: nn.Module
@@ -58,6 +65,7 @@ class JudgedModel:
     weights: str = ""
     made_for: dict[str, Any] = field(default_factory=dict)
     code: str = ""
+    report: LoadReport | None = None
 
     @property
     def opaque(self) -> bool:
@@ -69,86 +77,47 @@ class JudgedModel:
         from mimir_fast.models.file_names import to_files
 
         digest = hashlib.sha256(self.code.encode())
-        hidden = (part.weights for part in self.module.modules() if isinstance(part, Opaque))
-        own = to_files(self.module, self.module.state_dict())  # as digests always were, so that evaluations go on
-        named = chain(own.items(), *(weights.items() for weights in hidden))
-        for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        # As digests always were, so that evaluations go on.
+        named = list(to_files(self.module, self.module.state_dict()).items())
+        for part in self.module.modules():
+            named += part.weights.items() if isinstance(part, Opaque) else ()
+        for name, value in sorted(named, key=lambda pair: pair[0]):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(_bytes_of(value))
         return digest.hexdigest()[:16]
 
 
-class Normalized(nn.Module):
-    """A model with its normalisation in front, so that attacks work on images in [0, 1].
-
-    Args:
-        model: takes (x − mean) / std.
-        mean, std: one number a channel, of images in [0, 1].
-    """
-
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        self.mean: Tensor
-        self.std: Tensor
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, K) logits of images (B, C, H, W) in [0, 1]."""
-        return self.model((images - self.mean) / self.std)
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The inner model's features."""
-        return self.model.forward_features((images - self.mean) / self.std)  # type: ignore[operator]
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        """The inner model's logits from its features."""
-        return self.model.forward_head(features)  # type: ignore[operator]
-
-
-class Opaque(nn.Module):
-    """A callable whose train and eval modes are not ours to switch: an exported program, or a plain function."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        # In a tuple, so that it is no submodule: an exported program refuses train() and eval().
-        self._function = (function,)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Whatever the function returns."""
-        return self._function[0](images)
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """Named tensors of the program; empty for a plain function."""
-        inner = self._function[0]
-        return dict(inner.state_dict()) if isinstance(inner, nn.Module) else {}
-
-
-class FromProbabilities(nn.Module):
-    """Logits of a model that returns probabilities: their logarithm has the same softmax, and useful gradients."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, K) log-probabilities, which attacks take for logits."""
-        return self.model(images).clamp_min(torch.finfo(torch.float32).tiny).log()
+def _bytes_of(value: Any) -> bytes:
+    """The content of an entry of a state dict: a tensor, or whatever else modules keep there."""
+    if isinstance(value, Tensor):
+        if value.is_quantized:
+            return _bytes_of([value.int_repr(), value.dequantize()])
+        dense = value if value.layout == torch.strided else value.to_dense()
+        return dense.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, Mapping):
+        return b"".join(str(key).encode() + _bytes_of(inner) for key, inner in value.items())
+    if isinstance(value, (tuple, list)):
+        return b"".join(map(_bytes_of, value))
+    if value is None or isinstance(value, (str, int, float, bytes, torch.dtype)):
+        return repr(value).encode()
+    try:
+        return pickle.dumps(value)
+    except Exception:  # whatever an object of somebody's raises when it is pickled
+        return type(value).__qualname__.encode()
 
 
 def load_model(
     spec: str, *, num_classes: int | None, device: torch.device, channels: int = 3, weights: Choice = "auto",
     image_size: Size | None = None, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
-    probabilities: bool = False,
+    probabilities: bool = False, part: str = "",
 ) -> JudgedModel:  # fmt: skip
     """The model `spec` names.
 
     Args:
         num_classes: of the data: sizes a timm model with random weights, and is checked by a checkpoint with a head.
         channels, image_size: of the data: size a timm model.
-        weights: of a run folder, which checkpoint.
+        weights: of a run folder, which checkpoint; of a file, its moving average (`ema`) or what is there (`auto`).
+        part: of a file with several encoders, which.
         mean, std: normalise by these, in place of what the model brings.
         probabilities: the model returns probabilities; their logarithm is evaluated.
     Raises:
@@ -156,59 +125,102 @@ def load_model(
         ValueError: none of the kinds, or a checkpoint without a classification head.
         ImportError: the module or the package it needs cannot be imported, or weights cannot be downloaded.
     """
-    judged = _find(spec, num_classes, channels, device, weights, image_size)
-    if mean is not None and std is not None:
-        if judged.kind == "mimir_fast":
-            raise ValueError(f"--mean/--std: {spec} has its normalisation inside ({judged.preprocessing}); leave them")
-        inner = judged.module.model if isinstance(judged.module, Normalized) else judged.module
-        judged.module = Normalized(inner, mean, std)
-        judged.preprocessing = f"mean {mean}, std {std}, as asked"
-    if probabilities:
-        judged.module = FromProbabilities(judged.module)
+    asked = (tuple(mean), tuple(std)) if mean is not None and std is not None else None
+    judged = _find(spec, num_classes, channels, device, weights, image_size, asked, part)
+    if asked is not None:
+        if judged.kind != "mimir_fast":  # ours has its own inside
+            said = judged.module.normalizer.statistics if isinstance(judged.module, Normalized) else None
+            judged.notes += [note] if (note := choice_note(said, asked)) else []
+            judged.module = Normalized(judged.module.model if said else judged.module, *asked)
+        judged.preprocessing = f"mean {asked[0]}, std {asked[1]}, as asked"
     judged.module = judged.module.to(device).float().eval()
     for parameter in judged.module.parameters():
         parameter.requires_grad_(False)
+    if image_size is not None:
+        judged.module, notes = at_the_door(judged.module, torch.rand(2, channels, image_size, image_size).to(device))
+        judged.notes += notes
+    if probabilities:
+        judged.module = FromProbabilities(judged.module).eval()
     return judged
 
 
 def _find(
-    spec: str, num_classes: int | None, channels: int, device: torch.device, weights: Choice, image_size: Size | None
+    spec: str, num_classes: int | None, channels: int, device: torch.device, weights: Choice, image_size: Size | None,
+    asked: Statistics | None, part: str,
 ) -> JudgedModel:  # fmt: skip
     path = Path(spec)
-    if weights != "auto" and not path.is_dir():
+    if weights != "auto" and not path.is_dir() and not (weights == "ema" and path.is_file()):
         raise ValueError(f"--weights {weights} chooses among the checkpoints of a run folder; {spec} is none")
     if spec.startswith(("timm:", "hf-hub:")):
         return _timm(spec, num_classes, channels, image_size)
     if spec.startswith("robustbench:"):
         return _robustbench(spec)
     if path.suffix == ".pt2" and path.is_file():
-        from torch.export.passes import move_to_device_pass
-
-        _runs_code(spec, "torch.export unpickles what is in the file")
-        program = move_to_device_pass(torch.export.load(spec), device)
-        return JudgedModel(Opaque(program.module()), spec, "torch.export", code=file_digest(path))
+        return _exported(spec, channels, device, image_size)
     if path.is_file() and _is_torchscript(path):
-        module = torch.jit.load(spec, map_location="cpu")
+        try:
+            module = torch.jit.load(spec, map_location="cpu")
+        except RuntimeError as error:
+            raise ValueError(f"--checkpoint {spec}: this TorchScript file cannot be loaded ({_line(error)})") from error
         return JudgedModel(module, spec, "TorchScript", code=file_digest(path))
     if path.exists():
-        return _ours(spec, num_classes, weights)
+        return _ours(spec, num_classes, weights, asked, part)
     if ":" in spec and "/" not in spec:
         return _function(spec)
     raise FileNotFoundError(f"--checkpoint {spec}: there is no such file or folder; a model is given as {KINDS}")
 
 
-def _ours(spec: str, num_classes: int | None, weights: Choice) -> JudgedModel:
+def _exported(spec: str, channels: int, device: torch.device, image_size: int | None) -> JudgedModel:
+    from torch.export.passes import move_to_device_pass
+
+    _runs_code(spec, "torch.export unpickles what is in the file")
+    try:
+        program = move_to_device_pass(torch.export.load(spec), device)
+    except Exception as error:  # damaged or foreign bytes raise many types
+        raise ValueError(
+            f"--checkpoint {spec} is no torch.export program that can be loaded ({_line(error)})"
+        ) from error
+    inputs = [s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
+    wanted = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    if len(inputs) != 1 or not isinstance(image := wanted.get(inputs[0]), Tensor) or image.ndim != 4:
+        raise ValueError(
+            f"--checkpoint {spec} takes {', '.join(inputs) or 'nothing'}; wanted images (B, C, H, W) alone"
+        )
+    given = (channels, image_size, image_size)
+    if image_size and any(isinstance(n, int) and n != m for n, m in zip(image.shape[1:], given, strict=True)):
+        raise ValueError(
+            f"--checkpoint {spec} was exported for images of shape {tuple(image.shape[1:])}, the data has {given}: "
+            f"give --data.image_size {image.shape[-1]} --data.channels {image.shape[1]}"
+        )
+    notes, least, most = list[str](), 1, None
+    if isinstance(size := image.shape[0], int):
+        least = most = size
+        notes.append(
+            f"The program was exported for batches of {size} images: it runs in these, the last one filled up."
+        )
+    elif (limits := program.range_constraints.get(size.node.expr)) is not None:
+        least = max(1, int(limits.lower))
+        most = int(limits.upper) if limits.upper < 2**31 else None
+    module = Opaque(program.module(), least=least, most=most, dtype=image.dtype)
+    return JudgedModel(module, spec, "torch.export", notes=notes, code=file_digest(Path(spec)))
+
+
+def _ours(spec: str, num_classes: int | None, weights: Choice, asked: Statistics | None, part: str) -> JudgedModel:
     from mimir_fast.checkpoints.reading import resolve_checkpoint
-    from mimir_fast.models.classifier import load_classifier
-    from mimir_fast.models.weight_files import WeightsChoice
+    from mimir_fast.models.classifier import classifier_of
+    from mimir_fast.models.opening import find_file
+    from mimir_fast.models.weight_files import WeightsChoice, read_weights
 
     path, words = Path(spec), ""
     kind: WeightsChoice = {"auto": "auto", "best": "auto", "last": "model", "ema": "ema"}[weights]  # type: ignore[assignment]
-    if path.is_dir():
+    if path.is_dir() and ((path / "meta.json").exists() or find_file(path) is None):
         path = resolve_checkpoint(path, "last" if weights == "ema" else weights)
         words = f"{path.name} checkpoint" + {"model": ", trained weights", "ema": ", moving average"}.get(kind, "")
-    module = load_classifier(path, kind, num_classes=num_classes)
-    return JudgedModel(module, spec, "mimir_fast", _our_preprocessing(module), weights=words)
+    read = read_weights(path, kind, part)
+    module, report = classifier_of(read, num_classes=num_classes, statistics=asked)
+    notes = [*report.notes, *([note] if (note := choice_note(read.normalization, asked)) else [])]
+    inside = _inside(module.normalizer.statistics)
+    return JudgedModel(module, spec, "mimir_fast", inside, notes, words, report=report)
 
 
 def timm_settings(spec: str) -> dict[str, Any]:
@@ -246,7 +258,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | 
     if spec.startswith("timm:") and not timm.is_model(name.split(".")[0]):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise ValueError(f"timm has no model {name!r}; near it: {near or 'none, see timm.list_models()'}")
-    notes: list[str] = []
+    notes, said = list[str](), None
     sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     made_for = timm_settings(spec)
     if image_size and image_size != made_for.get("image_size", image_size):
@@ -256,13 +268,16 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | 
             raise FileNotFoundError(
                 f"{spec}: there is no file {weights}; timm:{name}@FILE wants a weights file of timm's"
             )
-        model = _create(name, image_size, made_for, checkpoint_path=weights, **sizes)
+        model = _create(name, image_size, made_for, **sizes)
+        said, found = fill(model, Path(weights), name)
+        notes += found
     elif weights == "random":
         model, random = _create(name, image_size, made_for, **sizes), "the weights are random: nothing was trained"
         notes.append(random)
     else:
         try:
-            model = _create(name, image_size, made_for, pretrained=True)
+            with weights_only():
+                model = _create(name, image_size, made_for, pretrained=True)
         except Exception as error:  # whatever the download runs into: no network, no such file, a refused connection
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
             raise ImportError(
@@ -270,7 +285,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | 
                 "timm:NAME@random if you mean to evaluate an untrained network"
             ) from error
     settings: dict[str, Any] = dict(model.pretrained_cfg)
-    mean, std = settings.get("mean"), settings.get("std")
+    mean, std = said or (settings.get("mean"), settings.get("std"))
     if mean is None or std is None or len(mean) != channels:
         return JudgedModel(model, spec, "timm", "none", notes, made_for=made_for)
     words = f"mean {mean}, std {std}, inside the model"
@@ -302,7 +317,8 @@ def _robustbench(spec: str) -> JudgedModel:
         ) from error
     dataset, threat, name = parts if len(parts) == 3 else ("cifar10", "Linf", parts[0])
     try:
-        module = fetch(model_name=name, dataset=dataset, threat_model=threat)
+        with weights_only():
+            module = fetch(model_name=name, dataset=dataset, threat_model=threat)
     except KeyError as error:
         raise ValueError(f"{spec}: RobustBench has no such model ({error})") from error
     except Exception as error:  # its downloads raise many types
@@ -362,6 +378,11 @@ def _is_torchscript(path: Path) -> bool:
         return any("/code/" in name for name in archive.namelist())
 
 
-def _our_preprocessing(module: nn.Module) -> str:
-    name = getattr(getattr(module, "config", None), "normalization", None)
-    return f"normalization={name}, inside the model" if name else "inside the model"
+def _inside(statistics: Statistics) -> str:
+    name = name_of(statistics)
+    how = f"normalization={name}" if name else f"mean {statistics[0]}, std {statistics[1]}"
+    return f"{how}, inside the model"
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]

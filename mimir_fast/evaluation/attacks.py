@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import LpThreat, Threat, attack_classifier, random_in_ball
-from mimir_fast.attacks.pgd import random_start
+from mimir_fast.attacks.pgd import is_correct, random_start
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.evaluation.measure import Attack, Measurement, clean, scored
 from mimir_fast.evaluation.options import CommonOptions, Norm
@@ -100,7 +100,7 @@ def first_to_fool(model: nn.Module, labels: Tensor, attempts: Any) -> Tensor:
     chosen, done = None, torch.zeros_like(labels, dtype=torch.bool)
     for x in attempts:
         chosen = x if chosen is None else torch.where(done.view(-1, 1, 1, 1), chosen, x)
-        done = done | (model(chosen).argmax(dim=1) != labels)
+        done = done | ~is_correct(model(chosen), labels)
         if bool(done.all()):
             break
     assert chosen is not None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import cross_entropy
+from mimir_fast.attacks.pgd import cross_entropy, is_correct
 from mimir_fast.evaluation.images import EvaluationImages, MakeSet
 from mimir_fast.evaluation.journal import Journal, Row, read_journal
 from mimir_fast.evaluation.statistics import Count
@@ -123,10 +123,10 @@ def score(model: nn.Module, x: Tensor, images: Tensor, labels: Tensor) -> Row:
     prediction = logits.argmax(dim=1)
     return {
         "label": labels,
-        "correct": (prediction == labels).int(),
+        "correct": is_correct(logits, labels).int(),
         "loss": cross_entropy(logits, labels),
         "prediction": prediction,
-        "margin": (true[:, 0] - others).nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30),
+        "margin": (true[:, 0] - others).nan_to_num(nan=-1e30, posinf=1e30, neginf=-1e30),
         "linf": delta.abs().amax(dim=1),
         "l2": delta.norm(dim=1),
         "l1": delta.abs().sum(dim=1),

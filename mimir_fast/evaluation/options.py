@@ -6,6 +6,7 @@ from typing import Literal
 
 from mimir_fast.data.config import DataConfig
 from mimir_fast.extensions import Imports
+from mimir_fast.models.normalization import check_statistics
 from mimir_fast.validation import check_finite, check_number
 
 SuiteName = Literal["quick", "paper", "full", "table"]
@@ -33,7 +34,10 @@ class CommonOptions:
     data: DataConfig = field(default_factory=DataConfig)
     weights: Literal["auto", "last", "best", "ema"] = "auto"
     """Of a run folder: its last checkpoint, the best one by its probe, the last one's moving average; auto takes the
-    best where it was kept, else the last, and of either the moving average where there is one."""
+    best where it was kept, else the last, and of either the moving average where there is one. Of a file with both:
+    ema."""
+    part: str = ""
+    """Of a file with several encoders, the name of the one to evaluate, such as teacher."""
     norm: Norm = "linf"
     """Shape of the ball: linf, l2 or l1."""
     eps: float = 8 / 255
@@ -96,14 +100,7 @@ class CommonOptions:
             check_number("limit", self.limit, at_least=1, hint="else there is no image to evaluate")
         if self.crop is not None:
             check_number("crop", self.crop, above=0, at_most=1, hint="a part of the short side, such as 0.875")
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("give --mean and --std together, one number a channel each")
-        if self.mean is not None and self.std is not None:
-            channels = self.data.channels
-            if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
-                raise ValueError(
-                    f"--mean {self.mean} --std {self.std}: wanted {channels} numbers each, deviations above 0"
-                )
+        check_statistics(self.mean, self.std, self.data.channels)
 
     @property
     def folder(self) -> Path:

@@ -104,6 +104,9 @@ def _evaluate(config: EvaluateConfig, world: World, log: Log) -> Results:
     )
     for note in job.notes:
         log(f"note: {note}")
+    if job.model.report is not None and world.is_main:
+        log(str(job.model.report))
+        job.model.report.save(config.folder)
     records = job.records
     clock = TimeLeft(records.folder, records.items(), len(job.indices), records.num_shards, world.rank, world.size)
     for number in range(world.rank, records.num_shards, world.size):
@@ -133,7 +136,7 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
         )  # fmt: skip
 
     model = load(
-        config.checkpoint, weights=config.weights, mean=config.mean, std=config.std,
+        config.checkpoint, weights=config.weights, part=config.part, mean=config.mean, std=config.std,
         probabilities=config.outputs == "probabilities",
     )  # fmt: skip
     made = model.made_for
@@ -143,10 +146,13 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
     with strict_fp32(world.device):
         sanity = inspect_model(model.module, x, source.num_classes, source.name)
 
+    notes = [*model.notes, *([note] if (note := sanity.note()) else [])]
+
     def load_other(spec: str) -> nn.Module:
-        module = load(spec).module
-        inspect_model(module, x, source.num_classes, source.name)
-        return module
+        other = load(spec)
+        inspect_model(other.module, x, source.num_classes, source.name)
+        notes.extend(f"{spec}: {note}" for note in other.notes)
+        return other.module
 
     features, topics = has_features(model.module), all_topics()
     setup = Setup(config, len(indices), source.classes, features, not model.opaque, load_other)
@@ -159,7 +165,6 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
     sets = ImageSets(source, config.data, indices, num_shards, fitting)
     plan = {topic.name: topic.measurements(setup) for topic in topics}
     records = Records(config.folder / "progress", num_shards, plan)
-    notes = [*model.notes, *([note] if (note := sanity.note()) else [])]
     return Job(config, model, setup, source, indices, identity, sets, topics, records, world.device, notes)
 
 

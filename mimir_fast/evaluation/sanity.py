@@ -4,7 +4,9 @@ Refused: a wrong number of classes, outputs that are no logits, probabilities. N
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,22 @@ def looks_like_probabilities(logits: Tensor, tolerance: float = 1e-5) -> bool:
     return bool((rows >= -tolerance).all() and ((rows.sum(dim=-1) - 1).abs() < max(tolerance, 1e-4)).all())
 
 
+def answer(model: nn.Module, images: Tensor) -> Any:
+    """What the model returns for images (B, C, H, W); what it raises is a ValueError that says what to do."""
+    try:
+        return model(images)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        if re.search("dtype|scalar type|BFloat16|Half", str(error)):
+            raise ValueError(
+                f"the model casts images to another type than its weights have, which are judged in float32 "
+                f"({str(error).splitlines()[0]}): give the module inside its wrapper (Fabric's, Accelerate's)"
+            ) from error
+        raise ValueError(
+            f"the model does not take images of shape {tuple(images.shape)}: {error}. Give it the size it was made for "
+            "with --data.image_size and --data.channels"
+        ) from error
+
+
 @torch.no_grad()
 def inspect_model(model: nn.Module, images: Tensor, num_classes: int, classes_of: str = "the data") -> Sanity:
     """Run the model twice on a few images.
@@ -56,13 +74,7 @@ def inspect_model(model: nn.Module, images: Tensor, num_classes: int, classes_of
     Raises:
         ValueError: outputs are not (B, K), not finite, K is not `num_classes`, or they are probabilities.
     """
-    try:
-        first, second = model(images), model(images)
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        raise ValueError(
-            f"the model does not take images of shape {tuple(images.shape)}: {error}. Give it the size it was made for "
-            "with --data.image_size and --data.channels"
-        ) from error
+    first, second = answer(model, images), answer(model, images)
     if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != len(images):
         shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
         raise ValueError(

@@ -7,6 +7,7 @@ Shapes: x (…, K), outputs and residuals (…, N).
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,16 +58,24 @@ def linear_by(
 
 @fusible
 class Mlp(nn.Module):
-    """Two linear layers with GELU between."""
+    """Two linear layers with GELU between.
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    Args:
+        gelu: `erf` as it is defined, `tanh` its approximation, `quick` x·σ(1.702·x), which OpenAI's CLIP has.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, gelu: str = "erf") -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
+        self.gelu = gelu
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, K), same shape as x."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        hidden = self.fc1(x)
+        if self.gelu == "quick":
+            return self.fc2(hidden * torch.sigmoid(1.702 * hidden))
+        return self.fc2(F.gelu(hidden, approximate="tanh" if self.gelu == "tanh" else "none"))
 
 
 def norm_mlp(norm: nn.Module, mlp: nn.Module, x: Tensor, domain: int = CLEAN, *, residual: bool) -> Tensor:
@@ -80,8 +89,10 @@ def norm_mlp(norm: nn.Module, mlp: nn.Module, x: Tensor, domain: int = CLEAN, *,
 
 
 def mlp_weights(mlp: nn.Module) -> MlpWeights | None:
-    """Those of a plain `Mlp` of plain layers with biases; None for anything else."""
+    """Those of a plain `Mlp` of plain layers with biases and the exact GELU; None for anything else."""
     if not is_plain(Mlp, mlp) or not is_plain(nn.Linear, mlp.fc1, mlp.fc2):  # type: ignore[arg-type]
+        return None
+    if mlp.gelu != "erf":
         return None
     fc1, fc2 = cast(Mlp, mlp).fc1, cast(Mlp, mlp).fc2
     return None if fc1.bias is None or fc2.bias is None else MlpWeights(fc1.weight, fc1.bias, fc2.weight, fc2.bias)

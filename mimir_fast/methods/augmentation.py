@@ -11,6 +11,7 @@ Shapes: B images (G in a group), C channels, H × W pixels; uint8 in and out. `l
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,11 @@ from torch import Tensor
 from mimir_fast.methods.mixing import warmup
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream, normal
-from mimir_fast.validation import check_finite
+from mimir_fast.validation import check_choice, check_finite
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 _MAX_LEVEL = 10.0
-_FILL = 128.0  # grey, for what a geometric operation brings in from outside
 _LEVEL_STD = 0.5
 _APPLY_PROB = 0.5
 
@@ -37,6 +39,12 @@ class RandAugmentConfig:
     """Strength, 0 to 10."""
     warmup_epochs: float = 0.0
     """The strength rises linearly from 1 to `magnitude` over so many epochs; 10 in the recipes."""
+    fill: tuple[int, ...] = (128,)
+    """Level, 0 to 255, of what a geometric operation brings in from outside: one, or one a channel. timm's
+    `create_transform` takes the mean that images are normalised by: 0 for the MIMIR authors, 124 116 104 for MAE."""
+    interpolation: Interpolation = "bilinear"
+    """Of the geometric operations. `bilinear` blends the border with the fill; `bicubic` is PIL's, with a hard border,
+    as in the authors' `create_transform`."""
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -44,6 +52,11 @@ class RandAugmentConfig:
             raise ValueError(f"randaugment num_ops={self.num_ops}, wanted 0 (off) or more; the recipes use 2")
         if not 0 <= self.magnitude <= _MAX_LEVEL:
             raise ValueError(f"randaugment magnitude={self.magnitude}, wanted 0 to 10; the recipes use 9")
+        if not self.fill or min(self.fill) < 0 or max(self.fill) > 255:
+            raise ValueError(
+                f"randaugment fill={self.fill}, wanted levels from 0 to 255: one, such as 128, or one a channel"
+            )
+        check_choice("randaugment interpolation", self.interpolation, get_args(Interpolation))
         if self.warmup_epochs < 0:
             raise ValueError(f"randaugment warmup_epochs={self.warmup_epochs}, wanted 0 or more")
 
@@ -79,42 +92,42 @@ def rand_augment(
         for number, operation in enumerate(OPERATIONS.values()):
             rows = torch.nonzero((chosen[:, slot] == number) & applied[:, slot])[:, 0].to(images.device)
             if len(rows):
-                images[rows] = operation(images[rows], level[rows, slot], sign[rows, slot])
+                images[rows] = operation(images[rows], level[rows, slot], sign[rows, slot], config)
     return images
 
 
-Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(images (G, C, H, W) uint8, level (G,), sign (G,)) → images."""
+Operation = Callable[[Tensor, Tensor, Tensor, RandAugmentConfig], Tensor]
+"""(images (G, C, H, W) uint8, level (G,), sign (G,), fill and interpolation) → images."""
 
 
-def _auto_contrast(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _auto_contrast(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
     from torchvision.transforms.v2.functional import autocontrast
 
     return autocontrast(images)
 
 
-def _equalize(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _equalize(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
     from torchvision.transforms.v2.functional import equalize
 
     return equalize(images)
 
 
-def _invert(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _invert(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
     return 255 - images
 
 
-def _posterize(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _posterize(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
     dropped_bits = 4 + (level * 4).long()
     mask = (0xFF << dropped_bits) & 0xFF
     return images & _column(mask).to(torch.uint8)
 
 
-def _solarize(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _solarize(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
     threshold = 256 - (level * 256).floor()
     return torch.where(images >= _column(threshold), 255 - images, images)
 
 
-def _solarize_add(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _solarize_add(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
     added = (images.int() + _column((level * 110).int())).clamp(max=255).to(torch.uint8)
     return torch.where(images < 128, added, images)
 
@@ -132,20 +145,20 @@ def _grey(images: Tensor) -> Tensor:
     return (images.float() * weights).sum(dim=1, keepdim=True).round()
 
 
-def _color(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _color(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
     return _blend(images, _grey(images), level, sign)
 
 
-def _contrast(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _contrast(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
     mean = (_grey(images).mean(dim=(1, 2, 3), keepdim=True) + 0.5).floor()
     return _blend(images, mean, level, sign)
 
 
-def _brightness(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _brightness(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
     return _blend(images, torch.zeros((), device=images.device), level, sign)
 
 
-def _sharpness(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def _sharpness(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
     kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=images.device) / 13
     channels = images.shape[1]
     smooth = images.float()
@@ -155,11 +168,46 @@ def _sharpness(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
     return _blend(images, smooth, level, sign)
 
 
-def _affine(images: Tensor, rows_G23: Tensor) -> Tensor:
-    """Bilinear resampling; `rows_G23` maps output to input places, in units where the image spans [−1, 1]."""
+def _affine(images: Tensor, rows_G23: Tensor, config: RandAugmentConfig) -> Tensor:
+    """Resampling; `rows_G23` maps output to input places, in units where the image spans [−1, 1]."""
     grid = F.affine_grid(rows_G23, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images.float() - _FILL, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return (moved + _FILL).round().clamp(0, 255).to(torch.uint8)
+    fill = torch.tensor(config.fill, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    if config.interpolation == "bicubic":
+        return _bicubic(images, grid, fill)
+    moved = F.grid_sample(images.float() - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return (moved + fill).round().clamp(0, 255).to(torch.uint8)
+
+
+def _bicubic(images: Tensor, grid_GHW2: Tensor, fill_C11: Tensor) -> Tensor:
+    """As PIL's `transform`: cubic with a = −1 on the image continued by its border, cut to integers; the fill outside.
+
+    torch's own bicubic has a = −0.75, and blends the border with what is outside.
+    """
+    G, C, H, W = images.shape
+    sides = torch.tensor([W, H], device=images.device)
+    place = (grid_GHW2 + 1) / 2 * sides  # in pixels from the left upper corner
+    inside = ((place >= 0) & (place < sides)).all(dim=-1)
+    first = (place - 0.5).floor()
+    part = place - 0.5 - first
+    flat, rows, wide = images.float().flatten(2), [], range(-1, 3)
+    weights = [_cubic(part - offset) for offset in wide]  # of x and y, (G, H, W, 2)
+    index = [(first + offset).clamp(min=0).minimum(sides - 1).long() for offset in wide]
+    for y in range(4):
+        row: Tensor | float = 0.0
+        for x in range(4):
+            at = (index[y][..., 1] * W + index[x][..., 0]).flatten(1)
+            row = row + weights[x][:, None, ..., 0] * flat.gather(2, at[:, None].expand(-1, C, -1)).view(G, C, H, W)
+        rows.append(weights[y][:, None, ..., 1] * row)
+    # Whole numbers stay what they are whatever they were rounded to in fp32.
+    moved = torch.where(inside[:, None], (sum(rows) + 1e-3).clamp(0, 255), fill_C11)  # type: ignore[union-attr]
+    return moved.to(torch.uint8)
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    """Keys' kernel with a = −1."""
+    d = distance.abs()
+    near, far = (d - 2) * d**2 + 1, ((5 - d) * d - 8) * d + 4
+    return torch.where(d <= 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
 
 
 def _rows(level: Tensor, **entries: Tensor | float) -> Tensor:
@@ -171,27 +219,29 @@ def _rows(level: Tensor, **entries: Tensor | float) -> Tensor:
     return matrix
 
 
-def _rotate(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    angle = torch.deg2rad(30 * level * sign)
-    return _affine(images, _rows(level, xx=angle.cos(), xy=-angle.sin(), yx=angle.sin(), yy=angle.cos()))
+def _rotate(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
+    angle, tall = torch.deg2rad(30 * level * sign), images.shape[2] / images.shape[3]
+    return _affine(
+        images, _rows(level, xx=angle.cos(), xy=-angle.sin() * tall, yx=angle.sin() / tall, yy=angle.cos()), config
+    )
 
 
-def _shear_x(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    shear = 0.3 * level * sign
-    return _affine(images, _rows(level, xy=shear, x1=shear))  # about the upper edge, as PIL does
+def _shear_x(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
+    shear = 0.3 * level * sign * (images.shape[2] / images.shape[3])
+    return _affine(images, _rows(level, xy=shear, x1=shear), config)  # about the upper edge, as PIL does
 
 
-def _shear_y(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    shear = 0.3 * level * sign
-    return _affine(images, _rows(level, yx=shear, y1=shear))
+def _shear_y(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
+    shear = 0.3 * level * sign * (images.shape[3] / images.shape[2])
+    return _affine(images, _rows(level, yx=shear, y1=shear), config)
 
 
-def _translate_x(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return _affine(images, _rows(level, x1=2 * 0.45 * level * sign))
+def _translate_x(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
+    return _affine(images, _rows(level, x1=2 * 0.45 * level * sign), config)
 
 
-def _translate_y(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return _affine(images, _rows(level, y1=2 * 0.45 * level * sign))
+def _translate_y(images: Tensor, level: Tensor, sign: Tensor, config: RandAugmentConfig) -> Tensor:
+    return _affine(images, _rows(level, y1=2 * 0.45 * level * sign), config)
 
 
 def _column(values_G: Tensor) -> Tensor:

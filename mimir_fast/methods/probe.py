@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import fgsm, pgd
+from mimir_fast.attacks.pgd import fgsm, is_correct, pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data.batch import Batch
 from mimir_fast.layers.borrowing import borrowed
@@ -95,4 +95,4 @@ def probe(
 
 @torch.no_grad()
 def _correct(module: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return (module(images).argmax(dim=1) == labels).sum()
+    return is_correct(module(images), labels).sum()

@@ -5,7 +5,7 @@ Shapes: B batch, N patches of P numbers, T tokens, Q queried tokens, S tokens th
 
 from typing import cast
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from mimir_fast.layers.attention import attention, self_attention
@@ -17,6 +17,7 @@ from mimir_fast.layers.linear import linear, linear_by, norm_mlp
 from mimir_fast.layers.norms import CLEAN, LayerNorm, normalise
 from mimir_fast.models.branches import LayerBranches, shape_branch
 from mimir_fast.ops.patches import gather_patches
+from mimir_fast.ops.positions import behind_prefix
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -49,13 +50,22 @@ def project_queries(
 
 @fusible
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused qkv projection."""
+    """Multi-head self-attention with one fused qkv projection.
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+    Args:
+        qk_norm: with a norm of each head's queries and keys (ViT-22B, arXiv 2302.05442).
+        eps: of these norms.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool = True, *, qk_norm: bool = False, eps: float = 1e-6
+    ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = LayerNorm(dim // num_heads, eps) if qk_norm else None
+        self.k_norm = LayerNorm(dim // num_heads, eps) if qk_norm else None
         self.proj = nn.Linear(dim, dim)
 
     def forward(
@@ -70,12 +80,23 @@ class Attention(nn.Module):
         """
         B, T, D = x_BTD.shape
         heads = (self.num_heads, D // self.num_heads)
-        if query_ids_BQ is None:
-            qkv = linear(self.qkv, x_BTD, norm=norm, domain=domain).view(B, T, 3, *heads)
-            attended = self_attention(qkv)
+        if query_ids_BQ is not None:
+            q, k, v = project_queries(self.qkv, x_BTD, query_ids_BQ, heads, norm, domain)
+            attended = attention(*self.normed(q, k, domain), v)
         else:
-            attended = attention(*project_queries(self.qkv, x_BTD, query_ids_BQ, heads, norm, domain))
+            qkv = linear(self.qkv, x_BTD, norm=norm, domain=domain).view(B, T, 3, *heads)
+            if self.q_norm is None:
+                attended = self_attention(qkv)
+            else:
+                q, k, v = qkv.unbind(2)
+                attended = attention(*self.normed(q, k, domain), v)
         return linear(self.proj, attended.flatten(2), residual=residual)
+
+    def normed(self, q: Tensor, k: Tensor, domain: int = CLEAN) -> tuple[Tensor, Tensor]:
+        """Queries and keys (…, E) as they are compared, in their dtype."""
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return normalise(self.q_norm, q, domain).to(q.dtype), normalise(self.k_norm, k, domain).to(k.dtype)
 
 
 def norm_attention(
@@ -88,10 +109,11 @@ def norm_attention(
             x_BTD, query_ids_BQ, norm=norm, domain=domain, residual=rows if residual else None
         )
     normed = normalise(norm, x_BTD, domain)
+    whose = {} if domain == CLEAN or not isinstance(attn, Attention) else {"domain": domain}
     if query_ids_BQ is None:
-        y = attn(normed)
+        y = attn(normed, **whose)
     elif isinstance(attn, Attention):
-        y = attn(normed, query_ids_BQ)
+        y = attn(normed, query_ids_BQ, **whose)
     else:
         y = gather_patches(attn(normed), query_ids_BQ)
     return rows + y if residual else y
@@ -105,62 +127,95 @@ class PatchEmbed(nn.Module):
     (bf16: an 8th); with the weights' rounding a token is off by 2⁻¹⁰·Σ|w| at most, where ε can move it by ε·Σ|w|.
     """
 
-    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+    def __init__(self, channels: int, dim: int, patch_size: int, bias: bool = True) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
+        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size, bias=bias)
         nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
-        nn.init.zeros_(cast(Tensor, self.proj.bias))
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
 
     def forward(self, patches_BNP: Tensor) -> Tensor:
         """(B, N, D) tokens of patches in (row, column, channel) order."""
         return conv_of_squares(self.proj, patches_BNP, self.patch_size, tf32=True)
 
 
-class Block(nn.Module):
-    """x + Attention(LN(x)), then x + MLP(LN(x))."""
+class LayerScale(nn.Module):
+    """A factor for each channel of a residual branch (CaiT, arXiv 2103.17239, § 2); DINOv2's initial value."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True) -> None:
+    def __init__(self, dim: int, init_value: float = 1e-5) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias)
-        self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.gamma = nn.Parameter(torch.full((dim,), init_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """γ·x, same shape as x (…, D)."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """x + [γ₁·]Attention(LN(x)), then x + [γ₂·]MLP(LN(x)).
+
+    Args:
+        eps: of the norms.
+        gelu: see Mlp.
+        layer_scale: with the factors γ.
+        qk_norm: see Attention.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, *, eps: float = 1e-6,
+        gelu: str = "erf", layer_scale: bool = False, qk_norm: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_norm=qk_norm, eps=eps)
+        self.ls1 = LayerScale(dim) if layer_scale else None
+        self.norm2 = LayerNorm(dim, eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu)
+        self.ls2 = LayerScale(dim) if layer_scale else None
 
     def forward(
-        self, x_BTD: Tensor, *, query_ids_BQ: Tensor | None = None, num_keep: int | None = None, domain: int = CLEAN,
-        branches: LayerBranches | None = None,
+        self, x_BTD: Tensor, *, query_ids_BQ: Tensor | None = None, num_keep: int | None = None, num_prefix: int = 1,
+        domain: int = CLEAN, branches: LayerBranches | None = None,
     ) -> Tensor:  # fmt: skip
         """(B, T, D); (B, Q, D) with `query_ids_BQ`; (B, S, D) with S = `num_keep` below T.
 
         Args:
             query_ids_BQ: only these tokens are computed, equal to gathering afterwards. The last block of a decoder
                 needs its output at the masked tokens only, so q, proj and the MLP run on those.
-            num_keep: tokens that stay after the attention, cls among them: those with the most attention on them.
+            num_keep: tokens that stay after the attention: the first `num_prefix` (cls, registers) and those with the
+                most attention on them.
             domain: whose norms, see norms.py.
             branches: what happens to the attention and the MLP branch, see branches.py.
         """
-        if branches is None and query_ids_BQ is None and num_keep is None and is_plain(Attention, self.attn):
-            attn = self.attn
+        attn, scaled = self.attn, self.ls1 is not None
+        is_usual = is_plain(Attention, attn) and attn.q_norm is None and not scaled
+        if branches is None and query_ids_BQ is None and num_keep is None and is_usual:
             y = fused_block(self.norm1, attn.qkv, attn.proj, self.norm2, self.mlp, x_BTD, attn.num_heads, domain)
             if y is not None:
                 return y
         if num_keep is not None and num_keep < x_BTD.shape[1]:
-            attended, received_BT = attend_and_rank(self.attn, normalise(self.norm1, x_BTD, domain))
-            x = gather_patches(x_BTD + shape_branch(attended, branches, 0), most_attended(received_BT, num_keep))
-        elif branches is None:
+            attended, received_BT = attend_and_rank(attn, normalise(self.norm1, x_BTD, domain), domain)
+            kept = most_attended(received_BT, num_keep, num_prefix)
+            x = gather_patches(x_BTD + shape_branch(_scaled(self.ls1, attended), branches, 0), kept)
+        elif branches is None and not scaled:
             # Only what is asked for goes through q, proj and the MLP; norms are per token, so they may come after.
-            x = norm_attention(self.norm1, self.attn, x_BTD, query_ids_BQ, domain, residual=True)
+            x = norm_attention(self.norm1, attn, x_BTD, query_ids_BQ, domain, residual=True)
         else:
             x = x_BTD if query_ids_BQ is None else gather_patches(x_BTD, query_ids_BQ)
-            attended = norm_attention(self.norm1, self.attn, x_BTD, query_ids_BQ, domain, residual=False)
-            x = x + shape_branch(attended, branches, 0)
-        if branches is None:
+            attended = norm_attention(self.norm1, attn, x_BTD, query_ids_BQ, domain, residual=False)
+            x = x + shape_branch(_scaled(self.ls1, attended), branches, 0)
+        if branches is None and not scaled:
             return norm_mlp(self.norm2, self.mlp, x, domain, residual=True)
-        return x + shape_branch(norm_mlp(self.norm2, self.mlp, x, domain, residual=False), branches, 1)
+        branch = norm_mlp(self.norm2, self.mlp, x, domain, residual=False)
+        return x + shape_branch(_scaled(self.ls2, branch), branches, 1)
 
 
-def attend_and_rank(attn: nn.Module, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(scale: nn.Module | None, branch: Tensor) -> Tensor:
+    return branch if scale is None else scale(branch)
+
+
+def attend_and_rank(attn: nn.Module, x_BTD: Tensor, domain: int = CLEAN) -> tuple[Tensor, Tensor]:
     """The attention's output (B, T, D), and (B, T) fp32: what each token received, summed over heads and queries.
 
     The fused kernels do not give out the probabilities, so they are computed in the open.
@@ -175,6 +230,7 @@ def attend_and_rank(attn: nn.Module, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         )
     B, T, D = x_BTD.shape
     q, k, v = attn.qkv(x_BTD).view(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k = attn.normed(q, k, domain)
     probs_BHTT = (q @ k.transpose(-2, -1) * (D // attn.num_heads) ** -0.5).float().softmax(dim=-1)
     received_BT = probs_BHTT.sum(dim=(1, 2))
     if not is_plain(Attention, attn):
@@ -183,11 +239,10 @@ def attend_and_rank(attn: nn.Module, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     return attn.proj(out), received_BT
 
 
-def most_attended(received_BT: Tensor, num_keep: int) -> Tensor:
-    """(B, num_keep) int64 ascending: cls (token 0) and the patch tokens with the most attention; ties to the first."""
-    order = received_BT[:, 1:].detach().argsort(dim=1, descending=True, stable=True)
-    kept = order[:, : num_keep - 1].sort(dim=1).values + 1
-    return F.pad(kept, (1, 0), value=0)
+def most_attended(received_BT: Tensor, num_keep: int, num_prefix: int = 1) -> Tensor:
+    """(B, num_keep) int64 ascending: the prefix and the patch tokens with the most attention; ties to the first."""
+    order = received_BT[:, num_prefix:].detach().argsort(dim=1, descending=True, stable=True)
+    return behind_prefix(order[:, : num_keep - num_prefix].sort(dim=1).values, num_prefix)
 
 
 def init_like_mae(module: nn.Module) -> None:

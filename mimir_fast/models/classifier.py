@@ -10,7 +10,8 @@ that were looked at least are left behind, so later layers, and the attack's pas
 Shapes: B images, C channels, H = W pixels, T = prefix + N tokens, D width, L layers, R branches, K classes.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +20,19 @@ from torch import Tensor, nn
 
 from mimir_fast.layers.norms import LayerNorm, NoNorm
 from mimir_fast.models.branches import Branches
-from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
-from mimir_fast.models.file_names import Parted, from_files
-from mimir_fast.models.loading import infer_architecture
-from mimir_fast.models.weight_files import NORMALIZATIONS, NormalizationName, WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
+from mimir_fast.models.file_names import Parted
+from mimir_fast.models.loading import LoadReport, fill, infer_architecture
+from mimir_fast.models.normalization import (
+    NormalizationName,
+    Normalizer,
+    Statistics,
+    check_choice,
+    chosen,
+    fields_of,
+)
+from mimir_fast.models.options import option_texts
+from mimir_fast.models.weight_files import OUTSIDE, Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import patchify
 from mimir_fast.validation import check_number
@@ -49,14 +59,23 @@ class ClassifierConfig:
     """AGAT (family vit): patch tokens kept by each layer in train mode, 0.9 in the paper; 1 drops none."""
     normalization: NormalizationName = "none"
     """Subtracted mean and divided std, inside the model: `none` after our pre-training, timm weights need theirs."""
+    options: tuple[str, ...] = ()
+    """What the family can do beside its plain form, as NAME or NAME=VALUE: of ViT heads, eps, gelu, layer_scale,
+    qk_norm, pre_norm, distilled, registers, no_prefix_positions, no_cls_token, norm_before_pool, qkv_bias, mlp_ratio,
+    width, depth."""
+    mean: tuple[float, ...] | None = None
+    """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
+    std: tuple[float, ...] | None = None
+    """The deviation as numbers, one a channel."""
 
     def architecture(self, image_size: int, channels: int = 3) -> Architecture:
         """What the encoder is built from."""
-        return Architecture(self.family, self.encoder, image_size, self.patch_size, channels)
+        return architecture_of(self.family, self.encoder, image_size, self.patch_size, channels, self.options)
 
     def __post_init__(self) -> None:
         check_number("patch_size", self.patch_size, at_least=1)
-        check_size(find_family(self.family), self.encoder)
+        self.options = tuple(self.options)
+        self.architecture(self.patch_size)  # refuses unknown families, sizes and options
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path}, wanted 0 <= drop_path < 1, such as 0.1")
         if not 0 < self.token_keep_rate <= 1:
@@ -66,8 +85,7 @@ class ClassifierConfig:
                 f"token_keep_rate={self.token_keep_rate} (AGAT) drops tokens by their attention, which is defined for "
                 f"family vit only, not {self.family}: leave it at 1"
             )
-        if self.normalization not in NORMALIZATIONS:
-            raise ValueError(f"normalization={self.normalization!r}, wanted one of {', '.join(NORMALIZATIONS)}")
+        check_choice(self)
 
 
 class Classifier(Parted):
@@ -78,38 +96,38 @@ class Classifier(Parted):
         image_size: side of the images in pixels.
         num_classes: outputs of the head, at least 2.
         channels: of the images.
-        options: what only the family knows, see Architecture.
+        norm_first: the encoder's norm comes before the pooling; None: where `global_pool` and the family have it.
     """
 
     file_parts = ("encoder",)
 
     def __init__(
         self, config: ClassifierConfig, image_size: int, num_classes: int, channels: int = 3,
-        options: dict[str, object] | None = None,
+        norm_first: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if num_classes < 2:
             raise ValueError(
                 f"num_classes={num_classes}: a classifier needs at least 2 classes; check the data's labels"
             )
-        architecture = replace(config.architecture(image_size, channels), options=options or {})
+        architecture = config.architecture(image_size, channels)
         family = find_family(config.family)
         self.config, self.num_classes = config, num_classes
         self.image_size, self.channels = image_size, channels
         # With `avg` the norm comes after the pooling (MAE's fine-tuning), but for families that norm before it.
-        norm_first = config.global_pool == "cls" or family.norm_before_pool
+        options = architecture.options
+        if norm_first is None:
+            before = family.norm_before_pool or options.get("norm_before_pool", False)
+            norm_first = config.global_pool == "cls" or before
         self.encoder = build_encoder(architecture, final_norm=norm_first)
-        if config.global_pool == "cls" and self.encoder.num_prefix == 0:
-            raise ValueError(f"{family.title} has no cls token: use global_pool avg")
-        self.fc_norm = NoNorm() if norm_first else LayerNorm(self.encoder.width)
+        if config.global_pool == "cls" and not self.encoder.has_cls_token:
+            raise ValueError(f"this {family.title} has no cls token: use global_pool avg")
+        self.fc_norm = NoNorm() if norm_first else LayerNorm(self.encoder.width, options.get("eps", 1e-6))
         self.head = nn.Linear(self.encoder.width, num_classes)
+        has_two = config.global_pool == "cls" and options.get("distilled", False)
+        self.head_dist = nn.Linear(self.encoder.width, num_classes) if has_two else None
 
-        mean, std = NORMALIZATIONS[config.normalization]
-        # Not persistent: a state dict holds the authors' names and nothing else.
-        self.register_buffer("mean", torch.tensor(mean[:channels]).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std[:channels]).view(1, -1, 1, 1), persistent=False)
-        self.mean: Tensor
-        self.std: Tensor
+        self.normalizer = Normalizer(chosen(config, channels))
         positions = getattr(self.encoder, "pos_embed", None)
         if isinstance(positions, nn.Parameter):
             positions.requires_grad_(config.train_pos_embed)
@@ -117,8 +135,10 @@ class Classifier(Parted):
 
     def reset_head(self) -> None:
         """A fresh head that starts at nearly uniform predictions (MAE's fine-tuning)."""
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
-        nn.init.zeros_(self.head.bias)
+        for head in (self.head, self.head_dist):
+            if head is not None:
+                nn.init.trunc_normal_(head.weight, std=2e-5)
+                nn.init.zeros_(head.bias)
 
     def forward_features(
         self,
@@ -135,9 +155,7 @@ class Classifier(Parted):
         if images_BCHW.dtype == torch.uint8:
             images_BCHW = images_BCHW.float() / 255
         with no_autocast(images_BCHW.device):
-            images = images_BCHW.to(self.mean.dtype)
-            if self.config.normalization != "none":
-                images = (images - self.mean) / self.std
+            images = self.normalizer(images_BCHW.to(self.normalizer.mean.dtype))
             patches = patchify(images, self.encoder.mask_unit)
         keep_rate = self.config.token_keep_rate if self.training else 1.0
         branches = None
@@ -146,8 +164,10 @@ class Classifier(Parted):
         return self.encoder(patches, None, branches=branches)
 
     def forward_head(self, tokens_BTD: Tensor) -> Tensor:
-        """(B, K) logits from the tokens."""
+        """(B, K) logits from the tokens; of a distilled model the mean of both heads', as in DeiT's evaluation."""
         prefix = self.encoder.num_prefix
+        if self.head_dist is not None:
+            return (self.head(tokens_BTD[:, 0]) + self.head_dist(tokens_BTD[:, 1])) / 2
         pooled = tokens_BTD[:, prefix:].mean(dim=1) if self.config.global_pool == "avg" else tokens_BTD[:, 0]
         return self.head(self.fc_norm(pooled))
 
@@ -187,24 +207,42 @@ def build_classifier(config: ClassifierConfig, image_size: int, num_classes: int
     return Classifier(config, image_size, num_classes, channels)
 
 
-def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_classes: int | None = None) -> Classifier:
+def load_classifier(
+    source: str | Path | Weights, which: WeightsChoice = "auto", *, num_classes: int | None = None,
+    statistics: Statistics | None = None, options: Sequence[str] = (),
+) -> Classifier:  # fmt: skip
     """A trained classifier in eval mode, taking images in [0, 1], from anything `read_weights` reads.
 
-    Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one.
-
     Args:
-        source: a fine-tuning run or checkpoint folder, an exported .safetensors file, an authors' .pth, timm:NAME.
+        source: a fine-tuning run or checkpoint folder, an exported .safetensors file, an authors' .pth, timm:NAME, or
+            weights already read.
         which: `model`, `ema`, or `auto` for the moving average where there is one.
         num_classes: what the data has; checked.
+        statistics: (mean, std) to normalise by, in place of what the weights say; None where neither does is none.
+        options: what neither tensors nor file say, as in ClassifierConfig: heads=12, eps=1e-5, gelu=tanh.
     Raises:
         WeightsError: not a classifier, damaged, of another architecture, or for another number of classes.
     """
-    weights = read_weights(source, which)
-    architecture, found_classes = infer_architecture(weights)
+    weights = source if isinstance(source, Weights) else read_weights(source, which)
+    return classifier_of(weights, num_classes=num_classes, statistics=statistics, options=options)[0]
+
+
+def classifier_of(
+    weights: Weights, *, num_classes: int | None = None, statistics: Statistics | None = None,
+    options: Sequence[str] = (),
+) -> tuple[Classifier, LoadReport]:  # fmt: skip
+    """The classifier that weights are of, in eval mode, and what became of them; see `load_classifier`.
+
+    Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one, or from
+    what the file says. Decoder, mask token and the norms for adversarial images are left out.
+    """
+    architecture, found_classes = infer_architecture(weights, options)
     if found_classes is None:
+        outside = [name for name, why in weights.left_out.items() if why == OUTSIDE]
+        beside = f" (outside of the encoder are {', '.join(outside[:4])})" if outside else ""
         raise WeightsError(
-            f"{weights.origin} has no classification head, it is a pre-trained encoder: fine-tune it first with "
-            f"python -m mimir_fast.finetune --recipe … --init {source}"
+            f"{weights.origin} has no classification head, it is a pre-trained encoder{beside}: fine-tune it first "
+            f"with python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"
         )
     if num_classes is not None and num_classes != found_classes:
         raise WeightsError(
@@ -213,27 +251,14 @@ def load_classifier(source: str | Path, which: WeightsChoice = "auto", *, num_cl
         )
     saved = (weights.config or {}).get("model", {})
     names = {f.name for f in fields(ClassifierConfig)}
-    config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names})
-    config.family, config.encoder = architecture.family, architecture.size
-    config.patch_size = architecture.patch_size
-    normed_late = "fc_norm.weight" in weights.tensors or find_family(architecture.family).norm_before_pool
-    config.global_pool = "avg" if normed_late else "cls"
-    if weights.normalization is not None:
-        config.normalization = _normalization_name(weights.normalization)
-    model = Classifier(
-        config, architecture.image_size, found_classes, architecture.channels, dict(architecture.options)
-    )
-    missing, unexpected = model.load_state_dict(from_files(model, weights.tensors), strict=False)
-    if missing or unexpected:
-        raise WeightsError(
-            f"{weights.origin} is no classifier of ours: {len(missing)} tensors are missing "
-            f"({', '.join(missing[:3])}), {len(unexpected)} unknown ({', '.join(unexpected[:3])})"
-        )
-    return model.eval()
-
-
-def _normalization_name(stats: tuple[tuple[float, ...], tuple[float, ...]]) -> NormalizationName:
-    for name, known in NORMALIZATIONS.items():
-        if known == stats:
-            return name
-    raise WeightsError(f"normalisation with mean {stats[0]} and std {stats[1]} is none of {', '.join(NORMALIZATIONS)}")
+    family, found = find_family(architecture.family), architecture.options
+    norm_first = "fc_norm.weight" not in weights.tensors
+    takes_cls = norm_first and "cls_token" in weights.tensors and "norm_before_pool" not in found
+    pool = weights.facts.pool or ("cls" if takes_cls and not family.norm_before_pool else "avg")
+    shown = {"family": family.name, "encoder": architecture.size, "patch_size": architecture.patch_size,
+             "global_pool": pool, "options": option_texts(found)}  # fmt: skip
+    shown |= fields_of(weights.statistics(architecture.channels, statistics))
+    config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)
+    model = Classifier(config, architecture.image_size, found_classes, architecture.channels, norm_first)
+    report = fill(model, weights, whole=True)
+    return model.eval(), report

@@ -25,7 +25,7 @@ class Decoder(nn.Module):
         self.num_prefix, self.num_patches, self.grid = encoder.num_prefix, encoder.num_patches, encoder.grid
         self.mlp_ratio = mlp_ratio
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        positions = sincos_positions(width, encoder.grid, cls_token=bool(self.num_prefix))
+        positions = sincos_positions(width, encoder.grid, num_prefix=self.num_prefix)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_embed = nn.Linear(encoder.width, width)
         self.decoder_blocks = nn.ModuleList(self.build_block(width, num_heads) for _ in range(depth))

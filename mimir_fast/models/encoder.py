@@ -5,6 +5,8 @@ given, with their places. So nothing masked can reach the latent, by constructio
 Shapes: B images, N patches of the grid, K visible ones, P = unit²·C numbers a patch, D width, T tokens inside a patch.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches
 from mimir_fast.sizes import Size, area, divided, divides, height_width, typed
 
+# Parameters (1, rows, D) in front of the patches, in this order: a cls token, DeiT's distillation token, registers.
+PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
+
 
 class Encoder(nn.Module):
     """Base of the families.
@@ -25,10 +30,11 @@ class Encoder(nn.Module):
         mask_unit: side in pixels of a patch that is masked as a whole.
         width: D of the latent.
         token_width: D of the tokens that `embed` gives.
-        num_prefix: rows of the latent in front of the patches' (1 with a cls token, else 0).
+        num_prefix: rows of the latent in front of the patches': a cls token first, then registers and the like.
         num_layers: layers for stochastic depth and layer-wise learning rates.
         num_branches: residual branches of a layer.
-        has_adapters: norms and cls token exist twice, for clean and for adversarial data.
+        has_adapters: norms and prefix exist twice, for clean and for adversarial data.
+        options: what it can do beside the family's plain form, see Architecture; `build_encoder` notes it.
     """
 
     image_size: Size
@@ -40,6 +46,12 @@ class Encoder(nn.Module):
     num_layers: int
     num_branches: int = 2
     has_adapters: bool = False
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def has_cls_token(self) -> bool:
+        """Whether the first row of the latent is a cls token's."""
+        return isinstance(getattr(self, "cls_token", None), nn.Parameter)
 
     @property
     def grid(self) -> Size:
@@ -98,17 +110,21 @@ class Encoder(nn.Module):
         return self.encode(tokens, places_BK, domain=domain, branches=branches)
 
     def add_adapters(self) -> None:
-        """Norm layers and the cls token get a second copy for adversarial data (AEMIM)."""
+        """Norm layers and the prefix (cls token, registers) get a second copy for adversarial data (AEMIM)."""
         add_adapters(self)
         self.has_adapters = True
-        cls_token = getattr(self, "cls_token", None)
-        if isinstance(cls_token, nn.Parameter):
-            self.register_parameter("cls_token" + SUFFIX, nn.Parameter(cls_token.detach().clone()))
+        for name in PREFIX_TOKENS:
+            token = getattr(self, name, None)
+            if isinstance(token, nn.Parameter):
+                self.register_parameter(name + SUFFIX, nn.Parameter(token.detach().clone()))
 
     def cls_of(self, domain: int) -> Tensor:
         """The cls token (1, 1, D) of a domain."""
-        name = "cls_token" if domain == CLEAN else "cls_token" + SUFFIX
-        token: Any = getattr(self, name)
+        return self.token_of("cls_token", domain)
+
+    def token_of(self, name: str, domain: int) -> Tensor:
+        """One of PREFIX_TOKENS, (1, rows, D), of a domain."""
+        token: Any = getattr(self, name if domain == CLEAN else name + SUFFIX)
         return token
 
     def layers(self) -> list[nn.Module]:
@@ -117,7 +133,7 @@ class Encoder(nn.Module):
 
     def layer_of(self, name: str) -> int:
         """0 for a parameter of the embedding, 1 … num_layers for the layers, num_layers + 1 for what comes after."""
-        if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        if name.startswith((*PREFIX_TOKENS, "pos_embed", "patch_embed", "norm_pre")):
             return 0
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1

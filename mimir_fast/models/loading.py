@@ -1,118 +1,293 @@
-"""From weights to a model: what was loaded, skipped, resized or left fresh is returned and printed, never guessed.
+"""From weights to a model: what was loaded, skipped, resized or left fresh is reported, never guessed.
+
+Only these may be in a file and not in the model: a decoder and its mask token, a head that does not fit, the norm of
+another pooling, the norms of another domain, and what the file's layout says is no part of the function. Anything else
+would change the function, so it is refused by name.
 
 Shapes: N patch tokens (grid × grid), D width, K classes.
 """
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.models.families import Architecture, all_families, find_family, recognise
+from mimir_fast.layers.norms import is_adapter
+from mimir_fast.models.encoder import Encoder
+from mimir_fast.models.families import (
+    Architecture,
+    Family,
+    all_families,
+    build_encoder,
+    describe,
+    find_family,
+    informed,
+    recognise,
+    why_not,
+)
 from mimir_fast.models.file_names import from_files, to_files
-from mimir_fast.models.weight_files import NORMALIZATIONS, Weights, WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.load_report import LoadReport
+from mimir_fast.models.normalization import Normalizer, flags, same, words
+from mimir_fast.models.options import option_texts, parse_options
+from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
+
+__all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_weights", "resize_positions"]
+
+_HEADS, _NORMS = ("head.", "head_dist."), ("fc_norm.", "norm.")
+_DECODER = ("decoder_", "mask_token")
+_PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
+# Part of a tensor's name → what to do about it.
+_HINTS = {
+    ".lora_": ": merge the adapters into the weights first (PEFT's merge_and_unload)",
+    "parametrizations": ": remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations)",
+    "_flat_param": ": save it with FULL_STATE_DICT",
+    "weight_scale": ": it is quantised, use the weights it was made of",
+    "q_bias": " (BEiT, EVA, Data2Vec): no family of ours has biases of queries and values alone",
+}
+_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-@dataclass
-class LoadReport:
-    """What `initialize` did, by tensor name."""
-
-    origin: str
-    loaded: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    """In the file, not in the model: a decoder, another head."""
-    resized: list[str] = field(default_factory=list)
-    """With old and new shape."""
-    fresh: list[str] = field(default_factory=list)
-    """In the model, not in the file: left as initialised."""
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"initialised from {self.origin}", f"  loaded   {len(self.loaded)} tensors"]
-        for title, names in (("resized", self.resized), ("skipped", _summary(self.skipped)), ("fresh", self.fresh)):
-            if names:
-                lines.append(f"  {title:<8} {', '.join(names)}")
-        return "\n".join(lines + [f"  note     {note}" for note in self.notes])
-
-
-def initialize(model: nn.Module, source: str | Path | Weights, which: WeightsChoice = "auto") -> LoadReport:
-    """Fill a classifier from pre-trained (or fine-tuned) weights.
+def initialize(
+    model: nn.Module, source: str | Path | Weights, which: WeightsChoice = "auto", part: str = ""
+) -> LoadReport:
+    """Fill a classifier or a masked model from pre-trained (or fine-tuned) weights.
 
     The position embedding is resized to the model's grid; a head for another number of classes, decoders and the
-    norm of another pooling are left out; the classifier's own norm and head stay fresh where the weights have none.
+    norm of another pooling are left out; the model's own norm, head and decoder stay fresh where the weights have none.
 
     Args:
-        model: a VisionTransformer.
+        model: a Classifier or a MaskedModel.
         source: anything `read_weights` reads, or weights already read.
+        part: which of several encoders in a file.
     Returns:
         the report; print it.
     Raises:
-        WeightsError: weights of another architecture, or incomplete.
+        WeightsError: weights of another architecture, incomplete, or with NaN in them.
     """
-    weights = source if isinstance(source, Weights) else read_weights(source, which)
-    report = LoadReport(weights.origin, notes=list(weights.notes))
+    weights = source if isinstance(source, Weights) else read_weights(source, which, part)
+    _check_architecture(weights, to_files(model, model.state_dict()), model)
+    return fill(model, weights, whole=False)
+
+
+def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
+    """Put weights into a model of their architecture.
+
+    Args:
+        whole: the model was built for these weights: nothing of it may stay fresh, nothing is resized, and NaN is
+            noted. Else it goes on to be trained: heads, norms in front of them and decoders may be missing.
+    Raises:
+        WeightsError: by the name of the tensor that does not fit, is missing, or is no tensor of numbers.
+    """
     own = to_files(model, model.state_dict())
-    _check_architecture(weights, own)
     architecture = recognise(own)
     family = None if architecture is None else find_family(architecture.family)
+    report = LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out), notes=list(weights.notes))
+    unfit = {} if whole else _unfit_heads(weights.tensors, own) | _unfit_decoder(weights.tensors, own)
     ready: dict[str, Tensor] = {}
     for name, tensor in weights.tensors.items():
+        if reason := unfit.get(name) or _may_be_left(name, own):
+            report.reasons[name] = reason
+            continue
         if name not in own:
-            report.skipped.append(name)
-        elif tensor.shape == own[name].shape:
+            raise WeightsError(
+                f"{weights.origin}: {name} is not in {_model_words(model)}, and without it the function is another: "
+                "use weights of one of our encoders"
+            )
+        _check_numbers(name, tensor, own[name], weights.origin)
+        if tensor.shape == own[name].shape:
             ready[name] = tensor
-        elif name == "pos_embed":
-            ready[name] = resize_positions(tensor, own[name].shape[1])
-            report.resized.append(f"pos_embed {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
-        elif family is not None and (resized := family.resize(name, tensor, own[name].shape)) is not None:
-            ready[name] = resized
-            report.resized.append(f"{name} {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
-        elif name.startswith("head."):
-            report.skipped.append(name)
-            if name == "head.bias":
-                report.notes.append(
-                    f"the head had {len(tensor)} classes, the model has {len(own[name])}: it starts fresh"
-                )
-        else:
+            continue
+        resized = None if whole else _resize(name, tensor, own[name].shape, weights.tensors, family)
+        if resized is None:
             raise WeightsError(
                 f"{weights.origin} is of another architecture: {name} is {tuple(tensor.shape)} there, "
                 f"{tuple(own[name].shape)} in the model"
             )
+        ready[name] = resized
+        report.resized.append(f"{name} {tuple(tensor.shape)} -> {tuple(own[name].shape)}")
     biases = [name for name in own if name not in ready and _is_optional_bias(name, weights.tensors)]
     if biases:
         ready |= {name: torch.zeros_like(own[name]) for name in biases}
         report.notes.append(f"{len(biases)} biases of queries, keys and values are not in these weights: zero here")
     report.fresh = [name for name in own if name not in ready]
-    absent = [name for name in report.fresh if not name.startswith(("head.", "fc_norm.", "norm."))]
-    if absent:
+    _check_complete(report.fresh, ready, weights, whole=whole)
+    bad = [name for name, tensor in ready.items() if not _is_finite(tensor)]
+    if bad and not whole:
         raise WeightsError(
-            f"{weights.origin} is incomplete or of another architecture: {', '.join(absent[:4])} "
-            f"({len(absent)} in all) are not in it; use a whole checkpoint of a plain vision transformer"
+            f"{weights.origin}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do): training cannot start from it"
         )
-    _note_normalization(model, weights, report)
+    if bad:
+        report.notes.append(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do): so will what it computes")
+    if weights.config is None:
+        report.assumed = _assumed(model, weights, family)
+    if not whole:
+        _note_normalization(model, weights, report)
     model.load_state_dict(from_files(model, ready), strict=False)
     report.loaded = list(ready)
     return report
 
 
-def resize_positions(pos_embed_1TD: Tensor, num_rows: int) -> Tensor:
-    """(1, num_rows, D): the grid resized by bicubic interpolation; a cls row in front of it is kept.
+def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
+    """What `fill` would say of an encoder of these weights, without one being made: for what only passes them on.
 
     Raises:
-        WeightsError: the rows are no square grid, with or without a cls token, or only one of both has that token.
+        WeightsError: as `fill`.
+    """
+    architecture, _ = infer_architecture(weights)
+    with torch.device("meta"):
+        encoder = build_encoder(architecture, final_norm="norm.weight" in weights.tensors)
+    if any(is_adapter(name) for name in weights.tensors):
+        encoder.add_adapters()
+    own, report = encoder.state_dict(), LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out))
+    beside = (*_HEADS, *_NORMS, *_DECODER)
+    for name, tensor in weights.tensors.items():
+        if name in own:
+            _check_numbers(name, tensor, own[name], weights.origin)
+            if tensor.shape != own[name].shape and find_family(architecture.family).image_size_in_tensors:
+                raise WeightsError(
+                    f"{weights.origin}: {name} is {tuple(tensor.shape)}, {tuple(own[name].shape)} in "
+                    f"{_title(architecture)}"
+                )
+            report.loaded.append(name)
+        elif not name.startswith(beside):
+            raise WeightsError(f"{weights.origin}: {name} is in none of our encoders")
+    report.fresh = [n for n in own if n not in weights.tensors and not _is_optional_bias(n, weights.tensors)]
+    _check_complete(report.fresh, {}, weights, whole=True)
+    bad = [name for name in report.loaded if not _is_finite(weights.tensors[name])]
+    report.notes = [*weights.notes, *(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" for _ in bad[:1])]
+    if weights.config is None:
+        report.assumed = _assumed(encoder, weights, find_family(architecture.family))
+    return architecture, report
+
+
+def _may_be_left(name: str, own: Mapping[str, Tensor]) -> str:
+    """Why a tensor of a file need not be in the model; "" when it must."""
+    if name in own:
+        return ""
+    if name.startswith(_DECODER) and "decoder_pred.weight" not in own:
+        return "the decoder"
+    if is_adapter(name):
+        return "for adversarial images, which the model keeps no norms of their own for"
+    if name.startswith(_NORMS):
+        return "the norm of another pooling"
+    return "the model has no such head" if name.startswith(_HEADS) else ""
+
+
+def _unfit_heads(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
+    """Tensors of a head that start fresh → why: for other classes, or trained on other features."""
+    norms = [norm for norm in _NORMS if f"{norm}weight" in own and f"{norm}weight" not in tensors]
+    # timm of 2021 has a layer in front of the head of ImageNet-21k.
+    reasons = {name: "a layer of another head" for name in tensors if name.startswith("pre_logits.")}
+    if reasons:
+        norms.append("pre_logits.")
+    for head in _HEADS:
+        theirs, ours = tensors.get(f"{head}weight"), own.get(f"{head}weight")
+        if theirs is None or ours is None:
+            continue
+        reason = "trained on features of another pooling, so it starts fresh" if norms else ""
+        if len(theirs) != len(ours):
+            reason = f"the head had {len(theirs)} classes, the model has {len(ours)}: it starts fresh"
+        if reason:
+            reasons |= {name: reason for name in tensors if name.startswith(head)}
+    return reasons
+
+
+def _unfit_decoder(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
+    """Tensors of a decoder that is not the model's → why. One is taken as a whole or not at all."""
+    theirs, ours = (
+        {n: t.shape for n, t in named.items() if n.startswith(_DECODER) and n != "decoder_pos_embed"}
+        for named in (tensors, own)
+    )
+    if theirs == ours or "decoder_pred.weight" not in own:
+        return {}
+    return {n: "of another decoder, the model's starts fresh" for n in tensors if n.startswith(_DECODER)}
+
+
+def _resize(
+    name: str, tensor: Tensor, shape: torch.Size, tensors: Mapping[str, Tensor], family: Family | None
+) -> Tensor | None:
+    if name in ("pos_embed", "decoder_pos_embed") and tensor.ndim == 3 and tensor.shape[-1] == shape[-1]:
+        prefix = sum(tensors[token].shape[1] for token in _PREFIX_TOKENS if token in tensors)
+        return resize_positions(tensor, shape[1], prefix or 1)
+    return None if family is None else family.resize(name, tensor, shape)
+
+
+def _check_numbers(name: str, tensor: Tensor, own: Tensor, origin: str) -> None:
+    """Raises WeightsError where a tensor cannot be copied as it is."""
+    words = ""
+    if tensor.is_meta:
+        words = "has a shape and no numbers (it was saved on the meta device)"
+    elif tensor.layout != torch.strided or tensor.is_quantized:
+        words = "is quantised or sparse"
+    elif own.is_floating_point() and tensor.dtype not in _NUMBERS:
+        words = f"holds {str(tensor.dtype).removeprefix('torch.')}, wanted float32, float16 or bfloat16"
+    if words:
+        raise WeightsError(f"{origin}: {name} {words}: save the weights as float32 where they were made")
+
+
+def _check_complete(fresh: list[str], ready: Mapping[str, Tensor], weights: Weights, *, whole: bool) -> None:
+    """Raises WeightsError when what is missing cannot start fresh."""
+    optional = () if whole else (*_HEADS, *_NORMS)
+    if not whole and "decoder_pred.weight" not in ready:
+        optional = (*optional, *_DECODER)  # a decoder is there as a whole or not at all
+    absent = [name for name in fresh if not name.startswith(optional)]
+    if absent:
+        raise WeightsError(
+            f"{weights.origin} is incomplete or of another architecture: {', '.join(absent[:4])} "
+            f"({len(absent)} in all) are not in it; use a whole checkpoint of a plain vision transformer"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # One number a tensor; only where the sum overflows is every number looked at.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def _model_words(model: nn.Module) -> str:
+    config: Any = getattr(model, "config", None)
+    family = getattr(config, "family", None)
+    return f"our {find_family(family).title}-{config.encoder}" if isinstance(family, str) else "the model"
+
+
+def _assumed(model: nn.Module, weights: Weights, family: Family | None) -> list[str]:
+    """What the model has and neither the tensors nor the file say."""
+    encoder, facts = getattr(model, "encoder", model), weights.facts
+    unseen = () if family is None else family.unseen
+    found = []
+    if "heads" in unseen and facts.heads is None and (heads := getattr(encoder, "num_heads", None)):
+        found.append(f"{heads} heads")
+    norm = next((part for part in model.modules() if isinstance(part, nn.LayerNorm)), None)
+    if facts.eps is None and norm is not None:
+        found.append(f"eps {norm.eps:g}")
+    normalizer = getattr(model, "normalizer", None)
+    if facts.mean is None and isinstance(normalizer, Normalizer):
+        found.append(words(normalizer.statistics).replace("normalization", "normalisation"))
+    return found
+
+
+def resize_positions(pos_embed_1TD: Tensor, num_rows: int, num_prefix: int = 1) -> Tensor:
+    """(1, num_rows, D): the grid resized by bicubic interpolation; rows of prefix tokens in front of it are kept.
+
+    Args:
+        num_prefix: tokens in front of the patches, which have rows or have none.
+    Raises:
+        WeightsError: the rows are no square grid, with or without those of the prefix, or only one of both has these.
     """
     rows = pos_embed_1TD.shape[1]
-    old, new = math.isqrt(rows), math.isqrt(num_rows)
-    prefix = int(old**2 != rows)
-    if old**2 + prefix != rows or new**2 + prefix != num_rows:
+    for prefix in (0, num_prefix):
+        old, new = math.isqrt(max(rows - prefix, 0)), math.isqrt(max(num_rows - prefix, 0))
+        if old > 0 and old**2 + prefix == rows and new**2 + prefix == num_rows:
+            break
+    else:
         raise WeightsError(
             f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be square grids, "
-            "with a cls row or without; models with a distillation token or registers cannot be used"
+            f"with the {num_prefix} rows of the tokens in front of them or without"
         )
     grid = pos_embed_1TD[:, prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
@@ -120,21 +295,35 @@ def resize_positions(pos_embed_1TD: Tensor, num_rows: int) -> Tensor:
     return torch.cat([pos_embed_1TD[:, :prefix], resized], dim=1)
 
 
-def infer_architecture(weights: Weights) -> tuple[Architecture, int | None]:
-    """The encoder, and the classes of the head if there is one, from the tensors alone: a bare file is enough.
+def infer_architecture(weights: Weights, options: Sequence[str] = ()) -> tuple[Architecture, int | None]:
+    """The encoder, and the classes of the head if there is one: from the tensors, and from what the file says.
 
+    Args:
+        options: what no tensor shows, as it is typed: heads=12, eps=1e-5; goes before what was saved with the weights.
     Raises:
         WeightsError: no encoder of ours has such tensors.
+        ValueError: options that the family does not know.
     """
     architecture = recognise(weights.tensors)
+    if architecture is None and (reason := why_not(weights.tensors)):
+        hint = next((words for mark, words in _HINTS.items() if mark in reason), "")
+        raise WeightsError(
+            f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours, or incomplete, because of "
+            f"{reason}{hint}"
+        )
     if architecture is None:
         known = "; ".join(
             f"{family.title}: {', '.join(f'{name} ({words})' for name, words in family.sizes.items())}"
             for family in all_families().values()
         )
         raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours. Those are {known}")
-    saved = ((weights.config or {}).get("data") or {}).get("image_size")
-    if saved is not None and not find_family(architecture.family).image_size_in_tensors:
+    family, config = find_family(architecture.family), (weights.config or {}).get("model") or {}
+    said = dict(weights.facts.known())
+    for texts in (config.get("options", ()), options):
+        said |= parse_options(texts, family.options, family.title)
+    architecture = informed(architecture, said)
+    saved = ((weights.config or {}).get("data") or {}).get("image_size", weights.facts.image_size)
+    if saved is not None and not family.image_size_in_tensors:
         architecture = replace(architecture, image_size=saved)
     head = weights.tensors.get("head.weight")
     return architecture, None if head is None else len(head)
@@ -149,9 +338,9 @@ def _outline(tensors: Mapping[str, Tensor]) -> str:
     return f"width {first.shape[0]}, depth {depth}, patch {first.shape[-1]}, {first.shape[1]} channels"
 
 
-def _check_architecture(weights: Weights, own: dict[str, Tensor]) -> None:
-    theirs, ours = recognise(weights.tensors), recognise(own)
-    if theirs is None or ours is None:  # odd sizes have no name: the shapes are compared one by one
+def _check_architecture(weights: Weights, own: dict[str, Tensor], model: nn.Module) -> None:
+    theirs, ours = infer_architecture(weights)[0], recognise(own)
+    if ours is None:  # a model of another maker: the shapes are compared one by one
         same = {n: t.shape for n, t in own.items() if n.startswith("blocks.")}
         if all(n in weights.tensors and weights.tensors[n].shape == shape for n, shape in same.items()):
             return
@@ -161,7 +350,18 @@ def _check_architecture(weights: Weights, own: dict[str, Tensor]) -> None:
         )
     flags = {"family": "--model.family", "size": "--model.encoder", "patch_size": "--model.patch_size",
              "channels": "--data.channels"}  # fmt: skip
+    encoder = getattr(model, "encoder", None)
+    ours = informed(ours, encoder.options) if isinstance(encoder, Encoder) else ours
     fixes = [f"{flag} {getattr(theirs, n)}" for n, flag in flags.items() if getattr(theirs, n) != getattr(ours, n)]
+    # Where the final norm stands is the pooling's affair, a missing bias of q, k, v is a bias of zero, and of what the
+    # file says nothing the flags are right.
+    family, said = find_family(theirs.family), {name for name, _ in weights.facts.known()}
+    silent = {name for name in family.unseen if name not in said} if weights.config is None else set()
+    free = {"norm_before_pool", "qkv_bias", *silent}
+    wanted, has = ({n: value for n, value in a.options.items() if n not in free} for a in (theirs, ours))
+    if wanted != has:
+        texts = option_texts(wanted | {n: v for n, v in theirs.options.items() if n == "qkv_bias"})
+        fixes.append(f"--model.options {' '.join(texts)}" if texts else "leave --model.options out")
     if fixes:
         raise WeightsError(
             f"{weights.origin} is of another architecture: {_title(theirs)}; the model is {_title(ours)}. "
@@ -170,22 +370,15 @@ def _check_architecture(weights: Weights, own: dict[str, Tensor]) -> None:
 
 
 def _title(architecture: Architecture) -> str:
-    family = find_family(architecture.family)
-    return (
-        f"{family.title}-{architecture.size} ({family.sizes[architecture.size]}), patch {architecture.patch_size}, "
-        f"{architecture.channels} channels"
-    )
+    return f"{describe(architecture)}, patch {architecture.patch_size}, {architecture.channels} channels"
 
 
 def _note_normalization(model: nn.Module, weights: Weights, report: LoadReport) -> None:
-    if weights.normalization is None:
-        return
-    chosen = getattr(getattr(model, "config", None), "normalization", None)
-    fit = next((n for n, stats in NORMALIZATIONS.items() if stats == weights.normalization), None)
-    if fit is not None and chosen is not None and fit != chosen:
+    normalizer, said = getattr(model, "normalizer", None), weights.normalization
+    if isinstance(normalizer, Normalizer) and said is not None and not same(said, normalizer.statistics):
         report.notes.append(
-            f"these weights were trained with normalization {fit}, the model has {chosen}: "
-            f"use --model.normalization {fit}"
+            f"these weights were trained with {words(said)}, the model has {words(normalizer.statistics)}: "
+            f"use {flags(said)}"
         )
 
 
@@ -194,12 +387,3 @@ def _is_optional_bias(name: str, tensors: Mapping[str, Tensor]) -> bool:
     projection, _, kind = name.rpartition(".")
     known = projection.endswith((".attn.qkv", ".attn.qk", ".attn.q", ".attn.k", ".attn.v"))
     return kind == "bias" and known and name not in tensors and f"{projection}.weight" in tensors
-
-
-def _summary(names: list[str]) -> list[str]:
-    """`decoder_blocks.* (24)` instead of 24 names."""
-    groups: dict[str, int] = {}
-    for name in names:
-        head, dot, _ = name.partition(".")
-        groups[head + (".*" if dot else "")] = groups.get(head + (".*" if dot else ""), 0) + 1
-    return [f"{name} ({count})" if count > 1 else name for name, count in groups.items()]

@@ -1,46 +1,66 @@
 """A pre-trained masked model out of a run or a file, for looking at its reconstructions and attacking them."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mimir_fast.layers.norms import is_adapter
-from mimir_fast.models.file_names import from_files
-from mimir_fast.models.loading import infer_architecture
+from mimir_fast.models.loading import LoadReport, fill, infer_architecture
 from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, build_masked_model
-from mimir_fast.models.weight_files import WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.normalization import Statistics, fields_of
+from mimir_fast.models.options import option_texts
+from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 
 
-def load_masked_model(source: str | Path, which: WeightsChoice = "auto") -> tuple[MaskedModel, dict[str, Any]]:
+def load_masked_model(
+    source: str | Path | Weights, which: WeightsChoice = "auto", *, statistics: Statistics | None = None
+) -> tuple[MaskedModel, dict[str, Any]]:
     """(model in eval mode and without gradients, the options of the method it was trained with).
 
-    From anything `read_weights` reads; a bare file has no options: {} stands for MAE's, normalised patches and so on.
+    From anything `read_weights` reads; a bare file has no options: {} stands for MAE's, normalised patches and so on,
+    but for what the file says otherwise.
 
+    Args:
+        statistics: (mean, std) to normalise by, in place of what the weights say; None where neither does is none.
     Raises:
         WeightsError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, a classifier).
     """
-    weights = read_weights(source, which)
+    weights = source if isinstance(source, Weights) else read_weights(source, which)
+    return masked_model_of(weights, statistics=statistics)[0], objective_of(weights)
+
+
+def objective_of(weights: Weights) -> dict[str, Any]:
+    """The options of the method that weights were trained with, as far as they say."""
+    said = {} if weights.facts.norm_pixels is None else {"norm_pix_loss": weights.facts.norm_pixels}
+    return (weights.config or {}).get("objective", said)
+
+
+def masked_model_of(weights: Weights, *, statistics: Statistics | None = None) -> tuple[MaskedModel, LoadReport]:
+    """The masked model that weights are of, and what became of them; see `load_masked_model`."""
     if "decoder_pred.weight" not in weights.tensors:
         raise WeightsError(
-            f"{source} holds no decoder, so it is no masked autoencoder; give the pre-training run, not an exported "
-            "encoder or a classifier"
+            f"{weights.origin} holds no decoder, so it is no masked autoencoder; give the pre-training run, not an "
+            "exported encoder or a classifier"
         )
     architecture, num_classes = infer_architecture(weights)
     saved = (weights.config or {}).get("model", {})
-    config = ModelConfig(**{f.name: saved[f.name] for f in fields(ModelConfig) if f.name in saved})
-    config.family, config.encoder, config.patch_size = architecture.family, architecture.size, architecture.patch_size
-    config.adapters = any(is_adapter(name) for name in weights.tensors)
+    shown = {"family": architecture.family, "encoder": architecture.size, "patch_size": architecture.patch_size,
+             "options": option_texts(architecture.options),
+             "adapters": any(is_adapter(name) for name in weights.tensors)}  # fmt: skip
+    config = ModelConfig(**{f.name: saved[f.name] for f in fields(ModelConfig) if f.name in saved} | shown)
     if "decoder_embed.weight" in weights.tensors:
-        width = len(weights.tensors["decoder_embed.weight"])
-        decoder: Any = next((name for name, (w, _, _) in DECODERS.items() if w == width), None)
+        width, heads = len(weights.tensors["decoder_embed.weight"]), weights.facts.decoder_heads
+        decoder: Any = next((n for n, (w, _, h) in DECODERS.items() if w == width and heads in (None, h)), None)
         if decoder is None:
-            raise WeightsError(f"{source}: a decoder {width} wide is none of {', '.join(DECODERS)}")
+            of_heads = f" with {heads} heads" if heads is not None else ""
+            raise WeightsError(f"{weights.origin}: a decoder {width} wide{of_heads} is none of {', '.join(DECODERS)}")
         config.decoder = decoder
     else:
         config.decoder = "linear"
+    config = replace(config, **fields_of(weights.statistics(architecture.channels, statistics)))
     with torch.random.fork_rng([]):
         model = build_masked_model(config, architecture.image_size, architecture.channels, num_classes or 0)
-    model.load_state_dict(from_files(model, weights.tensors))
-    return model.eval().requires_grad_(False), (weights.config or {}).get("objective", {})
+    report = fill(model, weights, whole=True)
+    return model.eval().requires_grad_(False), report

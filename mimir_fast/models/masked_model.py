@@ -8,7 +8,7 @@ Parameter names and shapes are those of MAE and of the MIMIR authors, so their c
 Shapes: B batch, N patches, K kept, M masked, P = p·p·C numbers a patch, D encoder width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from mimir_fast.layers.norms import CLEAN
 from mimir_fast.models.decoder import Decoder, LinearDecoder
 from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.families import Architecture, build_encoder, check_size, find_family
+from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
 from mimir_fast.models.file_names import Parted
+from mimir_fast.models.normalization import (
+    NormalizationName,
+    Normalizer,
+    Statistics,
+    check_choice,
+    chosen,
+    none_of,
+)
 from mimir_fast.ops.patches import gather_patches
 from mimir_fast.validation import check_number
 
@@ -46,19 +54,33 @@ class ModelConfig:
     """Where convit and xcit assume the kept patches to be: `true`, or the square grid of the `official` code."""
     adapters: bool = False
     """Keep norm layers and cls token twice, for clean and for adversarial images; method aemim switches it on."""
+    options: tuple[str, ...] = ()
+    """What the family can do beside its plain form, as NAME or NAME=VALUE: of ViT heads, eps, gelu, layer_scale,
+    qk_norm, pre_norm, distilled, registers, no_prefix_positions, no_cls_token, qkv_bias, mlp_ratio, width, depth."""
+    normalization: NormalizationName = "none"
+    """Mean and deviation taken out of images where the encoder embeds them, as for MAE's public weights (imagenet);
+    attack and reconstruction stay in [0, 1]."""
+    mean: tuple[float, ...] | None = None
+    """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
+    std: tuple[float, ...] | None = None
+    """The deviation as numbers, one a channel."""
 
     def __post_init__(self) -> None:
         check_number("patch_size", self.patch_size, at_least=1)
-        check_size(find_family(self.family), self.encoder)
+        self.options = tuple(self.options)
         if self.decoder not in (*DECODERS, "linear"):
             raise ValueError(f"decoder={self.decoder!r}, wanted one of {', '.join((*DECODERS, 'linear'))}")
         if self.positions not in ("true", "official"):
             raise ValueError(f"positions={self.positions!r}, wanted true or official")
+        check_choice(self)
+        self.architecture(self.patch_size)  # refuses unknown families, sizes and options
 
     def architecture(self, image_size: int, channels: int = 3) -> Architecture:
         """What the encoder is built from."""
-        options = {"positions": self.positions}
-        return Architecture(self.family, self.encoder, image_size, self.patch_size, channels, options)
+        architecture = architecture_of(self.family, self.encoder, image_size, self.patch_size, channels, self.options)
+        if self.positions == "true":
+            return architecture
+        return replace(architecture, options={**architecture.options, "positions": self.positions})
 
 
 class View(NamedTuple):
@@ -91,14 +113,16 @@ class MaskedModel(Parted):
 
     Args:
         full_length: mask tokens go into the encoder instead of the decoder.
-        num_classes: of a linear head on the cls token (the mean token where there is none); 0 is no head.
+        num_classes: of a linear head on the cls token (the mean patch token where there is none); 0 is no head.
+        statistics: (mean, std) taken out of the patches where the encoder embeds them; None takes nothing.
     """
 
     file_parts = ("encoder", "decoder")
 
     def __init__(
-        self, encoder: Encoder, decoder: nn.Module, *, full_length: bool = False, num_classes: int = 0
-    ) -> None:
+        self, encoder: Encoder, decoder: nn.Module, *, full_length: bool = False, num_classes: int = 0,
+        statistics: Statistics | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.encoder, self.decoder, self.full_length = encoder, decoder, full_length
         self.num_patches, self.patch_size, self.channels = encoder.num_patches, encoder.mask_unit, encoder.channels
@@ -106,13 +130,15 @@ class MaskedModel(Parted):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.token_width))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = nn.Linear(encoder.width, num_classes) if num_classes else None
+        self.normalizer = Normalizer(statistics or none_of(encoder.channels))
 
     def encode(self, view: View) -> Tensor:
         """(B, prefix + K, D) latent in the order of `view.keep`, of all N places in raster order at full length."""
         if view.domain != CLEAN and not self.encoder.has_adapters:
             raise ValueError("a view of adversarial data, but the model has no adapters: build it with adapters=True")
         mask_token = self.mask_token[0, 0] if self.full_length else None
-        return self.encoder(view.patches, view.keep, domain=view.domain, mask_token_D=mask_token)
+        patches = self.normalizer.patches(view.patches)
+        return self.encoder(patches, view.keep, domain=view.domain, mask_token_D=mask_token)
 
     @property
     def decodes_parts(self) -> bool:
@@ -157,7 +183,8 @@ class MaskedModel(Parted):
         """(B, classes) logits, or None without a head."""
         if self.head is None:
             return None
-        return self.head(latent_BTD[:, 0] if self.encoder.num_prefix else latent_BTD.mean(dim=1))
+        prefix = self.encoder.num_prefix
+        return self.head(latent_BTD[:, 0] if self.encoder.has_cls_token else latent_BTD[:, prefix:].mean(dim=1))
 
     def layers(self) -> list[nn.Module]:
         """What is compiled and sharded one by one."""
@@ -182,4 +209,7 @@ def build_masked_model(config: ModelConfig, image_size: int, channels: int = 3, 
         decoder = find_family(config.family).build_decoder(encoder, *DECODERS[config.decoder])
     if config.adapters:
         encoder.add_adapters()
-    return MaskedModel(encoder, decoder, full_length=config.decoder == "linear", num_classes=num_classes)
+    return MaskedModel(
+        encoder, decoder, full_length=config.decoder == "linear", num_classes=num_classes,
+        statistics=chosen(config, channels),
+    )  # fmt: skip

@@ -3,14 +3,15 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mimir_fast.ops.positions import add_positions, behind_prefix
 from mimir_fast.sizes import Size, height_width, shown
 
 
-def sincos_positions(dim: int, grid_size: Size, *, cls_token: bool = True) -> Tensor:
-    """(1, [1 +] N, dim) float32; half of the channels encode the column, half the row; the cls row is zero.
+def sincos_positions(dim: int, grid_size: Size, *, num_prefix: int = 1) -> Tensor:
+    """(1, prefix + N, dim) float32; half of the channels encode the column, half the row; prefix rows are zero.
 
     Raises:
         ValueError: dim is not a multiple of 4.
@@ -24,21 +25,19 @@ def sincos_positions(dim: int, grid_size: Size, *, cls_token: bool = True) -> Te
     columns = axis[None, :across].expand(down, -1, -1)
     rows = axis[:down, None].expand(-1, across, -1)
     table = torch.cat([columns, rows], dim=-1).reshape(down * across, dim)
-    if cls_token:
-        table = torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])
-    return table.float().unsqueeze(0)
+    return F.pad(table, (0, 0, num_prefix, 0)).float().unsqueeze(0)
 
 
 def with_positions(
-    tokens_BKD: Tensor, places_BK: Tensor | None, positions_RD: Tensor, cls_1D: Tensor | None = None
+    tokens_BKD: Tensor, places_BK: Tensor | None, positions_RD: Tensor, prefix_FD: Tensor | None = None
 ) -> Tensor:
-    """(B, K, D): the tokens plus the positions of their places; (B, 1 + K, D) behind a cls token, which has row 0.
+    """(B, K, D): the tokens plus the positions of their places; (B, F + K, D) behind a prefix, which has the first F.
 
     Args:
         places_BK: None when all places are there in raster order.
     """
-    ids = None if places_BK is None else behind_prefix(places_BK, 0 if cls_1D is None else 1)
-    return add_positions(tokens_BKD, ids, positions_RD, cls_1D)
+    ids = None if places_BK is None else behind_prefix(places_BK, 0 if prefix_FD is None else len(prefix_FD))
+    return add_positions(tokens_BKD, ids, positions_RD, prefix_FD)
 
 
 def pseudo_grid(num_tokens: int, grid: Size) -> int:

@@ -1,21 +1,18 @@
 """Reading weights, whoever wrote them, without ever running code from the file.
 
     ours       a run folder, one of its checkpoints, or a .safetensors file written by mimir_fast.export
-    authors'   .pth: {model, optimizer, epoch, scaler, args}, bare, or under `model_state_dict` with a prefix
-    timm       a .safetensors or .pth file, or `timm:NAME` for weights timm downloads
+    others'    a .safetensors, .pth or .bin file, the index.json of several, a folder of Hugging Face's: in any layout
+               that models/layouts has a reader for
+    timm       `timm:NAME` for weights timm downloads
 
-Pickled files are opened with torch's weights-only unpickler, and a short list of harmless classes beside tensors.
+A file is opened (opening.py), the encoder that is meant is found in it (parts.py), and a layout reader puts its tensors
+under our names and says what the file tells beside them.
 """
 
-import argparse
-import json
-import pathlib
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from mimir_fast.checkpoints.reading import (
@@ -25,23 +22,17 @@ from mimir_fast.checkpoints.reading import (
     resolve_checkpoint,
     saved_tensors,
 )
-from mimir_fast.models.families import all_families, under_our_names
+from mimir_fast.models.facts import Facts
+from mimir_fast.models.families import all_families
+from mimir_fast.models.layouts import all_anchors, find_layout
+from mimir_fast.models.layouts.mimir_fast import config_of
+from mimir_fast.models.normalization import Statistics, from_file, is_none, none_of
+from mimir_fast.models.opening import find_file, open_file, weights_only
+from mimir_fast.models.parts import STATISTICS, WeightsChoice, choose, find_parts
 
-WeightsChoice = Literal["auto", "model", "ema"]
+__all__ = ["OUTSIDE", "Weights", "WeightsChoice", "WeightsError", "read_weights"]
 
-NormalizationName = Literal["none", "half", "imagenet"]
-
-# Subtracted from and divided out of images in [0, 1] inside the classifier, name: (mean, std). `none` is how our
-# pre-training and the authors' feed the encoder.
-NORMALIZATIONS: dict[NormalizationName, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-
-# What a model of ours has beside encoder and decoder.
-_BESIDE = ("head.weight", "head.bias", "fc_norm.", "mask_token")
-_WRAPPERS = ("model", "model_state_dict", "state_dict", "model_ema")
+OUTSIDE = "outside of the encoder"
 
 
 @dataclass
@@ -49,77 +40,117 @@ class Weights:
     """Named tensors and what is known of them.
 
     Attributes:
-        tensors: name → CPU tensor, without any wrapper's prefix.
+        tensors: name → CPU tensor, under our names.
         origin: what was read, for messages.
         config: the configuration saved with them (ours only).
-        normalization: (mean, std) the weights were trained with, where the writer says so.
+        facts: what the writer says of the model beside the tensors.
+        notes: what a user should know of these weights.
+        layout: whose way of writing it is, as printed.
+        left_out: name in the file → why it is no part of the function.
     """
 
     tensors: dict[str, Tensor]
     origin: str
     config: dict[str, Any] | None = None
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    facts: Facts = field(default_factory=Facts)
     notes: list[str] = field(default_factory=list)
+    layout: str = ""
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def normalization(self) -> Statistics | None:
+        """(mean, std) of `facts`."""
+        return None if self.facts.mean is None or self.facts.std is None else (self.facts.mean, self.facts.std)
+
+    def statistics(self, channels: int, asked: Statistics | None = None) -> Statistics:
+        """(mean, std) of a model with these weights: as asked, else as the weights say, else none.
+
+        Raises:
+            WeightsError: not one number a channel.
+        """
+        found = asked or self.normalization
+        if found is None or is_none(found):
+            return none_of(channels)
+        if len(found[0]) != channels or len(found[1]) != channels:
+            who = "--mean and --std have" if asked else f"{self.origin} says a normalisation of"
+            raise WeightsError(f"{who} {len(found[0])} channels, {self.origin} takes images of {channels}")
+        return found
 
 
-def read_weights(source: str | Path, which: WeightsChoice = "auto") -> Weights:
+def read_weights(source: str | Path, which: WeightsChoice = "auto", part: str = "") -> Weights:
     """The weights in a folder, a file or timm's collection.
 
     Args:
-        source: a run folder, checkpoint folder, .safetensors or .pth file, or `timm:NAME`.
-        which: of our checkpoints, the trained weights (`model`), their moving average (`ema`), or the average where
-            there is one (`auto`).
+        source: a run or checkpoint folder, a file or a folder of weights, or `timm:NAME`.
+        which: the trained weights (`model`), their moving average (`ema`), or the average where there is one (`auto`).
+        part: of a file with several encoders, the name of the one that is meant: `teacher`, `student` …
     Raises:
-        WeightsError: missing, truncated, unsafe, or not a vision transformer's.
+        WeightsError: missing, truncated, unsafe, not a vision transformer's, or several encoders and no choice.
     """
     if str(source).startswith("timm:"):
         return _read_timm(str(source).removeprefix("timm:"))
     path = Path(source).expanduser()
+    if path.is_dir() and (inside := find_file(path)) is not None and not (path / "meta.json").exists():
+        path = inside
     if path.is_dir():
-        return _read_checkpoint(resolve_checkpoint(path), which)
+        return _read_checkpoint(resolve_checkpoint(path), which, part)
     if not path.is_file():
         raise WeightsError(
             f"{path} does not exist; wanted a run or checkpoint folder, a .safetensors or .pth file, or timm:NAME"
         )
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    opened, origin = open_file(path), str(path)
+    try:
+        config = config_of(opened.metadata)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}: export it again") from error
+    beside = {**opened.configs, "metadata": opened.metadata, "mimir_fast": config is not None}
+    said = from_file(config, opened.metadata)
+    return _understand(opened.content, beside, origin, which, part, config, said)
 
 
-def strip_wrappers(content: Any, origin: str) -> dict[str, Tensor]:
-    """The encoder's tensors out of nested dicts and prefixes such as `module.base_model.`.
-
-    Raises:
-        WeightsError: no vision transformer inside.
-    """
-    while isinstance(content, dict) and not any(isinstance(v, Tensor) for v in content.values()):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    # Each family has a tensor of its own name, under whatever prefix; the shortest prefix is the whole model's.
-    known = {family.anchor for family in all_families().values()}
-    prefixes = {
-        name.removesuffix(anchor)
-        for name in tensors
-        for anchor in known
-        if name == anchor or name.endswith("." + anchor)
-    }
-    if not prefixes:
-        some = ", ".join(list(tensors)[:4]) or "no tensors at all"
-        raise WeightsError(
-            f"{origin} holds no vision transformer: there is none of {', '.join(sorted(known))} in it (it has {some}). "
-            "Wanted a checkpoint of mimir_fast, of the MIMIR authors, or a timm model of one of our families"
-        )
-    prefix = min(prefixes, key=len)
-    inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    if prefix.endswith("encoder."):  # the state dict of a live model of ours, which shows its parts
-        whole = prefix.removesuffix("encoder.")
-        beside = {name.removeprefix(whole): t for name, t in tensors.items() if name.startswith(whole)}
-        inside |= {n.removeprefix("decoder."): t for n, t in beside.items() if n.startswith(("decoder.", *_BESIDE))}
-    return under_our_names(inside)
+def _understand(
+    content: Any, beside: dict[str, Any], origin: str, which: WeightsChoice = "auto", part: str = "",
+    config: dict[str, Any] | None = None, said: Statistics | None = None,
+) -> Weights:  # fmt: skip
+    """The encoder in the content of a file, read by the layout it is written in; `said`: its normalisation."""
+    anchors = {family.anchor for family in all_families().values()} | all_anchors()
+    parts = find_parts(content, beside, anchors, origin)
+    chosen = choose(parts, which, part, origin)
+    layout = find_layout(chosen)
+    try:
+        read = layout.read(chosen)
+    except WeightsError as error:
+        raise WeightsError(f"{origin} ({layout.title}): {error}") from error
+    facts, notes, left_out = read.facts, [], dict(read.left_out)
+    if len(parts) > 1:
+        facts = Facts(part=".".join(chosen.path)).over(facts)
+        others = ", ".join(sorted({".".join(p.path) or "(no key)" for p in parts} - {".".join(chosen.path)}))
+        notes.append(f"the file holds several encoders: taken is {facts.part or '(no key)'}, left are {others}")
+    if (statistics := said or _statistics({**chosen.siblings, **chosen.outside})) is not None:
+        facts = Facts(mean=statistics[0], std=statistics[1]).over(facts)
+    if read.hint and config is None and facts.mean is None:
+        notes.append(read.hint)
+    if not config:
+        used = {id(tensor) for tensor in read.tensors.values()}
+        for name, tensor in {**chosen.siblings, **chosen.outside}.items():
+            if id(tensor) not in used and name not in left_out and not name.startswith("decoder."):
+                left_out[name] = OUTSIDE
+            elif id(tensor) not in used and name not in left_out:
+                left_out[name] = "the decoder"
+    return Weights(read.tensors, origin, config, facts, notes, layout.title, left_out)
 
 
-def _read_checkpoint(folder: Path, which: WeightsChoice) -> Weights:
+def _statistics(tensors: dict[str, Tensor]) -> Statistics | None:
+    """Mean and std of a normalisation that stands in front of the encoder, as in RobustBench's models."""
+    for name, mean in tensors.items():
+        before, dot, word = name.rpartition(".")
+        std = tensors.get(f"{before}{dot}{STATISTICS[word]}") if word in ("mean", "mu") else None
+        if std is not None and mean.numel() == std.numel() <= 4 and bool((std > 0).all()):
+            return tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
+    return None
+
+
+def _read_checkpoint(folder: Path, which: WeightsChoice, part: str) -> Weights:
     meta = read_meta(folder)
     has_ema = any(name.startswith("ema/") for name in saved_tensors(folder))
     if which == "ema" and not has_ema:
@@ -128,60 +159,20 @@ def _read_checkpoint(folder: Path, which: WeightsChoice) -> Weights:
     # The average covers what was trained; fixed tensors are with the weights.
     tensors = read_tensors(folder, "model/") | (read_tensors(folder, "ema/") if use_ema else {})
     origin = f"{folder} ({'moving average' if use_ema else 'weights'} of step {meta.get('step', '?')})"
-    return Weights(strip_wrappers(tensors, origin), origin, config=meta.get("config"))
-
-
-def _read_safetensors(path: Path) -> Weights:
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is no whole safetensors file ({error}): copy or download it again") from error
-    config = json.loads(metadata["config"]) if metadata.get("format") == "mimir_fast" else None
-    return Weights(strip_wrappers(tensors, str(path)), str(path), config=config)
-
-
-def _read_pickled(path: Path) -> Weights:
-    try:
-        with torch.serialization.safe_globals(_harmless_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} is not loaded: it wants to create objects other than tensors, or is no checkpoint, and unpickling "
-            f"could run code of its author ({str(error).splitlines()[0]}). If you trust it, open it yourself and "
-            "save its state dict with safetensors.torch.save_file"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path} is truncated or not a torch checkpoint ({str(error).splitlines()[0]})") from error
-    return Weights(strip_wrappers(content, str(path)), str(path))
-
-
-def _harmless_globals() -> list[Any]:
-    """What checkpoints of the field carry beside tensors: argparse results, paths, numpy numbers."""
-    harmless: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.Path]
-    try:
-        import numpy as np
-    except ImportError:
-        return harmless
-    scalar = np.float64(0).__reduce__()[0]
-    harmless += [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype]
-    return harmless + [type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")]
+    config = meta.get("config")
+    return _understand(tensors, {"mimir_fast": True}, origin, part=part, config=config, said=from_file(config))
 
 
 def _read_timm(name: str) -> Weights:
     import timm
 
     try:
-        model: Any = timm.create_model(name, pretrained=True)
+        with weights_only():
+            model: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # unknown name, no weights of that name, no network: timm and its hub raise many types
         raise WeightsError(
             f"timm:{name} cannot be had ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
             "list names with timm.list_pretrained('vit_*'), or give a downloaded .safetensors file"
         ) from error
-    config = model.pretrained_cfg
-    tensors = strip_wrappers({k: v.detach() for k, v in model.state_dict().items()}, f"timm:{name}")
-    return Weights(tensors, f"timm:{name}", normalization=(tuple(config["mean"]), tuple(config["std"])))
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return _understand(tensors, {"pretrained_cfg": dict(model.pretrained_cfg)}, f"timm:{name}")

@@ -19,8 +19,9 @@ from mimir_fast.training.optimizer import OptimizerConfig
 METHODS = ("natural", "pgd", "fast", "apgd", "trades", "mart", "ard_prm")
 
 MIXING = MixingConfig(mixup=0.8, cutmix=1.0, warmup_epochs=10)
-RANDAUGMENT = RandAugmentConfig(num_ops=2, magnitude=9, warmup_epochs=10)
-"""The papers' strong augmentation: its strength rises over 10 epochs."""
+RANDAUGMENT = RandAugmentConfig(num_ops=2, magnitude=9, warmup_epochs=10, fill=(0,), interpolation="bicubic")
+"""The papers' strong augmentation: its strength rises over 10 epochs. Fill and interpolation are those of the authors'
+`create_transform`, which is given a mean of 0."""
 
 
 def register_finetuning(

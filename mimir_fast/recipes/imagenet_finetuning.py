@@ -63,5 +63,6 @@ for family, encoder in (("vit", "small"), ("vit", "base"), ("convit", "small")):
 register_finetuning(
     "imagenet", "natural", "base", 16, data, replace(FINETUNE, warmup_epochs=5), FAST[""], "as He et al., 100 epochs",
     blr=5e-4, suffix="mae", label_smoothing=0.1, mixing=MixingConfig(mixup=0.8, cutmix=1.0),
-    randaugment=RandAugmentConfig(num_ops=2, magnitude=9), caveat="without the random erasing of MAE's fine-tuning",
+    randaugment=RandAugmentConfig(num_ops=2, magnitude=9, fill=(124, 116, 104), interpolation="bicubic"),
+    caveat="without the random erasing of MAE's fine-tuning",
 )  # fmt: skip

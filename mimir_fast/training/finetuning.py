@@ -50,7 +50,9 @@ class FinetuneConfig:
     init: str = ""
     """A pre-training run, checkpoint, .safetensors or .pth file, or timm:NAME; empty trains from scratch."""
     init_weights: WeightsChoice = "auto"
-    """Of a run's checkpoint: its trained weights, their moving average, or the average where there is one."""
+    """Of a checkpoint or file: its trained weights, their moving average, or the average where there is one."""
+    init_part: str = ""
+    """Of a file with several encoders, the name of the one to take, such as teacher."""
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: Annotated[ClassificationConfig, tyro.conf.arg(name="")] = field(default_factory=ClassificationConfig)
@@ -106,7 +108,7 @@ class Finetuning:
         self.init_report: LoadReport | None = None
         # A run that goes on has its weights in its own checkpoint.
         if config.init and not resumed:
-            self.init_report = initialize(self.model, config.init, config.init_weights)
+            self.init_report = initialize(self.model, config.init, config.init_weights, config.init_part)
         self.architecture: dict[str, Any] = {
             "kind": "classifier",
             "image_size": config.data.image_size,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.models.encoder import PREFIX_TOKENS
 from mimir_fast.models.file_names import parameters_by_file_name
 from mimir_fast.validation import check_choice, check_finite, check_number
 
@@ -79,7 +80,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
     for name, parameter in parameters_by_file_name(model):
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and not name.startswith(("cls_token", "mask_token", "pos_embed"))
+        decays = parameter.ndim > 1 and not name.startswith((*PREFIX_TOKENS, "mask_token", "pos_embed"))
         layer, scale = 0, 1.0
         if layer_decay < 1:
             layer = model.layer_of(name)  # type: ignore[operator]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from small_classifier import EPS
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimir_fast.attacks.apgd import apgd
 from mimir_fast.attacks.lp import LpThreat, attack_classifier, project, random_in_ball, size_of, steepest
@@ -104,3 +104,32 @@ def test_bad_norms_and_radii_are_explained() -> None:
         LpThreat("l2", -1.0)
     with pytest.raises(ValueError, match="pyautoattack"):
         apgd(torch.nn.Identity(), torch.rand(1, 1, 2, 2), torch.zeros(1).long(), 1.0, 1, norm="l1")  # type: ignore[arg-type]
+
+
+class SteepAtBlack(nn.Module):
+    """Infinite slopes at black pixels, and slopes that are no numbers: 0 times infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.flatten(1)
+        logits: torch.Tensor = self.head(pixels.sqrt() * (pixels > 0.5))
+        return logits
+
+
+@pytest.mark.parametrize("norm", RADII)
+def test_a_slope_that_is_no_number_ends_in_no_image_that_is_none(norm) -> None:
+    images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[:2, :, :4] = 0
+    threat = LpThreat(norm, RADII[norm], RADII[norm] / 4, 5, random_start=False)
+    x = attack_classifier(SteepAtBlack(), images, torch.arange(6), threat)
+    assert x.isfinite().all() and x.min() >= 0 and x.max() <= 1
+    assert (size_of(x - images, norm) > 0).all(), "it moves along the other pixels"
+
+
+def test_a_step_goes_along_an_infinite_slope_alone() -> None:
+    slope = torch.tensor([[1.0, -torch.inf, torch.nan, 2.0], [3.0, torch.nan, 4.0, 0.0]]).view(2, 1, 2, 2)
+    step = steepest(slope, torch.full_like(slope, 0.5), 1.0, "l2").flatten(1)
+    torch.testing.assert_close(step, torch.tensor([[0.0, -1.0, 0.0, 0.0], [0.6, 0.0, 0.8, 0.0]]))

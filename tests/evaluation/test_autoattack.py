@@ -76,9 +76,17 @@ def test_another_evaluations_state_is_refused(small_model, few: EvaluationImages
         run_autoattack(small_model, few, EPS, batch_size=8, device=CPU, state=tmp_path / "s.json")
 
 
-def test_fewer_than_four_classes_are_refused_at_once(few: EvaluationImages) -> None:
-    with pytest.raises(ValueError, match="3 classes"):
-        run_autoattack(SmallNet(num_classes=3).eval(), few, EPS, batch_size=8, device=CPU)
+def test_fewer_than_four_classes_are_refused_at_once_where_a_loss_compares_four(few: EvaluationImages) -> None:
+    model = SmallNet(num_classes=3).eval()
+    with pytest.raises(ValueError, match=r"3 classes.*--autoattack_attacks apgd-ce fab-t square"):
+        run_autoattack(model, few, EPS, batch_size=8, device=CPU)
+    with torch.no_grad():
+        guessed = replace(few, labels=model(few.images.float() / 255).argmax(1)).evenly(3)
+    rest = ("apgd-ce", "fab-t")
+    assert list(run_autoattack(model, guessed, 0.9, batch_size=8, device=CPU, attacks=rest).after)[:2] == [
+        "clean",
+        "apgd-ce",
+    ]
 
 
 def test_five_classes_have_four_targets(few: EvaluationImages) -> None:

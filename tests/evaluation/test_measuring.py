@@ -9,12 +9,13 @@ import pytest
 import torch
 from small_classifier import DIGITS, EPS
 
+from mimir_fast.attacks.pgd import is_correct
 from mimir_fast.data import build_loader, build_source
 from mimir_fast.evaluation.attacks import NamedAttack, make_pgd, make_random_noise, step_size
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import EvaluationImages, Fitting, ImageSets, choose_indices, load_images
 from mimir_fast.evaluation.journal import Journal
-from mimir_fast.evaluation.measure import Count, ShardRun, clean, measure, scored
+from mimir_fast.evaluation.measure import Count, ShardRun, clean, measure, score, scored
 from mimir_fast.evaluation.topics.accuracy import make_targeted
 from mimir_fast.evaluation.topics.masking import make_apgd, make_square
 
@@ -215,3 +216,13 @@ def test_attacks_without_gradients_stay_in_the_ball(small_model, digits_images: 
     assert record.tensor("linf").max() <= EPS + 1e-6
     again = measure(scored(attack.run), small_model, images, ShardRun(20, CPU))
     assert again.values == record.values
+
+
+def test_an_answer_that_is_no_number_is_wrong() -> None:
+    """The argmax of NaN is 0, which is some image's label."""
+    images, labels = torch.rand(4, 1, 2, 2), torch.arange(4)
+    logits = torch.eye(4)
+    logits[0] = torch.nan
+    row = score(lambda x: logits, images, images, labels)  # type: ignore[arg-type]
+    assert row["correct"].tolist() == [0, 1, 1, 1] and row["margin"][0] < -1e29
+    assert is_correct(logits, labels).tolist() == [False, True, True, True]

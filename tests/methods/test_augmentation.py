@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mimir_fast.methods.augmentation import OPERATIONS, RandAugmentConfig, rand_augment
+from mimir_fast.recipes.finetuning import RANDAUGMENT
 
 RECIPE = RandAugmentConfig(num_ops=2, magnitude=9)
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
@@ -29,7 +30,7 @@ def test_operation_equals_timm(name: str, sign: float, level: float, monkeypatch
 
     monkeypatch.setattr(auto_augment, "_randomly_negate", lambda value: sign * value)
     images = photo_like(3)
-    ours = OPERATIONS[name](images, torch.full((3,), level), torch.full((3,), sign))
+    ours = OPERATIONS[name](images, torch.full((3,), level), torch.full((3,), sign), RECIPE)
     to_arguments = auto_augment.LEVEL_TO_ARG[name]
     arguments = to_arguments(10 * level, {}) if to_arguments is not None else ()
     options = {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BILINEAR} if name in GEOMETRIC else {}
@@ -43,12 +44,37 @@ def test_operation_equals_timm(name: str, sign: float, level: float, monkeypatch
             assert difference.max() <= 1
 
 
+@pytest.mark.parametrize("level", [0.0, 0.25, 0.9])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("name", GEOMETRIC)
+def test_authors_fill_and_interpolation(name: str, sign: float, level: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As timm's `create_transform` sets them up for a mean of 0, on noise and on an image that is no square."""
+    auto_augment: Any = pytest.importorskip("timm.data.auto_augment")
+    from PIL import Image
+    from timm.data import create_transform
+
+    transform = create_transform(
+        (3, 32, 28), is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic",
+        mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
+    )  # fmt: skip
+    operations = next(part for part in transform.transforms if isinstance(part, auto_augment.RandAugment)).ops
+    theirs = next(op for op in operations if op.name == name)
+    theirs.prob, theirs.magnitude, theirs.magnitude_std = 1.0, 10 * level, 0
+    monkeypatch.setattr(auto_augment, "_randomly_negate", lambda value: sign * value)
+    images = torch.randint(0, 256, (3, 3, 32, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ours = OPERATIONS[name](images, torch.full((3,), level), torch.full((3,), sign), RANDAUGMENT)
+    for image, result in zip(images, ours, strict=True):
+        wanted = np.asarray(theirs(Image.fromarray(image.permute(1, 2, 0).numpy()))).astype(int)
+        difference = np.abs(result.permute(1, 2, 0).numpy().astype(int) - wanted)
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
 def test_strength_belongs_to_the_image() -> None:
     images = photo_like(1).expand(3, -1, -1, -1).contiguous()
     levels = torch.tensor([0.0, 0.5, 0.9])
-    together = OPERATIONS["BrightnessIncreasing"](images, levels, torch.ones(3))
+    together = OPERATIONS["BrightnessIncreasing"](images, levels, torch.ones(3), RECIPE)
     for i in range(3):
-        alone = OPERATIONS["BrightnessIncreasing"](images[i : i + 1], levels[i : i + 1], torch.ones(1))
+        alone = OPERATIONS["BrightnessIncreasing"](images[i : i + 1], levels[i : i + 1], torch.ones(1), RECIPE)
         assert torch.equal(together[i], alone[0])
     assert torch.equal(together[0], images[0])
 
@@ -84,8 +110,8 @@ def test_strength_warms_up() -> None:
     torch.testing.assert_close(change(10), change(50), rtol=0.25, atol=0)
 
 
-@pytest.mark.parametrize("options", [{"num_ops": -1}, {"magnitude": 31}, {"warmup_epochs": -1}])
-def test_bad_options(options: dict[str, float]) -> None:
+@pytest.mark.parametrize("options", [{"num_ops": -1}, {"magnitude": 31}, {"warmup_epochs": -1}, {"fill": (256,)}])
+def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="wanted"):
         RandAugmentConfig(**options)  # type: ignore[arg-type]
 

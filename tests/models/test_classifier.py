@@ -148,7 +148,7 @@ class TestTokenDropping:
     [
         ({"drop_path": 1.0}, "drop_path=1.0"),
         ({"token_keep_rate": 0.0}, "such as 0.9"),
-        ({"encoder": "huge"}, "tiny, small, base, large"),
+        ({"encoder": "giant"}, "tiny, small, base, large"),
         ({"normalization": "cifar"}, "none, half, imagenet"),
     ],
 )

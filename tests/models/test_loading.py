@@ -199,7 +199,7 @@ class TestBadFiles:
             ({"embed_dim": 384, "num_heads": 6}, "--model.encoder small"),
             ({"patch_size": 4}, "--model.patch_size 4"),
             ({"in_chans": 1}, "--data.channels 1"),
-            ({"depth": 5}, "no encoder of ours"),
+            ({"depth": 5}, "--model.options depth=5"),
         ],
     )
     def test_another_architecture(self, tmp_path: Path, options: dict[str, Any], fix: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.attacks.pgd import is_correct
 from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.evaluation.html import paragraph, percent, span, table
 from mimir_fast.evaluation.images import EvaluationImages
@@ -94,12 +95,14 @@ def wanted(config: CommonOptions) -> bool:
     return config.suite in SUITES if asked == "suite" else asked == "yes"
 
 
-def require_classes(count: int) -> None:
-    """Refuse fewer classes than AutoAttack needs (ValueError)."""
-    if count < 4:
+def require_classes(count: int, attacks: Sequence[str]) -> None:
+    """Refuse fewer classes than an attack needs (ValueError): only those on the DLR loss need some."""
+    least = {"apgd-t": 4, "apgd-dlr": 3}  # its two losses compare so many of the largest logits
+    if unfit := [name for name in attacks if count < least.get(name, 2)]:
+        rest = " ".join(name for name in attacks if name not in unfit)
         raise ValueError(
-            f"AutoAttack's targeted DLR loss compares the 4 largest logits, and there are {count} classes: add "
-            "--autoattack no; PGD and APGD with cross entropy work"
+            f"AutoAttack's {unfit[0]} compares the {least.get(unfit[0], 2)} largest logits, and there are {count} "
+            f"classes: add --autoattack no{f', or --autoattack_attacks {rest}' if rest else ''}"
         )
 
 
@@ -158,7 +161,8 @@ def run_autoattack(
         the finished progress: `broken_by`, `after`, `seconds`, `warnings`.
     Raises:
         ImportError: pyautoattack is not installed.
-        ValueError: fewer than 4 classes, an attack the version does not have, or `state` belongs to another evaluation.
+        ValueError: fewer classes than an attack needs, an attack the version does not have, or `state` belongs to
+            another evaluation.
     """
     part = [] if attacks is None else [list(attacks)]
     identity = fingerprint([settings, norm, eps, batch_size, seed, version, len(shard), *part])
@@ -182,14 +186,14 @@ def run_autoattack(
             x, y, _ = next(shard.batches(batch_size, device))
             _check(attack, x, y)
             for x, y, _ in shard.batches(batch_size, device):
-                correct = (module(x).argmax(dim=1) == y).tolist()
+                correct = is_correct(module(x), y).tolist()
                 progress.broken_by += [UNBROKEN if right else "clean" for right in correct]
             progress.after["clean"] = len(progress.remaining())
             progress.entered = progress.remaining()
             save()
         if len(shard) and progress.attack < len(names):
             x, _, _ = next(shard.batches(1, device))
-            _fit_classes(attack, module(x).shape[-1])
+            _fit_classes(attack, module(x).shape[-1], names)
         while progress.attack < len(names) and progress.remaining():
             name = names[progress.attack]
             started = time.perf_counter() - progress.seconds.get(name, 0.0)
@@ -200,7 +204,7 @@ def run_autoattack(
                 y = shard.labels[rows].to(device)
                 # A copy goes in: the package reshapes a lone label in place.
                 adversarial = perturb(x.clone(), y.clone())
-                wrong = attack.get_logits(adversarial).argmax(dim=1) != y
+                wrong = ~is_correct(attack.get_logits(adversarial), y)
                 for row in rows[wrong.cpu()].tolist():
                     progress.broken_by[row] = name
                 if keep is not None and bool(wrong.any()):
@@ -285,9 +289,9 @@ def _listening(warnings: list[str]) -> logging.Logger:
     return logger
 
 
-def _fit_classes(attack: Any, num_classes: int) -> None:
+def _fit_classes(attack: Any, num_classes: int, names: Sequence[str]) -> None:
     """Fewer than ten classes have fewer than nine wrong ones; the package would index beyond them."""
-    require_classes(num_classes)
+    require_classes(num_classes, names)
     attack.apgd_targeted.n_target_classes = min(attack.apgd_targeted.n_target_classes, num_classes - 1)
     attack.fab.n_target_classes = min(attack.fab.n_target_classes, num_classes - 1)
 
@@ -348,7 +352,7 @@ class AutoAttack(Measurement):
 def check(setup: Setup) -> None:
     """Refuse data of too few classes before anything is measured."""
     if wanted(setup.config):
-        require_classes(setup.num_classes)
+        require_classes(setup.num_classes, options_of(setup.config, AutoAttackOptions).chosen_attacks)
 
 
 def measurements(setup: Setup) -> list[Measurement]:

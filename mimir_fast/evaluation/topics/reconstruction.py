@@ -21,7 +21,8 @@ from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, regis
 from mimir_fast.methods.mae import MaeConfig
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel, View
-from mimir_fast.models.weight_files import WeightsError
+from mimir_fast.models.normalization import Statistics, check_statistics, choice_note, words
+from mimir_fast.models.weight_files import Weights, WeightsError, read_weights
 from mimir_fast.ops.patches import gather_patches, patchify, unpatchify
 
 STEPS, IMAGES = 20, 256
@@ -34,20 +35,32 @@ class AutoencoderOptions:
     pretrained: str | None = None
     """Pre-training run or file of the masked autoencoder behind the classifier: its reconstruction is attacked too, and
     the bounds of Propositions 3.2 and 3.3 can be drawn."""
+    pretrained_mean: tuple[float, ...] | None = None
+    """The mean of images in [0, 1] that the masked autoencoder takes out, one number a channel, as 0.485 0.456 0.406 of
+    MAE's public weights; left out: what its file says, else none."""
+    pretrained_std: tuple[float, ...] | None = None
+    """The deviation."""
+
+    def __post_init__(self) -> None:
+        check_statistics(self.pretrained_mean, self.pretrained_std, None, "--pretrained_")
 
 
-def load_masked_autoencoder(source: str | Path) -> tuple[MaskedModel, MaeConfig]:
+def load_masked_autoencoder(
+    source: str | Path | Weights, statistics: Statistics | None = None
+) -> tuple[MaskedModel, MaeConfig]:
     """(model in eval mode, the mask and the loss it was trained with).
 
     From anything `read_weights` reads; a file that does not say how it was trained counts as MAE's.
 
+    Args:
+        statistics: (mean, std) that it normalises by, in place of what the file says.
     Raises:
         ValueError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, or a classifier).
     """
     try:
-        model, objective = load_masked_model(source)
+        model, objective = load_masked_model(source, statistics=statistics)
     except WeightsError as error:
-        raise ValueError(f"--pretrained {source}: {error}") from error
+        raise ValueError(f"--pretrained: {error}") from error
     # What is predicted: all that is masked, though training may have paid for a share (CrossMAE).
     names = ("mask_ratio", "mask_unit", "norm_pix_loss", "pixel_loss")
     return model, MaeConfig(**{name: objective[name] for name in names if name in objective})
@@ -75,10 +88,28 @@ def pretrained_of(setup: Setup) -> str | None:
     return options_of(setup.config, AutoencoderOptions).pretrained
 
 
+def statistics_of(setup: Setup) -> Statistics | None:
+    """The normalisation that was asked for."""
+    options = options_of(setup.config, AutoencoderOptions)
+    mean, std = options.pretrained_mean, options.pretrained_std
+    return None if mean is None or std is None else (mean, std)
+
+
+def notes_of(setup: Setup) -> list[str]:
+    """What was assumed of the masked autoencoder's normalisation, or overridden."""
+    said = read_weights(str(pretrained_of(setup))).normalization
+    note = choice_note(said, statistics_of(setup), "--pretrained_")
+    return [f"Masked autoencoder: {note}"] if note else []
+
+
 def autoencoder_of(setup: Setup, device: torch.device) -> tuple[MaskedModel, MaeConfig]:
     """The masked autoencoder on the device, loaded once; see `load_masked_autoencoder`."""
-    model, trained = setup.once("autoencoder", lambda: load_masked_autoencoder(str(pretrained_of(setup))))
-    return model.to(device), trained
+
+    def load() -> tuple[MaskedModel, MaeConfig]:
+        model, trained = load_masked_autoencoder(str(pretrained_of(setup)), statistics_of(setup))
+        return model.to(device), trained
+
+    return setup.once("autoencoder", load)
 
 
 def identity(setup: Setup) -> dict[str, Any]:
@@ -86,8 +117,9 @@ def identity(setup: Setup) -> dict[str, Any]:
     source = pretrained_of(setup)
     if not source:
         return {"pretrained": source}
-    path = Path(source)
-    return {"pretrained": f"{source} {file_digest(path)}" if path.is_file() else str(path.resolve())}
+    path, asked = Path(source), statistics_of(setup)
+    which = {"pretrained": f"{source} {file_digest(path)}" if path.is_file() else str(path.resolve())}
+    return which if asked is None else which | {"pretrained_statistics": words(asked)}
 
 
 def measurements(setup: Setup) -> list[Measurement]:
@@ -124,6 +156,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
         "worse_than_noise": float((values["attacked"] > values["random"]).double().mean()),
         "num_images": len(values["clean"]),
         "parameters": items[0].parameters,
+        "notes": notes_of(setup),
     }
 
 

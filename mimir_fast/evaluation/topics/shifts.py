@@ -86,8 +86,10 @@ def _among(present: list[int]) -> Outcome:
     def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
         chosen = torch.tensor(present, device=images.device)
         with torch.no_grad():
-            prediction = chosen[model(images)[:, chosen].argmax(dim=1)]
-        return {"label": labels, "correct": (prediction == labels).int(), "prediction": prediction}
+            logits = model(images)[:, chosen]
+        prediction = chosen[logits.argmax(dim=1)]
+        right = (prediction == labels) & ~logits.isnan().any(dim=1)
+        return {"label": labels, "correct": right.int(), "prediction": prediction}
 
     return outcome
 

@@ -3,8 +3,8 @@
 To add one, write a file in this folder that calls `register(Family(…))`; nothing else has to change.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mimir_fast.layers.norms import is_adapter
 from mimir_fast.models.encoder import Encoder
+from mimir_fast.models.options import differing, option_texts, parse_options
 from mimir_fast.registry import Registry
 from mimir_fast.validation import nearest
 
@@ -26,7 +27,7 @@ class Architecture:
         family: a registered name.
         size: one of the family's sizes.
         image_size, patch_size, channels: in pixels; `patch_size` is the stem's where a family has stages.
-        options: what only this family knows, such as `positions` of ConViT.
+        options: what it can do beside the family's plain form, see Family; also `positions` of ConViT and XCiT.
     """
 
     family: str
@@ -58,7 +59,7 @@ class TimmModel:
         """Python that leaves the model, without its weights, in `model`."""
         words = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
         lines = [
-            f"import collections, safetensors.torch, timm.layers, torch, {self.path.rpartition('.')[0]}",
+            f"import collections, functools, safetensors.torch, timm.layers, torch, {self.path.rpartition('.')[0]}",
             f"model = {self.path}({words})",
         ]
         return "\n".join(lines + [f"model.{name} = {made}" for name, made in self.replaced.items()])
@@ -82,6 +83,10 @@ class Family:
         resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit.
         image_size_in_tensors: `recognise` can tell the image size; where it cannot, a saved configuration can.
         norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
+        options: what it can do beside its plain form, name → default, see options.py.
+        unseen: options that no tensor shows, so that `recognise` cannot tell them.
+        settle: architecture with options → the one way to say the same; refuses what cannot be built.
+        why_not: tensors that `recognise` refuses → by which of them, as "NAME, which …"; "" for unrelated ones.
     """
 
     name: str
@@ -97,6 +102,10 @@ class Family:
     resize: Callable[[str, Tensor, torch.Size], Tensor | None] = lambda name, tensor, shape: None
     image_size_in_tensors: bool = True
     norm_before_pool: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    unseen: tuple[str, ...] = ()
+    settle: Callable[[Architecture], Architecture] = lambda architecture: architecture
+    why_not: Callable[[Tensors], str] = lambda tensors: ""
 
 
 FAMILIES: Registry[Family] = Registry("encoder family", __name__)
@@ -133,6 +142,54 @@ def check_size(family: Family, size: str) -> None:
         )
 
 
+def settled(architecture: Architecture) -> Architecture:
+    """The one way to say this architecture: without options at their defaults, of the named size where there is one.
+
+    Raises:
+        ValueError: unknown family or size, or options that cannot be built.
+    """
+    family = find_family(architecture.family)
+    check_size(family, architecture.size)
+    beside = {name: value for name, value in architecture.options.items() if name not in family.options}
+    options = differing(architecture.options, family.options)
+    architecture = family.settle(replace(architecture, options=options))
+    return replace(architecture, options=differing(architecture.options, family.options) | beside)
+
+
+def architecture_of(
+    family: str, size: str, image_size: int, patch_size: int, channels: int, texts: Sequence[str]
+) -> Architecture:
+    """The architecture of a configuration.
+
+    Args:
+        texts: its options as they are typed.
+    Raises:
+        ValueError: unknown family, size or option, or options that cannot be built.
+    """
+    known = find_family(family)
+    options = parse_options(texts, known.options, known.title)
+    return settled(Architecture(family, size, image_size, patch_size, channels, options))
+
+
+def informed(architecture: Architecture, known: Mapping[str, Any]) -> Architecture:
+    """A recognised architecture with what its tensors could not show: the family's `unseen` options.
+
+    Args:
+        known: any facts by name; None is unknown, and what the family does not know is left out.
+    """
+    unseen = find_family(architecture.family).unseen
+    more = {name: known[name] for name in unseen if known.get(name) is not None}
+    return settled(replace(architecture, options={**architecture.options, **more})) if more else architecture
+
+
+def describe(architecture: Architecture) -> str:
+    """In words, such as `ViT-base (768 wide, 12 deep, 12 heads) with layer_scale registers=4`."""
+    family = find_family(architecture.family)
+    options = " ".join(option_texts(architecture.options))
+    size = f"{family.title}-{architecture.size} ({family.sizes[architecture.size]})"
+    return f"{size} with {options}" if options else size
+
+
 def mask_unit_of(architecture: Architecture) -> int:
     """Side in pixels of what an architecture masks as a whole.
 
@@ -148,9 +205,10 @@ def build_encoder(architecture: Architecture, *, final_norm: bool = True) -> Enc
     Raises:
         ValueError: unknown family or size, or an image that its patches, stages or windows do not divide.
     """
-    family = find_family(architecture.family)
-    check_size(family, architecture.size)
-    return family.build(architecture, final_norm)
+    architecture = settled(architecture)
+    encoder = find_family(architecture.family).build(architecture, final_norm)
+    encoder.options = architecture.options
+    return encoder
 
 
 def recognise(tensors: Tensors) -> Architecture | None:
@@ -159,6 +217,12 @@ def recognise(tensors: Tensors) -> Architecture | None:
         if family.anchor in tensors and (found := family.recognise(tensors)) is not None:
             return found
     return None
+
+
+def why_not(tensors: Tensors) -> str:
+    """By which tensor a relative of a family is known not to be of it, "NAME, which …"; "" where none is."""
+    reasons = (family.why_not(tensors) for family in all_families().values() if family.anchor in tensors)
+    return next((reason for reason in reasons if reason), "")
 
 
 def under_our_names(tensors: Tensors) -> dict[str, Tensor]:

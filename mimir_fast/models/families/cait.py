@@ -25,6 +25,7 @@ from mimir_fast.models.families import (
     encoder_tensors,
     head_arguments,
     register,
+    settled,
 )
 from mimir_fast.models.positions import sincos_positions, with_positions
 from mimir_fast.ops.patches import gather_patches
@@ -131,7 +132,7 @@ class CaitEncoder(Encoder):
         self.num_layers, self.num_heads = depth, num_heads
         self.qkv_bias, self.init_values = qkv_bias, init_values
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(sincos_positions(width, self.grid, cls_token=False))
+        self.pos_embed = nn.Parameter(sincos_positions(width, self.grid, num_prefix=0))
         self.patch_embed = PatchEmbed(channels, width, patch_size)
         self.blocks = nn.ModuleList(CaitBlock(width, num_heads, mlp_ratio, qkv_bias, init_values) for _ in range(depth))
         self.blocks_token_only = nn.ModuleList(
@@ -170,7 +171,7 @@ class CaitDecoder(Decoder):
 
     def __init__(self, encoder: CaitEncoder, width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__(encoder, width, 0, num_heads, mlp_ratio)
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(width, self.grid, cls_token=False), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(width, self.grid, num_prefix=0), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             CaitBlock(width, num_heads, mlp_ratio, encoder.qkv_bias, encoder.init_values) for _ in range(depth)
         )
@@ -197,7 +198,7 @@ def recognise(tensors: Tensors) -> Architecture | None:
     if size is None:
         return None
     options = {"qkv_bias": "blocks.0.attn.qkv.bias" in tensors}
-    return Architecture("cait", size, grid * patch_size, patch_size, channels, options)
+    return settled(Architecture("cait", size, grid * patch_size, patch_size, channels, options))
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
@@ -228,5 +229,6 @@ register(
         build_decoder=CaitDecoder,  # type: ignore[arg-type]
         recognise=recognise,
         to_timm=to_timm,
+        options={"qkv_bias": True},
     )
 )

@@ -13,6 +13,7 @@ Shapes: B images, N patches, K kept, T tokens, Q queried ones, D width, H heads,
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from mimir_fast.models.families import (
     encoder_tensors,
     head_arguments,
     register,
+    settled,
 )
 from mimir_fast.models.positions import pseudo_grid, sincos_positions, with_positions
 from mimir_fast.ops._precision import no_autocast
@@ -46,6 +48,15 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
     "small": (432, 12, 9, 10),
     "base": (768, 12, 16, 10),
 }
+
+
+def check_local(local_up_to_layer: int, depth: int) -> None:
+    """Raises ValueError when no layer is left in which the cls token can join."""
+    if not 0 <= local_up_to_layer < depth:
+        raise ValueError(
+            f"local_up_to_layer={local_up_to_layer} of {depth} layers: the cls token joins after those layers, so "
+            f"choose 0 to {depth - 1}"
+        )
 
 
 def relative_offsets(places_BK: Tensor, grid: Size) -> Tensor:
@@ -172,17 +183,13 @@ class ConvitEncoder(Encoder):
     ) -> None:  # fmt: skip
         super().__init__()
         check_patch_size(image_size, patch_size)
-        if not 0 <= local_up_to_layer < depth:
-            raise ValueError(
-                f"local_up_to_layer={local_up_to_layer} of {depth} layers: the cls token joins after those layers, so "
-                f"choose 0 to {depth - 1}"
-            )
+        check_local(local_up_to_layer, depth)
         self.image_size, self.mask_unit, self.channels = image_size, patch_size, channels
         self.width = self.token_width = width
         self.num_layers, self.num_heads, self.local_up_to_layer = depth, num_heads, local_up_to_layer
         self.locality_strength, self.official = locality_strength, positions == "official"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(sincos_positions(width, self.grid, cls_token=False))
+        self.pos_embed = nn.Parameter(sincos_positions(width, self.grid, num_prefix=0))
         self.patch_embed = PatchEmbed(channels, width, patch_size)
         self.blocks = make_blocks(width, depth, num_heads, mlp_ratio, qkv_bias, local_up_to_layer, locality_strength)
         self.norm = LayerNorm(width) if final_norm else NoNorm()
@@ -219,7 +226,7 @@ class ConvitDecoder(Decoder):
         super().__init__(encoder, width, 0, num_heads, mlp_ratio)
         num_positional, strength = encoder.local_up_to_layer, encoder.locality_strength
         self.local_up_to_layer = num_positional
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(width, self.grid, cls_token=False), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(width, self.grid, num_prefix=0), requires_grad=False)
         self.decoder_blocks = make_blocks(width, depth, num_heads, mlp_ratio, True, num_positional, strength)
         initialise(self)
 
@@ -264,7 +271,16 @@ def recognise(tensors: Tensors) -> Architecture | None:
         "qkv_bias": "blocks.0.attn.v.bias" in tensors,
         "local_up_to_layer": sum(f"blocks.{index}.attn.gating_param" in tensors for index in range(depth)),
     }
-    return Architecture("convit", size, grid * patch_size, patch_size, channels, options)
+    return settled(Architecture("convit", size, grid * patch_size, patch_size, channels, options))
+
+
+def settle(architecture: Architecture) -> Architecture:
+    """Without the number of layers that the size has anyway; see Family."""
+    options, (_, depth, _, usual) = dict(architecture.options), SIZES[architecture.size]
+    check_local(options.get("local_up_to_layer", usual), depth)
+    if options.get("local_up_to_layer") == usual:
+        del options["local_up_to_layer"]
+    return replace(architecture, options=options)
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
@@ -298,5 +314,7 @@ register(
         build_decoder=ConvitDecoder,  # type: ignore[arg-type]
         recognise=recognise,
         to_timm=to_timm,
+        options={"qkv_bias": True, "local_up_to_layer": -1},
+        settle=settle,
     )
 )

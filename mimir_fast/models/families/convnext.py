@@ -9,6 +9,7 @@ Shapes: B images, N units in a grid, K visible, M wanted ones, u tokens a side o
 decoder's width.
 """
 
+import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -193,6 +194,15 @@ def recognise(tensors: Tensors) -> Architecture | None:
     return Architecture("convnext", size, 224 if unit == 32 else 4 * unit, patch_size, channels)
 
 
+def why_not(tensors: Tensors) -> str:
+    """By which tensor a relative, such as ConvNeXt v2, is no ConvNeXt; "" for one that is."""
+    foreign = next((name for name in tensors if re.search(r"\.grn\.|\.conv_dw\.conv|\.weight_g$", name)), "")
+    if not foreign and "stages.0.blocks.0.gamma" not in tensors:
+        foreign = "stages.0.blocks.0.gamma"
+        return f"{foreign}, which is missing"
+    return f"{foreign}, which ConvNeXt has not" if foreign else ""
+
+
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
     """timm's ConvNeXt. It has four stages always, the fourth is taken out of a model of three."""
     width, depths = SIZES[architecture.size]
@@ -236,5 +246,6 @@ register(
         to_timm=to_timm,
         from_timm=from_timm,
         image_size_in_tensors=False,
+        why_not=why_not,
     )
 )

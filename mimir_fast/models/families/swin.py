@@ -10,6 +10,7 @@ Shapes: B images, N units in a grid, K visible, u tokens a side of a unit, S = g
 visible tokens (K·u², or all S²), W windows of A tokens (window² of a square), H heads, D width.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -279,6 +280,21 @@ def recognise(tensors: Tensors, image_size: Size | None = None) -> Architecture 
     return Architecture("swin", size, as_size((rows * unit, columns * unit)), patch_size, channels)
 
 
+_KNOWN = re.compile(
+    r"patch_embed\.(proj|norm)\.(weight|bias)|stages\.\d+\.(downsample\.(norm|reduction)\.(weight|bias)|blocks\.\d+\."
+    r"(attn\.relative_position_bias_table|(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)))"
+    r"|(norm|head|decoder|mask_token).*"
+)
+
+
+def why_not(tensors: Tensors) -> str:
+    """By which tensor a relative, such as Swin v2, is no Swin; "" for one that is, and for what is no relative."""
+    renamed = from_timm(tensors)
+    if "stages.0.blocks.0.attn.qkv.weight" not in renamed:
+        return ""
+    return next((f"{n}, which Swin has not" for n in renamed if not _KNOWN.fullmatch(n) and not is_adapter(n)), "")
+
+
 def resize(
     name: str, tensor: Tensor, shape: torch.Size, old: Size | None = None, new: Size | None = None
 ) -> Tensor | None:
@@ -328,6 +344,7 @@ register(
         to_timm=to_timm,
         from_timm=from_timm,
         resize=resize,
+        why_not=why_not,
         norm_before_pool=True,
     )
 )

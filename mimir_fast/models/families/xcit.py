@@ -32,6 +32,7 @@ from mimir_fast.models.families import (
     encoder_tensors,
     head_arguments,
     register,
+    settled,
 )
 from mimir_fast.models.positions import pseudo_grid, with_positions
 from mimir_fast.ops._precision import no_autocast
@@ -340,7 +341,7 @@ def recognise(tensors: Tensors) -> Architecture | None:
         return None
     channels = tensors["patch_embed.proj.0.0.weight"].shape[1]
     options = {"qkv_bias": "blocks.0.attn.qkv.bias" in tensors}
-    return Architecture("xcit", size, 224 if patch_size >= 8 else 32, patch_size, channels, options)
+    return settled(Architecture("xcit", size, 224 if patch_size >= 8 else 32, patch_size, channels, options))
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
@@ -381,6 +382,7 @@ register(
         build_decoder=XcitDecoder,  # type: ignore[arg-type]
         recognise=recognise,
         to_timm=to_timm,
+        options={"qkv_bias": True},
         image_size_in_tensors=False,
     )
 )

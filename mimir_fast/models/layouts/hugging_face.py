@@ -1,0 +1,180 @@
+"""Hugging Face's transformers: ViT, DeiT, ViTMAE, DINOv2, Swin and ConvNeXt; queries, keys and values stand apart.
+
+The rest of the model (heads, eps, activation, image size) is in the config.json beside the file, mean and std in its
+preprocessor_config.json.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimir_fast.checkpoints.reading import WeightsError
+from mimir_fast.models.facts import Facts, numbers
+from mimir_fast.models.families import under_our_names
+from mimir_fast.models.layouts import Layout, Read, register
+from mimir_fast.models.parts import Part
+
+Rules = Iterable[tuple[str, str]]
+
+_BLOCK: Rules = (
+    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+    (r"\.attention\.self\.(query|key|value)\.", r".attn.\1."),
+    (r"\.attention\.self\.relative_position_bias_table$", ".attn.relative_position_bias_table"),
+    (r"\.attention\.self\.relative_position_index$", ".attn.relative_position_index"),
+    # Names of a live model since transformers 5; its files keep the others.
+    (r"\.attention\.q_proj\.", ".attn.query."),
+    (r"\.attention\.k_proj\.", ".attn.key."),
+    (r"\.attention\.v_proj\.", ".attn.value."),
+    (r"\.attention\.relative_position_bias\.", ".attn."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+)
+_VIT: Rules = (
+    (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.register_tokens$", "register_tokens"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"^layernorm\.", "norm."),
+    *_BLOCK,
+)
+_DECODER: Rules = (
+    (r"^decoder\.decoder_(layers|encoder\.layer)\.", "decoder_blocks."),
+    (r"^decoder\.(decoder_|mask_token)", r"\1"),
+    *_BLOCK,
+)
+_SWIN: Rules = (
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^embeddings\.mask_token$", "mask_token"),
+    (r"^encoder\.layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),  # type: ignore[list-item]
+    (r"^encoder\.layers\.", "stages."),
+    (r"^layernorm\.", "norm."),
+    *_BLOCK,
+)
+_CONVNEXT: Rules = (
+    (r"^embeddings\.patch_embeddings\.", "stem.0."),
+    (r"^embeddings\.layernorm\.", "stem.1."),
+    (r"^encoder\.stages\.(\d+)\.downsampling_layer\.", r"stages.\1.downsample."),
+    (r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.dwconv\.", r"stages.\1.blocks.\2.conv_dw."),
+    (r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.layernorm\.", r"stages.\1.blocks.\2.norm."),
+    (r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.pwconv", r"stages.\1.blocks.\2.mlp.fc"),
+    (r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.layer_scale_parameter$", r"stages.\1.blocks.\2.gamma"),
+    (r"^layernorm\.", "fc_norm."),
+)
+_HEADS = {"classifier.": "head.", "cls_classifier.": "head.", "distillation_classifier.": "head_dist."}
+
+
+def recognise(part: Part) -> bool:
+    """By the embedding of the patches."""
+    return any(anchor in part.tensors for anchor in ANCHORS)
+
+
+def read(part: Part) -> Read:
+    """Under our names: queries, keys and values joined."""
+    names, config = part.tensors, _config(part)
+    swin, convnext = "embeddings.norm.weight" in names, "embeddings.patch_embeddings.weight" in names
+    pattern = r"\.lambda_\d$|\.weights_in\.|\.grn\.|\.mask_emb" + ("" if swin else r"|relative_position_bias")
+    if foreign := next((name for name in names if re.search(pattern, name)), ""):
+        kind = config.get("model_type", "BEiT, Data2Vec or such")
+        raise WeightsError(f"{foreign} is of another architecture than ours ({kind}): use ViT, DeiT, ViTMAE, DINOv2, "
+                           "Swin or ConvNeXt")  # fmt: skip
+    tensors = joined(renamed(names, _CONVNEXT if convnext else _SWIN if swin else _VIT))
+    left_out = {name: "the pooling of transformers" for name in names if name.startswith("pooler.")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    tensors |= joined(renamed({n: t for n, t in part.siblings.items() if n.startswith("decoder.")}, _DECODER))
+    for old, new in _HEADS.items():
+        for kind in ("weight", "bias"):
+            if (head := part.siblings.get(old + kind)) is not None:
+                tensors[new + kind] = head
+    width = next((t.shape[-1] for n, t in tensors.items() if n == "cls_token"), None)
+    head = tensors.get("head.weight")
+    if head is not None and width is not None and head.ndim == 2 and head.shape[1] == 2 * width:
+        for kind in ("weight", "bias"):
+            tensors.pop(f"head.{kind}", None)
+            left_out[f"classifier.{kind}"] = "a head on cls and mean of the patches together"
+    if "decoder_embed.weight" not in tensors and tensors.pop("mask_token", None) is not None:
+        left_out["embeddings.mask_token"] = "the mask token"
+    if "register_tokens" in tensors:
+        tensors["reg_token"] = tensors.pop("register_tokens")
+        tensors["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
+        tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
+    index = [name for name in tensors if name.endswith(".relative_position_index")]
+    left_out |= dict.fromkeys(index, "computed from the sizes")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in index}
+    return Read(under_our_names(tensors), facts_of(config, part.beside.get("preprocessor_config")), left_out)
+
+
+def renamed(tensors: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
+    """Every rule that fits is applied, in their order."""
+    found = {}
+    for name, tensor in tensors.items():
+        for pattern, new in rules:
+            name = re.sub(pattern, new, name)
+        found[name] = tensor
+    return found
+
+
+def joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`attn.query`, `attn.key` and `attn.value` as one `attn.qkv`; a bias that one of them lacks is zero."""
+    found = dict(tensors)
+    for name in tensors:
+        if not name.endswith(".attn.query.weight"):
+            continue
+        block = name.removesuffix("query.weight")
+        three = [f"{block}{word}" for word in ("query", "key", "value")]
+        if all(f"{word}.weight" in found for word in three):
+            weights = [found.pop(f"{word}.weight") for word in three]
+            biases = [found.pop(f"{word}.bias", None) for word in three]
+            found[f"{block}qkv.weight"] = torch.cat(weights)
+            if any(bias is not None for bias in biases):
+                whole = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+                found[f"{block}qkv.bias"] = torch.cat(whole)
+    return found
+
+
+def _config(part: Part) -> dict[str, Any]:
+    """The config.json beside the file, if it is of a model of this width."""
+    config: Any = part.beside.get("config")
+    if not isinstance(config, dict) or "model_type" not in config:
+        return {}
+    for name in ANCHORS:
+        if (stem := part.tensors.get(name)) is not None:
+            width = config.get("embed_dim") or (config.get("hidden_sizes") or [None])[0] or config.get("hidden_size")
+            return config if width in (None, len(stem)) else {}
+    return config
+
+
+def facts_of(config: Mapping[str, Any], processor: Any) -> Facts:
+    """What config.json and preprocessor_config.json say."""
+    heads = config.get("num_attention_heads", config.get("num_heads"))
+    heads = heads[0] if isinstance(heads, (list, tuple)) and heads else heads
+    gelu = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+    processor = processor if isinstance(processor, dict) else {}
+    normalised = processor.get("do_normalize", True)
+    size, eps, act = config.get("image_size"), config.get("layer_norm_eps"), str(config.get("hidden_act", ""))
+    if act and act not in gelu:
+        raise WeightsError(f"config.json says hidden_act {act}, which no encoder of ours has: they use gelu")
+    return Facts(
+        heads=heads if isinstance(heads, int) else None,
+        eps=eps if isinstance(eps, float) else None,
+        gelu=gelu.get(act),  # type: ignore[arg-type]
+        mean=numbers(processor.get("image_mean")) if normalised else None,
+        std=numbers(processor.get("image_std")) if normalised else None,
+        image_size=size if isinstance(size, int) else None,
+        decoder_heads=config.get("decoder_num_attention_heads"),
+        norm_pixels=config.get("norm_pix_loss"),
+    )
+
+
+ANCHORS = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight")
+
+register(Layout("hugging_face", "Hugging Face transformers", recognise, read, anchors=ANCHORS))

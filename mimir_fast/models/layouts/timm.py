@@ -1,0 +1,59 @@
+"""timm's names, which are those of ViT, DeiT and most repositories; plain encoders of any writer.
+
+What timm says of a model beside its tensors stands in the hub's config.json (`pretrained_cfg`), or in the `args` of its
+training script.
+"""
+
+import json
+from typing import Any
+
+from torch import Tensor
+
+from mimir_fast.models.facts import Facts, facts_of_args, numbers
+from mimir_fast.models.families import under_our_names
+from mimir_fast.models.layouts import Layout, Read, register
+from mimir_fast.models.parts import Part
+
+DERIVED = (".relative_position_index", ".attn_mask", ".relative_coords_table")
+COMPUTED = "computed from the sizes"
+
+
+def without_derived(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, what was left out and why): tables that older versions wrote beside the weights."""
+    left_out = {name: COMPUTED for name in tensors if name.endswith(DERIVED)}
+    return {name: tensor for name, tensor in tensors.items() if name not in left_out}, left_out
+
+
+def facts_beside(part: Part) -> Facts:
+    """From `pretrained_cfg` and the training script's options, where they are there."""
+    config: Any = part.beside.get("config")
+    settings = part.beside.get("pretrained_cfg")
+    width = part.tensors["cls_token"].shape[-1] if "cls_token" in part.tensors else None
+    # A config.json may lie beside a file it says nothing of.
+    if settings is None and isinstance(config, dict) and width in (None, config.get("num_features", width)):
+        settings = config.get("pretrained_cfg")
+    said = Facts()
+    if isinstance(settings, dict):
+        size = settings.get("input_size")
+        last = size[-1] if isinstance(size, (list, tuple)) and size else None
+        said = Facts(
+            mean=numbers(settings.get("mean")),
+            std=numbers(settings.get("std")),
+            image_size=last if isinstance(last, int) else None,
+        )
+    try:  # the arguments of timm's class, in a file that our export wrote
+        heads = json.loads((part.beside.get("metadata") or {})["timm"])["num_heads"]
+    except (KeyError, ValueError, TypeError):
+        heads = None
+    return (
+        Facts(heads=heads if isinstance(heads, int) else None).over(said).over(facts_of_args(part.beside.get("args")))
+    )
+
+
+def read(part: Part) -> Read:
+    """As it is, with what a family of timm's calls otherwise renamed."""
+    tensors, left_out = without_derived(part.tensors)
+    return Read(under_our_names(tensors), facts_beside(part), left_out)
+
+
+register(Layout("timm", "timm", lambda part: True, read, fallback=True))

@@ -1,0 +1,74 @@
+"""What became of a file of weights: said in one place, printed by every command and kept beside its results."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mimir_fast.checkpoints.durable import write_text
+
+FILE_NAME = "weights.json"
+
+
+@dataclass
+class LoadReport:
+    """What was loaded into a model, by tensor name.
+
+    Attributes:
+        origin: what was read.
+        layout: in whose way it is written.
+        loaded: names under which they are in the model's own files.
+        reasons: name → why it is not in the model: a decoder, another head.
+        resized: with old and new shape.
+        fresh: in the model, not in the file: left as initialised.
+        assumed: what neither tensors nor file say.
+        notes: what a user should know beside.
+    """
+
+    origin: str
+    layout: str = ""
+    loaded: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    resized: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Names that are in the file and not in the model."""
+        return list(self.reasons)
+
+    def by_reason(self) -> dict[str, list[str]]:
+        """Reason → the names that were skipped for it."""
+        groups: dict[str, list[str]] = {}
+        for name, reason in self.reasons.items():
+            groups.setdefault(reason, []).append(name)
+        return groups
+
+    def __str__(self) -> str:
+        layout = f" (layout: {self.layout})" if self.layout else ""
+        lines = [f"initialised from {self.origin}{layout}", f"  loaded   {len(self.loaded)} tensors"]
+        if self.resized:
+            lines.append(f"  resized  {', '.join(self.resized)}")
+        lines += [f"  skipped  {summary(names)}: {reason}" for reason, names in self.by_reason().items()]
+        if self.fresh:
+            lines.append(f"  fresh    {', '.join(self.fresh)}")
+        if self.assumed:
+            lines.append(f"  assumed  {', '.join(self.assumed)}: the file does not say")
+        return "\n".join(lines + [f"  note     {note}" for note in self.notes])
+
+    def save(self, folder: Path) -> Path:
+        """Write it as weights.json into a folder that is there, and return the path."""
+        found = {name: value for name, value in vars(self).items() if name != "reasons"}
+        path = folder / FILE_NAME
+        write_text(path, json.dumps(found | {"skipped": self.by_reason()}, indent=1) + "\n")
+        return path
+
+
+def summary(names: list[str]) -> str:
+    """`decoder_blocks.* (24)` instead of 24 names."""
+    groups: dict[str, int] = {}
+    for name in names:
+        head, dot, _ = name.partition(".")
+        groups[head + (".*" if dot else "")] = groups.get(head + (".*" if dot else ""), 0) + 1
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups.items())

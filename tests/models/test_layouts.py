@@ -1,0 +1,132 @@
+"""Every layout of the field: equal to its own package, or refused by the name of a tensor; and the table of it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from weight_cases import CASES, NEEDS_TRANSFORMERS, Written, transformers
+
+from mimir_fast.models.classifier import ClassifierConfig, build_classifier, classifier_of
+from mimir_fast.models.families import build_encoder, find_family
+from mimir_fast.models.loading import fill, infer_architecture, initialize, inspect_weights
+from mimir_fast.models.masked_model import ModelConfig, build_masked_model
+from mimir_fast.models.normalization import Normalizer
+from mimir_fast.models.options import option_texts
+from mimir_fast.models.weight_files import Weights, WeightsError, read_weights
+from mimir_fast.ops.patches import patchify
+
+DOCS = Path(__file__).parents[2] / "docs" / "weights.md"
+COLUMNS = ("pre-train", "fine-tune", "evaluate", "export to timm")
+WORKS = "works"
+REFUSED = {
+    "timm BEiT", "timm EVA-02", "timm Swin v2", "timm ConvNeXt v2", "timm ViT with relative positions", "timm ResNet",
+    "timm ViT with attention pooling (SigLIP)", "PEFT's LoRA beside a ViT", "transformers BEiT",
+}  # fmt: skip
+
+
+def tokens_of(weights: Weights, images: torch.Tensor) -> torch.Tensor:
+    """(B, T, D) after the last norm, from the encoder alone."""
+    architecture, _ = infer_architecture(weights)
+    encoder = build_encoder(architecture, final_norm="norm.weight" in weights.tensors).eval()
+    fill(encoder, weights, whole=False)
+    normalised = Normalizer(weights.statistics(architecture.channels))(images)
+    with torch.no_grad():
+        return encoder(patchify(normalised, encoder.mask_unit), None)
+
+
+def outcome(action: str, weights: Weights) -> str:
+    """What a user sees who does this with the weights: `works`, or why not."""
+    try:
+        architecture, _ = infer_architecture(weights)
+        sizes = {"family": architecture.family, "encoder": architecture.size, "patch_size": architecture.patch_size,
+                 "options": option_texts(architecture.options)}  # fmt: skip
+        if action == "pre-train":
+            width = len(weights.tensors.get("decoder_embed.weight", ()))
+            config = ModelConfig(decoder="mae" if width == 512 else "light", **sizes)  # type: ignore[arg-type]
+            model = build_masked_model(config, architecture.image_size, architecture.channels)
+            report = initialize(model, weights)
+            return "works, with its decoder" if "decoder_pred.weight" in report.loaded else WORKS
+        if action == "fine-tune":
+            pool = (
+                "avg"
+                if architecture.options.get("no_cls_token") or architecture.family in ("swin", "convnext")
+                else "cls"
+            )
+            options = ClassifierConfig(global_pool=pool, **sizes)  # type: ignore[arg-type]
+            initialize(build_classifier(options, architecture.image_size, 7, architecture.channels), weights)
+        elif action == "evaluate":
+            classifier_of(weights)
+        else:
+            inspect_weights(weights)
+            tensors = {n: t for n, t in weights.tensors.items() if not n.startswith(("decoder_", "mask_token"))}
+            find_family(architecture.family).to_timm(tensors, architecture)
+    except ValueError as error:
+        return "no head, fine-tune it first" if "no classification head" in str(error) else short(str(error))
+    return WORKS
+
+
+def short(reason: str) -> str:
+    """The tensor that is in the way."""
+    if found := re.search(r"because of (\S+),|: (\S+) is of another architecture", reason):
+        return f"refused: `{found[1] or found[2]}`"
+    return "refused: no vision transformer" if "holds no vision transformer" in reason else reason[:160]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
+    """Each case, written once."""
+    found = {}
+    for name, write in CASES.items():
+        if name in NEEDS_TRANSFORMERS and transformers is None:
+            continue
+        folder = tmp_path_factory.mktemp("weights")
+        found[name] = write(folder)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_its_own_package(files: dict[str, Written], name: str) -> None:
+    if name not in files:
+        pytest.skip("transformers is not installed")
+    file, generator = files[name], torch.Generator().manual_seed(2)
+    try:
+        weights = read_weights(file.path)
+        architecture, _ = infer_architecture(weights)
+        assert name not in REFUSED
+    except WeightsError as error:
+        assert "\n" not in str(error) and "\x1b" not in str(error)
+        assert name in REFUSED, error
+        return
+    size = (2, architecture.channels, architecture.image_size, architecture.image_size)
+    images = torch.rand(size, generator=generator)
+    with torch.no_grad():
+        if file.features is not None:
+            wanted, found = file.features(images), tokens_of(weights, images)
+            wanted = wanted.flatten(1, 2) if wanted.ndim == 4 else wanted
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+        if file.logits is not None:
+            wanted, found = file.logits(images), classifier_of(weights)[0](images)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+def table(files: dict[str, Written]) -> str:
+    """As docs/weights.md has it."""
+    lines = [f"| file | layout | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    for name, file in files.items():
+        try:
+            weights = read_weights(file.path)
+        except WeightsError as error:
+            lines.append(f"| {name} | none | {' | '.join([short(str(error))] * len(COLUMNS))} |")
+            continue
+        cells = [outcome(action, weights) for action in COLUMNS]
+        lines.append(f"| {name} | {weights.layout} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_in_the_docs_is_what_happens(files: dict[str, Written]) -> None:
+    if transformers is None:
+        pytest.skip("transformers is not installed")
+    found = table(files)
+    assert found.count("\n") - 2 >= 40
+    assert found in DOCS.read_text(), f"{DOCS}: put in\n{found}"
