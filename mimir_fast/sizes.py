@@ -56,6 +56,21 @@ def divides(by: int, size: Size) -> bool:
     return by >= 1 and not any(side % by for side in height_width(size))
 
 
+def multiplied(size: Size, by: int) -> Size:
+    """So many times as large along each side."""
+    return size * by if isinstance(size, int) else (size[0] * by, size[1] * by)
+
+
+def size_of(count: int, unit: int, known: Size | None = None) -> Size | None:
+    """The size of an image of `count` squares of side `unit`: the one known, None where that has not as many.
+
+    Where nobody knows it, the square, or, where there is none, the nearest rectangle.
+    """
+    if known is None:
+        return multiplied(nearest_grid(count), unit) if count > 0 else None
+    return known if divides(unit, known) and area(divided(known, unit)) == count else None
+
+
 def nearest_grid(count: int) -> Size:
     """The square grid of so many places, or, where there is none, the rectangle with more columns that is nearest."""
     rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)

@@ -31,7 +31,7 @@ from mimir_fast.evaluation.wrappers import FromProbabilities, Normalized, Opaque
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Statistics, choice_note, name_of
 from mimir_fast.models.opening import weights_only
-from mimir_fast.sizes import Size, as_size, shown
+from mimir_fast.sizes import Size, as_size, height_width, shown, typed
 
 KINDS = (
     "a run folder, a .safetensors or .pth file, timm:NAME, hf-hub:ORG/NAME, robustbench:DATA/NORM/NAME, a .pt2 "
@@ -137,7 +137,7 @@ def load_model(
     for parameter in judged.module.parameters():
         parameter.requires_grad_(False)
     if image_size is not None:
-        judged.module, notes = at_the_door(judged.module, torch.rand(2, channels, image_size, image_size).to(device))
+        judged.module, notes = at_the_door(judged.module, torch.rand(2, channels, *height_width(image_size)).to(device))
         judged.notes += notes
     if probabilities:
         judged.module = FromProbabilities(judged.module).eval()
@@ -164,13 +164,13 @@ def _find(
             raise ValueError(f"--checkpoint {spec}: this TorchScript file cannot be loaded ({_line(error)})") from error
         return JudgedModel(module, spec, "TorchScript", code=file_digest(path))
     if path.exists():
-        return _ours(spec, num_classes, weights, asked, part)
+        return _ours(spec, num_classes, weights, asked, part, image_size)
     if ":" in spec and "/" not in spec:
         return _function(spec)
     raise FileNotFoundError(f"--checkpoint {spec}: there is no such file or folder; a model is given as {KINDS}")
 
 
-def _exported(spec: str, channels: int, device: torch.device, image_size: int | None) -> JudgedModel:
+def _exported(spec: str, channels: int, device: torch.device, image_size: Size | None) -> JudgedModel:
     from torch.export.passes import move_to_device_pass
 
     _runs_code(spec, "torch.export unpickles what is in the file")
@@ -186,11 +186,11 @@ def _exported(spec: str, channels: int, device: torch.device, image_size: int | 
         raise ValueError(
             f"--checkpoint {spec} takes {', '.join(inputs) or 'nothing'}; wanted images (B, C, H, W) alone"
         )
-    given = (channels, image_size, image_size)
+    given = (channels, *height_width(image_size or 1))
     if image_size and any(isinstance(n, int) and n != m for n, m in zip(image.shape[1:], given, strict=True)):
         raise ValueError(
             f"--checkpoint {spec} was exported for images of shape {tuple(image.shape[1:])}, the data has {given}: "
-            f"give --data.image_size {image.shape[-1]} --data.channels {image.shape[1]}"
+            f"give --data.image_size {typed(as_size(image.shape[2:]))} --data.channels {image.shape[1]}"
         )
     notes, least, most = list[str](), 1, None
     if isinstance(size := image.shape[0], int):
@@ -205,7 +205,9 @@ def _exported(spec: str, channels: int, device: torch.device, image_size: int | 
     return JudgedModel(module, spec, "torch.export", notes=notes, code=file_digest(Path(spec)))
 
 
-def _ours(spec: str, num_classes: int | None, weights: Choice, asked: Statistics | None, part: str) -> JudgedModel:
+def _ours(
+    spec: str, num_classes: int | None, weights: Choice, asked: Statistics | None, part: str, image_size: Size | None
+) -> JudgedModel:
     from mimir_fast.checkpoints.reading import resolve_checkpoint
     from mimir_fast.models.classifier import classifier_of
     from mimir_fast.models.opening import find_file
@@ -217,7 +219,7 @@ def _ours(spec: str, num_classes: int | None, weights: Choice, asked: Statistics
         path = resolve_checkpoint(path, "last" if weights == "ema" else weights)
         words = f"{path.name} checkpoint" + {"model": ", trained weights", "ema": ", moving average"}.get(kind, "")
     read = read_weights(path, kind, part)
-    module, report = classifier_of(read, num_classes=num_classes, statistics=asked)
+    module, report = classifier_of(read, num_classes=num_classes, statistics=asked, image_size=image_size)
     notes = [*report.notes, *([note] if (note := choice_note(read.normalization, asked)) else [])]
     inside = _inside(module.normalizer.statistics)
     return JudgedModel(module, spec, "mimir_fast", inside, notes, words, report=report)

@@ -4,7 +4,7 @@ Only these may be in a file and not in the model: a decoder and its mask token, 
 another pooling, the norms of another domain, and what the file's layout says is no part of the function. Anything else
 would change the function, so it is refused by name.
 
-Shapes: N patch tokens (grid × grid), D width, K classes.
+Shapes: N patch tokens, D width, K classes.
 """
 
 import math
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mimir_fast.layers.norms import is_adapter
 from mimir_fast.models.encoder import Encoder
+from mimir_fast.models.facts import size_said
 from mimir_fast.models.families import (
     Architecture,
     Family,
@@ -28,6 +29,7 @@ from mimir_fast.models.families import (
     describe,
     find_family,
     informed,
+    mask_unit_of,
     recognise,
     why_not,
 )
@@ -36,6 +38,7 @@ from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Normalizer, flags, same, words
 from mimir_fast.models.options import option_texts, parse_options
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
+from mimir_fast.sizes import Size, area, divided, height_width
 
 __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_weights", "resize_positions"]
 
@@ -71,21 +74,25 @@ def initialize(
         WeightsError: weights of another architecture, incomplete, or with NaN in them.
     """
     weights = source if isinstance(source, Weights) else read_weights(source, which, part)
-    _check_architecture(weights, to_files(model, model.state_dict()), model)
-    return fill(model, weights, whole=False)
+    theirs = _check_architecture(weights, to_files(model, model.state_dict()), model)
+    return fill(model, weights, whole=False, theirs=theirs)
 
 
-def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
+def fill(
+    model: nn.Module, weights: Weights, *, whole: bool, theirs: Architecture | None = None
+) -> LoadReport:  # fmt: skip
     """Put weights into a model of their architecture.
 
     Args:
         whole: the model was built for these weights: nothing of it may stay fresh, nothing is resized, and NaN is
             noted. Else it goes on to be trained: heads, norms in front of them and decoders may be missing.
+        theirs: what the weights are of; tells on which grid their positions lie.
     Raises:
         WeightsError: by the name of the tensor that does not fit, is missing, or is no tensor of numbers.
     """
     own = to_files(model, model.state_dict())
-    architecture = recognise(own)
+    architecture = recognise(own, _size_of(model))
+    grids = _grids(theirs, model)
     family = None if architecture is None else find_family(architecture.family)
     report = LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out), notes=list(weights.notes))
     unfit = {} if whole else _unfit_heads(weights.tensors, own) | _unfit_decoder(weights.tensors, own)
@@ -100,10 +107,13 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
                 "use weights of one of our encoders"
             )
         _check_numbers(name, tensor, own[name], weights.origin)
-        if tensor.shape == own[name].shape:
+        fits = tensor.shape == own[name].shape
+        resized = None
+        if not whole and (not fits or (grids and grids[0] != grids[1])):  # 2 x 8 patches are as many as 4 x 4
+            resized = _resize(name, tensor, own[name].shape, weights.tensors, family, grids)
+        if fits and resized is None:
             ready[name] = tensor
             continue
-        resized = None if whole else _resize(name, tensor, own[name].shape, weights.tensors, family)
         if resized is None:
             raise WeightsError(
                 f"{weights.origin} is of another architecture: {name} is {tuple(tensor.shape)} there, "
@@ -210,12 +220,30 @@ def _unfit_decoder(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
 
 
 def _resize(
-    name: str, tensor: Tensor, shape: torch.Size, tensors: Mapping[str, Tensor], family: Family | None
-) -> Tensor | None:
+    name: str, tensor: Tensor, shape: torch.Size, tensors: Mapping[str, Tensor], family: Family | None,
+    grids: tuple[Size, Size] | None,
+) -> Tensor | None:  # fmt: skip
     if name in ("pos_embed", "decoder_pos_embed") and tensor.ndim == 3 and tensor.shape[-1] == shape[-1]:
         prefix = sum(tensors[token].shape[1] for token in _PREFIX_TOKENS if token in tensors)
-        return resize_positions(tensor, shape[1], prefix or 1)
-    return None if family is None else family.resize(name, tensor, shape)
+        return resize_positions(tensor, shape[1], prefix or 1, grids)
+    if family is None:
+        return None
+    square = grids is None or (isinstance(grids[0], int) and isinstance(grids[1], int))
+    return family.resize(name, tensor, shape) if square else family.resize(name, tensor, shape, *grids)
+
+
+def _size_of(model: nn.Module) -> Size | None:
+    """Size of the images of a model of ours."""
+    encoder = getattr(model, "encoder", model)
+    return encoder.image_size if isinstance(encoder, Encoder) else None
+
+
+def _grids(theirs: Architecture | None, model: nn.Module) -> tuple[Size, Size] | None:
+    """Patches along the sides of the images that weights were trained on, and of the model's."""
+    encoder = getattr(model, "encoder", model)
+    if theirs is None or not isinstance(encoder, Encoder):
+        return None
+    return divided(theirs.image_size, mask_unit_of(theirs)), encoder.grid
 
 
 def _check_numbers(name: str, tensor: Tensor, own: Tensor, origin: str) -> None:
@@ -271,40 +299,52 @@ def _assumed(model: nn.Module, weights: Weights, family: Family | None) -> list[
     return found
 
 
-def resize_positions(pos_embed_1TD: Tensor, num_rows: int, num_prefix: int = 1) -> Tensor:
+def resize_positions(
+    pos_embed_1TD: Tensor, num_rows: int, num_prefix: int = 1, grids: tuple[Size, Size] | None = None
+) -> Tensor:
     """(1, num_rows, D): the grid resized by bicubic interpolation; rows of prefix tokens in front of it are kept.
 
     Args:
         num_prefix: tokens in front of the patches, which have rows or have none.
+        grids: the old and the new one; None for squares.
     Raises:
-        WeightsError: the rows are no square grid, with or without those of the prefix, or only one of both has these.
+        WeightsError: the rows are no such grid, with or without those of the prefix, or only one of both has these.
     """
     rows = pos_embed_1TD.shape[1]
     for prefix in (0, num_prefix):
-        old, new = math.isqrt(max(rows - prefix, 0)), math.isqrt(max(num_rows - prefix, 0))
-        if old > 0 and old**2 + prefix == rows and new**2 + prefix == num_rows:
+        old, new = grids or (math.isqrt(max(n - prefix, 0)) for n in (rows, num_rows))
+        if area(old) > 0 and area(old) + prefix == rows and area(new) + prefix == num_rows:
             break
     else:
         raise WeightsError(
-            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be square grids, "
+            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be whole grids, "
             f"with the {num_prefix} rows of the tokens in front of them or without"
         )
-    grid = pos_embed_1TD[:, prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    grid = pos_embed_1TD[:, prefix:].float().reshape(1, *height_width(old), -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=height_width(new), mode="bicubic", align_corners=False)
     resized = grid.flatten(2).transpose(1, 2).to(pos_embed_1TD.dtype)
     return torch.cat([pos_embed_1TD[:, :prefix], resized], dim=1)
 
 
-def infer_architecture(weights: Weights, options: Sequence[str] = ()) -> tuple[Architecture, int | None]:
+def infer_architecture(
+    weights: Weights, options: Sequence[str] = (), image_size: Size | None = None
+) -> tuple[Architecture, int | None]:
     """The encoder, and the classes of the head if there is one: from the tensors, and from what the file says.
 
     Args:
         options: what no tensor shows, as it is typed: heads=12, eps=1e-5; goes before what was saved with the weights.
+        image_size: where the weights do not say theirs and it is no square, this is it if it fits their tensors.
     Raises:
         WeightsError: no encoder of ours has such tensors.
         ValueError: options that the family does not know.
     """
-    architecture = recognise(weights.tensors)
+    saved = _saved_size(weights)
+    architecture = recognise(weights.tensors, saved)
+    if saved is None and image_size is not None and not isinstance(image_size, int):
+        other = recognise(weights.tensors, image_size)
+        # As many patches in a square are taken for the square.
+        if architecture is None or not _is_square_of_as_many(architecture, other):
+            architecture = other
     if architecture is None and (reason := why_not(weights.tensors)):
         hint = next((words for mark, words in _HINTS.items() if mark in reason), "")
         raise WeightsError(
@@ -322,11 +362,25 @@ def infer_architecture(weights: Weights, options: Sequence[str] = ()) -> tuple[A
     for texts in (config.get("options", ()), options):
         said |= parse_options(texts, family.options, family.title)
     architecture = informed(architecture, said)
-    saved = ((weights.config or {}).get("data") or {}).get("image_size", weights.facts.image_size)
-    if saved is not None and not family.image_size_in_tensors:
-        architecture = replace(architecture, image_size=saved)
+    if not family.image_size_in_tensors:
+        architecture = replace(architecture, image_size=saved or image_size or architecture.image_size)
+    elif not isinstance(architecture.image_size, int) and architecture.image_size not in (saved, image_size):
+        raise WeightsError(
+            f"{weights.origin} was made for images that are no squares, and no tensor tells their height and width: "
+            "give --data.image_size HEIGHT WIDTH as it was trained with"
+        )
     head = weights.tensors.get("head.weight")
     return architecture, None if head is None else len(head)
+
+
+def _is_square_of_as_many(one: Architecture, other: Architecture | None) -> bool:
+    return isinstance(one.image_size, int) and other is not None and area(one.image_size) == area(other.image_size)
+
+
+def _saved_size(weights: Weights) -> Size | None:
+    """Size of the images that the weights say they were trained on."""
+    said = ((weights.config or {}).get("data") or {}).get("image_size")
+    return weights.facts.image_size if said is None else size_said(said)
 
 
 def _outline(tensors: Mapping[str, Tensor]) -> str:
@@ -338,12 +392,13 @@ def _outline(tensors: Mapping[str, Tensor]) -> str:
     return f"width {first.shape[0]}, depth {depth}, patch {first.shape[-1]}, {first.shape[1]} channels"
 
 
-def _check_architecture(weights: Weights, own: dict[str, Tensor], model: nn.Module) -> None:
-    theirs, ours = infer_architecture(weights)[0], recognise(own)
+def _check_architecture(weights: Weights, own: dict[str, Tensor], model: nn.Module) -> Architecture:
+    size = _size_of(model)
+    theirs, ours = infer_architecture(weights, image_size=size)[0], recognise(own, size)
     if ours is None:  # a model of another maker: the shapes are compared one by one
         same = {n: t.shape for n, t in own.items() if n.startswith("blocks.")}
         if all(n in weights.tensors and weights.tensors[n].shape == shape for n, shape in same.items()):
-            return
+            return theirs
         raise WeightsError(
             f"{weights.origin} is of another architecture: {_outline(weights.tensors)}; the model has "
             f"{_outline(own)}. To use it: no encoder of ours has that width and depth"
@@ -367,6 +422,7 @@ def _check_architecture(weights: Weights, own: dict[str, Tensor], model: nn.Modu
             f"{weights.origin} is of another architecture: {_title(theirs)}; the model is {_title(ours)}. "
             f"To use it: {' '.join(fixes)}"
         )
+    return theirs
 
 
 def _title(architecture: Architecture) -> str:

@@ -24,6 +24,7 @@ from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.models.normalization import Statistics, check_statistics, choice_note, words
 from mimir_fast.models.weight_files import Weights, WeightsError, read_weights
 from mimir_fast.ops.patches import gather_patches, patchify, unpatchify
+from mimir_fast.sizes import Size
 
 STEPS, IMAGES = 20, 256
 
@@ -46,7 +47,7 @@ class AutoencoderOptions:
 
 
 def load_masked_autoencoder(
-    source: str | Path | Weights, statistics: Statistics | None = None
+    source: str | Path | Weights, statistics: Statistics | None = None, image_size: Size | None = None
 ) -> tuple[MaskedModel, MaeConfig]:
     """(model in eval mode, the mask and the loss it was trained with).
 
@@ -54,11 +55,12 @@ def load_masked_autoencoder(
 
     Args:
         statistics: (mean, std) that it normalises by, in place of what the file says.
+        image_size: of images that are no squares, where the file does not say it.
     Raises:
         ValueError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, or a classifier).
     """
     try:
-        model, objective = load_masked_model(source, statistics=statistics)
+        model, objective = load_masked_model(source, statistics=statistics, image_size=image_size)
     except WeightsError as error:
         raise ValueError(f"--pretrained: {error}") from error
     # What is predicted: all that is masked, though training may have paid for a share (CrossMAE).
@@ -106,7 +108,9 @@ def autoencoder_of(setup: Setup, device: torch.device) -> tuple[MaskedModel, Mae
     """The masked autoencoder on the device, loaded once; see `load_masked_autoencoder`."""
 
     def load() -> tuple[MaskedModel, MaeConfig]:
-        model, trained = load_masked_autoencoder(str(pretrained_of(setup)), statistics_of(setup))
+        model, trained = load_masked_autoencoder(
+            str(pretrained_of(setup)), statistics_of(setup), setup.config.data.image_size
+        )
         return model.to(device), trained
 
     return setup.once("autoencoder", load)

@@ -39,7 +39,7 @@ from mimir_fast.models.families import (
 from mimir_fast.models.positions import pseudo_grid, sincos_positions, with_positions
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches
-from mimir_fast.sizes import Size, area, height_width
+from mimir_fast.sizes import Size, area, height_width, size_of
 
 # name: (width, depth, heads, layers with positions). `nano` is ours, the others are timm's and the MIMIR authors'.
 SIZES: dict[str, tuple[int, int, int, int]] = {
@@ -256,22 +256,23 @@ def build(architecture: Architecture, final_norm: bool) -> ConvitEncoder:
     )  # fmt: skip
 
 
-def recognise(tensors: Tensors) -> Architecture | None:
+def recognise(tensors: Tensors, image_size: Size | None = None) -> Architecture | None:
     """From the shapes; the gates say how many heads and positional layers there are."""
     if "blocks.0.attn.gating_param" not in tensors:
         return None
     width, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-    num_heads, grid = len(tensors["blocks.0.attn.gating_param"]), math.isqrt(tensors["pos_embed"].shape[1])
+    num_heads = len(tensors["blocks.0.attn.gating_param"])
+    found = size_of(tensors["pos_embed"].shape[1], patch_size, image_size)
     shape = (width, depth, num_heads)
     size = next((name for name, (*known, _) in SIZES.items() if tuple(known) == shape), None)
-    if size is None:
+    if size is None or found is None:
         return None
     options = {
         "qkv_bias": "blocks.0.attn.v.bias" in tensors,
         "local_up_to_layer": sum(f"blocks.{index}.attn.gating_param" in tensors for index in range(depth)),
     }
-    return settled(Architecture("convit", size, grid * patch_size, patch_size, channels, options))
+    return settled(Architecture("convit", size, found, patch_size, channels, options))
 
 
 def settle(architecture: Architecture) -> Architecture:
@@ -285,6 +286,8 @@ def settle(architecture: Architecture) -> Architecture:
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
     """timm's ConVit, equal on whole images."""
+    if not isinstance(architecture.image_size, int):
+        raise ValueError("timm's ConViT takes square images only: export with --format safetensors")
     width, depth, num_heads, num_positional = SIZES[architecture.size]
     arguments = {
         "img_size": architecture.image_size,
