@@ -1,6 +1,8 @@
 """Images that are not square, in every family and from the command line to the report."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,12 @@ from family_checks import (
     check_nothing_leaks,
     check_recognised,
 )
+from PIL import Image
 
+from mimir_fast import evaluate, finetune, pretrain
+from mimir_fast.checkpoints.reading import checkpoints_of, read_tensors
 from mimir_fast.models.families import all_families
+from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.ops.patches import patchify
 
 SIZE = (32, 48)
@@ -50,3 +56,49 @@ def test_is_the_upper_part_of_a_square(family: str) -> None:
     with torch.no_grad():
         ours, theirs = encoder(patches, None), square(patches, places)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+DIGITS = (
+    "--data.source", "digits", "--data.image_size", "32", "48", "--data.limit", "16", "--data.num_workers", "0",
+    "--device", "cpu", "--batch_size", "8", "--model.family", "vit", "--model.encoder", "nano",
+    "--model.patch_size", "8",
+)  # fmt: skip
+
+
+def first_image(run: Path, name: str) -> tuple[int, int]:
+    """Width and height of a picture of a run."""
+    with Image.open(next(run.rglob(name))) as picture:
+        return picture.size
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps, and the same in two parts."""
+    folder = tmp_path_factory.mktemp("runs")
+    line = [*DIGITS, "--max_steps", "3", "--save_every", "1", "--picture_every", "3"]
+    whole = pretrain.pretrain(pretrain.config_from([*line, "--output_dir", str(folder / "whole")]))
+    parts = [*line, "--output_dir", str(folder / "parts")]
+    pretrain.pretrain(pretrain.config_from([*parts, "--stop_after", "1"]))
+    pretrain.pretrain(pretrain.config_from(parts))
+    return whole
+
+
+def test_a_run_and_its_continuation(pretrained: Path) -> None:
+    saved = json.loads((pretrained / "config.json").read_text())
+    assert saved["data"]["image_size"] == [32, 48]
+    wanted, found = (read_tensors(checkpoints_of(run)[-1]) for run in (pretrained, pretrained.parent / "parts"))
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    model, _ = load_masked_model(pretrained)
+    assert model.encoder.grid == (4, 6) and model.encoder.image_size == SIZE
+    # Two rows of eight digits or more, each 96 pixels wide and 64 high.
+    width, height = first_image(pretrained, "*reconstruction*.png")
+    assert width > 8 * 96 and (height - 4) % (64 + 4) == 0
+
+
+def test_fine_tuned_and_evaluated(pretrained: Path, tmp_path: Path) -> None:
+    line = [*DIGITS, "--max_steps", "2", "--output_dir", str(tmp_path / "tuned"), "--init", str(pretrained)]
+    tuned = finetune.finetune(finetune.config_from(line))
+    args = ["--checkpoint", str(tuned), "--suite", "quick", "--limit", "6", "--output_dir", str(tmp_path / "out")]
+    args += ["--autoattack", "no", "--unforeseen", "yes", "--pretrained", str(pretrained)]
+    results = evaluate.evaluate(evaluate.config_from(args))
+    assert results
