@@ -5,8 +5,7 @@ multiply-adds, summed in PIL's order, rounded to integers. The second is integer
 of the result, for each row of its filter one pass along the rows, rounded to 8 bits, as the definition has it. That
 repeats the pass along the rows for overlapping rows (4 to 9 times), rather than keep it in memory: neighbours read the
 same pixels from the cache.
-Legend: B images, S longer side of the result (the tables of both axes have it), K most taps of an axis; plan (B, 12)
-int64, columns as in `crop_resize.PLAN`.
+Legend: B images, S side of the result, K most taps of an axis; plan (B, 12) int64, columns as in `crop_resize.PLAN`.
 """
 
 import torch
@@ -33,17 +32,7 @@ def _bicubic(x):
 
 
 @triton.jit
-def _taps_kernel(
-    plan_ptr,
-    first_ptr,
-    count_ptr,
-    weights_ptr,
-    out_width,
-    side,
-    most,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _taps_kernel(plan_ptr, first_ptr, count_ptr, weights_ptr, side, most, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     image, axis = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = plan_ptr + image * COLUMNS
     length, start = tl.load(row + 1 + axis).to(tl.int32), tl.load(row + 3 + axis).to(tl.int32)
@@ -51,7 +40,7 @@ def _taps_kernel(
     anchor, mirror = tl.load(row + 9 + axis).to(tl.int32), tl.load(row + 11).to(tl.int32) * axis
     out = (image * 2 + axis) * side
     i = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.where(mirror > 0, out_width - 1 - i, i) + anchor
+    place = tl.where(mirror > 0, side - 1 - i, i) + anchor
     scale = extent.to(tl.float64) / resized.to(tl.float64)
     filter_scale = tl.maximum(scale, 1.0)
     support, narrower = 2.0 * filter_scale, 1.0 / filter_scale
@@ -83,8 +72,6 @@ def _crop_resize_kernel(
     count_ptr,
     weights_ptr,
     out_ptr,
-    out_height,
-    out_width,
     side,
     most,
     COLUMNS: tl.constexpr,
@@ -99,10 +86,10 @@ def _crop_resize_kernel(
     width = tl.load(plan_ptr + image * COLUMNS + 2)
     pixels = pixels_ptr + tl.load(plan_ptr + image * COLUMNS) + channel
     rows, columns = image * 2 * side + i, (image * 2 + 1) * side + j
-    row_first = tl.load(first_ptr + rows, mask=i < out_height, other=0)
-    row_count = tl.load(count_ptr + rows, mask=i < out_height, other=0)
-    first = tl.load(first_ptr + columns, mask=j < out_width, other=0)
-    count = tl.load(count_ptr + columns, mask=j < out_width, other=0)
+    row_first = tl.load(first_ptr + rows, mask=i < side, other=0)
+    row_count = tl.load(count_ptr + rows, mask=i < side, other=0)
+    first = tl.load(first_ptr + columns, mask=j < side, other=0)
+    count = tl.load(count_ptr + columns, mask=j < side, other=0)
     row_weights, weights = weights_ptr + image * 2 * most * side + i, weights_ptr + (image * 2 + 1) * most * side + j
     most_rows, most_columns = tl.max(row_count, axis=0), tl.max(count, axis=0)
     sums = tl.full((ROWS, WIDTH), HALF, dtype=tl.int32)
@@ -112,16 +99,16 @@ def _crop_resize_kernel(
         for m in range(0, most_columns):
             there = (k < row_count)[:, None] & (m < count)[None, :]
             pixel = tl.load(line[:, None] + ((first + m) * CHANNELS)[None, :], mask=there, other=0).to(tl.int32)
-            between += pixel * tl.load(weights + m * side, mask=j < out_width, other=0)[None, :]
+            between += pixel * tl.load(weights + m * side, mask=j < side, other=0)[None, :]
         between = tl.minimum(tl.maximum(between >> BITS, 0), 255)
-        sums += between * tl.load(row_weights + k * side, mask=i < out_height, other=0)[:, None]
+        sums += between * tl.load(row_weights + k * side, mask=i < side, other=0)[:, None]
     result = tl.minimum(tl.maximum(sums >> BITS, 0), 255).to(tl.uint8)
-    out = out_ptr + (image * CHANNELS + channel) * out_height * out_width + i[:, None] * out_width + j[None, :]
-    tl.store(out, result, mask=(i < out_height)[:, None] & (j < out_width)[None, :])
+    out = out_ptr + (image * CHANNELS + channel) * side * side + i[:, None] * side + j[None, :]
+    tl.store(out, result, mask=(i < side)[:, None] & (j < side)[None, :])
 
 
 def crop_resize(pixels: Tensor, plan: Tensor, size: int | tuple[int, int], channels: int, most: int) -> Tensor:
-    """(B, channels, height, width) uint8.
+    """(B, channels, height, width) uint8. A rectangle is cut out of the square around it: no kernel of its own.
 
     Args:
         pixels: (bytes,) uint8 on the device.
@@ -130,41 +117,42 @@ def crop_resize(pixels: Tensor, plan: Tensor, size: int | tuple[int, int], chann
         most: K, the most taps of any axis of the plan.
     """
     batch = len(plan)
-    out_height, out_width = (size, size) if isinstance(size, int) else size
-    side = max(out_height, out_width)
+    height, width = (size, size) if isinstance(size, int) else size
+    side = max(height, width)
+    if width < side:  # a mirrored row begins at the far end, which the square has elsewhere
+        plan = plan.clone()
+        plan[:, 10] -= plan[:, 11] * (side - width)
     if pixels.is_cuda and not plan.is_cuda:
         plan = plan.pin_memory().to(pixels.device, non_blocking=True)
     plan = plan.contiguous()
     first, count = (torch.empty((batch, 2, side), dtype=torch.int32, device=pixels.device) for _ in range(2))
     weights = torch.empty((batch, 2, most, side), dtype=torch.int32, device=pixels.device)
-    out = torch.empty((batch, channels, out_height, out_width), dtype=torch.uint8, device=pixels.device)
+    out = torch.empty((batch, channels, side, side), dtype=torch.uint8, device=pixels.device)
     if batch == 0:
-        return out
-    rows, width = TILE
+        return out[..., :height, :width]
+    rows, columns = TILE
     with torch.cuda.device_of(pixels):
         _taps_kernel[(batch, 2, triton.cdiv(side, BLOCK_TAPS))](
-            plan, first, count, weights, out_width, side, most, COLUMNS, BLOCK_TAPS, num_warps=2, **_EXACT
+            plan, first, count, weights, side, most, COLUMNS, BLOCK_TAPS, num_warps=2, **_EXACT
         )
-        grid = batch, channels * triton.cdiv(out_height, rows), triton.cdiv(out_width, width)
+        grid = batch, channels * triton.cdiv(side, rows), triton.cdiv(side, columns)
         _crop_resize_kernel[grid](
-            *(pixels, plan, first, count, weights, out, out_height, out_width, side, most),
-            *(COLUMNS, channels, rows, width),
-            num_warps=4,
+            pixels, plan, first, count, weights, out, side, most, COLUMNS, channels, rows, columns, num_warps=4
         )
-    return out
+    return out[..., :height, :width].contiguous()
 
 
 def aot_cases() -> list[AotCase]:
     """224 pixels of colour and grey images; one tap table."""
     tables = {"first_ptr": "*i32", "count_ptr": "*i32", "weights_ptr": "*i32"}
-    numbers = dict.fromkeys(("out_width", "side", "most"), "i32")
+    numbers = {"side": "i32", "most": "i32"}
     cases = [
         AotCase(
             "crop_resize.taps",
             _taps_kernel,
             {"plan_ptr": "*i64", **tables, **numbers},
             {"COLUMNS": COLUMNS, "BLOCK": BLOCK_TAPS},
-            divisible_by_16=("out_width", "side"),
+            divisible_by_16=("side",),
             num_warps=2,
             options=_EXACT,
         )
@@ -174,9 +162,9 @@ def aot_cases() -> list[AotCase]:
             AotCase(
                 f"crop_resize.{name}",
                 _crop_resize_kernel,
-                {"pixels_ptr": "*u8", "plan_ptr": "*i64", **tables, "out_ptr": "*u8", "out_height": "i32", **numbers},
+                {"pixels_ptr": "*u8", "plan_ptr": "*i64", **tables, "out_ptr": "*u8", **numbers},
                 {"COLUMNS": COLUMNS, "CHANNELS": channels, "ROWS": TILE[0], "WIDTH": TILE[1]},
-                divisible_by_16=("out_height", "out_width", "side"),
+                divisible_by_16=("side",),
             )
         )
     return cases

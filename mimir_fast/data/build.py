@@ -144,11 +144,11 @@ def decoded(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, np.nda
 def _check_size(source: ImageSource, config: DataConfig, kind: str) -> None:
     """Arrays of another size than the model's are more likely a slip than a wish to resize."""
     resizes = config.augment == "resized_crop" and kind != "resident"
-    if isinstance(source, (EncodedSource, RawSource)) or resizes or source.image_size in (None, config.image_size):
+    own = source.image_size
+    if isinstance(source, (EncodedSource, RawSource)) or resizes or own is None or own == config.image_size:
         return
-    assert source.image_size is not None
     raise ValueError(
-        f"{source.name} has images of {said(source.image_size)} pixels but image_size is {typed(config.image_size)}; "
-        f"give --data.image_size {typed(source.image_size)}, or resize with --data.augment resized_crop "
+        f"{source.name} has images of {said(own)} pixels but image_size is {typed(config.image_size)}; "
+        f"give --data.image_size {typed(own)}, or resize with --data.augment resized_crop "
         "--data.loader torch"
     )

@@ -190,10 +190,11 @@ def load_from(
 
     if len(indices) == 0:
         raise ValueError(f"an empty subset of {source.name} was asked for: there is nothing to evaluate")
-    if isinstance(source, ArraySource) and source.image_size != config.image_size:
+    own = source.image_size
+    if isinstance(source, ArraySource) and own is not None and own != config.image_size:
         raise ValueError(
-            f"{source.name} has images of {said(source.image_size)} pixels but image_size is "
-            f"{typed(config.image_size)}; give --data.image_size {typed(source.image_size)}"
+            f"{source.name} has images of {said(own)} pixels but image_size is "
+            f"{typed(config.image_size)}; give --data.image_size {typed(own)}"
         )
     chosen = subset(source, indices)
     if (chosen.labels < 0).any():

@@ -228,8 +228,9 @@ def _resize(
         return resize_positions(tensor, shape[1], prefix or 1, grids)
     if family is None:
         return None
-    square = grids is None or (isinstance(grids[0], int) and isinstance(grids[1], int))
-    return family.resize(name, tensor, shape) if square else family.resize(name, tensor, shape, *grids)
+    if grids is None or (isinstance(grids[0], int) and isinstance(grids[1], int)):
+        return family.resize(name, tensor, shape)
+    return family.resize(name, tensor, shape, *grids)
 
 
 def _size_of(model: nn.Module) -> Size | None:

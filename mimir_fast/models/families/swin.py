@@ -304,9 +304,8 @@ def resize(
     from timm.layers import resize_rel_pos_bias_table
 
     window = (round(shape[0] ** 0.5) + 1) // 2
-    if new is None or old is None:
-        return resize_rel_pos_bias_table(tensor, (window, window), tuple(shape))
-    return resize_rel_pos_bias_table(tensor, height_width(new), tuple(shape), old_window_size=height_width(old))
+    more = {} if old is None or isinstance(old, int) else {"old_window_size": old}  # timm of 2026 has it
+    return resize_rel_pos_bias_table(tensor, height_width(window if new is None else new), tuple(shape), **more)
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
