@@ -39,6 +39,8 @@ def tools() -> dict[str, str]:
             ("pyautoattack", "pyautoattack", "pyautoattack"),
             ("torchattacks", "torchattacks", "torchattacks"),
             ("peft", "peft", "peft"),
+            ("onnx", "onnxruntime", "onnx onnxscript onnxruntime"),
+            ("transformers", "transformers", "transformers"),
             ("corruptions", "corrupt_tta", "corrupt-tta"),
             ("mkdocs", "mkdocstrings", "'.[docs]'"),
             ("notebooks", "nbclient", "nbclient nbformat ipykernel"),

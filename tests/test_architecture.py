@@ -43,6 +43,9 @@ ROOMS = {
         "what a frozen encoder knows: neighbours, linear and attentive probes",
         ("evaluation", "attacks", "models", "data", *_LOWER),
     ),
+    "exporting": Room(
+        "export formats, each one file in `formats/`; the comparison with what is exported", ("models", *_LOWER)
+    ),
     "recipes": Room(
         "named configurations", ("training", "evaluation", "methods", "attacks", "models", "data", "cli")
     ),

@@ -163,6 +163,11 @@ def _find(
         except RuntimeError as error:
             raise ValueError(f"--checkpoint {spec}: this TorchScript file cannot be loaded ({_line(error)})") from error
         return JudgedModel(module, spec, "TorchScript", code=file_digest(path))
+    if path.suffix == ".onnx" and path.is_file():
+        raise ValueError(
+            f"--checkpoint {spec}: an ONNX file has no gradients, which attacks need: give the .pt2 of the same model "
+            "(python -m mimir_fast.export … --format pt2)"
+        )
     if path.exists():
         return _ours(spec, num_classes, weights, asked, part, image_size)
     if ":" in spec and "/" not in spec:

@@ -68,7 +68,7 @@ def unpatchify(patches_BNP: Tensor, patch_size: int, height: int | None = None) 
     """
     B, N, P = patches_BNP.shape
     p = patch_size
-    rows = round(N**0.5) if height is None else height // p
+    rows = round(int(N) ** 0.5) if height is None else height // p  # int: a tensor under torch.jit.trace
     if rows < 1 or N % rows or P % (p * p) or (height is None and rows * rows != N):
         raise ValueError(f"{N} patches of {P} numbers are no grid of {p}x{p} patches (pass height= for non-square)")
     x = patches_BNP.reshape(B, rows, N // rows, p, p, P // (p * p))

@@ -17,6 +17,8 @@ from mimir_fast.evaluation.adapters import load_model
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.families import find_family
 from mimir_fast.models.loading import infer_architecture, initialize
+from mimir_fast.models.normalization import fields_of
+from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import WeightsChoice, read_weights
 
 Pool = Literal["auto", "cls", "mean", "both"]
@@ -69,7 +71,7 @@ def open_encoder(
         WeightsError: the file cannot be read, or holds no encoder of ours.
     """
     if Path(source).exists() and Path(source).suffix not in (".pt2", ".ts"):
-        return _ours(source, weights, pool)
+        return _ours(source, weights, pool, data)
     judged = load_model(
         source, num_classes=None, device=torch.device("cpu"), channels=data.channels, image_size=data.image_size
     )
@@ -89,17 +91,19 @@ def open_encoder(
     return FrozenEncoder(model, tokens, num_prefix, pool, width=width), judged.notes
 
 
-def _ours(source: str, which: WeightsChoice, pool: Pool) -> tuple[FrozenEncoder, list[str]]:
+def _ours(source: str, which: WeightsChoice, pool: Pool, data: DataConfig) -> tuple[FrozenEncoder, list[str]]:
     weights = read_weights(source, which)
-    architecture, _ = infer_architecture(weights)
+    architecture, _ = infer_architecture(weights, image_size=data.image_size)
     family = find_family(architecture.family)
-    averaged = "fc_norm.weight" in weights.tensors or family.norm_before_pool
+    normed_late = "fc_norm.weight" in weights.tensors
+    averaged = normed_late or family.norm_before_pool or "no_cls_token" in architecture.options
     config = ClassifierConfig(
         family=architecture.family, encoder=architecture.size, patch_size=architecture.patch_size,
-        global_pool="avg" if averaged else "cls",
+        global_pool="avg" if averaged else "cls", options=option_texts(architecture.options),
+        **fields_of(weights.statistics(architecture.channels)),
     )  # fmt: skip
     with torch.random.fork_rng([]):
-        model = Classifier(config, architecture.image_size, 2, architecture.channels, dict(architecture.options))
+        model = Classifier(config, architecture.image_size, 2, architecture.channels, not normed_late)
     report = initialize(model, weights)
     if pool == "auto":
         pool = "mean" if averaged else "auto"

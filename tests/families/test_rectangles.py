@@ -17,6 +17,9 @@ from PIL import Image
 
 from mimir_fast import evaluate, finetune, pretrain
 from mimir_fast.checkpoints.reading import checkpoints_of, read_tensors
+from mimir_fast.evaluation.adapters import load_model
+from mimir_fast.export import ExportConfig, export
+from mimir_fast.models.classifier import load_classifier
 from mimir_fast.models.families import all_families
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.ops.patches import patchify
@@ -98,7 +101,17 @@ def test_a_run_and_its_continuation(pretrained: Path) -> None:
 def test_fine_tuned_and_evaluated(pretrained: Path, tmp_path: Path) -> None:
     line = [*DIGITS, "--max_steps", "2", "--output_dir", str(tmp_path / "tuned"), "--init", str(pretrained)]
     tuned = finetune.finetune(finetune.config_from(line))
-    args = ["--checkpoint", str(tuned), "--suite", "quick", "--limit", "6", "--output_dir", str(tmp_path / "out")]
+    args = ["--checkpoint", str(tuned), "--suite", "quick", "--limit", "4", "--output_dir", str(tmp_path / "out")]
     args += ["--autoattack", "no", "--unforeseen", "yes", "--pretrained", str(pretrained)]
-    results = evaluate.evaluate(evaluate.config_from(args))
-    assert results
+    assert {"accuracy", "unforeseen", "reconstruction", "examples"} <= evaluate.evaluate(
+        evaluate.config_from(args)
+    ).sections.keys()
+    images, model = torch.rand(2, 3, *SIZE), load_classifier(tuned)
+    for form in ("timm", "safetensors", "pt2"):
+        path = tmp_path / f"model.{'pt2' if form == 'pt2' else 'safetensors'}"
+        export(ExportConfig(str(tuned), str(path), form, overwrite=True))
+        judged = load_model(str(path), num_classes=10, device=torch.device("cpu"), image_size=SIZE).module
+        with torch.no_grad():
+            torch.testing.assert_close(judged(images), model(images), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="cut squares"):
+        export(ExportConfig(str(tuned), str(tmp_path / "hf"), "hf"))

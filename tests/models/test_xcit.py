@@ -48,9 +48,9 @@ def test_batch_norm_counts_visible_tokens_only() -> None:
 
 def test_positions_are_timm_s() -> None:
     theirs = timm.models.xcit.PositionalEncodingFourier(dim=24)
-    ours = FourierPositions(24)
+    ours = FourierPositions(24, 7)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    torch.testing.assert_close(ours(7), theirs(1, 7, 7)[0].flatten(1).T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours(), theirs(1, 7, 7)[0].flatten(1).T, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -108,12 +108,10 @@ def autoencoder_of(setup: Setup, device: torch.device) -> tuple[MaskedModel, Mae
     """The masked autoencoder on the device, loaded once; see `load_masked_autoencoder`."""
 
     def load() -> tuple[MaskedModel, MaeConfig]:
-        model, trained = load_masked_autoencoder(
-            str(pretrained_of(setup)), statistics_of(setup), setup.config.data.image_size
-        )
-        return model.to(device), trained
+        return load_masked_autoencoder(str(pretrained_of(setup)), statistics_of(setup), setup.config.data.image_size)
 
-    return setup.once("autoencoder", load)
+    model, trained = setup.once("autoencoder", load)
+    return model.to(device), trained
 
 
 def identity(setup: Setup) -> dict[str, Any]:

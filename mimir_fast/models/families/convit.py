@@ -67,7 +67,7 @@ def relative_offsets(places_BK: Tensor, grid: Size) -> Tensor:
     return torch.cat([offsets, offsets.square().sum(dim=1, keepdim=True)], dim=1)
 
 
-def grid_offsets(grid: Size, device: torch.device) -> Tensor:
+def grid_offsets(grid: Size, device: torch.device | None = None) -> Tensor:
     """(1, 3, N, N) float32: those of a whole grid in raster order."""
     return relative_offsets(torch.arange(area(grid), device=device).unsqueeze(0), grid)
 
@@ -188,6 +188,9 @@ class ConvitEncoder(Encoder):
         self.width = self.token_width = width
         self.num_layers, self.num_heads, self.local_up_to_layer = depth, num_heads, local_up_to_layer
         self.locality_strength, self.official = locality_strength, positions == "official"
+        # A buffer: a traced graph would compute it on the trace's device. Integers keep their type in a bf16 model.
+        self.register_buffer("offsets_13NN", grid_offsets(self.grid).int(), persistent=False)
+        self.offsets_13NN: Tensor
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_positions(width, self.grid, num_prefix=0))
         self.patch_embed = PatchEmbed(channels, width, patch_size)
@@ -199,7 +202,7 @@ class ConvitEncoder(Encoder):
     def offsets(self, tokens_BKD: Tensor, places_BK: Tensor | None) -> Tensor:
         """(G, 3, K, K): how the tokens lie to one another."""
         if places_BK is None:
-            return grid_offsets(self.grid, tokens_BKD.device)
+            return self.offsets_13NN
         if self.official:
             return grid_offsets(pseudo_grid(tokens_BKD.shape[1], self.grid), tokens_BKD.device)
         return relative_offsets(places_BK, self.grid)

@@ -146,27 +146,32 @@ class ClassBlock(nn.Module):
 
 
 class FourierPositions(nn.Module):
-    """A learned projection of sines and cosines of row and column, which fits every grid."""
+    """A learned projection of sines and cosines of row and column, whatever the grid."""
 
     hidden_dim, temperature, eps = 32, 10000.0, 1e-6
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, grid: Size) -> None:
         super().__init__()
         self.token_projection = nn.Conv2d(2 * self.hidden_dim, dim, 1)
+        # A buffer: a traced graph would compute it on the device of the trace.
+        self.register_buffer("features_NF", self.features(grid), persistent=False)
+        self.features_NF: Tensor
 
-    def forward(self, grid: Size) -> Tensor:
+    def features(self, grid: Size) -> Tensor:
+        """(N, 2·hidden_dim) in raster order."""
+        down, across = height_width(grid)
+        rows = self.along(down)[:, None].expand(-1, across, -1)
+        columns = self.along(across)[None].expand(down, -1, -1)
+        return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+    def forward(self) -> Tensor:
         """(N, D) in raster order."""
-        weight, (down, across) = next(self.parameters()), height_width(grid)
-        rows = self.along(down, weight.device)[:, None].expand(-1, across, -1)
-        columns = self.along(across, weight.device)[None].expand(down, -1, -1)
-        features = torch.cat([rows, columns], dim=-1).flatten(0, 1).to(weight.dtype)
-        return conv_of_squares(self.token_projection, features, 1)
+        return conv_of_squares(self.token_projection, self.features_NF.to(next(self.parameters()).dtype), 1)
 
-    def along(self, length: int, device: torch.device) -> Tensor:
+    def along(self, length: int) -> Tensor:
         """(length, hidden_dim) of one axis, sine and cosine by turns."""
-        steps = torch.arange(1, length + 1, dtype=torch.float32, device=device)
-        angles = steps / (length + self.eps) * 2 * math.pi
-        exponents = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32, device=device) / self.hidden_dim
+        angles = torch.arange(1, length + 1, dtype=torch.float32) / (length + self.eps) * 2 * math.pi
+        exponents = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32) / self.hidden_dim
         angles = angles[:, None] / self.temperature**exponents
         return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
@@ -235,7 +240,7 @@ class XcitEncoder(Encoder):
         self.qkv_bias, self.eta, self.tokens_norm = qkv_bias, eta, tokens_norm
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embed = ConvStem(channels, width, patch_size)
-        self.pos_embed = FourierPositions(width) if use_pos_embed else None
+        self.pos_embed = FourierPositions(width, self.grid) if use_pos_embed else None
         self.blocks = nn.ModuleList(XcitBlock(width, num_heads, mlp_ratio, qkv_bias, eta) for _ in range(depth))
         self.cls_attn_blocks = nn.ModuleList(
             ClassBlock(width, num_heads, mlp_ratio, qkv_bias, eta, tokens_norm) for _ in range(cls_attn_layers)
@@ -255,7 +260,7 @@ class XcitEncoder(Encoder):
         """(B, 1 + K, D); the class attention has no stochastic depth, as in timm. See Encoder."""
         x, grid = tokens, self.grid
         if self.pos_embed is not None:
-            x = with_positions(x, places_BK, self.pos_embed(grid))
+            x = with_positions(x, places_BK, self.pos_embed())
         if self.official and places_BK is not None:
             places_BK, grid = None, pseudo_grid(x.shape[1], grid)
         for index, block in enumerate(self.blocks):
@@ -288,7 +293,7 @@ class XcitDecoder(Decoder):
     def __init__(self, encoder: XcitEncoder, width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__(encoder, width, 0, num_heads, mlp_ratio)
         del self.decoder_pos_embed
-        self.decoder_pos_embed = FourierPositions(width)  # type: ignore[assignment]
+        self.decoder_pos_embed = FourierPositions(width, self.grid)  # type: ignore[assignment]
         self.decoder_blocks = nn.ModuleList(XcitBlock(width, num_heads, mlp_ratio) for _ in range(depth))
         self.decoder_cls_attn_blocks = nn.ModuleList(
             ClassBlock(width, num_heads, mlp_ratio, encoder.qkv_bias, encoder.eta, encoder.tokens_norm)
@@ -303,7 +308,7 @@ class XcitDecoder(Decoder):
     def positions(self) -> Tensor:
         """(N, E) Fourier features of all patches, projected."""
         fourier: Any = self.decoder_pos_embed
-        return fourier(self.grid)
+        return fourier()
 
     def run(self, x: Tensor, ids_BM: Tensor | None) -> Tensor:
         """(B, M or N, E); see Decoder."""

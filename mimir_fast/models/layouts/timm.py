@@ -40,12 +40,12 @@ def facts_beside(part: Part) -> Facts:
             image_size=size_said(settings.get("input_size")),
         )
     try:  # the arguments of timm's class, in a file that our export wrote
-        heads = json.loads((part.beside.get("metadata") or {})["timm"])["num_heads"]
+        written = dict(json.loads((part.beside.get("metadata") or {})["timm"]))
     except (KeyError, ValueError, TypeError):
-        heads = None
-    return (
-        Facts(heads=heads if isinstance(heads, int) else None).over(said).over(facts_of_args(part.beside.get("args")))
-    )
+        written = {}
+    heads = written.get("num_heads")
+    ours = Facts(heads=heads if isinstance(heads, int) else None, image_size=size_said(written.get("img_size")))
+    return ours.over(said).over(facts_of_args(part.beside.get("args")))
 
 
 def read(part: Part) -> Read:
