@@ -86,8 +86,9 @@ def _training(config: dict[str, Any]) -> str:
         return "Not known: these weights came without a configuration."
     run, data, attack = (config.get(name) or {} for name in ("run", "data", "objective"))
     attack, size = attack.get("attack") or {}, data.get("image_size")
+    size = shown(as_size(size)) if isinstance(size, (list, tuple)) else size
     lines = [("recipe", config.get("recipe")), ("method", config.get("method")), ("preset", config.get("preset")),
-             ("data", data.get("source")), ("image size", shown(as_size(size)) if isinstance(size, (list, tuple)) else size), ("epochs", run.get("epochs")),
+             ("data", data.get("source")), ("image size", size), ("epochs", run.get("epochs")),
              ("batch size", run.get("batch_size")), ("seed", run.get("seed"))]  # fmt: skip
     if attack:
         steps = attack.get("num_steps")
