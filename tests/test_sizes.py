@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from file_state import file_state
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimir_fast.attacks.unforeseen import warp
 from mimir_fast.cli import parse
@@ -23,6 +23,9 @@ from mimir_fast.methods.ard_prm import draw_patch_masks
 from mimir_fast.methods.classification import Inputs
 from mimir_fast.methods.masks import MaskConfig, patches_of_units
 from mimir_fast.models.classifier import Classifier, ClassifierConfig, load_classifier
+from mimir_fast.models.decoder import Decoder
+from mimir_fast.models.families import FAMILIES, Architecture, Family, TimmModel, register
+from mimir_fast.models.families.vit import VitEncoder
 from mimir_fast.models.loading import initialize, resize_positions
 from mimir_fast.models.weight_files import Weights, WeightsError
 from mimir_fast.ops.crop_resize import crop_resize
@@ -205,3 +208,23 @@ class TestWeights:
         saved = {"format": "mimir_fast", "config": json.dumps({"data": {"image_size": SIZE}})}
         save_file(file_state(source), tmp_path / "a.safetensors", metadata=saved)
         assert load_classifier(tmp_path / "a.safetensors").image_size == SIZE
+
+    def test_families_from_outside(self) -> None:
+        """Those that know of squares only are asked as before, and take the size that was saved."""
+
+        def build(architecture: Architecture, final_norm: bool) -> VitEncoder:
+            encoder = VitEncoder(48, 1, 3, image_size=architecture.image_size, patch_size=8, final_norm=final_norm)
+            encoder.register_parameter("mine", nn.Parameter(torch.zeros(1)))
+            return encoder
+
+        with FAMILIES.restored():
+            register(
+                Family(
+                    name="mine", title="Mine", sizes={"mini": "small"}, anchor="mine", mask_unit=lambda a: 8,
+                    build=build, build_decoder=Decoder, recognise=lambda tensors: Architecture("mine", "mini", 32, 8),
+                    to_timm=lambda tensors, a: TimmModel("", {}, {}),
+                )
+            )  # fmt: skip
+            source = Classifier(ClassifierConfig("mine", "mini", 8), SIZE, 10).eval()
+            loaded, images = load_classifier(weights_of(source, says=True)), torch.rand(2, 3, *SIZE)
+            assert loaded.image_size == SIZE and torch.equal(loaded(images), source(images))

@@ -228,7 +228,7 @@ def _resize(
         return resize_positions(tensor, shape[1], prefix or 1, grids)
     if family is None:
         return None
-    if grids is None or (isinstance(grids[0], int) and isinstance(grids[1], int)):
+    if grids is None or family.sized is None or (isinstance(grids[0], int) and isinstance(grids[1], int)):
         return family.resize(name, tensor, shape)
     return family.resize(name, tensor, shape, *grids)
 
@@ -363,11 +363,13 @@ def infer_architecture(
     for texts in (config.get("options", ()), options):
         said |= parse_options(texts, family.options, family.title)
     architecture = informed(architecture, said)
-    if not family.image_size_in_tensors:
+    if not family.image_size_in_tensors or (family.sized is None and isinstance(saved, tuple)):
         architecture = replace(architecture, image_size=saved or image_size or architecture.image_size)
     elif not isinstance(architecture.image_size, int) and architecture.image_size not in (saved, image_size):
+        positions = weights.tensors.get("pos_embed")
+        rows = "" if positions is None else f" (pos_embed is {tuple(positions.shape)})"
         raise WeightsError(
-            f"{weights.origin} was made for images that are no squares, and no tensor tells their height and width: "
+            f"{weights.origin} is of images that are no squares{rows}, and no tensor tells their height and width: "
             "give --data.image_size HEIGHT WIDTH as it was trained with"
         )
     head = weights.tensors.get("head.weight")

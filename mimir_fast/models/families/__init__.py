@@ -77,12 +77,13 @@ class Family:
         mask_unit: architecture → side in pixels of what is masked as a whole; refuses sizes that do not fit.
         build: (architecture, final_norm) → encoder. `final_norm`: with a norm after the last layer.
         build_decoder: (encoder, width, depth, heads) → decoder, see decoder.py.
-        recognise: tensors → architecture, or None when they are of another family. For images that are known to be no
-            squares their size comes second, and None is the answer where the tensors are of another.
+        recognise: tensors → architecture, or None when they are of another family.
+        sized: the same of tensors and the size of images that are known to be no squares, or None when they do not fit;
+            left out by a family that takes that size as it is said.
         to_timm: (tensors, architecture) → the same model in timm.
         from_timm: tensors under timm's names → under ours; tensors that have ours stay as they are.
-        resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit. Where one of
-            the images is no square, old and new grid come behind.
+        resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit. Of a family
+            with `sized`, old and new grid come behind where one of them is no square.
         image_size_in_tensors: `recognise` can tell the image size; where it cannot, a saved configuration can.
         norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
         options: what it can do beside its plain form, name → default, see options.py.
@@ -98,8 +99,9 @@ class Family:
     mask_unit: Callable[[Architecture], int]
     build: Callable[[Architecture, bool], Encoder]
     build_decoder: Callable[[Encoder, int, int, int], nn.Module]
-    recognise: Callable[..., Architecture | None]
+    recognise: Callable[[Tensors], Architecture | None]
     to_timm: Callable[[Tensors, Architecture], TimmModel]
+    sized: Callable[[Tensors, Size], Architecture | None] | None = None
     from_timm: Callable[[Tensors], dict[str, Tensor]] = dict
     resize: Callable[..., Tensor | None] = lambda name, tensor, shape, *grids: None
     image_size_in_tensors: bool = True
@@ -220,13 +222,13 @@ def recognise(tensors: Tensors, image_size: Size | None = None) -> Architecture 
         image_size: of the images as far as somebody knows it. Tensors cannot tell 4 x 6 patches from 3 x 8, nor 2 x 8
             from 4 x 4: a size that does not fit them is passed over, and without one a square is believed in.
     """
-    known = () if image_size is None or isinstance(image_size, int) else (image_size,)
+    known = None if isinstance(image_size, int) else image_size
     for family in all_families().values():
         if family.anchor in tensors:
-            found = family.recognise(tensors, *known) if family.image_size_in_tensors else family.recognise(tensors)
+            found = family.recognise(tensors) if known is None or family.sized is None else family.sized(tensors, known)
             if found is not None:
                 return found
-    return recognise(tensors) if known else None
+    return None if known is None else recognise(tensors)
 
 
 def why_not(tensors: Tensors) -> str:

@@ -227,6 +227,7 @@ register(
         build=build,
         build_decoder=CaitDecoder,  # type: ignore[arg-type]
         recognise=recognise,
+        sized=recognise,
         to_timm=to_timm,
         options={"qkv_bias": True},
     )

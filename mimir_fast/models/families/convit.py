@@ -319,6 +319,7 @@ register(
         build=build,
         build_decoder=ConvitDecoder,  # type: ignore[arg-type]
         recognise=recognise,
+        sized=recognise,
         to_timm=to_timm,
         options={"qkv_bias": True, "local_up_to_layer": -1},
         settle=settle,

@@ -142,6 +142,7 @@ register(
         build=build,
         build_decoder=Decoder,
         recognise=recognise,
+        sized=recognise,
         to_timm=to_timm,
     )
 )

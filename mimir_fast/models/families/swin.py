@@ -340,6 +340,7 @@ register(
         build=build,
         build_decoder=Decoder,
         recognise=recognise,
+        sized=recognise,
         to_timm=to_timm,
         from_timm=from_timm,
         resize=resize,

@@ -304,6 +304,7 @@ register(
         build=build,
         build_decoder=Decoder,
         recognise=recognise,
+        sized=recognise,
         to_timm=to_timm,
         options=OPTIONS,
         unseen=("heads", "eps", "gelu"),
