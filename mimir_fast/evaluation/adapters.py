@@ -129,9 +129,10 @@ def load_model(
     judged = _find(spec, num_classes, channels, device, weights, image_size, asked, part)
     if asked is not None:
         if judged.kind != "mimir_fast":  # ours has its own inside
-            said = judged.module.normalizer.statistics if isinstance(judged.module, Normalized) else None
+            inner = judged.module
+            said = inner.normalizer.statistics if isinstance(inner, Normalized) else None
             judged.notes += [note] if (note := choice_note(said, asked)) else []
-            judged.module = Normalized(judged.module.model if said else judged.module, *asked)
+            judged.module = Normalized(inner.model if isinstance(inner, Normalized) else inner, *asked)
         judged.preprocessing = f"mean {asked[0]}, std {asked[1]}, as asked"
     judged.module = judged.module.to(device).float().eval()
     for parameter in judged.module.parameters():

@@ -4,6 +4,8 @@ Without adapters they are torch's, by name and by value. `add_adapter` makes a s
 end in `_adversarial`; a forward pass says which domain its data are of. Domain 0 is clean, 1 adversarial.
 """
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,6 +65,17 @@ class BatchNorm(nn.BatchNorm1d):
 
     Rows are whatever tokens there are: of a masked image only the visible ones count (as in SparK, arXiv 2301.03580).
     """
+
+    frozen = False
+
+    def freeze(self) -> None:
+        """Keep the running statistics and normalise by them from now on, in whatever mode the model is."""
+        self.frozen = True
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module, but a frozen one stays in eval mode."""
+        return super().train(mode and not self.frozen)
 
     def add_adapter(self) -> None:
         """A second weight and bias, and running statistics of its own, equal to the first ones."""

@@ -126,8 +126,9 @@ class ClassificationMethod(ABC):
             targets = smooth_labels(targets, bare.num_classes, self.config.label_smoothing)
             images, targets = mix(self.config.mixing, images, targets, batch.samples, batch.epochs, seed=seed)
         scales = draw_drop_path(
-            bare.config.drop_path, bare.num_layers, bare.encoder.num_branches, batch.samples, seed=seed, step=step
-        )
+            bare.config.drop_path, bare.num_layers, bare.encoder.num_branches, batch.samples, seed=seed, step=step,
+            law=bare.config.drop_path_law,
+        )  # fmt: skip
         return Inputs(images, targets, batch.samples, batch.epochs, seed, step, scales)
 
 

@@ -5,13 +5,15 @@ deterministic, as an attack wants it. R is the number of branches of a layer: at
 Shapes: B images, L layers, R branches a layer.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
+
+DropPathLaw = Literal["linear", "constant"]
 
 
 class LayerBranches(NamedTuple):
@@ -52,15 +54,18 @@ def shape_branch(branch: Tensor, of: LayerBranches | None, which: int) -> Tensor
 
 
 def draw_drop_path(
-    rate: float, num_layers: int, num_branches: int, samples_B: Tensor, *, seed: int, step: int
-) -> Tensor | None:
+    rate: float, num_layers: int, num_branches: int, samples_B: Tensor, *, seed: int, step: int,
+    law: DropPathLaw = "linear",
+) -> Tensor | None:  # fmt: skip
     """(B, L, R) float32 factors of the residual branches of one training step; None where nothing can be dropped.
 
-    A branch of layer l is 0 with probability rate·l/(L−1), else 1/(1 − that), so its mean is unchanged (stochastic
-    depth: Huang et al., arXiv 1603.09382). Functions of (seed, step, sample), like all randomness here.
+    A branch of layer l is 0 with probability rate·l/(L−1), or rate by the constant law, else 1/(1 − that), so its mean
+    is unchanged (stochastic depth: Huang et al., arXiv 1603.09382). Functions of (seed, step, sample), like all
+    randomness here.
     """
     if rate == 0:
         return None
-    rates_L = torch.linspace(0, rate, num_layers, device=samples_B.device).view(1, num_layers, 1)
+    first = 0 if law == "linear" else rate
+    rates_L = torch.linspace(first, rate, num_layers, device=samples_B.device).view(1, num_layers, 1)
     draws = random_uniform(seed, Stream.DROP_PATH, step, samples_B, num_layers * num_branches)
     return (draws.view(len(samples_B), num_layers, num_branches) >= rates_L) / (1 - rates_L)

@@ -11,7 +11,7 @@ Shapes: B images, C channels, H x W pixels, T = prefix + N tokens, D width, L la
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.layers.norms import LayerNorm, NoNorm
-from mimir_fast.models.branches import Branches
+from mimir_fast.models.branches import Branches, DropPathLaw
 from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
 from mimir_fast.models.file_names import Parted
 from mimir_fast.models.loading import LoadReport, fill, infer_architecture
@@ -27,16 +27,18 @@ from mimir_fast.models.normalization import (
     NormalizationName,
     Normalizer,
     Statistics,
-    check_choice,
     chosen,
     fields_of,
+)
+from mimir_fast.models.normalization import (
+    check_choice as check_normalization,
 )
 from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import OUTSIDE, Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import patchify
 from mimir_fast.sizes import Size, height_width, said
-from mimir_fast.validation import check_number
+from mimir_fast.validation import check_choice, check_number
 
 
 @dataclass
@@ -47,13 +49,18 @@ class ClassifierConfig:
     """Encoder family: vit, convit, cait, xcit, convstem, swin, convnext."""
     encoder: str = "base"
     """Size within the family; width/depth/heads of ViT: nano 96/4/3 (ours), tiny 192/12/3, small 384/12/6,
-    base 768/12/12, large 1024/24/16."""
+    base 768/12/12, large 1024/24/16, huge 1280/32/16."""
     patch_size: int = 16
     """Side of a patch in pixels: 2 for 32² images, 4 for 64², 16 for 224²; of the stem in swin and convnext, 4."""
-    global_pool: Literal["avg", "cls"] = "avg"
-    """`avg`: mean of patch tokens, then fc_norm; `cls`: the cls token after the encoder's norm."""
+    global_pool: Literal["auto", "avg", "cls"] = "auto"
+    """`avg`: mean of patch tokens, then fc_norm; `cls`: the cls token after the encoder's norm; `auto`: as the MIMIR
+    authors fine-tune the family, cls of convit, cait and xcit, avg of the others."""
     drop_path: float = 0.1
-    """Stochastic depth: the last block's drop rate; it grows linearly from 0 at the first."""
+    """Stochastic depth: the last block's drop rate."""
+    drop_path_law: DropPathLaw = "linear"
+    """`linear`: the rate grows from 0 at the first block; `constant`: the same in all (CaiT's and XCiT's authors)."""
+    head_std: float = 2e-5
+    """Standard deviation of a fresh head's weights; the MIMIR authors have 2e-2 on small images."""
     train_pos_embed: bool = True
     """Train the position embedding."""
     token_keep_rate: float = 1.0
@@ -73,8 +80,15 @@ class ClassifierConfig:
         """What the encoder is built from."""
         return architecture_of(self.family, self.encoder, image_size, self.patch_size, channels, self.options)
 
+    def resolved(self) -> "ClassifierConfig":
+        """The same with the pooling of the family where it is `auto`."""
+        return replace(self, global_pool=find_family(self.family).pool) if self.global_pool == "auto" else self
+
     def __post_init__(self) -> None:
         check_number("patch_size", self.patch_size, at_least=1)
+        check_number("head_std", self.head_std, above=0)
+        check_choice("global_pool", self.global_pool, ("auto", "avg", "cls"))
+        check_choice("drop_path_law", self.drop_path_law, ("linear", "constant"))
         self.options = tuple(self.options)
         self.architecture(self.patch_size)  # refuses unknown families, sizes and options
         if not 0 <= self.drop_path < 1:
@@ -86,7 +100,7 @@ class ClassifierConfig:
                 f"token_keep_rate={self.token_keep_rate} (AGAT) drops tokens by their attention, which is defined for "
                 f"family vit only, not {self.family}: leave it at 1"
             )
-        check_choice(self)
+        check_normalization(self)
 
 
 class Classifier(Parted):
@@ -107,6 +121,7 @@ class Classifier(Parted):
         norm_first: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        config = config.resolved()
         if num_classes < 2:
             raise ValueError(
                 f"num_classes={num_classes}: a classifier needs at least 2 classes; check the data's labels"
@@ -135,10 +150,10 @@ class Classifier(Parted):
         self.reset_head()
 
     def reset_head(self) -> None:
-        """A fresh head that starts at nearly uniform predictions (MAE's fine-tuning)."""
+        """A fresh head; with a small `head_std` it starts at nearly uniform predictions (MAE's fine-tuning)."""
         for head in (self.head, self.head_dist):
             if head is not None:
-                nn.init.trunc_normal_(head.weight, std=2e-5)
+                nn.init.trunc_normal_(head.weight, std=self.config.head_std)
                 nn.init.zeros_(head.bias)
 
     def forward_features(

@@ -35,6 +35,7 @@ class Encoder(nn.Module):
         num_branches: residual branches of a layer.
         has_adapters: norms and prefix exist twice, for clean and for adversarial data.
         options: what it can do beside the family's plain form, see Architecture; `build_encoder` notes it.
+        cls_joins: layers in front of which the cls token joins the patches; of interest to who freezes some.
     """
 
     image_size: Size
@@ -47,6 +48,7 @@ class Encoder(nn.Module):
     num_branches: int = 2
     has_adapters: bool = False
     options: Mapping[str, Any] = MappingProxyType({})
+    cls_joins: int = 0
 
     @property
     def has_cls_token(self) -> bool:

@@ -12,6 +12,9 @@ from torch import nn
 
 T = TypeVar("T")
 
+# PEFT moves a layer's own weights into a `base_layer` and calls what it adds "default": in files they keep their names.
+_PEFT = ((".base_layer.", "."), (".lora_A.default.", ".lora_A."), (".lora_B.default.", ".lora_B."))
+
 
 class Parted(nn.Module):
     """A model of parts whose names do not show in files. Names of different parts must not collide.
@@ -25,8 +28,13 @@ class Parted(nn.Module):
 
 def file_name(model: nn.Module, name: str) -> str:
     """The name in files of the parameter or buffer `name`."""
+    if not isinstance(model, Parted):
+        return name
     part, _, rest = name.partition(".")
-    return rest if isinstance(model, Parted) and part in model.file_parts else name
+    name = rest if part in model.file_parts else name
+    for theirs, ours in _PEFT:
+        name = name.replace(theirs, ours)
+    return name
 
 
 def parameters_by_file_name(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

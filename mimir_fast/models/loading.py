@@ -33,10 +33,11 @@ from mimir_fast.models.families import (
     recognise,
     why_not,
 )
-from mimir_fast.models.file_names import from_files, to_files
+from mimir_fast.models.file_names import to_files
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Normalizer, flags, same, words
 from mimir_fast.models.options import option_texts, parse_options
+from mimir_fast.models.patch_resize import with_patches_of
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.sizes import Size, area, divided, height_width
 
@@ -44,7 +45,6 @@ __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_we
 
 _HEADS, _NORMS = ("head.", "head_dist."), ("fc_norm.", "norm.")
 _DECODER = ("decoder_", "mask_token")
-_PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 # Part of a tensor's name → what to do about it.
 _HINTS = {
     ".lora_": ": merge the adapters into the weights first (PEFT's merge_and_unload)",
@@ -53,6 +53,7 @@ _HINTS = {
     "weight_scale": ": it is quantised, use the weights it was made of",
     "q_bias": " (BEiT, EVA, Data2Vec): no family of ours has biases of queries and values alone",
 }
+_PIECE = 2**19  # numbers that stay in the cache
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -61,8 +62,9 @@ def initialize(
 ) -> LoadReport:
     """Fill a classifier or a masked model from pre-trained (or fine-tuned) weights.
 
-    The position embedding is resized to the model's grid; a head for another number of classes, decoders and the
-    norm of another pooling are left out; the model's own norm, head and decoder stay fresh where the weights have none.
+    The position embedding is resized to the model's grid, the projection of patches to its patch size; a head for
+    another number of classes, decoders and the norm of another pooling are left out; the model's own norm, head and
+    decoder stay fresh where the weights have none.
 
     Args:
         model: a Classifier or a MaskedModel.
@@ -74,29 +76,40 @@ def initialize(
         WeightsError: weights of another architecture, incomplete, or with NaN in them.
     """
     weights = source if isinstance(source, Weights) else read_weights(source, which, part)
-    theirs = _check_architecture(weights, to_files(model, model.state_dict()), model)
-    return fill(model, weights, whole=False, theirs=theirs)
+    own = to_files(model, model.state_dict())
+    theirs, _ = infer_architecture(weights, image_size=_size_of(model))
+    grids = _grids(theirs, model)
+    tensors, resized = with_patches_of(weights.tensors, own)
+    weights = replace(weights, tensors=dict(tensors))
+    if resized and (ours := recognise(own, _size_of(model))) is not None:
+        theirs = replace(theirs, patch_size=ours.patch_size)
+    _check_architecture(weights, theirs, own, model)
+    report = fill(model, weights, whole=False, grids=grids)
+    report.resized = [*resized, *report.resized]
+    return report
 
 
 def fill(
-    model: nn.Module, weights: Weights, *, whole: bool, theirs: Architecture | None = None
+    model: nn.Module, weights: Weights, *, whole: bool, grids: tuple[Size, Size] | None = None
 ) -> LoadReport:  # fmt: skip
     """Put weights into a model of their architecture.
 
     Args:
         whole: the model was built for these weights: nothing of it may stay fresh, nothing is resized, and NaN is
             noted. Else it goes on to be trained: heads, norms in front of them and decoders may be missing.
-        theirs: what the weights are of; tells on which grid their positions lie.
+        grids: patches along the sides of their images and of the model's, where one of these is no square.
     Raises:
-        WeightsError: by the name of the tensor that does not fit, is missing, or is no tensor of numbers.
+        WeightsError: by the name of the tensor that does not fit, is missing, is no tensor of numbers, or (not `whole`)
+            holds NaN; in this case the model is filled nevertheless.
     """
     own = to_files(model, model.state_dict())
     architecture = recognise(own, _size_of(model))
-    grids = _grids(theirs, model)
     family = None if architecture is None else find_family(architecture.family)
     report = LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out), notes=list(weights.notes))
     unfit = {} if whole else _unfit_heads(weights.tensors, own) | _unfit_decoder(weights.tensors, own)
     ready: dict[str, Tensor] = {}
+    encoder = getattr(model, "encoder", None)
+    num_patches = encoder.num_patches if isinstance(encoder, Encoder) else None
     for name, tensor in weights.tensors.items():
         if reason := unfit.get(name) or _may_be_left(name, own):
             report.reasons[name] = reason
@@ -109,8 +122,10 @@ def fill(
         _check_numbers(name, tensor, own[name], weights.origin)
         fits = tensor.shape == own[name].shape
         resized = None
-        if not whole and (not fits or (grids and grids[0] != grids[1])):  # 2 x 8 patches are as many as 4 x 4
-            resized = _resize(name, tensor, own[name].shape, weights.tensors, family, grids)
+        if not whole and (
+            not fits or (grids is not None and grids[0] != grids[1])
+        ):  # 2 x 8 patches are as many as 4 x 4
+            resized = _resize(name, tensor, own[name].shape, num_patches, family, grids)
         if fits and resized is None:
             ready[name] = tensor
             continue
@@ -127,7 +142,8 @@ def fill(
         report.notes.append(f"{len(biases)} biases of queries, keys and values are not in these weights: zero here")
     report.fresh = [name for name in own if name not in ready]
     _check_complete(report.fresh, ready, weights, whole=whole)
-    bad = [name for name, tensor in ready.items() if not _is_finite(tensor)]
+    # Tensors of the state dict share the model's memory.
+    bad = [name for name, tensor in ready.items() if not _copy(own[name], tensor)]
     if bad and not whole:
         raise WeightsError(
             f"{weights.origin}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do): training cannot start from it"
@@ -138,7 +154,6 @@ def fill(
         report.assumed = _assumed(model, weights, family)
     if not whole:
         _note_normalization(model, weights, report)
-    model.load_state_dict(from_files(model, ready), strict=False)
     report.loaded = list(ready)
     return report
 
@@ -146,6 +161,8 @@ def fill(
 def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     """What `fill` would say of an encoder of these weights, without one being made: for what only passes them on.
 
+    Args:
+        num_prefix: how many these are (cls token, registers); None for one where the rows are no square, else none.
     Raises:
         WeightsError: as `fill`.
     """
@@ -220,17 +237,12 @@ def _unfit_decoder(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
 
 
 def _resize(
-    name: str, tensor: Tensor, shape: torch.Size, tensors: Mapping[str, Tensor], family: Family | None,
+    name: str, tensor: Tensor, shape: torch.Size, num_patches: int | None, family: Family | None,
     grids: tuple[Size, Size] | None,
 ) -> Tensor | None:  # fmt: skip
     if name in ("pos_embed", "decoder_pos_embed") and tensor.ndim == 3 and tensor.shape[-1] == shape[-1]:
-        prefix = sum(tensors[token].shape[1] for token in _PREFIX_TOKENS if token in tensors)
-        return resize_positions(tensor, shape[1], prefix or 1, grids)
-    if family is None:
-        return None
-    if grids is None or family.sized is None or (isinstance(grids[0], int) and isinstance(grids[1], int)):
-        return family.resize(name, tensor, shape)
-    return family.resize(name, tensor, shape, *grids)
+        return resize_positions(tensor, shape[1], None if num_patches is None else shape[1] - num_patches, grids)
+    return None if family is None else family.resize(name, tensor, shape, *(grids or ()))
 
 
 def _size_of(model: nn.Module) -> Size | None:
@@ -240,11 +252,12 @@ def _size_of(model: nn.Module) -> Size | None:
 
 
 def _grids(theirs: Architecture | None, model: nn.Module) -> tuple[Size, Size] | None:
-    """Patches along the sides of the images that weights were trained on, and of the model's."""
+    """Patches along the sides of the images of the weights and of the model, where one of these is no square."""
     encoder = getattr(model, "encoder", model)
-    if theirs is None or not isinstance(encoder, Encoder):
+    if theirs is None or find_family(theirs.family).sized is None or not isinstance(encoder, Encoder):
         return None
-    return divided(theirs.image_size, mask_unit_of(theirs)), encoder.grid
+    grids = divided(theirs.image_size, mask_unit_of(theirs)), encoder.grid
+    return None if isinstance(grids[0], int) and isinstance(grids[1], int) else grids
 
 
 def _check_numbers(name: str, tensor: Tensor, own: Tensor, origin: str) -> None:
@@ -271,6 +284,22 @@ def _check_complete(fresh: list[str], ready: Mapping[str, Tensor], weights: Weig
             f"{weights.origin} is incomplete or of another architecture: {', '.join(absent[:4])} "
             f"({len(absent)} in all) are not in it; use a whole checkpoint of a plain vision transformer"
         )
+
+
+@torch.no_grad()
+def _copy(target: Tensor, tensor: Tensor) -> bool:
+    """Copy, and whether all numbers are finite: a piece is looked at while it is still in the cache.
+
+    A large file is mapped and not read at once, so this is the one pass over its numbers, and there is no second copy.
+    """
+    if tensor.ndim == 0 or not target.is_floating_point():
+        target.copy_(tensor)
+        return bool(target.isfinite()) if tensor.ndim == 0 else True
+    rows = max(1, _PIECE * len(tensor) // max(tensor.numel(), 1))
+    finite = True
+    for ours, theirs in zip(target.split(rows), tensor.split(rows), strict=True):
+        finite &= _is_finite(ours.copy_(theirs))
+    return finite
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -301,25 +330,23 @@ def _assumed(model: nn.Module, weights: Weights, family: Family | None) -> list[
 
 
 def resize_positions(
-    pos_embed_1TD: Tensor, num_rows: int, num_prefix: int = 1, grids: tuple[Size, Size] | None = None
+    pos_embed_1TD: Tensor, num_rows: int, num_prefix: int | None = None, grids: tuple[Size, Size] | None = None
 ) -> Tensor:
-    """(1, num_rows, D): the grid resized by bicubic interpolation; rows of prefix tokens in front of it are kept.
+    """(1, num_rows, D): the grid resized by bicubic interpolation; the rows in front of it are kept.
 
     Args:
-        num_prefix: tokens in front of the patches, which have rows or have none.
+        num_prefix: how many these are (cls token, registers); None for one where the rows are no square, else none.
         grids: the old and the new one; None for squares.
     Raises:
-        WeightsError: the rows are no such grid, with or without those of the prefix, or only one of both has these.
+        WeightsError: the other rows are no such grid, here or there.
     """
     rows = pos_embed_1TD.shape[1]
-    for prefix in (0, num_prefix):
-        old, new = grids or (math.isqrt(max(n - prefix, 0)) for n in (rows, num_rows))
-        if area(old) > 0 and area(old) + prefix == rows and area(new) + prefix == num_rows:
-            break
-    else:
+    prefix = int(math.isqrt(rows) ** 2 != rows) if num_prefix is None else num_prefix
+    old, new = grids or (math.isqrt(max(0, count - prefix)) for count in (rows, num_rows))
+    if area(old) + prefix != rows or area(new) + prefix != num_rows:
         raise WeightsError(
-            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be whole grids, "
-            f"with the {num_prefix} rows of the tokens in front of them or without"
+            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be "
+            f"{'whole' if grids else 'square'} grids behind {prefix} rows of cls token and registers"
         )
     grid = pos_embed_1TD[:, prefix:].float().reshape(1, *height_width(old), -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=height_width(new), mode="bicubic", align_corners=False)
@@ -395,13 +422,14 @@ def _outline(tensors: Mapping[str, Tensor]) -> str:
     return f"width {first.shape[0]}, depth {depth}, patch {first.shape[-1]}, {first.shape[1]} channels"
 
 
-def _check_architecture(weights: Weights, own: dict[str, Tensor], model: nn.Module) -> Architecture:
-    size = _size_of(model)
-    theirs, ours = infer_architecture(weights, image_size=size)[0], recognise(own, size)
+def _check_architecture(
+    weights: Weights, theirs: Architecture, own: dict[str, Tensor], model: nn.Module
+) -> None:  # fmt: skip
+    ours = recognise(own, _size_of(model))
     if ours is None:  # a model of another maker: the shapes are compared one by one
         same = {n: t.shape for n, t in own.items() if n.startswith("blocks.")}
         if all(n in weights.tensors and weights.tensors[n].shape == shape for n, shape in same.items()):
-            return theirs
+            return
         raise WeightsError(
             f"{weights.origin} is of another architecture: {_outline(weights.tensors)}; the model has "
             f"{_outline(own)}. To use it: no encoder of ours has that width and depth"
@@ -425,7 +453,6 @@ def _check_architecture(weights: Weights, own: dict[str, Tensor], model: nn.Modu
             f"{weights.origin} is of another architecture: {_title(theirs)}; the model is {_title(ours)}. "
             f"To use it: {' '.join(fixes)}"
         )
-    return theirs
 
 
 def _title(architecture: Architecture) -> str:

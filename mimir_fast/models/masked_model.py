@@ -46,7 +46,7 @@ class ModelConfig:
     """Encoder family: vit, convit, cait, xcit, convstem, swin, convnext."""
     encoder: str = "base"
     """Size within the family; width/depth/heads of ViT: nano 96/4/3 (ours), tiny 192/12/3, small 384/12/6,
-    base 768/12/12, large 1024/24/16."""
+    base 768/12/12, large 1024/24/16, huge 1280/32/16."""
     patch_size: int = 16
     """Side of a patch in pixels: 2 for 32² images, 4 for 64², 16 for 224²; of the stem in swin and convnext, 4."""
     decoder: DecoderName = "light"

@@ -187,7 +187,7 @@ def _unpickle(path: Path, *, mapped: bool) -> Any:
 
 def _wanted_class(text: str, path: Path, *, zipped: bool) -> str:
     """The class that the weights-only unpickler refused, by its message or by the operations of the pickle."""
-    if found := re.search(r"GLOBAL ([\w.]+)|(?:but got|whose module) <?(?:class ')?([\w.]+)", text):
+    if found := re.search(r"GLOBAL ([\w.]+)|(?:but got <class '|whose module )([\w.]+)", text):
         return found[1] or found[2]
     if zipped or "Unsupported operand" not in text:
         return ""

@@ -70,7 +70,7 @@ def find_parts(content: Any, beside: Mapping[str, Any], anchors: Iterable[str], 
         WeightsError: there is none; the message says what there is.
     """
     known = set(anchors)
-    parts = []
+    parts: list[Part] = []
     for keys, tensors, others in _state_dicts(content):
         parts += _split(keys, unwrap(tensors), {**others, **beside}, known)
     if not parts:

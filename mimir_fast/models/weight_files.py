@@ -26,6 +26,7 @@ from mimir_fast.models.facts import Facts
 from mimir_fast.models.families import all_families
 from mimir_fast.models.layouts import all_anchors, find_layout
 from mimir_fast.models.layouts.mimir_fast import config_of
+from mimir_fast.models.lora import merge_lora
 from mimir_fast.models.normalization import Statistics, from_file, is_none, none_of
 from mimir_fast.models.opening import find_file, open_file, weights_only
 from mimir_fast.models.parts import STATISTICS, WeightsChoice, choose, find_parts
@@ -158,6 +159,7 @@ def _read_checkpoint(folder: Path, which: WeightsChoice, part: str) -> Weights:
     use_ema = has_ema and which != "model"
     # The average covers what was trained; fixed tensors are with the weights.
     tensors = read_tensors(folder, "model/") | (read_tensors(folder, "ema/") if use_ema else {})
+    tensors = merge_lora(tensors, meta.get("config"))
     origin = f"{folder} ({'moving average' if use_ema else 'weights'} of step {meta.get('step', '?')})"
     config = meta.get("config")
     return _understand(tensors, {"mimir_fast": True}, origin, part=part, config=config, said=from_file(config))

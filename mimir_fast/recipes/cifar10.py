@@ -61,7 +61,10 @@ BLR = 5e-2  # the authors' code and the paper's text; its table says 0.5e-2
 MO_RUN = RunConfig(epochs=40, warmup_epochs=0, batch_size=64, clip_grad=1.0, log_every=50, save_every=500)
 MO_SGD = OptimizerConfig(optimizer="sgd", lr=0.1, weight_decay=1e-4, lr_drops=(0.875, 0.95))
 MO_MIXING = MixingConfig(mixup=0.8, cutmix=1.0, prob=0.3)
-MO_CAVEAT = "published from ImageNet-1K weights of patch 16, the authors' way to patch 4; --init refuses another patch"
+MO_CAVEAT = (
+    "published from ImageNet-1K weights of patch 16, whose kernels the authors sum over 4 x 4 pixels; --init resizes "
+    "them as FlexiViT"
+)
 
 
 def generated_data() -> DataConfig:
@@ -85,6 +88,7 @@ for family in ("vit", "convit"):
             register_finetuning(
                 "cifar10", method, encoder, 4, data, MO_RUN, PGD10, "Mo et al.'s 40 epochs of SGD, patch 4",
                 suffix=suffix, drop_path=0.0, optim=MO_SGD, mixing=MO_MIXING, caveat=MO_CAVEAT, family=family,
+                global_pool="cls",
             )  # fmt: skip
 
 register_finetuning(

@@ -23,6 +23,10 @@ RANDAUGMENT = RandAugmentConfig(num_ops=2, magnitude=9, warmup_epochs=10, fill=(
 """The papers' strong augmentation: its strength rises over 10 epochs. Fill and interpolation are those of the authors'
 `create_transform`, which is given a mean of 0."""
 
+# As the MIMIR authors' `finetune.py` and the models of timm that it takes have it. Their pooling is ClassifierConfig's.
+HEAD_STD = {"cifar10": 2e-2, "tiny_imagenet": 2e-2}  # 2e-5 for ImageNet, and for what they have not
+CONSTANT_DROP_PATH = ("cait", "xcit")
+
 
 def register_finetuning(
     group: str, method: str, encoder: str, patch_size: int, data: Callable[[], DataConfig],
@@ -42,11 +46,15 @@ def register_finetuning(
 
     def build() -> FinetuneConfig:
         adamw = OptimizerConfig(blr=blr, weight_decay=0.05, betas=(0.9, 0.999), layer_decay=layer_decay)
+        as_authors: dict[str, Any] = {
+            "head_std": HEAD_STD.get(group, ClassifierConfig.head_std),
+            "drop_path_law": "constant" if family in CONSTANT_DROP_PATH else "linear",
+        }
         config = FinetuneConfig(
             method=method,
             init=init,
             model=ClassifierConfig(
-                family=family, encoder=encoder, patch_size=patch_size, drop_path=drop_path, **model
+                family=family, encoder=encoder, patch_size=patch_size, drop_path=drop_path, **(as_authors | model)
             ),
             data=data(),
             objective=ClassificationConfig(

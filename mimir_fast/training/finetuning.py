@@ -19,7 +19,9 @@ from mimir_fast.methods.probe import ProbeConfig, probe
 from mimir_fast.methods.registry import DEFAULT, Pass, all_methods, convert, find_method, passes_of
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier
 from mimir_fast.models.families import find_family, mask_unit_of
+from mimir_fast.models.freezing import check_freeze, freeze, frozen_part
 from mimir_fast.models.loading import LoadReport, initialize
+from mimir_fast.models.lora import LoraConfig, add_lora
 from mimir_fast.models.weight_files import WeightsChoice
 from mimir_fast.sizes import shown
 from mimir_fast.training.distributed import World
@@ -53,6 +55,10 @@ class FinetuneConfig:
     """Of a checkpoint or file: its trained weights, their moving average, or the average where there is one."""
     init_part: str = ""
     """Of a file with several encoders, the name of the one to take, such as teacher."""
+    freeze: str = ""
+    """`encoder`, or a number of layers from the input on: what lies in front of them and they themselves do not train,
+    0 the embedding alone. Batch norms in there keep their running statistics."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: Annotated[ClassificationConfig, tyro.conf.arg(name="")] = field(default_factory=ClassificationConfig)
@@ -65,6 +71,11 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         self.imports = tuple(dict.fromkeys(self.imports))
+        check_freeze(self.freeze)
+        if self.lora.rank and self.freeze:
+            raise ValueError(f"freeze={self.freeze} with lora.rank={self.lora.rank}: LoRA freezes the encoder already")
+        if self.lora.rank and not self.init:
+            raise ValueError("lora.rank without --init: the encoder's weights, which are frozen, would stay random")
         # What the probe looks at is not trained on: the best checkpoint is chosen without a test image.
         self.data = replace(self.data, hold_out=self.probe.num_images)
         entry = find_method("finetune", self.method)
@@ -81,6 +92,11 @@ class FinetuneConfig:
     def exact(self) -> bool:
         """False: no preset promises the authors' numbers of a fine-tuning."""
         return False
+
+    @property
+    def frozen(self) -> bool:
+        """A part of the model does not train that usually does."""
+        return bool(self.freeze or self.lora.rank)
 
 
 class Finetuning:
@@ -102,13 +118,15 @@ class Finetuning:
         self.probe_loader, num_classes = probe_data(config, world)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
-            self.model: nn.Module = build_classifier(
-                config.model, config.data.image_size, num_classes, config.data.channels
-            )
-        self.init_report: LoadReport | None = None
-        # A run that goes on has its weights in its own checkpoint.
-        if config.init and not resumed:
-            self.init_report = initialize(self.model, config.init, config.init_weights, config.init_part)
+            model = build_classifier(config.model, config.data.image_size, num_classes, config.data.channels)
+            self.init_report: LoadReport | None = None
+            # A run that goes on has its weights in its own checkpoint.
+            if config.init and not resumed:
+                self.init_report = initialize(model, config.init, config.init_weights, config.init_part)
+            freeze(model, model.encoder, config.freeze)
+            if config.lora.rank:
+                add_lora(model, model.encoder, config.lora)
+        self.model: nn.Module = model
         self.architecture: dict[str, Any] = {
             "kind": "classifier",
             "image_size": config.data.image_size,
@@ -153,6 +171,10 @@ class Finetuning:
         )
         if adversary := self.method.adversary():
             head += f", {adversary}"
+        if config.freeze:
+            head += f", {frozen_part(config.freeze)}"
+        elif config.lora.rank:
+            head += f", LoRA of rank {config.lora.rank}"
         if self.init_report is not None:
             return f"{head}\n{self.init_report}"
         return head + ("" if config.init else ", from scratch (no --init)")
@@ -205,4 +227,5 @@ def probe_data(config: FinetuneConfig, world: World) -> tuple[Loader | None, int
 
 def finetune(config: FinetuneConfig) -> Path:
     """Run fine-tuning to its end (or to a signal) and return the run's folder."""
+    config = replace(config, model=config.model.resolved())  # the run remembers what `auto` was
     return run_session(config, lambda world, checkpoint: Finetuning(config, world, resumed=checkpoint is not None))

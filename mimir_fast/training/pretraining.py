@@ -24,7 +24,11 @@ from mimir_fast.methods.registry import (
     passes_of,
 )
 from mimir_fast.models.families import find_family, mask_unit_of
+from mimir_fast.models.freezing import check_freeze, freeze, frozen_part
+from mimir_fast.models.loading import LoadReport
+from mimir_fast.models.masked_init import initialize_masked
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
+from mimir_fast.models.weight_files import WeightsChoice
 from mimir_fast.sizes import shown
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
@@ -48,6 +52,16 @@ class PretrainConfig:
     """Set every point in which paper and authors' code differ; empty leaves them as the recipe has them."""
     method: Annotated[str, RegisteredName(lambda: all_methods("pretrain"))] = DEFAULT["pretrain"]
     """How it is trained; the method's own options follow below."""
+    init: str = ""
+    """A run, checkpoint, .safetensors or .pth file, or timm:NAME to go on from; its decoder too where it is the same
+    as the model's. Empty starts from scratch."""
+    init_weights: WeightsChoice = "auto"
+    """Of a checkpoint or file: its trained weights, their moving average, or the average where there is one."""
+    init_part: str = ""
+    """Of a file with several encoders, the name of the one to take, such as teacher."""
+    freeze: str = ""
+    """`encoder`, or a number of layers from the input on: what lies in front of them and they themselves do not train,
+    0 the embedding alone. Batch norms in there keep their running statistics."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: Annotated[Objective, tyro.conf.arg(name="")] = field(default_factory=default_objective)
@@ -55,10 +69,11 @@ class PretrainConfig:
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
     imports: Imports = ()
     """Module that registers methods, families or data sources of your own, looked for in the working folder and
-    PYTHONPATH; the run remembers it."""
+    PYTHONPATH; the run remembers it. Modules of the run behind --init are imported unasked."""
 
     def __post_init__(self) -> None:
         self.imports = tuple(dict.fromkeys(self.imports))
+        check_freeze(self.freeze)
         entry = find_method("pretrain", self.method)
         self.objective = convert(self.objective, entry.config)
         if entry.adapters:
@@ -86,6 +101,11 @@ class PretrainConfig:
         """The preset promises the authors' numbers."""
         return bool(self.preset) and PRESETS.find(self.preset).exact
 
+    @property
+    def frozen(self) -> bool:
+        """A part of the model does not train that usually does."""
+        return bool(self.freeze)
+
 
 def with_method(config: PretrainConfig, method: str) -> PretrainConfig:
     """`config` for another method: its options converted and fitted to the images, and the model that it needs.
@@ -102,23 +122,29 @@ def with_method(config: PretrainConfig, method: str) -> PretrainConfig:
 class Pretraining:
     """The task: a masked model and one of the methods.
 
+    Args:
+        resumed: the run's own checkpoint will be loaded, so `init` is not.
     Raises:
         ValueError: the method classifies and the data has no labels.
+        WeightsError: `init` cannot be used; the message says why.
     """
 
     kind = "pretrain"
     curves: tuple[str, ...] = ("loss", "lr")
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: PretrainConfig, *, resumed: bool = False) -> None:
         self.config = config
         entry = find_method("pretrain", config.method)
         self.method = entry.build(config.objective)
         num_classes = count_classes(config) if entry.labels else 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
-            self.model: nn.Module = build_masked_model(
-                config.model, config.data.image_size, config.data.channels, num_classes
-            )
+            model = build_masked_model(config.model, config.data.image_size, config.data.channels, num_classes)
+        self.init_report: LoadReport | None = None
+        if config.init and not resumed:
+            self.init_report = initialize_masked(model, config.init, config.init_weights, config.init_part)
+        freeze(model, model.encoder, config.freeze)
+        self.model: nn.Module = model
         config.objective.check_model(self.model)
         self.architecture: dict[str, Any] = {
             "kind": "masked_autoencoder",
@@ -152,10 +178,12 @@ class Pretraining:
     def describe(self, num_samples: int) -> str:
         """Method, data, images and model in one line, for the head of the output."""
         config, model = self.config, self.config.model
-        return (
+        head = (
             f"{config.method} on {config.data.source} ({num_samples:,} images, {shown(config.data.image_size)}): "
             f"{find_family(model.family).title}-{model.encoder}/{model.patch_size}, {model.decoder} decoder"
         )
+        head += f", {frozen_part(config.freeze)}" if config.freeze else ""
+        return head if self.init_report is None else f"{head}\n{self.init_report}"
 
     def next_command(self, run: Path) -> str:
         """Fine-tuning by the recipe of this data set and encoder; another encoder than the recipe's is spelled out."""
@@ -184,4 +212,4 @@ def count_classes(config: PretrainConfig) -> int:
 
 def pretrain(config: PretrainConfig) -> Path:
     """Run pre-training to its end (or to a signal) and return the run's folder."""
-    return run_session(config, lambda world, checkpoint: Pretraining(config))
+    return run_session(config, lambda world, checkpoint: Pretraining(config, resumed=checkpoint is not None))

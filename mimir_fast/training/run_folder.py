@@ -42,7 +42,7 @@ FREE_TO_CHANGE = frozenset(
         "run.resume", "run.overwrite", "run.allow_changes", "run.max_bad_steps", "run.stop_after", "run.hang_minutes",
         "run.profile", "run.dry_run", "run.wandb", "run.checkpoint_activations", "run.shard_ranks",
         "data.num_workers", "data.loader", "data.root", "data.resident_gib", "data.hw_decoder_load",
-        "data.max_bad_files",
+        "data.max_bad_files", "model.head_std",
     }
 )  # fmt: skip
 
@@ -58,14 +58,14 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def defaults_of(config: Any, prefix: str = "") -> dict[str, Any]:
-    """What each option of a (nested) dataclass is where nobody names it, as {"a.b": value}."""
+    """What each option of a (nested) dataclass is where nobody names it, as {"a.b": value} of JSON."""
     flat: dict[str, Any] = {}
     for option in dataclasses.fields(config):
         name, value = f"{prefix}{option.name}", getattr(config, option.name)
         if dataclasses.is_dataclass(value):
             flat |= defaults_of(value, name + ".")
         elif option.default is not dataclasses.MISSING:
-            flat[name] = option.default
+            flat[name] = list(option.default) if isinstance(option.default, tuple) else option.default
     return flat
 
 

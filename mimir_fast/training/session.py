@@ -10,6 +10,7 @@ from mimir_fast.checkpoints.reading import read_meta
 from mimir_fast.data import DataConfig, build_loader
 from mimir_fast.layers.attention import attention_backend
 from mimir_fast.methods.registry import Objective
+from mimir_fast.models.freezing import count_parameters
 from mimir_fast.training.health import StopSignal
 from mimir_fast.training.loggers import (
     JsonLines,
@@ -55,6 +56,11 @@ class SessionConfig(Protocol):
         """It promises somebody's numbers, so the precision `auto` is fp32."""
         ...
 
+    @property
+    def frozen(self) -> bool:
+        """A part of the model does not train that usually does."""
+        ...
+
 
 def run_session(config: Any, build_task: BuildTask) -> Path:
     """Run a task to its end (or to a signal) and return the run's folder.
@@ -90,6 +96,8 @@ def _run(config: Any, folder: RunFolder, build_task: BuildTask, stop: StopSignal
         checkpoint = folder.choose()
         trainer = build_trainer(config, folder, build_task, checkpoint)
         folder.begin()
+        if world.is_main and trainer.task.init_report is not None:
+            trainer.task.init_report.save(folder.path)
         trainer.logger = trainer.checkpoints.logger = logger = build_logger(config, folder, trainer)
         for note in folder.notes:
             logger.say(note)
@@ -163,13 +171,13 @@ def build_logger(config: Any, folder: RunFolder, trainer: Trainer) -> Logger:
 def surroundings(config: SessionConfig, trainer: Trainer) -> str:
     """On what it runs, through which backends."""
     world, precision = trainer.world, trainer.precision
-    millions = sum(p.numel() for p in trainer.task.model.parameters() if p.requires_grad) / 1e6
+    parameters = count_parameters(trainer.task.model, partly=config.frozen)
     accumulated = f" (each accumulates {trainer.accum_iter} micro-batches)" if trainer.accum_iter > 1 else ""
     smallest = config.run.batch_size // (world.size * trainer.accum_iter)
     if said := config.objective.check_batches(smallest, trainer.accum_iter, world.size):
         accumulated += f", {said}"
     return (
-        f"{millions:.1f} M parameters, {world.size} x {world.device}, {precision.name} ({precision.reason}), "
+        f"{parameters}, {world.size} x {world.device}, {precision.name} ({precision.reason}), "
         f"attention: {attention_backend(world.device)}, batch {config.run.batch_size}{accumulated}, "
         f"{trainer.total_steps} steps -> {config.folder}"
     )

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from mimir_fast.checkpoints.reading import load_checkpoint, saved_tensors
 from mimir_fast.models.file_names import parameters_by_file_name, to_files
 from mimir_fast.training.ema import Ema
-from mimir_fast.training.statistics import running_statistics
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, Tensor]:
@@ -24,21 +23,22 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Em
     return tensors
 
 
+@torch.no_grad()
 def load_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
     """Fill a training state from a checkpoint. Collective.
 
-    Older checkpoints have no averages of running statistics: these start from the statistics themselves.
+    What had no moving average when it was saved starts from what was saved: what did not train then (--freeze, no EMA),
+    and the running statistics of older checkpoints.
 
     Raises:
         CheckpointError: it is of another architecture.
     """
     make_room_for_optimizer(folder, model, optimizer)
     tensors, saved = training_tensors(model, optimizer, ema), saved_tensors(folder)
-    names = [name for name, _ in running_statistics(model)]
-    absent = {f"ema/{name}": f"model/{name}" for name in names if f"ema/{name}" in tensors.keys() - saved.keys()}
-    load_checkpoint(folder, {name: tensor for name, tensor in tensors.items() if name not in absent})
-    for average, statistic in absent.items():
-        tensors[average].copy_(tensors[statistic])
+    late = [name for name in tensors if name.startswith("ema/") and name not in saved]
+    load_checkpoint(folder, {name: tensor for name, tensor in tensors.items() if name not in late})
+    for name in late:
+        tensors[name].copy_(tensors[name.replace("ema/", "model/", 1)])
 
 
 def make_room_for_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.registry import Pass
+from mimir_fast.models.load_report import LoadReport
 
 
 class Task(Protocol):
@@ -19,12 +20,14 @@ class Task(Protocol):
         model: the bare module.
         architecture: what is needed to build the model again, as plain JSON values.
         curves: the scalars worth drawing when the run is over.
+        init_report: what became of the weights it started from, None without such.
     """
 
     kind: str
     model: nn.Module
     architecture: dict[str, Any]
     curves: tuple[str, ...]
+    init_report: LoadReport | None
 
     def passes(self, model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int) -> list[Pass]:
         """The training passes of a step, one for each micro-batch; `model` may be wrapped for data parallelism."""

@@ -178,9 +178,7 @@ def test_tensors_alone_tell_the_architecture(family: str) -> None:
 def test_timm_computes_the_same_from_the_exported_file(family: str, tmp_path: Path) -> None:
     """A classifier's logits in timm's own class, built from nothing but the file; our reader takes it back."""
     torch.manual_seed(0)
-    # timm's classes of these three have no norm after a mean: they pool the cls token, as the authors do.
-    pool: Any = "cls" if family in ("cait", "convit", "xcit") else "avg"
-    config = ClassifierConfig(family=family, encoder="nano", patch_size=patch_of(family), global_pool=pool)
+    config = ClassifierConfig(family=family, encoder="nano", patch_size=patch_of(family))
     model = build_classifier(config, 32, 5).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -134,13 +134,14 @@ FILES: dict[str, tuple[bytes, str]] = {
     "a whole module": (pickled(torch.nn.Linear(2, 2)), r"wants to create torch.nn.modules.linear.Linear"),
     "a plain pickle of a class": (pickle.dumps({"a": Stranger()}), r"wants to create .*Stranger"),
     "a defaultdict": (pickled({"a": collections.defaultdict(dict)}), "wants to create collections.defaultdict"),
-    "another network": (pickled({"conv1.weight": torch.zeros(2, 2)}), "no vision transformer: it has 1 tensors, such as"),
+    "another network": (pickled({"conv1.weight": torch.zeros(2, 2)}), "no vision transformer: it has 1 tensors"),
     "renamed layers": (pickled(renamed("blocks.", "layers_")), "no encoder of ours"),
     "renamed attention": (pickled(renamed(".attn.qkv.", ".attn.to_qkv.")), "no encoder of ours"),
     "a layer missing": (pickled(changed(blocks__1__mlp__fc1__weight=None)), r"blocks\.1\.mlp\.fc1\.weight"),
     "positions missing": (pickled(changed(pos_embed=None)), "pos_embed"),
     "a tensor too many": (pickled(changed(blocks__0__attn__gate=torch.ones(1))), r"blocks\.0\.attn\.gate"),
-    "a layer of another width": (pickled(changed(blocks__1__mlp__fc1__weight=torch.zeros(8, 8))), r"blocks\.1\.mlp\.fc1"),
+    "a layer of another width": (
+        pickled(changed(blocks__1__mlp__fc1__weight=torch.zeros(8, 8))), r"blocks\.1\.mlp\.fc1"),
     "positions of no square": (pickled(changed(pos_embed=torch.zeros(1, 14, 64))), "pos_embed"),
     "int8": (pickled(with_qkv(STATE[QKV].to(torch.int8))), rf"{QKV} holds int8"),
     "complex": (pickled(with_qkv(STATE[QKV].to(torch.complex64))), rf"{QKV} holds complex64"),
@@ -149,12 +150,14 @@ FILES: dict[str, tuple[bytes, str]] = {
     "meta tensors": (pickled({n: t.to("meta") for n, t in STATE.items()}), "a shape and no numbers"),
     "sparse": (pickled(with_qkv(STATE[QKV].to_sparse())), rf"{QKV} is quantised or sparse"),
     "quantised": (
-        pickled(with_qkv(torch.quantize_per_tensor(STATE[QKV], 0.1, 0, torch.qint8))), rf"{QKV} is quantised or sparse"),
+        pickled(with_qkv(torch.quantize_per_tensor(STATE[QKV], 0.1, 0, torch.qint8))), rf"{QKV} is quantised"),
     "two models": (
-        pickled({"actor": STATE, "critic": {n: t + 1 for n, t in STATE.items()}}), "2 encoders: actor, critic.*--init_part"),
+        pickled({"actor": STATE, "critic": {n: t + 1 for n, t in STATE.items()}}),
+        "2 encoders: actor, critic.*--init_part"),
     "parametrised": (
         pickled(renamed("qkv.weight", "qkv.parametrizations.weight.original0")), "remove the parametrisation"),
-    "FSDP's flat parameters": (pickled(changed(blocks__0__flat=None) | {"blocks.0._flat_param": torch.zeros(9)}), "FULL_STATE"),
+    "FSDP's flat parameters": (
+        pickled(STATE | {"blocks.0._flat_param": torch.zeros(9)}), "FULL_STATE_DICT"),
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from mimir_fast.models.families import find_family, recognise
 from mimir_fast.models.families.cait import CaitBlock, ClassBlock
 from mimir_fast.models.loading import initialize
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
+from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights
 from mimir_fast.ops.patches import patchify
 
@@ -80,6 +81,6 @@ def test_finetuned_names_are_the_authors() -> None:
     with torch.device("meta"):
         architecture = recognise({name: torch.empty(shape) for name, shape in theirs.items()})
         assert architecture is not None and architecture.size == "xxs24"
-        config = ClassifierConfig("cait", architecture.size, global_pool="cls")
-        model = Classifier(config, 224, 1000, options=dict(architecture.options))
+        options = option_texts(architecture.options)
+        model = Classifier(ClassifierConfig("cait", architecture.size, global_pool="cls", options=options), 224, 1000)
     assert {name: list(t.shape) for name, t in file_state(model).items()} == theirs

@@ -98,6 +98,12 @@ class TestDropPath:
     def test_rate_zero_draws_nothing(self) -> None:
         assert draw_drop_path(0.0, 12, 2, torch.arange(4), seed=0, step=0) is None
 
+    def test_the_constant_law_is_that_of_timms_cait_and_xcit(self) -> None:
+        scales = draw_drop_path(0.3, 12, 2, torch.arange(4000), seed=1, step=2, law="constant")
+        assert scales is not None
+        assert scales[:, :, 0].eq(0).float().mean(dim=0).numpy() == pytest.approx(0.3, abs=0.03)
+        assert scales.unique().tolist() == pytest.approx([0, 1 / 0.7])
+
 
 class TestGradientGates:
     def test_values_stay_and_gradients_stop(self) -> None:

@@ -14,6 +14,7 @@ from mimir_fast.models.families import build_encoder, find_family, recognise
 from mimir_fast.models.families.convit import ConvitEncoder, PositionalAttention, grid_offsets, relative_offsets
 from mimir_fast.models.loading import initialize
 from mimir_fast.models.masked_model import ModelConfig, View, build_masked_model
+from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights
 from mimir_fast.ops.patches import patchify, patchify_gather
 
@@ -103,8 +104,8 @@ def test_export_has_timm_s_features() -> None:
 def test_classifier_from_timm_and_back(qkv_bias: bool) -> None:
     """A model that has qkv biases takes weights that have none: the biases are zero."""
     theirs = authors_convit(num_classes=10)
-    config = ClassifierConfig("convit", "nano", 4, global_pool="cls")
-    ours = Classifier(config, 32, 10, options={"qkv_bias": qkv_bias}).eval()
+    config = ClassifierConfig("convit", "nano", 4, global_pool="cls", options=(f"qkv_bias={str(qkv_bias).lower()}",))
+    ours = Classifier(config, 32, 10).eval()
     report = initialize(ours, Weights(dict(theirs.state_dict()), "timm:small"))
     images = draw()[0]
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
@@ -118,7 +119,7 @@ def test_classifier_from_timm_and_back(qkv_bias: bool) -> None:
 
 
 def test_norm_after_the_mean_is_not_exported() -> None:
-    model = Classifier(ClassifierConfig("convit", "nano", 4), 32, 10)
+    model = Classifier(ClassifierConfig("convit", "nano", 4, global_pool="avg"), 32, 10)
     architecture = recognise(file_state(model))
     assert architecture is not None
     with pytest.raises(ValueError, match=r"--model.global_pool cls"):
@@ -140,8 +141,8 @@ def test_finetuned_names_are_the_authors() -> None:
     with torch.device("meta"):
         architecture = recognise({name: torch.empty(shape) for name, shape in theirs.items()})
         assert architecture is not None and architecture.size == "small"
-        config = ClassifierConfig("convit", architecture.size, global_pool="cls")
-        model = Classifier(config, 224, 1000, options=dict(architecture.options))
+        options = option_texts(architecture.options)
+        model = Classifier(ClassifierConfig("convit", architecture.size, global_pool="cls", options=options), 224, 1000)
     assert {name: list(t.shape) for name, t in file_state(model).items()} == theirs
 
 

@@ -197,7 +197,6 @@ class TestBadFiles:
         ("options", "fix"),
         [
             ({"embed_dim": 384, "num_heads": 6}, "--model.encoder small"),
-            ({"patch_size": 4}, "--model.patch_size 4"),
             ({"in_chans": 1}, "--data.channels 1"),
             ({"depth": 5}, "--model.options depth=5"),
         ],

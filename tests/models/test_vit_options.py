@@ -251,6 +251,18 @@ def test_options_survive_runs_and_fine_tuning(tmp_path: Path) -> None:
         initialize(tuned("layer_scale"), plain)
 
 
+@pytest.mark.parametrize("text", ["distilled", "registers=2", "registers=2 no_prefix_positions"])
+def test_positions_are_resized_behind_the_prefix(text: str) -> None:
+    options = tuple(text.split())
+    source = Case("vit", "nano", 32, 8, options=options).masked_model()
+    model = build_classifier(ClassifierConfig(encoder="nano", patch_size=8, options=options), 48, 3)
+    initialize(model, Weights(file_state(source), "pre-trained"))
+    old, new, rows = source.encoder.pos_embed, model.encoder.pos_embed, 0 if "no_prefix" in text else 3
+    rows = 2 if text == "distilled" else rows
+    assert new.shape[1] - old.shape[1] == 36 - 16 and torch.equal(new[:, :rows], old[:, :rows])
+    torch.testing.assert_close(new[:, rows:].mean(1), old[:, rows:].mean(1), rtol=0.1, atol=0.05)
+
+
 def test_configurations_without_the_field_load() -> None:
     old = {"family": "vit", "encoder": "nano", "patch_size": 8}
     assert ModelConfig(**old).options == ClassifierConfig(**old).options == ()

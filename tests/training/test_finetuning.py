@@ -151,8 +151,8 @@ class TestBadInput:
             config_from(["--recipe", "cifar/pgd_vit_base"])
 
     def test_init_of_another_architecture(self, pretrained: Path, tmp_path: Path) -> None:
-        with pytest.raises(WeightsError, match=r"--model\.patch_size 16"):
-            finetune(small(tmp_path / "run", "--init", str(pretrained), "--model.patch_size", "8"))
+        with pytest.raises(WeightsError, match=r"--model\.encoder tiny"):
+            finetune(small(tmp_path / "run", "--init", str(pretrained), "--model.encoder", "small"))
 
     @pytest.mark.parametrize(
         ("classes", "label", "message"),

@@ -5,7 +5,7 @@ To add one, write a file in this folder that calls `register(Family(…))`; noth
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -90,6 +90,7 @@ class Family:
         unseen: options that no tensor shows, so that `recognise` cannot tell them.
         settle: architecture with options → the one way to say the same; refuses what cannot be built.
         why_not: tensors that `recognise` refuses → by which of them, as "NAME, which …"; "" for unrelated ones.
+        pool: what a classifier pools where nobody says: `cls` where the authors (and timm) do, else `avg`.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Family:
     unseen: tuple[str, ...] = ()
     settle: Callable[[Architecture], Architecture] = lambda architecture: architecture
     why_not: Callable[[Tensors], str] = lambda tensors: ""
+    pool: Literal["avg", "cls"] = "avg"
 
 
 FAMILIES: Registry[Family] = Registry("encoder family", __name__)

@@ -127,7 +127,7 @@ class CaitEncoder(Encoder):
         check_patch_size(image_size, patch_size)
         self.image_size, self.mask_unit, self.channels = image_size, patch_size, channels
         self.width = self.token_width = width
-        self.num_layers, self.num_heads = depth, num_heads
+        self.num_layers, self.num_heads, self.cls_joins = depth, num_heads, depth
         self.qkv_bias, self.init_values = qkv_bias, init_values
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_positions(width, self.grid, num_prefix=0))
@@ -230,5 +230,6 @@ register(
         sized=recognise,
         to_timm=to_timm,
         options={"qkv_bias": True},
+        pool="cls",
     )
 )

@@ -191,6 +191,7 @@ class ConvitEncoder(Encoder):
         # A buffer: a traced graph would compute it on the trace's device. Integers keep their type in a bf16 model.
         self.register_buffer("offsets_13NN", grid_offsets(self.grid).int(), persistent=False)
         self.offsets_13NN: Tensor
+        self.cls_joins = local_up_to_layer
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_positions(width, self.grid, num_prefix=0))
         self.patch_embed = PatchEmbed(channels, width, patch_size)
@@ -323,5 +324,6 @@ register(
         to_timm=to_timm,
         options={"qkv_bias": True, "local_up_to_layer": -1},
         settle=settle,
+        pool="cls",
     )
 )

@@ -121,6 +121,8 @@ def settle(architecture: Architecture) -> Architecture:
     Raises:
         ValueError: options that cannot be built.
     """
+    if architecture.size not in SIZES:  # of a family made from this one by `dataclasses.replace`
+        return architecture
     width, depth, _ = shape_of(architecture)
     options = {name: value for name, value in architecture.options.items() if name not in _OF_SHAPE}
     check_number("width", width, at_least=4)
@@ -172,6 +174,8 @@ def _misfits(tensors: Tensors, image_size: Size | None) -> Iterator[str]:
     for name in sorted(tensors):
         if not _KNOWN.fullmatch(name.removesuffix(SUFFIX)):
             yield f"{name}, which ViT has not"
+    if "norm_pre.weight" in tensors and "patch_embed.proj.bias" in tensors:
+        yield "patch_embed.proj.bias, which ViT with norm_pre has not"
     needed = list(_ALWAYS)
     for group in _TOGETHER:
         needed += [name for name in group if any(f"blocks.0.{one}" in tensors for one in group)]

@@ -237,7 +237,7 @@ class XcitEncoder(Encoder):
         self.image_size, self.mask_unit, self.channels = image_size, patch_size, channels
         self.width = self.token_width = width
         self.num_layers, self.num_heads, self.official = depth, num_heads, positions == "official"
-        self.qkv_bias, self.eta, self.tokens_norm = qkv_bias, eta, tokens_norm
+        self.qkv_bias, self.eta, self.tokens_norm, self.cls_joins = qkv_bias, eta, tokens_norm, depth
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embed = ConvStem(channels, width, patch_size)
         self.pos_embed = FourierPositions(width, self.grid) if use_pos_embed else None
@@ -389,5 +389,6 @@ register(
         to_timm=to_timm,
         options={"qkv_bias": True},
         image_size_in_tensors=False,
+        pool="cls",
     )
 )

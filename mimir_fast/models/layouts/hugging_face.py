@@ -5,7 +5,7 @@ preprocessor_config.json.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from mimir_fast.models.families import under_our_names
 from mimir_fast.models.layouts import Layout, Read, register
 from mimir_fast.models.parts import Part
 
-Rules = Iterable[tuple[str, str]]
+Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 _BLOCK: Rules = (
     (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
@@ -55,7 +55,7 @@ _SWIN: Rules = (
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^embeddings\.norm\.", "patch_embed.norm."),
     (r"^embeddings\.mask_token$", "mask_token"),
-    (r"^encoder\.layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),  # type: ignore[list-item]
+    (r"^encoder\.layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
     (r"^encoder\.layers\.", "stages."),
     (r"^layernorm\.", "norm."),
     *_BLOCK,
