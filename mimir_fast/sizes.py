@@ -5,6 +5,7 @@ A square is typed, saved and passed on as one number everywhere; who needs both 
 
 import math
 from collections.abc import Sequence
+from operator import index
 
 Size = int | tuple[int, int]
 """Pixels, patches or units along a side of a square, or along (height, width) of a rectangle."""
@@ -23,7 +24,7 @@ def as_size(numbers: int | Sequence[int]) -> Size:
     Raises:
         ValueError: there are more or less of them, or one is less than 1.
     """
-    both = (numbers, numbers) if isinstance(numbers, int) else tuple(numbers)
+    both = tuple(map(index, numbers if isinstance(numbers, Sequence) else (numbers, numbers)))
     if len(both) != 2 or min(both) < 1:
         raise ValueError(f"{numbers} is no size: wanted one number for a square or height and width, at least 1 each")
     return both[0] if both[0] == both[1] else (both[0], both[1])

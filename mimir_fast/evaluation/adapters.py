@@ -31,7 +31,7 @@ from mimir_fast.evaluation.wrappers import FromProbabilities, Normalized, Opaque
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Statistics, choice_note, name_of
 from mimir_fast.models.opening import weights_only
-from mimir_fast.sizes import Size, as_size, height_width, shown, typed
+from mimir_fast.sizes import Size, as_size, height_width, shown
 
 KINDS = (
     "a run folder, a .safetensors or .pth file, timm:NAME, hf-hub:ORG/NAME, robustbench:DATA/NORM/NAME, a .pt2 "
@@ -192,11 +192,11 @@ def _exported(spec: str, channels: int, device: torch.device, image_size: Size |
         raise ValueError(
             f"--checkpoint {spec} takes {', '.join(inputs) or 'nothing'}; wanted images (B, C, H, W) alone"
         )
-    given = (channels, *height_width(image_size or 1))
+    given, sides = (channels, *height_width(image_size or 1)), dict.fromkeys(map(str, image.shape[2:]))
     if image_size and any(isinstance(n, int) and n != m for n, m in zip(image.shape[1:], given, strict=True)):
         raise ValueError(
             f"--checkpoint {spec} was exported for images of shape {tuple(image.shape[1:])}, the data has {given}: "
-            f"give --data.image_size {typed(as_size(image.shape[2:]))} --data.channels {image.shape[1]}"
+            f"give --data.image_size {' '.join(sides)} --data.channels {image.shape[1]}"
         )
     notes, least, most = list[str](), 1, None
     if isinstance(size := image.shape[0], int):

@@ -135,9 +135,8 @@ class Fitting:
         wanted, channels = height_width(config.image_size), config.channels
         if self == Fitting() or pixels.shape[:2] == wanted:  # as data/ does it, as every loader has it
             one, sizes = np.array([0]), np.array([pixels.shape[:2]])
-            return cut([pixels], plan_geometry(config, False, 0, one, one, sizes), config.image_size, channels)[
-                0
-            ].numpy()
+            plan = plan_geometry(config, False, 0, one, one, sizes)
+            return cut([pixels], plan, config.image_size, channels)[0].numpy()
         from PIL import Image
 
         from mimir_fast.data.loaders.base import to_channels
