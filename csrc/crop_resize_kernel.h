@@ -103,7 +103,8 @@ void crop_resize_one(const std::uint8_t* image, const Image& plan, int height, i
         const std::int64_t offset = static_cast<std::int64_t>(std::max(scratch.rows.first[i] - top, 0)) * length;
         along_columns<CHANNELS, PADDED>(scratch.between.data() + offset, length,
                                         &scratch.rows.weights[static_cast<std::size_t>(i) * scratch.rows.most],
-                                        scratch.rows.count[i], width, plane, out + static_cast<std::int64_t>(i) * width);
+                                        scratch.rows.count[i], width, plane,
+                                        out + static_cast<std::int64_t>(i) * width);
     }
 }
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimir_fast.ops.positions import add_positions, behind_prefix
-from mimir_fast.sizes import Size, area, height_width
+from mimir_fast.sizes import Size, area, height_width, said
 
 
 def sincos_positions(dim: int, grid_size: Size, *, num_prefix: int = 1) -> Tensor:
@@ -49,7 +49,12 @@ def pseudo_grid(num_tokens: int, grid: Size) -> int:
         ValueError: the tokens form no square, or the image is none.
     """
     side = math.isqrt(num_tokens)
-    if side**2 != num_tokens or not isinstance(grid, int):
+    if not isinstance(grid, int):
+        raise ValueError(
+            f"positions=official puts the kept patches on a square grid, and images of {said(grid)} patches are no "
+            "squares: use --model.positions true"
+        )
+    if side**2 != num_tokens:
         raise ValueError(
             f"positions=official puts the kept patches on a square grid, and {num_tokens} of {area(grid)} form none: "
             "use --model.positions true, or keep a square number of patches (an even grid and mask_ratio 0.75 do)"

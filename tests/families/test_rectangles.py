@@ -12,6 +12,8 @@ from family_checks import (
     check_equals_timm,
     check_nothing_leaks,
     check_recognised,
+    some_places,
+    view_of,
 )
 from PIL import Image
 
@@ -22,6 +24,7 @@ from mimir_fast.export import ExportConfig, export
 from mimir_fast.models.classifier import load_classifier
 from mimir_fast.models.families import all_families
 from mimir_fast.models.masked_loading import load_masked_model
+from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.ops.patches import patchify
 
 SIZE = (32, 48)
@@ -43,6 +46,14 @@ def test_masks_and_places(family: str) -> None:
     check_all_visible_equals_whole(CASES[family])
     check_nothing_leaks(CASES[family])
     check_recognised(CASES[family])
+
+
+@pytest.mark.parametrize("family", ["convit", "xcit"])
+def test_the_authors_pseudo_grid_is_for_squares(family: str) -> None:
+    model = build_masked_model(ModelConfig(family, "nano", 8, positions="official"), SIZE)
+    view = view_of(model, CASES[family].images(), some_places(model.encoder, keep=4))
+    with pytest.raises(ValueError, match="4 x 6 patches are no squares"):
+        model(view)
 
 
 @pytest.mark.parametrize("family", ["vit", "convit", "cait", "convstem", "convnext"])
