@@ -52,7 +52,8 @@ class LoadReport:
             lines.append(f"  resized  {', '.join(self.resized)}")
         lines += [f"  skipped  {summary(names)}: {reason}" for reason, names in self.by_reason().items()]
         if self.fresh:
-            lines.append(f"  fresh    {', '.join(self.fresh)}")
+            few = self.fresh if len(self.fresh) <= 8 else summary(self.fresh)
+            lines.append(f"  fresh    {', '.join(few)}")
         if self.assumed:
             lines.append(f"  assumed  {', '.join(self.assumed)}: the file does not say")
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
