@@ -193,6 +193,11 @@ class TestWeights:
         rows = torch.randn(1, 17, 8)
         assert torch.equal(resize_positions(rows, 17, 1, ((2, 8), (2, 8))), rows)
 
+    @pytest.mark.parametrize("says", [True, False])
+    def test_other_patches_of_the_same_images(self, says: bool) -> None:
+        report = initialize(classifier(SIZE, patch_size=4), weights_of(classifier(SIZE), says=says))
+        assert [line.split()[0] for line in report.resized] == ["patch_embed.proj.weight", "pos_embed"]
+
     def test_windows_of_a_square_in_a_rectangle(self) -> None:
         model = classifier((16, 32), "swin", 2)
         report = initialize(model, weights_of(classifier(32, "swin", 2), says=True))
