@@ -26,6 +26,7 @@ from mimir_fast.data.batch import Batch
 from mimir_fast.methods.mimir import MimirConfig
 from mimir_fast.models.file_names import to_files
 from mimir_fast.models.masked_model import MaskedModel
+from mimir_fast.sizes import height_width
 
 VARIABLE = "MIMIR_FAST_OFFICIAL"
 _PACKAGES = ("models", "util", "MI", "pgd_mae")
@@ -81,7 +82,7 @@ def authors_provider(
     device, encoder = next(iter(weights.values())).device, model.encoder
     step: Step = (partial(Apart, AuthorsStep) if device.type == "cpu" else AuthorsStep)(
         constructor, weights, config, device=device, bf16=bf16, adversarial=adversarial,
-        image_size=encoder.image_size, patch_size=encoder.mask_unit,
+        image_size=height_width(encoder.image_size)[0], patch_size=encoder.mask_unit,
     )  # fmt: skip
 
     def law(inputs: Batch, outputs: Outputs) -> str:

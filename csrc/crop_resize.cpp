@@ -78,7 +78,8 @@ struct Scratch {
     std::vector<std::uint8_t> between;
 };
 
-using Kernel = void (*)(const std::uint8_t* image, const Image& plan, int side, Scratch& scratch, std::uint8_t* out);
+using Kernel = void (*)(const std::uint8_t* image, const Image& plan, int height, int width, Scratch& scratch,
+                        std::uint8_t* out);
 
 namespace base {
 struct Lanes {
@@ -192,9 +193,9 @@ Kernel choose_kernel(std::int64_t channels) {
     return grey ? base::crop_resize_one<1, 1> : base::crop_resize_one<3, 4>;
 }
 
-// `plan` is (batch, 12) int64, `out` (batch, channels, side, side). The caller has checked that all lies inside.
+// `plan` is (batch, 12) int64, `out` (batch, channels, height, width). The caller has checked that all lies inside.
 void crop_resize(Address pixels_address, Address plan_address, Address out_address, std::int64_t batch,
-                 std::int64_t side, std::int64_t channels, int threads) {
+                 std::int64_t height, std::int64_t width, std::int64_t channels, int threads) {
     const auto* pixels = pointer<const std::uint8_t>(pixels_address);
     const auto* plan = pointer<const Image>(plan_address);
     auto* out = pointer<std::uint8_t>(out_address);
@@ -202,7 +203,8 @@ void crop_resize(Address pixels_address, Address plan_address, Address out_addre
     parallel_for(batch, 1, threads, [&](std::int64_t begin, std::int64_t end) {
         Scratch scratch;
         for (std::int64_t b = begin; b < end; ++b) {
-            one(pixels + plan[b].offset, plan[b], static_cast<int>(side), scratch, out + b * channels * side * side);
+            one(pixels + plan[b].offset, plan[b], static_cast<int>(height), static_cast<int>(width), scratch,
+                out + b * channels * height * width);
         }
     });
 }

@@ -34,6 +34,7 @@ from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.normalization import Statistics, to_metadata
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
+from mimir_fast.sizes import said
 from mimir_fast.training.ownership import is_run
 
 LICENSE = "apache-2.0"
@@ -77,8 +78,7 @@ class _OnTheHub(ModelHubMixin):
         model.__class__ = cls
         model.run_config = public_config(weights.config or {})
         model.outline = (
-            f"{describe(architecture)}, patch {architecture.patch_size}, "
-            f"images of {architecture.image_size} × {architecture.image_size}"
+            f"{describe(architecture)}, patch {architecture.patch_size}, images of {said(architecture.image_size)}"
         )
         model.statistics = weights.normalization and weights.statistics(architecture.channels)
         model.results = _results_of(source, results)

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mimir_fast.evaluation.options import NORM_WORDS
 from mimir_fast.evaluation.results import Results
+from mimir_fast.sizes import as_size, shown
 
 PAPER = "https://arxiv.org/abs/2312.04960"
 BIBTEX = """@article{xu2023mimir,
@@ -84,9 +85,10 @@ def _training(config: dict[str, Any]) -> str:
     if not config:
         return "Not known: these weights came without a configuration."
     run, data, attack = (config.get(name) or {} for name in ("run", "data", "objective"))
-    attack = attack.get("attack") or {}
+    attack, size = attack.get("attack") or {}, data.get("image_size")
+    size = shown(as_size(size)) if isinstance(size, (list, tuple)) else size
     lines = [("recipe", config.get("recipe")), ("method", config.get("method")), ("preset", config.get("preset")),
-             ("data", data.get("source")), ("image size", data.get("image_size")), ("epochs", run.get("epochs")),
+             ("data", data.get("source")), ("image size", size), ("epochs", run.get("epochs")),
              ("batch size", run.get("batch_size")), ("seed", run.get("seed"))]  # fmt: skip
     if attack:
         steps = attack.get("num_steps")

@@ -19,6 +19,7 @@ from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family, recognise
 from mimir_fast.models.masked_model import DecoderName, MaskedModel, ModelConfig, View, build_masked_model
 from mimir_fast.ops.patches import masked_targets, patchify, patchify_gather
+from mimir_fast.sizes import Size, height_width
 
 assert timm  # what `TimmModel.code` refers to
 
@@ -29,7 +30,7 @@ class Case:
 
     family: str
     size: str
-    image_size: int
+    image_size: Size
     patch_size: int
     channels: int = 3
     options: tuple[str, ...] = ()
@@ -59,7 +60,7 @@ class Case:
     def images(self, batch: int = 2, seed: int = 1) -> Tensor:
         """(B, C, H, W) in [0, 1]."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(batch, self.channels, self.image_size, self.image_size, generator=generator)
+        return torch.rand(batch, self.channels, *height_width(self.image_size), generator=generator)
 
 
 def shaken(model: nn.Module) -> Any:
@@ -285,7 +286,7 @@ def check_recognised(case: Case) -> None:
     family = find_family(case.family)
     wanted = case.architecture
     for model in (case.encoder(), case.masked_model(), case.classifier()):
-        found = recognise(file_state(model))
+        found = recognise(file_state(model), case.image_size)
         assert found is not None
         if not family.image_size_in_tensors:
             found = replace(found, image_size=case.image_size)

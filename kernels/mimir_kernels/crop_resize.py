@@ -107,15 +107,21 @@ def _crop_resize_kernel(
     tl.store(out, result, mask=(i < side)[:, None] & (j < side)[None, :])
 
 
-def crop_resize(pixels: Tensor, plan: Tensor, side: int, channels: int, most: int) -> Tensor:
-    """(B, channels, side, side) uint8.
+def crop_resize(pixels: Tensor, plan: Tensor, size: int | tuple[int, int], channels: int, most: int) -> Tensor:
+    """(B, channels, height, width) uint8. A rectangle is cut out of the square around it: no kernel of its own.
 
     Args:
         pixels: (bytes,) uint8 on the device.
         plan: (B, 12) int64, on the CPU or the device; checked.
+        size: side of the square result, or its (height, width).
         most: K, the most taps of any axis of the plan.
     """
     batch = len(plan)
+    height, width = (size, size) if isinstance(size, int) else size
+    side = max(height, width)
+    if width < side:  # a mirrored row begins at the far end, which the square has elsewhere
+        plan = plan.clone()
+        plan[:, 10] -= plan[:, 11] * (side - width)
     if pixels.is_cuda and not plan.is_cuda:
         plan = plan.pin_memory().to(pixels.device, non_blocking=True)
     plan = plan.contiguous()
@@ -123,17 +129,17 @@ def crop_resize(pixels: Tensor, plan: Tensor, side: int, channels: int, most: in
     weights = torch.empty((batch, 2, most, side), dtype=torch.int32, device=pixels.device)
     out = torch.empty((batch, channels, side, side), dtype=torch.uint8, device=pixels.device)
     if batch == 0:
-        return out
-    rows, width = TILE
+        return out[..., :height, :width]
+    rows, columns = TILE
     with torch.cuda.device_of(pixels):
         _taps_kernel[(batch, 2, triton.cdiv(side, BLOCK_TAPS))](
             plan, first, count, weights, side, most, COLUMNS, BLOCK_TAPS, num_warps=2, **_EXACT
         )
-        grid = batch, channels * triton.cdiv(side, rows), triton.cdiv(side, width)
+        grid = batch, channels * triton.cdiv(side, rows), triton.cdiv(side, columns)
         _crop_resize_kernel[grid](
-            pixels, plan, first, count, weights, out, side, most, COLUMNS, channels, rows, width, num_warps=4
+            pixels, plan, first, count, weights, out, side, most, COLUMNS, channels, rows, columns, num_warps=4
         )
-    return out
+    return out[..., :height, :width].contiguous()
 
 
 def aot_cases() -> list[AotCase]:

@@ -8,7 +8,7 @@ After Kang et al., "Testing Robustness Against Unforeseen Adversaries", arXiv 19
 Written anew and not calibrated against adversarially trained models as theirs are: compare models with each other by
 these numbers, not with published UAR scores.
 
-Shapes: B images, C channels, S × S pixels, G × G grid.
+Shapes: B images, C channels, H × W pixels, G × G grid.
 """
 
 import math
@@ -31,12 +31,11 @@ QUANTISATION = (
 
 
 def warp(images: Tensor, flow: Tensor) -> Tensor:
-    """Images (B, C, S, S) looked up at places moved by `flow` (B, 2, S, S), in pixels (x, y); edges repeat."""
-    side = images.shape[-1]
-    lines = torch.arange(side, device=images.device, dtype=images.dtype)
-    y, x = torch.meshgrid(lines, lines, indexing="ij")
-    places = torch.stack([x + flow[:, 0], y + flow[:, 1]], dim=-1)
-    grid = (2 * places + 1) / side - 1
+    """Images (B, C, H, W) looked up at places moved by `flow` (B, 2, H, W), in pixels (x, y); edges repeat."""
+    height, width = images.shape[-2:]
+    lines = (torch.arange(side, device=images.device, dtype=images.dtype) for side in (height, width))
+    y, x = torch.meshgrid(*lines, indexing="ij")
+    grid = torch.stack([(2 * (x + flow[:, 0]) + 1) / width - 1, (2 * (y + flow[:, 1]) + 1) / height - 1], dim=-1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False).clamp(0, 1)
 
 
@@ -44,14 +43,14 @@ def elastic(
     model: nn.Module, images: Tensor, labels: Tensor, *, pixels: float, num_steps: int, samples: Tensor, seed: int,
     grid: int = 8,
 ) -> Tensor:  # fmt: skip
-    """Bent images (B, C, S, S): no point is moved further than about `pixels` along either axis."""
+    """Bent images (B, C, H, W): no point is moved further than about `pixels` along either axis."""
     check_images(images)
-    size, side = 2 * grid * grid, images.shape[-1]
+    size = 2 * grid * grid
     draws = random_uniform(seed, Stream.ATTACK_START, 1 << 20, samples.to(images.device), size)
     coarse = ((2 * draws - 1) * pixels).view(-1, 2, grid, grid)
 
     def bent(field: Tensor) -> Tensor:
-        flow = F.interpolate(field, size=(side, side), mode="bicubic", align_corners=False)
+        flow = F.interpolate(field, size=images.shape[-2:], mode="bicubic", align_corners=False)
         return warp(images, flow.clamp(-pixels, pixels))
 
     with borrowed(model, "eval") as module:
@@ -69,23 +68,23 @@ def turn(
     model: nn.Module, images: Tensor, labels: Tensor, *, degrees: float, shift: float, num_angles: int = 7,
     num_shifts: int = 3,
 ) -> Tensor:  # fmt: skip
-    """Turned and shifted images (B, C, S, S): of a grid of both, the one of highest loss for each image.
+    """Turned and shifted images (B, C, H, W): of a grid of both, the one of highest loss for each image.
 
     Args:
         degrees: largest rotation either way.
-        shift: largest shift along each axis, as a part of the side.
+        shift: largest shift along each axis, as a part of its length.
     """
     check_images(images)
-    side = images.shape[-1]
+    height, width = images.shape[-2:]
     best, highest = images, torch.full((len(images),), -torch.inf, device=images.device)
-    line = torch.arange(side, device=images.device, dtype=images.dtype) - (side - 1) / 2
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    shifts = torch.linspace(-shift * side, shift * side, num_shifts).tolist()
+    lines = (torch.arange(side, device=images.device, dtype=images.dtype) - (side - 1) / 2 for side in (height, width))
+    y, x = torch.meshgrid(*lines, indexing="ij")
+    down, across = (torch.linspace(-shift * side, shift * side, num_shifts).tolist() for side in (height, width))
     with borrowed(model, "eval") as module, torch.no_grad():
         for angle in torch.linspace(-degrees, degrees, num_angles).tolist():
             c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            for dx in shifts:
-                for dy in shifts:
+            for dx in across:
+                for dy in down:
                     flow = torch.stack([c * x - s * y - x + dx, s * x + c * y - y + dy])
                     moved = warp(images, flow.expand(len(images), -1, -1, -1))
                     loss = cross_entropy(module(moved), labels)
@@ -106,20 +105,20 @@ def _cosines(device: torch.device) -> Tensor:
 def jpeg(
     model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, num_steps: int, samples: Tensor, seed: int
 ) -> Tensor:
-    """Images (B, C, S, S) whose 8 × 8 cosine coefficients moved by at most eps · quantisation step; S padded to 8s."""
+    """Images (B, C, H, W) whose 8 × 8 cosine coefficients moved by at most eps · quantisation step; padded to 8s."""
     check_images(images)
-    batch, channels, side = len(images), images.shape[1], images.shape[-1]
-    blocks = -(-side // 8)
+    batch, channels, height, width = images.shape
+    down, across = -(-height // 8), -(-width // 8)
     table = torch.tensor(QUANTISATION, device=images.device, dtype=images.dtype) / 255
     cosines = _cosines(images.device)
-    shape = (batch, channels, blocks, blocks, 8, 8)
+    shape = (batch, channels, down, across, 8, 8)
     draws = random_uniform(seed, Stream.ATTACK_START, 2 << 20, samples.to(images.device), math.prod(shape[1:]))
     delta = (2 * draws - 1).view(shape) * eps
 
     def changed(d: Tensor) -> Tensor:
         spatial = cosines.T @ (d * table) @ cosines  # the transform is linear: the change is added in pixels
-        whole = spatial.permute(0, 1, 2, 4, 3, 5).reshape(batch, channels, 8 * blocks, 8 * blocks)
-        return (images + whole[..., :side, :side]).clamp(0, 1)
+        whole = spatial.permute(0, 1, 2, 4, 3, 5).reshape(batch, channels, 8 * down, 8 * across)
+        return (images + whole[..., :height, :width]).clamp(0, 1)
 
     with borrowed(model, "eval") as module:
         for _ in range(num_steps):

@@ -18,6 +18,7 @@ from mimir_fast.data.loaders.workers import WorkerLoader
 from mimir_fast.data.order import BatchPlan, MixedOrder, SampleOrder
 from mimir_fast.data.sources import ArraySource, EncodedSource, ImageSource, RawSource, build_source
 from mimir_fast.data.sources.edm import MixedSource, open_npz
+from mimir_fast.sizes import area, height_width, said, typed
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def choose_loader(source: ImageSource, config: DataConfig, device: torch.device,
     """The configured loader, or what `auto` stands for: see `DataConfig.loader`."""
     if config.loader != "auto":
         return config.loader
-    gibibytes = len(source) * config.channels * config.image_size**2 / 2**30
+    gibibytes = len(source) * config.channels * area(config.image_size) / 2**30
     fixed = source.image_size == config.image_size and not (augment and config.augment == "resized_crop")
     if fixed and gibibytes <= config.resident_gib:
         return "resident"
@@ -109,9 +110,9 @@ def choose_loader(source: ImageSource, config: DataConfig, device: torch.device,
 
 
 def decoded(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, np.ndarray | None]:
-    """All images, (N, C, S, S) uint8, and for encoded ones the sample that stands in for each, (N,) int64.
+    """All images, (N, C, H, W) uint8, and for encoded ones the sample that stands in for each, (N,) int64.
 
-    Encoded images of another size than S = `config.image_size` are resized and centre-cropped as for evaluation.
+    Encoded images of another size than `config.image_size` are resized and centre-cropped as for evaluation.
     """
     if isinstance(source, ArraySource):
         return np.ascontiguousarray(source.images), None
@@ -125,15 +126,15 @@ def decoded(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, np.nda
                 f"{images.shape[1]}; mix images of one kind, or use --data.loader torch, which converts each"
             )
         return np.concatenate([images, source.generated.images]), readable
-    side, channels = config.image_size, config.channels
-    images = np.empty((len(source), channels, side, side), np.uint8)
+    size, channels = config.image_size, config.channels
+    images = np.empty((len(source), channels, *height_width(size)), np.uint8)
     readable = np.empty(len(source), np.int64)
 
     def fill(index: int) -> None:
         readable[index], pixels = first_readable(index, len(source), source.pixels, config.max_bad_files)
         if pixels is not None:
             one, sizes = np.array([index]), np.array([pixels.shape[:2]])
-            images[index] = cut([pixels], plan_geometry(config, False, 0, one, one, sizes), side, channels)[0].numpy()
+            images[index] = cut([pixels], plan_geometry(config, False, 0, one, one, sizes), size, channels)[0].numpy()
 
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # PIL decodes outside the interpreter's lock
         list(pool.map(fill, range(len(source))))
@@ -143,10 +144,11 @@ def decoded(source: ImageSource, config: DataConfig) -> tuple[np.ndarray, np.nda
 def _check_size(source: ImageSource, config: DataConfig, kind: str) -> None:
     """Arrays of another size than the model's are more likely a slip than a wish to resize."""
     resizes = config.augment == "resized_crop" and kind != "resident"
-    if isinstance(source, (EncodedSource, RawSource)) or resizes or source.image_size == config.image_size:
+    own = source.image_size
+    if isinstance(source, (EncodedSource, RawSource)) or resizes or own is None or own == config.image_size:
         return
     raise ValueError(
-        f"{source.name} has images of {source.image_size} x {source.image_size} pixels but image_size is "
-        f"{config.image_size}; give --data.image_size {source.image_size}, or resize with --data.augment resized_crop "
+        f"{source.name} has images of {said(own)} pixels but image_size is {typed(config.image_size)}; "
+        f"give --data.image_size {typed(own)}, or resize with --data.augment resized_crop "
         "--data.loader torch"
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimir_fast.data.registry import SOURCES
+from mimir_fast.sizes import Size, as_size
 from mimir_fast.validation import check_finite
 
 LOADERS = ("auto", "resident", "torch", "dali", "raw")
@@ -23,8 +24,8 @@ class DataConfig:
     yours registers (--import)"""
     root: str | None = None
     """where the files lie; a brace pattern of tar shards for webdataset; not needed for digits and fashion_mnist"""
-    image_size: int = 32
-    """height and width of the images a batch holds, in pixels"""
+    image_size: Size = 32
+    """pixels along a side of the images a batch holds; two numbers, height and width, where they are not square"""
     channels: int = 3
     """1 or 3; grey is repeated to colour, colour is weighed to luminance"""
     loader: Literal["auto", "resident", "torch", "dali", "raw"] = "auto"
@@ -42,7 +43,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """area of a resized_crop as a part of the image's area"""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """width / height of a resized_crop"""
+    """width / height of the part that a resized_crop cuts out, whatever the shape of the result"""
     flip: bool = True
     """mirror half of the images; turn it off for digits and letters"""
     generated: str | None = None
@@ -66,8 +67,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_finite(self)
         SOURCES.find(self.source)
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
+        try:
+            self.image_size = as_size(self.image_size)
+        except ValueError as error:
+            raise ValueError(f"image_size must be at least 1 pixel: {error}") from None
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {self.channels}")
         if self.loader not in LOADERS:

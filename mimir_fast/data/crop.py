@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mimir_fast.data.geometry import Geometry
 from mimir_fast.ops.crop_resize import crop_resize_directly
+from mimir_fast.sizes import Size
 
 
 def pack(
@@ -43,9 +44,9 @@ def pack(
     return buffer, torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.int64))
 
 
-def cut(pictures: Sequence[np.ndarray], geometry: Geometry, side: int, channels: int) -> Tensor:
-    """(B, channels, side, side) uint8 on the CPU."""
-    return crop_resize_directly(*pack(pictures, geometry, channels), side=side, channels=channels)
+def cut(pictures: Sequence[np.ndarray], geometry: Geometry, size: Size, channels: int) -> Tensor:
+    """(B, channels, height, width) uint8 on the CPU."""
+    return crop_resize_directly(*pack(pictures, geometry, channels), side=size, channels=channels)
 
 
 def needed_part(geometry: Geometry, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

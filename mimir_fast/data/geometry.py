@@ -3,9 +3,9 @@
 Every loader draws these numbers here and only carries them out with its own tools, so PIL, DALI and the tensor ops of
 the resident loader cut the same crop. The numbers are functions of (seed, epoch, sample): see mimir_fast.philox.
 
-    image --box--> part --bicubic resize--> H' x W' --window at anchor, zeros outside--> S x S --mirror-->
+    image --box--> part --bicubic resize--> H' x W' --window at anchor, zeros outside--> S --mirror-->
 
-Shapes: B samples, S the side of the result. Coordinates are (y, x) in pixels; all integers.
+Shapes: B samples, S the size of the result: height and width. Coordinates are (y, x) in pixels; all integers.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ import torch
 
 from mimir_fast.data.config import DataConfig
 from mimir_fast.philox import Stream, uniform
+from mimir_fast.sizes import height_width
 
 _CROP_ATTEMPTS = 10
-EVALUATION_RATIO = 256 / 224  # short side before the centre crop / side of the crop
+EVALUATION_RATIO = 256 / 224  # side before the centre crop / side of the crop, where the image fits it tightly
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Geometry:
     Attributes:
         box: (B, 4) int64 y, x, height, width inside the source image.
         size: (B, 2) int64 height and width the box is resized to.
-        anchor: (B, 2) int64 corner of the S x S window in the resized box; may lie outside, zeros fill.
+        anchor: (B, 2) int64 corner of the window of size S in the resized box; may lie outside, zeros fill.
         mirror: (B,) bool.
     """
 
@@ -85,26 +86,27 @@ def plan_geometry(
 ) -> Geometry:
     """The way from images of the given sizes to `config.image_size`.
 
-    Without augmentation an image of that very size is left alone; any other has its short side resized to 8/7 of it
-    (256 for 224) and the centre cut out. `pad_crop` resizes the short side to it, and shifts the central window.
+    Without augmentation an image of that very size is left alone; any other is resized until it just covers 8/7 of it
+    (short side 256 for 224 x 224) and the centre cut out. `pad_crop` covers it, and shifts the central window.
 
     Args:
         samples, epochs: (B,) int64.
         sizes: (B, 2) int64 height and width of the images.
     """
-    side, num_samples = config.image_size, len(samples)
+    wanted, num_samples = np.array(height_width(config.image_size)), len(samples)
     how = config.augment if augment else "none"
     mirror = draw_mirror(seed, samples, epochs) if augment and config.flip else np.zeros(num_samples, bool)
     if how == "resized_crop":
         box = draw_box(seed, samples, epochs, sizes, config.crop_scale, config.crop_ratio)
-        size = np.full((num_samples, 2), side, np.int64)
+        size = np.tile(wanted.astype(np.int64), (num_samples, 1))
         return Geometry(box, size, np.zeros((num_samples, 2), np.int64), mirror)
 
     box = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
-    is_native = (sizes == side).all(axis=1, keepdims=True)
-    short = side if how == "pad_crop" else round(side * EVALUATION_RATIO)
-    size = np.where(is_native, side, sizes * short // sizes.min(axis=1, keepdims=True))
-    anchor = np.rint((size - side) / 2).astype(np.int64)
+    is_native = (sizes == wanted).all(axis=1, keepdims=True)
+    covered = wanted if how == "pad_crop" else np.rint(wanted * EVALUATION_RATIO).astype(np.int64)
+    tight = (covered[0] * sizes[:, 1] < covered[1] * sizes[:, 0]).astype(np.int64)  # the axis with nothing to spare
+    size = np.where(is_native, wanted, sizes * covered[tight][:, None] // sizes[np.arange(num_samples), tight][:, None])
+    anchor = np.rint((size - wanted) / 2).astype(np.int64)
     if how == "pad_crop":
         anchor += draw_shift(seed, samples, epochs, config.crop_padding)
     return Geometry(box, size, anchor, mirror)

@@ -31,6 +31,7 @@ from mimir_fast.evaluation.wrappers import FromProbabilities, Normalized, Opaque
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Statistics, choice_note, name_of
 from mimir_fast.models.opening import weights_only
+from mimir_fast.sizes import Size, as_size, height_width, shown
 
 KINDS = (
     "a run folder, a .safetensors or .pth file, timm:NAME, hf-hub:ORG/NAME, robustbench:DATA/NORM/NAME, a .pt2 "
@@ -107,7 +108,7 @@ def _bytes_of(value: Any) -> bytes:
 
 def load_model(
     spec: str, *, num_classes: int | None, device: torch.device, channels: int = 3, weights: Choice = "auto",
-    image_size: int | None = None, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
+    image_size: Size | None = None, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
     probabilities: bool = False, part: str = "",
 ) -> JudgedModel:  # fmt: skip
     """The model `spec` names.
@@ -137,7 +138,7 @@ def load_model(
     for parameter in judged.module.parameters():
         parameter.requires_grad_(False)
     if image_size is not None:
-        judged.module, notes = at_the_door(judged.module, torch.rand(2, channels, image_size, image_size).to(device))
+        judged.module, notes = at_the_door(judged.module, torch.rand(2, channels, *height_width(image_size)).to(device))
         judged.notes += notes
     if probabilities:
         judged.module = FromProbabilities(judged.module).eval()
@@ -145,7 +146,7 @@ def load_model(
 
 
 def _find(
-    spec: str, num_classes: int | None, channels: int, device: torch.device, weights: Choice, image_size: int | None,
+    spec: str, num_classes: int | None, channels: int, device: torch.device, weights: Choice, image_size: Size | None,
     asked: Statistics | None, part: str,
 ) -> JudgedModel:  # fmt: skip
     path = Path(spec)
@@ -169,13 +170,13 @@ def _find(
             "(python -m mimir_fast.export … --format pt2)"
         )
     if path.exists():
-        return _ours(spec, num_classes, weights, asked, part)
+        return _ours(spec, num_classes, weights, asked, part, image_size)
     if ":" in spec and "/" not in spec:
         return _function(spec)
     raise FileNotFoundError(f"--checkpoint {spec}: there is no such file or folder; a model is given as {KINDS}")
 
 
-def _exported(spec: str, channels: int, device: torch.device, image_size: int | None) -> JudgedModel:
+def _exported(spec: str, channels: int, device: torch.device, image_size: Size | None) -> JudgedModel:
     from torch.export.passes import move_to_device_pass
 
     _runs_code(spec, "torch.export unpickles what is in the file")
@@ -191,11 +192,11 @@ def _exported(spec: str, channels: int, device: torch.device, image_size: int | 
         raise ValueError(
             f"--checkpoint {spec} takes {', '.join(inputs) or 'nothing'}; wanted images (B, C, H, W) alone"
         )
-    given = (channels, image_size, image_size)
+    given, sides = (channels, *height_width(image_size or 1)), dict.fromkeys(map(str, image.shape[2:]))
     if image_size and any(isinstance(n, int) and n != m for n, m in zip(image.shape[1:], given, strict=True)):
         raise ValueError(
             f"--checkpoint {spec} was exported for images of shape {tuple(image.shape[1:])}, the data has {given}: "
-            f"give --data.image_size {image.shape[-1]} --data.channels {image.shape[1]}"
+            f"give --data.image_size {' '.join(sides)} --data.channels {image.shape[1]}"
         )
     notes, least, most = list[str](), 1, None
     if isinstance(size := image.shape[0], int):
@@ -210,7 +211,9 @@ def _exported(spec: str, channels: int, device: torch.device, image_size: int | 
     return JudgedModel(module, spec, "torch.export", notes=notes, code=file_digest(Path(spec)))
 
 
-def _ours(spec: str, num_classes: int | None, weights: Choice, asked: Statistics | None, part: str) -> JudgedModel:
+def _ours(
+    spec: str, num_classes: int | None, weights: Choice, asked: Statistics | None, part: str, image_size: Size | None
+) -> JudgedModel:
     from mimir_fast.checkpoints.reading import resolve_checkpoint
     from mimir_fast.models.classifier import classifier_of
     from mimir_fast.models.opening import find_file
@@ -222,7 +225,7 @@ def _ours(spec: str, num_classes: int | None, weights: Choice, asked: Statistics
         path = resolve_checkpoint(path, "last" if weights == "ema" else weights)
         words = f"{path.name} checkpoint" + {"model": ", trained weights", "ema": ", moving average"}.get(kind, "")
     read = read_weights(path, kind, part)
-    module, report = classifier_of(read, num_classes=num_classes, statistics=asked)
+    module, report = classifier_of(read, num_classes=num_classes, statistics=asked, image_size=image_size)
     notes = [*report.notes, *([note] if (note := choice_note(read.normalization, asked)) else [])]
     inside = _inside(module.normalizer.statistics)
     return JudgedModel(module, spec, "mimir_fast", inside, notes, words, report=report)
@@ -249,14 +252,14 @@ def _hub_settings(spec: str) -> Any:
 def _made_for(settings: dict[str, Any]) -> dict[str, Any]:
     size = settings.get("input_size")
     known = {
-        "image_size": size[-1] if size else None,
+        "image_size": as_size(size[-2:]) if size else None,
         "crop": settings.get("crop_pct"),
         "interpolation": settings.get("interpolation"),
     }
     return {name: value for name, value in known.items() if value}
 
 
-def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | None) -> JudgedModel:
+def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | None) -> JudgedModel:
     import timm
 
     name, _, weights = spec.removeprefix("timm:").partition("@")
@@ -267,7 +270,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | N
     sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     made_for = timm_settings(spec)
     if image_size and image_size != made_for.get("image_size", image_size):
-        notes.append(f"evaluated at {image_size}², made for {made_for['image_size']}²")
+        notes.append(f"evaluated at {shown(image_size)}, made for {shown(made_for['image_size'])}")
     if weights and weights != "random":
         if not Path(weights).is_file():
             raise FileNotFoundError(
@@ -297,7 +300,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: int | N
     return JudgedModel(Normalized(model, tuple(mean), tuple(std)), spec, "timm", words, notes, made_for=made_for)
 
 
-def _create(name: str, image_size: int | None, made_for: dict[str, Any], **options: Any) -> Any:
+def _create(name: str, image_size: Size | None, made_for: dict[str, Any], **options: Any) -> Any:
     """A timm model, told of the image size where it is not its own and it must know (vision transformers)."""
     import timm
 

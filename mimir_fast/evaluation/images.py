@@ -3,7 +3,7 @@
 A shard is what one process works on: images k, k + S, k + 2S, … of S shards. The cut is made when an evaluation starts
 and kept on disk, so an interrupted evaluation goes on with any number of processes.
 
-Shapes: N images, C channels, S × S pixels.
+Shapes: N images, C channels, H × W pixels.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.sources.base import ArraySource, ImageSource, subset
+from mimir_fast.sizes import height_width, said, typed
 from mimir_fast.validation import check_number
 
 
@@ -25,7 +26,7 @@ class EvaluationImages:
     """Decoded images in memory.
 
     Attributes:
-        images: (N, C, S, S) uint8, on the CPU.
+        images: (N, C, H, W) uint8, on the CPU.
         labels: (N,) int64.
         samples: (N,) int64, the index of each in the whole split; random starts are functions of it.
         classes: one name a class.
@@ -54,7 +55,7 @@ class EvaluationImages:
         )
 
     def batches(self, batch_size: int, device: torch.device, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(images (B, C, S, S) float in [0, 1], labels, samples) on the device, from image `start` on."""
+        """(images (B, C, H, W) float in [0, 1], labels, samples) on the device, from image `start` on."""
         for begin in range(start, len(self), batch_size):
             cut = slice(begin, begin + batch_size)
             images = self.images[cut].to(device).float() / 255
@@ -116,10 +117,10 @@ def _by_name(source: ImageSource, names: list[str], path: Path) -> list[int]:
 
 @dataclass(frozen=True)
 class Fitting:
-    """How image files become squares: resize the short side to side / crop, cut out the centre.
+    """How image files come to the model's size: resize until size / crop is just covered, cut out the centre.
 
     Attributes:
-        crop: side of the centre crop as a part of the short side.
+        crop: side of the centre crop as a part of the resized image's, where the crop fits it tightly.
         interpolation: bicubic, bilinear or nearest.
     """
 
@@ -127,30 +128,40 @@ class Fitting:
     interpolation: str = "bicubic"
 
     def __call__(self, pixels: np.ndarray, config: DataConfig) -> np.ndarray:
-        """(C, S, S) uint8 of an image (H, W, 1 or 3) uint8."""
+        """(C, *config.image_size) uint8 of an image (H, W, 1 or 3) uint8."""
         from mimir_fast.data.crop import cut
         from mimir_fast.data.geometry import plan_geometry
 
-        side, channels = config.image_size, config.channels
-        if self == Fitting() or pixels.shape[:2] == (side, side):  # as data/ does it, as every loader has it
+        wanted, channels = height_width(config.image_size), config.channels
+        if self == Fitting() or pixels.shape[:2] == wanted:  # as data/ does it, as every loader has it
             one, sizes = np.array([0]), np.array([pixels.shape[:2]])
-            return cut([pixels], plan_geometry(config, False, 0, one, one, sizes), side, channels)[0].numpy()
+            plan = plan_geometry(config, False, 0, one, one, sizes)
+            return cut([pixels], plan, config.image_size, channels)[0].numpy()
         from PIL import Image
 
         from mimir_fast.data.loaders.base import to_channels
 
         image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
-        short = int(side / self.crop)
-        width, height = image.size
-        scale = short / min(width, height)
-        # As torchvision's Resize and CenterCrop, which timm's preprocessing is made of: the long side is cut to an int.
-        size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        size = self._resized(image.height, image.width, wanted)
         ways = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-        image = image if scale == 1 else image.resize(size, ways.get(self.interpolation, Image.Resampling.NEAREST))
-        left, top = round((image.width - side) / 2), round((image.height - side) / 2)
-        array = np.asarray(image.crop((left, top, left + side, top + side)))
+        if size != (image.height, image.width):
+            image = image.resize(size[::-1], ways.get(self.interpolation, Image.Resampling.NEAREST))
+        top, left = round((image.height - wanted[0]) / 2), round((image.width - wanted[1]) / 2)
+        array = np.asarray(image.crop((left, top, left + wanted[1], top + wanted[0])))
         array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
         return to_channels(torch.from_numpy(np.ascontiguousarray(array))[None], channels)[0].numpy()
+
+    def _resized(self, height: int, width: int, wanted: tuple[int, int]) -> tuple[int, int]:
+        """Height and width before the crop, as timm's preprocessing has them.
+
+        For squares that is torchvision's Resize, where the long side is cut to an integer; else timm's ResizeKeepRatio,
+        where both are rounded.
+        """
+        down, across = (int(side / self.crop) for side in wanted)
+        if down == across:
+            return (int(down * height / width), down) if width <= height else (down, int(down * width / height))
+        ratio = min(height / down, width / across)
+        return round(height / ratio), round(width / ratio)
 
 
 def load_images(
@@ -178,10 +189,11 @@ def load_from(
 
     if len(indices) == 0:
         raise ValueError(f"an empty subset of {source.name} was asked for: there is nothing to evaluate")
-    if isinstance(source, ArraySource) and source.image_size != config.image_size:
+    own = source.image_size
+    if isinstance(source, ArraySource) and own is not None and own != config.image_size:
         raise ValueError(
-            f"{source.name} has images of {source.image_size} x {source.image_size} pixels but image_size is "
-            f"{config.image_size}; give --data.image_size {source.image_size}"
+            f"{source.name} has images of {said(own)} pixels but image_size is "
+            f"{typed(config.image_size)}; give --data.image_size {typed(own)}"
         )
     chosen = subset(source, indices)
     if (chosen.labels < 0).any():
@@ -206,13 +218,13 @@ def load_from(
 def decode_source(
     source: ImageSource, config: DataConfig, fitting: Fitting | None = None
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """((N, C, S, S) uint8, position → reason for unreadable files, whose pixels stay black)."""
+    """((N, C, H, W) uint8, position → reason for unreadable files, whose pixels stay black)."""
     if isinstance(source, ArraySource):
         return np.ascontiguousarray(source.images), {}
     from mimir_fast.data.decode import UnreadableImageError
 
-    fit, side = fitting or Fitting(), config.image_size
-    images, bad = np.zeros((len(source), config.channels, side, side), np.uint8), {}
+    fit, bad = fitting or Fitting(), {}
+    images = np.zeros((len(source), config.channels, *height_width(config.image_size)), np.uint8)
 
     def fill(index: int) -> None:
         try:

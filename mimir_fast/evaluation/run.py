@@ -170,7 +170,7 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
 
 def identity_of(config: EvaluateConfig, model: JudgedModel, indices: np.ndarray, fitting: Fitting) -> dict[str, Any]:
     """What the numbers of all topics depend on: model, code, images, packages."""
-    root = config.data.root
+    root, size = config.data.root, config.data.image_size
     return {
         "checkpoint": model.name,
         "weights": model.digest(),
@@ -178,7 +178,8 @@ def identity_of(config: EvaluateConfig, model: JudgedModel, indices: np.ndarray,
         "preprocessing": model.preprocessing,
         "data": {
             "source": config.data.source, "root": root and str(Path(root).expanduser().resolve()),
-            "size": config.data.image_size, "channels": config.data.channels, **asdict(fitting),
+            "size": list(size) if isinstance(size, tuple) else size, "channels": config.data.channels,
+            **asdict(fitting),
         },
         "indices": hashlib.sha256(indices.tobytes()).hexdigest()[:16],
         "num_images": len(indices),

@@ -18,6 +18,7 @@ from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.normalization import Normalizer, Statistics, to_metadata
 from mimir_fast.models.weight_files import Weights, WeightsError
 from mimir_fast.ops.patches import patchify
+from mimir_fast.sizes import height_width
 
 Domain = Literal["clean", "adversarial"]
 
@@ -103,7 +104,7 @@ class Original:
     def images(self, batch: int) -> Tensor:
         """(B, C, H, W) random ones in [0, 1], the same ones each time."""
         size, generator = self.architecture.image_size, torch.Generator().manual_seed(batch)
-        return torch.rand(batch, self.architecture.channels, size, size, generator=generator)
+        return torch.rand(batch, self.architecture.channels, *height_width(size), generator=generator)
 
 
 def _load_encoder(weights: Weights, architecture: Architecture) -> Encoder:

@@ -25,6 +25,7 @@ from mimir_fast.methods.pgd import Pgd
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
+from mimir_fast.sizes import Size, area, height_width
 from mimir_fast.validation import check_finite
 
 
@@ -66,13 +67,13 @@ def draw_gates(rate_B: Tensor, inputs: Inputs, num_layers: int, num_branches: in
     return (draws < rate_B[:, None]).view(-1, num_steps, num_layers, num_branches).transpose(0, 1)
 
 
-def draw_patch_masks(rate_B: Tensor, inputs: Inputs, grid: int, num_steps: int) -> Tensor:
-    """(steps, B, 1, grid, grid) float: 0 where the perturbation is erased, at int(N·(1 − r)) patches."""
-    num_patches = grid**2
+def draw_patch_masks(rate_B: Tensor, inputs: Inputs, grid: Size, num_steps: int) -> Tensor:
+    """(steps, B, 1, rows, columns) float: 0 where the perturbation is erased, at int(N·(1 − r)) patches."""
+    num_patches = area(grid)
     draws = random_uniform(inputs.seed, Stream.PATCH_GATE, inputs.step, inputs.samples, num_steps * num_patches)
     rank = draws.view(-1, num_steps, num_patches).argsort(dim=2, stable=True).argsort(dim=2, stable=True)
     num_erased = (num_patches * (1 - rate_B)).long().view(-1, 1, 1)
-    return (rank >= num_erased).float().transpose(0, 1).unflatten(2, (1, grid, grid))
+    return (rank >= num_erased).float().transpose(0, 1).unflatten(2, (1, *height_width(grid)))
 
 
 class ArdPrm(Pgd):

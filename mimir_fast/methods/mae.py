@@ -20,6 +20,7 @@ from mimir_fast.ops.masked_loss import Kind, masked_loss
 from mimir_fast.ops.patches import patchify, patchify_gather
 from mimir_fast.ops.random_masks import TokenOrder
 from mimir_fast.philox import Stream
+from mimir_fast.sizes import Size, height_width
 from mimir_fast.validation import check_choice
 
 
@@ -36,11 +37,15 @@ class MaeConfig(MaskConfig):
         super().__post_init__()
         check_choice("pixel_loss", self.pixel_loss, ("l2", "l1"))
 
-    def fit(self, image_size: int) -> Self:
+    def fit(self, image_size: Size) -> Self:
         """SimMIM's unit of 32 pixels is for 224²: images that have no four of them a side are masked by the patch."""
-        return replace(self, mask_unit=None) if self.mask_unit and image_size < 4 * self.mask_unit else self
+        return (
+            replace(self, mask_unit=None)
+            if self.mask_unit and min(height_width(image_size)) < 4 * self.mask_unit
+            else self
+        )
 
-    def check_images(self, image_size: int, mask_unit: int) -> None:
+    def check_images(self, image_size: Size, mask_unit: int) -> None:
         """Raises ValueError where the unit does not tile the image, or the ratio leaves no patch on either side."""
         self.units(mask_unit, image_size)
 

@@ -15,6 +15,7 @@ from mimir_fast.methods.registry import Objective
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.ops.random_masks import TokenOrder, random_masks
 from mimir_fast.philox import Stream
+from mimir_fast.sizes import Size, area, divided, divides, height_width, typed
 from mimir_fast.validation import check_number
 
 
@@ -36,20 +37,21 @@ class MaskConfig(Objective):
             check_number("mask_unit", self.mask_unit, at_least=1, hint="a multiple of the patch in pixels, such as 32")
         check_number("decode_ratio", self.decode_ratio, above=0, at_most=1)
 
-    def units(self, patch_size: int, image_size: int) -> tuple[int, int, int]:
+    def units(self, patch_size: int, image_size: Size) -> tuple[int, int, int]:
         """Patches a side of a unit, N units of an image, and how many stay visible: int(N·(1 − mask_ratio)), as in MAE.
 
         Raises:
             ValueError: `mask_unit` does not fit the patch or the image; nothing would be visible, or nothing masked.
         """
         unit, ratio = self.mask_unit or patch_size, self.mask_ratio
-        if unit % patch_size or image_size % unit:
-            fits = [u for u in range(patch_size, image_size, patch_size) if image_size % u == 0]
+        if unit % patch_size or not divides(unit, image_size):
+            short = min(height_width(image_size))
+            fits = [u for u in range(patch_size, short, patch_size) if divides(u, image_size)]
             raise ValueError(
                 f"mask_unit={unit} must be a multiple of the patch ({patch_size} pixels) and tile the image "
-                f"({image_size}): {', '.join(map(str, fits)) or 'take smaller patches'} would do"
+                f"({typed(image_size)}): {', '.join(map(str, fits)) or 'take smaller patches'} would do"
             )
-        num_units = (image_size // unit) ** 2
+        num_units = area(divided(image_size, unit))
         keep = int(num_units * (1 - ratio))
         if not 0 < keep < num_units:
             raise ValueError(
@@ -84,12 +86,13 @@ class Mask(NamedTuple):
     masked: Tensor
 
 
-def patches_of_units(ids_BU: Tensor, factor: int, grid: int) -> Tensor:
-    """(B, U·factor²) numbers of the patches inside the units `ids_BU`, of a grid × grid image."""
-    units = grid // factor
+def patches_of_units(ids_BU: Tensor, factor: int, grid: Size) -> Tensor:
+    """(B, U·factor²) numbers of the patches inside the units `ids_BU`, of an image of that grid of patches."""
+    _, columns = height_width(grid)
+    units = columns // factor
     inside = torch.arange(factor, device=ids_BU.device)
-    offsets = (inside[:, None] * grid + inside[None, :]).flatten()
-    first = ids_BU // units * (factor * grid) + ids_BU % units * factor
+    offsets = (inside[:, None] * columns + inside[None, :]).flatten()
+    first = ids_BU // units * (factor * columns) + ids_BU % units * factor
     return (first.unsqueeze(-1) + offsets).flatten(1)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
 from mimir_fast.registry import Registry
+from mimir_fast.sizes import Size
 
 Stage = Literal["pretrain", "finetune"]
 DEFAULT: Mapping[Stage, str] = {"pretrain": "mimir", "finetune": "pgd"}
@@ -29,12 +30,12 @@ class Objective:
 
     free_to_change: ClassVar[frozenset[str]] = frozenset()
 
-    def fit(self, image_size: int) -> Self:
-        """These options with those replaced by their defaults that make no sense for images of this side in pixels."""
+    def fit(self, image_size: Size) -> Self:
+        """These options with those replaced by their defaults that make no sense for images of this size in pixels."""
         return self
 
-    def check_images(self, image_size: int, mask_unit: int) -> None:
-        """Raises ValueError where the options do not fit images of this side with units of `mask_unit` pixels."""
+    def check_images(self, image_size: Size, mask_unit: int) -> None:
+        """Raises ValueError where the options do not fit images of this size with units of `mask_unit` pixels."""
 
     def check_model(self, model: nn.Module) -> None:
         """Raises ValueError for a model that cannot do what the options ask for."""

@@ -89,4 +89,5 @@ class MaskedStep:
         perturbed = completed(patches_BNP) if perturbed_BNP is None else perturbed_BNP
         rows = {"input": patches_BNP} | ({} if torch.equal(perturbed, patches_BNP) else {"perturbed": perturbed})
         rows |= {"masked": completed(torch.full_like(patches_BNP, 0.5)), "reconstruction": completed(prediction)}
-        return {name: unpatchify(row, self.bare.patch_size) for name, row in rows.items()}
+        height = self.batch.images.shape[2]
+        return {name: unpatchify(row, self.bare.patch_size, height) for name, row in rows.items()}

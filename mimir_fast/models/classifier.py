@@ -7,7 +7,7 @@ takes its factors from the caller (`draw_drop_path`), so a forward without them 
 Token dropping (AGAT: Wu et al., arXiv 2207.10498) works in train mode only: after each attention layer the patch tokens
 that were looked at least are left behind, so later layers, and the attack's passes with them, get cheaper.
 
-Shapes: B images, C channels, H = W pixels, T = prefix + N tokens, D width, L layers, R branches, K classes.
+Shapes: B images, C channels, H x W pixels, T = prefix + N tokens, D width, L layers, R branches, K classes.
 """
 
 from collections.abc import Sequence
@@ -37,6 +37,7 @@ from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import OUTSIDE, Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import patchify
+from mimir_fast.sizes import Size, height_width, said
 from mimir_fast.validation import check_choice, check_number
 
 
@@ -75,7 +76,7 @@ class ClassifierConfig:
     std: tuple[float, ...] | None = None
     """The deviation as numbers, one a channel."""
 
-    def architecture(self, image_size: int, channels: int = 3) -> Architecture:
+    def architecture(self, image_size: Size, channels: int = 3) -> Architecture:
         """What the encoder is built from."""
         return architecture_of(self.family, self.encoder, image_size, self.patch_size, channels, self.options)
 
@@ -107,7 +108,7 @@ class Classifier(Parted):
 
     Args:
         config: the choices; kept as `config` and saved beside the weights.
-        image_size: side of the images in pixels.
+        image_size: of the images, in pixels.
         num_classes: outputs of the head, at least 2.
         channels: of the images.
         norm_first: the encoder's norm comes before the pooling; None: where `global_pool` and the family have it.
@@ -116,7 +117,7 @@ class Classifier(Parted):
     file_parts = ("encoder",)
 
     def __init__(
-        self, config: ClassifierConfig, image_size: int, num_classes: int, channels: int = 3,
+        self, config: ClassifierConfig, image_size: Size, num_classes: int, channels: int = 3,
         norm_first: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -162,10 +163,10 @@ class Classifier(Parted):
         branch_gates_BLR: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D): all tokens after the last layer, cls in front (timm's convention); arguments as for `forward`."""
-        if images_BCHW.shape[-2:] != (self.image_size, self.image_size):
+        if images_BCHW.shape[-2:] != height_width(self.image_size):
             raise ValueError(
                 f"images of {images_BCHW.shape[-2]} x {images_BCHW.shape[-1]} pixels for a classifier of "
-                f"{self.image_size} x {self.image_size}: resize them, or build the model with that image_size"
+                f"{said(self.image_size)}: resize them, or build the model with that image_size"
             )
         if images_BCHW.dtype == torch.uint8:
             images_BCHW = images_BCHW.float() / 255
@@ -217,14 +218,14 @@ class Classifier(Parted):
         return self.encoder.num_layers
 
 
-def build_classifier(config: ClassifierConfig, image_size: int, num_classes: int, channels: int = 3) -> Classifier:
+def build_classifier(config: ClassifierConfig, image_size: Size, num_classes: int, channels: int = 3) -> Classifier:
     """The classifier a config names, freshly initialised from torch's global generator."""
     return Classifier(config, image_size, num_classes, channels)
 
 
 def load_classifier(
     source: str | Path | Weights, which: WeightsChoice = "auto", *, num_classes: int | None = None,
-    statistics: Statistics | None = None, options: Sequence[str] = (),
+    statistics: Statistics | None = None, options: Sequence[str] = (), image_size: Size | None = None,
 ) -> Classifier:  # fmt: skip
     """A trained classifier in eval mode, taking images in [0, 1], from anything `read_weights` reads.
 
@@ -235,23 +236,26 @@ def load_classifier(
         num_classes: what the data has; checked.
         statistics: (mean, std) to normalise by, in place of what the weights say; None where neither does is none.
         options: what neither tensors nor file say, as in ClassifierConfig: heads=12, eps=1e-5, gelu=tanh.
+        image_size: of images that are no squares, where the file does not say it.
     Raises:
         WeightsError: not a classifier, damaged, of another architecture, or for another number of classes.
     """
     weights = source if isinstance(source, Weights) else read_weights(source, which)
-    return classifier_of(weights, num_classes=num_classes, statistics=statistics, options=options)[0]
+    return classifier_of(
+        weights, num_classes=num_classes, statistics=statistics, options=options, image_size=image_size
+    )[0]
 
 
 def classifier_of(
     weights: Weights, *, num_classes: int | None = None, statistics: Statistics | None = None,
-    options: Sequence[str] = (),
+    options: Sequence[str] = (), image_size: Size | None = None,
 ) -> tuple[Classifier, LoadReport]:  # fmt: skip
     """The classifier that weights are of, in eval mode, and what became of them; see `load_classifier`.
 
     Sizes come from the tensors' shapes, the rest from the configuration saved with them where there is one, or from
     what the file says. Decoder, mask token and the norms for adversarial images are left out.
     """
-    architecture, found_classes = infer_architecture(weights, options)
+    architecture, found_classes = infer_architecture(weights, options, image_size)
     if found_classes is None:
         outside = [name for name, why in weights.left_out.items() if why == OUTSIDE]
         beside = f" (outside of the encoder are {', '.join(outside[:4])})" if outside else ""

@@ -2,7 +2,7 @@
 
 Images come in as patches: squares of `mask_unit` pixels, the smallest thing a mask can hide. Only the visible ones are
 given, with their places. So nothing masked can reach the latent, by construction.
-Shapes: B images, N = grid² patches, K visible ones, P = unit²·C numbers a patch, D width, T tokens inside a patch.
+Shapes: B images, N patches of the grid, K visible ones, P = unit²·C numbers a patch, D width, T tokens inside a patch.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from mimir_fast.layers.norms import CLEAN, SUFFIX, add_adapters
 from mimir_fast.models.branches import Branches
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches
+from mimir_fast.sizes import Size, area, divided, divides, height_width, typed
 
 # Parameters (1, rows, D) in front of the patches, in this order: a cls token, DeiT's distillation token, registers.
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
@@ -37,7 +38,7 @@ class Encoder(nn.Module):
         cls_joins: layers in front of which the cls token joins the patches; of interest to who freezes some.
     """
 
-    image_size: int
+    image_size: Size
     channels: int
     mask_unit: int
     width: int
@@ -55,14 +56,14 @@ class Encoder(nn.Module):
         return isinstance(getattr(self, "cls_token", None), nn.Parameter)
 
     @property
-    def grid(self) -> int:
-        """Patches along a side of the image."""
-        return self.image_size // self.mask_unit
+    def grid(self) -> Size:
+        """Patches along a side of the image: one number for a square, else rows and columns."""
+        return divided(self.image_size, self.mask_unit)
 
     @property
     def num_patches(self) -> int:
-        """N, patches of an image: grid²."""
-        return self.grid**2
+        """N, patches of an image."""
+        return area(self.grid)
 
     @property
     def patch_dim(self) -> int:
@@ -149,7 +150,7 @@ def fill_in(tokens: Tensor, places_BK: Tensor, mask_token_D: Tensor, num_patches
     return torch.scatter(full, 1, index, tokens)
 
 
-def conv_over_grid(conv: nn.Module, x_BKP: Tensor, side: int, places_BK: Tensor | None, grid: int) -> Tensor:
+def conv_over_grid(conv: nn.Module, x_BKP: Tensor, side: int, places_BK: Tensor | None, grid: Size) -> Tensor:
     """A convolution over visible patches on their grid, zeros in the holes: (B, K, s'·s'·C'), s' = s / stride.
 
     So nothing of a masked patch reaches a visible one, and what follows (norms with their statistics, activations) sees
@@ -162,21 +163,21 @@ def conv_over_grid(conv: nn.Module, x_BKP: Tensor, side: int, places_BK: Tensor 
         places_BK: where they belong; None when all N are there in raster order.
     """
     B, P = x_BKP.shape[0], x_BKP.shape[-1]
-    s, C = side, P // side**2
-    full = x_BKP if places_BK is None else fill_in(x_BKP, places_BK, x_BKP.new_zeros(P), grid**2)
-    image_BHWC = full.reshape(B, grid, grid, s, s, C).transpose(2, 3).reshape(B, grid * s, grid * s, C)
+    s, C, (down, across) = side, P // side**2, height_width(grid)
+    full = x_BKP if places_BK is None else fill_in(x_BKP, places_BK, x_BKP.new_zeros(P), down * across)
+    image_BHWC = full.reshape(B, down, across, s, s, C).transpose(2, 3).reshape(B, down * s, across * s, C)
     out_BHWC = conv(image_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels last in memory, all the way
-    t = out_BHWC.shape[1] // grid
-    rows = out_BHWC.reshape(B, grid, t, grid, t, -1).transpose(2, 3).reshape(B, grid**2, -1)
+    t = out_BHWC.shape[1] // down
+    rows = out_BHWC.reshape(B, down, t, across, t, -1).transpose(2, 3).reshape(B, down * across, -1)
     return rows if places_BK is None else gather_patches(rows, places_BK)
 
 
-def check_patch_size(image_size: int, patch_size: int) -> int:
+def check_patch_size(image_size: Size, patch_size: int) -> int:
     """The patch size; raises ValueError, naming those that would do, when the patches do not tile the image."""
-    if patch_size < 1 or image_size % patch_size:
-        fits = [p for p in (2, 4, 7, 8, 14, 16, 28, 32) if image_size % p == 0]
+    if not divides(patch_size, image_size):
+        fits = [p for p in (2, 4, 7, 8, 14, 16, 28, 32) if divides(p, image_size)]
         raise ValueError(
-            f"image size {image_size} is not divisible by patch size {patch_size}; "
+            f"image size {typed(image_size)} is not divisible by patch size {patch_size}; "
             f"patch sizes that fit: {', '.join(map(str, fits)) or 'none of the usual ones, resize the images'}"
         )
     return patch_size

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
+from mimir_fast.sizes import Size, as_size
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -20,7 +22,7 @@ class Facts:
         gelu: the exact function (erf) or its approximation (tanh).
         mean, std: subtracted from and divided out of images in [0, 1], one number a channel.
         pool: what the head looks at, the mean of the patch tokens or the cls token.
-        image_size: side in pixels of the images it was trained on.
+        image_size: of the images it was trained on, in pixels.
         decoder_heads: attention heads of the decoder.
         norm_pixels: the decoder predicts patches of zero mean and unit variance.
         part: which of several encoders in the file this is, by the name it has there.
@@ -32,7 +34,7 @@ class Facts:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     pool: Literal["avg", "cls"] | None = None
-    image_size: int | None = None
+    image_size: Size | None = None
     decoder_heads: int | None = None
     norm_pixels: bool | None = None
     part: str | None = None
@@ -50,15 +52,22 @@ def facts_of_args(args: Any) -> Facts:
     """From the options a training script saved: the MIMIR authors', MAE's and timm's names."""
     said = args if isinstance(args, dict) else vars(args) if hasattr(args, "__dict__") else {}
     size = said.get("input_size", said.get("img_size"))
-    size = size[-1] if isinstance(size, (list, tuple)) and size else size
     norm_pixels, pool = said.get("norm_pix_loss"), said.get("global_pool")
     return Facts(
         mean=numbers(said.get("mean")),
         std=numbers(said.get("std")),
-        image_size=size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None,
+        image_size=size_said(size),
         norm_pixels=norm_pixels if isinstance(norm_pixels, bool) else None,
         pool=None if not isinstance(pool, bool) else "avg" if pool else "cls",
     )
+
+
+def size_said(value: Any) -> Size | None:
+    """The size that one number, height and width, or channels, height and width mean; None for anything else."""
+    sides = list(value[-2:]) if isinstance(value, (list, tuple)) and value else [value]
+    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        return None
+    return as_size((sides[0], sides[-1]))
 
 
 def numbers(value: Any) -> tuple[float, ...] | None:

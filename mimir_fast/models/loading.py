@@ -4,7 +4,7 @@ Only these may be in a file and not in the model: a decoder and its mask token, 
 another pooling, the norms of another domain, and what the file's layout says is no part of the function. Anything else
 would change the function, so it is refused by name.
 
-Shapes: N patch tokens (grid × grid), D width, K classes.
+Shapes: N patch tokens, D width, K classes.
 """
 
 import math
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mimir_fast.layers.norms import is_adapter
 from mimir_fast.models.encoder import Encoder
+from mimir_fast.models.facts import size_said
 from mimir_fast.models.families import (
     Architecture,
     Family,
@@ -28,6 +29,7 @@ from mimir_fast.models.families import (
     describe,
     find_family,
     informed,
+    mask_unit_of,
     recognise,
     why_not,
 )
@@ -37,6 +39,7 @@ from mimir_fast.models.normalization import Normalizer, flags, same, words
 from mimir_fast.models.options import option_texts, parse_options
 from mimir_fast.models.patch_resize import with_patches_of
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
+from mimir_fast.sizes import Size, area, divided, height_width
 
 __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_weights", "resize_positions"]
 
@@ -74,26 +77,33 @@ def initialize(
     """
     weights = source if isinstance(source, Weights) else read_weights(source, which, part)
     own = to_files(model, model.state_dict())
+    theirs, _ = infer_architecture(weights, image_size=_size_of(model))
+    grids = _grids(theirs, model)
     tensors, resized = with_patches_of(weights.tensors, own)
     weights = replace(weights, tensors=dict(tensors))
-    _check_architecture(weights, own, model)
-    report = fill(model, weights, whole=False)
+    if resized and (ours := recognise(own, _size_of(model))) is not None:
+        theirs = replace(theirs, patch_size=ours.patch_size)
+    _check_architecture(weights, theirs, own, model)
+    report = fill(model, weights, whole=False, grids=grids)
     report.resized = [*resized, *report.resized]
     return report
 
 
-def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
+def fill(
+    model: nn.Module, weights: Weights, *, whole: bool, grids: tuple[Size, Size] | None = None
+) -> LoadReport:  # fmt: skip
     """Put weights into a model of their architecture.
 
     Args:
         whole: the model was built for these weights: nothing of it may stay fresh, nothing is resized, and NaN is
             noted. Else it goes on to be trained: heads, norms in front of them and decoders may be missing.
+        grids: patches along the sides of their images and of the model's, where one of these is no square.
     Raises:
         WeightsError: by the name of the tensor that does not fit, is missing, is no tensor of numbers, or (not `whole`)
             holds NaN; in this case the model is filled nevertheless.
     """
     own = to_files(model, model.state_dict())
-    architecture = recognise(own)
+    architecture = recognise(own, _size_of(model))
     family = None if architecture is None else find_family(architecture.family)
     report = LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out), notes=list(weights.notes))
     unfit = {} if whole else _unfit_heads(weights.tensors, own) | _unfit_decoder(weights.tensors, own)
@@ -110,10 +120,15 @@ def fill(model: nn.Module, weights: Weights, *, whole: bool) -> LoadReport:
                 "use weights of one of our encoders"
             )
         _check_numbers(name, tensor, own[name], weights.origin)
-        if tensor.shape == own[name].shape:
+        fits = tensor.shape == own[name].shape
+        resized = None
+        if not whole and (
+            not fits or (grids is not None and grids[0] != grids[1])
+        ):  # 2 x 8 patches are as many as 4 x 4
+            resized = _resize(name, tensor, own[name].shape, num_patches, family, grids)
+        if fits and resized is None:
             ready[name] = tensor
             continue
-        resized = None if whole else _resize(name, tensor, own[name].shape, num_patches, family)
         if resized is None:
             raise WeightsError(
                 f"{weights.origin} is of another architecture: {name} is {tuple(tensor.shape)} there, "
@@ -222,11 +237,27 @@ def _unfit_decoder(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
 
 
 def _resize(
-    name: str, tensor: Tensor, shape: torch.Size, num_patches: int | None, family: Family | None
-) -> Tensor | None:
+    name: str, tensor: Tensor, shape: torch.Size, num_patches: int | None, family: Family | None,
+    grids: tuple[Size, Size] | None,
+) -> Tensor | None:  # fmt: skip
     if name in ("pos_embed", "decoder_pos_embed") and tensor.ndim == 3 and tensor.shape[-1] == shape[-1]:
-        return resize_positions(tensor, shape[1], None if num_patches is None else shape[1] - num_patches)
-    return None if family is None else family.resize(name, tensor, shape)
+        return resize_positions(tensor, shape[1], None if num_patches is None else shape[1] - num_patches, grids)
+    return None if family is None else family.resize(name, tensor, shape, *(grids or ()))
+
+
+def _size_of(model: nn.Module) -> Size | None:
+    """Size of the images of a model of ours."""
+    encoder = getattr(model, "encoder", model)
+    return encoder.image_size if isinstance(encoder, Encoder) else None
+
+
+def _grids(theirs: Architecture | None, model: nn.Module) -> tuple[Size, Size] | None:
+    """Patches along the sides of the images of the weights and of the model, where one of these is no square."""
+    encoder = getattr(model, "encoder", model)
+    if theirs is None or find_family(theirs.family).sized is None or not isinstance(encoder, Encoder):
+        return None
+    grids = divided(theirs.image_size, mask_unit_of(theirs)), encoder.grid
+    return None if isinstance(grids[0], int) and isinstance(grids[1], int) else grids
 
 
 def _check_numbers(name: str, tensor: Tensor, own: Tensor, origin: str) -> None:
@@ -298,38 +329,50 @@ def _assumed(model: nn.Module, weights: Weights, family: Family | None) -> list[
     return found
 
 
-def resize_positions(pos_embed_1TD: Tensor, num_rows: int, num_prefix: int | None = None) -> Tensor:
+def resize_positions(
+    pos_embed_1TD: Tensor, num_rows: int, num_prefix: int | None = None, grids: tuple[Size, Size] | None = None
+) -> Tensor:
     """(1, num_rows, D): the grid resized by bicubic interpolation; the rows in front of it are kept.
 
     Args:
         num_prefix: how many these are (cls token, registers); None for one where the rows are no square, else none.
+        grids: the old and the new one; None for squares.
     Raises:
-        WeightsError: the other rows are no square grid, here or there.
+        WeightsError: the other rows are no such grid, here or there.
     """
     rows = pos_embed_1TD.shape[1]
     prefix = int(math.isqrt(rows) ** 2 != rows) if num_prefix is None else num_prefix
-    old, new = (math.isqrt(max(0, count - prefix)) for count in (rows, num_rows))
-    if old**2 + prefix != rows or new**2 + prefix != num_rows:
+    old, new = grids or (math.isqrt(max(0, count - prefix)) for count in (rows, num_rows))
+    if area(old) + prefix != rows or area(new) + prefix != num_rows:
         raise WeightsError(
-            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be square grids "
-            f"behind {prefix} rows of cls token and registers"
+            f"a position embedding of {rows} rows does not become the model's {num_rows}: both must be "
+            f"{'whole' if grids else 'square'} grids behind {prefix} rows of cls token and registers"
         )
-    grid = pos_embed_1TD[:, prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    grid = pos_embed_1TD[:, prefix:].float().reshape(1, *height_width(old), -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=height_width(new), mode="bicubic", align_corners=False)
     resized = grid.flatten(2).transpose(1, 2).to(pos_embed_1TD.dtype)
     return torch.cat([pos_embed_1TD[:, :prefix], resized], dim=1)
 
 
-def infer_architecture(weights: Weights, options: Sequence[str] = ()) -> tuple[Architecture, int | None]:
+def infer_architecture(
+    weights: Weights, options: Sequence[str] = (), image_size: Size | None = None
+) -> tuple[Architecture, int | None]:
     """The encoder, and the classes of the head if there is one: from the tensors, and from what the file says.
 
     Args:
         options: what no tensor shows, as it is typed: heads=12, eps=1e-5; goes before what was saved with the weights.
+        image_size: where the weights do not say theirs and it is no square, this is it if it fits their tensors.
     Raises:
         WeightsError: no encoder of ours has such tensors.
         ValueError: options that the family does not know.
     """
-    architecture = recognise(weights.tensors)
+    saved = _saved_size(weights)
+    architecture = recognise(weights.tensors, saved)
+    if saved is None and image_size is not None and not isinstance(image_size, int):
+        other = recognise(weights.tensors, image_size)
+        # As many patches in a square are taken for the square.
+        if architecture is None or not _is_square_of_as_many(architecture, other):
+            architecture = other
     if architecture is None and (reason := why_not(weights.tensors)):
         hint = next((words for mark, words in _HINTS.items() if mark in reason), "")
         raise WeightsError(
@@ -347,11 +390,27 @@ def infer_architecture(weights: Weights, options: Sequence[str] = ()) -> tuple[A
     for texts in (config.get("options", ()), options):
         said |= parse_options(texts, family.options, family.title)
     architecture = informed(architecture, said)
-    saved = ((weights.config or {}).get("data") or {}).get("image_size", weights.facts.image_size)
-    if saved is not None and not family.image_size_in_tensors:
-        architecture = replace(architecture, image_size=saved)
+    if not family.image_size_in_tensors or (family.sized is None and isinstance(saved, tuple)):
+        architecture = replace(architecture, image_size=saved or image_size or architecture.image_size)
+    elif not isinstance(architecture.image_size, int) and architecture.image_size not in (saved, image_size):
+        positions = weights.tensors.get("pos_embed")
+        rows = "" if positions is None else f" (pos_embed is {tuple(positions.shape)})"
+        raise WeightsError(
+            f"{weights.origin} is of images that are no squares{rows}, and no tensor tells their height and width: "
+            "give --data.image_size HEIGHT WIDTH as it was trained with"
+        )
     head = weights.tensors.get("head.weight")
     return architecture, None if head is None else len(head)
+
+
+def _is_square_of_as_many(one: Architecture, other: Architecture | None) -> bool:
+    return isinstance(one.image_size, int) and other is not None and area(one.image_size) == area(other.image_size)
+
+
+def _saved_size(weights: Weights) -> Size | None:
+    """Size of the images that the weights say they were trained on."""
+    said = ((weights.config or {}).get("data") or {}).get("image_size")
+    return weights.facts.image_size if said is None else size_said(said)
 
 
 def _outline(tensors: Mapping[str, Tensor]) -> str:
@@ -363,8 +422,10 @@ def _outline(tensors: Mapping[str, Tensor]) -> str:
     return f"width {first.shape[0]}, depth {depth}, patch {first.shape[-1]}, {first.shape[1]} channels"
 
 
-def _check_architecture(weights: Weights, own: dict[str, Tensor], model: nn.Module) -> None:
-    theirs, ours = infer_architecture(weights)[0], recognise(own)
+def _check_architecture(
+    weights: Weights, theirs: Architecture, own: dict[str, Tensor], model: nn.Module
+) -> None:  # fmt: skip
+    ours = recognise(own, _size_of(model))
     if ours is None:  # a model of another maker: the shapes are compared one by one
         same = {n: t.shape for n, t in own.items() if n.startswith("blocks.")}
         if all(n in weights.tensors and weights.tensors[n].shape == shape for n, shape in same.items()):

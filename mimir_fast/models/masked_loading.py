@@ -12,11 +12,13 @@ from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, b
 from mimir_fast.models.normalization import Statistics, fields_of
 from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
+from mimir_fast.sizes import Size
 
 
 def load_masked_model(
-    source: str | Path | Weights, which: WeightsChoice = "auto", *, statistics: Statistics | None = None
-) -> tuple[MaskedModel, dict[str, Any]]:
+    source: str | Path | Weights, which: WeightsChoice = "auto", *, statistics: Statistics | None = None,
+    image_size: Size | None = None,
+) -> tuple[MaskedModel, dict[str, Any]]:  # fmt: skip
     """(model in eval mode and without gradients, the options of the method it was trained with).
 
     From anything `read_weights` reads; a bare file has no options: {} stands for MAE's, normalised patches and so on,
@@ -24,11 +26,12 @@ def load_masked_model(
 
     Args:
         statistics: (mean, std) to normalise by, in place of what the weights say; None where neither does is none.
+        image_size: of images that are no squares, where the file does not say it.
     Raises:
         WeightsError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, a classifier).
     """
     weights = source if isinstance(source, Weights) else read_weights(source, which)
-    return masked_model_of(weights, statistics=statistics)[0], objective_of(weights)
+    return masked_model_of(weights, statistics=statistics, image_size=image_size)[0], objective_of(weights)
 
 
 def objective_of(weights: Weights) -> dict[str, Any]:
@@ -37,14 +40,16 @@ def objective_of(weights: Weights) -> dict[str, Any]:
     return (weights.config or {}).get("objective", said)
 
 
-def masked_model_of(weights: Weights, *, statistics: Statistics | None = None) -> tuple[MaskedModel, LoadReport]:
+def masked_model_of(
+    weights: Weights, *, statistics: Statistics | None = None, image_size: Size | None = None
+) -> tuple[MaskedModel, LoadReport]:
     """The masked model that weights are of, and what became of them; see `load_masked_model`."""
     if "decoder_pred.weight" not in weights.tensors:
         raise WeightsError(
             f"{weights.origin} holds no decoder, so it is no masked autoencoder; give the pre-training run, not an "
             "exported encoder or a classifier"
         )
-    architecture, num_classes = infer_architecture(weights)
+    architecture, num_classes = infer_architecture(weights, image_size=image_size)
     saved = (weights.config or {}).get("model", {})
     shown = {"family": architecture.family, "encoder": architecture.size, "patch_size": architecture.patch_size,
              "options": option_texts(architecture.options),

@@ -28,6 +28,7 @@ from mimir_fast.models.normalization import (
     none_of,
 )
 from mimir_fast.ops.patches import gather_patches
+from mimir_fast.sizes import Size
 from mimir_fast.validation import check_number
 
 DecoderName = Literal["light", "mae", "linear"]
@@ -75,7 +76,7 @@ class ModelConfig:
         check_choice(self)
         self.architecture(self.patch_size)  # refuses unknown families, sizes and options
 
-    def architecture(self, image_size: int, channels: int = 3) -> Architecture:
+    def architecture(self, image_size: Size, channels: int = 3) -> Architecture:
         """What the encoder is built from."""
         architecture = architecture_of(self.family, self.encoder, image_size, self.patch_size, channels, self.options)
         if self.positions == "true":
@@ -200,7 +201,7 @@ class MaskedModel(Parted):
         return self.encoder.num_layers
 
 
-def build_masked_model(config: ModelConfig, image_size: int, channels: int = 3, num_classes: int = 0) -> MaskedModel:
+def build_masked_model(config: ModelConfig, image_size: Size, channels: int = 3, num_classes: int = 0) -> MaskedModel:
     """The model a config names, freshly initialised from torch's global generator."""
     encoder = build_encoder(config.architecture(image_size, channels))
     if config.decoder == "linear":

@@ -6,9 +6,9 @@ the merging work on the visible units alone. What looks across units lays them o
 and picks the visible ones up again; the masked places are zero for every layer, as with SparK's masking of a dense
 network after each convolution (arXiv 2301.03580), at the cost of the visible part but for that one operation.
 
-Shapes: B images, N = grid² units, K visible ones, u tokens a side of a unit, S = grid·u tokens a side of the image, D
-width. Tokens of visible units are (B, K, u, u, D), those of a whole image (B, S, S, D), as in timm: both end in (rows,
-columns, D).
+Shapes: B images, N units in a grid, K visible ones, u tokens a side of a unit, S = grid·u tokens a side of the image
+(rows and columns where that is no square), D width. Tokens of visible units are (B, K, u, u, D), those of a whole image
+(B, S, S, D), as in timm: both end in (rows, columns, D).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +22,7 @@ from mimir_fast.models.branches import Branches
 from mimir_fast.models.encoder import Encoder
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches, place_patches
+from mimir_fast.sizes import Size, as_size, divides, height_width, typed
 
 
 class StageBlock(nn.Module):
@@ -32,11 +33,11 @@ class Stage(nn.Module):
     """Merging (but in the first stage), then the blocks.
 
     Args:
-        grid: units a side of the image.
+        grid: units a side of the image, or rows and columns of them.
         side: tokens a side of a unit, u.
     """
 
-    def __init__(self, grid: int, side: int, downsample: nn.Module | None, blocks: Sequence[StageBlock]) -> None:
+    def __init__(self, grid: Size, side: int, downsample: nn.Module | None, blocks: Sequence[StageBlock]) -> None:
         super().__init__()
         self.grid, self.side = grid, side
         self.downsample = downsample
@@ -73,7 +74,7 @@ class StagedEncoder(Encoder):
     norm: nn.Module
 
     def __init__(
-        self, widths: Sequence[int], depths: Sequence[int], *, image_size: int, patch_size: int, channels: int
+        self, widths: Sequence[int], depths: Sequence[int], *, image_size: Size, patch_size: int, channels: int
     ) -> None:
         super().__init__()
         self.image_size, self.stem_patch, self.channels = image_size, patch_size, channels
@@ -127,7 +128,7 @@ class StagedEncoder(Encoder):
         return before + int(index) + 1 if part == "blocks" else before
 
 
-def unit_of(image_size: int, patch_size: int, num_stages: int) -> int:
+def unit_of(image_size: Size, patch_size: int, num_stages: int) -> int:
     """Side in pixels of a unit: patch_size·2^(stages − 1), 32 for a stem of 4 and four stages.
 
     Raises:
@@ -136,43 +137,48 @@ def unit_of(image_size: int, patch_size: int, num_stages: int) -> int:
     unit = patch_size * 2 ** (num_stages - 1)
     if patch_size < 1:
         raise ValueError(f"patch_size={patch_size}: wanted the side of a stem patch in pixels, such as 4")
-    if image_size % unit:
-        fits = [p for p in (1, 2, 4, 8) if image_size % (p * 2 ** (num_stages - 1)) == 0]
-        below, above = image_size // unit * unit, (image_size // unit + 1) * unit
+    if not divides(unit, image_size):
+        fits = [p for p in (1, 2, 4, 8) if divides(p * 2 ** (num_stages - 1), image_size)]
+        sides = height_width(image_size)
+        below, above = [side // unit * unit for side in sides], [-(-side // unit) * unit for side in sides]
         patches = f"a stem patch of {' or '.join(map(str, fits))}, or " if fits else ""
-        sizes = f"{below} or {above}" if below else f"{above}"
+        sizes = " or ".join(typed(as_size(size)) for size in (below, above) if min(size))
         raise ValueError(
-            f"image size {image_size} is not divisible by {unit} pixels, the unit of {num_stages} stages over a stem "
-            f"patch of {patch_size} (patch · 2^{num_stages - 1}): use {patches}images of {sizes} pixels"
+            f"image size {typed(image_size)} is not divisible by {unit} pixels, the unit of {num_stages} stages over a "
+            f"stem patch of {patch_size} (patch · 2^{num_stages - 1}): use {patches}images of {sizes} pixels"
         )
     return unit
 
 
-def cut(x: Tensor, size: int) -> Tensor:
-    """(…, h, w, D) → (…, h/size, w/size, size, size, D): squares, inside them (row, column)."""
+def cut(x: Tensor, size: int, across: int | None = None) -> Tensor:
+    """(…, h, w, D) → (…, h/size, w/across, size, across, D): squares (or not), inside them (row, column)."""
     *outer, h, w, D = x.shape
-    x = x.reshape(*outer, h // size, size, w // size, size, D)
+    across = across or size
+    x = x.reshape(*outer, h // size, size, w // across, across, D)
     return x.transpose(-4, -3)
 
 
-def join(units_BNuuD: Tensor, grid: int) -> Tensor:
+def join(units_BNuuD: Tensor, grid: Size) -> Tensor:
     """(B, S, S, D): all units of an image, in raster order, side by side."""
     B, _, u, _, D = units_BNuuD.shape
-    x = units_BNuuD.reshape(B, grid, grid, u, u, D).transpose(2, 3)
-    return x.reshape(B, grid * u, grid * u, D)
+    down, across = height_width(grid)
+    x = units_BNuuD.reshape(B, down, across, u, u, D).transpose(2, 3)
+    return x.reshape(B, down * u, across * u, D)
 
 
-def unit_rows(places_BK: Tensor, grid: int, side: int) -> Tensor:
-    """(B, K·u) int64: where the rows of u tokens of each unit lie among the S·grid such rows of the image."""
-    down, right = places_BK // grid, places_BK % grid
+def unit_rows(places_BK: Tensor, grid: Size, side: int) -> Tensor:
+    """(B, K·u) int64: where the rows of u tokens of each unit lie among the N·u such rows of the image."""
+    _, across = height_width(grid)
+    down, right = places_BK // across, places_BK % across
     inside = torch.arange(side, device=places_BK.device)
-    return ((down.unsqueeze(-1) * side + inside) * grid + right.unsqueeze(-1)).flatten(1)
+    return ((down.unsqueeze(-1) * side + inside) * across + right.unsqueeze(-1)).flatten(1)
 
 
-def lay_out(x_BKuuD: Tensor, rows_BR: Tensor, grid: int) -> Tensor:
+def lay_out(x_BKuuD: Tensor, rows_BR: Tensor, grid: Size) -> Tensor:
     """(B, S, S, D): the visible units in their places, zero elsewhere."""
     B, K, u, _, D = x_BKuuD.shape
-    return place_patches(x_BKuuD.reshape(B, K * u, u * D), rows_BR, grid * grid * u).view(B, grid * u, grid * u, D)
+    down, across = height_width(grid)
+    return place_patches(x_BKuuD.reshape(B, K * u, u * D), rows_BR, down * across * u).view(B, down * u, across * u, D)
 
 
 def pick_up(x_BSSD: Tensor, rows_BR: Tensor, side: int) -> Tensor:

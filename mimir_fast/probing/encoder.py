@@ -71,7 +71,7 @@ def open_encoder(
         WeightsError: the file cannot be read, or holds no encoder of ours.
     """
     if Path(source).exists() and Path(source).suffix not in (".pt2", ".ts"):
-        return _ours(source, weights, pool)
+        return _ours(source, weights, pool, data)
     judged = load_model(
         source, num_classes=None, device=torch.device("cpu"), channels=data.channels, image_size=data.image_size
     )
@@ -91,9 +91,9 @@ def open_encoder(
     return FrozenEncoder(model, tokens, num_prefix, pool, width=width), judged.notes
 
 
-def _ours(source: str, which: WeightsChoice, pool: Pool) -> tuple[FrozenEncoder, list[str]]:
+def _ours(source: str, which: WeightsChoice, pool: Pool, data: DataConfig) -> tuple[FrozenEncoder, list[str]]:
     weights = read_weights(source, which)
-    architecture, _ = infer_architecture(weights)
+    architecture, _ = infer_architecture(weights, image_size=data.image_size)
     family = find_family(architecture.family)
     normed_late = "fc_norm.weight" in weights.tensors
     averaged = normed_late or family.norm_before_pool or "no_cls_token" in architecture.options

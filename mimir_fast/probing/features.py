@@ -16,6 +16,7 @@ from torch import Tensor
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.sources.base import ImageSource
 from mimir_fast.evaluation.images import EvaluationImages, Fitting, load_from
+from mimir_fast.sizes import height_width
 from mimir_fast.world import World
 
 DECODED_AT_ONCE = 1024
@@ -76,7 +77,7 @@ def extract(
     Args:
         encode: images (B, C, S, S) float in [0, 1] on the world's device → features (B, D), D the same for all.
     """
-    blank = torch.zeros(1, config.channels, config.image_size, config.image_size, device=world.device)
+    blank = torch.zeros(1, config.channels, *height_width(config.image_size), device=world.device)
     with torch.inference_mode():
         width = encode(blank).shape[1]
 

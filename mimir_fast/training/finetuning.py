@@ -23,6 +23,7 @@ from mimir_fast.models.freezing import check_freeze, freeze, frozen_part
 from mimir_fast.models.loading import LoadReport, initialize
 from mimir_fast.models.lora import LoraConfig, add_lora
 from mimir_fast.models.weight_files import WeightsChoice
+from mimir_fast.sizes import shown
 from mimir_fast.training.distributed import World
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
@@ -165,7 +166,7 @@ class Finetuning:
         """What is trained on what, and what the weights came from."""
         config = self.config
         head = (
-            f"{config.method} on {config.data.source} ({num_samples:,} images, {config.data.image_size}²): "
+            f"{config.method} on {config.data.source} ({num_samples:,} images, {shown(config.data.image_size)}): "
             f"{find_family(config.model.family).title}-{config.model.encoder}/{config.model.patch_size}"
         )
         if adversary := self.method.adversary():

@@ -18,17 +18,19 @@ def grid(rows: dict[str, Tensor], *, scale_to: int = 96) -> np.ndarray:
 
     font = ImageFont.load_default(size=13)
     label_width, gap = 118, 4
-    side = max(scale_to, next(iter(rows.values())).shape[-1])
-    count = len(next(iter(rows.values())))
-    canvas = Image.new("RGB", (label_width + count * (side + gap), len(rows) * (side + gap) + gap), "white")
+    count, _, high, wide = next(iter(rows.values())).shape
+    # As large as they are, or the longer side brought up to scale_to.
+    height, width = (max(scale_to * side // max(high, wide), side) for side in (high, wide))
+    canvas = Image.new("RGB", (label_width + count * (width + gap), len(rows) * (height + gap) + gap), "white")
     draw = ImageDraw.Draw(canvas)
     for r, (name, images) in enumerate(rows.items()):
-        top = gap + r * (side + gap)
-        draw.text((6, top + side / 2), name, fill="black", font=font, anchor="lm")
+        top = gap + r * (height + gap)
+        draw.text((6, top + height / 2), name, fill="black", font=font, anchor="lm")
         pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
         for c, image in enumerate(pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels):
             tile = Image.fromarray(image.permute(1, 2, 0).numpy())
-            canvas.paste(tile.resize((side, side), Image.Resampling.NEAREST), (label_width + c * (side + gap), top))
+            tile = tile.resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(tile, (label_width + c * (width + gap), top))
     return np.asarray(canvas)
 
 

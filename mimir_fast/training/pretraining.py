@@ -29,6 +29,7 @@ from mimir_fast.models.loading import LoadReport
 from mimir_fast.models.masked_init import initialize_masked
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.models.weight_files import WeightsChoice
+from mimir_fast.sizes import shown
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
 from mimir_fast.training.pictures import grid
@@ -178,7 +179,7 @@ class Pretraining:
         """Method, data, images and model in one line, for the head of the output."""
         config, model = self.config, self.config.model
         head = (
-            f"{config.method} on {config.data.source} ({num_samples:,} images, {config.data.image_size}²): "
+            f"{config.method} on {config.data.source} ({num_samples:,} images, {shown(config.data.image_size)}): "
             f"{find_family(model.family).title}-{model.encoder}/{model.patch_size}, {model.decoder} decoder"
         )
         head += f", {frozen_part(config.freeze)}" if config.freeze else ""

@@ -135,13 +135,22 @@ def test_triton_kernel(name, channels, triton_device):
     assert torch.equal(got.cpu(), crop_resize_reference(pixels.cpu(), plan, SIDE, channels))
 
 
+@pytest.mark.parametrize("size", [(20, 40), (40, 20)])
+def test_triton_kernel_of_a_rectangle(size, triton_device):
+    from mimir_kernels import crop_resize as kernels
+
+    pixels, plan, _ = make(JOBS["mixed"], 3, triton_device)
+    got = kernels.crop_resize(pixels, plan, size, 3, most_taps_of(plan.tolist()))
+    assert got.is_contiguous() and torch.equal(got.cpu(), crop_resize_reference(pixels.cpu(), plan, size, 3))
+
+
 def test_an_empty_batch():
     assert crop_resize(torch.empty(0, dtype=torch.uint8), torch.empty((0, 12), dtype=torch.int64), side=8).shape[0] == 0
 
 
 def test_registration():
     pixels, plan, _ = make(JOBS["crop"], 3)
-    torch.library.opcheck(torch.ops.mimir_fast.crop_resize, (pixels, plan, SIDE, 3))
+    torch.library.opcheck(torch.ops.mimir_fast.crop_resize, (pixels, plan, SIDE, SIDE, 3))
 
 
 @pytest.mark.parametrize(

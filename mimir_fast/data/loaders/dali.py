@@ -31,6 +31,7 @@ from mimir_fast.data.loaders.base import Loader
 from mimir_fast.data.loaders.skip import SkipLedger, first_readable
 from mimir_fast.data.order import BatchPlan, KeyStream, MixedOrder, SampleOrder
 from mimir_fast.data.sources.base import EncodedSource
+from mimir_fast.sizes import height_width
 
 _PIPELINE_DEPTH = 2
 _LOG = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class DaliLoader(Loader):
 def _define_pipeline(feed: "_Feed", feed_depth: int, decoder: dict[str, Any]) -> Any:
     """The pipeline of the module's docstring: what makes one, given batch size, threads and device."""
     dali = import_dali()
-    fn, types, config, side = dali.fn, dali.types, feed.config, feed.config.image_size
+    fn, types, config = dali.fn, dali.types, feed.config
     color = types.GRAY if config.channels == 1 and feed.dali_cuts else types.RGB
     feed_options: dict[str, Any] = {"parallel": False}
     if config.num_workers:
@@ -176,7 +177,12 @@ def _define_pipeline(feed: "_Feed", feed_depth: int, decoder: dict[str, Any]) ->
         images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC)
         if feed.needs_window:
             images = fn.slice(
-                images, start=anchor[0], shape=(side, side), axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
+                images,
+                start=anchor[0],
+                shape=height_width(config.image_size),
+                axes=(0, 1),
+                out_of_bounds_policy="pad",
+                fill_values=0,
             )
         mean, std = [0.0] * config.channels, [1.0] * config.channels
         images = fn.crop_mirror_normalize(

@@ -1,6 +1,6 @@
 """Raw: uint8 images that lie mapped in memory; what a crop needs is copied out, and cut on the device by one fused op.
 
-    shard --the box and a margin--> buffer (pinned, on CUDA) --> device --crop, resize, mirror--> uint8 (B, C, S, S)
+    shard --the box and a margin--> buffer (pinned, on CUDA) --> device --crop, resize, mirror--> uint8 (B, C, H, W)
 
 Threads copy ahead, a micro-batch each; they wait for the disk side by side and hold no lock while they copy.
 """

@@ -3,7 +3,7 @@
 The host's part, order and augmentation numbers, is done for many batches at a time (a window), so that a step costs a
 few slices, one row gather and one pixel gather: no Python a sample, no host sync.
 
-Shapes: N samples in the set, M in a window, B in a micro-batch, C channels, H = W pixels.
+Shapes: N samples in the set, M in a window, B in a micro-batch, C channels, H x W pixels.
 """
 
 from collections.abc import Generator

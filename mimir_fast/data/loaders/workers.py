@@ -20,6 +20,7 @@ from mimir_fast.data.loaders.processes import Workers
 from mimir_fast.data.loaders.skip import SkipLedger, first_readable
 from mimir_fast.data.order import BatchPlan, Key, KeyStream, MixedOrder, SampleOrder
 from mimir_fast.data.sources.base import ImageSource
+from mimir_fast.sizes import height_width
 
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # samples asked for, samples read (-1: none to be had), epochs
 
@@ -39,7 +40,7 @@ class WorkerLoader(Loader):
         super().__init__(plan, order)
         self.device, self.labels = device, torch.from_numpy(source.labels)
         self._ledger = SkipLedger(source, config.max_bad_files, self.skipped)
-        self._shape = (plan.batch_size, config.channels, config.image_size, config.image_size)
+        self._shape = (plan.batch_size, config.channels, *height_width(config.image_size))
         self._reader = Reader(source, config, order.seed, augment)
         self._num_workers = config.num_workers
         self._workers: Workers | None = None
@@ -81,17 +82,17 @@ class Reader:
         self._pool: ThreadPoolExecutor | None = None
 
     def __call__(self, key: Key, slot: np.ndarray) -> Found:
-        """Fill the first rows of the slot, (B, C, S, S) uint8."""
+        """Fill the first rows of the slot, (B, C, H, W) uint8."""
         wanted, epochs = key
-        limit, side, channels = self.config.max_bad_files, self.config.image_size, self.config.channels
+        limit, size, channels = self.config.max_bad_files, self.config.image_size, self.config.channels
         found = list(
             self._map(lambda index: first_readable(index, len(self.source), self.source.pixels, limit), wanted.tolist())
         )
         samples = np.array([index for index, _ in found], np.int64)
-        pictures = [np.zeros((side, side, 1), np.uint8) if pixels is None else pixels for _, pixels in found]
+        pictures = [np.zeros((*height_width(size), 1), np.uint8) if pixels is None else pixels for _, pixels in found]
         sizes = np.array([picture.shape[:2] for picture in pictures], np.int64)
         geometry = plan_geometry(self.config, self.augment, self.seed, samples, epochs, sizes)
-        slot[: len(pictures)] = cut(pictures, geometry, side, channels).numpy()
+        slot[: len(pictures)] = cut(pictures, geometry, size, channels).numpy()
         return wanted, samples, epochs
 
     def _map(self, function: Callable[[int], Any], indices: list[int]) -> Iterable[Any]:

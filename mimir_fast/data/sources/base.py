@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mimir_fast.sizes import Size, as_size
+
 
 class MissingDataError(FileNotFoundError):
     """The files of a data set are not where they were looked for; the message says how to get them."""
@@ -22,14 +24,14 @@ class ImageSource(ABC):
         name: the data set's name.
         classes: one name a class.
         labels: (N,) int64; -1 where a sample has no label.
-        image_size: height and width when all images share them and are square, else None.
+        image_size: of all images, or None where they differ.
         block: neighbouring samples that should be read together (see SampleOrder); 0 where any order is as good.
     """
 
     block = 0
 
     def __init__(
-        self, name: str, classes: Sequence[str], labels: np.ndarray | list[int], image_size: int | None = None
+        self, name: str, classes: Sequence[str], labels: np.ndarray | list[int], image_size: Size | None = None
     ) -> None:
         self.name, self.classes, self.image_size = name, tuple(classes), image_size
         self.labels = np.array(labels, dtype=np.int64)  # a copy: an index may be mapped and read-only
@@ -61,7 +63,7 @@ class ArraySource(ImageSource):
     """Decoded images of one size: an array in memory or mapped from a file.
 
     Args:
-        images: (N, C, H, W) uint8, C = 1 or 3, H = W; any strides.
+        images: (N, C, H, W) uint8, C = 1 or 3; any strides.
     """
 
     def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
@@ -69,11 +71,9 @@ class ArraySource(ImageSource):
             raise ValueError(
                 f"{name}: images must be uint8 of shape (N, 1 or 3, H, W), got {images.dtype} {images.shape}"
             )
-        if images.shape[2] != images.shape[3]:
-            raise ValueError(f"{name}: images must be square, got {images.shape[2]} x {images.shape[3]} pixels")
         if len(images) != len(labels):
             raise ValueError(f"{name}: {len(images)} images but {len(labels)} labels")
-        super().__init__(name, classes, labels, image_size=images.shape[2])
+        super().__init__(name, classes, labels, image_size=as_size(images.shape[2:]))
         self.images = images
 
     def pixels(self, index: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.registry import register
 from mimir_fast.data.sources.base import ArraySource
+from mimir_fast.sizes import Size, height_width
 
 TEST_EVERY = 6
 
@@ -26,11 +27,12 @@ def build(config: DataConfig, split: str) -> ArraySource:
     return ArraySource("digits", images[:, None], digits.target[chosen], [str(name) for name in digits.target_names])
 
 
-def _upsample(image: np.ndarray, size: int) -> np.ndarray:
+def _upsample(image: np.ndarray, size: Size) -> np.ndarray:
     from PIL import Image
 
+    height, width = height_width(size)
     levels = Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8))
-    return np.asarray(levels.resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(levels.resize((width, height), Image.Resampling.BICUBIC))
 
 
 register("digits", build)

@@ -14,6 +14,7 @@ import numpy as np
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.registry import register
 from mimir_fast.data.sources.base import ArraySource, MissingDataError, existing_root
+from mimir_fast.sizes import Size, height_width, typed
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -91,12 +92,15 @@ def _find(folder: Path, name: str, advice: str) -> Path:
     raise MissingDataError(f"neither {name} nor {name}.gz in {folder}: {advice}")
 
 
-def _pad(images: np.ndarray, size: int) -> np.ndarray:
+def _pad(images: np.ndarray, size: Size) -> np.ndarray:
     height, width = images.shape[1:]
-    if size < max(height, width):
-        raise ValueError(f"image_size {size} is smaller than the {height} x {width} images; give --data.image_size 32")
-    top, left = (size - height) // 2, (size - width) // 2
-    return np.pad(images, ((0, 0), (top, size - height - top), (left, size - width - left)))
+    down, across = height_width(size)
+    if down < height or across < width:
+        raise ValueError(
+            f"image_size {typed(size)} is smaller than the {height} x {width} images; give --data.image_size 32"
+        )
+    top, left = (down - height) // 2, (across - width) // 2
+    return np.pad(images, ((0, 0), (top, down - height - top), (left, across - width - left)))
 
 
 register("fashion_mnist", build_fashion_mnist)

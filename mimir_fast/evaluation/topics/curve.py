@@ -9,6 +9,7 @@ from mimir_fast.evaluation.html import figure, figures, percent, span, table
 from mimir_fast.evaluation.measure import Measurement, Records
 from mimir_fast.evaluation.options import NORM_WORDS, CommonOptions, radius_text
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
+from mimir_fast.sizes import area
 
 NAME = "curve"
 IMAGES = {"quick": 64, "paper": 200, "full": 500}
@@ -30,7 +31,7 @@ def radii_of(config: CommonOptions) -> list[float]:
     """Radii of the curve, ascending: around ε, and on to where no model can be right; [] where there is no curve."""
     if config.suite not in IMAGES:
         return []
-    size = config.data.channels * config.data.image_size**2
+    size = config.data.channels * area(config.data.image_size)
     # From one corner of [0, 1]^D to the other: nothing is out of reach.
     whole = {"linf": 1.0, "l2": size**0.5, "l1": float(size)}[config.norm]
     near, far = NEAR[config.suite], FAR[config.suite]

@@ -24,6 +24,7 @@ from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.models.normalization import Statistics, check_statistics, choice_note, words
 from mimir_fast.models.weight_files import Weights, WeightsError, read_weights
 from mimir_fast.ops.patches import gather_patches, patchify, unpatchify
+from mimir_fast.sizes import Size
 
 STEPS, IMAGES = 20, 256
 
@@ -46,7 +47,7 @@ class AutoencoderOptions:
 
 
 def load_masked_autoencoder(
-    source: str | Path | Weights, statistics: Statistics | None = None
+    source: str | Path | Weights, statistics: Statistics | None = None, image_size: Size | None = None
 ) -> tuple[MaskedModel, MaeConfig]:
     """(model in eval mode, the mask and the loss it was trained with).
 
@@ -54,11 +55,12 @@ def load_masked_autoencoder(
 
     Args:
         statistics: (mean, std) that it normalises by, in place of what the file says.
+        image_size: of images that are no squares, where the file does not say it.
     Raises:
         ValueError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, or a classifier).
     """
     try:
-        model, objective = load_masked_model(source, statistics=statistics)
+        model, objective = load_masked_model(source, statistics=statistics, image_size=image_size)
     except WeightsError as error:
         raise ValueError(f"--pretrained: {error}") from error
     # What is predicted: all that is masked, though training may have paid for a share (CrossMAE).
@@ -68,7 +70,7 @@ def load_masked_autoencoder(
 
 @torch.no_grad()
 def reconstruct(model: MaskedModel, trained: MaeConfig, images: Tensor, samples: Tensor, seed: int) -> Tensor:
-    """(B, C, S, S) in [0, 1]: the visible patches and, in place of the masked ones, the prediction.
+    """(B, C, H, W) in [0, 1]: the visible patches and, in place of the masked ones, the prediction.
 
     Args:
         trained: how; predictions of normalised patches get the true mean and deviation back, as in MAE's own pictures.
@@ -80,7 +82,7 @@ def reconstruct(model: MaskedModel, trained: MaeConfig, images: Tensor, samples:
         truth = gather_patches(patches, masked)
         prediction = prediction * (truth.var(dim=-1, keepdim=True) + 1e-6).sqrt() + truth.mean(dim=-1, keepdim=True)
     full = patches.scatter(1, masked.unsqueeze(-1).expand_as(prediction), prediction)
-    return unpatchify(full, model.patch_size).clamp(0, 1)
+    return unpatchify(full, model.patch_size, images.shape[2]).clamp(0, 1)
 
 
 def pretrained_of(setup: Setup) -> str | None:
@@ -106,7 +108,7 @@ def autoencoder_of(setup: Setup, device: torch.device) -> tuple[MaskedModel, Mae
     """The masked autoencoder on the device, loaded once; see `load_masked_autoencoder`."""
 
     def load() -> tuple[MaskedModel, MaeConfig]:
-        return load_masked_autoencoder(str(pretrained_of(setup)), statistics_of(setup))
+        return load_masked_autoencoder(str(pretrained_of(setup)), statistics_of(setup), setup.config.data.image_size)
 
     model, trained = setup.once("autoencoder", load)
     return model.to(device), trained

@@ -13,6 +13,7 @@ from mimir_fast.evaluation.html import paragraph, percent, span, table
 from mimir_fast.evaluation.measure import Measurement, Records
 from mimir_fast.evaluation.options import NORM_WORDS, CommonOptions, Norm, radius_text
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
+from mimir_fast.sizes import area
 
 SUITES = ("full",)
 STEPS = 20
@@ -27,9 +28,9 @@ class UnforeseenOptions:
 
 
 def attacks(config: CommonOptions) -> list[NamedAttack]:
-    """All kinds; sizes are for images of 32 pixels and scale with the side."""
-    scale, seed = config.data.image_size / 32, config.seed
-    volume = (config.data.image_size / 32) * (config.data.channels / 3) ** 0.5
+    """All kinds; sizes are for 32 × 32 pixels and scale with the side of a square of as many."""
+    scale, seed = area(config.data.image_size) ** 0.5 / 32, config.seed
+    volume = scale * (config.data.channels / 3) ** 0.5
     radii: dict[Norm, float] = {"linf": 8 / 255, "l2": 0.5 * volume, "l1": 12 * volume**2}
     found = [_ball(config, norm, radius) for norm, radius in radii.items() if norm != config.norm]
 

@@ -19,6 +19,7 @@ from mimir_fast.exporting.original import Original
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import View
 from mimir_fast.ops.patches import gather_patches, patchify
+from mimir_fast.sizes import height_width
 
 BICUBIC = 3  # in PIL
 CENTRE = 224 / 256  # of an image that is brought to size as ImageNet's are: side of the crop / short side before it
@@ -106,7 +107,11 @@ def preprocessor(original: Original) -> dict[str, Any]:
 def _crop(original: Original) -> float:
     """As the run's images were brought to size; where that is not known, as ImageNet's from 128 pixels on."""
     data = (original.weights.config or {}).get("data") or {}
-    cropped = data["augment"] == "resized_crop" if "augment" in data else original.architecture.image_size >= 128
+    cropped = (
+        data["augment"] == "resized_crop"
+        if "augment" in data
+        else min(height_width(original.architecture.image_size)) >= 128
+    )
     return CENTRE if cropped else 1.0
 
 

@@ -17,7 +17,10 @@ def write(original: Original, path: Path) -> float:
     from safetensors.torch import save_file
 
     weights = original.weights
-    written = weights.config or {"model": {"options": option_texts(original.architecture.options)}}
+    architecture = original.architecture
+    written = weights.config or {"model": {"options": option_texts(architecture.options)}}
+    if not isinstance(architecture.image_size, int):  # which no tensor tells
+        written = {"data": {"image_size": architecture.image_size}} | written
     metadata = {"format": "mimir_fast", "config": json.dumps(written), **original.known_statistics}
     save_file({name: t.contiguous() for name, t in weights.tensors.items()}, path, metadata=metadata)
     back = read_weights(path).tensors

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mimir_fast.exporting.original import Original
 from mimir_fast.models.families import find_family
 from mimir_fast.registry import Registry
+from mimir_fast.sizes import said
 
 QKV = "QKV"
 """Stands in a new name for query, key and value, which lie one after the other in ours."""
@@ -111,6 +112,11 @@ def shared_config(original: Original, model: nn.Module) -> dict[str, Any]:
             f"this model's norms have eps {', '.join(map(str, sorted(eps)))}: transformers has one for all"
         )
     architecture = original.architecture
+    if not isinstance(architecture.image_size, int):
+        raise ValueError(
+            f"this model is for images of {said(architecture.image_size)} pixels, and the image processors of "
+            "transformers cut squares: use another --format, such as timm or onnx"
+        )
     config: dict[str, Any] = {
         "image_size": architecture.image_size, "num_channels": architecture.channels,
         "patch_size": architecture.patch_size, "layer_norm_eps": eps.pop(),

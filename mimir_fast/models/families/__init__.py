@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from mimir_fast.layers.norms import is_adapter
 from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.options import differing, option_texts, parse_options
 from mimir_fast.registry import Registry
+from mimir_fast.sizes import Size
 from mimir_fast.validation import nearest
 
 Tensors = Mapping[str, Tensor]
@@ -32,7 +32,7 @@ class Architecture:
 
     family: str
     size: str
-    image_size: int
+    image_size: Size
     patch_size: int
     channels: int = 3
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -78,9 +78,12 @@ class Family:
         build: (architecture, final_norm) → encoder. `final_norm`: with a norm after the last layer.
         build_decoder: (encoder, width, depth, heads) → decoder, see decoder.py.
         recognise: tensors → architecture, or None when they are of another family.
+        sized: the same of tensors and the size of images that are known to be no squares, or None when they do not fit;
+            left out by a family that takes that size as it is said.
         to_timm: (tensors, architecture) → the same model in timm.
         from_timm: tensors under timm's names → under ours; tensors that have ours stay as they are.
-        resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit.
+        resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit. Of a family
+            with `sized`, old and new grid come behind where one of them is no square.
         image_size_in_tensors: `recognise` can tell the image size; where it cannot, a saved configuration can.
         norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
         options: what it can do beside its plain form, name → default, see options.py.
@@ -99,8 +102,9 @@ class Family:
     build_decoder: Callable[[Encoder, int, int, int], nn.Module]
     recognise: Callable[[Tensors], Architecture | None]
     to_timm: Callable[[Tensors, Architecture], TimmModel]
+    sized: Callable[[Tensors, Size], Architecture | None] | None = None
     from_timm: Callable[[Tensors], dict[str, Tensor]] = dict
-    resize: Callable[[str, Tensor, torch.Size], Tensor | None] = lambda name, tensor, shape: None
+    resize: Callable[..., Tensor | None] = lambda name, tensor, shape, *grids: None
     image_size_in_tensors: bool = True
     norm_before_pool: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -159,7 +163,7 @@ def settled(architecture: Architecture) -> Architecture:
 
 
 def architecture_of(
-    family: str, size: str, image_size: int, patch_size: int, channels: int, texts: Sequence[str]
+    family: str, size: str, image_size: Size, patch_size: int, channels: int, texts: Sequence[str]
 ) -> Architecture:
     """The architecture of a configuration.
 
@@ -213,12 +217,20 @@ def build_encoder(architecture: Architecture, *, final_norm: bool = True) -> Enc
     return encoder
 
 
-def recognise(tensors: Tensors) -> Architecture | None:
-    """The architecture whose tensors these are, or None."""
+def recognise(tensors: Tensors, image_size: Size | None = None) -> Architecture | None:
+    """The architecture whose tensors these are, or None.
+
+    Args:
+        image_size: of the images as far as somebody knows it. Tensors cannot tell 4 x 6 patches from 3 x 8, nor 2 x 8
+            from 4 x 4: a size that does not fit them is passed over, and without one a square is believed in.
+    """
+    known = None if isinstance(image_size, int) else image_size
     for family in all_families().values():
-        if family.anchor in tensors and (found := family.recognise(tensors)) is not None:
-            return found
-    return None
+        if family.anchor in tensors:
+            found = family.recognise(tensors) if known is None or family.sized is None else family.sized(tensors, known)
+            if found is not None:
+                return found
+    return None if known is None else recognise(tensors)
 
 
 def why_not(tensors: Tensors) -> str:

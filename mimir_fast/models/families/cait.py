@@ -4,8 +4,6 @@ The layers see patches only; then the cls token alone gathers from them (class a
 Shapes: B images, N patches, K kept, T tokens, Q queried ones, D width, H heads, E = D/H.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +27,7 @@ from mimir_fast.models.families import (
 )
 from mimir_fast.models.positions import sincos_positions, with_positions
 from mimir_fast.ops.patches import gather_patches
+from mimir_fast.sizes import Size, size_of
 
 # name: (width, depth, heads, initial scale of the branches). `nano` is ours: few layers need no small scale.
 SIZES: dict[str, tuple[int, int, int, float]] = {
@@ -120,7 +119,7 @@ class CaitEncoder(Encoder):
     """Layers over the visible patches, then class attention."""
 
     def __init__(
-        self, width: int, depth: int, num_heads: int, init_values: float = 1e-5, *, image_size: int, patch_size: int,
+        self, width: int, depth: int, num_heads: int, init_values: float = 1e-5, *, image_size: Size, patch_size: int,
         channels: int = 3, mlp_ratio: float = 4.0, qkv_bias: bool = True, depth_token_only: int = 2,
         mlp_ratio_token_only: float = 4.0, final_norm: bool = True,
     ) -> None:  # fmt: skip
@@ -185,19 +184,20 @@ def build(architecture: Architecture, final_norm: bool) -> CaitEncoder:
     )  # fmt: skip
 
 
-def recognise(tensors: Tensors) -> Architecture | None:
+def recognise(tensors: Tensors, image_size: Size | None = None) -> Architecture | None:
     """From the shapes; the mixing of the heads says how many there are."""
     if "blocks.0.attn.proj_l.weight" not in tensors:
         return None
     width, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-    num_heads, grid = len(tensors["blocks.0.attn.proj_l.weight"]), math.isqrt(tensors["pos_embed"].shape[1])
+    num_heads = len(tensors["blocks.0.attn.proj_l.weight"])
+    found = size_of(tensors["pos_embed"].shape[1], patch_size, image_size)
     shape = (width, depth, num_heads)
     size = next((name for name, (*known, _) in SIZES.items() if tuple(known) == shape), None)
-    if size is None:
+    if size is None or found is None:
         return None
     options = {"qkv_bias": "blocks.0.attn.qkv.bias" in tensors}
-    return settled(Architecture("cait", size, grid * patch_size, patch_size, channels, options))
+    return settled(Architecture("cait", size, found, patch_size, channels, options))
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
@@ -227,6 +227,7 @@ register(
         build=build,
         build_decoder=CaitDecoder,  # type: ignore[arg-type]
         recognise=recognise,
+        sized=recognise,
         to_timm=to_timm,
         options={"qkv_bias": True},
         pool="cls",

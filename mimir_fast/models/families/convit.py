@@ -39,6 +39,7 @@ from mimir_fast.models.families import (
 from mimir_fast.models.positions import pseudo_grid, sincos_positions, with_positions
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches
+from mimir_fast.sizes import Size, area, height_width, size_of
 
 # name: (width, depth, heads, layers with positions). `nano` is ours, the others are timm's and the MIMIR authors'.
 SIZES: dict[str, tuple[int, int, int, int]] = {
@@ -58,16 +59,17 @@ def check_local(local_up_to_layer: int, depth: int) -> None:
         )
 
 
-def relative_offsets(places_BK: Tensor, grid: int) -> Tensor:
+def relative_offsets(places_BK: Tensor, grid: Size) -> Tensor:
     """(B, 3, K, K) float32: column and row of the key minus those of the query, and the squared distance."""
-    columns_rows = torch.stack([places_BK % grid, places_BK // grid], dim=1).float()
+    _, across = height_width(grid)
+    columns_rows = torch.stack([places_BK % across, places_BK // across], dim=1).float()
     offsets = columns_rows.unsqueeze(2) - columns_rows.unsqueeze(3)
     return torch.cat([offsets, offsets.square().sum(dim=1, keepdim=True)], dim=1)
 
 
-def grid_offsets(grid: int, device: torch.device | None = None) -> Tensor:
+def grid_offsets(grid: Size, device: torch.device | None = None) -> Tensor:
     """(1, 3, N, N) float32: those of a whole grid in raster order."""
-    return relative_offsets(torch.arange(grid**2, device=device).unsqueeze(0), grid)
+    return relative_offsets(torch.arange(area(grid), device=device).unsqueeze(0), grid)
 
 
 class PositionalAttention(nn.Module):
@@ -175,7 +177,7 @@ class ConvitEncoder(Encoder):
     """Positional layers over the visible patches, then plain ones over these and the cls token."""
 
     def __init__(
-        self, width: int, depth: int, num_heads: int, local_up_to_layer: int = 10, *, image_size: int, patch_size: int,
+        self, width: int, depth: int, num_heads: int, local_up_to_layer: int = 10, *, image_size: Size, patch_size: int,
         channels: int = 3, mlp_ratio: float = 4.0, qkv_bias: bool = True, locality_strength: float = 1.0,
         positions: str = "true", final_norm: bool = True,
     ) -> None:  # fmt: skip
@@ -258,22 +260,23 @@ def build(architecture: Architecture, final_norm: bool) -> ConvitEncoder:
     )  # fmt: skip
 
 
-def recognise(tensors: Tensors) -> Architecture | None:
+def recognise(tensors: Tensors, image_size: Size | None = None) -> Architecture | None:
     """From the shapes; the gates say how many heads and positional layers there are."""
     if "blocks.0.attn.gating_param" not in tensors:
         return None
     width, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-    num_heads, grid = len(tensors["blocks.0.attn.gating_param"]), math.isqrt(tensors["pos_embed"].shape[1])
+    num_heads = len(tensors["blocks.0.attn.gating_param"])
+    found = size_of(tensors["pos_embed"].shape[1], patch_size, image_size)
     shape = (width, depth, num_heads)
     size = next((name for name, (*known, _) in SIZES.items() if tuple(known) == shape), None)
-    if size is None:
+    if size is None or found is None:
         return None
     options = {
         "qkv_bias": "blocks.0.attn.v.bias" in tensors,
         "local_up_to_layer": sum(f"blocks.{index}.attn.gating_param" in tensors for index in range(depth)),
     }
-    return settled(Architecture("convit", size, grid * patch_size, patch_size, channels, options))
+    return settled(Architecture("convit", size, found, patch_size, channels, options))
 
 
 def settle(architecture: Architecture) -> Architecture:
@@ -287,6 +290,8 @@ def settle(architecture: Architecture) -> Architecture:
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
     """timm's ConVit, equal on whole images."""
+    if not isinstance(architecture.image_size, int):
+        raise ValueError("timm's ConViT takes square images only: export with --format safetensors")
     width, depth, num_heads, num_positional = SIZES[architecture.size]
     arguments = {
         "img_size": architecture.image_size,
@@ -315,6 +320,7 @@ register(
         build=build,
         build_decoder=ConvitDecoder,  # type: ignore[arg-type]
         recognise=recognise,
+        sized=recognise,
         to_timm=to_timm,
         options={"qkv_bias": True, "local_up_to_layer": -1},
         settle=settle,

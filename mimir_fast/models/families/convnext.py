@@ -5,7 +5,7 @@ all other work, nine tenths of it, is done for visible units only. Values, and n
 The decoder is ConvNeXt V2's (arXiv 2301.00808): blocks of the family over the grid with mask tokens. It gets no
 position embedding, the zeros around the image tell a convolution where it is.
 
-Shapes: B images, N = grid² units, K visible, M wanted ones, u tokens a side of a unit, S = grid·u, D width, E the
+Shapes: B images, N units in a grid, K visible, M wanted ones, u tokens a side of a unit, S = grid·u, D width, E the
 decoder's width.
 """
 
@@ -37,6 +37,7 @@ from mimir_fast.models.staged import (
     unit_rows,
 )
 from mimir_fast.ops.patches import gather_patches
+from mimir_fast.sizes import Size, height_width
 
 # name: (width of the first stage, blocks of each stage). `nano` is ours, for experiments on a CPU.
 SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -56,7 +57,7 @@ class ConvNextBlock(StageBlock):
         layer_scale: of the branch at the start; None for none.
     """
 
-    def __init__(self, dim: int, grid: int, side: int, layer_scale: float | None = LAYER_SCALE) -> None:
+    def __init__(self, dim: int, grid: Size, side: int, layer_scale: float | None = LAYER_SCALE) -> None:
         super().__init__()
         self.grid, self.side = grid, side
         self.conv_dw = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
@@ -118,7 +119,7 @@ class ConvNextEncoder(StagedEncoder):
     num_branches = 1
 
     def __init__(
-        self, width: int, depths: Sequence[int], *, image_size: int, patch_size: int, channels: int = 3,
+        self, width: int, depths: Sequence[int], *, image_size: Size, patch_size: int, channels: int = 3,
         final_norm: bool = True,
     ) -> None:  # fmt: skip
         widths = [width * 2**stage for stage in range(len(depths))]
@@ -158,7 +159,7 @@ class ConvNextDecoder(Decoder):
 
     def run(self, x: Tensor, ids_BM: Tensor | None) -> Tensor:
         """(B, M or N, E)."""
-        x = x.unflatten(1, (self.grid, self.grid))
+        x = x.unflatten(1, height_width(self.grid))
         for block in self.decoder_blocks:
             x = block(x, None)
         x = x.flatten(1, 2)

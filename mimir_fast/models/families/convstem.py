@@ -6,7 +6,6 @@ the stem, and only the tokens of visible patches leave it: nothing masked leaks.
 Shapes: B images, N = grid² patches, K visible, P numbers a patch, p its side, D width.
 """
 
-import math
 from itertools import pairwise
 from typing import Any, cast
 
@@ -22,6 +21,7 @@ from mimir_fast.models.families.vit import SIZES as VIT_SIZES
 from mimir_fast.models.families.vit import VitEncoder, timm_arguments
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches, unpatchify, unpatchify_visible
+from mimir_fast.sizes import Size, height_width, size_of
 
 # ViT's sizes; `nano` is ours.
 SIZES = {name: VIT_SIZES[name] for name in ("nano", "small", "base")}
@@ -65,10 +65,10 @@ class ConvStemEncoder(VitEncoder):
 
     def embed(self, patches_BKP: Tensor, places_BK: Tensor | None, domain: int = CLEAN) -> Tensor:
         """(B, K, D); see Encoder."""
+        height, width = height_width(self.image_size)
         if places_BK is None:
-            return self.patch_embed(unpatchify(patches_BKP, self.mask_unit, self.image_size), domain)
-        side = self.image_size
-        images = unpatchify_visible(patches_BKP, places_BK, self.mask_unit, side, side)
+            return self.patch_embed(unpatchify(patches_BKP, self.mask_unit, height), domain)
+        images = unpatchify_visible(patches_BKP, places_BK, self.mask_unit, height, width)
         return gather_patches(self.patch_embed(images, domain), places_BK)
 
 
@@ -102,7 +102,7 @@ def build(architecture: Architecture, final_norm: bool) -> ConvStemEncoder:
     )  # fmt: skip
 
 
-def recognise(tensors: Tensors) -> Architecture | None:
+def recognise(tensors: Tensors, image_size: Size | None = None) -> Architecture | None:
     """From the shapes: a convolution of 3 × 3 for each halving, one of 1 × 1 behind them."""
     stem = {n: t for n, t in tensors.items() if n.startswith("patch_embed.proj.stem.") and t.ndim == 4}
     kernels = [stem[name] for name in sorted(stem, key=lambda name: int(name.split(".")[3]))]
@@ -111,12 +111,12 @@ def recognise(tensors: Tensors) -> Architecture | None:
     patch_size, channels, width = 2 ** (len(kernels) - 1), kernels[0].shape[1], len(kernels[-1])
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     size = next((name for name, (w, d, _) in SIZES.items() if (w, d) == (width, depth)), None)
-    grid = math.isqrt(tensors["pos_embed"].shape[1] - 1)
-    if size is None or grid**2 != tensors["pos_embed"].shape[1] - 1:
+    found = size_of(tensors["pos_embed"].shape[1] - 1, patch_size, image_size)
+    if size is None or found is None:
         return None
     if [len(kernel) for kernel in kernels[:-1]] != stem_widths(width, patch_size):
         return None
-    return Architecture("convstem", size, grid * patch_size, patch_size, channels)
+    return Architecture("convstem", size, found, patch_size, channels)
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
@@ -142,6 +142,7 @@ register(
         build=build,
         build_decoder=Decoder,
         recognise=recognise,
+        sized=recognise,
         to_timm=to_timm,
     )
 )

@@ -4,10 +4,10 @@ Queries, keys and values are computed for visible units only. For the attention 
 places are keys that nobody looks at, and the visible tokens are picked up again; windows and their shift are an order
 of the tokens, so laying out, shifting and cutting is one copy. Values, and names inside a stage, are timm's.
 A window is as wide as the image has units, 7 for 224 pixels and units of 32, 6 for 192, 12 for 384, as in all published
-models; so windows tile every stage, and the last stage is one window.
+models; so windows tile every stage, and the last stage is one window. Of an image that is no square, neither are they.
 
-Shapes: B images, N = grid² units, K visible, u tokens a side of a unit, S = grid·u tokens a side of the image, V
-visible tokens (K·u², or all S²), W windows of A = window² tokens, H heads, D width.
+Shapes: B images, N units in a grid, K visible, u tokens a side of a unit, S = grid·u tokens a side of the image, V
+visible tokens (K·u², or all S²), W windows of A tokens (window² of a square), H heads, D width.
 """
 
 import re
@@ -35,8 +35,10 @@ from mimir_fast.models.staged import (
     unit_of,
 )
 from mimir_fast.ops.patches import gather_patches, place_patches
+from mimir_fast.sizes import Size, area, as_size, divided, height_width, nearest_grid
 
 EPS = 1e-5  # of the norms, in Swin
+Shift = int | tuple[int, int]  # of the windows along both axes, or along rows and columns
 
 # name: (width of the first stage, blocks of each stage, heads of each stage). `nano` is ours, for experiments on a CPU.
 SIZES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
@@ -62,10 +64,10 @@ class Windows(NamedTuple):
 class WindowAttention(nn.Module):
     """Attention inside windows, with a learned bias for the offset between query and key."""
 
-    def __init__(self, dim: int, num_heads: int, window: int) -> None:
+    def __init__(self, dim: int, num_heads: int, window: Size) -> None:
         super().__init__()
         self.num_heads, self.window = num_heads, window
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
+        self.relative_position_bias_table = nn.Parameter(torch.empty(num_offsets(window), num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("offsets_AA", offset_ids(window), persistent=False)
         self.offsets_AA: Tensor
@@ -74,7 +76,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, windows: Windows, apart_WAA: Tensor | None) -> Tensor:
         """Same shape as x, visible units or a whole image; `apart_WAA` is added to the scores."""
-        B, D, A = x.shape[0], x.shape[-1], self.window**2
+        B, D, A = x.shape[0], x.shape[-1], area(self.window)
         num_slots = x.shape[1] * x.shape[2] if windows.hidden is None else windows.hidden.numel() // B
         qkv = place_patches(self.qkv(x).view(B, -1, 3 * D), windows.slots, num_slots)
         q, k, v = qkv.view(-1, A, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
@@ -95,16 +97,18 @@ class SwinBlock(StageBlock):
 
     Args:
         resolution: S, tokens a side of the image.
-        shift: by how many tokens the windows are moved.
+        shift: by how many tokens the windows are moved, along both axes or along each.
     """
 
-    def __init__(self, dim: int, num_heads: int, resolution: int, window: int, shift: int) -> None:
+    def __init__(self, dim: int, num_heads: int, resolution: Size, window: Size, shift: Shift) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim, EPS)
         self.attn = WindowAttention(dim, num_heads, window)
         self.norm2 = LayerNorm(dim, EPS)
         self.mlp = Mlp(dim, 4 * dim)
-        self.register_buffer("apart_WAA", keep_apart(resolution, window, shift) if shift else None, persistent=False)
+        self.register_buffer(
+            "apart_WAA", keep_apart(resolution, window, shift) if shift != 0 else None, persistent=False
+        )
         self.apart_WAA: Tensor | None
 
     def forward(
@@ -132,10 +136,13 @@ class PatchMerging(nn.Module):
 class SwinStage(Stage):
     """See Stage. The windows stand still in even blocks and are moved in odd ones."""
 
-    def __init__(self, grid: int, side: int, dim: int, depth: int, num_heads: int, first: bool) -> None:
-        resolution, window = grid * side, grid
-        self.shift = window // 2 if resolution > window else 0
-        shifts = [self.shift * (index % 2) for index in range(depth)]
+    def __init__(self, grid: Size, side: int, dim: int, depth: int, num_heads: int, first: bool) -> None:
+        (down, across), window = height_width(grid), grid
+        resolution = as_size((down * side, across * side))
+        self.shift: Shift = 0
+        if side > 1:
+            self.shift = window // 2 if isinstance(window, int) else (down // 2, across // 2)
+        shifts = [self.shift if index % 2 else 0 for index in range(depth)]
         blocks = [SwinBlock(dim, num_heads, resolution, window, shift) for shift in shifts]
         super().__init__(grid, side, None if first else PatchMerging(dim // 2), blocks)
         slots = torch.stack([slots_of(resolution, window, shift) for shift in (0, self.shift)])
@@ -147,8 +154,8 @@ class SwinStage(Stage):
         if places_BK is None:
             still, moved = (Windows(slots.flatten().expand(batch, -1), None) for slots in self.slots_2SS)
             return still, moved
-        units = cut(self.slots_2SS.unsqueeze(-1), self.side).reshape(2, self.grid**2, -1)
-        num_slots, A = units[0].numel(), self.grid**2
+        units = cut(self.slots_2SS.unsqueeze(-1), self.side).reshape(2, area(self.grid), -1)
+        num_slots, A = units[0].numel(), area(self.grid)
         layouts = []
         for of_units in units:
             slots = of_units[places_BK].flatten(1)
@@ -175,7 +182,7 @@ class SwinEncoder(StagedEncoder):
     """Over the visible units."""
 
     def __init__(
-        self, width: int, depths: Sequence[int], num_heads: Sequence[int], *, image_size: int, patch_size: int,
+        self, width: int, depths: Sequence[int], num_heads: Sequence[int], *, image_size: Size, patch_size: int,
         channels: int = 3, final_norm: bool = True,
     ) -> None:  # fmt: skip
         widths = [width * 2**stage for stage in range(len(depths))]
@@ -195,31 +202,46 @@ class SwinEncoder(StagedEncoder):
         return self.patch_embed(pixels, domain)
 
 
-def windowed(x_SS: Tensor, window: int, shift: int) -> Tensor:
+def windowed(x_SS: Tensor, window: Size, shift: Shift) -> Tensor:
     """(W, A): what lies in each window, of a map over the image, when the windows are moved."""
-    return cut(x_SS.roll((-shift, -shift), (0, 1)).unsqueeze(-1), window).reshape(-1, window**2)
+    (rows, columns), (down, across) = both(shift), height_width(window)
+    return cut(x_SS.roll((-rows, -columns), (0, 1)).unsqueeze(-1), down, across).reshape(-1, down * across)
 
 
-def slots_of(resolution: int, window: int, shift: int) -> Tensor:
+def slots_of(resolution: Size, window: Size, shift: Shift) -> Tensor:
     """(S, S) int64: the place of each token in the order of the windows."""
-    tokens = torch.arange(resolution**2).view(resolution, resolution)
-    return windowed(tokens, window, shift).flatten().argsort().view(resolution, resolution)
+    tokens = torch.arange(area(resolution)).view(height_width(resolution))
+    return windowed(tokens, window, shift).flatten().argsort().view(height_width(resolution))
 
 
-def keep_apart(resolution: int, window: int, shift: int) -> Tensor:
+def keep_apart(resolution: Size, window: Size, shift: Shift) -> Tensor:
     """(W, A, A) fp32: −100 between tokens that a moved window took from opposite borders of the image, else 0."""
-    band = torch.zeros(resolution, dtype=torch.int64)
-    band[:shift] = 1  # rolled to the end, where they meet the last rows
-    regions = windowed(2 * band[:, None] + band[None, :], window, shift)
+    rows, columns = (torch.zeros(length, dtype=torch.int64) for length in height_width(resolution))
+    for band, moved in zip((rows, columns), both(shift), strict=True):
+        band[:moved] = 1  # rolled to the end, where they meet the last rows
+    regions = windowed(2 * rows[:, None] + columns[None, :], window, shift)
     return torch.where(regions[:, :, None] == regions[:, None, :], 0.0, -100.0)
 
 
-def offset_ids(window: int) -> Tensor:
+def both(shift: Shift) -> tuple[int, int]:
+    """A shift along rows and columns."""
+    return (shift, shift) if isinstance(shift, int) else shift
+
+
+def num_offsets(window: Size) -> int:
+    """Rows of the bias table: offsets between two tokens of a window."""
+    down, across = height_width(window)
+    return (2 * down - 1) * (2 * across - 1)
+
+
+def offset_ids(window: Size) -> Tensor:
     """(A, A) int64: row of the bias table for query and key."""
-    axis = torch.arange(window)
-    rows, columns = (x.flatten() for x in torch.meshgrid(axis, axis, indexing="ij"))
-    down, right = (x[:, None] - x[None, :] + window - 1 for x in (rows, columns))
-    return down * (2 * window - 1) + right
+    sides = height_width(window)
+    places = torch.meshgrid(*(torch.arange(side) for side in sides), indexing="ij")
+    down, right = (
+        x[:, None] - x[None, :] + side - 1 for x, side in zip((p.flatten() for p in places), sides, strict=True)
+    )
+    return down * (2 * sides[1] - 1) + right
 
 
 def build(architecture: Architecture, final_norm: bool) -> SwinEncoder:
@@ -237,8 +259,8 @@ def from_timm(tensors: Tensors) -> dict[str, Tensor]:
     return rename(tensors, {"layers.": "stages.", "head.fc.": "head."}, rest=True)
 
 
-def recognise(tensors: Tensors) -> Architecture | None:
-    """From the shapes; the image is as large as the windows of the last stage."""
+def recognise(tensors: Tensors, image_size: Size | None = None) -> Architecture | None:
+    """From the shapes; the image is as large as the windows of the last stage. See Family."""
     stem, num_stages = tensors.get("patch_embed.proj.weight"), numbered(tensors, "stages.{}.blocks.0.attn.qkv.weight")
     if stem is None or stem.ndim != 4 or "patch_embed.norm.weight" not in tensors or not num_stages:
         return None
@@ -248,8 +270,14 @@ def recognise(tensors: Tensors) -> Architecture | None:
     if size is None:
         return None
     table = tensors[f"stages.{num_stages - 1}.blocks.0.attn.relative_position_bias_table"]
-    window = (round(len(table) ** 0.5) + 1) // 2
-    return Architecture("swin", size, window * patch_size * 2 ** (num_stages - 1), patch_size, channels)
+    unit = patch_size * 2 ** (num_stages - 1)
+    if image_size is not None:
+        window = divided(image_size, unit)
+        return (
+            Architecture("swin", size, image_size, patch_size, channels) if len(table) == num_offsets(window) else None
+        )
+    rows, columns = ((side + 1) // 2 for side in height_width(nearest_grid(len(table))))
+    return Architecture("swin", size, as_size((rows * unit, columns * unit)), patch_size, channels)
 
 
 _KNOWN = re.compile(
@@ -267,14 +295,17 @@ def why_not(tensors: Tensors) -> str:
     return next((f"{n}, which Swin has not" for n in renamed if not _KNOWN.fullmatch(n) and not is_adapter(n)), "")
 
 
-def resize(name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-    """The bias of offsets for windows of another size, interpolated as timm does."""
+def resize(
+    name: str, tensor: Tensor, shape: torch.Size, old: Size | None = None, new: Size | None = None
+) -> Tensor | None:
+    """The bias of offsets for windows of another size, interpolated as timm does; see Family."""
     if not name.endswith("relative_position_bias_table") or tensor.shape[1:] != shape[1:]:
         return None
     from timm.layers import resize_rel_pos_bias_table
 
     window = (round(shape[0] ** 0.5) + 1) // 2
-    return resize_rel_pos_bias_table(tensor, (window, window), tuple(shape))
+    more = {} if old is None or isinstance(old, int) else {"old_window_size": old}  # timm of 2026 has it
+    return resize_rel_pos_bias_table(tensor, height_width(window if new is None else new), tuple(shape), **more)
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
@@ -289,7 +320,7 @@ def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
         "embed_dim": width,
         "depths": depths,
         "num_heads": num_heads,
-        "window_size": architecture.image_size // unit,
+        "window_size": divided(architecture.image_size, unit),
     }
     names = {"stages.": "layers.", "head.": "head.fc.", "norm.": "norm.", "patch_embed.": "patch_embed."}
     renamed = rename({n: t for n, t in tensors.items() if not is_adapter(n)}, names, rest=False)
@@ -309,6 +340,7 @@ register(
         build=build,
         build_decoder=Decoder,
         recognise=recognise,
+        sized=recognise,
         to_timm=to_timm,
         from_timm=from_timm,
         resize=resize,

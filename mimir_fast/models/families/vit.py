@@ -23,6 +23,7 @@ from mimir_fast.models.decoder import Decoder
 from mimir_fast.models.encoder import PREFIX_TOKENS, Encoder, check_patch_size
 from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel, register, settled
 from mimir_fast.models.positions import sincos_positions, with_positions
+from mimir_fast.sizes import Size, size_of
 from mimir_fast.validation import check_choice, check_number
 
 # name: (width, depth, heads). `nano` is ours, for experiments on a CPU; the others are the papers'.
@@ -55,7 +56,7 @@ class VitEncoder(Encoder):
     """
 
     def __init__(
-        self, width: int, depth: int, num_heads: int, *, image_size: int, patch_size: int, channels: int = 3,
+        self, width: int, depth: int, num_heads: int, *, image_size: Size, patch_size: int, channels: int = 3,
         mlp_ratio: float = 4.0, final_norm: bool = True, qkv_bias: bool = True, eps: float = 1e-6, gelu: str = "erf",
         layer_scale: bool = False, qk_norm: bool = False, pre_norm: bool = False, distilled: bool = False,
         registers: int = 0, no_prefix_positions: bool = False, no_cls_token: bool = False,
@@ -168,7 +169,7 @@ _TOGETHER = [("ls1.gamma", "ls2.gamma"), ("attn.q_norm.weight", "attn.q_norm.bia
              "attn.k_norm.bias"), ("attn.qkv.bias",)]  # fmt: skip
 
 
-def _misfits(tensors: Tensors) -> Iterator[str]:
+def _misfits(tensors: Tensors, image_size: Size | None) -> Iterator[str]:
     """What keeps these from being a ViT's, as `NAME, which …`."""
     for name in sorted(tensors):
         if not _KNOWN.fullmatch(name.removesuffix(SUFFIX)):
@@ -196,34 +197,36 @@ def _misfits(tensors: Tensors) -> Iterator[str]:
     if first.ndim != 4 or first.shape[2] != first.shape[3]:
         yield f"patch_embed.proj.weight, which is {tuple(first.shape)} and no projection of square patches"
     positions = tensors.get("pos_embed")
-    if positions is not None and (positions.ndim != 3 or _grid_of(tensors) is None):
-        yield f"pos_embed, which is {tuple(positions.shape)} and no square grid"
+    if positions is not None and (positions.ndim != 3 or _size_of(tensors, image_size) is None):
+        yield f"pos_embed, which is {tuple(positions.shape)} and no grid"
 
 
 def _depth_of(tensors: Tensors) -> int:
     return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
 
 
-def _grid_of(tensors: Tensors) -> tuple[int, bool] | None:
-    """Patches a side, and whether only they have positions."""
+def _size_of(tensors: Tensors, image_size: Size | None) -> tuple[Size, bool] | None:
+    """Size of the images, and whether only patches have positions: what is known, else a square, else a rectangle."""
     rows, prefix = tensors["pos_embed"].shape[1], sum(tensors[n].shape[1] for n in PREFIX_TOKENS if n in tensors)
-    for of_prefix in (0, prefix):
-        if rows > of_prefix and math.isqrt(rows - of_prefix) ** 2 == rows - of_prefix:
-            return math.isqrt(rows - of_prefix), of_prefix < prefix
-    return None
+    unit = tensors["patch_embed.proj.weight"].shape[-1]
+    found = [(size_of(rows - of_prefix, unit, image_size), of_prefix < prefix) for of_prefix in (0, prefix)]
+    sizes = [(size, bare) for size, bare in found if size is not None]
+    return next((one for one in sizes if isinstance(one[0], int)), sizes[-1] if sizes else None)
 
 
-def why_not(tensors: Tensors) -> str:
+def why_not(tensors: Tensors, image_size: Size | None = None) -> str:
     """By which tensor a model with patches and blocks is no ViT; "" for one that is."""
-    return next(_misfits(tensors), "") if any(name.startswith("blocks.0.") for name in tensors) else ""
+    return next(_misfits(tensors, image_size), "") if any(name.startswith("blocks.0.") for name in tensors) else ""
 
 
-def recognise(tensors: Tensors) -> Architecture | None:
+def recognise(tensors: Tensors, image_size: Size | None = None) -> Architecture | None:
     """From names and shapes, of which none may be unknown in front of the blocks or in them: it would change them."""
-    if "blocks.0.attn.qkv.weight" not in tensors or why_not(tensors) or (found := _grid_of(tensors)) is None:
+    if "blocks.0.attn.qkv.weight" not in tensors or why_not(tensors, image_size):
+        return None
+    if (found := _size_of(tensors, image_size)) is None:
         return None
     width, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
-    grid, bare_prefix = found
+    size, bare_prefix = found
     options = {
         "width": width,
         "depth": _depth_of(tensors),
@@ -238,7 +241,7 @@ def recognise(tensors: Tensors) -> Architecture | None:
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "mlp_ratio": shortest_ratio(len(tensors["blocks.0.mlp.fc1.weight"]), width),
     }
-    return settled(Architecture("vit", "base", grid * patch_size, patch_size, channels, options))
+    return settled(Architecture("vit", "base", size, patch_size, channels, options))
 
 
 def shortest_ratio(hidden: int, width: int) -> float:
@@ -305,6 +308,7 @@ register(
         build=build,
         build_decoder=Decoder,
         recognise=recognise,
+        sized=recognise,
         to_timm=to_timm,
         options=OPTIONS,
         unseen=("heads", "eps", "gelu"),

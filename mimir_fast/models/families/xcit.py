@@ -37,6 +37,7 @@ from mimir_fast.models.families import (
 from mimir_fast.models.positions import pseudo_grid, with_positions
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import gather_patches
+from mimir_fast.sizes import Size, divides, height_width, typed
 
 # name: (width, depth, heads, initial scale of the branches). `nano` is ours, `small` timm's xcit_small_12 and the MIMIR
 # authors', `medium` timm's xcit_medium_24, `medium12` the MIMIR authors' medium, half as deep.
@@ -78,7 +79,7 @@ class LocalInteraction(nn.Module):
         self.bn = BatchNorm(dim)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
-    def forward(self, x_BKD: Tensor, places_BK: Tensor | None, grid: int, domain: int = CLEAN) -> Tensor:
+    def forward(self, x_BKD: Tensor, places_BK: Tensor | None, grid: Size, domain: int = CLEAN) -> Tensor:
         """(B, K, D) of the visible patches, each with what its visible neighbours give it."""
         x = F.gelu(conv_over_grid(self.conv1, x_BKD, 1, places_BK, grid))
         return conv_over_grid(self.conv2, normalise(self.bn, x, domain), 1, places_BK, grid)
@@ -102,7 +103,7 @@ class XcitBlock(nn.Module):
         self.gamma2 = nn.Parameter(eta * torch.ones(dim))
 
     def forward(
-        self, x_BKD: Tensor, places_BK: Tensor | None, grid: int, *, query_ids_BQ: Tensor | None = None,
+        self, x_BKD: Tensor, places_BK: Tensor | None, grid: Size, *, query_ids_BQ: Tensor | None = None,
         domain: int = CLEAN, branches: LayerBranches | None = None,
     ) -> Tensor:  # fmt: skip
         """(B, K, D); (B, Q, D) with `query_ids_BQ`: those tokens only, the MLP runs on no others."""
@@ -149,25 +150,30 @@ class FourierPositions(nn.Module):
 
     hidden_dim, temperature, eps = 32, 10000.0, 1e-6
 
-    def __init__(self, dim: int, grid: int) -> None:
+    def __init__(self, dim: int, grid: Size) -> None:
         super().__init__()
         self.token_projection = nn.Conv2d(2 * self.hidden_dim, dim, 1)
         # A buffer: a traced graph would compute it on the device of the trace.
         self.register_buffer("features_NF", self.features(grid), persistent=False)
         self.features_NF: Tensor
 
-    def features(self, grid: int) -> Tensor:
+    def features(self, grid: Size) -> Tensor:
         """(N, 2·hidden_dim) in raster order."""
-        angles = torch.arange(1, grid + 1, dtype=torch.float32) / (grid + self.eps) * 2 * math.pi
-        exponents = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32) / self.hidden_dim
-        angles = angles[:, None] / self.temperature**exponents
-        axis = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)  # (grid, hidden_dim), by turns
-        rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
+        down, across = height_width(grid)
+        rows = self.along(down)[:, None].expand(-1, across, -1)
+        columns = self.along(across)[None].expand(down, -1, -1)
         return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
     def forward(self) -> Tensor:
         """(N, D) in raster order."""
         return conv_of_squares(self.token_projection, self.features_NF.to(next(self.parameters()).dtype), 1)
+
+    def along(self, length: int) -> Tensor:
+        """(length, hidden_dim) of one axis, sine and cosine by turns."""
+        angles = torch.arange(1, length + 1, dtype=torch.float32) / (length + self.eps) * 2 * math.pi
+        exponents = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32) / self.hidden_dim
+        angles = angles[:, None] / self.temperature**exponents
+        return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
 class ConvStem(nn.Module):
@@ -183,7 +189,7 @@ class ConvStem(nn.Module):
             layers += [nn.Sequential(conv, BatchNorm(after)), nn.GELU()]
         self.proj = nn.Sequential(*layers[:-1])
 
-    def forward(self, patches_BKP: Tensor, places_BK: Tensor | None, grid: int, domain: int = CLEAN) -> Tensor:
+    def forward(self, patches_BKP: Tensor, places_BK: Tensor | None, grid: Size, domain: int = CLEAN) -> Tensor:
         """(B, K, D) tokens of the visible patches (B, K, P)."""
         layers: Any = self.proj
         side, x = self.patch_size, patches_BKP.to(next(self.parameters()).dtype)
@@ -195,14 +201,15 @@ class ConvStem(nn.Module):
         return x
 
 
-def check_stem(image_size: int, patch_size: int) -> int:
+def check_stem(image_size: Size, patch_size: int) -> int:
     """The patch size; raises ValueError for patches that do not tile the image or that no stem makes."""
     check_patch_size(image_size, patch_size)
     if patch_size not in STEM_CONVS:
-        fits = [str(p) for p in STEM_CONVS if image_size % p == 0]
+        fits = [str(p) for p in STEM_CONVS if divides(p, image_size)]
         raise ValueError(
-            f"XCiT's stem halves the image 1 to 4 times and cannot make patches of {patch_size} pixels; for images of "
-            f"{image_size} choose {' or '.join(fits) or 'a size that is a multiple of 8'} (the paper's are 8 and 16)"
+            f"XCiT's stem halves the image 1 to 4 times and cannot make patches of {patch_size} pixels; for images "
+            f"of {typed(image_size)} choose {' or '.join(fits) or 'a size that is a multiple of 8'} (the paper's are 8 "
+            "and 16)"
         )
     return patch_size
 
@@ -221,7 +228,7 @@ class XcitEncoder(Encoder):
     num_branches = 3
 
     def __init__(
-        self, width: int, depth: int, num_heads: int, eta: float = 1.0, *, image_size: int, patch_size: int,
+        self, width: int, depth: int, num_heads: int, eta: float = 1.0, *, image_size: Size, patch_size: int,
         channels: int = 3, mlp_ratio: float = 4.0, qkv_bias: bool = True, tokens_norm: bool = True,
         cls_attn_layers: int = 2, use_pos_embed: bool = True, positions: str = "true", final_norm: bool = True,
     ) -> None:  # fmt: skip

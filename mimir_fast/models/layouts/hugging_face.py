@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.checkpoints.reading import WeightsError
-from mimir_fast.models.facts import Facts, numbers
+from mimir_fast.models.facts import Facts, numbers, size_said
 from mimir_fast.models.families import under_our_names
 from mimir_fast.models.layouts import Layout, Read, register
 from mimir_fast.models.parts import Part
@@ -160,7 +160,7 @@ def facts_of(config: Mapping[str, Any], processor: Any) -> Facts:
     gelu = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
     processor = processor if isinstance(processor, dict) else {}
     normalised = processor.get("do_normalize", True)
-    size, eps, act = config.get("image_size"), config.get("layer_norm_eps"), str(config.get("hidden_act", ""))
+    eps, act = config.get("layer_norm_eps"), str(config.get("hidden_act", ""))
     if act and act not in gelu:
         raise WeightsError(f"config.json says hidden_act {act}, which no encoder of ours has: they use gelu")
     return Facts(
@@ -169,7 +169,7 @@ def facts_of(config: Mapping[str, Any], processor: Any) -> Facts:
         gelu=gelu.get(act),  # type: ignore[arg-type]
         mean=numbers(processor.get("image_mean")) if normalised else None,
         std=numbers(processor.get("image_std")) if normalised else None,
-        image_size=size if isinstance(size, int) else None,
+        image_size=size_said(config.get("image_size")),
         decoder_heads=config.get("decoder_num_attention_heads"),
         norm_pixels=config.get("norm_pix_loss"),
     )

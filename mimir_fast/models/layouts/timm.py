@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mimir_fast.models.facts import Facts, facts_of_args, numbers
+from mimir_fast.models.facts import Facts, facts_of_args, numbers, size_said
 from mimir_fast.models.families import under_our_names
 from mimir_fast.models.layouts import Layout, Read, register
 from mimir_fast.models.parts import Part
@@ -34,20 +34,18 @@ def facts_beside(part: Part) -> Facts:
         settings = config.get("pretrained_cfg")
     said = Facts()
     if isinstance(settings, dict):
-        size = settings.get("input_size")
-        last = size[-1] if isinstance(size, (list, tuple)) and size else None
         said = Facts(
             mean=numbers(settings.get("mean")),
             std=numbers(settings.get("std")),
-            image_size=last if isinstance(last, int) else None,
+            image_size=size_said(settings.get("input_size")),
         )
     try:  # the arguments of timm's class, in a file that our export wrote
-        heads = json.loads((part.beside.get("metadata") or {})["timm"])["num_heads"]
+        written = dict(json.loads((part.beside.get("metadata") or {})["timm"]))
     except (KeyError, ValueError, TypeError):
-        heads = None
-    return (
-        Facts(heads=heads if isinstance(heads, int) else None).over(said).over(facts_of_args(part.beside.get("args")))
-    )
+        written = {}
+    heads = written.get("num_heads")
+    ours = Facts(heads=heads if isinstance(heads, int) else None, image_size=size_said(written.get("img_size")))
+    return ours.over(said).over(facts_of_args(part.beside.get("args")))
 
 
 def read(part: Part) -> Read:
