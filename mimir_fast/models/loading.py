@@ -397,7 +397,7 @@ def infer_architecture(
         rows = "" if positions is None else f" (pos_embed is {tuple(positions.shape)})"
         raise WeightsError(
             f"{weights.origin} is of images that are no squares{rows}, and no tensor tells their height and width: "
-            "give --data.image_size HEIGHT WIDTH as it was trained with"
+            "give --data.image_size HEIGHT WIDTH as it was trained with (evaluate and --init), or a run or file of ours"
         )
     head = weights.tensors.get("head.weight")
     return architecture, None if head is None else len(head)

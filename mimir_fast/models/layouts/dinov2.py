@@ -14,10 +14,10 @@ _CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
 
 
 def recognise(part: Part) -> bool:
-    """Registers under its name, or its mask token beside LayerScale."""
+    """Registers under its name, or its mask token beside LayerScale; ours with LayerScale has a decoder, too."""
     names = part.tensors
-    plain = "register_tokens" in names or ("mask_token" in names and "blocks.0.ls1.gamma" in names)
-    return plain or any(map(_CHUNKED.match, names))
+    scaled = "mask_token" in names and "blocks.0.ls1.gamma" in names and "decoder_pred.weight" not in names
+    return scaled or "register_tokens" in names or any(map(_CHUNKED.match, names))
 
 
 def read(part: Part) -> Read:
