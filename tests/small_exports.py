@@ -11,6 +11,8 @@ from torch import nn
 from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.exporting.original import Original
 from mimir_fast.models.classifier import Classifier
+from mimir_fast.models.facts import Facts
+from mimir_fast.models.normalization import from_file
 from mimir_fast.models.weight_files import Weights
 
 FAMILIES = ("vit", "convit", "cait", "xcit", "convstem", "swin", "convnext")
@@ -25,12 +27,16 @@ def classifier(family: str, **choices: Any) -> Classifier:
 def config_of(model: nn.Module, image_size: int = 32) -> dict[str, Any]:
     """What a run saves beside its weights."""
     own = asdict(model.config) if isinstance(model, Classifier) else {}
-    return {"model": own, "data": {"image_size": image_size, "augment": "pad_crop"}}
+    data = {"image_size": image_size, "channels": getattr(model, "channels", 3), "augment": "pad_crop"}
+    return {"model": own, "data": data}
 
 
 def original_of(model: nn.Module, **facts: Any) -> Original:
     """The model as it comes out of a file."""
-    return Original(Weights(file_state(model), "a test", config=config_of(model) | facts))
+    config = config_of(model) | facts
+    said = from_file(config)
+    known = Facts() if said is None else Facts(mean=said[0], std=said[1])
+    return Original(Weights(file_state(model), "a test", config=config, facts=known))
 
 
 def run_of(model: nn.Module, folder: Path) -> Path:
