@@ -138,7 +138,7 @@ class MaskedModel(Parted):
         if view.domain != CLEAN and not self.encoder.has_adapters:
             raise ValueError("a view of adversarial data, but the model has no adapters: build it with adapters=True")
         mask_token = self.mask_token[0, 0] if self.full_length else None
-        patches = self.normalizer.patches(view.patches)
+        patches = self.normalizer(view.patches)
         return self.encoder(patches, view.keep, domain=view.domain, mask_token_D=mask_token)
 
     @property

@@ -43,17 +43,14 @@ class Normalizer(nn.Module):
         for name, values in zip(("mean", "std"), statistics, strict=True):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Images of the same shape."""
-        return (images_BCHW - self.mean) / self.std if self.changes else images_BCHW
-
-    def patches(self, patches_BKP: Tensor) -> Tensor:
-        """The same of patches in (row, column, channel) order."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W), or patches (B, K, P) in (row, column, channel) order, of the same shape."""
         if not self.changes:
-            return patches_BKP
+            return x
+        if x.ndim == 4:
+            return (x - self.mean) / self.std
         channels = len(self.statistics[0])
-        pixels = patches_BKP.unflatten(-1, (-1, channels))
-        return ((pixels - self.mean.view(channels)) / self.std.view(channels)).flatten(-2)
+        return ((x.unflatten(-1, (-1, channels)) - self.mean.view(channels)) / self.std.view(channels)).flatten(-2)
 
 
 def chosen(config: Any, channels: int) -> Statistics:

@@ -46,6 +46,7 @@ def test_one_question_compared_with_itself(tmp_path):
     assert second.returncode == 1 and "SLOWER" in second.stdout
 
 
+@pytest.mark.slow
 def test_families_run(tmp_path):
     pytest.importorskip("timm")
     output = tmp_path / "families.jsonl"

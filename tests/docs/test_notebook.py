@@ -9,6 +9,7 @@ NOTEBOOK = ROOT / "examples/quickstart.ipynb"
 SMALL = "PRETRAIN_EPOCHS, FINETUNE_EPOCHS, NUM_TEST_IMAGES = 0.2, 0.1, 24"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

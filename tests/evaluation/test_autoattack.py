@@ -143,7 +143,9 @@ def test_square_that_finds_more_than_the_gradients_is_said() -> None:
     assert not square_warning({"clean": 900, "apgd-ce": 600, "apgd-t": 600, "fab-t": 600, "square": 599}, 1000)
 
 
-@pytest.mark.parametrize(("norm", "package_norm", "eps"), [("l2", "L2", 0.8), ("l1", "L1", 1.5)])
+@pytest.mark.parametrize(
+    ("norm", "package_norm", "eps"), [("l2", "L2", 0.8), pytest.param("l1", "L1", 1.5, marks=pytest.mark.slow)]
+)
 def test_other_norms_equal_a_direct_call(small_model, few: EvaluationImages, norm, package_norm, eps) -> None:
     """Two of the attacks, to be quick; the whole of L∞ is compared above."""
     names = ("apgd-ce", "apgd-t")

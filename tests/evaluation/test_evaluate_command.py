@@ -169,6 +169,7 @@ def test_two_processes_count_as_one(finished: Path, environment: Path, command: 
     assert without_times(again.sections) == without_times(two.sections)
 
 
+@pytest.mark.slow
 def test_paper_suite_end_to_end(environment: Path, command: Command, tmp_path: Path) -> None:
     """AutoAttack, PGD-100, the adaptive attacks; AutoAttack's accuracy is a direct call's, image by image."""
     pyautoattack = pytest.importorskip("pyautoattack")
@@ -253,6 +254,7 @@ def test_other_norms_end_to_end(environment: Path, tmp_path: Path, norm: str, ep
         EvaluateConfig("a.pth", norm="l2")
 
 
+@pytest.mark.slow
 def test_unreadable_files_of_all_shards_reach_the_record(environment: Path, command: Command, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -279,7 +281,7 @@ def test_unreadable_files_of_all_shards_reach_the_record(environment: Path, comm
 
 def test_a_model_no_better_than_guessing_is_said(environment: Path, tmp_path: Path) -> None:
     """Its normalisation is wrong: the numbers are of no model anyone trained."""
-    flags = [*FLAGS, "--suite", "table", "--autoattack", "no", "--mean", "9", "--std", "0.01", "--output_dir",
+    flags = [*FLAGS, "--suite", "table", "--autoattack", "no", "--mean", "1", "--std", "0.01", "--output_dir",
              str(tmp_path / "out")]  # fmt: skip
     results = evaluate(config_from(flags), log=quiet)
     assert results.clean["accuracy"] < 0.3

@@ -152,7 +152,9 @@ def test_fine_tuning_starts_from_the_encoder(family: str) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in ("vit", "cait", "swin") else [pytest.mark.slow]) for f in FAMILIES]
+)
 def test_resume_is_bit_exact(family: str, tmp_path: Path) -> None:
     whole = pretrain(config_of(family, output_dir=str(tmp_path / "whole")))
     parts = config_of(family, output_dir=str(tmp_path / "parts"))
@@ -229,7 +231,8 @@ def test_adversarial_adapters_are_exported_on_demand(tmp_path: Path, capsys: pyt
     assert loaded.encoder.has_adapters
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f == "vit" else [pytest.mark.slow]) for f in FAMILIES])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_follow_one(family: str, command: Command, tmp_path: Path) -> None:
     """AEMIM, adapters and all, by DDP and sharded by FSDP2: the losses of one process up to float order."""
     line = [

@@ -34,7 +34,10 @@ def run_aot(*args: object) -> subprocess.CompletedProcess[str]:
     return run_python("-m", "mimir_kernels.aot", *args)
 
 
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(c, marks=[] if c == aot.CAPABILITIES[-1] else [pytest.mark.slow]) for c in aot.CAPABILITIES],
+)
 def test_every_kernel_keeps_its_promises(capability):
     """No spills; tensor cores and 128-bit loads where promised; figures as in the table, if it knows this Triton."""
     result = run_aot("--check", TABLE, "--capability", capability)

@@ -67,7 +67,8 @@ def test_a_masked_model_embeds_normalised_patches(family: str) -> None:
 
 def test_without_normalisation_nothing_is_computed() -> None:
     images, normalizer = torch.rand(2, 3, 8, 8), Normalizer(((0.0,) * 3, (1.0,) * 3))
-    assert normalizer(images) is images and normalizer.patches(images) is images
+    patches = patchify(images, 4)
+    assert normalizer(images) is images and normalizer(patches) is patches
 
 
 def test_the_attack_stays_in_the_ball_of_pixels() -> None:
