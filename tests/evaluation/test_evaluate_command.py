@@ -281,7 +281,7 @@ def test_unreadable_files_of_all_shards_reach_the_record(environment: Path, comm
 
 def test_a_model_no_better_than_guessing_is_said(environment: Path, tmp_path: Path) -> None:
     """Its normalisation is wrong: the numbers are of no model anyone trained."""
-    flags = [*FLAGS, "--suite", "table", "--autoattack", "no", "--mean", "1", "--std", "0.01", "--output_dir",
+    flags = [*FLAGS, "--suite", "table", "--autoattack", "no", "--mean", "1", "--std", "100", "--output_dir",
              str(tmp_path / "out")]  # fmt: skip
     results = evaluate(config_from(flags), log=quiet)
     assert results.clean["accuracy"] < 0.3

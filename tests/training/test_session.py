@@ -118,7 +118,7 @@ class TestWhatIsSaved:
         self, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         run, config = tmp_path / "run", small(tmp_path / "run", "--precision", "fp32", "--save_every", "100")
-        original = Pretraining.losses
+        original = Pretraining.passes
 
         def losing(self: Pretraining, *args: object, step: int, **options: object) -> object:
             if step == 3:
@@ -126,7 +126,7 @@ class TestWhatIsSaved:
             return original(self, *args, step=step, **options)  # type: ignore[arg-type]
 
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="is ill"):
-            patch.setattr(Pretraining, "losses", losing)
+            patch.setattr(Pretraining, "passes", losing)
             pretrain(config)
         assert [p.name for p in checkpoints_of(run)] == ["step-00000003"]
         pretrain(config)
