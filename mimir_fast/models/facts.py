@@ -19,7 +19,7 @@ class Facts:
     Attributes:
         heads: attention heads of the encoder; of the first stage where it has stages.
         eps: added to the variance in the encoder's layer norms.
-        gelu: the exact function (erf) or its approximation (tanh).
+        gelu: the exact function (erf), or its approximation by tanh or a sigmoid (quick).
         mean, std: subtracted from and divided out of images in [0, 1], one number a channel.
         pool: what the head looks at, the mean of the patch tokens or the cls token.
         image_size: of the images it was trained on, in pixels.
@@ -30,7 +30,7 @@ class Facts:
 
     heads: int | None = None
     eps: float | None = None
-    gelu: Literal["erf", "tanh"] | None = None
+    gelu: Literal["erf", "tanh", "quick"] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     pool: Literal["avg", "cls"] | None = None

@@ -9,7 +9,7 @@ A file is opened (opening.py), the encoder that is meant is found in it (parts.p
 under our names and says what the file tells beside them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mimir_fast.models.facts import Facts
 from mimir_fast.models.families import all_families
 from mimir_fast.models.layouts import all_anchors, find_layout
 from mimir_fast.models.layouts.mimir_fast import config_of
+from mimir_fast.models.layouts.timm import facts_of_model
 from mimir_fast.models.lora import merge_lora
 from mimir_fast.models.normalization import Statistics, from_file, is_none, none_of
 from mimir_fast.models.opening import find_file, open_file, weights_only
@@ -176,5 +177,10 @@ def _read_timm(name: str) -> Weights:
             f"timm:{name} cannot be had ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
             "list names with timm.list_pretrained('vit_*'), or give a downloaded .safetensors file"
         ) from error
+    try:
+        facts = facts_of_model(model)
+    except WeightsError as error:
+        raise WeightsError(f"timm:{name}: {error}") from error
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return _understand(tensors, {"pretrained_cfg": dict(model.pretrained_cfg)}, f"timm:{name}")
+    weights = _understand(tensors, {"pretrained_cfg": dict(model.pretrained_cfg)}, f"timm:{name}")
+    return replace(weights, facts=facts.over(weights.facts))

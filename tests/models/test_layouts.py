@@ -8,7 +8,9 @@ import torch
 from weight_cases import CASES, NEEDS_TRANSFORMERS, Written, transformers
 
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier, classifier_of
+from mimir_fast.models.facts import Facts
 from mimir_fast.models.families import build_encoder, find_family
+from mimir_fast.models.layouts.timm import facts_of_model
 from mimir_fast.models.loading import fill, infer_architecture, initialize, inspect_weights
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.models.normalization import Normalizer
@@ -130,3 +132,20 @@ def test_the_table_in_the_docs_is_what_happens(files: dict[str, Written]) -> Non
     found = table(files)
     assert found.count("\n") - 2 >= 40
     assert found in DOCS.read_text(), f"{DOCS}: put in\n{found}"
+
+
+@pytest.mark.parametrize(("name", "heads", "eps", "gelu"), [
+    ("vit_tiny_patch16_224", 3, 1e-6, "erf"), ("vit_base_patch32_clip_quickgelu_224", 12, 1e-5, "quick"),
+])  # fmt: skip
+def test_a_live_model_of_timm_says_what_its_tensors_do_not(name: str, heads: int, eps: float, gelu: str) -> None:
+    timm = pytest.importorskip("timm")
+    facts = facts_of_model(timm.create_model(name, depth=1))
+    assert (facts.heads, facts.eps, facts.gelu) == (heads, eps, gelu)
+
+
+def test_blocks_of_timm_with_plain_tensors_and_another_function() -> None:
+    """Features were off by half, with exit status 0: see findings/timm-same-names-other-function.sh."""
+    timm = pytest.importorskip("timm")
+    with pytest.raises(WeightsError, match="ResPostBlock"):
+        facts_of_model(timm.create_model("vit_base_patch16_rpn_224", depth=1))
+    assert facts_of_model(timm.create_model("resnet18")) == Facts()

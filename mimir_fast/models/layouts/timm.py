@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mimir_fast.checkpoints.reading import WeightsError
 from mimir_fast.models.facts import Facts, facts_of_args, numbers, size_said
 from mimir_fast.models.families import under_our_names
 from mimir_fast.models.layouts import Layout, Read, register
@@ -46,6 +47,23 @@ def facts_beside(part: Part) -> Facts:
     heads = written.get("num_heads")
     ours = Facts(heads=heads if isinstance(heads, int) else None, image_size=size_said(written.get("img_size")))
     return ours.over(said).over(facts_of_args(part.beside.get("args")))
+
+
+def facts_of_model(model: Any) -> Facts:
+    """Of a live ViT of timm, which shows what its tensors do not; nothing of other models.
+
+    Raises:
+        WeightsError: blocks that have a plain ViT's tensors and compute another function, such as `ResPostBlock`.
+    """
+    if not type(model).__name__.startswith("VisionTransformer"):
+        return Facts()
+    block = model.blocks[0]
+    if (kind := type(block).__name__) != "Block":
+        raise WeightsError(f"its blocks are timm's {kind}, which no encoder of ours computes, whatever their tensors")
+    gelus: dict[str, Any] = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
+    return Facts(
+        heads=block.attn.num_heads, eps=getattr(block.norm1, "eps", None), gelu=gelus.get(type(block.mlp.act).__name__)
+    )
 
 
 def read(part: Part) -> Read:
