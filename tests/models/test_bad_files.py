@@ -139,6 +139,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "renamed attention": (pickled(renamed(".attn.qkv.", ".attn.to_qkv.")), "no encoder of ours"),
     "a layer missing": (pickled(changed(blocks__1__mlp__fc1__weight=None)), r"blocks\.1\.mlp\.fc1\.weight"),
     "positions missing": (pickled(changed(pos_embed=None)), "pos_embed"),
+    "a cls token without its dimensions": (pickled(changed(cls_token=torch.zeros(64))), "no encoder of ours"),
     "a tensor too many": (pickled(changed(blocks__0__attn__gate=torch.ones(1))), r"blocks\.0\.attn\.gate"),
     "a layer of another width": (
         pickled(changed(blocks__1__mlp__fc1__weight=torch.zeros(8, 8))), r"blocks\.1\.mlp\.fc1"),

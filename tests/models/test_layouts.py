@@ -2,12 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from weight_cases import CASES, NEEDS_TRANSFORMERS, Written, transformers
 
-from mimir_fast.models.classifier import ClassifierConfig, build_classifier, classifier_of
+from mimir_fast.models.classifier import ClassifierConfig, build_classifier, classifier_of, load_classifier
 from mimir_fast.models.facts import Facts
 from mimir_fast.models.families import build_encoder, find_family
 from mimir_fast.models.layouts.timm import facts_of_model
@@ -149,3 +150,19 @@ def test_blocks_of_timm_with_plain_tensors_and_another_function() -> None:
     with pytest.raises(WeightsError, match="ResPostBlock"):
         facts_of_model(timm.create_model("vit_base_patch16_rpn_224", depth=1))
     assert facts_of_model(timm.create_model("resnet18")) == Facts()
+
+
+@pytest.mark.parametrize("choices", [{"num_heads": 6}, {"num_heads": 6, "global_pool": "avg", "fc_norm": False}])
+def test_a_folder_of_timm_says_heads_and_pooling(choices: dict[str, Any], tmp_path: Path) -> None:
+    """`model_args` and `global_pool` of its config.json were not read: logits were off by up to 170 %."""
+    timm = pytest.importorskip("timm")
+    arguments = {"depth": 2, "img_size": 32, "patch_size": 8, **choices}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **arguments).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    timm.models.save_for_hf(model, tmp_path, model_args=arguments)
+    found = load_classifier(tmp_path)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model((images - found.normalizer.mean) / found.normalizer.std)
+        torch.testing.assert_close(found(images), wanted, rtol=1e-4, atol=1e-5)

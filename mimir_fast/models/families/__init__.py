@@ -4,6 +4,7 @@ To add one, write a file in this folder that calls `register(Family(…))`; noth
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -226,23 +227,32 @@ def recognise(tensors: Tensors, image_size: Size | None = None) -> Architecture 
     """
     known = None if isinstance(image_size, int) else image_size
     for family in all_families().values():
-        if family.anchor in tensors:
-            found = family.recognise(tensors) if known is None or family.sized is None else family.sized(tensors, known)
-            if found is not None:
-                return found
+        if family.anchor in tensors and (found := _recognised(family, tensors, known)) is not None:
+            return found
     return None if known is None else recognise(tensors)
+
+
+def _recognised(family: Family, tensors: Tensors, size: Size | None = None) -> Architecture | None:
+    """What the family says; None for tensors of other dimensions than it counts on, or some of them missing."""
+    try:
+        return family.recognise(tensors) if size is None or family.sized is None else family.sized(tensors, size)
+    except (LookupError, ValueError):
+        return None
 
 
 def why_not(tensors: Tensors) -> str:
     """By which tensor a relative of a family is known not to be of it, "NAME, which …"; "" where none is."""
-    reasons = (family.why_not(tensors) for family in all_families().values() if family.anchor in tensors)
-    return next((reason for reason in reasons if reason), "")
+    for family in all_families().values():
+        with suppress(LookupError, ValueError):  # as in `_recognised`
+            if family.anchor in tensors and (reason := family.why_not(tensors)):
+                return reason
+    return ""
 
 
 def under_our_names(tensors: Tensors) -> dict[str, Tensor]:
     """The tensors of a model of timm, or of ours, under our names; others as they are."""
     for family in all_families().values():
-        if family.anchor in tensors and family.recognise(renamed := family.from_timm(tensors)) is not None:
+        if family.anchor in tensors and _recognised(family, renamed := family.from_timm(tensors)) is not None:
             return renamed
     return dict(tensors)
 

@@ -5,7 +5,8 @@ training script.
 """
 
 import json
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from mimir_fast.models.parts import Part
 
 DERIVED = (".relative_position_index", ".attn_mask", ".relative_coords_table")
 COMPUTED = "computed from the sizes"
+_POOLS: dict[str, Literal["avg", "cls"]] = {"avg": "avg", "token": "cls"}
 
 
 def without_derived(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -31,11 +33,15 @@ def facts_beside(part: Part) -> Facts:
     settings = part.beside.get("pretrained_cfg")
     width = part.tensors["cls_token"].shape[-1] if "cls_token" in part.tensors else None
     # A config.json may lie beside a file it says nothing of.
+    arguments: Any = {}
+    pool = None
     if settings is None and isinstance(config, dict) and width in (None, config.get("num_features", width)):
-        settings = config.get("pretrained_cfg")
-    said = Facts()
+        settings, arguments = config.get("pretrained_cfg"), config.get("model_args")
+        pool = _POOLS.get(str(config.get("global_pool")))
+    said = Facts(pool=pool)
     if isinstance(settings, dict):
-        said = Facts(
+        said = replace(
+            said,
             mean=numbers(settings.get("mean")),
             std=numbers(settings.get("std")),
             image_size=size_said(settings.get("input_size")),
@@ -44,7 +50,7 @@ def facts_beside(part: Part) -> Facts:
         written = dict(json.loads((part.beside.get("metadata") or {})["timm"]))
     except (KeyError, ValueError, TypeError):
         written = {}
-    heads = written.get("num_heads")
+    heads = written.get("num_heads", arguments.get("num_heads") if isinstance(arguments, dict) else None)
     ours = Facts(heads=heads if isinstance(heads, int) else None, image_size=size_said(written.get("img_size")))
     return ours.over(said).over(facts_of_args(part.beside.get("args")))
 
