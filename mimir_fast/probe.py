@@ -34,7 +34,9 @@ def probe(config: ProbingConfig) -> list[Outcome]:
         if world.is_main:
             print(line, flush=True)
 
-    encoder, notes = open_encoder(config.checkpoint, config.data, config.weights, config.pool)
+    encoder, notes = open_encoder(
+        config.checkpoint, config.data, config.weights, config.pool, part=config.part, statistics=config.statistics
+    )
     for note in notes:
         log(note)
     probing = Probing(config, encoder, world, log)

@@ -7,6 +7,7 @@ from typing import Literal
 from mimir_fast.attacks.threat_model import check_radius
 from mimir_fast.data.config import DataConfig
 from mimir_fast.extensions import Imports
+from mimir_fast.models.normalization import Statistics, check_statistics
 from mimir_fast.models.weight_files import WeightsChoice
 from mimir_fast.probing.encoder import Pool
 from mimir_fast.validation import check_finite, check_number
@@ -30,6 +31,13 @@ class ProbingConfig:
     weights: WeightsChoice = "auto"
     """Of our checkpoints: the trained weights (model), their moving average (ema), or the average where there is one
     (auto)."""
+    part: str = ""
+    """Of a file with several encoders, the name of the one to take, such as teacher."""
+    mean: tuple[float, ...] | None = None
+    """The mean that the encoder takes out of images in [0, 1], one number a channel, as 0.485 0.456 0.406 of MAE's
+    public weights; left out: as the file says, else none."""
+    std: tuple[float, ...] | None = None
+    """The deviation."""
     pool: Pool = "auto"
     """One vector an image: the cls token, the mean of the patches, both, or auto: as the model itself pools."""
     neighbours: int = 20
@@ -61,6 +69,7 @@ class ProbingConfig:
     def __post_init__(self) -> None:
         check_finite(self)
         check_radius("eps", self.eps)
+        check_statistics(self.mean, self.std, self.data.channels)
         self.imports = tuple(dict.fromkeys(self.imports))
         for name in ("neighbours", "epochs", "attentive_epochs", "attack_steps", "batch_size"):
             check_number(name, getattr(self, name), at_least=1)
@@ -71,6 +80,11 @@ class ProbingConfig:
             raise ValueError("nothing to do: name at least one of --probes and of --label_fractions")
         for fraction in self.label_fractions:
             check_number("label_fractions", fraction, above=0, at_most=1, hint="a share of the training labels")
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """(mean, std) as asked."""
+        return None if self.mean is None or self.std is None else (self.mean, self.std)
 
     @property
     def folder(self) -> Path:

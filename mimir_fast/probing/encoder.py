@@ -17,9 +17,9 @@ from mimir_fast.evaluation.adapters import load_model
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.families import find_family
 from mimir_fast.models.loading import infer_architecture, initialize
-from mimir_fast.models.normalization import fields_of
+from mimir_fast.models.normalization import Statistics, choice_note, fields_of
 from mimir_fast.models.options import option_texts
-from mimir_fast.models.weight_files import WeightsChoice, read_weights
+from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 
 Pool = Literal["auto", "cls", "mean", "both"]
 
@@ -62,19 +62,24 @@ class FrozenEncoder(nn.Module):
 
 
 def open_encoder(
-    source: str, data: DataConfig, weights: WeightsChoice = "auto", pool: Pool = "auto"
-) -> tuple[FrozenEncoder, list[str]]:
+    source: str, data: DataConfig, weights: WeightsChoice = "auto", pool: Pool = "auto", *, part: str = "",
+    statistics: Statistics | None = None,
+) -> tuple[FrozenEncoder, list[str]]:  # fmt: skip
     """The encoder of a checkpoint or of any model with features, and what a reader of its numbers must know.
 
+    Args:
+        part: which of several encoders in a file.
+        statistics: (mean, std) to normalise by, in place of what the file or model says.
     Raises:
         ValueError: the model shows no features.
         WeightsError: the file cannot be read, or holds no encoder of ours.
     """
     if Path(source).exists() and Path(source).suffix not in (".pt2", ".ts"):
-        return _ours(source, weights, pool, data)
+        return _ours(read_weights(source, weights, part), pool, data, statistics)
     judged = load_model(
-        source, num_classes=None, device=torch.device("cpu"), channels=data.channels, image_size=data.image_size
-    )
+        source, num_classes=None, device=torch.device("cpu"), channels=data.channels, image_size=data.image_size,
+        mean=None if statistics is None else statistics[0], std=None if statistics is None else statistics[1],
+    )  # fmt: skip
     model: Any = judged.module
     if not hasattr(getattr(model, "model", model), "forward_features"):
         raise ValueError(f"{source} shows no features: it has no forward_features(images), as models of timm have")
@@ -91,8 +96,7 @@ def open_encoder(
     return FrozenEncoder(model, tokens, num_prefix, pool, width=width), judged.notes
 
 
-def _ours(source: str, which: WeightsChoice, pool: Pool, data: DataConfig) -> tuple[FrozenEncoder, list[str]]:
-    weights = read_weights(source, which)
+def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | None) -> tuple[FrozenEncoder, list[str]]:
     architecture, _ = infer_architecture(weights, image_size=data.image_size)
     family = find_family(architecture.family)
     normed_late = "fc_norm.weight" in weights.tensors
@@ -100,7 +104,7 @@ def _ours(source: str, which: WeightsChoice, pool: Pool, data: DataConfig) -> tu
     config = ClassifierConfig(
         family=architecture.family, encoder=architecture.size, patch_size=architecture.patch_size,
         global_pool="avg" if averaged else "cls", options=option_texts(architecture.options),
-        **fields_of(weights.statistics(architecture.channels)),
+        **fields_of(weights.statistics(architecture.channels, asked)),
     )  # fmt: skip
     with torch.random.fork_rng([]):
         model = Classifier(config, architecture.image_size, 2, architecture.channels, not normed_late)
@@ -109,4 +113,5 @@ def _ours(source: str, which: WeightsChoice, pool: Pool, data: DataConfig) -> tu
         pool = "mean" if averaged else "auto"
     norm = model.fc_norm if pool == "mean" else None
     encoder = FrozenEncoder(model, model.forward_features, model.encoder.num_prefix, pool, norm, model.encoder.width)
-    return encoder, [str(report)]
+    note = choice_note(weights.normalization, asked)
+    return encoder, [str(report), *([note] if note else [])]

@@ -125,6 +125,16 @@ def test_pools(pretrained: Path) -> None:
         FrozenEncoder(torch.nn.Identity(), lambda x: x, 0, "both")
 
 
+def test_a_normalisation_that_the_file_does_not_say(pretrained: Path) -> None:
+    images, mean, std = torch.rand(2, 3, 32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    asked, notes = open_encoder(str(pretrained), DATA, statistics=(mean, std))
+    plain, _ = open_encoder(str(pretrained), DATA)
+    by_hand = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(asked(images), plain(by_hand), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(asked(images), plain(images), rtol=1e-2)
+    assert any("0.4" in note for note in notes)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto", "resnet18"])
 def test_encoders_of_timm(name: str) -> None:
     timm = pytest.importorskip("timm")
