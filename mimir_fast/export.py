@@ -26,7 +26,7 @@ from mimir_fast.exporting.original import Domain, Original
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.layers.norms import is_adapter
 from mimir_fast.models.loading import inspect_weights
-from mimir_fast.models.normalization import check_statistics, choice_note
+from mimir_fast.models.normalization import check_statistics, choice_note, pair
 from mimir_fast.models.weight_files import WeightsChoice, read_weights
 
 FOLDER = {"config.json", "preprocessor_config.json", "model.safetensors"}
@@ -83,7 +83,7 @@ def export(config: ExportConfig) -> Path:
             "these weights keep their norms for clean and for adversarial images: the clean ones are exported "
             "(--domain adversarial for the others)"
         )
-    asked = (config.mean, config.std) if config.mean is not None and config.std is not None else None
+    asked = pair(config.mean, config.std)
     _, report = inspect_weights(weights)
     print(report)
     if note := choice_note(weights.normalization, asked):

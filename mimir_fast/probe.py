@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from mimir_fast.cli import parse, peek, run
 from mimir_fast.evaluate import data_of
 from mimir_fast.extensions import load_extensions
+from mimir_fast.models.normalization import pair
 from mimir_fast.probing.config import ProbingConfig
 from mimir_fast.probing.encoder import open_encoder
 from mimir_fast.probing.report import write
@@ -35,8 +36,9 @@ def probe(config: ProbingConfig) -> list[Outcome]:
             print(line, flush=True)
 
     encoder, notes = open_encoder(
-        config.checkpoint, config.data, config.weights, config.pool, part=config.part, statistics=config.statistics
-    )
+        config.checkpoint, config.data, config.weights, config.pool, part=config.part,
+        statistics=pair(config.mean, config.std),
+    )  # fmt: skip
     for note in notes:
         log(note)
     probing = Probing(config, encoder, world, log)

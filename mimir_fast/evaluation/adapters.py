@@ -29,7 +29,7 @@ from mimir_fast.evaluation.door import at_the_door
 from mimir_fast.evaluation.timm_files import fill
 from mimir_fast.evaluation.wrappers import FromProbabilities, Normalized, Opaque
 from mimir_fast.models.load_report import LoadReport
-from mimir_fast.models.normalization import Statistics, choice_note, name_of
+from mimir_fast.models.normalization import Statistics, choice_note, name_of, pair
 from mimir_fast.models.opening import weights_only
 from mimir_fast.sizes import Size, as_size, height_width, shown
 
@@ -125,7 +125,7 @@ def load_model(
         ValueError: none of the kinds, or a checkpoint without a classification head.
         ImportError: the module or the package it needs cannot be imported, or weights cannot be downloaded.
     """
-    asked = (tuple(mean), tuple(std)) if mean is not None and std is not None else None
+    asked = pair(mean, std)
     judged = _find(spec, num_classes, channels, device, weights, image_size, asked, part)
     if asked is not None:
         if judged.kind != "mimir_fast":  # ours has its own inside

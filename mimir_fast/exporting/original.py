@@ -14,6 +14,7 @@ from mimir_fast.layers.norms import SUFFIX, is_adapter
 from mimir_fast.models.classifier import Classifier, load_classifier
 from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.families import Architecture, build_encoder
+from mimir_fast.models.file_names import DECODER
 from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.normalization import Normalizer, Statistics, to_metadata
 from mimir_fast.models.weight_files import Weights, WeightsError
@@ -21,8 +22,6 @@ from mimir_fast.ops.patches import patchify
 from mimir_fast.sizes import height_width
 
 Domain = Literal["clean", "adversarial"]
-
-_DECODER = ("decoder_", "mask_token")
 
 
 class Tokens(nn.Module):
@@ -60,7 +59,7 @@ class Original:
     @property
     def without_decoder(self) -> dict[str, Tensor]:
         """The tensors of encoder and head."""
-        return {n: t for n, t in self.tensors.items() if not n.startswith(_DECODER)}
+        return {n: t for n, t in self.tensors.items() if not n.startswith(DECODER)}
 
     @property
     def plain_weights(self) -> Weights:

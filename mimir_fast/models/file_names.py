@@ -12,6 +12,9 @@ from torch import nn
 
 T = TypeVar("T")
 
+DECODER = ("decoder_", "mask_token")
+"""How the names of a decoder's tensors begin in files."""
+
 # PEFT moves a layer's own weights into a `base_layer` and calls what it adds "default": in files they keep their names.
 _PEFT = ((".base_layer.", "."), (".lora_A.default.", ".lora_A."), (".lora_B.default.", ".lora_B."))
 

@@ -33,7 +33,7 @@ from mimir_fast.models.families import (
     recognise,
     why_not,
 )
-from mimir_fast.models.file_names import to_files
+from mimir_fast.models.file_names import DECODER, to_files
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Normalizer, flags, same, words
 from mimir_fast.models.options import option_texts, parse_options
@@ -44,7 +44,6 @@ from mimir_fast.sizes import Size, area, divided, height_width
 __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_weights", "resize_positions"]
 
 _HEADS, _NORMS = ("head.", "head_dist."), ("fc_norm.", "norm.")
-_DECODER = ("decoder_", "mask_token")
 # Part of a tensor's name → what to do about it.
 _HINTS = {
     ".lora_": ": merge the adapters into the weights first (PEFT's merge_and_unload)",
@@ -172,7 +171,7 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     if any(is_adapter(name) for name in weights.tensors):
         encoder.add_adapters()
     own, report = encoder.state_dict(), LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out))
-    beside = (*_HEADS, *_NORMS, *_DECODER)
+    beside = (*_HEADS, *_NORMS, *DECODER)
     for name, tensor in weights.tensors.items():
         if name in own:
             _check_numbers(name, tensor, own[name], weights.origin)
@@ -197,7 +196,7 @@ def _may_be_left(name: str, own: Mapping[str, Tensor]) -> str:
     """Why a tensor of a file need not be in the model; "" when it must."""
     if name in own:
         return ""
-    if name.startswith(_DECODER) and "decoder_pred.weight" not in own:
+    if name.startswith(DECODER) and "decoder_pred.weight" not in own:
         return "the decoder"
     if is_adapter(name):
         return "for adversarial images, which the model keeps no norms of their own for"
@@ -228,12 +227,12 @@ def _unfit_heads(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> di
 def _unfit_decoder(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
     """Tensors of a decoder that is not the model's → why. One is taken as a whole or not at all."""
     theirs, ours = (
-        {n: t.shape for n, t in named.items() if n.startswith(_DECODER) and n != "decoder_pos_embed"}
+        {n: t.shape for n, t in named.items() if n.startswith(DECODER) and n != "decoder_pos_embed"}
         for named in (tensors, own)
     )
     if theirs == ours or "decoder_pred.weight" not in own:
         return {}
-    return {n: "of another decoder, the model's starts fresh" for n in tensors if n.startswith(_DECODER)}
+    return {n: "of another decoder, the model's starts fresh" for n in tensors if n.startswith(DECODER)}
 
 
 def _resize(
@@ -277,7 +276,7 @@ def _check_complete(fresh: list[str], ready: Mapping[str, Tensor], weights: Weig
     """Raises WeightsError when what is missing cannot start fresh."""
     optional = () if whole else (*_HEADS, *_NORMS)
     if not whole and "decoder_pred.weight" not in ready:
-        optional = (*optional, *_DECODER)  # a decoder is there as a whole or not at all
+        optional = (*optional, *DECODER)  # a decoder is there as a whole or not at all
     absent = [name for name in fresh if not name.startswith(optional)]
     if absent:
         raise WeightsError(

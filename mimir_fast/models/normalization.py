@@ -106,6 +106,11 @@ def check_statistics(
         )
 
 
+def pair(mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Statistics | None:
+    """(mean, std) of two options that belong together; None where they are left out."""
+    return None if mean is None or std is None else (tuple(mean), tuple(std))
+
+
 def none_of(channels: int) -> Statistics:
     """No normalisation, of so many channels."""
     return (0.0,) * channels, (1.0,) * channels

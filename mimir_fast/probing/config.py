@@ -7,7 +7,7 @@ from typing import Literal
 from mimir_fast.attacks.threat_model import check_radius
 from mimir_fast.data.config import DataConfig
 from mimir_fast.extensions import Imports
-from mimir_fast.models.normalization import Statistics, check_statistics
+from mimir_fast.models.normalization import check_statistics
 from mimir_fast.models.weight_files import WeightsChoice
 from mimir_fast.probing.encoder import Pool
 from mimir_fast.validation import check_finite, check_number
@@ -80,11 +80,6 @@ class ProbingConfig:
             raise ValueError("nothing to do: name at least one of --probes and of --label_fractions")
         for fraction in self.label_fractions:
             check_number("label_fractions", fraction, above=0, at_most=1, hint="a share of the training labels")
-
-    @property
-    def statistics(self) -> Statistics | None:
-        """(mean, std) as asked."""
-        return None if self.mean is None or self.std is None else (self.mean, self.std)
 
     @property
     def folder(self) -> Path:

@@ -27,11 +27,15 @@ def nearest(queries_QD: Tensor, train_ND: Tensor, k: int) -> tuple[Tensor, Tenso
     Raises:
         ValueError: fewer than k of them.
     """
-    check_number("k", k, at_least=1, at_most=len(train_ND), hint="no more neighbours than training images")
-    train = F.normalize(train_ND.float(), dim=1)
+    return _nearest(queries_QD, F.normalize(train_ND.float(), dim=1), k)
+
+
+def _nearest(queries_QD: Tensor, unit_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Among rows of length 1, so that an attack normalises those of the training images once."""
+    check_number("k", k, at_least=1, at_most=len(unit_ND), hint="no more neighbours than training images")
     found = [
-        (F.normalize(block.float(), dim=1) @ train.T).topk(k, dim=1)
-        for block in queries_QD.split(max(1, LARGEST_BLOCK // len(train_ND)))
+        (F.normalize(block.float(), dim=1) @ unit_ND.T).topk(k, dim=1)
+        for block in queries_QD.split(max(1, LARGEST_BLOCK // len(unit_ND)))
     ]
     return torch.cat([values for values, _ in found]), torch.cat([index for _, index in found])
 
@@ -57,7 +61,7 @@ class NeighbourHead(nn.Module):
 
     def forward(self, features_QD: Tensor) -> Tensor:
         """(Q, K); a class without a vote has the logarithm of the smallest number."""
-        similarities, index = nearest(features_QD, self.train_features, self.k)
+        similarities, index = _nearest(features_QD, self.train_features, self.k)
         weights = torch.ones_like(similarities)
         if self.votes == "softmax":
             weights = (similarities / TEMPERATURE).softmax(dim=1)

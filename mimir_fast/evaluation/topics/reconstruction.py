@@ -3,7 +3,8 @@
 Shapes: B images, C channels, S × S pixels, N patches, K kept, M masked, P numbers a patch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, regis
 from mimir_fast.methods.mae import MaeConfig
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel, View
-from mimir_fast.models.normalization import Statistics, check_statistics, choice_note, words
+from mimir_fast.models.normalization import Statistics, check_statistics, choice_note, pair, words
 from mimir_fast.models.weight_files import Weights, WeightsError, read_weights
 from mimir_fast.ops.patches import gather_patches, patchify, unpatchify
 from mimir_fast.sizes import Size
@@ -59,10 +60,8 @@ def load_masked_autoencoder(
     Raises:
         ValueError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, or a classifier).
     """
-    try:
+    with _named():
         model, objective = load_masked_model(source, statistics=statistics, image_size=image_size)
-    except WeightsError as error:
-        raise ValueError(f"--pretrained: {error}") from error
     # What is predicted: all that is masked, though training may have paid for a share (CrossMAE).
     names = ("mask_ratio", "mask_unit", "norm_pix_loss", "pixel_loss")
     return model, MaeConfig(**{name: objective[name] for name in names if name in objective})
@@ -93,25 +92,40 @@ def pretrained_of(setup: Setup) -> str | None:
 def statistics_of(setup: Setup) -> Statistics | None:
     """The normalisation that was asked for."""
     options = options_of(setup.config, AutoencoderOptions)
-    mean, std = options.pretrained_mean, options.pretrained_std
-    return None if mean is None or std is None else (mean, std)
+    return pair(options.pretrained_mean, options.pretrained_std)
 
 
 def notes_of(setup: Setup) -> list[str]:
     """What was assumed of the masked autoencoder's normalisation, or overridden."""
-    said = read_weights(str(pretrained_of(setup))).normalization
-    note = choice_note(said, statistics_of(setup), "--pretrained_")
+    note = choice_note(_loaded(setup)[2], statistics_of(setup), "--pretrained_")
     return [f"Masked autoencoder: {note}"] if note else []
 
 
 def autoencoder_of(setup: Setup, device: torch.device) -> tuple[MaskedModel, MaeConfig]:
     """The masked autoencoder on the device, loaded once; see `load_masked_autoencoder`."""
-
-    def load() -> tuple[MaskedModel, MaeConfig]:
-        return load_masked_autoencoder(str(pretrained_of(setup)), statistics_of(setup), setup.config.data.image_size)
-
-    model, trained = setup.once("autoencoder", load)
+    model, trained, _ = _loaded(setup)
     return model.to(device), trained
+
+
+def _loaded(setup: Setup) -> tuple[MaskedModel, MaeConfig, Statistics | None]:
+    """As `load_masked_autoencoder`, and the normalisation that the weights say; its file is read once."""
+
+    def load() -> tuple[MaskedModel, MaeConfig, Statistics | None]:
+        with _named():
+            weights = read_weights(str(pretrained_of(setup)))
+        loaded = load_masked_autoencoder(weights, statistics_of(setup), setup.config.data.image_size)
+        return *loaded, weights.normalization
+
+    return setup.once("autoencoder", load)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """What is wrong with the weights, under the name of the option."""
+    try:
+        yield
+    except WeightsError as error:
+        raise ValueError(f"--pretrained: {error}") from error
 
 
 def identity(setup: Setup) -> dict[str, Any]:

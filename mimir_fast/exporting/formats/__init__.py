@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mimir_fast.exporting.original import Original
 from mimir_fast.registry import Registry
+from mimir_fast.versions import python_command
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Format:
             raise ImportError(
                 f"--format {self.name} needs {', '.join(missing)}: pip install 'mimir-fast[{self.extra}]'"
             )
+
+
+def program_use(original: Original, path: Path, python: str) -> str:
+    """How a program is used: in Python, and, if it classifies, in our evaluation."""
+    if original.num_classes is None:
+        return python
+    return f"{python}\n     {python_command()} -m mimir_fast.evaluate --checkpoint {path} --data.source …"
 
 
 FORMATS: Registry[Format] = Registry("format", __name__)

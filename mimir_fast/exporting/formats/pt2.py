@@ -10,9 +10,8 @@ import torch
 from torch._ops import OpOverload
 
 from mimir_fast.exporting.compare import EXAMPLE, difference
-from mimir_fast.exporting.formats import Format, register
+from mimir_fast.exporting.formats import Format, program_use, register
 from mimir_fast.exporting.original import Original
-from mimir_fast.versions import python_command
 
 
 def write(original: Original, path: Path) -> float:
@@ -42,10 +41,7 @@ def recorded(original: Original) -> torch.export.ExportedProgram:
 
 def use(original: Original, path: Path) -> str:
     """In Python, and in our evaluation."""
-    python = f"torch.export.load({str(path)!r}).module()(images)"
-    if original.num_classes is None:
-        return python
-    return f"{python}\n     {python_command()} -m mimir_fast.evaluate --checkpoint {path} --data.source …"
+    return program_use(original, path, f"torch.export.load({str(path)!r}).module()(images)")
 
 
 register(Format("pt2", ".pt2", write, use))

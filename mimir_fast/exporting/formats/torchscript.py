@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from mimir_fast.exporting.compare import EXAMPLE, difference
-from mimir_fast.exporting.formats import Format, register
+from mimir_fast.exporting.formats import Format, program_use, register
 from mimir_fast.exporting.original import Original
-from mimir_fast.versions import python_command
 
 
 def write(original: Original, path: Path) -> float:
@@ -31,10 +30,7 @@ def write(original: Original, path: Path) -> float:
 
 def use(original: Original, path: Path) -> str:
     """In Python, and in our evaluation."""
-    python = f"torch.jit.load({str(path)!r})(images)"
-    if original.num_classes is None:
-        return python
-    return f"{python}\n     {python_command()} -m mimir_fast.evaluate --checkpoint {path} --data.source …"
+    return program_use(original, path, f"torch.jit.load({str(path)!r})(images)")
 
 
 register(Format("torchscript", ".ts", write, use))

@@ -15,6 +15,7 @@ from mimir_fast.checkpoints.reading import WeightsError
 from mimir_fast.models.facts import Facts, numbers, size_said
 from mimir_fast.models.families import under_our_names
 from mimir_fast.models.layouts import Layout, Read, register
+from mimir_fast.models.layouts.dinov2 import rename_registers
 from mimir_fast.models.parts import Part
 
 Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
@@ -103,10 +104,7 @@ def read(part: Part) -> Read:
             left_out[f"classifier.{kind}"] = "a head on cls and mean of the patches together"
     if "decoder_embed.weight" not in tensors and tensors.pop("mask_token", None) is not None:
         left_out["embeddings.mask_token"] = "the mask token"
-    if "register_tokens" in tensors:
-        tensors["reg_token"] = tensors.pop("register_tokens")
-        tensors["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
-        tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
+    rename_registers(tensors)
     index = [name for name in tensors if name.endswith(".relative_position_index")]
     left_out |= dict.fromkeys(index, "computed from the sizes")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in index}
