@@ -1,11 +1,15 @@
 """Running our modules as a user would: another process, CPU only, one thread, real kernels' definitions."""
 
+import atexit
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+
+from zygote import Process, Zygote
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -22,11 +26,35 @@ def command_environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+@cache
+def zygote() -> Zygote:
+    """This process's own."""
+    folder = tempfile.TemporaryDirectory(prefix="mimir-fast-commands-")
+    started = Zygote(Path(folder.name))
+    atexit.register(folder.cleanup)
+    atexit.register(started.close)
+    return started
+
+
+def start_module(folder: Path, module: str, *args: str) -> Process:
+    """Start it in `folder`: to be looked at, signalled and killed."""
+    return zygote().start(module, args, cwd=folder, apart=True, env=command_environment())
+
+
 def run_module(
-    folder: Path, module: str, *args: str, ranks: int = 1, timeout: float = 300, **options: Any
+    folder: Path, module: str, *args: str, ranks: int = 1, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end in `folder`; the caller looks at returncode, stdout and stderr."""
-    line = command_line(module, *args, ranks=ranks)
-    return subprocess.run(
-        line, cwd=folder, capture_output=True, text=True, timeout=timeout, env=command_environment(), **options
-    )
+    """Run to the end in `folder`; the caller looks at returncode, stdout and stderr.
+
+    Several ranks are one group without torchrun, whose own part is tested in training/test_elastic.py.
+    """
+    hosts = [{"cwd": folder, "apart": True, "env": command_environment()} for _ in range(ranks)]
+    processes = zygote().start_ranks(module, args, hosts) if ranks > 1 else [start_module(folder, module, *args)]
+    try:
+        codes = [process.wait(timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    code = next(filter(None, codes), 0)
+    out, err = ("".join(getattr(p, name).read_text() for p in processes) for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess([module, *args], code, out, err)

@@ -27,7 +27,7 @@ from chaos.bad_input import BAD_INPUT
 from chaos.chains import CHAINS
 from chaos.runs import Runs
 from chaos.scenarios import SCENARIOS
-from chaos.zygote import Zygote
+from zygote import Zygote
 
 from mimir_fast.versions import environment
 

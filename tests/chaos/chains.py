@@ -21,7 +21,7 @@ from chaos.runs import (
     step_checkpoints,
     wait_until_random_moment,
 )
-from chaos.zygote import Process
+from zygote import Process
 
 MOST = 12  # faults of processes in a chain, half as many of two ranks; those of files come between
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from chaos.runs import PATIENCE, Job, Runs, step_checkpoints, wait_until_random_moment
-from chaos.zygote import Process
+from zygote import Process
 
 from mimir_fast.checkpoints.reading import CheckpointError, verify
 
@@ -58,7 +58,7 @@ def fail_syscall(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[P
 def _inject(runs: Runs, run: Path, job: Job, rng: random.Random, names: str, what: str) -> tuple[int, Process, bool]:
     """Exit code of a run that strace plays with, and whether it did."""
     process = runs.start(run, *_part(rng), job=job, paused=True)
-    trace = process.output.with_suffix(".strace")
+    trace = process.stdout.with_suffix(".strace")
     while _status(process.pid, "State") not in ("T", "Z", ""):  # SIGCONT before it has stopped would be lost
         time.sleep(0.01)
     tracer = subprocess.Popen(

@@ -5,14 +5,13 @@ import os
 import random
 import re
 import shutil
-import socket
 import time
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from chaos.zygote import Process, Zygote
+from zygote import Process, Zygote
 
 STEPS = 18
 # Batches of 16 from 64 images: four steps an epoch, so steps, epochs and checkpoints do not coincide.
@@ -58,14 +57,8 @@ class Runs:
         self, run: Path, *extra: str, job: Job = DDP, hosts: list[dict[str, Any]] | None = None
     ) -> list[Process]:
         """All ranks, as torchrun would start them; `hosts` has each one's start options."""
-        port = str(_free_port())
-        processes = []
-        for rank in range(job.ranks):
-            options = dict(hosts[rank]) if hosts else {}
-            group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.ranks), "MASTER_PORT": port}
-            options["env"] = {"MASTER_ADDR": "127.0.0.1", **group, **options.get("env", {})}
-            processes.append(self.start(run, *extra, job=job, **options))
-        return processes
+        options = hosts or [{} for _ in range(job.ranks)]
+        return self.zygote.start_ranks(job.module, [*job.args, "--output_dir", str(run), *extra], options)
 
     def finish(self, run: Path, *extra: str, job: Job = PRETRAIN) -> str:
         """Run to the end; what it said."""
@@ -160,9 +153,3 @@ def wait_until_random_moment(process: Process, run: Path, rng: random.Random) ->
     while steps_logged(run) < min(goal, STEPS) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 0.15))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

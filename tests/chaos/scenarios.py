@@ -16,7 +16,7 @@ from chaos.chains import chain
 from chaos.faults import PROCESS_FAULTS
 from chaos.network import TwoHosts
 from chaos.runs import DDP, PATIENCE, PRETRAIN, Job, Runs, losses, steps_logged
-from chaos.zygote import Process
+from zygote import Process
 
 Story = Callable[[Runs, Path, random.Random], dict[str, int]]
 

@@ -12,7 +12,7 @@ from chaos import faults
 from chaos.campaign import play, read, story_of, write
 from chaos.runs import PRETRAIN, Runs
 from chaos.scenarios import SCENARIOS
-from chaos.zygote import Zygote
+from zygote import Zygote
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and namespaces need root")
 strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")

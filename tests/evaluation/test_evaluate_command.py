@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import Command, command_environment, command_line
+from commands import Command, run_module, start_module
 from file_state import file_state
 from safetensors.torch import load_file
 from small_classifier import DIGITS, EPS, small_net, train_small
@@ -54,8 +54,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def finished(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished quick evaluation."""
-    from commands import run_module
-
     folder = tmp_path_factory.mktemp("quick")
     done = run_module(folder, "mimir_fast.evaluate", *FLAGS, "--output_dir", "out")
     assert done.returncode == 0, done.stderr
@@ -142,14 +140,9 @@ def test_killed_again_and_again_it_ends_with_the_same_numbers(
     finished: Path, environment: Path, tmp_path: Path
 ) -> None:
     """`kill -9` at moments of its own choosing; the last start finishes what the others began."""
-    line = command_line("mimir_fast.evaluate", *FLAGS, "--output_dir", "out")
-    for delay in (3.0, 4.5, 6.0):
-        process = subprocess.Popen(line, cwd=tmp_path, env=command_environment(), stdout=subprocess.DEVNULL)
-        try:
-            process.wait(delay)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    for delay in (0.5, 1.5, 2.5):
+        with suppress(TimeoutError):
+            start_module(tmp_path, "mimir_fast.evaluate", *FLAGS, "--output_dir", "out").wait(delay)
     after = evaluate(config_from([*FLAGS, "--output_dir", str(tmp_path / "out")]), log=quiet)
     assert without_times(after.as_dict()) == without_times(Results.read(finished / "results.json").as_dict())
 

@@ -6,20 +6,23 @@ import resource
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from commands import Command, command_environment, command_line
+from commands import Command, command_environment, command_line, run_module, start_module
+from zygote import Process
 
 from mimir_fast.checkpoints.reading import checkpoints_of, read_meta, read_tensors
 
 STEPS = 6
 # 64 real digits in batches of 16: four steps an epoch, so batches, epochs and checkpoints do not coincide.
 SMALL = [
-    "--recipe", "digits/mimir_vit_tiny", "--data.limit", "64", "--batch_size", "16", "--max_steps", str(STEPS),
-    "--save_every", "2", "--log_every", "1", "--ema_decay", "0.9", "--mi.weight", "0.1", "--mi.scope", "global",
-    "--precision", "fp32",
+    "--recipe", "digits/mimir_vit_nano", "--model.patch_size", "8", "--data.limit", "64", "--batch_size", "16",
+    "--max_steps", str(STEPS), "--save_every", "2", "--log_every", "1", "--ema_decay", "0.9", "--mi.weight", "0.1",
+    "--mi.scope", "global", "--precision", "fp32",
 ]  # fmt: skip
 
 
@@ -40,8 +43,7 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run all others are compared with: one process, never interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    line = command_line("mimir_fast.pretrain", *SMALL, "--output_dir", str(folder))
-    subprocess.run(line, check=True, env=command_environment(), timeout=240)
+    train(partial(run_module, folder.parent), folder)
     return folder
 
 
@@ -52,28 +54,23 @@ def test_a_run_leaves_what_a_person_wants(whole_run: Path) -> None:
     assert len(losses(whole_run)) == STEPS
     assert [p.name for p in checkpoints_of(whole_run)] == ["step-00000002", "step-00000004", "step-00000006"]
     meta = read_meta(checkpoints_of(whole_run)[-1])
-    assert meta["architecture"]["encoder"] == "tiny"
+    assert meta["architecture"]["encoder"] == "nano"
 
 
-def wait_for(condition, process: subprocess.Popen[str], seconds: float = 180) -> None:  # type: ignore[no-untyped-def]
+def wait_for(condition: Callable[[], bool], process: Process | subprocess.Popen[str], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, f"ended early with {process.returncode}"
+        assert process.poll() is None, f"ended early with {process.poll()}"
         assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def start(folder: Path, *extra: str, ranks: int = 1) -> subprocess.Popen[str]:
-    line = command_line("mimir_fast.pretrain", *SMALL, "--output_dir", str(folder), *extra, ranks=ranks)
-    return subprocess.Popen(line, env=command_environment(), stdout=subprocess.DEVNULL, text=True)
+        time.sleep(0.02)
 
 
 def test_kill_9_and_resume_is_bit_exact(command: Command, whole_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
-    process = start(run)
+    process = start_module(tmp_path, "mimir_fast.pretrain", *SMALL, "--output_dir", str(run))
     wait_for(lambda: len(checkpoints_of(run)) >= 1, process)
     process.kill()
-    process.wait()
+    process.wait(60)
     assert len(losses(run)) < STEPS, "the kill came too late to prove anything"
     train(command, run)
     assert losses(run) == losses(whole_run)
@@ -87,9 +84,15 @@ def test_kill_9_and_resume_is_bit_exact(command: Command, whole_run: Path, tmp_p
 def test_sigterm_saves_and_exits_0(tmp_path: Path, ranks: int) -> None:
     """One process exits 0 itself; under torchrun the ranks do, and the agent reports the signal it got."""
     run = tmp_path / "terminated"
-    process = start(run, "--max_steps", "500", "--save_every", "500", ranks=ranks)
+    args = ["mimir_fast.pretrain", *SMALL, "--output_dir", str(run), "--max_steps", "500", "--save_every", "500"]
+    process: Process | subprocess.Popen[str]
+    if ranks == 1:
+        process = start_module(tmp_path, *args)
+    else:
+        line = command_line(*args, ranks=ranks)
+        process = subprocess.Popen(line, env=command_environment(), stdout=subprocess.DEVNULL, text=True)
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 1, process)
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
     code = process.wait(timeout=60)
     if ranks == 1:
         assert code == 0
@@ -138,13 +141,11 @@ def test_full_disk_keeps_the_old_checkpoint(command: Command, tmp_path: Path) ->
     run = tmp_path / "full"
     train(command, run, "--stop_after", "2")
 
-    def limit_file_size() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-
-    out = command("mimir_fast.pretrain", *SMALL, "--output_dir", str(run), preexec_fn=limit_file_size)
-    assert out.returncode == 2
-    assert "WARNING: could not write checkpoint" in out.stdout
-    assert "could not write checkpoint" in out.stderr
+    process = start_module(tmp_path, "mimir_fast.pretrain", *SMALL, "--output_dir", str(run))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, 2**20))
+    assert process.wait(120) == 2
+    assert "WARNING: could not write checkpoint" in process.stdout.read_text()
+    assert "could not write checkpoint" in process.stderr.read_text()
     assert [p.name for p in checkpoints_of(run)] == ["step-00000002"]
     assert not list((run / "checkpoints").glob("*.partial"))
     assert read_tensors(checkpoints_of(run)[-1])
