@@ -33,6 +33,7 @@ def test_device_suite_runs_to_its_end(tmp_path):
     assert all("predicted_ms" in r and r["utc"] for r in records)
 
 
+@pytest.mark.slow
 def test_one_question_compared_with_itself(tmp_path):
     old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
     first = benchmarks("linf_step", "--tiny", "--device", "cpu", "--output", old)

@@ -1,11 +1,7 @@
 """Prepared shards: what is written, what is read back, killed and gone on with, damaged and refused."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import islice
@@ -13,6 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from commands import run_module, start_module
 from PIL import Image
 
 from mimir_fast.data import DataConfig, build_loader, build_source
@@ -149,18 +146,17 @@ def test_killed_at_any_moment_it_goes_on(image_folder, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     options = ["--images_per_shard", "2", "--num_workers", "1", "--short_side", "64"]
     prepare(config_for(image_folder, whole, images_per_shard=2, num_workers=1))
-    command = [sys.executable, "-m", "mimir_fast.data.prepare", str(image_folder), str(out), *options]
+    command = ["mimir_fast.data.prepare", str(image_folder), str(out), *options]
     kills = 0
     for wanted in (1, 5, 9):  # shards that must be there before the kill
-        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+        process = start_module(tmp_path, *command)
         while process.poll() is None and len(list(out.glob("*.bin"))) < wanted:
             time.sleep(0.002)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
+        kills += process.poll() is None
+        process.kill()
+        process.wait(60)
     assert kills
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert run_module(tmp_path, *command).returncode == 0
     for path in whole.iterdir():
         if path.suffix in (".bin", ".json"):
             assert (out / path.name).read_bytes() == path.read_bytes()
@@ -180,10 +176,7 @@ def test_verify_names_what_is_wrong(image_folder, prepared):
     assert len(faults) == 3
     assert f"{first} has another content" in faults[2] and "1 bytes" not in faults[0]
     assert str(second) in faults[0] and f"{third} is missing" in faults[1]
-    result = subprocess.run(
-        [sys.executable, "-m", "mimir_fast.data.prepare", str(image_folder), str(prepared), "--verify"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    result = run_module(prepared, "mimir_fast.data.prepare", str(image_folder), str(prepared), "--verify")
     assert result.returncode == 1 and "is missing" in result.stdout
 
 
@@ -241,9 +234,7 @@ def test_a_foreign_folder_and_other_settings_are_left_alone(image_folder, prepar
 
 def test_bad_requests_are_one_line(image_folder, tmp_path):
     def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "mimir_fast.data.prepare", *map(str, arguments)], capture_output=True, text=True
-        )
+        return run_module(tmp_path, "mimir_fast.data.prepare", *map(str, arguments))
 
     for arguments, message in (
         ((tmp_path / "nowhere", tmp_path / "out"), "does not exist"),

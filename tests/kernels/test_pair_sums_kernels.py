@@ -18,7 +18,8 @@ gram, laplacian, pair_sums, pair_tiles = (
 )
 
 # (N, D_x, D_y): the awkward ones; two tiles a side, one sample, one feature, an odd number of everything
-SHAPES = [(67, 500, 33), (1, 1, 1), (2, 33, 1), (13, 60, 128), (64, 16, 8), (129, 20, 40)]
+THREE_TILES = pytest.param((129, 20, 40), marks=pytest.mark.slow)
+SHAPES = [(67, 500, 33), (1, 1, 1), (2, 33, 1), (13, 60, 128), (64, 16, 8), THREE_TILES]
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +105,7 @@ def test_sums_match_definition(shape, regime, triton_device):
         assert relative_error(a, wanted) < 2e-6 or a.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("shape", [(67, 150, 33), (2, 33, 1), (13, 60, 128), (129, 20, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(67, 150, 33), (2, 33, 1), (13, 60, 128), THREE_TILES], ids=str)
 def test_gradients_match_autograd_of_definition(shape, regime, triton_device):
     n, d_x, d_y = shape
     x, y = samples(n, d_x, 0, triton_device), samples(n, d_y, 1, triton_device)
@@ -198,10 +199,12 @@ WAYS = {
     "sm_80, 1 split": lambda: partial(gram.gram_splits, config=gram.gram_config(80), splits=1),
     "library": lambda: partial(gram.gram_by_library, block=64, chunk=96),
 }
+# Two of Hopper's tiles a side and three splits take the interpreter ten seconds.
+LARGE = pytest.param((140, 320, 33), marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", [(140, 320, 33), (13, 60, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(67, 160, 33), (13, 60, 128), LARGE], ids=str)
 def test_every_way_to_a_gram_matrix(shape, way, triton_device):
     """The configuration a GPU would choose is a function of its model: here each is asked for by name."""
     n, d_x, d_y = shape
@@ -215,7 +218,7 @@ def test_every_way_to_a_gram_matrix(shape, way, triton_device):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", [(140, 320, 33), (13, 60, 128), (2, 5, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(67, 160, 33), (13, 60, 128), (2, 5, 3), LARGE], ids=str)
 def test_the_median_rule_from_the_gram_matrix_at_hand(shape, way, triton_device):
     n, d_x, d_y = shape
     x, y = samples(n, d_x, 0, triton_device), samples(n, d_y, 1, triton_device)

@@ -210,7 +210,12 @@ def test_an_ensemble_under_vmap(case: Case) -> None:
         torch.testing.assert_close(logits, member(images), rtol=1e-3, atol=1e-4)
 
 
-@each_family
+# Seconds each: the three that differ most; all with `-m slow`.
+@pytest.mark.parametrize(
+    "case",
+    [c if c.family in ("vit", "xcit", "convnext") else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
+    ids=lambda case: case.family,
+)
 def test_transforms_of_torch_func_give_the_gradient(case: Case) -> None:
     model, images = case.classifier(), case.images().double()
     model.double()

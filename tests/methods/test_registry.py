@@ -1,10 +1,9 @@
 """A method is one file: found by itself, with options and a command line of its own."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
+from commands import Command
 
 from mimir_fast.methods.adv_mae import AdvMaeConfig
 from mimir_fast.methods.aemim import AemimConfig
@@ -63,10 +62,9 @@ def test_a_mask_unit_must_fit_the_patch() -> None:
         replace(base, objective=replace(base.objective, mask_unit=6))
 
 
-def test_help_shows_the_method_s_options_only() -> None:
+def test_help_shows_the_method_s_options_only(command: Command) -> None:
     def help_of(method: str) -> str:
-        command = [sys.executable, "-m", "mimir_fast.pretrain", "--method", method, "--help"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return command("mimir_fast.pretrain", "--method", method, "--help").stdout
 
     aemim, mae = help_of("aemim"), help_of("mae")
     assert "--adversarial_weight" in aemim and "--attack.distance" in aemim and "--mi." not in aemim

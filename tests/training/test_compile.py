@@ -76,7 +76,7 @@ def graphs_of(situations: list[Callable[[], object]]) -> int:
 @pytest.mark.parametrize(
     ("family", "patch_size", "whole", "at_most"),
     [
-        ("vit", 4, True, 5), ("vit", 4, False, 20),
+        ("vit", 4, False, 20), pytest.param("vit", 4, True, 5, marks=pytest.mark.slow),
         *(pytest.param("swin", 2, whole, n, marks=pytest.mark.slow) for whole, n in ((True, 5), (False, 60))),
     ],
 )  # fmt: skip
@@ -101,7 +101,7 @@ def test_each_situation_of_pretraining_has_one_graph(family: str, patch_size: in
 
 
 # Training attacks and trains; the probe attacks and looks, in eval mode, on whole batches and a last short one.
-@pytest.mark.parametrize(("whole", "at_most"), [(True, 6), (False, 6)])
+@pytest.mark.parametrize(("whole", "at_most"), [pytest.param(True, 6, marks=pytest.mark.slow), (False, 6)])
 def test_each_situation_of_fine_tuning_and_its_evaluation_has_one_graph(whole: bool, at_most: int) -> None:
     config = ClassifierConfig(encoder="nano", patch_size=4, drop_path=0.1)
     eager, model = (shallow(build_classifier(config, 32, 3)) for _ in range(2))

@@ -1,6 +1,7 @@
 """Fine-tuning runs: from a pre-trained encoder to a classifier, resumed, on two ranks, and with bad input."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from mimir_fast.training.finetuning import FinetuneConfig, finetune
 STEPS = 6
 # 64 digits in batches of 16, patches of 16 pixels; everything random is switched on.
 SMALL = [
-    "--recipe", "digits/pgd_vit_tiny", "--data.limit", "64", "--model.patch_size", "16", "--model.drop_path", "0.2",
+    "--recipe", "digits/pgd_vit_nano", "--data.limit", "64", "--model.patch_size", "16", "--model.drop_path", "0.2",
     "--batch_size", "16", "--max_steps", str(STEPS), "--log_every", "1", "--save_every", "2", "--attack.num_steps", "1",
     "--attack.eps", "24/255", "--randaugment.num_ops", "2", "--mixing.mixup", "0.8", "--mixing.cutmix", "1",
     "--label_smoothing", "0.1", "--ema_decay", "0.9", "--probe.num_images", "16", "--probe.num_steps", "1",
@@ -51,7 +52,7 @@ def losses(run: Path) -> list[float]:
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a pre-training run leaves."""
     torch.manual_seed(0)
-    model = build_masked_model(ModelConfig(encoder="tiny", patch_size=16), image_size=32)
+    model = build_masked_model(ModelConfig(encoder="nano", patch_size=16), image_size=32)
     run = tmp_path_factory.mktemp("pretrained") / "mimir"
     tensors = {f"model/{n}": t.detach() for n, t in file_state(model).items()}
     save_checkpoint(run / "checkpoints" / "step-00000009", tensors, {"step": 9, "kind": "pretrain", "config": {}})
@@ -111,7 +112,7 @@ def test_two_ranks_see_what_one_sees(whole_run: Path, pretrained: Path, tmp_path
     out = command("mimir_fast.finetune", *SMALL, "--output_dir", str(run), "--init", str(pretrained), ranks=2)
     assert out.returncode == 0, out.stdout + out.stderr
     np.testing.assert_allclose(losses(run), losses(whole_run), rtol=2e-4)
-    assert "initialised from" in out.stdout and "loaded   148 tensors" in out.stdout
+    assert "initialised from" in out.stdout and re.search(r"loaded +52 tensors", out.stdout), out.stdout
     assert f"python -m mimir_fast.evaluate --checkpoint {run} --suite quick --eps 24/255" in out.stdout
 
 
@@ -143,7 +144,7 @@ class TestBadInput:
     )
     def test_flags(self, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises((ValueError, SystemExit)) as error:
-            config_from(["--recipe", "digits/pgd_vit_tiny", *flags])
+            config_from(["--recipe", "digits/pgd_vit_nano", *flags])
         assert message in str(error.value) + capsys.readouterr().err
 
     def test_unknown_recipe(self) -> None:
@@ -151,7 +152,7 @@ class TestBadInput:
             config_from(["--recipe", "cifar/pgd_vit_base"])
 
     def test_init_of_another_architecture(self, pretrained: Path, tmp_path: Path) -> None:
-        with pytest.raises(WeightsError, match=r"--model\.encoder tiny"):
+        with pytest.raises(WeightsError, match=r"--model\.encoder nano"):
             finetune(small(tmp_path / "run", "--init", str(pretrained), "--model.encoder", "small"))
 
     @pytest.mark.parametrize(
