@@ -19,7 +19,7 @@ from mimir_fast.data.geometry import draw_mirror, draw_shift
 from mimir_fast.data.loaders.base import Loader, to_channels
 from mimir_fast.data.order import BatchPlan, Key, KeyStream, MixedOrder, SampleOrder
 
-_WINDOW = 16384  # samples whose numbers are drawn at a time: a few ms of host work
+_WINDOW = 64  # micro-batches whose numbers are drawn and sent to the device at a time: some tens of ms of host work
 
 
 class ResidentLoader(Loader):
@@ -51,7 +51,7 @@ class ResidentLoader(Loader):
 
     def _read(self, keys: KeyStream) -> Generator[Batch, None, None]:
         stream = iter(keys)
-        while window := list(islice(stream, max(1, _WINDOW // self.plan.batch_size))):
+        while window := list(islice(stream, _WINDOW)):
             columns = self._draw(window)
             start = 0
             for samples, _ in window:
