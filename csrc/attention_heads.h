@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "bindings.h"
+#include "functions.h"
 #include "multiversion.h"
 
 namespace mimir {

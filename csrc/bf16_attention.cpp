@@ -16,15 +16,16 @@
 
 #include "attention_heads.h"
 #include "bf16_matrix.h"
-#include "bindings.h"
+#include "functions.h"
 #include "parallel.h"
 #include "processor.h"
 #include "scratch.h"
 
 namespace mimir {
-namespace {
 
 #ifdef MIMIR_BF16_MATRIX
+namespace {
+
 // GCC's own intrinsics start from registers they leave undefined on purpose (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
@@ -38,8 +39,8 @@ struct Problem : Heads<std::uint16_t> {
 };
 
 // Tokens of head h → (rows, depth), zeros around.
-void pad(const Tokens& tokens, std::int64_t b, std::int64_t h, std::int64_t count, std::int64_t rows, std::int64_t depth,
-         std::uint16_t* to) {
+void pad(const Tokens& tokens, std::int64_t b, std::int64_t h, std::int64_t count, std::int64_t rows,
+         std::int64_t depth, std::uint16_t* to) {
     for (std::int64_t t = 0; t < count; ++t) {
         std::memcpy(to + t * depth, tokens.at(b, t, h), tokens.E * 2);
         std::memset(to + t * depth + tokens.E, 0, (depth - tokens.E) * 2);
@@ -278,17 +279,20 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
     }
 }
 
+}  // namespace
+
 // strides: see attention_heads.h.
 // E: a multiple of 8.
-void forward(Address q, Address k, Address v, Address out, Address lse, std::int64_t B, std::int64_t T, std::int64_t S,
-             std::int64_t H, std::int64_t E, const std::vector<std::int64_t>& strides, bool amx, int threads) {
+void bf16_attention(Address q, Address k, Address v, Address out, Address lse, std::int64_t B, std::int64_t T,
+                    std::int64_t S, std::int64_t H, std::int64_t E, const std::vector<std::int64_t>& strides, bool amx,
+                    int threads) {
     const Problem p{heads<std::uint16_t>(T, S, H, E, strides, q, k, v, out, lse), amx};
     parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { forward_heads(p, begin, end); });
 }
 
-void backward(Address grad, Address q, Address k, Address v, Address out, Address lse, Address dq, Address dk,
-              Address dv, std::int64_t B, std::int64_t T, std::int64_t S, std::int64_t H, std::int64_t E,
-              const std::vector<std::int64_t>& strides, bool amx, int threads) {
+void bf16_attention_backward(Address grad, Address q, Address k, Address v, Address out, Address lse, Address dq,
+                             Address dk, Address dv, std::int64_t B, std::int64_t T, std::int64_t S, std::int64_t H,
+                             std::int64_t E, const std::vector<std::int64_t>& strides, bool amx, int threads) {
     const auto forward = heads<std::uint16_t>(T, S, H, E, strides, q, k, v, out, lse);
     const Problem p{with_gradients(forward, strides, grad, dq, dk, dv), amx};
     parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { backward_heads(p, begin, end); });
@@ -302,15 +306,5 @@ std::string bf16_unit(int) {
 #else
 std::string bf16_unit(int) { return ""; }
 #endif
-
-}  // namespace
-
-void bind_bf16_attention(pybind11::module_& module) {
-    module.def("bf16_unit", &bf16_unit, "what computes bf16_attention here: amx, avx512 or nothing");
-#ifdef MIMIR_BF16_MATRIX
-    module.def("bf16_attention", &forward, Unlocked());
-    module.def("bf16_attention_backward", &backward, Unlocked());
-#endif
-}
 
 }  // namespace mimir

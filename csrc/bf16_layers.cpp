@@ -10,13 +10,13 @@
 #include <vector>
 
 #include "bf16_rows.h"
-#include "bindings.h"
+#include "functions.h"
 #include "parallel.h"
 
+#ifdef MIMIR_BF16_MATRIX
 namespace mimir {
 namespace {
 
-#ifdef MIMIR_BF16_MATRIX
 constexpr std::int64_t kRows = 256;  // at a time
 
 Matrix matrix(Address data, bool wide, std::int64_t columns) { return {pointer<char>(data), wide, columns}; }
@@ -34,12 +34,17 @@ MIMIR_BF16 void pack_panels(const Matrix& weight, std::int64_t N, std::uint32_t*
     _mm_sfence();  // what was streamed is there before another thread reads it
 }
 
-void pack(Address weight, bool wide, std::int64_t N, std::int64_t K, Address forward, Address backward, int threads) {
+}  // namespace
+
+void bf16_pack(Address weight, bool wide, std::int64_t N, std::int64_t K, Address forward, Address backward,
+               int threads) {
     parallel_for(padded(N, kPanel) / kPanel, 2, threads, [&](std::int64_t begin, std::int64_t end) {
         pack_panels(matrix(weight, wide, K), N, pointer<std::uint32_t>(forward), pointer<std::uint32_t>(backward), begin,
                     end);
     });
 }
+
+namespace {
 
 // A row of products with a panel + bias [+ residual] → columns n … n + 31 of the output.
 class Finish {
@@ -145,9 +150,11 @@ MIMIR_BF16 void write_weight(const WeightGradient& gradient, bool amx, float* we
     }
 }
 
-void linear(Address x, bool wide, Address gamma, Address beta, double eps, Address panels, Address bias, Address residual,
-            bool residual_wide, Address out, bool out_wide, Address statistics, std::int64_t M, std::int64_t K,
-            std::int64_t N, bool amx, int threads) {
+}  // namespace
+
+void bf16_linear(Address x, bool wide, Address gamma, Address beta, double eps, Address panels, Address bias,
+                 Address residual, bool residual_wide, Address out, bool out_wide, Address statistics, std::int64_t M,
+                 std::int64_t K, std::int64_t N, bool amx, int threads) {
     const Matrix r = matrix(residual, residual_wide, N);
     const Linear p = {M, K, N, amx, matrix(x, wide, K), matrix(out, out_wide, N),
                       {pointer<float>(gamma), pointer<float>(beta), static_cast<float>(eps)}, pointer<float>(statistics),
@@ -157,9 +164,10 @@ void linear(Address x, bool wide, Address gamma, Address beta, double eps, Addre
 
 // dx, dgamma, dbeta, dweight, dbias: 0 where not wanted; a norm's two together, and only with dx. along: what else goes
 // into dx, of x's type; 0 for nothing, and only behind a norm.
-void linear_backward(Address grad, bool grad_wide, Address x, bool wide, Address gamma, Address beta, Address statistics,
-                     Address panels, Address along, Address dx, Address dgamma, Address dbeta, Address dweight, Address dbias,
-                     std::int64_t M, std::int64_t K, std::int64_t N, bool amx, int threads) {
+void bf16_linear_backward(Address grad, bool grad_wide, Address x, bool wide, Address gamma, Address beta,
+                          Address statistics, Address panels, Address along, Address dx, Address dgamma, Address dbeta,
+                          Address dweight, Address dbias, std::int64_t M, std::int64_t K, std::int64_t N, bool amx,
+                          int threads) {
     const Linear p = {M, K, N, amx, matrix(x, wide, K), matrix(grad, grad_wide, N),
                       {pointer<float>(gamma), pointer<float>(beta), 0.0f}, pointer<float>(statistics),
                       pointer<std::uint32_t>(panels), nullptr, nullptr};
@@ -177,6 +185,8 @@ void linear_backward(Address grad, bool grad_wide, Address x, bool wide, Address
         write_weight(weight, amx, pointer<float>(dweight), pointer<float>(dbias), begin, end);
     });
 }
+
+namespace {
 
 struct Mlp {
     std::int64_t M, K, H;
@@ -274,9 +284,11 @@ MIMIR_BF16 void mlp_rows_backward(const Mlp& p, const Matrix& dx, const NormGrad
     }
 }
 
-void mlp(Address x, bool wide, Address gamma, Address beta, double eps, Address panels1, Address bias1, Address panels2,
-         Address bias2, bool residual, Address out, Address hidden, Address statistics, std::int64_t M, std::int64_t K,
-         std::int64_t H, bool amx, int threads) {
+}  // namespace
+
+void bf16_mlp(Address x, bool wide, Address gamma, Address beta, double eps, Address panels1, Address bias1,
+              Address panels2, Address bias2, bool residual, Address out, Address hidden, Address statistics,
+              std::int64_t M, std::int64_t K, std::int64_t H, bool amx, int threads) {
     const Mlp p = {M, K, H, amx, residual, matrix(x, wide, K), matrix(out, residual && wide, K),
                    {pointer<float>(gamma), pointer<float>(beta), static_cast<float>(eps)}, pointer<float>(statistics),
                    pointer<std::uint32_t>(panels1), pointer<std::uint32_t>(panels2), pointer<float>(bias1),
@@ -285,9 +297,10 @@ void mlp(Address x, bool wide, Address gamma, Address beta, double eps, Address 
 }
 
 // parameters: gamma, beta, weight 1, bias 1, weight 2, bias 2; nowhere (0) if their gradients are not wanted.
-void mlp_backward(Address grad, Address x, bool wide, Address gamma, Address beta, Address statistics, Address hidden,
-                  Address panels1, Address panels2, bool residual, Address dx, const std::vector<Address>& parameters,
-                  std::int64_t M, std::int64_t K, std::int64_t H, bool amx, int threads) {
+void bf16_mlp_backward(Address grad, Address x, bool wide, Address gamma, Address beta, Address statistics,
+                       Address hidden, Address panels1, Address panels2, bool residual, Address dx,
+                       const std::vector<Address>& parameters, std::int64_t M, std::int64_t K, std::int64_t H, bool amx,
+                       int threads) {
     const Mlp p = {M, K, H, amx, residual, matrix(x, wide, K), matrix(grad, residual && wide, K),
                    {pointer<float>(gamma), pointer<float>(beta), 0.0f}, pointer<float>(statistics),
                    pointer<std::uint32_t>(panels1), pointer<std::uint32_t>(panels2), nullptr, nullptr,
@@ -315,18 +328,6 @@ void mlp_backward(Address grad, Address x, bool wide, Address gamma, Address bet
         write_weight(second, amx, pointer<float>(parameters[4]), pointer<float>(parameters[5]), begin, end);
     });
 }
-#endif
-
-}  // namespace
-
-void bind_bf16_layers(pybind11::module_& module) {
-#ifdef MIMIR_BF16_MATRIX
-    module.def("bf16_pack", &pack, Unlocked());
-    module.def("bf16_linear", &linear, Unlocked());
-    module.def("bf16_linear_backward", &linear_backward, Unlocked());
-    module.def("bf16_mlp", &mlp, Unlocked());
-    module.def("bf16_mlp_backward", &mlp_backward, Unlocked());
-#endif
-}
 
 }  // namespace mimir
+#endif

@@ -5,9 +5,9 @@
 // K of 32, all aligned to 64 bytes a row.
 #pragma once
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
-#define MIMIR_BF16_MATRIX 1
+#include "functions.h"
 
+#ifdef MIMIR_BF16_MATRIX
 #include <immintrin.h>
 
 #include <cstdint>

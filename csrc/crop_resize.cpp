@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-#include "bindings.h"
+#include "functions.h"
 #include "multiversion.h"
 #include "parallel.h"
 #include "processor.h"
@@ -193,6 +193,8 @@ Kernel choose_kernel(std::int64_t channels) {
     return grey ? base::crop_resize_one<1, 1> : base::crop_resize_one<3, 4>;
 }
 
+}  // namespace
+
 // `plan` is (batch, 12) int64, `out` (batch, channels, height, width). The caller has checked that all lies inside.
 void crop_resize(Address pixels_address, Address plan_address, Address out_address, std::int64_t batch,
                  std::int64_t height, std::int64_t width, std::int64_t channels, int threads) {
@@ -208,9 +210,5 @@ void crop_resize(Address pixels_address, Address plan_address, Address out_addre
         }
     });
 }
-
-}  // namespace
-
-void bind_crop_resize(pybind11::module_& module) { module.def("crop_resize", &crop_resize, Unlocked()); }
 
 }  // namespace mimir

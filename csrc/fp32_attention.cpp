@@ -16,21 +16,15 @@
 #include <vector>
 
 #include "attention_heads.h"
-#include "bindings.h"
 #include "exponential.h"
+#include "functions.h"
 #include "parallel.h"
 #include "processor.h"
 #include "scratch.h"
 
+#ifdef MIMIR_VECTORS
 namespace mimir {
 namespace {
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define MIMIR_VECTORS
-#endif
-#endif
-#ifdef MIMIR_VECTORS
 
 constexpr int kQueryVectors = 3;  // at most, at a time
 constexpr std::int64_t kKeys = 64;  // at a time, so that what they need stays in the first-level cache
@@ -68,10 +62,14 @@ constexpr int kLanes = 4, kRegisters = 16;
 }  // namespace baseline
 #pragma GCC pop_options
 
+}  // namespace
+
 // Numbers in the widest vector in use.
-int lanes(int) {
+int fp32_lanes(int) {
     return unit() >= Unit::avx512 ? 16 : unit() == Unit::avx2 ? 8 : 4;
 }
+
+namespace {
 
 using Kernel = void (*)(const Problem&, std::int64_t begin, std::int64_t end);
 
@@ -83,32 +81,25 @@ Kernel choose(int lanes, bool backward) {
     return backward ? baseline::backward_heads : baseline::forward_heads;
 }
 
-// strides: see attention_heads.h. E: a multiple of 8. lanes: 16, 8 or 4, at most `lanes()`.
-void forward(Address q, Address k, Address v, Address out, Address lse, std::int64_t B, std::int64_t T, std::int64_t S,
-             std::int64_t H, std::int64_t E, const std::vector<std::int64_t>& strides, int lanes, int threads) {
+}  // namespace
+
+// strides: see attention_heads.h. E: a multiple of 8. lanes: 16, 8 or 4, at most `fp32_lanes`.
+void fp32_attention(Address q, Address k, Address v, Address out, Address lse, std::int64_t B, std::int64_t T,
+                    std::int64_t S, std::int64_t H, std::int64_t E, const std::vector<std::int64_t>& strides, int lanes,
+                    int threads) {
     const Problem p = heads<float>(T, S, H, E, strides, q, k, v, out, lse);
     const Kernel kernel = choose(lanes, false);
     parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { kernel(p, begin, end); });
 }
 
-void backward(Address grad, Address q, Address k, Address v, Address out, Address lse, Address dq, Address dk,
-              Address dv, std::int64_t B, std::int64_t T, std::int64_t S, std::int64_t H, std::int64_t E,
-              const std::vector<std::int64_t>& strides, int lanes, int threads) {
+void fp32_attention_backward(Address grad, Address q, Address k, Address v, Address out, Address lse, Address dq,
+                             Address dk, Address dv, std::int64_t B, std::int64_t T, std::int64_t S, std::int64_t H,
+                             std::int64_t E, const std::vector<std::int64_t>& strides, int lanes, int threads) {
     const auto forward = heads<float>(T, S, H, E, strides, q, k, v, out, lse);
     const Problem p = with_gradients(forward, strides, grad, dq, dk, dv);
     const Kernel kernel = choose(lanes, true);
     parallel_for(B * H, 1, threads, [&](std::int64_t begin, std::int64_t end) { kernel(p, begin, end); });
 }
 
-#endif
-}  // namespace
-
-void bind_fp32_attention(pybind11::module_& module) {
-#ifdef MIMIR_VECTORS
-    module.def("fp32_lanes", &lanes, "numbers in the widest vector that fp32_attention can use here");
-    module.def("fp32_attention", &forward, Unlocked());
-    module.def("fp32_attention_backward", &backward, Unlocked());
-#endif
-}
-
 }  // namespace mimir
+#endif

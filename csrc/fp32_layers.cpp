@@ -7,8 +7,8 @@
 // Legend: M rows of K numbers (x), or of H (the hidden layer: h = u + bias with u the product as it comes).
 #include <cmath>
 
-#include "bindings.h"
 #include "exponential.h"
+#include "functions.h"
 #include "multiversion.h"
 #include "parallel.h"
 
@@ -109,6 +109,8 @@ void gelu_backward_blocks(const Hidden& p, std::int64_t begin, std::int64_t end)
 #pragma GCC pop_options
 #endif
 
+}  // namespace
+
 // out may be u.
 void fp32_gelu(Address u, Address bias, Address out, std::int64_t M, std::int64_t H, int threads) {
     parallel_for(M, 8, threads, [&](std::int64_t begin, std::int64_t end) {
@@ -124,6 +126,8 @@ void fp32_gelu_backward(Address u, Address bias, Address grad, Address activated
     parallel_for(blocks_of(M), 1, threads,
                  [&](std::int64_t begin, std::int64_t end) { gelu_backward_blocks(p, begin, end); });
 }
+
+namespace {
 
 struct Norm {
     const float *x, *gamma, *beta;
@@ -156,6 +160,8 @@ void norm_rows(const Norm& p, bool known, float* out, std::int64_t begin, std::i
     }
 }
 
+}  // namespace
+
 // statistics: written, or read if `known`.
 void fp32_norm(Address x, Address gamma, Address beta, double eps, bool known, Address statistics, Address out,
                std::int64_t M, std::int64_t K, int threads) {
@@ -164,6 +170,8 @@ void fp32_norm(Address x, Address gamma, Address beta, double eps, bool known, A
     parallel_for(M, 16, threads,
                  [&](std::int64_t begin, std::int64_t end) { norm_rows(p, known, pointer<float>(out), begin, end); });
 }
+
+namespace {
 
 // grad: of the normalised rows → of x, plus `along`, the gradient of a residual (or nullptr).
 MIMIR_MULTIVERSION
@@ -208,6 +216,8 @@ void norm_backward_blocks(const Norm& p, float* grads, const float* alongs, floa
     }
 }
 
+}  // namespace
+
 // grad (M, K) in place; sums (⌈M/32⌉, 2, K) for gamma and beta, or nowhere (0).
 void fp32_norm_backward(Address x, Address gamma, Address statistics, Address along, Address grad, Address sums,
                         std::int64_t M, std::int64_t K, int threads) {
@@ -215,15 +225,6 @@ void fp32_norm_backward(Address x, Address gamma, Address statistics, Address al
     parallel_for(blocks_of(M), 1, threads, [&](std::int64_t begin, std::int64_t end) {
         norm_backward_blocks(p, pointer<float>(grad), pointer<float>(along), pointer<float>(sums), begin, end);
     });
-}
-
-}  // namespace
-
-void bind_fp32_layers(pybind11::module_& module) {
-    module.def("fp32_gelu", &fp32_gelu, Unlocked());
-    module.def("fp32_gelu_backward", &fp32_gelu_backward, Unlocked());
-    module.def("fp32_norm", &fp32_norm, Unlocked());
-    module.def("fp32_norm_backward", &fp32_norm_backward, Unlocked());
 }
 
 }  // namespace mimir

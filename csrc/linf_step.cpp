@@ -1,7 +1,7 @@
 // x_adv <- clamp(project(x_adv + alpha * sign(grad))): one read of three tensors, one write, instead of seven passes.
 //
 // Equal to mimir_fast.ops.linf_step.linf_step_reference bit for bit, NaNs included (-ffp-contract=off keeps it so).
-#include "bindings.h"
+#include "functions.h"
 #include "multiversion.h"
 #include "parallel.h"
 
@@ -39,6 +39,8 @@ void step_range_eps(const float* x_adv, const float* grad, const float* x, const
     for (std::int64_t i = 0; i < n; ++i) out[i] = updated(x_adv[i], grad[i], x[i], eps[i], step);
 }
 
+}  // namespace
+
 // eps has `num_eps` values; element i uses number (i / inner) % num_eps. `out` may be `x_adv`.
 void linf_step(Address x_adv_address, Address grad_address, Address x_address, Address eps_address, Address out_address,
                std::int64_t n, std::int64_t num_eps, std::int64_t inner, float alpha, float low, float high,
@@ -64,9 +66,5 @@ void linf_step(Address x_adv_address, Address grad_address, Address x_address, A
         }
     });
 }
-
-}  // namespace
-
-void bind_linf_step(pybind11::module_& module) { module.def("linf_step", &linf_step, Unlocked()); }
 
 }  // namespace mimir

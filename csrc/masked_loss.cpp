@@ -6,7 +6,7 @@
 #include <cmath>
 #include <vector>
 
-#include "bindings.h"
+#include "functions.h"
 #include "multiversion.h"
 #include "numbers.h"
 #include "parallel.h"
@@ -76,8 +76,8 @@ double patch_loss(const std::uint8_t* corner, const Grid& grid, const Loss& loss
 }
 
 MIMIR_MULTIVERSION
-double patch_loss(const std::uint8_t* corner, const Grid& grid, const Loss& loss, float* pixels,
-                  const Bf16* prediction, Bf16* gradient) {
+double patch_loss(const std::uint8_t* corner, const Grid& grid, const Loss& loss, float* pixels, const Bf16* prediction,
+                  Bf16* gradient) {
     return patch_loss_body(corner, grid, loss, pixels, prediction, gradient);
 }
 
@@ -88,8 +88,8 @@ double patch_loss(const float* corner, const Grid& grid, const Loss& loss, float
 }
 
 MIMIR_MULTIVERSION
-double patch_loss(const float* corner, const Grid& grid, const Loss& loss, float* pixels,
-                  const Bf16* prediction, Bf16* gradient) {
+double patch_loss(const float* corner, const Grid& grid, const Loss& loss, float* pixels, const Bf16* prediction,
+                  Bf16* gradient) {
     return patch_loss_body(corner, grid, loss, pixels, prediction, gradient);
 }
 
@@ -115,6 +115,8 @@ double sum_over_patches(Address images_address, Address ids_address, Address pre
     return total;
 }
 
+}  // namespace
+
 // The sum of squared (or absolute) errors; `gradient` is 0 where none is wanted.
 double masked_loss(Address images, Address ids, Address prediction, Address gradient, std::int64_t B, std::int64_t M,
                    std::int64_t channels, std::int64_t patch_size, std::int64_t columns,
@@ -127,9 +129,5 @@ double masked_loss(Address images, Address ids, Address prediction, Address grad
                               : (is_bf16 ? &sum_over_patches<float, Bf16> : &sum_over_patches<float, float>);
     return sum(images, ids, prediction, gradient, B, M, grid, loss, threads);
 }
-
-}  // namespace
-
-void bind_masked_loss(pybind11::module_& module) { module.def("masked_loss", &masked_loss, Unlocked()); }
 
 }  // namespace mimir

@@ -5,7 +5,7 @@
 // so that each piece begins with a whole Philox block; the noise is added while the pixels lie in the L1 cache.
 #include <algorithm>
 
-#include "bindings.h"
+#include "functions.h"
 #include "multiversion.h"
 #include "parallel.h"
 #include "patch_reading.h"
@@ -37,8 +37,8 @@ void noisy_piece(const std::uint8_t* images, const Grid& grid, const Piece& piec
 }
 
 MIMIR_MULTIVERSION
-void noisy_piece(const float* images, const Grid& grid, const Piece& piece, const PhiloxStream& where,
-                 const Ball& ball, float* clean, float* noisy) {
+void noisy_piece(const float* images, const Grid& grid, const Piece& piece, const PhiloxStream& where, const Ball& ball,
+                 float* clean, float* noisy) {
     piece_body(images, grid, piece, where, ball, clean, noisy);
 }
 
@@ -59,6 +59,8 @@ void all_pieces(const T* images, const std::int64_t* ids, const std::int64_t* sa
     });
 }
 
+}  // namespace
+
 // clean and noisy (B, K, P) float from uint8 or float images.
 void noisy_patches(Address images, Address ids_address, Address samples_address, Address steps_address,
                    Address clean_address, Address noisy_address, std::int64_t B, std::int64_t K, std::int64_t channels,
@@ -77,9 +79,5 @@ void noisy_patches(Address images, Address ids_address, Address samples_address,
                    threads);
     }
 }
-
-}  // namespace
-
-void bind_noisy_patches(pybind11::module_& module) { module.def("noisy_patches", &noisy_patches, Unlocked()); }
 
 }  // namespace mimir

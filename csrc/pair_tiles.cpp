@@ -5,8 +5,8 @@
 // not change a bit of the result.
 #include <vector>
 
-#include "bindings.h"
 #include "exponential.h"
+#include "functions.h"
 #include "multiversion.h"
 #include "parallel.h"
 
@@ -77,6 +77,8 @@ void for_rows(std::int64_t rows, std::int64_t cols, double* column_sums, int thr
     }
 }
 
+}  // namespace
+
 // gram (rows, cols, row stride `stride`) becomes K - 1 in place. `diagonal`: the tile lies on the diagonal of K, whose
 // elements become exactly 0. Row sums are added to row_sums, column sums to column_sums; either may be null.
 void kernel_from_gram(Address gram_address, std::int64_t stride, std::int64_t rows, std::int64_t cols,
@@ -110,9 +112,9 @@ double inner_product(Address k_address, std::int64_t stride_k, Address l_address
 }
 
 // out = (k + 1) * (grad_s * l + half_i + half_j), with its row and column sums (the latter may be null).
-void pair_weights(Address k_address, std::int64_t stride_k, Address l_address, std::int64_t stride_l,
-                  std::int64_t rows, std::int64_t cols, float grad_s, Address half_i_address, Address half_j_address,
-                  Address out_address, Address row_sums_address, Address column_sums_address, int threads) {
+void pair_weights(Address k_address, std::int64_t stride_k, Address l_address, std::int64_t stride_l, std::int64_t rows,
+                  std::int64_t cols, float grad_s, Address half_i_address, Address half_j_address, Address out_address,
+                  Address row_sums_address, Address column_sums_address, int threads) {
     const auto* k = pointer<const float>(k_address);
     const auto* l = pointer<const float>(l_address);
     const auto* half_i = pointer<const float>(half_i_address);
@@ -123,14 +125,6 @@ void pair_weights(Address k_address, std::int64_t stride_k, Address l_address, s
         row_sums[i] += weight_row(k + i * stride_k, l + i * stride_l, grad_s, half_i[i], half_j, out + i * cols, columns,
                                   cols);
     });
-}
-
-}  // namespace
-
-void bind_pair_tiles(pybind11::module_& module) {
-    module.def("kernel_from_gram", &kernel_from_gram, Unlocked());
-    module.def("inner_product", &inner_product, Unlocked());
-    module.def("pair_weights", &pair_weights, Unlocked());
 }
 
 }  // namespace mimir

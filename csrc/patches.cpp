@@ -3,7 +3,7 @@
 // Legend: B images, K of their patches wanted, P numbers in a patch (patch_reading.h).
 #include <cmath>
 
-#include "bindings.h"
+#include "functions.h"
 #include "multiversion.h"
 #include "parallel.h"
 #include "patch_reading.h"
@@ -42,6 +42,8 @@ void gather(const T* images, const std::int64_t* ids, float* out, std::int64_t B
     });
 }
 
+}  // namespace
+
 // out (B, K, P) float from uint8 or float images.
 void patchify_gather(Address images, Address ids_address, Address out_address, std::int64_t B, std::int64_t K,
                      std::int64_t channels, std::int64_t patch_size, std::int64_t columns,
@@ -78,13 +80,6 @@ void unpatchify_visible(Address patches_address, Address ids_address, Address im
             }
         }
     });
-}
-
-}  // namespace
-
-void bind_patches(pybind11::module_& module) {
-    module.def("patchify_gather", &patchify_gather, Unlocked());
-    module.def("unpatchify_visible", &unpatchify_visible, Unlocked());
 }
 
 }  // namespace mimir

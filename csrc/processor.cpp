@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "bindings.h"
+#include "functions.h"
 
 namespace mimir {
 namespace {
@@ -49,6 +49,8 @@ Unit widest() { return Unit::none; }
 const Unit kWidest = widest();
 Unit used = kWidest;
 
+}  // namespace
+
 // Raises ValueError for a name that is none of ours, or of a unit that this processor lacks.
 void use_unit(const std::string& name) {
     std::string here;
@@ -62,14 +64,10 @@ void use_unit(const std::string& name) {
     throw std::invalid_argument("MIMIR_FAST_CPU='" + name + "', wanted one of " + here + " on this processor");
 }
 
-}  // namespace
-
 Unit unit() { return used; }
 
-void bind_processor(pybind11::module_& module) {
-    module.def("unit", [](int) { return kNames[static_cast<int>(used)]; }, "the unit in use: none, avx2, …, amx");
-    module.def("widest_unit", [](int) { return kNames[static_cast<int>(kWidest)]; }, "the unit of this processor");
-    module.def("use_unit", &use_unit, "use this unit and none that is wider; before any kernel has run");
-}
+std::string unit_name(int) { return kNames[static_cast<int>(used)]; }
+
+std::string widest_unit(int) { return kNames[static_cast<int>(kWidest)]; }
 
 }  // namespace mimir

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "bindings.h"
+#include "functions.h"
 #include "multiversion.h"
 #include "parallel.h"
 #include "philox.h"
@@ -23,6 +23,8 @@ void fill_keys(PhiloxStream where, std::int64_t num_patches, std::uint64_t* keys
         }
     }
 }
+
+}  // namespace
 
 // keep (B, K): ascending, or in the order of the keys if `shuffled`; masked (B, N - K): ascending.
 void random_masks(Address samples_address, Address steps_address, Address keep_address, Address masked_address,
@@ -57,9 +59,5 @@ void random_masks(Address samples_address, Address steps_address, Address keep_a
         }
     });
 }
-
-}  // namespace
-
-void bind_random_masks(pybind11::module_& module) { module.def("random_masks", &random_masks, Unlocked()); }
 
 }  // namespace mimir

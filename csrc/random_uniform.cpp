@@ -4,7 +4,7 @@
 // nor the batch change a number.
 #include <algorithm>
 
-#include "bindings.h"
+#include "functions.h"
 #include "multiversion.h"
 #include "parallel.h"
 #include "philox.h"
@@ -47,6 +47,8 @@ void for_each_piece(Address samples_address, Address steps_address, std::int64_t
     });
 }
 
+}  // namespace
+
 void random_uniform(Address samples, Address steps, Address out_address, std::int64_t num_samples, std::int64_t num,
                     std::uint64_t seed, std::uint32_t stream, int threads) {
     auto* out = pointer<float>(out_address);
@@ -66,13 +68,6 @@ void random_start_linf(Address x_address, Address samples, Address steps, Addres
                    [&](const PhiloxStream& where, std::int64_t row, std::int64_t begin, std::int64_t end) {
                        start_range(where, begin, end, x + row * num, ball, out + row * num);
                    });
-}
-
-}  // namespace
-
-void bind_random_uniform(pybind11::module_& module) {
-    module.def("random_uniform", &random_uniform, Unlocked());
-    module.def("random_start_linf", &random_start_linf, Unlocked());
 }
 
 }  // namespace mimir

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "bindings.h"
+#include "functions.h"
 #include "multiversion.h"
 #include "numbers.h"
 #include "parallel.h"
@@ -16,6 +16,8 @@ namespace mimir {
 namespace {
 
 constexpr std::int64_t GRAIN_BYTES = 1 << 16;
+
+}  // namespace
 
 // "outside" if an id is not in [0, N), "repeated" if an image names a patch twice, "" if all is well.
 std::string check_ids(Address ids_address, std::int64_t B, std::int64_t K, std::int64_t N, int) {
@@ -32,11 +34,15 @@ std::string check_ids(Address ids_address, std::int64_t B, std::int64_t K, std::
     return "";
 }
 
+namespace {
+
 // inverse[n] = k where ids[k] = n, else -1.
 void invert(const std::int64_t* ids, std::int64_t K, std::vector<std::int64_t>& inverse) {
     std::fill(inverse.begin(), inverse.end(), -1);
     for (std::int64_t k = 0; k < K; ++k) inverse[ids[k]] = k;
 }
+
+}  // namespace
 
 // out[b, ids[b, k]] = y[b, k], zero elsewhere: the adjoint of a gather. Each output row is written once.
 void place_patches(Address y_address, Address ids_address, Address out_address, std::int64_t B, std::int64_t K,
@@ -60,6 +66,8 @@ void place_patches(Address y_address, Address ids_address, Address out_address, 
         }
     });
 }
+
+namespace {
 
 MIMIR_MULTIVERSION
 void add_rows(const float* a, const float* b, float* out, std::int64_t D) {
@@ -94,6 +102,8 @@ void scatter_numbers(Address visible_address, Address ids_address, Address mask_
     });
 }
 
+}  // namespace
+
 // out[b, n] = (visible[b, k] where ids[b, k] = n, else mask_token) + pos_embed[n], all float or all bfloat16.
 void scatter_patches(Address visible, Address ids, Address mask_token, Address pos_embed, Address out, std::int64_t B,
                      std::int64_t K, std::int64_t N, std::int64_t D, std::int64_t batch_stride, std::int64_t row_stride,
@@ -101,6 +111,8 @@ void scatter_patches(Address visible, Address ids, Address mask_token, Address p
     const auto scatter = is_bf16 ? &scatter_numbers<Bf16> : &scatter_numbers<float>;
     scatter(visible, ids, mask_token, pos_embed, out, B, K, N, D, batch_stride, row_stride, threads);
 }
+
+namespace {
 
 template <typename Number>
 void add_positions_of(Address tokens_address, Address ids_address, Address positions_address, Address prefix_address,
@@ -123,6 +135,8 @@ void add_positions_of(Address tokens_address, Address ids_address, Address posit
                  });
 }
 
+}  // namespace
+
 // out[b, t] = (prefix[t], then tokens[b, t - num_prefix]) + positions[ids[b, t]], all float or all bfloat16; without
 // ids row t gets position t.
 void add_positions(Address tokens, Address ids, Address positions, Address prefix, Address out, std::int64_t B,
@@ -130,15 +144,6 @@ void add_positions(Address tokens, Address ids, Address positions, Address prefi
                    std::int64_t row_stride, bool is_bf16, int threads) {
     const auto add = is_bf16 ? &add_positions_of<Bf16> : &add_positions_of<float>;
     add(tokens, ids, positions, prefix, out, B, T, num_prefix, D, batch_stride, row_stride, threads);
-}
-
-}  // namespace
-
-void bind_tokens(pybind11::module_& module) {
-    module.def("check_ids", &check_ids, Unlocked());
-    module.def("place_patches", &place_patches, Unlocked());
-    module.def("add_positions", &add_positions, Unlocked());
-    module.def("scatter_patches", &scatter_patches, Unlocked());
 }
 
 }  // namespace mimir

@@ -22,7 +22,7 @@ WANTED_IN_WHEEL = (
     "mimir_kernels/__init__.py", "mimir_kernels/pair_sums.py",
 )  # fmt: skip
 WANTED_IN_SDIST = (
-    "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/bindings.cpp", "csrc/bindings.h", "CITATION.cff",
+    "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/bindings.cpp", "csrc/functions.h", "CITATION.cff",
     "SECURITY.md",
 )  # fmt: skip
 USE = """
