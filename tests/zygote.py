@@ -78,7 +78,7 @@ class Zygote:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._count = folder, 0
-        drop = ("TRITON_INTERPRET", "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_JOB_ID")
+        drop = ("TRITON_INTERPRET", "RANK", "WORLD_SIZE", "LOCAL_RANK")
         environment = {k: v for k, v in os.environ.items() if k not in drop}
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._server = subprocess.Popen(

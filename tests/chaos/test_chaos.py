@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,15 @@ from chaos import faults
 from chaos.campaign import play, read, story_of, write
 from chaos.runs import PRETRAIN, Runs
 from chaos.scenarios import SCENARIOS
-from zygote import Zygote
+from commands import zygote
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and namespaces need root")
 strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    folder = tmp_path_factory.mktemp("chaos")
-    zygote = Zygote(folder)
-    yield Runs(folder, zygote)
-    zygote.close()
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("chaos"), zygote())
 
 
 @pytest.mark.parametrize(
