@@ -5,8 +5,9 @@ Our checkpoints, pre-trained or fine-tuned, and any model that `evaluate` takes 
 Shapes: B images, C channels, S × S pixels, T tokens, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from mimir_fast.models.loading import infer_architecture, initialize
 from mimir_fast.models.normalization import Statistics, choice_note, fields_of
 from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
+from mimir_fast.probing.layers import layers_of
 
 Pool = Literal["auto", "cls", "mean", "both"]
 
@@ -34,20 +36,21 @@ class FrozenEncoder(nn.Module):
         pool: `cls`, the `mean` of the patches, `both` one behind the other (DINOv2's), or `auto`: cls if there is one.
         norm: of the pooled vector, where the model has one.
         width: D.
+        layers: parts of the model in the order in which they are called, by name.
     Raises:
         ValueError: cls is asked for and there is none.
     """
 
     def __init__(
         self, model: nn.Module, tokens: Callable[[Tensor], Tensor], num_prefix: int, pool: Pool = "auto",
-        norm: nn.Module | None = None, width: int = 0,
+        norm: nn.Module | None = None, width: int = 0, layers: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         super().__init__()
         if pool in ("cls", "both") and not num_prefix:
             raise ValueError(f"--pool {pool}: this encoder has no cls token: take mean")
         self.model = model.eval().requires_grad_(False)
         self._tokens, self.num_prefix, self.norm = (tokens,), num_prefix, norm or nn.Identity()
-        self.token_width = width
+        self.token_width, self.layers = width, dict(layers)
         self.pool = ("cls" if num_prefix else "mean") if pool == "auto" else pool
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -93,11 +96,11 @@ def open_encoder(
             found = found.flatten(2).transpose(1, 2) if found.shape[1] == width else found.flatten(1, 2)
         return found
 
-    return FrozenEncoder(model, tokens, num_prefix, pool, width=width), judged.notes
+    return FrozenEncoder(model, tokens, num_prefix, pool, width=width, layers=layers_of(bare)), judged.notes
 
 
 def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | None) -> tuple[FrozenEncoder, list[str]]:
-    architecture, _ = infer_architecture(weights, image_size=data.image_size)
+    architecture, classes = infer_architecture(weights, image_size=data.image_size)
     family = find_family(architecture.family)
     normed_late = "fc_norm.weight" in weights.tensors
     averaged = normed_late or family.norm_before_pool or "no_cls_token" in architecture.options
@@ -107,11 +110,14 @@ def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | No
         **fields_of(weights.statistics(architecture.channels, asked)),
     )  # fmt: skip
     with torch.random.fork_rng([]):
-        model = Classifier(config, architecture.image_size, 2, architecture.channels, not normed_late)
+        model = Classifier(config, architecture.image_size, classes or 2, architecture.channels, not normed_late)
     report = initialize(model, weights)
     if pool == "auto":
         pool = "mean" if averaged else "auto"
     norm = model.fc_norm if pool == "mean" else None
-    encoder = FrozenEncoder(model, model.forward_features, model.encoder.num_prefix, pool, norm, model.encoder.width)
+    layers = {str(number): layer for number, layer in enumerate(model.encoder.layers(), 1)}
+    encoder = FrozenEncoder(
+        model, model.forward_features, model.encoder.num_prefix, pool, norm, model.encoder.width, layers
+    )
     note = choice_note(weights.normalization, asked)
     return encoder, [str(report), *([note] if note else [])]
