@@ -103,7 +103,8 @@ def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | No
     architecture, classes = infer_architecture(weights, image_size=data.image_size)
     family = find_family(architecture.family)
     normed_late = "fc_norm.weight" in weights.tensors
-    averaged = normed_late or family.norm_before_pool or "no_cls_token" in architecture.options
+    has_cls = "cls_token" in weights.tensors and "no_cls_token" not in architecture.options
+    averaged = normed_late or family.norm_before_pool or weights.facts.pool == "avg" or not has_cls
     config = ClassifierConfig(
         family=architecture.family, encoder=architecture.size, patch_size=architecture.patch_size,
         global_pool="avg" if averaged else "cls", options=option_texts(architecture.options),

@@ -32,7 +32,7 @@ HELD_OUT = 0.1
 """Share of the training images on which the learning rate of the linear probe is chosen."""
 PICTURED, COMPARED = 256, 2048
 """Test images at most that pictures look at under attack, and that the layers of two models are compared on."""
-WORDS = {"knn": "nearest neighbours", "linear": "linear probe", "logistic": "logistic regression",
+WORDS: dict[str, str] = {"knn": "nearest neighbours", "linear": "linear probe", "logistic": "logistic regression",
          "attentive": "attentive probe"}  # fmt: skip
 
 
