@@ -48,7 +48,7 @@ def probe(config: ProbingConfig) -> list[Outcome]:
         against = against.to(world.device)
     probing = Probing(config, encoder, world, log)
     outcomes = world.on_main(probing.run)
-    world.on_main(lambda: write(probing, outcomes, notes, against))
+    world.on_main(lambda: write(probing, outcomes, notes + probing.notes, against))
     log(f"report: {config.folder}/report.html")
     stop_world()
     return outcomes

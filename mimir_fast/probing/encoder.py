@@ -22,6 +22,7 @@ from mimir_fast.models.normalization import Statistics, choice_note, fields_of
 from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 from mimir_fast.probing.layers import layers_of
+from mimir_fast.sizes import height_width
 
 Pool = Literal["auto", "cls", "mean", "both"]
 
@@ -87,16 +88,38 @@ def open_encoder(
     if not hasattr(getattr(model, "model", model), "forward_features"):
         raise ValueError(f"{source} shows no features: it has no forward_features(images), as models of timm have")
     bare = getattr(model, "model", model)
-    num_prefix = int(getattr(bare, "num_prefix_tokens", 0))
-    width = int(bare.num_features)
+    blank = torch.zeros(1, data.channels, *height_width(data.image_size))
+    with torch.no_grad():
+        shape = _shape_of(model.forward_features(blank), source)
+    # (B, D, H, W) of convolutional networks, (B, H, W, D) of timm's Swin
+    channels_last = len(shape) == 4 and shape[1] != getattr(bare, "num_features", shape[1])
 
     def tokens(images: Tensor) -> Tensor:
         found: Tensor = model.forward_features(images)
-        if found.ndim == 4:  # (B, D, H, W) of convolutional networks, (B, H, W, D) of Swin
-            found = found.flatten(2).transpose(1, 2) if found.shape[1] == width else found.flatten(1, 2)
-        return found
+        if found.ndim == 4:
+            found = found.flatten(1, 2) if channels_last else found.flatten(2).transpose(1, 2)
+        return found[:, None] if found.ndim == 2 else found
 
-    return FrozenEncoder(model, tokens, num_prefix, pool, width=width, layers=layers_of(bare)), judged.notes
+    if pool == "auto":
+        pooled = getattr(bare, "global_pool", "")
+        pool = {"token": "cls", "avg": "mean"}.get(pooled, pool) if isinstance(pooled, str) else pool  # type: ignore[assignment]
+    encoder = FrozenEncoder(
+        model, tokens, int(getattr(bare, "num_prefix_tokens", 0)), pool, getattr(bare, "fc_norm", None),
+        shape[-1 if len(shape) == 3 or channels_last else 1], layers_of(bare),
+    )  # fmt: skip
+    return encoder, judged.notes
+
+
+def _shape_of(features: Any, source: str) -> torch.Size:
+    """Of features that are one vector an image, tokens, or a map.
+
+    Raises:
+        ValueError: they are neither.
+    """
+    if isinstance(features, Tensor) and 2 <= features.ndim <= 4:
+        return features.shape
+    what = f"{tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+    raise ValueError(f"forward_features of {source} returns {what}, wanted a tensor (B, D), (B, T, D) or (B, D, H, W)")
 
 
 def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | None) -> tuple[FrozenEncoder, list[str]]:

@@ -87,6 +87,8 @@ class Probing:
 
     Args:
         log: called with a line for each probe.
+    Attributes:
+        notes: what a reader of the numbers must know.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Probing:
                 raise ValueError(f"{source.name} has images without labels: a probe needs the labels of all")
         self.num_classes = self.train_source.num_classes
         self.pictured: list[Tensor] = []
+        self.notes: list[str] = []
         self.train, self.test = self._features(self.train_source, "train"), self._features(self.test_source, "test")
 
     def _features(self, source: ImageSource, split: str) -> Features:
@@ -149,6 +152,8 @@ class Probing:
         config = self.config
         if name == "knn":
             k = min(config.neighbours, len(train))
+            if k < config.neighbours:
+                self._note(f"knn on {k} labels: fewer than the {config.neighbours} --neighbours asked for; all vote.")
             return NeighbourHead(train.values, train.labels, self.num_classes, k), []
         if name == "logistic":
             return logistic_regression(train, self.num_classes).linear(0), []
@@ -161,12 +166,20 @@ class Probing:
             batch_size=min(128, config.batch_size), device=self.world.device,
         ), []  # fmt: skip
 
+    def _note(self, words: str) -> None:
+        self.notes.append(words)
+        self.log(words)
+
     def _best_linear(self, train: Features) -> tuple[nn.Linear, list[tuple[float, float]]]:
         """The head of the rate that is best on held-out training images; all rates are trained together."""
         config = self.config
         held = share(train.labels, HELD_OUT, config.seed + 1)
+        held = held[train.labels.bincount()[train.labels[held]] > 1]  # the only image of a class is trained on
         rest = torch.ones(len(train), dtype=torch.bool)
         rest[held] = False
+        if not len(held):
+            self._note(f"linear on {len(train)} labels: one image a class, so the learning rate is chosen on these.")
+            held = rest.nonzero()[:, 0]
         heads: Heads = train_heads(
             train.take(rest.nonzero()[:, 0]), self.num_classes, epochs=config.epochs, batch_size=config.batch_size,
             seed=config.seed, device=self.world.device,

@@ -135,10 +135,13 @@ def test_a_normalisation_that_the_file_does_not_say(pretrained: Path) -> None:
     assert any("0.4" in note for note in notes)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto", "resnet18"])
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto", "resnet18", "eva02_tiny_patch14_224"],
+)
 def test_encoders_of_timm(name: str) -> None:
     timm = pytest.importorskip("timm")
-    data = DataConfig(source="digits", image_size=64 if "swin" not in name else 224)
+    data = DataConfig(source="digits", image_size={"swin": 224, "eva0": 56}.get(name[:4], 64))
     encoder, notes = open_encoder(f"timm:{name}@random", data)
     images = torch.rand(1, 3, data.image_size, data.image_size)
     model = encoder.model
