@@ -22,7 +22,7 @@ from mimir_fast.models.normalization import Statistics, choice_note, fields_of
 from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 from mimir_fast.probing.layers import layers_of
-from mimir_fast.sizes import height_width
+from mimir_fast.sizes import height_width, said, typed
 
 Pool = Literal["auto", "cls", "mean", "both"]
 
@@ -124,6 +124,13 @@ def _shape_of(features: Any, source: str) -> torch.Size:
 
 def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | None) -> tuple[FrozenEncoder, list[str]]:
     architecture, classes = infer_architecture(weights, image_size=data.image_size)
+    wanted, given = (architecture.image_size, architecture.channels), (data.image_size, data.channels)
+    if wanted != given:
+        made, come = (f"{said(size)} pixels with {channels} channels" for size, channels in (wanted, given))
+        raise ValueError(
+            f"{weights.origin} is made for images of {made}, those of the data have {come}: give --data.image_size "
+            f"{typed(wanted[0])} --data.channels {wanted[1]}"
+        )
     family = find_family(architecture.family)
     normed_late = "fc_norm.weight" in weights.tensors
     has_cls = "cls_token" in weights.tensors and "no_cls_token" not in architecture.options

@@ -166,4 +166,7 @@ def test_the_command_on_digits(pretrained: Path, tmp_path: Path) -> None:
     assert outcomes[0].train_images in range(140, 160)
     assert all(o["clean"]["accuracy"] > 0.3 for o in found["outcomes"][:3])  # chance is 0.1
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<img") == 6 * 6 and "nearest neighbours" in page
+    assert page.count("<img") == 6 * (6 + 6 + 4) and "nearest neighbours" in page and "Attention maps" in page
+    assert set(found["pictures"]) == {"attention", "components", "distance"}
+    for name, outcome in (("clean", found["outcomes"][0]), ("attacked", found["outcomes"][0])):
+        assert outcome[name]["right"].count("1") == outcome[name]["correct"]
