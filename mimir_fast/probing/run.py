@@ -115,6 +115,11 @@ class Probing:
                 self.encoder, source, self.config.data, indices, path, self.world, batch_size=self.config.batch_size
             )
         seconds = time.perf_counter() - started
+        if broken := sum(int((~block.isfinite().all(dim=1)).sum()) for block in found.values.split(4096)):
+            raise ValueError(
+                f"{self.config.checkpoint} gives NaN or infinity for {broken:,} of {len(found):,} {split} images: its "
+                "training diverged, or these are not its weights"
+            )
         self.log(f"features of {len(found):,} {split} images: {seconds:.1f} s ({len(found) / seconds:,.0f} images/s)")
         return found
 

@@ -130,6 +130,17 @@ def strange() -> OneVector:
     return OneVector(5)
 
 
+def diverged() -> OneVector:
+    model = OneVector(2)
+    torch.nn.init.constant_(model.body.weight, torch.nan)
+    return model
+
+
+def test_features_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="NaN or infinity for 200 of 200 train images"):
+        probe(config_from(["--checkpoint", f"{__name__}:diverged", *LINE, "--output_dir", str(tmp_path)]))
+
+
 def test_models_that_tell_nothing_of_themselves() -> None:
     data, images = DataConfig(source="digits", image_size=32), torch.rand(3, 3, 32, 32)
     for make, tokens in ((vectors, 1), (maps, 4)):
