@@ -80,9 +80,10 @@ class _Calls(TorchFunctionMode):
         self.note = note
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and not (kwargs or {}).get("is_causal"):
-            self.note(weights_of(*args, **kwargs or {}))
-        return func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and not kwargs.get("is_causal") and not kwargs.get("enable_gqa"):
+            self.note(weights_of(*args, **kwargs))
+        return func(*args, **kwargs)
 
 
 def weights_of(

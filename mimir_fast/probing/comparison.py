@@ -22,7 +22,7 @@ MEASURES = {"clean": "no attack", "attacked": "under attack"}
 
 
 @dataclass
-class Probed:
+class ProbedModel:
     """One probing, under the name it bears in the tables; `found` is its results.json."""
 
     name: str
@@ -62,10 +62,12 @@ def is_probing(path: Path) -> bool:
 def side_by_side(paths: Sequence[Path]) -> tuple[str, str]:
     """(Markdown, HTML page) of several probings' results.json."""
     read = [json.loads(path.read_text()) for path in paths]
+    if older := [str(path) for path, found in zip(paths, read, strict=True) if "split_images" not in found]:
+        raise ValueError(f"{older[0]} was written by an older version: probe the model again")
     names = [str(found["choices"]["checkpoint"]) for found in read]
     if len(set(names)) < len(names):  # one model probed twice: the folders differ
         names = [str(path.parent) for path in paths]
-    models = [Probed(*one) for one in zip(names, paths, read, strict=True)]
+    models = [ProbedModel(*one) for one in zip(names, paths, read, strict=True)]
     lines, found, said = main_table(models), differences(models), warnings(models)
     parts = [markdown_table(lines)]
     if paired := difference_table(models[0].name, found):
@@ -74,7 +76,7 @@ def side_by_side(paths: Sequence[Path]) -> tuple[str, str]:
     return "\n".join(parts), _page(models, lines, found, said)
 
 
-def main_table(models: Sequence[Probed]) -> list[list[str]]:
+def main_table(models: Sequence[ProbedModel]) -> list[list[str]]:
     """Head, and one line for each probe, share of the labels, and clean or attacked."""
     lines = [["probe", "labels", "measure", *(model.name for model in models)]]
     for key in dict.fromkeys(key for model in models for key in model.outcomes):
@@ -86,7 +88,7 @@ def main_table(models: Sequence[Probed]) -> list[list[str]]:
     return lines
 
 
-def differences(models: Sequence[Probed]) -> list[Difference]:
+def differences(models: Sequence[ProbedModel]) -> list[Difference]:
     """Every other model against the first, probe by probe, on the images that both saw under the same attack."""
     first, found = models[0], []
     for other in models[1:]:
@@ -103,7 +105,7 @@ def differences(models: Sequence[Probed]) -> list[Difference]:
     return found
 
 
-def warnings(models: Sequence[Probed]) -> list[str]:
+def warnings(models: Sequence[ProbedModel]) -> list[str]:
     """What makes the numbers incomparable."""
     first, found = models[0], []
     for other in models[1:]:
@@ -118,12 +120,12 @@ def warnings(models: Sequence[Probed]) -> list[str]:
     return found
 
 
-def _data_of(model: Probed) -> tuple[str, int]:
+def _data_of(model: ProbedModel) -> tuple[str, int]:
     return model.found["source"], model.found["split_images"]
 
 
 def _page(
-    models: Sequence[Probed], lines: Sequence[Sequence[str]], found: Sequence[Difference], said: Sequence[str]
+    models: Sequence[ProbedModel], lines: Sequence[Sequence[str]], found: Sequence[Difference], said: Sequence[str]
 ) -> str:
     title = "Probes: " + ", ".join(model.name for model in models)
     head, *body = lines

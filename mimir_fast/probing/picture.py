@@ -22,7 +22,7 @@ Numbers = dict[str, Any]
 """What a picture found; JSON-able."""
 SHOWN = 6
 """Images that pictures of single images show."""
-PAIRS_AT_ONCE = 32
+PAIRS_AT_ONCE = 16
 """Images whose features of all layers are in memory together."""
 
 

@@ -47,7 +47,7 @@ def test_differences_are_counted_image_by_image(folders: dict[str, Path], tmp_pa
     page = compare(CompareConfig((str(folders["first"]), str(folders["other"])), str(tmp_path)))
     files = [folders[name] / "results.json" for name in ("first", "other")]
     read = [json.loads(file.read_text()) for file in files]
-    models = [comparison.Probed(name, file, one) for name, file, one in zip("ab", files, read, strict=True)]
+    models = [comparison.ProbedModel(name, file, one) for name, file, one in zip("ab", files, read, strict=True)]
     found = {difference.measure: difference for difference in comparison.differences(models)}
     assert len(found) == 4
     for outcome in (0, 1):
@@ -64,7 +64,7 @@ def test_differences_are_counted_image_by_image(folders: dict[str, Path], tmp_pa
 
 def test_other_images_and_attacks(folders: dict[str, Path]) -> None:
     files = [folders[name] / "results.json" for name in ("first", "easy")]
-    models = [comparison.Probed(file.parent.name, file, json.loads(file.read_text())) for file in files]
+    models = [comparison.ProbedModel(file.parent.name, file, json.loads(file.read_text())) for file in files]
     found = comparison.differences(models)
     assert [one.total for one in found] == [100, 100] and all("no attack" in one.measure for one in found)
     first, easy = (model.right(model.found["outcomes"][0], "attacked") for model in models)

@@ -66,6 +66,9 @@ def look(view: View) -> tuple[Numbers, str] | None:
     """A map of both models' layers; None without another model."""
     if view.against is None:
         return None
+    if len(view.more) < check_estimator("unbiased"):
+        words = f"CKA needs 4 images, there are {len(view.more)}: give more (--limit)."
+        return {"reason": words}, paragraph(words)
     models, stream = (view.encoder, view.against), StreamedCka()
     names: list[list[str]] = [[], []]
     with torch.no_grad():
