@@ -33,7 +33,11 @@ def encoder_file(folder: Path, seed: int, pool: str = "cls") -> Path:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two encoders on the same digits, the second at another ε as well, and on half of the images."""
     folder, found = tmp_path_factory.mktemp("probed"), {}
-    for name, seed, more in (("first", 0, ()), ("other", 1, ()), ("easy", 1, ("--eps", "1/255", "--limit", "100"))):
+    for name, seed, more in (
+        ("first", 0, ()),
+        ("other", 1, ()),
+        ("easy", 1, ("--eps", "1/255", "--limit", "100", "--no_pictures")),
+    ):
         found[name] = folder / name
         probe(
             config_from(

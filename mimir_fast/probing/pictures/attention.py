@@ -32,8 +32,8 @@ def look(view: View) -> tuple[Numbers, str]:
             maps = [getattr(one, name) for one in (before, after)]
             pair = [m[index].clamp_min(0).cpu() for m in maps if m is not None]
             most = max((float(m.max()) for m in pair), default=1.0) or 1.0
-            words = (name, f"{name}, attacked")
-            cells += [(w, png(coloured(m.view(grid) / most))) for w, m in zip(words, pair, strict=False)]
+            captions = (name, f"{name}, attacked")
+            cells += [(c, png(coloured(m.view(grid) / most))) for c, m in zip(captions, pair, strict=False)]
         rows.append(tiles(cells))
     moved = _moved(view)
     words = (

@@ -48,7 +48,8 @@ def charts(models: Sequence[tuple[str, Numbers]]) -> str:
     """A curve a model, from the first layer (left) to the pooled vector (right), whatever their depths."""
     shown = []
     for axis, label in AXES.items():
-        lines, ticks = [], {}
+        lines: list[Line] = []
+        ticks: dict[float, str] = {}
         for name, numbers in models:
             layers = numbers["layers"]
             places = [index / max(len(layers) - 1, 1) for index in range(len(layers))]

@@ -82,7 +82,7 @@ def look(view: View) -> tuple[Numbers, str] | None:
         "rotation and scale, 0 where they have nothing in common."
     )
     chart = heat_map(
-        values, *names, words, x_label=f"layers of {view.name}", y_label=f"layers of {view.against_name}",
+        values, names[0], names[1], words, x_label=f"layers of {view.name}", y_label=f"layers of {view.against_name}",
         value_label="CKA", span=(0.0, 1.0),
     )  # fmt: skip
     numbers: Numbers = {
