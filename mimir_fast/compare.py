@@ -1,6 +1,7 @@
-"""Compare models from finished evaluations.
+"""Compare models from finished evaluations, or from finished probings.
 
 python -m mimir_fast.compare runs/a runs/b evaluation/of/c --output comparison
+python -m mimir_fast.compare runs/a/probing runs/b/probing
 python -m mimir_fast.compare --help
 
 Writes comparison/comparison.html and comparison.md; differences are paired, image by image, with the first one.
@@ -16,16 +17,18 @@ import tyro
 
 from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.cli import parse, run
-from mimir_fast.evaluation.comparison import html, load, markdown
+from mimir_fast.evaluation.comparison import find_results, html, load, markdown
 from mimir_fast.extensions import Imports, load_extensions
+from mimir_fast.probing import comparison as probings
 
 
 @dataclass
 class CompareConfig:
-    """Compare finished evaluations: one table, paired differences, ε curves."""
+    """Compare finished evaluations, or finished probings: one table, paired differences, curves."""
 
     evaluations: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """results.json files, evaluation folders, or run folders (their newest evaluation)."""
+    """results.json files, folders of evaluations or of probings, or run folders (their newest evaluation, else their
+    probing)."""
     output: str = "comparison"
     """Folder of comparison.html and comparison.md."""
     imports: Imports = ()
@@ -42,14 +45,23 @@ def compare(config: CompareConfig) -> Path:
     Raises:
         FileNotFoundError, ValueError: an evaluation is missing, or of another version.
     """
-    evaluations = load(config.evaluations)
+    files = [find_results(Path(path)) for path in config.evaluations]
+    probed = [probings.is_probing(file) for file in files]
+    if any(probed) and not all(probed):
+        at, other = files[probed.index(True)], files[probed.index(False)]
+        raise ValueError(f"{at} is of a probing and {other} of an evaluation: name folders of one kind (RUN/probing)")
+    text, page = probings.side_by_side(files) if any(probed) else _evaluations(config.evaluations)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    text = markdown(evaluations)
     write_text(folder / "comparison.md", text)
-    write_text(folder / "comparison.html", html(evaluations))
+    write_text(folder / "comparison.html", page)
     print(f"{text}\n{folder / 'comparison.html'}")
     return folder / "comparison.html"
+
+
+def _evaluations(paths: Sequence[str]) -> tuple[str, str]:
+    evaluations = load(paths)
+    return markdown(evaluations), html(evaluations)
 
 
 def config_from(args: Sequence[str]) -> CompareConfig:

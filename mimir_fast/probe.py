@@ -28,7 +28,7 @@ def config_from(args: Sequence[str]) -> ProbingConfig:
 
 
 def probe(config: ProbingConfig) -> list[Outcome]:
-    """Run every probe, write results.json and report.html; the outcomes on the main rank, [] elsewhere."""
+    """Run every probe, write results.json and report.html; the outcomes."""
     world = start_world(config.device)
 
     def log(line: str) -> None:
@@ -41,9 +41,14 @@ def probe(config: ProbingConfig) -> list[Outcome]:
     )  # fmt: skip
     for note in notes:
         log(note)
+    against = None
+    if config.against is not None:
+        against, more = open_encoder(config.against, config.data)
+        log("\n".join([f"against {config.against}:", *more]))
+        against = against.to(world.device)
     probing = Probing(config, encoder, world, log)
     outcomes = world.on_main(probing.run)
-    world.on_main(lambda: write(probing, outcomes, notes))
+    world.on_main(lambda: write(probing, outcomes, notes + probing.notes, against))
     log(f"report: {config.folder}/report.html")
     stop_world()
     return outcomes

@@ -10,6 +10,7 @@ from html import escape
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 52, 14, 14, 46
 SERIES = ("var(--series-1)", "var(--series-2)", "var(--series-3)", "var(--series-4)", "var(--series-5)")
+RAMP = ("#1b1f5e", "#2c4a8c", "#2d7597", "#3f9e8a", "#7fc26a", "#d7e04a")
 SHAPES = ("circle", "square", "triangle", "diamond", "circle")
 
 
@@ -199,4 +200,56 @@ def bars(
         body.append(f'<text x="{end + 6:.1f}" y="{y + 15}">{value:.4g}</text>')
     height = 6 + row * len(values) + 24
     body.append(f'<text x="{left}" y="{height - 6}">{escape(x_label)}</text>')
+    return svg("".join(body), height, words)
+
+
+def colour_of(share: float) -> str:
+    """A colour of the ramp, share 0 … 1."""
+    place = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
+    index = min(int(place), len(RAMP) - 2)
+    part = place - index
+    ends = [[int(RAMP[index + k][c : c + 2], 16) for c in (1, 3, 5)] for k in (0, 1)]
+    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(*ends, strict=True))
+
+
+def heat_map(
+    grid: Sequence[Sequence[float]], x_names: Sequence[str], y_names: Sequence[str], words: str, *, x_label: str,
+    y_label: str, value_label: str, span: tuple[float, float] | None = None,
+) -> str:  # fmt: skip
+    """grid[i][j] at x_names[i], y_names[j]: the first, the middle and the last of each are written at the axes.
+
+    Args:
+        span: values of the first and the last colour; None: the least value, and where the largest 5 % begin.
+    """
+    flat = sorted(v for row in grid for v in row)
+    low, high = span or (flat[0], flat[int(0.95 * (len(flat) - 1))])
+    side, height, left, top = 300.0, 372, 64.0, 10.0
+    across, down = side / len(x_names), side / len(y_names)
+    body = []
+    for i, row in enumerate(grid):
+        for j, value in enumerate(row):
+            x, y = left + i * across, top + side - (j + 1) * down
+            share = (value - low) / max(high - low, 1e-12)
+            body.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{across + 0.4:.1f}" height="{down + 0.4:.1f}" '
+                f'fill="{colour_of(share)}"><title>{escape(value_label)} {value:.4g} at {escape(x_names[i])}, '
+                f"{escape(y_names[j])}</title></rect>"
+            )
+    for index in sorted({0, len(x_names) // 2, len(x_names) - 1}):
+        place = left + (index + 0.5) * across
+        body.append(f'<text x="{place:.1f}" y="{top + side + 18}" text-anchor="middle">{escape(x_names[index])}</text>')
+    for index in sorted({0, len(y_names) // 2, len(y_names) - 1}):
+        place = top + side - (index + 0.5) * down + 5
+        body.append(f'<text x="{left - 6}" y="{place:.1f}" text-anchor="end">{escape(y_names[index])}</text>')
+    body.append(f'<text x="{left + side / 2}" y="{top + side + 40}" text-anchor="middle">{escape(x_label)}</text>')
+    body.append(
+        f'<text x="16" y="{top + side / 2}" text-anchor="middle" transform="rotate(-90 16 {top + side / 2})">'
+        f"{escape(y_label)}</text>"
+    )
+    for index in range(40):
+        y = top + side - (index + 1) * side / 40
+        body.append(
+            f'<rect x="380" y="{y:.1f}" width="14" height="{side / 40 + 0.4:.1f}" fill="{colour_of(index / 39)}"/>'
+        )
+    body.append(f'<text x="400" y="{top + 12}">{high:.3g}</text><text x="400" y="{top + side}">{low:.3g}</text>')
     return svg("".join(body), height, words)

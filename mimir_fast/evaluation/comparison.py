@@ -6,11 +6,11 @@ everything comes from results.json.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mimir_fast.evaluation.html import page, paragraph, percent, span, table
 from mimir_fast.evaluation.measure import UNBROKEN
@@ -18,6 +18,8 @@ from mimir_fast.evaluation.options import NORM_NAMES
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.statistics import mcnemar_two_sided, paired_difference
 from mimir_fast.evaluation.topic import Column, all_topics
+
+S = TypeVar("S")
 
 PUBLISHED = Path(__file__).with_name("robustbench.json")
 PUBLISHED_HEAD = ["RobustBench", "architecture", "natural", "AutoAttack"]
@@ -69,9 +71,22 @@ class Difference:
         """Two-sided p value of the exact McNemar test."""
         return mcnemar_two_sided(self.only_first, self.only_other)
 
+    @classmethod
+    def of(cls, measure: str, name: str, mine: Mapping[S, bool], theirs: Mapping[S, bool]) -> "Difference | None":
+        """From who is right on which image, the first model's and the other's; None without a common image.
+
+        Args:
+            measure: what is compared.
+            name: of the other model.
+        """
+        common = set(mine) & set(theirs)
+        only_first = sum(mine[s] and not theirs[s] for s in common)
+        only_other = sum(theirs[s] and not mine[s] for s in common)
+        return cls(measure, name, only_first, only_other, len(common)) if common else None
+
 
 def find_results(path: Path) -> Path:
-    """results.json of an evaluation: the file, its folder, or the newest evaluation in a run's folder.
+    """results.json: the file, its folder, or the newest evaluation in a run's folder, else its probing.
 
     Raises:
         FileNotFoundError: there is none.
@@ -81,6 +96,7 @@ def find_results(path: Path) -> Path:
     if (path / "results.json").is_file():
         return path / "results.json"
     found = sorted(path.glob("evaluation/*/results.json"), key=lambda p: p.stat().st_mtime)
+    found = found or list(path.glob("probing/results.json"))
     if not found:
         raise FileNotFoundError(
             f"{path} holds no results.json: evaluate it first (python -m mimir_fast.evaluate --checkpoint {path})"
@@ -139,11 +155,8 @@ def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
             ("no attack", first.correct, other.correct),
             ("all attacks", first.robust, other.robust),
         ):
-            common = sorted(set(mine) & set(theirs))
-            only_first = sum(mine[s] and not theirs[s] for s in common)
-            only_other = sum(theirs[s] and not mine[s] for s in common)
-            if common:
-                found.append(Difference(measure, other.name, only_first, only_other, len(common)))
+            if difference := Difference.of(measure, other.name, mine, theirs):
+                found.append(difference)
     return found
 
 
@@ -171,11 +184,15 @@ def main_table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     return lines
 
 
-def difference_table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
-    """Head and one line a model and measure; empty when nothing can be paired."""
-    lines = [["compared with " + evaluations[0].name, "measure", "difference", "95 % interval", "p", "images",
+def difference_table(first: str, found: Sequence[Difference]) -> list[list[str]]:
+    """Head and one line a model and measure; empty when nothing can be paired.
+
+    Args:
+        first: the name of the first model.
+    """
+    lines = [["compared with " + first, "measure", "difference", "95 % interval", "p", "images",
               "only the first correct", "only this one correct"]]  # fmt: skip
-    for d in differences(evaluations):
+    for d in found:
         value, low, high = d.interval
         lines.append(
             [d.name, d.measure, f"{100 * value:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}",
@@ -199,19 +216,29 @@ def published_rows(results: Results, limit: int = 10) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Head and rows as Markdown."""
+    head, *body = lines
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
+
+
+def html_differences(first: str, found: Sequence[Difference]) -> list[str]:
+    """Heading and table of paired differences with the first model; nothing where there are none."""
+    if not (lines := difference_table(first, found)):
+        return []
+    head, *body = lines
+    caption = "In percentage points, of the same images: exact McNemar test, Bonett and Price's interval"
+    return ["<h2>Differences</h2>", table(head, body, numbers=range(2, len(head)), caption=caption)]
+
+
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """The tables for a README or an issue."""
-
-    def text(lines: Sequence[Sequence[str]]) -> str:
-        head, *body = lines
-        rows = [head, ["---"] * len(head), *body]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
-
-    parts = [text(main_table(evaluations))]
-    if found := difference_table(evaluations):
-        parts.append(text(found))
+    parts = [markdown_table(main_table(evaluations))]
+    if found := difference_table(evaluations[0].name, differences(evaluations)):
+        parts.append(markdown_table(found))
     if rows := published_rows(evaluations[0].results):
-        parts.append(text([PUBLISHED_HEAD, *rows]) + f"\n{_published_words()}\n")
+        parts.append(markdown_table([PUBLISHED_HEAD, *rows]) + f"\n{_published_words()}\n")
     parts += [f"- {warning}\n" for warning in warnings(evaluations)]
     return "\n".join(parts)
 
@@ -227,10 +254,7 @@ def html(evaluations: Sequence[Evaluation]) -> str:
         "<h2>Accuracy</h2>",
         table(head, body, numbers=numbers, caption="Wilson intervals"),
     ]
-    if found := difference_table(evaluations):
-        head, *body = found
-        caption = "In percentage points, of the same images: exact McNemar test, Bonett and Price's interval"
-        parts += ["<h2>Differences</h2>", table(head, body, numbers=range(2, len(head)), caption=caption)]
+    parts += html_differences(evaluations[0].name, differences(evaluations))
     for topic in all_topics():
         models = [(e.name, e.results.sections[topic.name]) for e in evaluations if topic.name in e.results.sections]
         if models and (shown := topic.compare(models)):

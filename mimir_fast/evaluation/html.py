@@ -53,6 +53,8 @@ pre { overflow-x: auto; font-size: .82rem; background: var(--shade); padding: .8
 .examples summary { font-size: .88rem; list-style: none; }
 .examples summary::-webkit-details-marker { display: none; }
 .trio { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: .5rem; } .trio figure { margin: 0; max-width: 14rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: .6rem; margin: .6rem 0; } .tiles figure { margin: 0; width: 7rem; }
+.tiles img { width: 100%; image-rendering: pixelated; display: block; } .tiles figcaption { font-size: .8rem; }
 @media (max-width: 30rem) { table { font-size: .82rem; } th, td { padding: .35rem .4rem .35rem 0; } }
 """
 
@@ -110,6 +112,20 @@ def figure(chart: str, caption: str) -> str:
 def figures(*parts: str) -> str:
     """Figures side by side where there is room."""
     return f'<div class="figures">{"".join(parts)}</div>'
+
+
+def tiles(cells: Sequence[tuple[str, str]]) -> str:
+    """A row of small pictures.
+
+    Args:
+        cells: (caption, PNG file in base64).
+    """
+    shown = "".join(
+        f'<figure><img alt="{escape(words)}" src="data:image/png;base64,{picture}">'
+        f"<figcaption>{escape(words)}</figcaption></figure>"
+        for words, picture in cells
+    )
+    return f'<div class="tiles">{shown}</div>'
 
 
 def paragraph(text: str, kind: str = "") -> str:

@@ -98,6 +98,17 @@ class Attention(nn.Module):
             return q, k
         return normalise(self.q_norm, q, domain).to(q.dtype), normalise(self.k_norm, k, domain).to(k.dtype)
 
+    def looks(self, x_BTD: Tensor, domain: int = CLEAN) -> tuple[Tensor, Tensor]:
+        """Probabilities (B, H, T, T) fp32 and values (B, H, T, E), computed in the open."""
+        B, T, D = x_BTD.shape
+        q, k, v = self.qkv(x_BTD).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = self.normed(q, k, domain)
+        return (q @ k.transpose(-2, -1) * (D // self.num_heads) ** -0.5).float().softmax(dim=-1), v
+
+    def attention_map(self, x_BTD: Tensor) -> Tensor:
+        """(B, H, T, T): what each token takes from each, for pictures."""
+        return self.looks(x_BTD)[0]
+
 
 def norm_attention(
     norm: nn.Module, attn: nn.Module, x_BTD: Tensor, query_ids_BQ: Tensor | None, domain: int, *, residual: bool
@@ -228,10 +239,7 @@ def attend_and_rank(attn: nn.Module, x_BTD: Tensor, domain: int = CLEAN) -> tupl
             f"token_keep_rate below 1 ranks tokens by their attention, which {type(attn).__name__} does not show: "
             "leave it at 1, or keep the block's own attention"
         )
-    B, T, D = x_BTD.shape
-    q, k, v = attn.qkv(x_BTD).view(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k = attn.normed(q, k, domain)
-    probs_BHTT = (q @ k.transpose(-2, -1) * (D // attn.num_heads) ** -0.5).float().softmax(dim=-1)
+    probs_BHTT, v = attn.looks(x_BTD, domain)
     received_BT = probs_BHTT.sum(dim=(1, 2))
     if not is_plain(Attention, attn):
         return attn(x_BTD), received_BT

@@ -28,3 +28,11 @@ class ClassAttention(nn.Module):
             for project, x in ((self.q, x_BTD[:, :1]), (self.k, x_BTD), (self.v, x_BTD))
         )
         return self.proj(attention(q, k, v).flatten(2))
+
+    def attention_map(self, x_BTD: Tensor) -> Tensor:
+        """(B, H, 1, T): what the cls token takes from each, for pictures."""
+        q, k = (
+            project(x).unflatten(-1, self.heads).transpose(1, 2)
+            for project, x in ((self.q, x_BTD[:, :1]), (self.k, x_BTD))
+        )
+        return (q @ k.mT * self.heads[1] ** -0.5).float().softmax(dim=-1)

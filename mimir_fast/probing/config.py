@@ -56,6 +56,11 @@ class ProbingConfig:
     """Steps of PGD, each of eps/4."""
     batch_size: int = 256
     """Images a pass of the encoder, and features a step of the linear probe."""
+    pictures: bool = True
+    """Attention maps, patch tokens in colour and distances layer by layer in the report."""
+    against: str | None = None
+    """Another model, named as for --checkpoint: the report shows how similar (CKA) its layers are to this one's, on the
+    same images; its weights, part, pool, mean and std are as its own file says."""
     seed: int = 0
     """Of sample order, held-out images and random starts."""
     device: str = "auto"
@@ -71,6 +76,10 @@ class ProbingConfig:
         check_radius("eps", self.eps)
         check_statistics(self.mean, self.std, self.data.channels)
         self.imports = tuple(dict.fromkeys(self.imports))
+        self.probes, self.label_fractions = (
+            tuple(dict.fromkeys(self.probes)),
+            tuple(dict.fromkeys(self.label_fractions)),
+        )
         for name in ("neighbours", "epochs", "attentive_epochs", "attack_steps", "batch_size"):
             check_number(name, getattr(self, name), at_least=1)
         check_number("attack_images", self.attack_images, at_least=0)

@@ -5,8 +5,9 @@ Our checkpoints, pre-trained or fine-tuned, and any model that `evaluate` takes 
 Shapes: B images, C channels, S × S pixels, T tokens, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,8 @@ from mimir_fast.models.loading import infer_architecture, initialize
 from mimir_fast.models.normalization import Statistics, choice_note, fields_of
 from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
+from mimir_fast.probing.layers import layers_of
+from mimir_fast.sizes import height_width, said, typed
 
 Pool = Literal["auto", "cls", "mean", "both"]
 
@@ -34,20 +37,21 @@ class FrozenEncoder(nn.Module):
         pool: `cls`, the `mean` of the patches, `both` one behind the other (DINOv2's), or `auto`: cls if there is one.
         norm: of the pooled vector, where the model has one.
         width: D.
+        layers: parts of the model in the order in which they are called, by name.
     Raises:
         ValueError: cls is asked for and there is none.
     """
 
     def __init__(
         self, model: nn.Module, tokens: Callable[[Tensor], Tensor], num_prefix: int, pool: Pool = "auto",
-        norm: nn.Module | None = None, width: int = 0,
+        norm: nn.Module | None = None, width: int = 0, layers: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         super().__init__()
         if pool in ("cls", "both") and not num_prefix:
             raise ValueError(f"--pool {pool}: this encoder has no cls token: take mean")
         self.model = model.eval().requires_grad_(False)
         self._tokens, self.num_prefix, self.norm = (tokens,), num_prefix, norm or nn.Identity()
-        self.token_width = width
+        self.token_width, self.layers = width, dict(layers)
         self.pool = ("cls" if num_prefix else "mean") if pool == "auto" else pool
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -84,34 +88,67 @@ def open_encoder(
     if not hasattr(getattr(model, "model", model), "forward_features"):
         raise ValueError(f"{source} shows no features: it has no forward_features(images), as models of timm have")
     bare = getattr(model, "model", model)
-    num_prefix = int(getattr(bare, "num_prefix_tokens", 0))
-    width = int(bare.num_features)
+    blank = torch.zeros(1, data.channels, *height_width(data.image_size))
+    with torch.no_grad():
+        shape = _shape_of(model.forward_features(blank), source)
+    # (B, D, H, W) of convolutional networks, (B, H, W, D) of timm's Swin
+    channels_last = len(shape) == 4 and shape[1] != getattr(bare, "num_features", shape[1])
 
     def tokens(images: Tensor) -> Tensor:
         found: Tensor = model.forward_features(images)
-        if found.ndim == 4:  # (B, D, H, W) of convolutional networks, (B, H, W, D) of Swin
-            found = found.flatten(2).transpose(1, 2) if found.shape[1] == width else found.flatten(1, 2)
-        return found
+        if found.ndim == 4:
+            found = found.flatten(1, 2) if channels_last else found.flatten(2).transpose(1, 2)
+        return found[:, None] if found.ndim == 2 else found
 
-    return FrozenEncoder(model, tokens, num_prefix, pool, width=width), judged.notes
+    if pool == "auto":
+        pooled = getattr(bare, "global_pool", "")
+        pool = {"token": "cls", "avg": "mean"}.get(pooled, pool) if isinstance(pooled, str) else pool  # type: ignore[assignment]
+    encoder = FrozenEncoder(
+        model, tokens, int(getattr(bare, "num_prefix_tokens", 0)), pool, getattr(bare, "fc_norm", None),
+        shape[-1 if len(shape) == 3 or channels_last else 1], layers_of(bare),
+    )  # fmt: skip
+    return encoder, judged.notes
+
+
+def _shape_of(features: Any, source: str) -> torch.Size:
+    """Of features that are one vector an image, tokens, or a map.
+
+    Raises:
+        ValueError: they are neither.
+    """
+    if isinstance(features, Tensor) and 2 <= features.ndim <= 4:
+        return features.shape
+    what = f"{tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+    raise ValueError(f"forward_features of {source} returns {what}, wanted a tensor (B, D), (B, T, D) or (B, D, H, W)")
 
 
 def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | None) -> tuple[FrozenEncoder, list[str]]:
-    architecture, _ = infer_architecture(weights, image_size=data.image_size)
+    architecture, classes = infer_architecture(weights, image_size=data.image_size)
+    wanted, given = (architecture.image_size, architecture.channels), (data.image_size, data.channels)
+    if wanted != given:
+        made, come = (f"{said(size)} pixels with {channels} channels" for size, channels in (wanted, given))
+        raise ValueError(
+            f"{weights.origin} is made for images of {made}, those of the data have {come}: give --data.image_size "
+            f"{typed(wanted[0])} --data.channels {wanted[1]}"
+        )
     family = find_family(architecture.family)
     normed_late = "fc_norm.weight" in weights.tensors
-    averaged = normed_late or family.norm_before_pool or "no_cls_token" in architecture.options
+    has_cls = "cls_token" in weights.tensors and "no_cls_token" not in architecture.options
+    averaged = normed_late or family.norm_before_pool or weights.facts.pool == "avg" or not has_cls
     config = ClassifierConfig(
         family=architecture.family, encoder=architecture.size, patch_size=architecture.patch_size,
         global_pool="avg" if averaged else "cls", options=option_texts(architecture.options),
         **fields_of(weights.statistics(architecture.channels, asked)),
     )  # fmt: skip
     with torch.random.fork_rng([]):
-        model = Classifier(config, architecture.image_size, 2, architecture.channels, not normed_late)
+        model = Classifier(config, architecture.image_size, classes or 2, architecture.channels, not normed_late)
     report = initialize(model, weights)
     if pool == "auto":
         pool = "mean" if averaged else "auto"
     norm = model.fc_norm if pool == "mean" else None
-    encoder = FrozenEncoder(model, model.forward_features, model.encoder.num_prefix, pool, norm, model.encoder.width)
+    layers = {str(number): layer for number, layer in enumerate(model.encoder.layers(), 1)}
+    encoder = FrozenEncoder(
+        model, model.forward_features, model.encoder.num_prefix, pool, norm, model.encoder.width, layers
+    )
     note = choice_note(weights.normalization, asked)
     return encoder, [str(report), *([note] if note else [])]

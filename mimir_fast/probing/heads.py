@@ -108,7 +108,7 @@ def train_heads(
     return Heads(*unstandardised(weight, bias, mean, deviation), tuple(rates))
 
 
-def logistic_regression(features: Features, num_classes: int, *, penalty: float = 1.0, steps: int = 200) -> Heads:
+def logistic_regression(features: Features, num_classes: int, *, penalty: float = 1.0, steps: int = 1000) -> Heads:
     """The head of least Σ cross entropy + penalty/2·‖W‖² on standardised features, by L-BFGS.
 
     scikit-learn's LogisticRegression(C=1/penalty) has the same optimum; the bias is not penalised.

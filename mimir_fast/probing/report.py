@@ -1,41 +1,55 @@
-"""results.json and report.html of a probing: a table, the sweep of learning rates, and pictures of neighbours."""
+"""results.json and report.html of a probing: a table, the sweep of learning rates, and pictures."""
 
 import json
 from dataclasses import asdict
 from html import escape
+from typing import Any
 
 import torch
 
 from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.evaluation.charts import Line, line_chart
-from mimir_fast.evaluation.html import figure, listing, page, paragraph, percent, span, table
+from mimir_fast.evaluation.html import figure, listing, page, paragraph, percent, span, table, tiles
 from mimir_fast.evaluation.images import EvaluationImages, load_from
+from mimir_fast.evaluation.measure import strict_fp32
 from mimir_fast.evaluation.options import radius_text
 from mimir_fast.evaluation.topics.examples import png
+from mimir_fast.probing.encoder import FrozenEncoder
 from mimir_fast.probing.neighbours import nearest
-from mimir_fast.probing.run import Outcome, Probing, as_dict
+from mimir_fast.probing.picture import all_pictures
+from mimir_fast.probing.run import WORDS, Outcome, Probing
 from mimir_fast.versions import environment
 
 FORMAT = "mimir_fast.probing"
-WORDS = {"knn": "nearest neighbours", "linear": "linear probe", "logistic": "logistic regression",
-         "attentive": "attentive probe"}  # fmt: skip
 SHOWN, BESIDE = 6, 5
 
 
-def write(probing: Probing, outcomes: list[Outcome], notes: list[str]) -> None:
+def write(probing: Probing, outcomes: list[Outcome], notes: list[str], against: FrozenEncoder | None = None) -> None:
     """Both files, into the configuration's folder."""
     config = probing.config
-    found = {
+    found: dict[str, Any] = {
         "format": FORMAT, "choices": json.loads(json.dumps(asdict(config))), "pool": probing.encoder.pool,
         "width": probing.train.values.shape[1], "train_images": len(probing.train), "test_images": len(probing.test),
-        "source": probing.test_source.name, "outcomes": [as_dict(o) for o in outcomes], "notes": notes,
-        "environment": environment(),
+        "split_images": len(probing.test_source), "source": probing.test_source.name,
+        "outcomes": [outcome.as_dict() for outcome in outcomes], "notes": notes, "environment": environment(),
     }  # fmt: skip
+    found["pictures"], shown = pictures(probing, against) if config.pictures else ({}, [])
     write_text(config.folder / "results.json", json.dumps(found, indent=1) + "\n")
-    write_text(config.folder / "report.html", html(probing, outcomes, notes, found))
+    write_text(config.folder / "report.html", html(probing, outcomes, notes, found, shown))
 
 
-def html(probing: Probing, outcomes: list[Outcome], notes: list[str], found: dict[str, object]) -> str:
+def pictures(probing: Probing, against: FrozenEncoder | None) -> tuple[dict[str, Any], list[str]]:
+    """Numbers of each picture by name, and their parts of the page."""
+    view, numbers, shown = probing.view(against), {}, []
+    with strict_fp32(view.device):
+        for picture in all_pictures():
+            if (found := picture.look(view)) is not None:
+                numbers[picture.name] = found[0]
+                shown.append(f"<h2>{escape(picture.title)}</h2>{found[1]}")
+    return numbers, shown
+
+
+def html(probing: Probing, outcomes: list[Outcome], notes: list[str], found: dict[str, Any], shown: list[str]) -> str:
     """The page."""
     config = probing.config
     words = (
@@ -67,7 +81,7 @@ def html(probing: Probing, outcomes: list[Outcome], notes: list[str], found: dic
         )  # fmt: skip
         words = "All rates are trained together; the best one on held-out training images is in the table."
         parts += ["<h2>Learning rates of the linear probe</h2>", figure(chart, words)]
-    parts += ["<h2>Nearest training images</h2>", neighbours(probing)]
+    parts += ["<h2>Nearest training images</h2>", neighbours(probing), *shown]
     parts.append(listing("Settings", json.dumps(found["choices"], indent=1)))
     return page(f"{config.checkpoint}: probes", "\n".join(parts), found)
 
@@ -78,20 +92,18 @@ def neighbours(probing: Probing) -> str:
     queries = torch.arange(count) * len(probing.test) // count
     _, index = nearest(probing.test.values[queries], probing.train.values, beside)
 
-    def pictures(source: object, samples: torch.Tensor) -> EvaluationImages:
+    def load(source: object, samples: torch.Tensor) -> EvaluationImages:
         order = samples.argsort()  # images are loaded in ascending order
         loaded = load_from(source, probing.config.data, samples[order].numpy())  # type: ignore[arg-type]
         return loaded.take(order.argsort())
 
     rows = []
     for query, near in zip(queries, index, strict=True):
-        shown = [pictures(probing.test_source, probing.test.samples[query][None])]
-        shown.append(pictures(probing.train_source, probing.train.samples[near]))
-        cells = "".join(
-            f'<figure><img alt="{escape(images.classes[label])}" src="data:image/png;base64,'
-            f'{png(image.float() / 255)}"><figcaption>{escape(images.classes[label])}</figcaption></figure>'
+        shown = [load(probing.test_source, probing.test.samples[query][None])]
+        shown.append(load(probing.train_source, probing.train.samples[near]))
+        rows.append(tiles([
+            (images.classes[label], png(image.float() / 255))
             for images in shown for image, label in zip(images.images, images.labels.tolist(), strict=True)
-        )  # fmt: skip
-        rows.append(f'<div class="trio">{cells}</div>')
+        ]))  # fmt: skip
     words = "First in each row a test image, then the training images nearest to it by the cosine of their features."
-    return paragraph(words, "soft") + f'<div class="neighbours">{"".join(rows)}</div>'
+    return paragraph(words, "soft") + "".join(rows)

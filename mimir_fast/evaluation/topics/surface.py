@@ -13,7 +13,6 @@ The model is never changed: each point is a functional call with other weights. 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from torch.func import functional_call
 from mimir_fast.attacks.lp import attack_classifier
 from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.evaluation.attacks import make_threat
-from mimir_fast.evaluation.charts import svg
+from mimir_fast.evaluation.charts import heat_map
 from mimir_fast.evaluation.html import figure, figures, paragraph
 from mimir_fast.evaluation.measure import Measurement, Outcome, Records, Row
 from mimir_fast.evaluation.options import CommonOptions, radius_text
@@ -36,7 +35,6 @@ POINTS = {"full": 15}
 """Side of the grids, by suite."""
 IMAGES, STEPS = 128, 10
 # Dark blue to yellow; even steps in lightness, so it reads in grey as well.
-RAMP = ("#1b1f5e", "#2c4a8c", "#2d7597", "#3f9e8a", "#7fc26a", "#d7e04a")
 Weights = dict[str, Tensor]
 Biases = Literal["still", "copied"]
 
@@ -211,60 +209,14 @@ def render(numbers: Numbers) -> str:
                 f"directions; {middle:.3g} at the weights, {max(max(row) for row in grid):.3g} at most."
             )
             labels = ("a", "b")
-        chart = heat_map(grid, steps, words, x_label=labels[0], y_label=labels[1], value_label="loss")
+        names = [f"{step:.3g}" for step in steps]
+        chart = heat_map(grid, names, names, words, x_label=labels[0], y_label=labels[1], value_label="loss")
         shown.append(figure(chart, words))
     words = (
         "Without gradient masking, the loss around the images rises along the gradient and hardly across it. The "
         "surface around the weights (Li et al.) is what papers show; it says little about gradient masking."
     )
     return paragraph(words) + figures(*shown)
-
-
-def colour_of(share: float) -> str:
-    """A colour of the ramp, share 0 … 1."""
-    place = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
-    index = min(int(place), len(RAMP) - 2)
-    part = place - index
-    ends = [[int(RAMP[index + k][c : c + 2], 16) for c in (1, 3, 5)] for k in (0, 1)]
-    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(*ends, strict=True))
-
-
-def heat_map(
-    grid: Sequence[Sequence[float]], steps: Sequence[float], words: str, *, x_label: str, y_label: str,
-    value_label: str,
-) -> str:  # fmt: skip
-    """grid[i][j] at x = steps[i], y = steps[j], coloured from its least value to where the largest 5 % begin."""
-    flat = sorted(v for row in grid for v in row)
-    low, high = flat[0], flat[int(0.95 * (len(flat) - 1))]
-    side, height = 300.0, 372
-    cell = side / len(steps)
-    left, top = 64.0, 10.0
-    body = []
-    for i, row in enumerate(grid):
-        for j, value in enumerate(row):
-            x, y = left + i * cell, top + side - (j + 1) * cell
-            share = (value - low) / max(high - low, 1e-12)
-            body.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell + 0.4:.1f}" height="{cell + 0.4:.1f}" '
-                f'fill="{colour_of(share)}"><title>{value_label} {value:.4g} at {steps[i]:.3g}, {steps[j]:.3g}'
-                "</title></rect>"
-            )
-    for value in (steps[0], 0.0, steps[-1]):
-        place = (value - steps[0]) / (steps[-1] - steps[0]) * (side - cell) + cell / 2
-        body.append(f'<text x="{left + place:.1f}" y="{top + side + 18}" text-anchor="middle">{value:.3g}</text>')
-        body.append(f'<text x="{left - 6}" y="{top + side - place + 5:.1f}" text-anchor="end">{value:.3g}</text>')
-    body.append(f'<text x="{left + side / 2}" y="{top + side + 40}" text-anchor="middle">{escape(x_label)}</text>')
-    body.append(
-        f'<text x="16" y="{top + side / 2}" text-anchor="middle" transform="rotate(-90 16 {top + side / 2})">'
-        f"{escape(y_label)}</text>"
-    )
-    for index in range(40):
-        y = top + side - (index + 1) * side / 40
-        body.append(
-            f'<rect x="380" y="{y:.1f}" width="14" height="{side / 40 + 0.4:.1f}" fill="{colour_of(index / 39)}"/>'
-        )
-    body.append(f'<text x="400" y="{top + 12}">{high:.3g}</text><text x="400" y="{top + side}">{low:.3g}</text>')
-    return svg("".join(body), height, words)
 
 
 register(Topic("surface", "Loss surfaces", measurements, summarize, render, 120, SurfaceOptions))

@@ -65,9 +65,17 @@ class TalkingHeads(nn.Module):
             q, k, v = self.qkv(x_BTD).unflatten(-1, (3, *self.heads)).unbind(2)
         else:
             q, k, v = project_queries(self.qkv, x_BTD, query_ids_BQ, self.heads)
-        scores = (q * self.heads[1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)
-        probs_BHQT = mix_heads(mix_heads(scores, self.proj_l).softmax(dim=-1).to(v.dtype), self.proj_w)
-        return self.proj((probs_BHQT @ v.transpose(1, 2)).transpose(1, 2).flatten(2))
+        return self.proj((self.mixed(q, k) @ v.transpose(1, 2)).transpose(1, 2).flatten(2))
+
+    def mixed(self, q_BQHE: Tensor, k_BTHE: Tensor) -> Tensor:
+        """(B, H, Q, T): softmax between both mixings; the outer one may make weights negative."""
+        scores = (q_BQHE * self.heads[1] ** -0.5).transpose(1, 2) @ k_BTHE.permute(0, 2, 3, 1)
+        return mix_heads(mix_heads(scores, self.proj_l).softmax(dim=-1).to(k_BTHE.dtype), self.proj_w)
+
+    def attention_map(self, x_BTD: Tensor) -> Tensor:
+        """(B, H, T, T): what each token takes from each, for pictures."""
+        q, k, _ = self.qkv(x_BTD).unflatten(-1, (3, *self.heads)).unbind(2)
+        return self.mixed(q, k)
 
 
 class ScaledLayer(nn.Module):

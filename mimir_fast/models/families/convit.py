@@ -97,11 +97,11 @@ class PositionalAttention(nn.Module):
                 self.pos_proj.weight[row + side * column] = weight
         self.pos_proj.weight *= self.locality_strength
 
-    def attend_by_position(self, v_BTHE: Tensor, offsets_G3TT: Tensor) -> Tensor:
-        """(B, T, H, E): values weighted by where they are."""
-        (B, T, H, E), G = v_BTHE.shape, len(offsets_G3TT)
-        exact = torch.promote_types(v_BTHE.dtype, torch.float32)  # squared distances are too large for bf16
-        with no_autocast(v_BTHE.device):
+    def look_by_position(self, offsets_G3TT: Tensor, dtype: torch.dtype) -> Tensor:
+        """(G, H, T, T) probabilities of where the keys are."""
+        exact = torch.promote_types(dtype, torch.float32)  # squared distances are too large for bf16
+        (G, _, T, _), H = offsets_G3TT.shape, self.num_heads
+        with no_autocast(offsets_G3TT.device):
             offsets = offsets_G3TT.to(exact)
             if is_plain(nn.Linear, self.pos_proj):
                 weight, bias = self.pos_proj.weight.to(exact), self.pos_proj.bias
@@ -109,7 +109,12 @@ class PositionalAttention(nn.Module):
                 scores = scores if bias is None else scores + bias.to(exact).unsqueeze(-1)
             else:
                 scores = self.pos_proj(offsets.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            probs_GHTT = scores.reshape(G, H, T, T).softmax(dim=-1).to(v_BTHE.dtype)
+            return scores.reshape(G, H, T, T).softmax(dim=-1).to(dtype)
+
+    def attend_by_position(self, v_BTHE: Tensor, offsets_G3TT: Tensor) -> Tensor:
+        """(B, T, H, E): values weighted by where they are."""
+        (B, T, H, E), G = v_BTHE.shape, len(offsets_G3TT)
+        probs_GHTT = self.look_by_position(offsets_G3TT, v_BTHE.dtype)
         if G == B:
             return (probs_GHTT @ v_BTHE.transpose(1, 2)).transpose(1, 2)
         mixed = probs_GHTT[0] @ v_BTHE.permute(2, 1, 0, 3).reshape(H, T, B * E)  # one product for all images
@@ -128,6 +133,14 @@ class PositionalAttention(nn.Module):
         by_content = attention(q, k, v)
         gate_H1 = torch.sigmoid(self.gating_param).unsqueeze(-1).to(v.dtype)
         return self.proj(torch.lerp(by_content, by_position.to(by_content.dtype), gate_H1).flatten(2))
+
+    def attention_map(self, x_BTD: Tensor, offsets_G3TT: Tensor) -> Tensor:
+        """(B, H, T, T): what each token takes from each, for pictures."""
+        B, T, _ = x_BTD.shape
+        q, k = self.qk(x_BTD).view(B, T, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        by_content = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+        gate_H11 = torch.sigmoid(self.gating_param).view(-1, 1, 1)
+        return torch.lerp(by_content, self.look_by_position(offsets_G3TT, q.dtype).expand_as(by_content), gate_H11)
 
 
 class PositionalBlock(nn.Module):

@@ -1,0 +1,1 @@
+"""Pictures of a frozen encoder, one file each; see `mimir_fast.probing.picture`."""
