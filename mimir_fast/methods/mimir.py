@@ -73,13 +73,23 @@ def apply_preset(config: Any, preset: str) -> Any:
 PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "paper": (
         {"mask": "shared", "target": "clean"},
-        {"estimator": "hsic", "inputs": "adversarial", "tokens": "sorted"},
+        {"estimator": "hsic", "bandwidth": "auto", "sigma": 5.0, "inputs": "adversarial", "tokens": "sorted"},
     ),
     "official": (
         {"mask": "fresh", "target": "adversarial"},
         {"estimator": "nhsic", "bandwidth": "reference", "sigma": 5.0, "inputs": "adversarial", "tokens": "shuffled"},
     ),
 }
+
+
+AUTHORS_BATCH = {"cifar10": 128, "imagenet": 512}
+"""Images of one GPU in the authors' scripts, of which there are four; each GPU estimates the penalty on its own. They
+published no script for Tiny-ImageNet."""
+
+
+def authors_batch(options: Any, data: str) -> int | None:
+    """Images on which the authors estimated the penalty of these options, or None."""
+    return AUTHORS_BATCH.get(data) if isinstance(options, MimirConfig) else None
 
 
 class Mimir(AdvMae):
@@ -146,5 +156,11 @@ class Mimir(AdvMae):
 
 
 register(MethodEntry("mimir", "pretrain", MimirConfig, Mimir, "MIMIR"))
-for name in PRESETS:
-    registry.PRESETS.add(name, Preset(name, partial(apply_preset, preset=name), exact=name == "official"))
+registry.PRESETS.add("paper", Preset("paper", partial(apply_preset, preset="paper"), AdvMaeConfig))
+registry.PRESETS.add(
+    "official",
+    Preset(
+        "official", partial(apply_preset, preset="official"), AdvMaeConfig, positions="official",
+        micro_batch=authors_batch, exact=True,
+    ),
+)  # fmt: skip

@@ -119,11 +119,18 @@ class Preset:
 
     Attributes:
         apply: options → options; raises ValueError for a method that has no such points.
+        options: of the methods that have such points.
+        positions: of the kept patches, in families where paper and code differ there too.
+        micro_batch: options, name of the data → images that a rank works on at once, where an estimate depends on them
+            and the authors' number is known; else None, which leaves the run's.
         exact: it promises the authors' numbers, so the precision `auto` is fp32.
     """
 
     name: str
     apply: Callable[[Any], Any]
+    options: type = Objective
+    positions: Literal["true", "official"] = "true"
+    micro_batch: Callable[[Any, str], int | None] = lambda options, data: None
     exact: bool = False
 
 

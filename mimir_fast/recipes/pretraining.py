@@ -5,12 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 from mimir_fast.data import DataConfig
-from mimir_fast.methods.registry import PRESETS, find_method
-from mimir_fast.models.masked_model import ModelConfig, Positions
+from mimir_fast.methods.mimir import AUTHORS_BATCH
+from mimir_fast.methods.registry import find_method
+from mimir_fast.models.families import find_family
+from mimir_fast.models.masked_model import ModelConfig
 from mimir_fast.recipes import find_recipe, register
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
-from mimir_fast.training.pretraining import PretrainConfig
+from mimir_fast.training.pretraining import PretrainConfig, with_preset
 
 METHODS = ("mae", "noise_mae", "adv_mae", "mimir")
 
@@ -58,24 +60,20 @@ def register_pretraining(
             name = join(f"{group}/{method}_{family}_{encoder}", suffix)
             said = PAPER_CAVEAT.get(method, "") if caveat is None and official else caveat or ""
             register(name, PretrainConfig, build, f"{find_method('pretrain', method).note}; {note}", said)
-            if official and (method in ("adv_mae", "mimir") or (family in PSEUDO_GRID and method == "mae")):
-                register_official(name)
+            if official and (
+                method in ("adv_mae", "mimir") or (method == "mae" and find_family(family).kept_on_a_grid)
+            ):
+                register_official(name, method)
 
 
-# Families that the authors' code tells a square grid of kept patches.
-PSEUDO_GRID = ("convit", "xcit")
-
-
-def register_official(base: str) -> None:
+def register_official(base: str, method: str) -> None:
     """BASE_official: a registered recipe with everything in which the authors' code differs from the paper."""
-
-    def build() -> PretrainConfig:
-        config = find_recipe(PretrainConfig, base)
-        objective = config.objective if config.method == "mae" else PRESETS.find("official").apply(config.objective)
-        positions: Positions = "official" if config.model.family in PSEUDO_GRID else "true"
-        return replace(config, objective=objective, model=replace(config.model, positions=positions))
-
-    register(f"{base}_official", PretrainConfig, build, "as the authors' code")
+    images = AUTHORS_BATCH.get(base.partition("/")[0])
+    said = f"penalty on {images} images a GPU" if images else "images a GPU of the penalty: not published"
+    register(
+        f"{base}_official", PretrainConfig, lambda: with_preset(find_recipe(PretrainConfig, base), "official"),
+        f"as the authors' code; {said}" if method == "mimir" else "as the authors' code",
+    )  # fmt: skip
 
 
 def register_variant(base: str, suffix: str, note: str, caveat: str = "", **changes: Any) -> None:
