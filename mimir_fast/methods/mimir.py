@@ -36,19 +36,26 @@ class MimirConfig(AdvMaeConfig):
         """The global estimate gathers the batches of all ranks."""
         return "mi.scope=global" if self.mi.scope == "global" else ""
 
-    def check_batches(self, micro_batch: int, accum_iter: int, ranks: int) -> str:
-        """Says on how many images the penalty is estimated, on which its strength depends; at least two."""
+    def derived(self, micro_batch: int, accum_iter: int, ranks: int) -> dict[str, int]:
+        """{"penalty_images": m}, the images of one estimate of the penalty; {} without a penalty."""
         if self.mi.estimator == "none" or not self.mi.weight:
-            return ""
+            return {}
         accumulated, everywhere = self.mi.accumulated, self.mi.scope == "global"
         images = micro_batch * (accum_iter if accumulated else 1) * (ranks if everywhere else 1)
+        return {"penalty_images": images}
+
+    def check_batches(self, micro_batch: int, accum_iter: int, ranks: int) -> str:
+        """Says on how many images the penalty is estimated, on which its strength depends; at least two."""
+        images = self.derived(micro_batch, accum_iter, ranks).get("penalty_images")
+        if images is None:
+            return ""
         if images < 2:
             raise ValueError(
                 f"mi.estimator={self.mi.estimator} compares images with each other, but {ranks} ranks x {accum_iter} "
                 "accumulation steps leave it one: use a larger --batch_size, a smaller --accum_iter, --mi.accumulated, "
                 "or --mi.scope global"
             )
-        whole = accumulated or accum_iter == 1
+        whole = self.mi.accumulated or accum_iter == 1
         return f"penalty estimated on {images} images" + ("" if whole else " (--mi.accumulated: on all of a step)")
 
 

@@ -48,6 +48,10 @@ class Objective:
         """
         return ""
 
+    def derived(self, micro_batch: int, accum_iter: int, ranks: int) -> dict[str, int]:
+        """What these options come to with batches of these sizes (as in `check_batches`): for a run's config.json."""
+        return {}
+
     @property
     def needs_even_ranks(self) -> str:
         """The option that needs as many images on each rank, as `name=value`, or an empty string."""
