@@ -10,6 +10,7 @@ from mimir_fast.attacks.apgd import apgd
 from mimir_fast.methods.classification import ClassificationConfig, Inputs
 from mimir_fast.methods.pgd import Pgd
 from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.validation import without
 
 
 class Apgd(Pgd):
@@ -25,4 +26,11 @@ class Apgd(Pgd):
         return apgd(model, inputs.images, inputs.targets, attack.eps, attack.num_steps, keep="best_loss", mode="eval")
 
 
-register(MethodEntry("apgd", "finetune", ClassificationConfig, Apgd, "APGD-k adversarial training"))
+register(
+    MethodEntry(
+        "apgd", "finetune", ClassificationConfig, Apgd, "APGD-k adversarial training",
+        idle=without(
+            False, "--method apgd starts at the image and chooses its steps", "attack.alpha", "attack.random_start"
+        ),
+    )
+)  # fmt: skip

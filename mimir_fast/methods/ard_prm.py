@@ -26,7 +26,7 @@ from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
 from mimir_fast.sizes import Size, area, height_width
-from mimir_fast.validation import check_finite
+from mimir_fast.validation import check_finite, without
 
 
 @dataclass
@@ -44,6 +44,11 @@ class ArdPrmConfig:
         check_finite(self)
         if self.warmup_epochs < 0:
             raise ValueError(f"ard_prm warmup_epochs={self.warmup_epochs}, wanted 0 or more; the paper uses 10")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        held_back = self.drop_gradients or self.mask_perturbation
+        return without(held_back, "neither gradients nor perturbations are held back", "warmup_epochs")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from mimir_fast.attacks.pgd import fast_threat, pgd
 from mimir_fast.methods.classification import ClassificationConfig, Inputs
 from mimir_fast.methods.pgd import Pgd
 from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.validation import without
 
 
 class Fast(Pgd):
@@ -26,4 +27,12 @@ class Fast(Pgd):
         )
 
 
-register(MethodEntry("fast", "finetune", ClassificationConfig, Fast, "FastAT, one step"))
+register(
+    MethodEntry(
+        "fast", "finetune", ClassificationConfig, Fast, "FastAT, one step",
+        idle=without(
+            False, "--method fast takes one step of 1.25 eps from a random start", "attack.alpha", "attack.num_steps",
+            "attack.random_start",
+        ),
+    )
+)  # fmt: skip

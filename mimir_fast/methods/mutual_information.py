@@ -5,7 +5,7 @@ Which estimator, what enters it and over which batch are options, because the pa
 Shapes: B images, N patches, K kept, P numbers a patch, T = 1 + K tokens, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mimir_fast.losses import MutualInformationPenalty
 from mimir_fast.ops._precision import no_autocast
-from mimir_fast.validation import check_number
+from mimir_fast.validation import check_number, without
 
 
 @dataclass
@@ -47,6 +47,16 @@ class MutualInformationConfig:
         check_number("mi.alpha", self.alpha, above=0)
         if self.estimator == "nhsic" and self.bandwidth not in ("auto", "reference"):
             raise ValueError("estimator nhsic is defined with bandwidth=reference; choose that, or estimator=hsic")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        others = (f.name for f in fields(self) if f.name != "estimator")
+        by_median = self.bandwidth == "median" or (self.bandwidth == "auto" and self.estimator == "renyi")
+        return {
+            **without(not by_median, "the kernels' width is the median", "sigma"),
+            **without(self.estimator == "renyi", "--{}estimator is not renyi", "alpha"),
+            **without(self.estimator != "none", "--{}estimator is none", *others),
+        }
 
 
 def mutual_information(config: MutualInformationConfig, image: Tensor, latent_BTD: Tensor, num_prefix: int) -> Tensor:

@@ -4,7 +4,7 @@ A run names neither a method nor an option of one: what it has to know, `Objecti
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -103,6 +103,7 @@ class MethodEntry:
         decoder: the only decoder it works with, or "" for any.
         adapters: the model keeps norm layers and cls token twice.
         labels: the model gets a head, and the data must have labels.
+        idle: options that it does not use → why, as in `validation.without`.
         as_published: options → the same as in the published numbers that recipes quote, where the defaults differ.
     """
 
@@ -115,6 +116,7 @@ class MethodEntry:
     adapters: bool = False
     labels: bool = False
     as_published: Callable[[Any], Any] = lambda options: options
+    idle: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from mimir_fast.models.weight_files import OUTSIDE, Weights, WeightsChoice, Weig
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import patchify
 from mimir_fast.sizes import Size, height_width, said
-from mimir_fast.validation import check_choice, check_number
+from mimir_fast.validation import check_choice, check_number, without
 
 
 @dataclass
@@ -75,6 +75,13 @@ class ClassifierConfig:
     """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
     std: tuple[float, ...] | None = None
     """The deviation as numbers, one a channel."""
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        table = find_family(self.family).position_table
+        return without(self.drop_path, "--{}drop_path is 0", "drop_path_law") | without(
+            table, f"--{{}}family is {self.family}, which has no position embedding", "train_pos_embed"
+        )
 
     def architecture(self, image_size: Size, channels: int = 3) -> Architecture:
         """What the encoder is built from."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mimir_fast.models.encoder import PREFIX_TOKENS
 from mimir_fast.models.file_names import parameters_by_file_name
-from mimir_fast.validation import check_choice, check_finite, check_number
+from mimir_fast.validation import check_choice, check_finite, check_number, without
 
 
 @dataclass
@@ -56,6 +56,15 @@ class OptimizerConfig:
         check_number("momentum", self.momentum, at_least=0, below=1)
         if not all(0 < part < 1 for part in self.lr_drops):
             raise ValueError(f"lr_drops={self.lr_drops}, wanted parts of the run between 0 and 1, such as 0.875")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return {
+            **without(self.lr is None, "--{}lr is given", "blr"),
+            **without(not self.lr_drops, "--{}lr_drops replaces the cosine", "min_lr"),
+            **without(self.optimizer == "sgd", "--{}optimizer is not sgd", "momentum"),
+            **without(self.optimizer != "sgd", "--{}optimizer is sgd", "betas"),
+        }
 
     def peak_lr(self, batch_size: int) -> float:
         """The learning rate after warm-up for a global batch."""

@@ -34,6 +34,7 @@ from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
 from mimir_fast.training.pictures import grid
 from mimir_fast.training.session import run_session
+from mimir_fast.validation import without
 
 
 def default_objective() -> Objective:
@@ -90,6 +91,10 @@ class PretrainConfig:
                 "its mask tokens go through the encoder"
             )
         self.objective.check_images(self.data.image_size, unit)
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.init, "--init is empty", "init_weights", "init_part")
 
     @property
     def folder(self) -> Path:

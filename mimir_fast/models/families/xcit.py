@@ -390,6 +390,7 @@ register(
         options={"qkv_bias": True},
         image_size_in_tensors=False,
         kept_on_a_grid=True,
+        position_table=False,
         pool="cls",
     )
 )
