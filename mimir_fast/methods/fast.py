@@ -19,11 +19,11 @@ class Fast(Pgd):
         """Its radius: one step of 1.25 times that is the rule."""
         return f"eps {255 * self.config.attack.eps:.3g}/255"
 
-    def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
+    def search(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W) in [0, 1]."""
         threat = fast_threat(self.config.attack.eps)
         return pgd(
-            model, inputs.images, inputs.targets, threat, samples=inputs.samples, seed=inputs.seed, step=inputs.step
+            module, inputs.images, inputs.targets, threat, samples=inputs.samples, seed=inputs.seed, step=inputs.step
         )
 
 

@@ -31,7 +31,7 @@ register(
         "natural", "finetune", ClassificationConfig, Natural, "no adversary",
         idle=without(
             False, "--method natural attacks in the probe only", "attack.alpha", "attack.num_steps",
-            "attack.random_start",
+            "attack.random_start", "attack_mode",
         ),
     )
 )  # fmt: skip

@@ -26,6 +26,8 @@ RANDAUGMENT = RandAugmentConfig(num_ops=2, magnitude=9, warmup_epochs=10, fill=(
 # As the MIMIR authors' `finetune.py` and the models of timm that it takes have it. Their pooling is ClassifierConfig's.
 HEAD_STD = {"cifar10": 2e-2, "tiny_imagenet": 2e-2}  # 2e-5 for ImageNet, and for what they have not
 CONSTANT_DROP_PATH = ("cait", "xcit")
+PLAIN = ("pgd", "fast")  # which their code attacks in eval mode; the methods' own authors do in train mode
+OURS = ("digits", "fashion_mnist")
 
 
 def register_finetuning(
@@ -64,7 +66,10 @@ def register_finetuning(
             optim=replace(optim) if optim is not None else adamw,
             run=replace(run),
         )  # fmt: skip
-        return replace(config, objective=find_method("finetune", method).as_published(config.objective))
+        objective = find_method("finetune", method).as_published(config.objective)
+        if method in PLAIN and group not in OURS:
+            objective = replace(objective, attack_mode="eval")
+        return replace(config, objective=objective)
 
     name = f"{group}/{method}_{family}_{encoder}" + (f"_{suffix}" if suffix else "")
     register(name, FinetuneConfig, build, f"{find_method('finetune', method).note}; {note}", caveat)
