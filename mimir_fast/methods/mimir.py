@@ -23,6 +23,7 @@ from mimir_fast.methods.registry import MethodEntry, Pass, Preset, register
 from mimir_fast.methods.step import MaskedStep
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.patches import every_patch, patchify_gather
+from mimir_fast.philox import Stream
 
 
 @dataclass
@@ -80,7 +81,7 @@ def apply_preset(config: Any, preset: str) -> Any:
 PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "paper": (
         {"mask": "shared", "target": "clean"},
-        {"estimator": "hsic", "bandwidth": "auto", "sigma": 5.0, "inputs": "adversarial", "tokens": "sorted"},
+        {"estimator": "hsic", "bandwidth": "auto", "sigma": 5.0, "inputs": "noisy", "tokens": "sorted"},
     ),
     "official": (
         {"mask": "fresh", "target": "adversarial"},
@@ -152,12 +153,17 @@ class Mimir(AdvMae):
     def image_side(self, step: MaskedStep) -> Tensor:
         """(B, N, P), what the estimate compares: positions aligned between images, as distances demand."""
         images, p, visible = step.batch.images, step.bare.patch_size, step.visible
-        if self.config.mi.inputs == "adversarial" and step.whole is not None:
+        inputs, attack = self.config.mi.inputs, self.config.attack
+        if inputs in ("adversarial", "noisy") and step.whole is not None:
             return step.whole
-        image = patchify_gather(images, every_patch(images, p), p)  # fresh memory, so it may be written into
-        if self.config.mi.inputs == "clean":
+        every = every_patch(images, p)
+        if inputs == "noisy" and attack.random_start:
+            _, image = step.noisy_patches(every, attack.eps, Stream.MASKED_NOISE)
+        else:
+            image = patchify_gather(images, every, p)  # fresh memory, so it may be written into
+        if inputs == "clean":
             return image
-        if self.config.mi.inputs == "visible":
+        if inputs == "visible":
             image.zero_()
         return image.scatter_(1, step.mask.keep.unsqueeze(-1).expand_as(visible), visible)
 

@@ -31,8 +31,10 @@ class MutualInformationConfig:
     for renyi, which saturates with the others, and `reference` elsewhere."""
     alpha: float = 2.0
     """Order of the Rényi entropy (2 has a closed form; the authors use 1.01)."""
-    inputs: Literal["adversarial", "clean", "visible"] = "adversarial"
-    """Image side: whole `adversarial` image, whole `clean` image, or adversarial with masked patches zeroed."""
+    inputs: Literal["adversarial", "noisy", "clean", "visible"] = "adversarial"
+    """Image side: whole `adversarial` image, whose masked patches are clean where the attack cannot move them; the same
+    with the attack's random start in these (`noisy`: x + δ of the paper's Algorithm 1, where δ starts everywhere);
+    whole `clean` image; or adversarial with masked patches zeroed (`visible`)."""
     tokens: Literal["sorted", "shuffled", "pooled"] = "sorted"
     """Latent side: visible tokens in raster order, in the order of the mask's draws (authors' code), or their mean."""
     scope: Literal["rank", "global"] = "rank"

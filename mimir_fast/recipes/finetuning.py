@@ -35,7 +35,7 @@ def register_finetuning(
     run: RunConfig, attack: LinfThreat, note: str, *, blr: float = 1e-3, suffix: str = "", caveat: str = "",
     layer_decay: float = 0.65, drop_path: float = 0.1, optim: OptimizerConfig | None = None,
     family: str = "vit", mixing: MixingConfig | None = None, randaugment: RandAugmentConfig | None = None,
-    label_smoothing: float = 0.0, init: str = "", **model: Any,
+    label_smoothing: float = 0.0, init: str = "", options: dict[str, Any] | None = None, **model: Any,
 ) -> None:  # fmt: skip
     """GROUP/METHOD_FAMILY_SIZE[_SUFFIX].
 
@@ -43,6 +43,7 @@ def register_finetuning(
         optim: optimiser in place of AdamW with `blr` and `layer_decay`.
         mixing, randaugment, label_smoothing: off where left out.
         init: weights it starts from where nothing else is said.
+        options: of the method, beside those of every method.
         model: further options of the model.
     """
 
@@ -66,7 +67,7 @@ def register_finetuning(
             optim=replace(optim) if optim is not None else adamw,
             run=replace(run),
         )  # fmt: skip
-        objective = find_method("finetune", method).as_published(config.objective)
+        objective = find_method("finetune", method).as_published(replace(config.objective, **(options or {})))
         if method in PLAIN and group not in OURS:
             objective = replace(objective, attack_mode="eval")
         return replace(config, objective=objective)

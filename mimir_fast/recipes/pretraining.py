@@ -16,6 +16,8 @@ from mimir_fast.training.pretraining import PretrainConfig, with_preset
 
 METHODS = ("mae", "noise_mae", "adv_mae", "mimir")
 
+DIFFERING = ("adv_mae", "mimir")  # paper and code differ in them
+
 # Where the papers' words are kept and not the code their numbers come from.
 PAPER_CAVEAT = {
     "mae": "",
@@ -38,7 +40,8 @@ def register_pretraining(
     Args:
         optim: optimiser in place of AdamW with `blr`.
         options: method → values of its options that differ from their defaults.
-        official: register …_official beside those methods of the authors' that paper and code have differently.
+        official: the methods that paper and code have differently are as the preset `paper` has them, and …_official
+            stands beside.
         caveat: in place of what is said of the paper's words.
         model: further options of the model.
     """
@@ -48,7 +51,7 @@ def register_pretraining(
             def build(encoder: str = encoder, method: str = method) -> PretrainConfig:
                 entry = find_method("pretrain", method)
                 choices = {"decoder": entry.decoder} if entry.decoder else {}
-                return PretrainConfig(
+                config = PretrainConfig(
                     method=method,
                     model=ModelConfig(family=family, encoder=encoder, patch_size=patch_size, **(model | choices)),
                     data=data(),
@@ -56,13 +59,12 @@ def register_pretraining(
                     optim=replace(optim) if optim is not None else OptimizerConfig(blr=blr),
                     run=replace(run()),
                 )
+                return with_preset(config, "paper") if official and method in DIFFERING else config
 
             name = join(f"{group}/{method}_{family}_{encoder}", suffix)
             said = PAPER_CAVEAT.get(method, "") if caveat is None and official else caveat or ""
             register(name, PretrainConfig, build, f"{find_method('pretrain', method).note}; {note}", said)
-            if official and (
-                method in ("adv_mae", "mimir") or (method == "mae" and find_family(family).kept_on_a_grid)
-            ):
+            if official and (method in DIFFERING or (method == "mae" and find_family(family).kept_on_a_grid)):
                 register_official(name, method)
 
 

@@ -39,10 +39,11 @@ def test_the_flag_is_the_recipe(name: str) -> None:
 
 @pytest.mark.parametrize("name", [KINDS["vit"], KINDS["xcit"]])
 def test_the_papers_words_take_it_all_back(name: str) -> None:
-    """But for the images that a rank works on at once, of which the paper says nothing."""
+    """But for the images that a rank works on at once, of which the paper says nothing. The plain recipe has them."""
     paper, base = by_flag(name, "paper"), by_flag(name.removesuffix("_official"), "paper")
     run = replace(base.run, micro_batch=paper.run.micro_batch)
     assert paper == replace(base, recipe=paper.recipe, run=run)
+    assert base == find_recipe(PretrainConfig, base.recipe)
 
 
 @pytest.mark.parametrize(("data", "images"), [("cifar10", 128), ("imagenet", 512), ("tiny_imagenet", None)])
