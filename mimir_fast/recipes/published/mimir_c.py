@@ -18,7 +18,8 @@ ROWS = (
             "eps 4/255, AutoAttack standard on RobustBench's 5000 images",
             f"imagenet/mimir_{name}_official", f"imagenet/apgd_{name}",
             remark=f"{_HAND}; the authors group visible windows, ours masks units of 32 pixels",
-            unresolved="the README of the authors' code says 3 steps of PGD, by ARES; the recipe has APGD-2",
+            unresolved="the authors' code fine-tunes Swin by ARES: 3 steps of PGD (README), 200 epochs, strong "
+            "augmentation and a moving average (pgd_AT_ares); the recipe has APGD-2, 300 epochs",
         )
         for model, name, natural, aa in (("Swin-B", "swin_base", 76.62, 55.90), ("Swin-L", "swin_large", 78.62, 59.68))
     ),
