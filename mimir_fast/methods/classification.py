@@ -40,7 +40,7 @@ class ClassificationConfig(Objective):
     """The adversary of training; `fast` uses its eps only, `apgd` eps and num_steps, `natural` none of it."""
     attack_mode: Literal["auto", "eval", "train"] = "auto"
     """Whether batch norms normalise by running statistics under attack (`eval`) or by the batch's, as in training; they
-    keep neither. auto: as the method's authors; of pgd and fast `train`, in the recipes of MIMIR's rows `eval`."""
+    keep neither. auto: as the method's authors; of pgd and fast `train`, in XCiT's recipes of MIMIR's rows `eval`."""
     label_smoothing: float = 0.0
     """Probability taken from the true class and spread over all."""
     randaugment: RandAugmentConfig = field(default_factory=RandAugmentConfig)

@@ -26,8 +26,8 @@ RANDAUGMENT = RandAugmentConfig(num_ops=2, magnitude=9, warmup_epochs=10, fill=(
 # As the MIMIR authors' `finetune.py` and the models of timm that it takes have it. Their pooling is ClassifierConfig's.
 HEAD_STD = {"cifar10": 2e-2, "tiny_imagenet": 2e-2}  # 2e-5 for ImageNet, and for what they have not
 CONSTANT_DROP_PATH = ("cait", "xcit")
-PLAIN = ("pgd", "fast")  # which their code attacks in eval mode; the methods' own authors do in train mode
-OURS = ("digits", "fashion_mnist")
+# Their code attacks in eval mode; PGD's and FastAT's own authors do in train mode. To other families it is the same.
+PLAIN, BATCH_NORMS, OURS = ("pgd", "fast"), ("xcit",), ("digits", "fashion_mnist")
 
 
 def register_finetuning(
@@ -68,7 +68,7 @@ def register_finetuning(
             run=replace(run),
         )  # fmt: skip
         objective = find_method("finetune", method).as_published(replace(config.objective, **(options or {})))
-        if method in PLAIN and group not in OURS:
+        if method in PLAIN and family in BATCH_NORMS and group not in OURS:
             objective = replace(objective, attack_mode="eval")
         return replace(config, objective=objective)
 

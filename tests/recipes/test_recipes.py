@@ -153,6 +153,11 @@ class TestConditions:
             assert not objective.mixing.enabled
         assert finetuning("cifar10/ard_prm_vit_tiny").objective.mixing.prob == 0.3
 
+    def test_batch_norms_are_attacked_as_in_the_authors_code(self) -> None:
+        """torchattacks' PGD, which MIMIR's finetune.py calls, puts the model in eval mode."""
+        modes = {"imagenet/fast_xcit_small": "eval", "imagenet/pgd_xcit_small": "eval", "digits/pgd_xcit_nano": "auto"}
+        assert {name: finetuning(name).objective.attack_mode for name in modes} == modes
+
     def test_agat_is_as_far_as_known(self) -> None:
         """Pooling, normalisation and dropping as reported of its code; that the rest is not, the list says."""
         for ending in ("", "_eps2"):
