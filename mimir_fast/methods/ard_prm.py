@@ -139,9 +139,13 @@ class ArdPrm(_HeldBack, Pgd):
 class ArdPrmTrades(_HeldBack, Trades):
     """TRADES, held back."""
 
+    config: ArdPrmObjective
+
 
 class ArdPrmMart(_HeldBack, Mart):
     """MART, held back."""
+
+    config: ArdPrmObjective
 
 
 LOSSES: dict[str, type[_HeldBack]] = {"pgd": ArdPrm, "trades": ArdPrmTrades, "mart": ArdPrmMart}
