@@ -18,6 +18,7 @@ def _joined(base: type, options: Sequence[type]) -> Any:
                 part.__post_init__(self)
 
     def idle(self: Any) -> dict[str, str]:
+        """Options that do nothing as the others are."""
         found: dict[str, str] = {}
         for part in parts:
             found |= part.idle(self) if hasattr(part, "idle") else {}
