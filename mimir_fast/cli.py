@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from mimir_fast.completion import SHELLS, script
+from mimir_fast.validation import refuse_idle
 from mimir_fast.versions import COMPLETION_HINT, called_as
 from mimir_fast.world import RunFailed, drop_unread, leave_at_once
 
@@ -60,19 +61,26 @@ def _float_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | No
 
 
 def parse(config_type: type[T], args: Sequence[str] | None = None, *, default: T | None = None, prog: str = "") -> T:
-    """The config of a command line; a bad value ends the program with one clear line."""
+    """The config of a command line; a bad value ends the program with one clear line.
+
+    Raises:
+        ValueError: an option was typed that does nothing as the others are (`idle`, see validation.py).
+    """
     registry = ConstructorRegistry()
     registry.primitive_rule(_float_rule)
     keywords: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(
+    words = list(sys.argv[1:] if args is None else args)
+    config: T = tyro.cli(
         config_type,
-        args=list(sys.argv[1:] if args is None else args),
+        args=words,
         prog=called_as(prog) if prog else None,
         description=_description(config_type),
         registry=registry,
         use_underscores=True,
         **keywords,
     )
+    refuse_idle(config, words)
+    return config
 
 
 def _description(config_type: Any) -> str:

@@ -28,6 +28,7 @@ from mimir_fast.layers.norms import is_adapter
 from mimir_fast.models.loading import inspect_weights
 from mimir_fast.models.normalization import check_statistics, choice_note, pair
 from mimir_fast.models.weight_files import WeightsChoice, read_weights
+from mimir_fast.validation import without
 
 FOLDER = {"config.json", "preprocessor_config.json", "model.safetensors"}
 """What a folder may hold that is replaced."""
@@ -62,6 +63,10 @@ class ExportConfig:
     def __post_init__(self) -> None:
         FORMATS.find(self.format).check_name(Path(self.output))
         check_statistics(self.mean, self.std, None)
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.format != "safetensors", "--format safetensors keeps both", "domain")
 
 
 def export(config: ExportConfig) -> Path:

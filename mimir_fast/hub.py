@@ -36,6 +36,7 @@ from mimir_fast.models.normalization import Statistics, to_metadata
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 from mimir_fast.sizes import said
 from mimir_fast.training.ownership import is_run
+from mimir_fast.validation import without
 
 LICENSE = "apache-2.0"
 CARD_MARK = "library_name: mimir_fast"
@@ -224,6 +225,10 @@ class HubConfig:
     def __post_init__(self) -> None:
         if not self.output and not self.repo_id:
             raise ValueError("name a folder (--output hub/NAME) or a repository (--repo_id you/NAME)")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.repo_id, "--repo_id is empty", "private")
 
 
 def publish(config: HubConfig) -> None:

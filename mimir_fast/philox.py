@@ -42,6 +42,7 @@ class Stream(IntEnum):
     PERMUTATION = 14
     DECODE = 15
     ATTACK_DECODE = 16
+    MASKED_NOISE = 17
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, rounds: int = 10) -> tuple[Tensor, ...]:

@@ -11,9 +11,8 @@ from dataclasses import replace
 
 from mimir_fast.cli import parse, peek, run
 from mimir_fast.extensions import load_extensions
-from mimir_fast.methods.registry import PRESETS
 from mimir_fast.recipes import find_recipe
-from mimir_fast.training.pretraining import PretrainConfig, pretrain, with_method
+from mimir_fast.training.pretraining import PretrainConfig, pretrain, with_method, with_preset
 
 
 def config_from(args: Sequence[str]) -> PretrainConfig:
@@ -24,7 +23,7 @@ def config_from(args: Sequence[str]) -> PretrainConfig:
     if (method := peek(args, "--method")) is not None:
         default = with_method(default, method)
     if preset := peek(args, "--preset"):
-        default = replace(default, objective=PRESETS.find(preset).apply(default.objective))
+        default = with_preset(default, preset)
     return parse(PretrainConfig, args, default=default, prog="python -m mimir_fast.pretrain")
 
 

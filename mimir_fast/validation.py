@@ -2,8 +2,8 @@
 
 import difflib
 import math
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 
@@ -51,3 +51,45 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` or a full stop, for messages about an unknown name."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else "."
+
+
+def without(switch: Any, why: str, *options: str) -> dict[str, str]:
+    """{option: why} where the switch is off: what a dataclass returns from `idle`, by which options do nothing now.
+
+    Args:
+        switch: anything that is true or false.
+        why: what is off, as "--{}rank is 0"; {} stands for the flags in front of the option's name.
+        options: names of the dataclass's fields, a.b for one inside.
+    """
+    return {} if switch else dict.fromkeys(options, why)
+
+
+def idle_options(config: Any, prefix: str = "") -> dict[str, str]:
+    """{flag: why} of the options of a (nested) dataclass that do nothing as the others are.
+
+    Each dataclass in there may have a method `idle`, see `without`.
+    """
+    own = config.idle() if hasattr(config, "idle") else {}
+    found = {f"{prefix}{name}": why.replace("{}", prefix) for name, why in own.items()}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            # Annotated[…, tyro.conf.arg(name="")]: its options are typed without a prefix.
+            bare = any(getattr(note, "name", None) == "" for note in getattr(field.type, "__metadata__", ()))
+            found |= idle_options(value, prefix if bare else f"{prefix}{field.name}.")
+    return found
+
+
+def refuse_idle(config: Any, args: Sequence[str]) -> None:
+    """Refuse a typed option that does nothing; those of recipes and presets wait for their switch.
+
+    Raises:
+        ValueError: naming the first such option and what is off.
+    """
+    idle = idle_options(config)
+    for arg in args:
+        if arg.startswith("--"):
+            groups, dot, name = arg[2:].partition("=")[0].replace("-", "_").rpartition(".")
+            flags = (f"{groups}{dot}{name}", f"{groups}{dot}{name.removeprefix('no_')}")
+            if why := next((idle[flag] for flag in flags if flag in idle), ""):
+                raise ValueError(f"{arg.partition('=')[0]} does nothing while {why}: change that too, or leave it out")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimir_fast.attacks.training_attack import TrainingAttack
-from mimir_fast.validation import check_choice
+from mimir_fast.validation import check_choice, without
 
 
 @dataclass
@@ -35,6 +35,10 @@ class FeatureAttackConfig(TrainingAttack):
         check_choice("attack.distance", self.distance, ("l2", "kl"))
         if not self.random_start and self.num_steps:
             raise ValueError("the feature attack needs random_start: at the clean image the distance has no gradient")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return super().idle() | without(self.num_steps, "--{}num_steps is 0", "distance")
 
 
 def feature_distance(features_BTD: Tensor, clean_BTD: Tensor, distance: Literal["l2", "kl"]) -> Tensor:

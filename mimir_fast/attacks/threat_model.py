@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mimir_fast.validation import check_number
+from mimir_fast.validation import check_number, without
 
 
 def check_radius(name: str, value: float) -> None:
@@ -30,3 +30,7 @@ class LinfThreat:
         check_radius("eps", self.eps)
         check_radius("alpha", self.alpha)
         check_number("num_steps", self.num_steps, at_least=0)
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.num_steps, "--{}num_steps is 0", "alpha")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.ascent import ascend
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.layers.borrowing import borrowed
-from mimir_fast.validation import check_choice, check_number
+from mimir_fast.validation import check_choice, check_number, without
 
 COMPARED_EVERY = 1000
 """Attacks from one comparison of a bf16 attack with fp32 to the next."""
@@ -42,6 +42,10 @@ class TrainingAttack(LinfThreat):
         super().__post_init__()
         check_number("attack.every", self.every, at_least=1)
         check_choice("attack.precision", self.precision, ("same", "bf16"))
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return super().idle() | without(self.num_steps, "--{}num_steps is 0", "every", "precision")
 
     def attacks_in(self, step: int | Tensor) -> bool:
         """Whether this step attacks. A step on the device was looked at before it went there."""

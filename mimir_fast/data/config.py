@@ -8,7 +8,7 @@ from typing import Literal
 
 from mimir_fast.data.registry import SOURCES
 from mimir_fast.sizes import Size, as_size
-from mimir_fast.validation import check_finite
+from mimir_fast.validation import check_finite, without
 
 LOADERS = ("auto", "resident", "torch", "dali", "raw")
 AUGMENTATIONS = ("pad_crop", "resized_crop", "none")
@@ -108,3 +108,14 @@ class DataConfig:
             raise ValueError(f"resident_gib must be 0 or more, got {self.resident_gib}")
         if not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load must lie in [0, 1], got {self.hw_decoder_load}")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return {
+            **without(self.augment == "pad_crop", "--{}augment is not pad_crop", "crop_padding"),
+            **without(self.augment == "resized_crop", "--{}augment is not resized_crop", "crop_scale", "crop_ratio"),
+            **without(self.generated, "--{}generated names no file", "generated_ratio"),
+            **without(self.loader == "auto", "--{}loader is not auto", "resident_gib"),
+            **without(self.loader in ("auto", "torch"), "--{}loader is not torch", "read_threads"),
+            **without(self.loader in ("auto", "dali"), "--{}loader is not dali", "hw_decoder_load"),
+        }

@@ -17,9 +17,16 @@ def _joined(base: type, options: Sequence[type]) -> Any:
             if hasattr(part, "__post_init__"):
                 part.__post_init__(self)
 
+    def idle(self: Any) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        found: dict[str, str] = {}
+        for part in parts:
+            found |= part.idle(self) if hasattr(part, "idle") else {}
+        return found
+
     namespace = {
         "__doc__": "Evaluate the robustness of any classifier and write one report.",
-        "__module__": __name__, "__post_init__": check,
+        "__module__": __name__, "__post_init__": check, "idle": idle,
     }  # fmt: skip
     # The fields of later bases come first.
     return make_dataclass("EvaluateConfig", [], bases=tuple(reversed(parts)), namespace=namespace)

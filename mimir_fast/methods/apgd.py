@@ -10,19 +10,29 @@ from mimir_fast.attacks.apgd import apgd
 from mimir_fast.methods.classification import ClassificationConfig, Inputs
 from mimir_fast.methods.pgd import Pgd
 from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.validation import without
 
 
 class Apgd(Pgd):
     """PGD training with APGD's search; of the configured attack eps and num_steps count."""
 
+    authors_mode = "eval"
+
     def adversary(self) -> str:
         """Its radius and number of steps; it chooses their sizes itself."""
         return f"eps {255 * self.config.attack.eps:.3g}/255, {self.config.attack.num_steps} steps"
 
-    def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
+    def search(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W) in [0, 1]."""
         attack = self.config.attack
-        return apgd(model, inputs.images, inputs.targets, attack.eps, attack.num_steps, keep="best_loss", mode="eval")
+        return apgd(module, inputs.images, inputs.targets, attack.eps, attack.num_steps, keep="best_loss", mode="as_is")
 
 
-register(MethodEntry("apgd", "finetune", ClassificationConfig, Apgd, "APGD-k adversarial training"))
+register(
+    MethodEntry(
+        "apgd", "finetune", ClassificationConfig, Apgd, "APGD-k adversarial training",
+        idle=without(
+            False, "--method apgd starts at the image and chooses its steps", "attack.alpha", "attack.random_start"
+        ),
+    )
+)  # fmt: skip

@@ -7,32 +7,40 @@ Early in training the attack is weakened in two ways; one rate r, rising from 0 
     PRM   perturbation random masking: before each attack step the perturbation of a part 1 − r of the patches is
           erased
 
-After the warm-up it is PGD training. Two points of ours: gates and masks belong to the sample (the authors draw one for
-the batch), so they do not depend on the rank count; and r is constant within an epoch, at its middle value.
+After the warm-up it is PGD training; or TRADES, or MART, whose attacks are held back in the same way in the authors'
+code (github mo666666/When-Adversarial-Training-Meets-Vision-Transformers: β is 6 for both, and neither mixes images).
+Their attacks see the model in eval mode, so they do here. Two points of ours: gates and masks belong to the sample (the
+authors draw one for the batch), so they do not depend on the rank count; and r is constant within an epoch, at its
+middle value.
 Shapes: B images, C channels, H × W pixels, N patches, L layers, R branches.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import cross_entropy, linf_ascent, random_start
-from mimir_fast.layers.borrowing import borrowed
-from mimir_fast.methods.classification import ClassificationConfig, Inputs, classifier
+from mimir_fast.attacks.pgd import Loss, linf_ascent, random_start
+from mimir_fast.methods.classification import ClassificationMethod, Inputs, classifier
+from mimir_fast.methods.mart import Mart, MartObjective, with_authors_beta
 from mimir_fast.methods.pgd import Pgd
 from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.methods.trades import Trades, TradesObjective
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
 from mimir_fast.sizes import Size, area, height_width
-from mimir_fast.validation import check_finite
+from mimir_fast.validation import check_choice, check_finite, without
 
 
 @dataclass
 class ArdPrmConfig:
     """The warm-up of ARD + PRM; it applies to method `ard_prm` only."""
 
+    loss: Literal["pgd", "trades", "mart"] = "pgd"
+    """What is trained and attacked: PGD training, TRADES or MART; with their starts and their weights, as in the
+    authors' code."""
     warmup_epochs: float = 10.0
     """Epochs over which gradients and perturbations are let through more and more."""
     drop_gradients: bool = True
@@ -42,15 +50,29 @@ class ArdPrmConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        check_choice("ard_prm loss", self.loss, tuple(LOSSES))
         if self.warmup_epochs < 0:
             raise ValueError(f"ard_prm warmup_epochs={self.warmup_epochs}, wanted 0 or more; the paper uses 10")
 
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        held_back = self.drop_gradients or self.mask_perturbation
+        return without(held_back, "neither gradients nor perturbations are held back", "warmup_epochs")
+
 
 @dataclass
-class ArdPrmObjective(ClassificationConfig):
-    """Options of method `ard_prm`."""
+class ArdPrmObjective(TradesObjective, MartObjective):
+    """Options of method `ard_prm`, and of the losses that it works with."""
 
     ard_prm: ArdPrmConfig = field(default_factory=ArdPrmConfig)
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        loss = self.ard_prm.loss
+        return {
+            **without(loss == "trades", "--ard_prm.loss is not trades", "trades.beta"),
+            **without(loss == "mart", "--ard_prm.loss is not mart", "mart.beta"),
+        }
 
 
 def pass_rate(epochs_B: Tensor, warmup_epochs: float) -> Tensor:
@@ -76,21 +98,25 @@ def draw_patch_masks(rate_B: Tensor, inputs: Inputs, grid: Size, num_steps: int)
     return (rank >= num_erased).float().transpose(0, 1).unflatten(2, (1, *height_width(grid)))
 
 
-class ArdPrm(Pgd):
-    """PGD training whose attack is held back during the warm-up."""
+class _HeldBack(ClassificationMethod):
+    """A method whose attack is held back during the warm-up: that of the class behind this one in a list of bases."""
 
     config: ArdPrmObjective
+    authors_mode = "eval"
 
-    def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
+    def ascend(
+        self, module: nn.Module, inputs: Inputs, loss: Loss, labels: Tensor, start: Tensor | None = None
+    ) -> Tensor:
         """Adversarial images (B, C, H, W) in [0, 1]."""
-        threat, images, own, bare = self.config.attack, inputs.images, self.config.ard_prm, classifier(model)
+        threat, images, own, bare = self.config.attack, inputs.images, self.config.ard_prm, classifier(module)
         encoder = bare.encoder
         rate = pass_rate(inputs.epochs, own.warmup_epochs)
         gates = draw_gates(rate, inputs, bare.num_layers, encoder.num_branches, threat.num_steps)
         masks = draw_patch_masks(rate, inputs, encoder.grid, threat.num_steps)
-        start = images
-        if threat.random_start:
-            start = random_start(images, threat.eps, samples=inputs.samples, seed=inputs.seed, step=inputs.step)
+        if start is None:
+            start = images
+            if threat.random_start:
+                start = random_start(images, threat.eps, samples=inputs.samples, seed=inputs.seed, step=inputs.step)
         gate: Tensor | None = None
 
         def before_step(step: int, x: Tensor) -> Tensor:
@@ -101,12 +127,33 @@ class ArdPrm(Pgd):
             let_through = F.interpolate(masks[step], scale_factor=encoder.mask_unit, mode="nearest").bool()
             return torch.where(let_through, x, images)
 
-        with borrowed(model, "as_is") as module:
-
-            def objective(x: Tensor) -> Tensor:
-                return cross_entropy(module(x, None, gate), inputs.targets)
-
-            return linf_ascent(objective, images, start, threat, before_step=before_step)
+        return linf_ascent(
+            lambda x: loss(module(x, None, gate), labels), images, start, threat, before_step=before_step
+        )
 
 
-register(MethodEntry("ard_prm", "finetune", ArdPrmObjective, ArdPrm, "ARD + PRM"))
+class ArdPrm(_HeldBack, Pgd):
+    """PGD training, held back."""
+
+
+class ArdPrmTrades(_HeldBack, Trades):
+    """TRADES, held back."""
+
+    config: ArdPrmObjective
+
+
+class ArdPrmMart(_HeldBack, Mart):
+    """MART, held back."""
+
+    config: ArdPrmObjective
+
+
+LOSSES: dict[str, type[_HeldBack]] = {"pgd": ArdPrm, "trades": ArdPrmTrades, "mart": ArdPrmMart}
+
+
+def build(config: ArdPrmObjective) -> ClassificationMethod:
+    """The method whose loss and search the options name, held back."""
+    return LOSSES[config.ard_prm.loss](config)
+
+
+register(MethodEntry("ard_prm", "finetune", ArdPrmObjective, build, "ARD + PRM", as_published=with_authors_beta))

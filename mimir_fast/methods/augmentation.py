@@ -20,7 +20,7 @@ from torch import Tensor
 from mimir_fast.methods.mixing import warmup
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream, normal
-from mimir_fast.validation import check_choice, check_finite
+from mimir_fast.validation import check_choice, check_finite, without
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -59,6 +59,10 @@ class RandAugmentConfig:
         check_choice("randaugment interpolation", self.interpolation, get_args(Interpolation))
         if self.warmup_epochs < 0:
             raise ValueError(f"randaugment warmup_epochs={self.warmup_epochs}, wanted 0 or more")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.enabled, "--{}num_ops is 0", "magnitude", "warmup_epochs", "fill", "interpolation")
 
     @property
     def enabled(self) -> bool:

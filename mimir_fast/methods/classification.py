@@ -3,26 +3,28 @@
 A method is called as `method(model, batch, seed=, step=)` and returns {"loss": …, other scalars}. It owns no loop, no
 optimiser and no device. All randomness is a function of (seed, epoch or step, sample).
 
-Attacks see the model as it trains, but without stochastic depth: its factors are given to the training forward only.
+Attacks see the model in eval mode where the method's authors attack so, else as it trains, and without stochastic
+depth, whose factors are given to the training forward only.
 Shapes: B images, C channels, H × W pixels, K classes, L blocks.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import pgd
+from mimir_fast.attacks.pgd import Loss, cross_entropy, pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data.batch import Batch
-from mimir_fast.layers.borrowing import unwrap
+from mimir_fast.layers.borrowing import AttackMode, borrowed, unwrap
 from mimir_fast.methods.augmentation import RandAugmentConfig, rand_augment
 from mimir_fast.methods.mixing import MixingConfig, mix, smooth_labels
 from mimir_fast.methods.registry import Objective
 from mimir_fast.models.branches import draw_drop_path
 from mimir_fast.models.classifier import Classifier
+from mimir_fast.validation import check_choice
 
 
 def default_attack() -> LinfThreat:
@@ -36,6 +38,9 @@ class ClassificationConfig(Objective):
 
     attack: LinfThreat = field(default_factory=default_attack)
     """The adversary of training; `fast` uses its eps only, `apgd` eps and num_steps, `natural` none of it."""
+    attack_mode: Literal["auto", "eval", "train"] = "auto"
+    """Whether batch norms normalise by running statistics under attack (`eval`) or by the batch's, as in training; they
+    keep neither. auto: as the method's authors; of pgd and fast `train`, in XCiT's recipes of MIMIR's rows `eval`."""
     label_smoothing: float = 0.0
     """Probability taken from the true class and spread over all."""
     randaugment: RandAugmentConfig = field(default_factory=RandAugmentConfig)
@@ -44,6 +49,7 @@ class ClassificationConfig(Objective):
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing}, wanted 0 <= smoothing < 1, such as 0.1")
+        check_choice("attack_mode", self.attack_mode, ("auto", "eval", "train"))
 
 
 @dataclass
@@ -66,10 +72,6 @@ class Inputs:
     step: int
     branch_scales: Tensor | None
 
-    def doubled_scales(self) -> Tensor | None:
-        """The factors for a batch that holds every image twice: both views go through the same sub-network."""
-        return None if self.branch_scales is None else torch.cat([self.branch_scales, self.branch_scales])
-
 
 class ClassificationMethod(ABC):
     """Base of the fine-tuning methods.
@@ -77,9 +79,11 @@ class ClassificationMethod(ABC):
     Attributes:
         adversarial: it trains against an adversary, so the best checkpoint is the one of highest PGD accuracy, and
             catastrophic overfitting can happen.
+        authors_mode: of the model under attack, in the authors' code; `as_is` is that of training.
     """
 
     adversarial: ClassVar[bool] = True
+    authors_mode: ClassVar[AttackMode] = "as_is"
 
     def __init__(self, config: ClassificationConfig) -> None:
         self.config = config
@@ -98,9 +102,21 @@ class ClassificationMethod(ABC):
         return f"eps {255 * attack.eps:.3g}/255, {attack.num_steps} steps of {255 * attack.alpha:.3g}/255"
 
     def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """Adversarial images (B, C, H, W) in [0, 1]: here by PGD on the cross entropy."""
+        """Adversarial images (B, C, H, W) in [0, 1], by the model in the attack's mode; it is left untouched."""
+        modes: dict[str, AttackMode] = {"auto": self.authors_mode, "eval": "eval", "train": "as_is"}
+        with borrowed(model, modes[self.config.attack_mode]) as module:
+            return self.search(module, inputs)
+
+    def search(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """Adversarial images by a model on loan: here where the cross entropy is high."""
+        return self.ascend(module, inputs, cross_entropy, inputs.targets)
+
+    def ascend(
+        self, module: nn.Module, inputs: Inputs, loss: Loss, labels: Tensor, start: Tensor | None = None
+    ) -> Tensor:
+        """Adversarial images by PGD on a loss, from the attack's own start where none is given."""
         return pgd(
-            model, inputs.images, inputs.targets, self.config.attack,
+            module, inputs.images, labels, self.config.attack, loss=loss, start=start,
             samples=inputs.samples, seed=inputs.seed, step=inputs.step,
         )  # fmt: skip
 
@@ -141,6 +157,15 @@ def train_logits(model: nn.Module, images: Tensor, branch_scales: Tensor | None)
     """(B, K) fp32 logits of the training forward."""
     logits: Any = model(images) if branch_scales is None else model(images, branch_scales)
     return logits.float()
+
+
+def both_logits(model: nn.Module, inputs: Inputs, adversarial: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, K) fp32 logits of the clean and of the adversarial images, each by a training forward of its own.
+
+    Both go through the same sub-network of stochastic depth. A batch norm sees the clean ones first.
+    """
+    scales = inputs.branch_scales
+    return train_logits(model, inputs.images, scales), train_logits(model, adversarial, scales)
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:

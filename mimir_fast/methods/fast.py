@@ -9,6 +9,7 @@ from mimir_fast.attacks.pgd import fast_threat, pgd
 from mimir_fast.methods.classification import ClassificationConfig, Inputs
 from mimir_fast.methods.pgd import Pgd
 from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.validation import without
 
 
 class Fast(Pgd):
@@ -18,12 +19,20 @@ class Fast(Pgd):
         """Its radius: one step of 1.25 times that is the rule."""
         return f"eps {255 * self.config.attack.eps:.3g}/255"
 
-    def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
+    def search(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W) in [0, 1]."""
         threat = fast_threat(self.config.attack.eps)
         return pgd(
-            model, inputs.images, inputs.targets, threat, samples=inputs.samples, seed=inputs.seed, step=inputs.step
+            module, inputs.images, inputs.targets, threat, samples=inputs.samples, seed=inputs.seed, step=inputs.step
         )
 
 
-register(MethodEntry("fast", "finetune", ClassificationConfig, Fast, "FastAT, one step"))
+register(
+    MethodEntry(
+        "fast", "finetune", ClassificationConfig, Fast, "FastAT, one step",
+        idle=without(
+            False, "--method fast takes one step of 1.25 eps from a random start", "attack.alpha", "attack.num_steps",
+            "attack.random_start",
+        ),
+    )
+)  # fmt: skip

@@ -4,24 +4,24 @@
     BCE(p', y) = −log p'_y − log(1 − max_{k≠y} p'_k)           p' = softmax f(x'),  p = softmax f(x)
 
 x' comes from PGD on the cross entropy, from x + 0.001·N(0, 1) as in the authors' code (from x without random_start). β
-is 5 in the paper, 6 in their code. "The true class" and "the strongest other class" have no meaning for mixed labels:
+is 5 in the paper, 6 in their code (github YisenWang/MART), where, as here, the attack sees the model in eval mode and
+each view goes through it by itself. "The true class" and "the strongest other class" have no meaning for mixed labels:
 mixing is refused.
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
 from dataclasses import dataclass, field, replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import pgd
+from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.methods.classification import (
     ClassificationConfig,
     ClassificationMethod,
     Inputs,
     accuracy,
-    train_logits,
+    both_logits,
 )
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.trades import gaussian_start, kl_divergence
@@ -65,6 +65,7 @@ class Mart(ClassificationMethod):
     """Boosted cross entropy, and a divergence that counts most where the clean image is misclassified."""
 
     config: MartObjective
+    authors_mode = "eval"
 
     def __init__(self, config: MartObjective) -> None:
         super().__init__(config)
@@ -74,16 +75,14 @@ class Mart(ClassificationMethod):
                 "(--mixing.mixup 0 --mixing.cutmix 0 --label_smoothing 0), or use another method"
             )
 
-    def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
+    def search(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W) in [0, 1]."""
-        attack = self.config.attack
-        start = gaussian_start(inputs) if attack.random_start else inputs.images
-        return pgd(model, inputs.images, inputs.targets, attack, start=start)
+        start = gaussian_start(inputs) if self.config.attack.random_start else inputs.images
+        return self.ascend(module, inputs, cross_entropy, inputs.targets, start)
 
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """{"loss", "boosted_loss", "robust_loss" (with β), "accuracy"}, the accuracy on adversarial images."""
-        both = torch.cat([inputs.images, self.perturb(model, inputs)])
-        logits, logits_adv = train_logits(model, both, inputs.doubled_scales()).chunk(2)
+        logits, logits_adv = both_logits(model, inputs, self.perturb(model, inputs))
         boosted, robust = mart_loss(logits, logits_adv, inputs.targets, self.config.mart.beta)
         return {
             "loss": boosted + robust,

@@ -23,6 +23,7 @@ from mimir_fast.methods.registry import MethodEntry, Pass, Preset, register
 from mimir_fast.methods.step import MaskedStep
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.patches import every_patch, patchify_gather
+from mimir_fast.philox import Stream
 
 
 @dataclass
@@ -36,19 +37,26 @@ class MimirConfig(AdvMaeConfig):
         """The global estimate gathers the batches of all ranks."""
         return "mi.scope=global" if self.mi.scope == "global" else ""
 
-    def check_batches(self, micro_batch: int, accum_iter: int, ranks: int) -> str:
-        """Says on how many images the penalty is estimated, on which its strength depends; at least two."""
+    def derived(self, micro_batch: int, accum_iter: int, ranks: int) -> dict[str, int]:
+        """{"penalty_images": m}, the images of one estimate of the penalty; {} without a penalty."""
         if self.mi.estimator == "none" or not self.mi.weight:
-            return ""
+            return {}
         accumulated, everywhere = self.mi.accumulated, self.mi.scope == "global"
         images = micro_batch * (accum_iter if accumulated else 1) * (ranks if everywhere else 1)
+        return {"penalty_images": images}
+
+    def check_batches(self, micro_batch: int, accum_iter: int, ranks: int) -> str:
+        """Says on how many images the penalty is estimated, on which its strength depends; at least two."""
+        images = self.derived(micro_batch, accum_iter, ranks).get("penalty_images")
+        if images is None:
+            return ""
         if images < 2:
             raise ValueError(
                 f"mi.estimator={self.mi.estimator} compares images with each other, but {ranks} ranks x {accum_iter} "
                 "accumulation steps leave it one: use a larger --batch_size, a smaller --accum_iter, --mi.accumulated, "
                 "or --mi.scope global"
             )
-        whole = accumulated or accum_iter == 1
+        whole = self.mi.accumulated or accum_iter == 1
         return f"penalty estimated on {images} images" + ("" if whole else " (--mi.accumulated: on all of a step)")
 
 
@@ -73,13 +81,23 @@ def apply_preset(config: Any, preset: str) -> Any:
 PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "paper": (
         {"mask": "shared", "target": "clean"},
-        {"estimator": "hsic", "inputs": "adversarial", "tokens": "sorted"},
+        {"estimator": "hsic", "bandwidth": "auto", "sigma": 5.0, "inputs": "noisy", "tokens": "sorted"},
     ),
     "official": (
         {"mask": "fresh", "target": "adversarial"},
         {"estimator": "nhsic", "bandwidth": "reference", "sigma": 5.0, "inputs": "adversarial", "tokens": "shuffled"},
     ),
 }
+
+
+AUTHORS_BATCH = {"cifar10": 128, "imagenet": 512}
+"""Images of one GPU in the authors' scripts, of which there are four; each GPU estimates the penalty on its own. They
+published no script for Tiny-ImageNet."""
+
+
+def authors_batch(options: Any, data: str) -> int | None:
+    """Images on which the authors estimated the penalty of these options, or None."""
+    return AUTHORS_BATCH.get(data) if isinstance(options, MimirConfig) else None
 
 
 class Mimir(AdvMae):
@@ -135,16 +153,27 @@ class Mimir(AdvMae):
     def image_side(self, step: MaskedStep) -> Tensor:
         """(B, N, P), what the estimate compares: positions aligned between images, as distances demand."""
         images, p, visible = step.batch.images, step.bare.patch_size, step.visible
-        if self.config.mi.inputs == "adversarial" and step.whole is not None:
+        inputs, attack = self.config.mi.inputs, self.config.attack
+        if inputs in ("adversarial", "noisy") and step.whole is not None:
             return step.whole
-        image = patchify_gather(images, every_patch(images, p), p)  # fresh memory, so it may be written into
-        if self.config.mi.inputs == "clean":
+        every = every_patch(images, p)
+        if inputs == "noisy" and attack.random_start:
+            _, image = step.noisy_patches(every, attack.eps, Stream.MASKED_NOISE)
+        else:
+            image = patchify_gather(images, every, p)  # fresh memory, so it may be written into
+        if inputs == "clean":
             return image
-        if self.config.mi.inputs == "visible":
+        if inputs == "visible":
             image.zero_()
         return image.scatter_(1, step.mask.keep.unsqueeze(-1).expand_as(visible), visible)
 
 
 register(MethodEntry("mimir", "pretrain", MimirConfig, Mimir, "MIMIR"))
-for name in PRESETS:
-    registry.PRESETS.add(name, Preset(name, partial(apply_preset, preset=name), exact=name == "official"))
+registry.PRESETS.add("paper", Preset("paper", partial(apply_preset, preset="paper"), AdvMaeConfig))
+registry.PRESETS.add(
+    "official",
+    Preset(
+        "official", partial(apply_preset, preset="official"), AdvMaeConfig, positions="official",
+        micro_batch=authors_batch, exact=True,
+    ),
+)  # fmt: skip

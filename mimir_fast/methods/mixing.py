@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
-from mimir_fast.validation import check_finite
+from mimir_fast.validation import check_finite, without
 
 _BETA_TRIES = 16  # for α = 0.8 a try succeeds in 61 % of cases: all fail once in three million
 
@@ -47,6 +47,14 @@ class MixingConfig:
                 raise ValueError(f"{name}={getattr(self, name)}, wanted a probability in [0, 1]")
         if self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs={self.warmup_epochs}, wanted 0 or more")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        mixed = self.mixup > 0 or self.cutmix > 0
+        both = self.mixup > 0 and self.cutmix > 0
+        return without(both, "--{}mixup or --{}cutmix is 0", "switch_prob") | without(
+            mixed, "--{}mixup and --{}cutmix are 0", "prob", "warmup_epochs"
+        )
 
     @property
     def enabled(self) -> bool:

@@ -5,7 +5,7 @@ Which estimator, what enters it and over which batch are options, because the pa
 Shapes: B images, N patches, K kept, P numbers a patch, T = 1 + K tokens, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mimir_fast.losses import MutualInformationPenalty
 from mimir_fast.ops._precision import no_autocast
-from mimir_fast.validation import check_number
+from mimir_fast.validation import check_number, without
 
 
 @dataclass
@@ -31,8 +31,10 @@ class MutualInformationConfig:
     for renyi, which saturates with the others, and `reference` elsewhere."""
     alpha: float = 2.0
     """Order of the Rényi entropy (2 has a closed form; the authors use 1.01)."""
-    inputs: Literal["adversarial", "clean", "visible"] = "adversarial"
-    """Image side: whole `adversarial` image, whole `clean` image, or adversarial with masked patches zeroed."""
+    inputs: Literal["adversarial", "noisy", "clean", "visible"] = "adversarial"
+    """Image side: whole `adversarial` image, whose masked patches are clean where the attack cannot move them; the same
+    with the attack's random start in these (`noisy`: x + δ of the paper's Algorithm 1, where δ starts everywhere);
+    whole `clean` image; or adversarial with masked patches zeroed (`visible`)."""
     tokens: Literal["sorted", "shuffled", "pooled"] = "sorted"
     """Latent side: visible tokens in raster order, in the order of the mask's draws (authors' code), or their mean."""
     scope: Literal["rank", "global"] = "rank"
@@ -47,6 +49,16 @@ class MutualInformationConfig:
         check_number("mi.alpha", self.alpha, above=0)
         if self.estimator == "nhsic" and self.bandwidth not in ("auto", "reference"):
             raise ValueError("estimator nhsic is defined with bandwidth=reference; choose that, or estimator=hsic")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        others = (f.name for f in fields(self) if f.name != "estimator")
+        by_median = self.bandwidth == "median" or (self.bandwidth == "auto" and self.estimator == "renyi")
+        return {
+            **without(not by_median, "the kernels' width is the median", "sigma"),
+            **without(self.estimator == "renyi", "--{}estimator is not renyi", "alpha"),
+            **without(self.estimator != "none", "--{}estimator is none", *others),
+        }
 
 
 def mutual_information(config: MutualInformationConfig, image: Tensor, latent_BTD: Tensor, num_prefix: int) -> Tensor:

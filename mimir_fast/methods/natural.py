@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs, accuracy, train_logits
 from mimir_fast.methods.registry import MethodEntry, register
+from mimir_fast.validation import without
 
 
 class Natural(ClassificationMethod):
@@ -25,4 +26,12 @@ class Natural(ClassificationMethod):
         return {"loss": cross_entropy(logits, inputs.targets).mean(), "accuracy": accuracy(logits, inputs.targets)}
 
 
-register(MethodEntry("natural", "finetune", ClassificationConfig, Natural, "no adversary"))
+register(
+    MethodEntry(
+        "natural", "finetune", ClassificationConfig, Natural, "no adversary",
+        idle=without(
+            False, "--method natural attacks in the probe only", "attack.alpha", "attack.num_steps",
+            "attack.random_start", "attack_mode",
+        ),
+    )
+)  # fmt: skip

@@ -18,6 +18,7 @@ from mimir_fast.attacks.pgd import fgsm, is_correct, pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data.batch import Batch
 from mimir_fast.layers.borrowing import borrowed
+from mimir_fast.validation import without
 
 # FGSM accuracy may lie a few points above PGD accuracy in healthy training; a gap of 20 points does not happen there.
 _ALARMING_GAP = 0.20
@@ -41,6 +42,10 @@ class ProbeConfig:
                 f"probe of {self.num_images} images, {self.num_steps} steps, batches of {self.batch_size}: "
                 "wanted 0 or more images and at least 1 step and 1 image a batch"
             )
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.num_images, "--{}num_images is 0", "num_steps", "batch_size")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A run names neither a method nor an option of one: what it has to know, `Objecti
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -47,6 +47,10 @@ class Objective:
             micro_batch: images of the smallest micro-batch, of which each rank accumulates `accum_iter` for a step.
         """
         return ""
+
+    def derived(self, micro_batch: int, accum_iter: int, ranks: int) -> dict[str, int]:
+        """What these options come to with batches of these sizes (as in `check_batches`): for a run's config.json."""
+        return {}
 
     @property
     def needs_even_ranks(self) -> str:
@@ -99,6 +103,7 @@ class MethodEntry:
         decoder: the only decoder it works with, or "" for any.
         adapters: the model keeps norm layers and cls token twice.
         labels: the model gets a head, and the data must have labels.
+        idle: options that it does not use → why, as in `validation.without`.
         as_published: options → the same as in the published numbers that recipes quote, where the defaults differ.
     """
 
@@ -111,6 +116,7 @@ class MethodEntry:
     adapters: bool = False
     labels: bool = False
     as_published: Callable[[Any], Any] = lambda options: options
+    idle: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,11 +125,18 @@ class Preset:
 
     Attributes:
         apply: options → options; raises ValueError for a method that has no such points.
+        options: of the methods that have such points.
+        positions: of the kept patches, in families where paper and code differ there too.
+        micro_batch: options, name of the data → images that a rank works on at once, where an estimate depends on them
+            and the authors' number is known; else None, which leaves the run's.
         exact: it promises the authors' numbers, so the precision `auto` is fp32.
     """
 
     name: str
     apply: Callable[[Any], Any]
+    options: type = Objective
+    positions: Literal["true", "official"] = "true"
+    micro_batch: Callable[[Any, str], int | None] = lambda options, data: None
     exact: bool = False
 
 

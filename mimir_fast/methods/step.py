@@ -61,12 +61,16 @@ class MaskedStep:
         """The mask of this step in this stream of random numbers."""
         return config.draw(self.bare, self.batch.samples, seed=self.seed, step=self.number, stream=stream, order=order)
 
-    def noisy_patches(self, ids_BK: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
+    def noisy_patches(
+        self, ids_BK: Tensor, eps: float | None, stream: Stream = Stream.ATTACK_START
+    ) -> tuple[Tensor, Tensor]:
         """(B, K, P) each: the clean patches, and with noise uniform in [-eps, eps], cut to [0, 1]; None is no noise."""
         images, p = self.batch.images, self.bare.patch_size
         if eps is None:
             return (clean := patchify_gather(images, ids_BK, p)), clean
-        return noisy_patches(images, ids_BK, p, self.batch.samples, seed=self.seed, step=self.number, eps=eps)
+        return noisy_patches(
+            images, ids_BK, p, self.batch.samples, seed=self.seed, step=self.number, eps=eps, stream=stream
+        )
 
     def pictures(
         self, view: View, patches_BNP: Tensor, *, norm_pix: bool, perturbed_BNP: Tensor | None = None

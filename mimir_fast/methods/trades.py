@@ -3,8 +3,10 @@
     loss = CE(f(x), y) + β · (1/B) Σᵢ KL( f(xᵢ) ‖ f(x'ᵢ) )
     x'   = argmax over the ε-ball of KL( f(x) ‖ f(x') ),  searched from x + 0.001·N(0, 1)
 
-Both views go through the model as one batch: one forward, as data parallelism wants it, and the gradient of KL reaches
-both, as in the authors' code. The start is Gaussian because at x' = x the gradient of KL is zero.
+As in the authors' code (github yaodongyu/TRADES), the attack sees the model in eval mode, each view goes through it by
+itself, so that a batch norm normalises it by its own statistics, and the gradient of KL reaches both. The authors'
+third forward pass, of x again, has the values of the first: left out, so running statistics count x once, not twice.
+The start is Gaussian because at x' = x the gradient of KL is zero.
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
@@ -14,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import cross_entropy, pgd
-from mimir_fast.layers.borrowing import borrowed
+from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.methods.classification import (
     ClassificationConfig,
     ClassificationMethod,
     Inputs,
     accuracy,
-    train_logits,
+    both_logits,
 )
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.philox import Stream, normal
@@ -72,6 +73,7 @@ class Trades(ClassificationMethod):
     """Natural cross entropy and the divergence to the worst neighbour."""
 
     config: TradesObjective
+    authors_mode = "eval"
 
     def __init__(self, config: TradesObjective) -> None:
         super().__init__(config)
@@ -80,17 +82,15 @@ class Trades(ClassificationMethod):
                 "trades starts beside the image, where its divergence has a gradient: leave random_start on"
             )
 
-    def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
+    def search(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W): the largest divergence found."""
-        with borrowed(model) as module, torch.no_grad():
+        with torch.no_grad():
             probs = module(inputs.images).float().softmax(dim=1)
-        start = gaussian_start(inputs)
-        return pgd(model, inputs.images, probs, self.config.attack, loss=kl_divergence, start=start)
+        return self.ascend(module, inputs, kl_divergence, probs, gaussian_start(inputs))
 
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """{"loss", "natural_loss", "robust_loss" (with β), "accuracy"}, the accuracy on adversarial images."""
-        both = torch.cat([inputs.images, self.perturb(model, inputs)])
-        logits, logits_adv = train_logits(model, both, inputs.doubled_scales()).chunk(2)
+        logits, logits_adv = both_logits(model, inputs, self.perturb(model, inputs))
         natural, robust = trades_loss(logits, logits_adv, inputs.targets, self.config.trades.beta)
         return {
             "loss": natural + robust,

@@ -4,8 +4,8 @@ Parameter names and shapes are timm's and the MIMIR authors': mean of the patch 
 token after `norm` → `head`. Whatever is random in a forward pass is an argument, never drawn in here: stochastic depth
 takes its factors from the caller (`draw_drop_path`), so a forward without them is deterministic, as an attack wants it.
 
-Token dropping (AGAT: Wu et al., arXiv 2207.10498) works in train mode only: after each attention layer the patch tokens
-that were looked at least are left behind, so later layers, and the attack's passes with them, get cheaper.
+Token dropping (AGAT: Wu et al., arXiv 2207.10498): after each attention layer the patch tokens that were looked at
+least are left behind, so later layers, and the attack's passes with them, get cheaper. In train mode, or always.
 
 Shapes: B images, C channels, H x W pixels, T = prefix + N tokens, D width, L layers, R branches, K classes.
 """
@@ -38,7 +38,7 @@ from mimir_fast.models.weight_files import OUTSIDE, Weights, WeightsChoice, Weig
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import patchify
 from mimir_fast.sizes import Size, height_width, said
-from mimir_fast.validation import check_choice, check_number
+from mimir_fast.validation import check_choice, check_number, without
 
 
 @dataclass
@@ -64,7 +64,9 @@ class ClassifierConfig:
     train_pos_embed: bool = True
     """Train the position embedding."""
     token_keep_rate: float = 1.0
-    """AGAT (family vit): patch tokens kept by each layer in train mode, 0.9 in the paper; 1 drops none."""
+    """AGAT (family vit): patch tokens kept by each layer, 0.9 in the paper; 1 drops none."""
+    token_drop: Literal["training", "always"] = "training"
+    """Drop tokens in train mode only, or in every forward pass, also where the model is evaluated."""
     normalization: NormalizationName = "none"
     """Subtracted mean and divided std, inside the model: `none` after our pre-training, timm weights need theirs."""
     options: tuple[str, ...] = ()
@@ -75,6 +77,15 @@ class ClassifierConfig:
     """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
     std: tuple[float, ...] | None = None
     """The deviation as numbers, one a channel."""
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        table = find_family(self.family).position_table
+        return {
+            **without(self.drop_path, "--{}drop_path is 0", "drop_path_law"),
+            **without(self.token_keep_rate < 1, "--{}token_keep_rate is 1", "token_drop"),
+            **without(table, f"--{{}}family is {self.family}, which has no position embedding", "train_pos_embed"),
+        }
 
     def architecture(self, image_size: Size, channels: int = 3) -> Architecture:
         """What the encoder is built from."""
@@ -88,6 +99,7 @@ class ClassifierConfig:
         check_number("patch_size", self.patch_size, at_least=1)
         check_number("head_std", self.head_std, above=0)
         check_choice("global_pool", self.global_pool, ("auto", "avg", "cls"))
+        check_choice("token_drop", self.token_drop, ("training", "always"))
         check_choice("drop_path_law", self.drop_path_law, ("linear", "constant"))
         self.options = tuple(self.options)
         self.architecture(self.patch_size)  # refuses unknown families, sizes and options
@@ -173,7 +185,8 @@ class Classifier(Parted):
         with no_autocast(images_BCHW.device):
             images = self.normalizer(images_BCHW.to(self.normalizer.mean.dtype))
             patches = patchify(images, self.encoder.mask_unit)
-        keep_rate = self.config.token_keep_rate if self.training else 1.0
+        drops = self.training or self.config.token_drop == "always"
+        keep_rate = self.config.token_keep_rate if drops else 1.0
         branches = None
         if branch_scales_BLR is not None or branch_gates_BLR is not None or keep_rate < 1:
             branches = Branches(branch_scales_BLR, branch_gates_BLR, keep_rate)

@@ -20,6 +20,8 @@ from mimir_fast.sizes import Size, area, divided, divides, height_width, typed
 
 # Parameters (1, rows, D) in front of the patches, in this order: a cls token, DeiT's distillation token, registers.
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
+# A matrix (offsets, heads) that is added to attention, and not multiplied with anything.
+POSITION_BIAS = "relative_position_bias_table"
 
 
 class Encoder(nn.Module):

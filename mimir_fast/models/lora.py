@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.freezing import freeze_statistics
-from mimir_fast.validation import check_number
+from mimir_fast.validation import check_number, without
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -35,6 +35,10 @@ class LoraConfig:
         check_number("lora.rank", self.rank, at_least=0)
         if self.alpha is not None:
             check_number("lora.alpha", self.alpha, above=0)
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.rank, "--{}rank is 0", "alpha", "targets")
 
 
 def add_lora(model: nn.Module, encoder: Encoder, config: LoraConfig) -> None:

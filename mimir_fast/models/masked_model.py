@@ -29,7 +29,7 @@ from mimir_fast.models.normalization import (
 )
 from mimir_fast.ops.patches import gather_patches
 from mimir_fast.sizes import Size
-from mimir_fast.validation import check_number
+from mimir_fast.validation import check_number, without
 
 DecoderName = Literal["light", "mae", "linear"]
 Positions = Literal["true", "official"]
@@ -75,6 +75,11 @@ class ModelConfig:
             raise ValueError(f"positions={self.positions!r}, wanted true or official")
         check_choice(self)
         self.architecture(self.patch_size)  # refuses unknown families, sizes and options
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        on_a_grid = find_family(self.family).kept_on_a_grid
+        return without(on_a_grid, f"--{{}}family is {self.family}, whose positions are always true", "positions")
 
     def architecture(self, image_size: Size, channels: int = 3) -> Architecture:
         """What the encoder is built from."""

@@ -10,7 +10,7 @@ from mimir_fast.extensions import Imports
 from mimir_fast.models.normalization import check_statistics
 from mimir_fast.models.weight_files import WeightsChoice
 from mimir_fast.probing.encoder import Pool
-from mimir_fast.validation import check_finite, check_number
+from mimir_fast.validation import check_finite, check_number, without
 
 ProbeName = Literal["knn", "linear", "logistic", "attentive"]
 
@@ -89,6 +89,15 @@ class ProbingConfig:
             raise ValueError("nothing to do: name at least one of --probes and of --label_fractions")
         for fraction in self.label_fractions:
             check_number("label_fractions", fraction, above=0, at_most=1, hint="a share of the training labels")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return {
+            **without("knn" in self.probes, "knn is none of the --probes", "neighbours"),
+            **without("linear" in self.probes, "linear is none of the --probes", "epochs"),
+            **without("attentive" in self.probes, "attentive is none of the --probes", "attentive_epochs"),
+            **without(self.attack_images, "--attack_images is 0", "eps", "attack_steps"),
+        }
 
     @property
     def folder(self) -> Path:

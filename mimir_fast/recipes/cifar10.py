@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data import DataConfig
+from mimir_fast.methods.ard_prm import ArdPrmConfig
 from mimir_fast.methods.mixing import MixingConfig
 from mimir_fast.recipes.finetuning import METHODS, MIXING, RANDAUGMENT, register_finetuning
 from mimir_fast.recipes.pretraining import register_pretraining, register_variant
@@ -84,11 +85,16 @@ for family in ("vit", "convit"):
             "cifar10", "pgd", encoder, 2, generated_data, FINETUNE, PGD10, "with 5 million EDM images",
             blr=BLR, suffix="edm5m", family=family,
         )  # fmt: skip
-        for method, suffix in (("ard_prm", ""), ("pgd", "mo")):
+        for method, suffix, options in (
+            ("ard_prm", "", {}), ("pgd", "mo", {}),
+            # Their code mixes no images for these two.
+            ("ard_prm", "trades", {"ard_prm": ArdPrmConfig(loss="trades")}),
+            ("ard_prm", "mart", {"ard_prm": ArdPrmConfig(loss="mart")}),
+        ):  # fmt: skip
             register_finetuning(
                 "cifar10", method, encoder, 4, data, MO_RUN, PGD10, "Mo et al.'s 40 epochs of SGD, patch 4",
-                suffix=suffix, drop_path=0.0, optim=MO_SGD, mixing=MO_MIXING, caveat=MO_CAVEAT, family=family,
-                global_pool="cls",
+                suffix=suffix, drop_path=0.0, optim=MO_SGD, mixing=None if options else MO_MIXING, caveat=MO_CAVEAT,
+                family=family, global_pool="cls", options=options,
             )  # fmt: skip
 
 register_finetuning(

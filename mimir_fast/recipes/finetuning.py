@@ -26,6 +26,8 @@ RANDAUGMENT = RandAugmentConfig(num_ops=2, magnitude=9, warmup_epochs=10, fill=(
 # As the MIMIR authors' `finetune.py` and the models of timm that it takes have it. Their pooling is ClassifierConfig's.
 HEAD_STD = {"cifar10": 2e-2, "tiny_imagenet": 2e-2}  # 2e-5 for ImageNet, and for what they have not
 CONSTANT_DROP_PATH = ("cait", "xcit")
+# Their code attacks in eval mode; PGD's and FastAT's own authors do in train mode. To other families it is the same.
+PLAIN, BATCH_NORMS, OURS = ("pgd", "fast"), ("xcit",), ("digits", "fashion_mnist")
 
 
 def register_finetuning(
@@ -33,7 +35,7 @@ def register_finetuning(
     run: RunConfig, attack: LinfThreat, note: str, *, blr: float = 1e-3, suffix: str = "", caveat: str = "",
     layer_decay: float = 0.65, drop_path: float = 0.1, optim: OptimizerConfig | None = None,
     family: str = "vit", mixing: MixingConfig | None = None, randaugment: RandAugmentConfig | None = None,
-    label_smoothing: float = 0.0, init: str = "", **model: Any,
+    label_smoothing: float = 0.0, init: str = "", options: dict[str, Any] | None = None, **model: Any,
 ) -> None:  # fmt: skip
     """GROUP/METHOD_FAMILY_SIZE[_SUFFIX].
 
@@ -41,6 +43,7 @@ def register_finetuning(
         optim: optimiser in place of AdamW with `blr` and `layer_decay`.
         mixing, randaugment, label_smoothing: off where left out.
         init: weights it starts from where nothing else is said.
+        options: of the method, beside those of every method.
         model: further options of the model.
     """
 
@@ -64,7 +67,10 @@ def register_finetuning(
             optim=replace(optim) if optim is not None else adamw,
             run=replace(run),
         )  # fmt: skip
-        return replace(config, objective=find_method("finetune", method).as_published(config.objective))
+        objective = find_method("finetune", method).as_published(replace(config.objective, **(options or {})))
+        if method in PLAIN and family in BATCH_NORMS and group not in OURS:
+            objective = replace(objective, attack_mode="eval")
+        return replace(config, objective=objective)
 
     name = f"{group}/{method}_{family}_{encoder}" + (f"_{suffix}" if suffix else "")
     register(name, FinetuneConfig, build, f"{find_method('finetune', method).note}; {note}", caveat)

@@ -31,8 +31,9 @@ ENCODERS: dict[str, tuple[int, tuple[str, ...]]] = {
 for family, (patch_size, encoders) in ENCODERS.items():
     methods = ("mae", "noise_mae", "adv_mae", "mimir") if family == "vit" else ("mae", "adv_mae", "mimir")
     register_pretraining(
-        "imagenet", encoders, patch_size, data, run, "800 epochs", methods=methods, family=family, official=True
-    )
+        "imagenet", encoders, patch_size, data, run, "800 epochs", methods=methods, family=family, official=True,
+        optim=OptimizerConfig(decay_position_bias=family == "swin"),
+    )  # fmt: skip
 
 # CNNs are an open question of MIMIR; mask ratio 0.6 is SparK's.
 register_pretraining(

@@ -5,14 +5,18 @@ from dataclasses import replace
 from typing import Any
 
 from mimir_fast.data import DataConfig
-from mimir_fast.methods.registry import PRESETS, find_method
-from mimir_fast.models.masked_model import ModelConfig, Positions
+from mimir_fast.methods.mimir import AUTHORS_BATCH
+from mimir_fast.methods.registry import find_method
+from mimir_fast.models.families import find_family
+from mimir_fast.models.masked_model import ModelConfig
 from mimir_fast.recipes import find_recipe, register
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
-from mimir_fast.training.pretraining import PretrainConfig
+from mimir_fast.training.pretraining import PretrainConfig, with_preset
 
 METHODS = ("mae", "noise_mae", "adv_mae", "mimir")
+
+DIFFERING = ("adv_mae", "mimir")  # paper and code differ in them
 
 # Where the papers' words are kept and not the code their numbers come from.
 PAPER_CAVEAT = {
@@ -36,7 +40,8 @@ def register_pretraining(
     Args:
         optim: optimiser in place of AdamW with `blr`.
         options: method → values of its options that differ from their defaults.
-        official: register …_official beside those methods of the authors' that paper and code have differently.
+        official: the methods that paper and code have differently are as the preset `paper` has them, and …_official
+            stands beside.
         caveat: in place of what is said of the paper's words.
         model: further options of the model.
     """
@@ -46,7 +51,7 @@ def register_pretraining(
             def build(encoder: str = encoder, method: str = method) -> PretrainConfig:
                 entry = find_method("pretrain", method)
                 choices = {"decoder": entry.decoder} if entry.decoder else {}
-                return PretrainConfig(
+                config = PretrainConfig(
                     method=method,
                     model=ModelConfig(family=family, encoder=encoder, patch_size=patch_size, **(model | choices)),
                     data=data(),
@@ -54,28 +59,23 @@ def register_pretraining(
                     optim=replace(optim) if optim is not None else OptimizerConfig(blr=blr),
                     run=replace(run()),
                 )
+                return with_preset(config, "paper") if official and method in DIFFERING else config
 
             name = join(f"{group}/{method}_{family}_{encoder}", suffix)
             said = PAPER_CAVEAT.get(method, "") if caveat is None and official else caveat or ""
             register(name, PretrainConfig, build, f"{find_method('pretrain', method).note}; {note}", said)
-            if official and (method in ("adv_mae", "mimir") or (family in PSEUDO_GRID and method == "mae")):
-                register_official(name)
+            if official and (method in DIFFERING or (method == "mae" and find_family(family).kept_on_a_grid)):
+                register_official(name, method)
 
 
-# Families that the authors' code tells a square grid of kept patches.
-PSEUDO_GRID = ("convit", "xcit")
-
-
-def register_official(base: str) -> None:
+def register_official(base: str, method: str) -> None:
     """BASE_official: a registered recipe with everything in which the authors' code differs from the paper."""
-
-    def build() -> PretrainConfig:
-        config = find_recipe(PretrainConfig, base)
-        objective = config.objective if config.method == "mae" else PRESETS.find("official").apply(config.objective)
-        positions: Positions = "official" if config.model.family in PSEUDO_GRID else "true"
-        return replace(config, objective=objective, model=replace(config.model, positions=positions))
-
-    register(f"{base}_official", PretrainConfig, build, "as the authors' code")
+    images = AUTHORS_BATCH.get(base.partition("/")[0])
+    said = f"penalty on {images} images a GPU" if images else "images a GPU of the penalty: not published"
+    register(
+        f"{base}_official", PretrainConfig, lambda: with_preset(find_recipe(PretrainConfig, base), "official"),
+        f"as the authors' code; {said}" if method == "mimir" else "as the authors' code",
+    )  # fmt: skip
 
 
 def register_variant(base: str, suffix: str, note: str, caveat: str = "", **changes: Any) -> None:

@@ -29,6 +29,7 @@ from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
 from mimir_fast.training.pictures import grid
 from mimir_fast.training.session import run_session
+from mimir_fast.validation import without
 
 
 def finetune_run() -> RunConfig:
@@ -82,6 +83,13 @@ class FinetuneConfig:
         self.objective = convert(self.objective, entry.config)
         mask_unit_of(self.model.architecture(self.data.image_size, self.data.channels))
         entry.build(self.objective)  # options that do not go together are refused here, before anything starts
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.init, "--init is empty", "init_weights", "init_part") | {
+            **find_method("finetune", self.method).idle,
+            "data.hold_out": "fine-tuning holds out --probe.num_images",
+        }
 
     @property
     def folder(self) -> Path:

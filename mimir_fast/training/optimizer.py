@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.models.encoder import PREFIX_TOKENS
+from mimir_fast.models.encoder import POSITION_BIAS, PREFIX_TOKENS
 from mimir_fast.models.file_names import parameters_by_file_name
-from mimir_fast.validation import check_choice, check_finite, check_number
+from mimir_fast.validation import check_choice, check_finite, check_number, without
 
 
 @dataclass
@@ -35,6 +35,8 @@ class OptimizerConfig:
     SimMIM's 700 of 800 epochs."""
     weight_decay: float = 0.05
     """Decoupled weight decay of matrices; biases, norms and tokens have none."""
+    decay_position_bias: bool = False
+    """Decay Swin's tables of relative positions too: its own authors do not, the MIMIR authors' pre-training does."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's β₁ and β₂."""
     layer_decay: float = 1.0
@@ -57,6 +59,15 @@ class OptimizerConfig:
         if not all(0 < part < 1 for part in self.lr_drops):
             raise ValueError(f"lr_drops={self.lr_drops}, wanted parts of the run between 0 and 1, such as 0.875")
 
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return {
+            **without(self.lr is None, "--{}lr is given", "blr"),
+            **without(not self.lr_drops, "--{}lr_drops replaces the cosine", "min_lr"),
+            **without(self.optimizer == "sgd", "--{}optimizer is not sgd", "momentum"),
+            **without(self.optimizer != "sgd", "--{}optimizer is sgd", "betas"),
+        }
+
     def peak_lr(self, batch_size: int) -> float:
         """The learning rate after warm-up for a global batch."""
         return self.lr if self.lr is not None else self.blr * batch_size / 256
@@ -71,7 +82,9 @@ class OptimizerConfig:
         return cosine_schedule(step, total_steps=total_steps, warmup_steps=warmup_steps, peak=peak, minimum=self.min_lr)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float, decay_position_bias: bool = False
+) -> list[dict[str, Any]]:
     """Groups with `params`, `weight_decay` and `lr_scale`, in a fixed order.
 
     The model says which layer a parameter is of: 0 for the embedding, 1 … L, L + 1 for what comes after.
@@ -81,6 +94,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
         if not parameter.requires_grad:
             continue
         decays = parameter.ndim > 1 and not name.startswith((*PREFIX_TOKENS, "mask_token", "pos_embed"))
+        decays &= decay_position_bias or not name.endswith(POSITION_BIAS)
         layer, scale = 0, 1.0
         if layer_decay < 1:
             layer = model.layer_of(name)  # type: ignore[operator]
@@ -96,7 +110,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     Raises:
         ImportError: apex is asked for and NVIDIA's is not installed.
     """
-    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.decay_position_bias)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
     if config.optimizer == "adamw":

@@ -34,6 +34,7 @@ from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
 from mimir_fast.training.pictures import grid
 from mimir_fast.training.session import run_session
+from mimir_fast.validation import without
 
 
 def default_objective() -> Objective:
@@ -91,6 +92,10 @@ class PretrainConfig:
             )
         self.objective.check_images(self.data.image_size, unit)
 
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.init, "--init is empty", "init_weights", "init_part")
+
     @property
     def folder(self) -> Path:
         """The run's folder: `--output_dir`, or runs/RECIPE."""
@@ -110,13 +115,35 @@ class PretrainConfig:
 def with_method(config: PretrainConfig, method: str) -> PretrainConfig:
     """`config` for another method: its options converted and fitted to the images, and the model that it needs.
 
-    What the method before asked of the model goes: its adapters, and a decoder that it alone works with.
+    What the method before asked of the model goes: its adapters, and a decoder that it alone works with. A preset of
+    the recipe holds for the other method too, where that has its points.
     """
     entry, before = find_method("pretrain", method), find_method("pretrain", config.method)
     objective = convert(config.objective, entry.config).fit(config.data.image_size)
     decoder: Any = entry.decoder or (ModelConfig.decoder if before.decoder else config.model.decoder)
     model = replace(config.model, decoder=decoder, adapters=entry.adapters)
-    return replace(config, method=method, objective=objective, model=model)
+    changed = replace(config, method=method, objective=objective, model=model)
+    if not config.preset or method == config.method:
+        return changed
+    has_points = isinstance(objective, PRESETS.find(config.preset).options)
+    return with_preset(changed, config.preset) if has_points else replace(changed, preset="")
+
+
+def with_preset(config: PretrainConfig, name: str) -> PretrainConfig:
+    """`config` with every point in which paper and authors' code differ as the preset has it.
+
+    Raises:
+        ValueError: there is no such preset, or neither method nor model has such a point.
+    """
+    preset, model, objective = PRESETS.find(name), config.model, config.objective
+    on_a_grid = find_family(model.family).kept_on_a_grid
+    if isinstance(objective, preset.options) or not on_a_grid:
+        objective = preset.apply(objective)
+    if on_a_grid:
+        model = replace(model, positions=preset.positions)
+    micro_batch = preset.micro_batch(objective, config.data.source) or config.run.micro_batch
+    run = replace(config.run, micro_batch=micro_batch)
+    return replace(config, preset=name, objective=objective, model=model, run=run)
 
 
 class Pretraining:

@@ -77,13 +77,13 @@ def differences(
 
     Args:
         defaults: of options that an older version, which wrote `old`, did not have.
-        free: options that do not matter.
+        free: options that do not matter; nor do numbers that a start derived from its options and ranks.
     """
     flat_old, flat_new = {**(defaults or {}), **flatten(old)}, flatten(new)
     return [
         f"{name}: {flat_old.get(name)} -> {flat_new.get(name)}"
         for name in sorted(set(flat_old) | set(flat_new))
-        if name not in free and flat_old.get(name) != flat_new.get(name)
+        if name not in free and not name.startswith("derived.") and flat_old.get(name) != flat_new.get(name)
     ]
 
 
@@ -127,9 +127,13 @@ class RunFolder:
             if self.world.is_main:
                 (self.path / nonce).unlink(missing_ok=True)
 
-    def begin(self) -> None:
-        """Write who starts what here, after deleting what is overwritten and what a kill left; collective."""
-        self.world.on_main(self._begin)
+    def begin(self, derived: dict[str, Any] | None = None) -> None:
+        """Write who starts what here, after deleting what is overwritten and what a kill left; collective.
+
+        Args:
+            derived: what options and ranks come to; stands in config.json and is not compared when the run goes on.
+        """
+        self.world.on_main(lambda: self._begin({"derived": derived} if derived else {}))
 
     def close(self) -> None:
         """Let others in. A folder that was made for a start which never began goes."""
@@ -255,12 +259,12 @@ class RunFolder:
             )
         return [path.name for path in found]
 
-    def _begin(self) -> None:
+    def _begin(self, derived: dict[str, Any]) -> None:
         if self._overwrites and (kept := delete_run(self.path)):
             self.notes.append(f"--overwrite: {self.path} keeps what no run of ours writes: {', '.join(kept)}")
         delete_leftovers(self.path)
         self._begun = True
-        write_text(self.path / "config.json", json.dumps(MARK | self._wanted, indent=1) + "\n")
+        write_text(self.path / "config.json", json.dumps(MARK | self._wanted | derived, indent=1) + "\n")
         remove(self.path / "diverged.json")
         about = {**environment(), "launch": launch_id(), "processes": self._processes}
         write_text(self.path / "environment.json", json.dumps(about, indent=1) + "\n")

@@ -95,7 +95,7 @@ def _run(config: Any, folder: RunFolder, build_task: BuildTask, stop: StopSignal
     try:
         checkpoint = folder.choose()
         trainer = build_trainer(config, folder, build_task, checkpoint)
-        folder.begin()
+        folder.begin(config.objective.derived(*batches(trainer)))
         if world.is_main and trainer.task.init_report is not None:
             trainer.task.init_report.save(folder.path)
         trainer.logger = trainer.checkpoints.logger = logger = build_logger(config, folder, trainer)
@@ -152,6 +152,12 @@ def build_trainer(config: Any, folder: RunFolder, build_task: BuildTask, checkpo
     return trainer
 
 
+def batches(trainer: Trainer) -> tuple[int, int, int]:
+    """Images of the smallest micro-batch, micro-batches of a step, and ranks."""
+    accum_iter, ranks = trainer.accum_iter, trainer.world.size
+    return trainer.run.batch_size // (ranks * accum_iter), accum_iter, ranks
+
+
 def build_logger(config: Any, folder: RunFolder, trainer: Trainer) -> Logger:
     """Terminal, metrics.jsonl, TensorBoard and PNG files on the main rank, and what else is asked for."""
     if not folder.world.is_main:
@@ -173,8 +179,7 @@ def surroundings(config: SessionConfig, trainer: Trainer) -> str:
     world, precision = trainer.world, trainer.precision
     parameters = count_parameters(trainer.task.model, partly=config.frozen)
     accumulated = f" (each accumulates {trainer.accum_iter} micro-batches)" if trainer.accum_iter > 1 else ""
-    smallest = config.run.batch_size // (world.size * trainer.accum_iter)
-    if said := config.objective.check_batches(smallest, trainer.accum_iter, world.size):
+    if said := config.objective.check_batches(*batches(trainer)):
         accumulated += f", {said}"
     return (
         f"{parameters}, {world.size} x {world.device}, {precision.name} ({precision.reason}), "

@@ -1,5 +1,6 @@
 """The fine-tuning methods against formulas written here, and what they promise: no trace, no dependence on rank."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,15 @@ from torch import Tensor, nn
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.apgd import Apgd
-from mimir_fast.methods.ard_prm import ArdPrm, ArdPrmConfig, ArdPrmObjective, draw_gates, draw_patch_masks, pass_rate
+from mimir_fast.methods.ard_prm import (
+    ArdPrm,
+    ArdPrmConfig,
+    ArdPrmObjective,
+    build,
+    draw_gates,
+    draw_patch_masks,
+    pass_rate,
+)
 from mimir_fast.methods.augmentation import RandAugmentConfig
 from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs
 from mimir_fast.methods.fast import Fast
@@ -177,8 +186,7 @@ class TestAttacks:
         assert method.losses(model, inputs)["loss"].isfinite()
 
 
-def test_single_forward_of_trades_equals_two(model: Classifier, batch: Batch) -> None:
-    """Both views in one batch, under the same stochastic depth, give what two forwards give."""
+def test_both_views_go_through_the_same_sub_network(model: Classifier, batch: Batch) -> None:
     method = Trades(config(Trades, trades=TradesConfig(beta=2.0)))
     inputs = method.prepare(model, batch, seed=0, step=0)
     views = [model(x, inputs.branch_scales) for x in (inputs.images, method.perturb(model, inputs))]
@@ -250,3 +258,118 @@ class TestArdPrm:
         masks = draw_patch_masks(rate, inputs, grid=4, num_steps=3)
         assert masks.shape == (3, 500, 1, 4, 4)
         assert ((masks == 0).sum(dim=(2, 3, 4)) == int(16 * 0.7)).all()
+
+
+class ResNet(nn.Module):
+    """A ResNet by timm's convention, with what a method asks of a classifier."""
+
+    config = ClassifierConfig(encoder="tiny", patch_size=16, drop_path=0.0)
+    num_layers = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        timm = pytest.importorskip("timm")
+        self.encoder = SimpleNamespace(num_branches=1)
+        self.num_classes = 10
+        self.net = timm.models.resnet.ResNet(
+            timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=10, channels=(8, 8, 16, 16)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+
+def xcit() -> nn.Module:
+    config = ClassifierConfig(family="xcit", encoder="nano", patch_size=8, drop_path=0.0)
+    model = build_classifier(config, 32, 10)
+    nn.init.normal_(model.head.weight, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("build", [xcit, ResNet])
+class TestBatchNorms:
+    """Against the authors' order of passes, written here: attack in eval mode, then a pass for each view."""
+
+    def model(self, build: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = build().train()
+        with torch.no_grad():
+            for _ in range(3):  # running statistics unlike any batch's
+                model(torch.rand(8, 3, 32, 32) ** 2)
+        return model
+
+    def statistics(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in model.named_buffers() if "running" in name}
+
+    @pytest.mark.parametrize("kind", [Trades, Mart])
+    def test_as_the_authors_code(self, kind: Any, build: Any, batch: Batch) -> None:
+        model, reference = self.model(build), self.model(build)
+        method = kind(config(kind))
+        inputs = method.prepare(model, batch, seed=0, step=0)
+        out = method(model, batch, seed=0, step=0)
+        out["loss"].backward()
+
+        images, labels = inputs.images, inputs.targets
+        reference.eval()
+        x = gaussian_start(inputs)
+        natural = reference(images).softmax(1).detach()
+        for _ in range(2):
+            x.requires_grad_()
+            logits = reference(x)
+            if kind is Trades:
+                value = F.kl_div(logits.log_softmax(1), natural, reduction="sum")
+            else:
+                value = F.cross_entropy(logits, labels)
+            x = x.detach() + 2 / 255 * torch.autograd.grad(value, x)[0].sign()
+            x = torch.min(torch.max(x, images - EPS), images + EPS).clamp(0, 1)
+        reference.train()
+        clean, attacked = reference(images), reference(x)
+        wanted = sum(
+            (trades_loss if kind is Trades else mart_loss)(clean, attacked, labels, 6.0 if kind is Trades else 5.0)
+        )
+        wanted.backward()
+        torch.testing.assert_close(out["loss"], wanted, rtol=1e-4, atol=1e-5)
+        for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(self.statistics(model), self.statistics(reference), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("mode", ["auto", "eval", "train"])
+    @pytest.mark.parametrize("kind", [Pgd, Fast, Apgd, Trades, Mart])
+    def test_the_mode_of_the_attack(self, kind: Any, mode: str, build: Any, batch: Batch) -> None:
+        model = self.model(build)
+        method = kind(config(kind, attack_mode=mode))
+        inputs, seen = method.prepare(model, batch, seed=0, step=0), []
+        model.register_forward_pre_hook(lambda module, args: seen.append(module.training))
+        before = self.statistics(model)
+        method.perturb(model, inputs)
+        evaluates = mode == "eval" or (mode == "auto" and kind in (Apgd, Trades, Mart))
+        assert set(seen) == {not evaluates} and model.training
+        torch.testing.assert_close(self.statistics(model), before, rtol=0, atol=0)
+
+
+class TestArdPrmOfTradesAndMart:
+    """The authors hold those attacks back too (their train_cifar.py)."""
+
+    @pytest.mark.parametrize(("loss", "plain"), [("trades", Trades), ("mart", Mart)])
+    def test_after_the_warm_up_it_is_the_plain_method(
+        self, loss: Any, plain: Any, model: Classifier, batch: Batch
+    ) -> None:
+        batch.epochs.fill_(10)
+        held_back = build(config(ArdPrm, ard_prm=ArdPrmConfig(loss=loss, warmup_epochs=10)))
+        found, wanted = (m(model, batch, seed=0, step=0) for m in (held_back, plain(config(plain))))
+        assert found.keys() == wanted.keys()
+        assert found["loss"].item() == pytest.approx(wanted["loss"].item(), rel=1e-3)  # gates round otherwise
+
+    @pytest.mark.parametrize("loss", ["trades", "mart"])
+    def test_before_that_the_attack_is_weaker(self, loss: Any, model: Classifier, batch: Batch) -> None:
+        """At r = 0.05 three of four patches lose their perturbation ahead of each step, and move by one step only."""
+        held_back = build(config(ArdPrm, ard_prm=ArdPrmConfig(loss=loss)))
+        inputs = held_back.prepare(model, batch, seed=0, step=0)
+        moved = (held_back.perturb(model, inputs) - inputs.images).abs()
+        assert ((moved > 2.5 / 255).float().mean((1, 2, 3)) < 0.25 + 1e-6).all() and moved.max() > 1.5 / 255
+
+    def test_their_conditions_hold(self) -> None:
+        with pytest.raises(ValueError, match=r"--mixing\.mixup 0"):
+            build(config(ArdPrm, ard_prm=ArdPrmConfig(loss="mart"), mixing=MixingConfig(mixup=0.8)))
+        with pytest.raises(ValueError, match="pgd, trades, mart"):
+            ArdPrmConfig(loss="kl")  # type: ignore[arg-type]

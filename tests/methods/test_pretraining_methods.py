@@ -155,6 +155,27 @@ def test_draws_belong_to_the_sample_not_to_the_batch(model: MaskedModel, batch: 
     assert not any(torch.equal(later, now) for later, now in zip(draws(batch, 8), whole, strict=True))
 
 
+def test_delta_of_the_paper_starts_everywhere(model: MaskedModel, batch: Batch) -> None:
+    """Algorithm 1: δ is random noise in masked patches too, which no gradient moves; only the penalty sees it."""
+    paper = apply_preset(MimirConfig(), "paper")
+    assert paper.mi.inputs == "noisy"
+    plain = replace(paper, mi=replace(paper.mi, inputs="adversarial"))
+    sides = []
+    for config in (paper, plain):
+        method = Mimir(config)
+        step = prepared(method, model, batch)
+        sides.append(method.image_side(step))
+        keep = step.mask.keep.unsqueeze(-1).expand_as(step.visible)
+        assert torch.equal(sides[-1].gather(1, keep), step.visible)
+    clean = patchify(batch.images, 4)
+    masked = torch.ones(sides[0].shape[:2], dtype=torch.bool).scatter_(1, step.mask.keep, False)
+    noise, none = ((side - clean)[masked] for side in sides)
+    assert not none.any() and noise.abs().max() <= paper.attack.eps + 1e-6 and noise.std() > paper.attack.eps / 3
+    still = replace(paper, attack=replace(paper.attack, random_start=False))
+    step = prepared(Mimir(still), model, batch)
+    assert not (Mimir(still).image_side(step) - clean)[masked].any()
+
+
 def test_a_fresh_mask_attacks_other_patches_than_are_visible(model: MaskedModel, batch: Batch) -> None:
     """And a shared one those: from the clean image, with the image as target, nothing else moves."""
     for mask in ("shared", "fresh"):

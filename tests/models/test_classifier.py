@@ -133,6 +133,15 @@ class TestTokenDropping:
         assert model.train().forward_features(images).shape[1] == 1 + wanted[-1]
         assert model.eval().forward_features(images).shape[1] == 65
 
+    def test_always_drops_in_evaluation_too(self) -> None:
+        torch.manual_seed(0)
+        model = small_classifier(token_keep_rate=0.5, token_drop="always").eval()
+        images = torch.rand(2, 3, 32, 32)
+        whole = small_classifier(token_keep_rate=0.5).eval()
+        whole.load_state_dict(model.state_dict())
+        assert model.forward_features(images).shape[1] < whole.forward_features(images).shape[1]
+        assert torch.equal(model(images), model.train()(images))
+
     def test_a_rate_of_one_changes_nothing(self) -> None:
         model, images = small_classifier(token_keep_rate=1.0), torch.rand(2, 3, 32, 32)
         assert torch.equal(model.train()(images), model.eval()(images))

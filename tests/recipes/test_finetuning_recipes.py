@@ -58,7 +58,8 @@ def test_pooling_head_and_stochastic_depth_are_the_authors() -> None:
     for config in CONFIGS:
         model, group = config.model.resolved(), config.recipe.partition("/")[0]
         mo = (config.method == "ard_prm" and group == "cifar10") or config.recipe.endswith("_mo")
-        assert model.global_pool == ("cls" if mo or model.family in ("convit", "cait", "xcit") else "avg"), (
+        agat = "_agat" in config.recipe or "_scratch_300ep" in config.recipe
+        assert model.global_pool == ("cls" if mo or agat or model.family in ("convit", "cait", "xcit") else "avg"), (
             config.recipe
         )
         assert model.head_std == (2e-2 if group in ("cifar10", "tiny_imagenet") else 2e-5), config.recipe

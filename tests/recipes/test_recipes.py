@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -144,12 +145,46 @@ class TestConditions:
         config = finetuning("cifar10/ard_prm_vit_small")
         assert config.optim.lr_drops == (0.875, 0.95) and config.run.clip_grad == 1.0 and config.run.batch_size == 64
 
+    def test_ard_prm_around_trades_and_mart(self) -> None:
+        """β is 6 in Mo et al.'s code, which mixes images in plain adversarial training only."""
+        for loss in ("trades", "mart"):
+            objective: Any = finetuning(f"cifar10/ard_prm_vit_tiny_{loss}").objective
+            assert objective.ard_prm.loss == loss and getattr(objective, loss).beta == 6
+            assert not objective.mixing.enabled
+        assert finetuning("cifar10/ard_prm_vit_tiny").objective.mixing.prob == 0.3
+
+    def test_batch_norms_are_attacked_as_in_the_authors_code(self) -> None:
+        """torchattacks' PGD, which MIMIR's finetune.py calls, puts the model in eval mode."""
+        modes = {"imagenet/fast_xcit_small": "eval", "imagenet/pgd_xcit_small": "eval", "digits/pgd_xcit_nano": "auto"}
+        assert {name: finetuning(name).objective.attack_mode for name in modes} == modes
+
+    def test_agat_is_as_far_as_known(self) -> None:
+        """Pooling, normalisation and dropping as reported of its code; that the rest is not, the list says."""
+        for ending in ("", "_eps2"):
+            for name in ("agat", "scratch_300ep"):
+                recipe = RECIPES["finetune", f"imagenet/fast_vit_small_{name}{ending}"]
+                model = recipe.build().model
+                assert (model.global_pool, model.normalization) == ("cls", "imagenet")
+                assert model.token_drop == ("always" if name == "agat" else "training")
+                assert "AGAT's code not at hand" in recipe.caveat
+
     def test_simmim(self) -> None:
         config = pretraining("imagenet/simmim_vit_base")
         rate = [config.optim.lr_at(e, batch_size=2048, total_steps=800, warmup_steps=10) for e in (10, 699, 700)]
         assert rate == pytest.approx([4e-4, 4e-4, 4e-5])  # 1e-4 for 512 images
         assert config.run.clip_grad == 5.0 and config.optim.betas == (0.9, 0.999)
         assert pretraining("imagenet/aemim_vit_base_simmim").objective.mask_unit == 32
+
+    def test_cifar10_rows_of_text_a_ask_for_the_generated_images(self) -> None:
+        """§4.2: EDM images were applied to experiments with CIFAR-10; only other papers' and mere times are without."""
+        rows = [row for row in all_rows() if "MIMIR-a" in row.table and row.system.startswith("CIFAR-10")]
+        for row in rows:
+            ours = "ImageNet-1K →" not in row.system and any(what.startswith("PGD") for what, _ in row.numbers)
+            assert ("EDM" in row.unresolved) == ours, row.system
+
+    def test_a_table_is_whole(self) -> None:
+        table = [row.system.split()[1] for row in all_rows() if row.table == "MIMIR-a Table 4"]
+        assert table == [f"{name}," for name in ("ViT-S", "ConViT-S", "XCiT-S", "XCiT-M") for _ in range(2)]
 
     def test_contradictions_are_said(self) -> None:
         said = {row.table for row in all_rows() if row.unresolved}

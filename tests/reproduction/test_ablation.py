@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -99,3 +100,26 @@ def test_the_share_is_the_gradients_ratio() -> None:
         for method in (Mimir(objective), AdvMae(objective), PenaltyAlone(objective))
     )
     torch.testing.assert_close(whole, plain + penalty, rtol=1e-3, atol=1e-6)
+
+
+def test_the_intervals_in_the_docs_are_of_the_records() -> None:
+    """Student's t of paired differences over three seeds, from unrounded accuracies."""
+    docs = Path(__file__).parents[2] / "docs"
+    records = (docs / "results/fashion_ablation_reduced/results.jsonl").read_text().splitlines()
+    found: dict[str, dict[int, float]] = {}
+    for cell in map(json.loads, records):
+        right, images = cell["accuracy"]["pgd20"]
+        found.setdefault(cell["row"], {})[cell["seed"]] = 100 * right / images
+    page = " ".join((docs / "results.md").read_text().split())
+    for row, other, words in (
+        ("scratch", "adv_mae", "(interval {} to {})"),
+        ("mimir_paper", "adv_mae", "their difference is −0.1 ({} to {})"),
+        ("hsic_1e3", "adv_mae", "−0.4 ({} to {})"),
+        ("mimir_official", "adv_mae", "−1.5 ({} to {})"),
+        ("nhsic_1e-4", "adv_mae", "is not told from zero ({} to {})"),
+        ("adv_mae", "mae", "(ours +0.3, {} to {})"),
+    ):
+        gaps = [found[row][seed] - found[other][seed] for seed in (0, 1, 2)]
+        reach = 4.30265 * stdev(gaps) / 3**0.5
+        low, high = (f"{mean(gaps) + sign * reach:+.1f}".replace("-", "−") for sign in (-1, 1))
+        assert words.format(low, high) in page, row

@@ -120,7 +120,7 @@ def test_an_overfitted_run_is_said_loudly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(finetuning, "probe", lambda *args, **kwargs: ProbeResult(0.9, 0.85, 0.02, 16))
-    finetune(small(tmp_path / "run", "--method", "fast", "--max_steps", "1"))
+    finetune(replace(small(tmp_path / "run", "--max_steps", "1"), method="fast"))
     assert "WARNING: CATASTROPHIC OVERFITTING: FGSM accuracy 85.0% but PGD accuracy 2.0%" in capsys.readouterr().out
 
 

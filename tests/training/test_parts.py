@@ -11,8 +11,9 @@ from small_models import masked_vit
 
 from mimir_fast.cli import parse_float
 from mimir_fast.models.file_names import parameters_by_file_name
-from mimir_fast.models.masked_model import MaskedModel
+from mimir_fast.models.masked_model import MaskedModel, ModelConfig, build_masked_model
 from mimir_fast.pretrain import config_from
+from mimir_fast.recipes import find_recipe
 from mimir_fast.training.ema import Ema
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import (
@@ -23,6 +24,7 @@ from mimir_fast.training.optimizer import (
     stepped_schedule,
 )
 from mimir_fast.training.pictures import grid, save_curves
+from mimir_fast.training.pretraining import PretrainConfig
 
 
 @pytest.fixture
@@ -76,6 +78,17 @@ class TestOptimizer:
         named = dict(parameters_by_file_name(model))
         assert id(named["cls_token"]) in undecayed and id(named["blocks.0.norm1.weight"]) in undecayed
         assert id(named["blocks.0.attn.qkv.weight"]) not in undecayed
+
+    @pytest.mark.parametrize("asked", [False, True])
+    def test_tables_of_relative_positions_decay_where_asked(self, asked: bool) -> None:
+        """Swin's authors spare them; the MIMIR authors' pre-training, whose recipes ask, does not."""
+        model = build_masked_model(ModelConfig(family="swin", encoder="nano", patch_size=2), 32)
+        optimizer = build_optimizer(model, OptimizerConfig(decay_position_bias=asked))
+        decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        tables = [id(p) for n, p in parameters_by_file_name(model) if n.endswith("relative_position_bias_table")]
+        assert tables and {decay[table] for table in tables} == {0.05 if asked else 0.0}
+        kinds = {"imagenet/mimir_swin_base_official": True, "digits/mimir_swin_nano": False}
+        assert {n: find_recipe(PretrainConfig, n).optim.decay_position_bias for n in kinds} == kinds
 
     def test_layer_decay_shrinks_towards_the_input(self, model: MaskedModel) -> None:
         scale = {id(p): g["lr_scale"] for g in parameter_groups(model, 0.05, 0.5) for p in g["params"]}

@@ -17,6 +17,7 @@ from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.health import TrainingDiverged
 from mimir_fast.training.lock import FolderInUse
+from mimir_fast.training.pretraining import pretrain
 from mimir_fast.training.run_folder import RunFolder, differences
 from mimir_fast.world import World
 
@@ -359,3 +360,11 @@ class TestDivergence:
         assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000003.diverged"]
         changed.close()
         opened(tmp_path, "--blr", "1e-5")  # the mark is gone
+
+
+def test_config_says_how_many_images_a_penalty_sees_and_is_resumed_with_others(tmp_path: Path) -> None:
+    line = ["--data.limit", "48", "--batch_size", "16", "--max_steps", "4", "--stop_after", "1", "--device", "cpu"]
+    for accum_iter, images in (("2", 8), ("1", 16)):
+        pretrain(config_from([*line, "--output_dir", str(tmp_path), "--accum_iter", accum_iter]))
+        assert json.loads((tmp_path / "config.json").read_text())["derived"] == {"penalty_images": images}
+    assert read_meta(checkpoints_of(tmp_path)[-1])["step"] == 2

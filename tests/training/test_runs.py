@@ -120,7 +120,7 @@ def test_two_ranks_see_what_one_sees_and_hand_over_to_one(
 
 def test_accumulation_sees_the_same_batches(command: Command, whole_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "accumulated"
-    line = ["--accum_iter", "2", "--mi.scope", "rank", "--mi.estimator", "none", "--max_steps", "3"]
+    line = ["--accum_iter", "2", "--mi.scope", "rank", "--mi.weight", "0", "--max_steps", "3"]
     train(command, run, *line)
     reference = tmp_path / "plain"
     train(command, reference, *line[2:])

@@ -6,7 +6,7 @@ measurement tried, of this topic or another. It bounds the true robust accuracy 
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from mimir_fast.evaluation.topics import autoattack
 from mimir_fast.ops.hsic import hsic
 from mimir_fast.ops.nhsic import nhsic
 from mimir_fast.ops.renyi_mi import renyi_mi
-from mimir_fast.validation import check_number
+from mimir_fast.validation import check_number, without
 
 NAME = "accuracy"
 STEPS = {"quick": (20,), "paper": (20, 100), "full": (20, 100), "table": (20,)}
@@ -48,6 +48,14 @@ class AccuracyOptions:
 
     def __post_init__(self) -> None:
         check_number("targets", self.targets, at_least=0, hint="0 leaves targeted attacks out")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        options = "mi_estimator", "mi_weight", "mi_balanced"
+        suite = cast(CommonOptions, self).suite  # joined with them in EvaluateConfig
+        return without(not self.mi_balanced, "--mi_balanced chooses it", "mi_weight") | without(
+            suite in ADAPTIVE_STEPS, f"suite {suite} has no PGD-MI", *options
+        )
 
 
 def make_targeted(config: CommonOptions, num_steps: int, targets: int) -> NamedAttack:

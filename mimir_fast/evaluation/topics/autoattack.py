@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from mimir_fast.evaluation.measure import (
 from mimir_fast.evaluation.options import NORM_NAMES, CommonOptions, Norm
 from mimir_fast.evaluation.topic import Column, Numbers, Setup, Topic, options_of, register
 from mimir_fast.layers.borrowing import borrowed
-from mimir_fast.validation import check_number
+from mimir_fast.validation import check_number, without
 
 NAME = "autoattack"
 SUITES = ("paper", "full", "table")
@@ -70,6 +70,16 @@ class AutoAttackOptions:
             check_number("autoattack_images", self.autoattack_images, at_least=1, hint="or give --autoattack no")
         if unknown := set(self.autoattack_attacks) - set(known := ATTACKS[self.autoattack_version]):
             raise ValueError(f"--autoattack_attacks: {sorted(unknown)} are none of {', '.join(sorted(known))}")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(
+            wanted(cast(CommonOptions, self)),
+            "AutoAttack does not run",
+            "autoattack_version",
+            "autoattack_images",
+            "autoattack_attacks",
+        )
 
     @property
     def chosen_attacks(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from mimir_fast.models.normalization import Statistics, check_statistics, choice
 from mimir_fast.models.weight_files import Weights, WeightsError, read_weights
 from mimir_fast.ops.patches import gather_patches, patchify, unpatchify
 from mimir_fast.sizes import Size
+from mimir_fast.validation import without
 
 STEPS, IMAGES = 20, 256
 
@@ -45,6 +46,10 @@ class AutoencoderOptions:
 
     def __post_init__(self) -> None:
         check_statistics(self.pretrained_mean, self.pretrained_std, None, "--pretrained_")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.pretrained, "--pretrained names none", "pretrained_mean", "pretrained_std")
 
 
 def load_masked_autoencoder(

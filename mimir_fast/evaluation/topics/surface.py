@@ -13,7 +13,7 @@ The model is never changed: each point is a functional call with other weights. 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, regis
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream, normal
+from mimir_fast.validation import without
 
 POINTS = {"full": 15}
 """Side of the grids, by suite."""
@@ -46,6 +47,11 @@ class SurfaceOptions:
     surface_biases: Biases = "still"
     """Loss surface: biases and norm weights stay (Li et al.'s `biasbn`, their published figures), or move along
     themselves (their code's default)."""
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        suite = cast(CommonOptions, self).suite  # joined with them in EvaluateConfig
+        return without(suite in POINTS, f"suite {suite} draws no loss surface", "surface_biases")
 
 
 def filter_normalized_direction(model: nn.Module, seed: int, which: int, biases: Biases = "still") -> Weights:

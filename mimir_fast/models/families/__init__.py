@@ -91,6 +91,8 @@ class Family:
         unseen: options that no tensor shows, so that `recognise` cannot tell them.
         settle: architecture with options → the one way to say the same; refuses what cannot be built.
         why_not: tensors that `recognise` refuses → by which of them, as "NAME, which …"; "" for unrelated ones.
+        kept_on_a_grid: the authors' code takes the kept patches for a square grid: `--model.positions official`.
+        position_table: positions are a table of parameters, `pos_embed`.
         pool: what a classifier pools where nobody says: `cls` where the authors (and timm) do, else `avg`.
     """
 
@@ -112,6 +114,8 @@ class Family:
     unseen: tuple[str, ...] = ()
     settle: Callable[[Architecture], Architecture] = lambda architecture: architecture
     why_not: Callable[[Tensors], str] = lambda tensors: ""
+    kept_on_a_grid: bool = False
+    position_table: bool = True
     pool: Literal["avg", "cls"] = "avg"
 
 

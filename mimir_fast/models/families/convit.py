@@ -337,6 +337,7 @@ register(
         to_timm=to_timm,
         options={"qkv_bias": True, "local_up_to_layer": -1},
         settle=settle,
+        kept_on_a_grid=True,
         pool="cls",
     )
 )

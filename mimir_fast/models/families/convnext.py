@@ -246,6 +246,7 @@ register(
         to_timm=to_timm,
         from_timm=from_timm,
         image_size_in_tensors=False,
+        position_table=False,
         why_not=why_not,
     )
 )

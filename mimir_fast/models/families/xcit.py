@@ -389,6 +389,8 @@ register(
         to_timm=to_timm,
         options={"qkv_bias": True},
         image_size_in_tensors=False,
+        kept_on_a_grid=True,
+        position_table=False,
         pool="cls",
     )
 )

@@ -5,6 +5,11 @@ from mimir_fast.recipes.published import Row, accuracies
 EPS8 = "eps 8/255, alpha 2/255"
 IMAGENET_MODELS = {"ViT-S": "vit_small", "ViT-B": "vit_base", "ConViT-S": "convit_small"}
 
+EDM = (
+    "whether the CIFAR-10 rows used 5 million EDM images: a §4.2 says so of all of them, the MAE rows too; c and the "
+    "README of the authors' code list rows with EDM apart; the recipe has none, …_edm5m has them"
+)
+
 
 def _learning_rates() -> list[Row]:
     results = {
@@ -17,17 +22,13 @@ def _learning_rates() -> list[Row]:
             accuracies(natural, pgd10=pgd), EPS8, "cifar10/mimir_vit_tiny_official",
             f"cifar10/pgd_vit_tiny_50ep_blr{rate}",
             remark="`LR` is read as blr, as the text uses it: lr = blr · batch / 256",
-            unresolved="chosen blr: 5.0e-2 in this table and the text, 0.5e-2 in the table of settings"
-            if rate == "5e-2" else "",
+            unresolved=("chosen blr: 5.0e-2 in this table and the text, 0.5e-2 in the table of settings; "
+                        if rate == "5e-2" else "") + EDM,
         )
         for rate, (natural, pgd) in results.items()
     ]  # fmt: skip
 
 
-EDM = (
-    "whether the CIFAR-10 rows of this table used 5 million EDM images: a §4.2 says so, of the MAE rows too, c lists "
-    "rows with EDM apart; the recipe has none, …_edm5m has them"
-)
 # Model → (natural, PGD-20, PGD-100, AA) of ImageNet-1K → PGD, MAE → PGD, ImageNet-1K → ARD+PRM, MIMIR → PGD.
 CIFAR10: dict[str, tuple[tuple[float, float, float, float], ...]] = {
     "ViT-T": (
@@ -122,6 +123,7 @@ def _imagenet() -> list[Row]:
                     )
                 )  # fmt: skip
     for model, name, pairs in (
+        ("ViT-S", "vit_small", ((74.60, 54.56), (71.29, 40.63))),
         ("ConViT-S", "convit_small", ((74.72, 55.65), (72.08, 42.62))),
         ("XCiT-S", "xcit_small", ((74.39, 55.21), (71.77, 40.97))),
         ("XCiT-M", "xcit_medium12", ((73.63, 53.04), (72.01, 42.39))),
@@ -131,6 +133,7 @@ def _imagenet() -> list[Row]:
                 Row(
                     "MIMIR-a Table 4", f"ImageNet {model}, MIMIR → FastAT", accuracies(natural, pgd100=pgd),
                     f"eps {eps}/255, alpha 1/255", f"imagenet/mimir_{name}_official", f"imagenet/fast_{name}{ending}",
+                    unresolved="Table 3 has this number for PGD-20, and 54.55 for PGD-100" if pgd == 54.56 else "",
                 )
             )  # fmt: skip
     return rows
@@ -181,7 +184,7 @@ def _ablations() -> list[Row]:
             Row(
                 "MIMIR-a Table 6", f"CIFAR-10 ViT-B, MIMIR → PGD for 800 epochs, patch 4, {words}",
                 accuracies(natural, pgd20=pgd), EPS8, "cifar10/mimir_vit_base_p4_official",
-                f"cifar10/pgd_vit_base_p4_800ep{ending}",
+                f"cifar10/pgd_vit_base_p4_800ep{ending}", unresolved=EDM,
             )
         )  # fmt: skip
     share = "nHSIC's gradient is 1e-4 to 6e-4 of the reconstruction's (measured)"
@@ -201,7 +204,7 @@ def _ablations() -> list[Row]:
             Row(
                 "MIMIR-a Table 7, b Tables 4, 5", f"CIFAR-10 ViT-T, {words} → PGD-10 for 50 epochs, blr 5e-4",
                 accuracies(natural, pgd10=pgd), EPS8, f"cifar10/{pretrain}", ABLATION_FINETUNE,
-                remark=(hsic + remark).rstrip(". "),
+                remark=(hsic + remark).rstrip(". "), unresolved=EDM,
             )
         )  # fmt: skip
     for name, model, method, results in (
@@ -224,7 +227,7 @@ def _ablations() -> list[Row]:
             accuracies(86.07, pgd20=47.24), EPS8,
             "cifar10/mimir_vit_small_official_400ep", "cifar10/pgd_vit_small_50ep",
             remark="± 0.16 and ± 0.12; blr not said, 5e-2 taken; run with --seed 0, 1, 2",
-            unresolved="Table 2 has 56.63 PGD-20 for twice the epochs: nine points that EDM images could explain",
+            unresolved=f"Table 2 has 56.63 PGD-20 for twice the epochs, as EDM images could explain; {EDM}",
         )
     )  # fmt: skip
     return rows
@@ -240,7 +243,8 @@ def _adaptive() -> list[Row]:
     }  # fmt: skip
     same = "said to be at eps 4/255, but equal to Table 3's rows at eps 2/255 (PGD-20 54.56, 55.42)"
     clash = {
-        ("CIFAR-10", "ViT-B"): "Table 2 has PGD-20 58.07 for this model",
+        ("CIFAR-10", "ConViT-S"): EDM, ("CIFAR-10", "ViT-S"): EDM,
+        ("CIFAR-10", "ViT-B"): f"Table 2 has PGD-20 58.07 for this model; {EDM}",
         ("ImageNet", "ViT-S"): same, ("ImageNet", "ViT-B"): same,
         ("ImageNet", "ConViT-S"): "said to be at eps 4/255; Table 4 has PGD-100 55.65 at eps 2/255 and 42.62 at 4/255",
     }  # fmt: skip
