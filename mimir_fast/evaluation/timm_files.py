@@ -13,7 +13,7 @@ from mimir_fast.models.opening import open_file
 from mimir_fast.models.parts import choose, find_parts
 
 
-def fill(model: nn.Module, path: Path, name: str) -> tuple[Statistics | None, list[str]]:
+def fill(model: nn.Module, path: Path, name: str, part: str = "") -> tuple[Statistics | None, list[str]]:
     """Load a file into timm's model `name`: (the normalisation that the file says, notes for the report).
 
     Raises:
@@ -23,13 +23,13 @@ def fill(model: nn.Module, path: Path, name: str) -> tuple[Statistics | None, li
     # A name that no longer name of the same model ends in, so that the prefix in front of it is the file's.
     anchor = next(n for n in own if not any(other.endswith("." + n) for other in own))
     try:
-        part = choose(found := find_parts(opened.content, {}, [anchor], str(path)), "auto", "", str(path))
+        chosen = choose(found := find_parts(opened.content, {}, [anchor], str(path)), "auto", part, str(path))
     except WeightsError as error:
         if "holds no" not in str(error):
             raise
         raise WeightsError(f"{path} does not fit timm's {name}: there is no {anchor} in it") from error
-    notes = [f"the file holds several models: {'.'.join(part.path) or 'the outer one'} is judged"] * (len(found) > 1)
-    tensors, _ = without_derived(part.tensors)
+    notes = [f"the file holds several models: {'.'.join(chosen.path) or 'the outer one'} is judged"] * (len(found) > 1)
+    tensors, _ = without_derived(chosen.tensors)
     if _misfits(tensors, own):
         # timm's own renaming and resizing of older files.
         renew = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)

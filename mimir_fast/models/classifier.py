@@ -10,10 +10,10 @@ that were looked at least are left behind, so later layers, and the attack's pas
 Shapes: B images, C channels, H x W pixels, T = prefix + N tokens, D width, L layers, R branches, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from mimir_fast.layers.norms import LayerNorm, NoNorm
 from mimir_fast.models.branches import Branches, DropPathLaw
 from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
 from mimir_fast.models.file_names import Parted
-from mimir_fast.models.loading import LoadReport, fill, infer_architecture
+from mimir_fast.models.loading import LoadReport, fill, infer_architecture, pool_of
 from mimir_fast.models.normalization import (
     NormalizationName,
     Normalizer,
@@ -246,6 +246,18 @@ def load_classifier(
     )[0]
 
 
+def unseen_of(weights: Weights, options: Mapping[str, Any], pool: str) -> list[str]:
+    """What no tensor shows of a classifier of these weights, as it is typed, without what is usual."""
+    bare = Weights(weights.tensors, weights.origin)
+    architecture, _ = infer_architecture(weights)
+    usual = pool_of(bare, architecture)
+    unseen = find_family(architecture.family).unseen
+    return [
+        *option_texts({n: v for n, v in options.items() if n in unseen}),
+        *([f"pool={pool}"] if pool != usual else []),
+    ]
+
+
 def classifier_of(
     weights: Weights, *, num_classes: int | None = None, statistics: Statistics | None = None,
     options: Sequence[str] = (), image_size: Size | None = None,
@@ -268,14 +280,16 @@ def classifier_of(
             f"{weights.origin} has {found_classes} classes, the data has {num_classes}: "
             "choose the data set it was trained on (--data.source)"
         )
+    if (pool := pool_of(weights, architecture)) not in ("avg", "cls"):
+        raise WeightsError(
+            f"{weights.origin} pools its tokens by {pool}, which no classifier of ours does: evaluate its own model as "
+            "module:function, or fine-tune from it with a pooling of ours"
+        )
     saved = (weights.config or {}).get("model", {})
     names = {f.name for f in fields(ClassifierConfig)}
-    family, found = find_family(architecture.family), architecture.options
     norm_first = "fc_norm.weight" not in weights.tensors
-    takes_cls = norm_first and "cls_token" in weights.tensors and "norm_before_pool" not in found
-    pool = weights.facts.pool or ("cls" if takes_cls and not family.norm_before_pool else "avg")
-    shown = {"family": family.name, "encoder": architecture.size, "patch_size": architecture.patch_size,
-             "global_pool": pool, "options": option_texts(found)}  # fmt: skip
+    shown = {"family": architecture.family, "encoder": architecture.size, "patch_size": architecture.patch_size,
+             "global_pool": pool, "options": option_texts(architecture.options)}  # fmt: skip
     shown |= fields_of(weights.statistics(architecture.channels, statistics))
     config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)
     model = Classifier(config, architecture.image_size, found_classes, architecture.channels, norm_first)

@@ -7,6 +7,10 @@ from pathlib import Path
 from mimir_fast.checkpoints.durable import write_text
 
 FILE_NAME = "weights.json"
+_SAY = (
+    "(to say otherwise: --options heads=12 eps=1e-5 gelu=tanh, --global_pool avg, --mean … --std …; in training with "
+    "--model. in front)"
+)
 
 
 @dataclass
@@ -38,6 +42,11 @@ class LoadReport:
         """Names that are in the file and not in the model."""
         return list(self.reasons)
 
+    @property
+    def assumption(self) -> str:
+        """What is assumed, as a line."""
+        return f"assumed  {', '.join(self.assumed)}: the file does not say"
+
     def by_reason(self) -> dict[str, list[str]]:
         """Reason → the names that were skipped for it."""
         groups: dict[str, list[str]] = {}
@@ -54,7 +63,7 @@ class LoadReport:
         if self.fresh:
             lines.append(f"  fresh    {', '.join(self.fresh) if len(self.fresh) <= 8 else summary(self.fresh)}")
         if self.assumed:
-            lines.append(f"  assumed  {', '.join(self.assumed)}: the file does not say")
+            lines += [f"  {self.assumption}", f"           {_SAY}"]
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
 
     def save(self, folder: Path) -> Path:

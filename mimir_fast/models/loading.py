@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mimir_fast.layers.norms import is_adapter
 from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.facts import size_said
+from mimir_fast.models.facts import Asked, size_said
 from mimir_fast.models.families import (
     Architecture,
     Family,
@@ -31,15 +31,17 @@ from mimir_fast.models.families import (
     informed,
     mask_unit_of,
     recognise,
+    rival_of,
+    settled,
     why_not,
 )
 from mimir_fast.models.file_names import DECODER, to_files
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Normalizer, flags, same, words
-from mimir_fast.models.options import option_texts, parse_options
+from mimir_fast.models.options import option_texts, typed_options
 from mimir_fast.models.patch_resize import with_patches_of
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
-from mimir_fast.sizes import Size, area, divided, height_width
+from mimir_fast.sizes import Size, area, divided, height_width, said
 
 __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_weights", "resize_positions"]
 
@@ -57,8 +59,9 @@ _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def initialize(
-    model: nn.Module, source: str | Path | Weights, which: WeightsChoice = "auto", part: str = ""
-) -> LoadReport:
+    model: nn.Module, source: str | Path | Weights, which: WeightsChoice = "auto", part: str = "",
+    asked: Asked | None = None,
+) -> LoadReport:  # fmt: skip
     """Fill a classifier or a masked model from pre-trained (or fine-tuned) weights.
 
     The position embedding is resized to the model's grid, the projection of patches to its patch size; a head for
@@ -69,14 +72,15 @@ def initialize(
         model: a Classifier or a MaskedModel.
         source: anything `read_weights` reads, or weights already read.
         part: which of several encoders in a file.
+        asked: what the user says of a file.
     Returns:
         the report; print it.
     Raises:
         WeightsError: weights of another architecture, incomplete, or with NaN in them.
     """
-    weights = source if isinstance(source, Weights) else read_weights(source, which, part)
+    weights = source if isinstance(source, Weights) else read_weights(source, which, part, asked)
     own = to_files(model, model.state_dict())
-    theirs, _ = infer_architecture(weights, image_size=_size_of(model))
+    theirs, _ = infer_architecture(weights, into=_encoder_of(model))
     grids = _grids(theirs, model)
     tensors, resized = with_patches_of(weights.tensors, own)
     weights = replace(weights, tensors=dict(tensors))
@@ -149,8 +153,11 @@ def fill(
         )
     if bad:
         report.notes.append(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do): so will what it computes")
-    if weights.config is None:
-        report.assumed = _assumed(model, weights, family)
+    if architecture is not None:
+        report.notes += _overridden(weights, architecture)
+    if not is_run(weights):
+        pool = pool_of(weights, architecture) if architecture is not None and "head.weight" in ready else None
+        report.assumed = _assumed(model, weights, family, pool)
     if not whole:
         _note_normalization(model, weights, report)
     report.loaded = list(ready)
@@ -165,7 +172,7 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     Raises:
         WeightsError: as `fill`.
     """
-    architecture, _ = infer_architecture(weights)
+    architecture, num_classes = infer_architecture(weights)
     with torch.device("meta"):
         encoder = build_encoder(architecture, final_norm="norm.weight" in weights.tensors)
     if any(is_adapter(name) for name in weights.tensors):
@@ -187,8 +194,10 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     _check_complete(report.fresh, {}, weights, whole=True)
     bad = [name for name in report.loaded if not _is_finite(weights.tensors[name])]
     report.notes = [*weights.notes, *(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" for _ in bad[:1])]
-    if weights.config is None:
-        report.assumed = _assumed(encoder, weights, find_family(architecture.family))
+    report.notes += _overridden(weights, architecture)
+    if not is_run(weights):
+        pool = None if num_classes is None else pool_of(weights, architecture)
+        report.assumed = _assumed(encoder, weights, find_family(architecture.family), pool)
     return architecture, report
 
 
@@ -244,10 +253,16 @@ def _resize(
     return None if family is None else family.resize(name, tensor, shape, *(grids or ()))
 
 
+def _encoder_of(model: nn.Module) -> Encoder | None:
+    """Of a model of ours."""
+    encoder = getattr(model, "encoder", model)
+    return encoder if isinstance(encoder, Encoder) else None
+
+
 def _size_of(model: nn.Module) -> Size | None:
     """Size of the images of a model of ours."""
-    encoder = getattr(model, "encoder", model)
-    return encoder.image_size if isinstance(encoder, Encoder) else None
+    encoder = _encoder_of(model)
+    return None if encoder is None else encoder.image_size
 
 
 def _grids(theirs: Architecture | None, model: nn.Module) -> tuple[Size, Size] | None:
@@ -312,20 +327,49 @@ def _model_words(model: nn.Module) -> str:
     return f"our {find_family(family).title}-{config.encoder}" if isinstance(family, str) else "the model"
 
 
-def _assumed(model: nn.Module, weights: Weights, family: Family | None) -> list[str]:
-    """What the model has and neither the tensors nor the file say."""
+def _assumed(model: nn.Module, weights: Weights, family: Family | None, pool: str | None) -> list[str]:
+    """What the model has and neither the tensors nor the file nor the user say.
+
+    Args:
+        pool: what a head from the weights looks at; None where there is none.
+    """
     encoder, facts = getattr(model, "encoder", model), weights.facts
+    options: Mapping[str, Any] = getattr(encoder, "options", {})
+    texts = (*weights.asked.options, *_saved_model(weights).get("options", ()))
+    told = {name for name, _ in facts.known()} | {text.partition("=")[0] for text in texts} | {*options}
     unseen = () if family is None else family.unseen
     found = []
-    if "heads" in unseen and facts.heads is None and (heads := getattr(encoder, "num_heads", None)):
+    if "heads" in unseen and "heads" not in told and (heads := getattr(encoder, "num_heads", None)):
         found.append(f"{heads} heads")
     norm = next((part for part in model.modules() if isinstance(part, nn.LayerNorm)), None)
-    if facts.eps is None and norm is not None:
+    if "eps" not in told and norm is not None:
         found.append(f"eps {norm.eps:g}")
+    if "gelu" not in told:
+        found.append("GELU erf")
+    if "tokens_norm" in unseen and "tokens_norm" not in told:
+        found.append("tokens_norm true")
+    told |= {"pool"} if weights.asked.pool != "auto" or "global_pool" in _saved_model(weights) else set()
+    if pool is not None and "pool" not in told:
+        found.append(f"pooling {pool}")
     normalizer = getattr(model, "normalizer", None)
     if facts.mean is None and isinstance(normalizer, Normalizer):
         found.append(words(normalizer.statistics).replace("normalization", "normalisation"))
     return found
+
+
+def _overridden(weights: Weights, architecture: Architecture) -> list[str]:
+    """A line for each thing of which the user says something else than the weights."""
+    family = find_family(architecture.family)
+    typed, known = typed_options(weights.asked.options, family.options, family.title), _known(weights, family)
+    lines = [
+        f"{name}={value} as asked, in place of {name}={known[name]} that the weights say"
+        for name, value in typed.items()
+        if name in family.unseen and known.get(name, value) != value
+    ]
+    told = pool_of(replace(weights, asked=Asked()), architecture)
+    if weights.asked.pool not in ("auto", told) and (is_run(weights) or weights.facts.pool):
+        lines.append(f"pooling {weights.asked.pool} as asked, in place of {told} that the weights say")
+    return lines
 
 
 def resize_positions(
@@ -354,56 +398,159 @@ def resize_positions(
 
 
 def infer_architecture(
-    weights: Weights, options: Sequence[str] = (), image_size: Size | None = None
+    weights: Weights, options: Sequence[str] = (), image_size: Size | None = None, into: Encoder | None = None
 ) -> tuple[Architecture, int | None]:
     """The encoder, and the classes of the head if there is one: from the tensors, and from what the file says.
 
     Args:
         options: what no tensor shows, as it is typed: heads=12, eps=1e-5; goes before what was saved with the weights.
-        image_size: where the weights do not say theirs and it is no square, this is it if it fits their tensors.
+        image_size: of the images that the model will take: where the weights do not say theirs, this is it if it fits
+            their tensors.
+        into: the encoder that the weights initialise. Its size is theirs only where no square has as many patches.
     Raises:
-        WeightsError: no encoder of ours has such tensors.
+        WeightsError: no encoder of ours has such tensors, they are of images of several sizes and nobody says which, or
+            the file says something that its encoder here cannot do.
         ValueError: options that the family does not know.
     """
-    saved = _saved_size(weights)
-    architecture = recognise(weights.tensors, saved)
-    if saved is None and image_size is not None and not isinstance(image_size, int):
-        other = recognise(weights.tensors, image_size)
-        # As many patches in a square are taken for the square.
-        if architecture is None or not _is_square_of_as_many(architecture, other):
-            architecture = other
-    if architecture is None and (reason := why_not(weights.tensors)):
+    texts, tensors = (*weights.asked.options, *options), weights.tensors
+    architecture = recognise(tensors)
+    if architecture is None and (reason := why_not(tensors)):
         hint = next((words for mark, words in _HINTS.items() if mark in reason), "")
         raise WeightsError(
-            f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours, or incomplete, because of "
-            f"{reason}{hint}"
+            f"{weights.origin} ({_outline(tensors)}) is no encoder of ours, or incomplete, because of {reason}{hint}"
         )
     if architecture is None:
-        known = "; ".join(
+        there_are = "; ".join(
             f"{family.title}: {', '.join(f'{name} ({words})' for name, words in family.sizes.items())}"
             for family in all_families().values()
         )
-        raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours. Those are {known}")
-    family, config = find_family(architecture.family), (weights.config or {}).get("model") or {}
-    said = dict(weights.facts.known())
-    for texts in (config.get("options", ()), options):
-        said |= parse_options(texts, family.options, family.title)
-    architecture = informed(architecture, said)
-    if not family.image_size_in_tensors or (family.sized is None and isinstance(saved, tuple)):
-        architecture = replace(architecture, image_size=saved or image_size or architecture.image_size)
-    elif not isinstance(architecture.image_size, int) and architecture.image_size not in (saved, image_size):
-        positions = weights.tensors.get("pos_embed")
-        rows = "" if positions is None else f" (pos_embed is {tuple(positions.shape)})"
+        raise WeightsError(f"{weights.origin} ({_outline(tensors)}) is no encoder of ours. Those are {there_are}")
+    family = find_family(architecture.family)
+    typed = typed_options(texts, family.options, family.title)
+    bare = typed.get("no_prefix_positions") or (into is not None and into.options.get("no_prefix_positions"))
+    near = image_size if into is None else into.image_size
+    architecture = _of_size(weights, architecture, near, bare=bool(bare), sure=into is None)
+    known = _known(weights, family)
+    if known.get("gelu", "erf") != "erf" and "gelu" not in family.unseen:
         raise WeightsError(
-            f"{weights.origin} is of images that are no squares{rows}, and no tensor tells their height and width: "
-            "give --data.image_size HEIGHT WIDTH as it was trained with (evaluate and --init), or a run or file of ours"
+            f"{weights.origin} says {known['gelu']} for its GELU, {family.title} has the exact one (erf)"
         )
-    head = weights.tensors.get("head.weight")
+    try:
+        architecture = informed(architecture, known | typed)
+        asked = settled(replace(architecture, options={**architecture.options, **typed}))
+    except ValueError as error:
+        raise WeightsError(f"{weights.origin}: {error}") from error
+    if "norm_before_pool" in family.options and {"norm.weight", "head.weight"} <= tensors.keys():
+        pool = {"norm_before_pool": pool_of(weights, architecture) == "avg"}
+        architecture, asked = (settled(replace(a, options={**a.options, **pool})) for a in (architecture, asked))
+    if asked != architecture:
+        raise WeightsError(
+            f"{weights.origin}: its tensors say {' '.join(option_texts(architecture.options)) or 'no options'}, not "
+            f"{' '.join(texts)}: give only what they do not show ({', '.join(family.unseen) or 'nothing here'})"
+        )
+    head = tensors.get("head.weight")
     return architecture, None if head is None else len(head)
 
 
-def _is_square_of_as_many(one: Architecture, other: Architecture | None) -> bool:
-    return isinstance(one.image_size, int) and other is not None and area(one.image_size) == area(other.image_size)
+def _of_size(weights: Weights, plain: Architecture, near: Size | None, *, bare: bool, sure: bool) -> Architecture:
+    """The architecture for the size that the user says, else the weights, else `near`, if it fits the tensors.
+
+    Args:
+        plain: without a size.
+        bare: positions are for patches alone.
+        sure: that `near` is the size where it fits, though a square has as many patches.
+    """
+    asked, saved, family = weights.asked.image_size, _saved_size(weights), find_family(plain.family)
+    if not family.image_size_in_tensors or (family.sized is None and isinstance(saved, tuple)):
+        return replace(plain, image_size=asked or saved or near or plain.image_size)
+    fits = [found for size in (asked, saved) if (found := _fitting(weights, size)) is not None]
+    if fits and (asked is None or fits[0].image_size == asked):
+        return fits[0]
+    positions = weights.tensors.get("pos_embed")
+    rows = "" if positions is None else f" (pos_embed is {tuple(positions.shape)})"
+    if asked is not None:
+        raise WeightsError(f"{weights.origin} is not of images of {said(asked)} pixels{rows}: say another size")
+    square = isinstance(plain.image_size, int)
+    if (found := _fitting(weights, near)) is not None:
+        if sure or not square or found.image_size == plain.image_size or found.options != plain.options:
+            return found
+        raise WeightsError(
+            f"{weights.origin} is of images of {said(plain.image_size)} pixels or of {said(found.image_size)}, which "
+            f"have as many patches, and no tensor tells which: {_SAY_SIZE}"
+        )
+    if not bare and (rival := rival_of(weights.tensors)) is not None:
+        raise WeightsError(
+            f"{weights.origin} is of images of {said(plain.image_size)} pixels without positions for the cls token, or "
+            f"of {said(rival.image_size)} with one{rows}, and no tensor tells which: {_SAY_SIZE}"
+        )
+    if not square:
+        raise WeightsError(
+            f"{weights.origin} is of images that are no squares{rows}, and no tensor tells their height and width: "
+            f"{_SAY_SIZE}"
+        )
+    return plain
+
+
+def _fitting(weights: Weights, size: Size | None) -> Architecture | None:
+    """The architecture for images of that size, or None where it does not fit the tensors."""
+    found = None if size is None else recognise(weights.tensors, size)
+    return found if found is not None and found.image_size == size else None
+
+
+_SAY_SIZE = (
+    "give the size that it was trained with: --data.image_size HEIGHT WIDTH (evaluate, probe), --image_size (export, "
+    "hub), --init_image_size (finetune, pretrain)"
+)
+
+
+def pool_of(weights: Weights, architecture: Architecture) -> str:
+    """What the head of these weights looks at, `avg` or `cls`: as the user says, else the file, else the tensors.
+
+    Another word is of a pooling that a file names and no classifier of ours has.
+    """
+    family, tensors = find_family(architecture.family), weights.tensors
+    if weights.asked.pool != "auto":
+        return weights.asked.pool
+    if "head_dist.weight" in tensors:  # a second head, which reads the second class token
+        return "cls"
+    saved = _saved_model(weights).get("global_pool")
+    if saved is not None or weights.facts.pool is not None:
+        return str(family.pool if saved == "auto" else saved or weights.facts.pool)
+    late = "fc_norm.weight" in tensors or "norm_before_pool" in architecture.options or family.norm_before_pool
+    return "cls" if "cls_token" in tensors and not late else "avg"
+
+
+def _saved_model(weights: Weights) -> Mapping[str, Any]:
+    """The options of the model that our runs and files keep."""
+    return (weights.config or {}).get("model") or {}
+
+
+def is_run(weights: Weights) -> bool:
+    """Whether a run of ours wrote them, so that nothing is assumed; not a file of somebody's that we exported."""
+    return bool(_saved_model(weights).keys() - {"options", "global_pool"})
+
+
+def record_of(weights: Weights, architecture: Architecture) -> dict[str, Any]:
+    """The configuration that a file of these weights keeps: their own, and what is known that no tensor shows."""
+    config, asked = weights.config or {}, weights.asked
+    if is_run(weights) and asked == Asked():
+        return config
+    family, model = find_family(architecture.family), dict(_saved_model(weights))
+    known = _known(weights, family) | typed_options(asked.options, family.options, family.title)
+    model["options"] = option_texts(
+        {n: known[n] for n in family.unseen if n in known} | dict(architecture.options)
+    )  # fmt: skip
+    if "head.weight" in weights.tensors and (asked.pool != "auto" or weights.facts.pool):
+        model["global_pool"] = pool_of(weights, architecture)
+    sure = asked.image_size or _saved_size(weights) or not isinstance(architecture.image_size, int)
+    data = (config.get("data") or {}) | ({"image_size": architecture.image_size} if sure else {})
+    return {**config, "model": model, **({"data": data} if data else {})}
+
+
+def _known(weights: Weights, family: Family) -> dict[str, Any]:
+    """What the weights say of what their tensors do not show, by name."""
+    saved = typed_options(_saved_model(weights).get("options", ()), family.options, family.title)
+    return dict(weights.facts.known()) | saved
 
 
 def _saved_size(weights: Weights) -> Size | None:
@@ -440,8 +587,8 @@ def _check_architecture(
     fixes = [f"{flag} {getattr(theirs, n)}" for n, flag in flags.items() if getattr(theirs, n) != getattr(ours, n)]
     # Where the final norm stands is the pooling's affair, a missing bias of q, k, v is a bias of zero, and of what the
     # file says nothing the flags are right.
-    family, said = find_family(theirs.family), {name for name, _ in weights.facts.known()}
-    silent = {name for name in family.unseen if name not in said} if weights.config is None else set()
+    family = find_family(theirs.family)
+    silent = {*family.unseen} - _known(weights, family).keys() if not is_run(weights) else set()
     free = {"norm_before_pool", "qkv_bias", *silent}
     wanted, has = ({n: value for n, value in a.options.items() if n not in free} for a in (theirs, ours))
     if wanted != has:
