@@ -30,7 +30,8 @@ from mimir_fast.models.classifier import Classifier, load_classifier
 from mimir_fast.models.facts import Asked
 from mimir_fast.models.families import describe
 from mimir_fast.models.file_names import to_files
-from mimir_fast.models.loading import infer_architecture, inspect_weights, record_of
+from mimir_fast.models.identify import infer_architecture, record_of
+from mimir_fast.models.loading import inspect_weights
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.normalization import Statistics, check_statistics, choice_note, pair, to_metadata

@@ -239,7 +239,7 @@ def _ours(
     notes = [*report.notes, *([note] if (note := choice_note(read.normalization, asked)) else [])]
     inside = _inside(module.normalizer.statistics)
     # The same tensors compute something else with other heads.
-    code = " ".join(unseen_of(read, module.encoder.options, module.config.global_pool))
+    code = " ".join(unseen_of(read, module))
     return JudgedModel(module, spec, "mimir_fast", inside, notes, words, code=code, report=report)
 
 

@@ -10,10 +10,10 @@ that were looked at least are left behind, so later layers, and the attack's pas
 Shapes: B images, C channels, H x W pixels, T = prefix + N tokens, D width, L layers, R branches, K classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from mimir_fast.layers.norms import LayerNorm, NoNorm
 from mimir_fast.models.branches import Branches, DropPathLaw
 from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
 from mimir_fast.models.file_names import Parted
-from mimir_fast.models.loading import LoadReport, fill, infer_architecture, pool_of
+from mimir_fast.models.identify import assumed_size, infer_architecture, pool_of
+from mimir_fast.models.loading import LoadReport, fill
 from mimir_fast.models.normalization import (
     NormalizationName,
     Normalizer,
@@ -246,16 +247,13 @@ def load_classifier(
     )[0]
 
 
-def unseen_of(weights: Weights, options: Mapping[str, Any], pool: str) -> list[str]:
+def unseen_of(weights: Weights, model: Classifier) -> list[str]:
     """What no tensor shows of a classifier of these weights, as it is typed, without what is usual."""
-    bare = Weights(weights.tensors, weights.origin)
-    architecture, _ = infer_architecture(weights)
-    usual = pool_of(bare, architecture)
+    architecture = model.config.architecture(model.image_size, model.channels)
     unseen = find_family(architecture.family).unseen
-    return [
-        *option_texts({n: v for n, v in options.items() if n in unseen}),
-        *([f"pool={pool}"] if pool != usual else []),
-    ]
+    texts = option_texts({name: value for name, value in architecture.options.items() if name in unseen})
+    pool, usual = model.config.global_pool, pool_of(Weights(weights.tensors, weights.origin), architecture)
+    return [*texts, *([f"pool={pool}"] if pool != usual else [])]
 
 
 def classifier_of(
@@ -294,4 +292,5 @@ def classifier_of(
     config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)
     model = Classifier(config, architecture.image_size, found_classes, architecture.channels, norm_first)
     report = fill(model, weights, whole=True)
+    report.assumed += assumed_size(weights, architecture, image_size)
     return model.eval(), report

@@ -7,10 +7,13 @@ from pathlib import Path
 from mimir_fast.checkpoints.durable import write_text
 
 FILE_NAME = "weights.json"
-_SAY = (
-    "(to say otherwise: --options heads=12 eps=1e-5 gelu=tanh, --global_pool avg, --mean … --std …; in training with "
-    "--model. in front)"
-)
+FIXED = " (in all of ours)"
+"""Marks an assumption that no flag changes."""
+_FLAGS = {
+    "heads": "--options heads=12", "eps": "--options eps=1e-5", "GELU": "--options gelu=tanh",
+    "tokens_norm": "--options tokens_norm=false", "pooling": "--global_pool avg", "normalisation": "--mean … --std …",
+    "images": "--image_size",
+}  # fmt: skip
 
 
 @dataclass
@@ -63,7 +66,11 @@ class LoadReport:
         if self.fresh:
             lines.append(f"  fresh    {', '.join(self.fresh) if len(self.fresh) <= 8 else summary(self.fresh)}")
         if self.assumed:
-            lines += [f"  {self.assumption}", f"           {_SAY}"]
+            free = [one for one in self.assumed if not one.endswith(FIXED)]
+            flags = [flag for word, flag in _FLAGS.items() if any(word in one.split() for one in free)]
+            said = ", ".join(flags).replace(", --options", "")
+            lines += [f"  {self.assumption}"]
+            lines += [f"           to say otherwise: {said} (in training --model.options and so on)"] if said else []
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
 
     def save(self, folder: Path) -> Path:

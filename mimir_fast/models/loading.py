@@ -8,8 +8,7 @@ Shapes: N patch tokens, D width, K classes.
 """
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,40 +19,38 @@ from torch import Tensor, nn
 
 from mimir_fast.layers.norms import is_adapter
 from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.facts import Asked, size_said
+from mimir_fast.models.facts import Asked
 from mimir_fast.models.families import (
     Architecture,
     Family,
-    all_families,
     build_encoder,
     describe,
     find_family,
     informed,
     mask_unit_of,
     recognise,
-    rival_of,
-    settled,
-    why_not,
 )
 from mimir_fast.models.file_names import DECODER, to_files
+from mimir_fast.models.identify import (
+    assumed_of,
+    assumed_size,
+    infer_architecture,
+    is_run,
+    known_of,
+    outline,
+    overridden,
+    pool_of,
+)
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Normalizer, flags, same, words
-from mimir_fast.models.options import option_texts, typed_options
+from mimir_fast.models.options import option_texts
 from mimir_fast.models.patch_resize import with_patches_of
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
-from mimir_fast.sizes import Size, area, divided, height_width, said
+from mimir_fast.sizes import Size, area, divided, height_width
 
 __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_weights", "resize_positions"]
 
 _HEADS, _NORMS = ("head.", "head_dist."), ("fc_norm.", "norm.")
-# Part of a tensor's name → what to do about it.
-_HINTS = {
-    ".lora_": ": merge the adapters into the weights first (PEFT's merge_and_unload)",
-    "parametrizations": ": remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations)",
-    "_flat_param": ": save it with FULL_STATE_DICT",
-    "weight_scale": ": it is quantised, use the weights it was made of",
-    "q_bias": " (BEiT, EVA, Data2Vec): no family of ours has biases of queries and values alone",
-}
 _PIECE = 2**19  # numbers that stay in the cache
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -89,6 +86,8 @@ def initialize(
     _check_architecture(weights, theirs, own, model)
     report = fill(model, weights, whole=False, grids=grids)
     report.resized = [*resized, *report.resized]
+    if find_family(theirs.family).image_size_in_tensors:
+        report.assumed += assumed_size(weights, theirs)
     return report
 
 
@@ -154,10 +153,10 @@ def fill(
     if bad:
         report.notes.append(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do): so will what it computes")
     if architecture is not None:
-        report.notes += _overridden(weights, architecture)
+        report.notes += overridden(weights, architecture, model)
     if not is_run(weights):
         pool = pool_of(weights, architecture) if architecture is not None and "head.weight" in ready else None
-        report.assumed = _assumed(model, weights, family, pool)
+        report.assumed = assumed_of(model, weights, family, pool)
     if not whole:
         _note_normalization(model, weights, report)
     report.loaded = list(ready)
@@ -194,10 +193,11 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     _check_complete(report.fresh, {}, weights, whole=True)
     bad = [name for name in report.loaded if not _is_finite(weights.tensors[name])]
     report.notes = [*weights.notes, *(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" for _ in bad[:1])]
-    report.notes += _overridden(weights, architecture)
+    report.notes += overridden(weights, architecture, encoder)
     if not is_run(weights):
         pool = None if num_classes is None else pool_of(weights, architecture)
-        report.assumed = _assumed(encoder, weights, find_family(architecture.family), pool)
+        report.assumed = assumed_of(encoder, weights, find_family(architecture.family), pool)
+        report.assumed += assumed_size(weights, architecture)
     return architecture, report
 
 
@@ -327,51 +327,6 @@ def _model_words(model: nn.Module) -> str:
     return f"our {find_family(family).title}-{config.encoder}" if isinstance(family, str) else "the model"
 
 
-def _assumed(model: nn.Module, weights: Weights, family: Family | None, pool: str | None) -> list[str]:
-    """What the model has and neither the tensors nor the file nor the user say.
-
-    Args:
-        pool: what a head from the weights looks at; None where there is none.
-    """
-    encoder, facts = getattr(model, "encoder", model), weights.facts
-    options: Mapping[str, Any] = getattr(encoder, "options", {})
-    texts = (*weights.asked.options, *_saved_model(weights).get("options", ()))
-    told = {name for name, _ in facts.known()} | {text.partition("=")[0] for text in texts} | {*options}
-    unseen = () if family is None else family.unseen
-    found = []
-    if "heads" in unseen and "heads" not in told and (heads := getattr(encoder, "num_heads", None)):
-        found.append(f"{heads} heads")
-    norm = next((part for part in model.modules() if isinstance(part, nn.LayerNorm)), None)
-    if "eps" not in told and norm is not None:
-        found.append(f"eps {norm.eps:g}")
-    if "gelu" not in told:
-        found.append("GELU erf")
-    if "tokens_norm" in unseen and "tokens_norm" not in told:
-        found.append("tokens_norm true")
-    told |= {"pool"} if weights.asked.pool != "auto" or "global_pool" in _saved_model(weights) else set()
-    if pool is not None and "pool" not in told:
-        found.append(f"pooling {pool}")
-    normalizer = getattr(model, "normalizer", None)
-    if facts.mean is None and isinstance(normalizer, Normalizer):
-        found.append(words(normalizer.statistics).replace("normalization", "normalisation"))
-    return found
-
-
-def _overridden(weights: Weights, architecture: Architecture) -> list[str]:
-    """A line for each thing of which the user says something else than the weights."""
-    family = find_family(architecture.family)
-    typed, known = typed_options(weights.asked.options, family.options, family.title), _known(weights, family)
-    lines = [
-        f"{name}={value} as asked, in place of {name}={known[name]} that the weights say"
-        for name, value in typed.items()
-        if name in family.unseen and known.get(name, value) != value
-    ]
-    told = pool_of(replace(weights, asked=Asked()), architecture)
-    if weights.asked.pool not in ("auto", told) and (is_run(weights) or weights.facts.pool):
-        lines.append(f"pooling {weights.asked.pool} as asked, in place of {told} that the weights say")
-    return lines
-
-
 def resize_positions(
     pos_embed_1TD: Tensor, num_rows: int, num_prefix: int | None = None, grids: tuple[Size, Size] | None = None
 ) -> Tensor:
@@ -397,177 +352,6 @@ def resize_positions(
     return torch.cat([pos_embed_1TD[:, :prefix], resized], dim=1)
 
 
-def infer_architecture(
-    weights: Weights, options: Sequence[str] = (), image_size: Size | None = None, into: Encoder | None = None
-) -> tuple[Architecture, int | None]:
-    """The encoder, and the classes of the head if there is one: from the tensors, and from what the file says.
-
-    Args:
-        options: what no tensor shows, as it is typed: heads=12, eps=1e-5; goes before what was saved with the weights.
-        image_size: of the images that the model will take: where the weights do not say theirs, this is it if it fits
-            their tensors.
-        into: the encoder that the weights initialise. Its size is theirs only where no square has as many patches.
-    Raises:
-        WeightsError: no encoder of ours has such tensors, they are of images of several sizes and nobody says which, or
-            the file says something that its encoder here cannot do.
-        ValueError: options that the family does not know.
-    """
-    texts, tensors = (*weights.asked.options, *options), weights.tensors
-    architecture = recognise(tensors)
-    if architecture is None and (reason := why_not(tensors)):
-        hint = next((words for mark, words in _HINTS.items() if mark in reason), "")
-        raise WeightsError(
-            f"{weights.origin} ({_outline(tensors)}) is no encoder of ours, or incomplete, because of {reason}{hint}"
-        )
-    if architecture is None:
-        there_are = "; ".join(
-            f"{family.title}: {', '.join(f'{name} ({words})' for name, words in family.sizes.items())}"
-            for family in all_families().values()
-        )
-        raise WeightsError(f"{weights.origin} ({_outline(tensors)}) is no encoder of ours. Those are {there_are}")
-    family = find_family(architecture.family)
-    typed = typed_options(texts, family.options, family.title)
-    bare = typed.get("no_prefix_positions") or (into is not None and into.options.get("no_prefix_positions"))
-    near = image_size if into is None else into.image_size
-    architecture = _of_size(weights, architecture, near, bare=bool(bare), sure=into is None)
-    known = _known(weights, family)
-    if known.get("gelu", "erf") != "erf" and "gelu" not in family.unseen:
-        raise WeightsError(
-            f"{weights.origin} says {known['gelu']} for its GELU, {family.title} has the exact one (erf)"
-        )
-    try:
-        architecture = informed(architecture, known | typed)
-        asked = settled(replace(architecture, options={**architecture.options, **typed}))
-    except ValueError as error:
-        raise WeightsError(f"{weights.origin}: {error}") from error
-    if "norm_before_pool" in family.options and {"norm.weight", "head.weight"} <= tensors.keys():
-        pool = {"norm_before_pool": pool_of(weights, architecture) == "avg"}
-        architecture, asked = (settled(replace(a, options={**a.options, **pool})) for a in (architecture, asked))
-    if asked != architecture:
-        raise WeightsError(
-            f"{weights.origin}: its tensors say {' '.join(option_texts(architecture.options)) or 'no options'}, not "
-            f"{' '.join(texts)}: give only what they do not show ({', '.join(family.unseen) or 'nothing here'})"
-        )
-    head = tensors.get("head.weight")
-    return architecture, None if head is None else len(head)
-
-
-def _of_size(weights: Weights, plain: Architecture, near: Size | None, *, bare: bool, sure: bool) -> Architecture:
-    """The architecture for the size that the user says, else the weights, else `near`, if it fits the tensors.
-
-    Args:
-        plain: without a size.
-        bare: positions are for patches alone.
-        sure: that `near` is the size where it fits, though a square has as many patches.
-    """
-    asked, saved, family = weights.asked.image_size, _saved_size(weights), find_family(plain.family)
-    if not family.image_size_in_tensors or (family.sized is None and isinstance(saved, tuple)):
-        return replace(plain, image_size=asked or saved or near or plain.image_size)
-    fits = [found for size in (asked, saved) if (found := _fitting(weights, size)) is not None]
-    if fits and (asked is None or fits[0].image_size == asked):
-        return fits[0]
-    positions = weights.tensors.get("pos_embed")
-    rows = "" if positions is None else f" (pos_embed is {tuple(positions.shape)})"
-    if asked is not None:
-        raise WeightsError(f"{weights.origin} is not of images of {said(asked)} pixels{rows}: say another size")
-    square = isinstance(plain.image_size, int)
-    if (found := _fitting(weights, near)) is not None:
-        if sure or not square or found.image_size == plain.image_size or found.options != plain.options:
-            return found
-        raise WeightsError(
-            f"{weights.origin} is of images of {said(plain.image_size)} pixels or of {said(found.image_size)}, which "
-            f"have as many patches, and no tensor tells which: {_SAY_SIZE}"
-        )
-    if not bare and (rival := rival_of(weights.tensors)) is not None:
-        raise WeightsError(
-            f"{weights.origin} is of images of {said(plain.image_size)} pixels without positions for the cls token, or "
-            f"of {said(rival.image_size)} with one{rows}, and no tensor tells which: {_SAY_SIZE}"
-        )
-    if not square:
-        raise WeightsError(
-            f"{weights.origin} is of images that are no squares{rows}, and no tensor tells their height and width: "
-            f"{_SAY_SIZE}"
-        )
-    return plain
-
-
-def _fitting(weights: Weights, size: Size | None) -> Architecture | None:
-    """The architecture for images of that size, or None where it does not fit the tensors."""
-    found = None if size is None else recognise(weights.tensors, size)
-    return found if found is not None and found.image_size == size else None
-
-
-_SAY_SIZE = (
-    "give the size that it was trained with: --data.image_size HEIGHT WIDTH (evaluate, probe), --image_size (export, "
-    "hub), --init_image_size (finetune, pretrain)"
-)
-
-
-def pool_of(weights: Weights, architecture: Architecture) -> str:
-    """What the head of these weights looks at, `avg` or `cls`: as the user says, else the file, else the tensors.
-
-    Another word is of a pooling that a file names and no classifier of ours has.
-    """
-    family, tensors = find_family(architecture.family), weights.tensors
-    if weights.asked.pool != "auto":
-        return weights.asked.pool
-    if "head_dist.weight" in tensors:  # a second head, which reads the second class token
-        return "cls"
-    saved = _saved_model(weights).get("global_pool")
-    if saved is not None or weights.facts.pool is not None:
-        return str(family.pool if saved == "auto" else saved or weights.facts.pool)
-    late = "fc_norm.weight" in tensors or "norm_before_pool" in architecture.options or family.norm_before_pool
-    return "cls" if "cls_token" in tensors and not late else "avg"
-
-
-def _saved_model(weights: Weights) -> Mapping[str, Any]:
-    """The options of the model that our runs and files keep."""
-    return (weights.config or {}).get("model") or {}
-
-
-def is_run(weights: Weights) -> bool:
-    """Whether a run of ours wrote them, so that nothing is assumed; not a file of somebody's that we exported."""
-    return bool(_saved_model(weights).keys() - {"options", "global_pool"})
-
-
-def record_of(weights: Weights, architecture: Architecture) -> dict[str, Any]:
-    """The configuration that a file of these weights keeps: their own, and what is known that no tensor shows."""
-    config, asked = weights.config or {}, weights.asked
-    if is_run(weights) and asked == Asked():
-        return config
-    family, model = find_family(architecture.family), dict(_saved_model(weights))
-    known = _known(weights, family) | typed_options(asked.options, family.options, family.title)
-    model["options"] = option_texts(
-        {n: known[n] for n in family.unseen if n in known} | dict(architecture.options)
-    )  # fmt: skip
-    if "head.weight" in weights.tensors and (asked.pool != "auto" or weights.facts.pool):
-        model["global_pool"] = pool_of(weights, architecture)
-    sure = asked.image_size or _saved_size(weights) or not isinstance(architecture.image_size, int)
-    data = (config.get("data") or {}) | ({"image_size": architecture.image_size} if sure else {})
-    return {**config, "model": model, **({"data": data} if data else {})}
-
-
-def _known(weights: Weights, family: Family) -> dict[str, Any]:
-    """What the weights say of what their tensors do not show, by name."""
-    saved = typed_options(_saved_model(weights).get("options", ()), family.options, family.title)
-    return dict(weights.facts.known()) | saved
-
-
-def _saved_size(weights: Weights) -> Size | None:
-    """Size of the images that the weights say they were trained on."""
-    said = ((weights.config or {}).get("data") or {}).get("image_size")
-    return weights.facts.image_size if said is None else size_said(said)
-
-
-def _outline(tensors: Mapping[str, Tensor]) -> str:
-    """Width, depth and patch of a plain vision transformer, for messages; the number of tensors of anything else."""
-    depth = 1 + max((int(n.split(".")[1]) for n in tensors if re.match(r"blocks\.\d+\.", n)), default=-1)
-    first = tensors.get("patch_embed.proj.weight")
-    if first is None or first.ndim != 4 or not depth:
-        return f"{len(tensors)} tensors"
-    return f"width {first.shape[0]}, depth {depth}, patch {first.shape[-1]}, {first.shape[1]} channels"
-
-
 def _check_architecture(
     weights: Weights, theirs: Architecture, own: dict[str, Tensor], model: nn.Module
 ) -> None:  # fmt: skip
@@ -577,8 +361,8 @@ def _check_architecture(
         if all(n in weights.tensors and weights.tensors[n].shape == shape for n, shape in same.items()):
             return
         raise WeightsError(
-            f"{weights.origin} is of another architecture: {_outline(weights.tensors)}; the model has "
-            f"{_outline(own)}. To use it: no encoder of ours has that width and depth"
+            f"{weights.origin} is of another architecture: {outline(weights.tensors)}; the model has "
+            f"{outline(own)}. To use it: no encoder of ours has that width and depth"
         )
     flags = {"family": "--model.family", "size": "--model.encoder", "patch_size": "--model.patch_size",
              "channels": "--data.channels"}  # fmt: skip
@@ -588,11 +372,12 @@ def _check_architecture(
     # Where the final norm stands is the pooling's affair, a missing bias of q, k, v is a bias of zero, and of what the
     # file says nothing the flags are right.
     family = find_family(theirs.family)
-    silent = {*family.unseen} - _known(weights, family).keys() if not is_run(weights) else set()
+    silent = {*family.unseen} - known_of(weights, family).keys() if not is_run(weights) else set()
     free = {"norm_before_pool", "qkv_bias", *silent}
     wanted, has = ({n: value for n, value in a.options.items() if n not in free} for a in (theirs, ours))
     if wanted != has:
-        texts = option_texts(wanted | {n: v for n, v in theirs.options.items() if n == "qkv_bias"})
+        kept = {n: v for n, v in ours.options.items() if n in silent}
+        texts = option_texts(wanted | kept | {n: v for n, v in theirs.options.items() if n == "qkv_bias"})
         fixes.append(f"--model.options {' '.join(texts)}" if texts else "leave --model.options out")
     if fixes:
         raise WeightsError(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from mimir_fast.layers.norms import is_adapter
-from mimir_fast.models.loading import LoadReport, fill, infer_architecture, is_run
+from mimir_fast.models.identify import infer_architecture, is_run
+from mimir_fast.models.loading import LoadReport, fill
 from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, build_masked_model
 from mimir_fast.models.normalization import Statistics, fields_of
 from mimir_fast.models.options import option_texts

@@ -16,7 +16,8 @@ from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.adapters import load_model
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.facts import Asked
-from mimir_fast.models.loading import infer_architecture, initialize, pool_of
+from mimir_fast.models.identify import infer_architecture, pool_of
+from mimir_fast.models.loading import initialize
 from mimir_fast.models.normalization import Statistics, choice_note, fields_of
 from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights

@@ -7,10 +7,11 @@ What timm says of a model beside its tensors stands in the hub's config.json (`a
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimir_fast.checkpoints.reading import WeightsError
 from mimir_fast.models.facts import (
@@ -108,25 +109,26 @@ def facts_of_model(model: Any) -> Facts:
             `ResPostBlock`.
     """
     kind = type(model).__name__
-    if kind.startswith("VisionTransformer"):
-        block = model.blocks[0]
-        if (kind := type(block).__name__) != "Block":
-            raise WeightsError(
-                f"its blocks are timm's {kind}, which no encoder of ours computes, whatever their tensors"
-            )
-        act, pool = type(block.mlp.act).__name__, pool_said(model.global_pool)
-        return Facts(
-            heads=block.attn.num_heads, eps=getattr(block.norm1, "eps", None), gelu=_ACTIVATIONS.get(act, act),
-            pool="cls" if hasattr(model, "head_dist") else "prefix" if model.pool_include_prefix else pool,
-        )  # fmt: skip
     if kind not in _CLASSES:
         if recognise(under_our_names(model.state_dict())) is not None:
             raise WeightsError(f"it is timm's {kind}, which no encoder of ours computes, whatever its tensors")
         return Facts()
+    norm = next((part for part in model.modules() if isinstance(part, nn.LayerNorm)), None)
+    acts = [word for part in model.modules() if (word := _ACTIVATIONS.get(type(part).__name__))]
+    facts = Facts(eps=getattr(norm, "eps", None), gelu=acts[0] if acts else None)
     if kind in _STAGED:
-        return Facts(pool=pool_said(model.head.global_pool.pool_type))
-    tokens_norm = model.cls_attn_blocks[0].tokens_norm if kind == "Xcit" else None
-    return Facts(pool=pool_said(model.global_pool), tokens_norm=tokens_norm)
+        return replace(facts, pool=pool_said(model.head.global_pool.pool_type))
+    if not kind.startswith("VisionTransformer"):
+        tokens_norm = model.cls_attn_blocks[0].tokens_norm if kind == "Xcit" else None
+        return replace(facts, pool=pool_said(model.global_pool), tokens_norm=tokens_norm)
+    block = model.blocks[0]
+    if (kind := type(block).__name__) != "Block":
+        raise WeightsError(f"its blocks are timm's {kind}, which no encoder of ours computes, whatever their tensors")
+    act, pool = type(block.mlp.act).__name__, "prefix" if model.pool_include_prefix else pool_said(model.global_pool)
+    return Facts(
+        heads=block.attn.num_heads, eps=getattr(block.norm1, "eps", None), gelu=_ACTIVATIONS.get(act, act),
+        pool="cls" if hasattr(model, "head_dist") else pool,
+    )  # fmt: skip
 
 
 _ACTIVATIONS = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
