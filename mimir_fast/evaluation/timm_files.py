@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from mimir_fast.checkpoints.reading import WeightsError
-from mimir_fast.models.layouts.timm import without_derived
+from mimir_fast.models.layouts.timm import facts_beside, facts_of_model, without_derived
 from mimir_fast.models.normalization import Statistics, from_file
 from mimir_fast.models.opening import open_file
 from mimir_fast.models.parts import choose, find_parts
@@ -23,7 +24,8 @@ def fill(model: nn.Module, path: Path, name: str, part: str = "") -> tuple[Stati
     # A name that no longer name of the same model ends in, so that the prefix in front of it is the file's.
     anchor = next(n for n in own if not any(other.endswith("." + n) for other in own))
     try:
-        chosen = choose(found := find_parts(opened.content, {}, [anchor], str(path)), "auto", part, str(path))
+        beside = {**opened.configs, "metadata": opened.metadata}
+        chosen = choose(found := find_parts(opened.content, beside, [anchor], str(path)), "auto", part, str(path))
     except WeightsError as error:
         if "holds no" not in str(error):
             raise
@@ -40,7 +42,15 @@ def fill(model: nn.Module, path: Path, name: str, part: str = "") -> tuple[Stati
     if misfits := _misfits(tensors, own):
         raise WeightsError(f"{path} does not fit timm's {name}: {misfits}")
     model.load_state_dict(tensors)
-    return from_file(None, opened.metadata), notes
+    facts, known = facts_beside(replace(chosen, tensors=tensors)), facts_of_model(model)
+    for fact in ("heads", "eps", "gelu", "pool", "tokens_norm"):
+        told, has = getattr(facts, fact), getattr(known, fact)
+        if None not in (told, has) and told != has:
+            raise WeightsError(
+                f"{path} says {fact} {told}, timm's {name} has {has}: give the file alone (--checkpoint)"
+            )
+    statistics = None if facts.mean is None or facts.std is None else (facts.mean, facts.std)
+    return from_file(None, opened.metadata) or statistics, notes
 
 
 def _misfits(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

@@ -71,7 +71,7 @@ class ClassifierConfig:
     options: tuple[str, ...] = ()
     """What the family can do beside its plain form, as NAME or NAME=VALUE: of ViT heads, eps, gelu, layer_scale,
     qk_norm, pre_norm, distilled, registers, no_prefix_positions, no_cls_token, norm_before_pool, qkv_bias, mlp_ratio,
-    width, depth."""
+    width, depth; of XCiT tokens_norm; of CaiT, ConViT and XCiT norm_before_pool."""
     mean: tuple[float, ...] | None = None
     """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
     std: tuple[float, ...] | None = None

@@ -70,7 +70,11 @@ class LoadReport:
             flags = [flag for word, flag in _FLAGS.items() if any(word in one.split() for one in free)]
             said = ", ".join(flags).replace(", --options", "")
             lines += [f"  {self.assumption}"]
-            lines += [f"           to say otherwise: {said} (in training --model.options and so on)"] if said else []
+            lines += (
+                [f"           to say otherwise: {said} (in training --model.options and so on, --init_image_size)"]
+                if said
+                else []
+            )
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
 
     def save(self, folder: Path) -> Path:

@@ -2,13 +2,16 @@
 
 import argparse
 import functools
+import json
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from family_checks import shaken
+from file_state import file_state
 from safetensors.torch import save_file
 from torch import nn
 
@@ -147,6 +150,37 @@ def test_pooling_of_class_attention(kind: str, tmp_path: Path) -> None:
     args = {"model_kwargs": {"tokens_norm": False}, "gp": "avg", "img_size": 32}
     torch.save({"state_dict": model.state_dict(), "args": args}, tmp_path / "told.pth")
     assert check(model, read_weights(tmp_path / "told.pth"))[-1] == "normalisation none"
+
+
+@pytest.mark.parametrize("family", ["vit", "cait", "xcit", "convit"])
+def test_a_run_keeps_its_pooling(family: str, tmp_path: Path) -> None:
+    """The mean of normed tokens, where a cls token is too, was evaluated as the cls token; timm's class has it."""
+    from mimir_fast.export import ExportConfig, export
+
+    config = ClassifierConfig(family, "nano", 8, "avg", options=("norm_before_pool",))
+    model = shaken(build_classifier(config, 32, 10)).eval()
+    saved = {"model": asdict(config), "data": {"image_size": 32}}
+    loaded, images = load_classifier(Weights(file_state(model), "a.file", config=saved)), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert torch.equal(build_classifier(loaded.config, 32, 10).fc_norm(images), images)  # its configuration says it too
+    metadata = {"format": "mimir_fast", "config": json.dumps(saved)}
+    save_file(file_state(model), tmp_path / "a.safetensors", metadata=metadata)
+    export(ExportConfig(str(tmp_path / "a.safetensors"), str(tmp_path / "timm.safetensors")))  # compares
+    assert load_classifier(tmp_path / "timm.safetensors").config.global_pool == "avg"
+
+
+def test_a_file_for_a_model_of_timm_is_believed(tmp_path: Path) -> None:
+    """timm:NAME@FILE had NAME's heads and normalisation, whatever the file says."""
+    from mimir_fast.evaluation.timm_files import fill
+
+    model, path = of_timm(), tmp_path / "last.pth.tar"
+    args = {"model_kwargs": {}, "mean": (0.4, 0.4, 0.4), "std": (0.2, 0.2, 0.2)}
+    torch.save({"state_dict": model.state_dict(), "args": args}, path)
+    assert fill(model, path, "NAME")[0] == ((0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+    torch.save({"state_dict": model.state_dict(), "args": args | {"model_kwargs": {"num_heads": 6}}}, path)
+    with pytest.raises(WeightsError, match="says heads 6, timm's NAME has 3"):
+        fill(model, path, "NAME")
 
 
 @pytest.mark.parametrize(("choices", "reason"), [

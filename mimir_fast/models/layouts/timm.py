@@ -88,10 +88,12 @@ def facts_of_name(name: Any, arguments: Any, tensors: Mapping[str, Tensor]) -> F
             model = timm.create_model(name, pretrained=False, **more)
     except Exception:  # arguments that this version of timm does not know raise anything
         return Facts()
-    first = {n: t.shape for n, t in model.state_dict().items() if n.startswith(("blocks.0.", "layers.0.", "stages.0."))}
-    if any(n not in tensors or tensors[n].shape != shape for n, shape in first.items() if not n.endswith(DERIVED)):
+    own = model.state_dict()
+    first = [n for n in own if n.startswith(("blocks.0.", "layers.0.", "stages.0.")) and not n.endswith(DERIVED)]
+    if any(n not in tensors or tensors[n].shape != own[n].shape for n in first):
         return Facts()
-    return facts_of_model(model)
+    pools_alike = ("fc_norm.weight" in own) == ("fc_norm.weight" in tensors)
+    return facts_of_model(model) if pools_alike else replace(facts_of_model(model), pool=None)
 
 
 # Arguments that change what is computed and not how many layers there are.
