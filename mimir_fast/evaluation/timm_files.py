@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mimir_fast.checkpoints.reading import WeightsError
+from mimir_fast.models.facts import Facts
 from mimir_fast.models.layouts.timm import facts_beside, facts_of_model, without_derived
 from mimir_fast.models.normalization import Statistics, from_file
 from mimir_fast.models.opening import open_file
@@ -42,7 +43,10 @@ def fill(model: nn.Module, path: Path, name: str, part: str = "") -> tuple[Stati
     if misfits := _misfits(tensors, own):
         raise WeightsError(f"{path} does not fit timm's {name}: {misfits}")
     model.load_state_dict(tensors)
-    facts, known = facts_beside(replace(chosen, tensors=tensors)), facts_of_model(model)
+    try:
+        facts, known = facts_beside(replace(chosen, tensors=tensors)), facts_of_model(model)
+    except WeightsError:  # its function is none of ours, which is no fault of timm's own model
+        facts = known = Facts()
     for fact in ("heads", "eps", "gelu", "pool", "tokens_norm"):
         told, has = getattr(facts, fact), getattr(known, fact)
         if None not in (told, has) and told != has:
