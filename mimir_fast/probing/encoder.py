@@ -18,7 +18,7 @@ from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.facts import Asked
 from mimir_fast.models.identify import infer_architecture, pool_of
 from mimir_fast.models.loading import initialize
-from mimir_fast.models.normalization import Statistics, choice_note, fields_of
+from mimir_fast.models.normalization import Statistics, choice_note, fields_of, words
 from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 
@@ -117,5 +117,5 @@ def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | No
         pool = "mean" if averaged else "auto"
     norm = model.fc_norm if pool == "mean" else None
     encoder = FrozenEncoder(model, model.forward_features, model.encoder.num_prefix, pool, norm, model.encoder.width)
-    note = choice_note(weights.normalization, asked)
+    note = choice_note(weights.normalization, asked) or (f"{words(asked)}, as asked" if asked else None)
     return encoder, [str(report), *([note] if note else [])]
