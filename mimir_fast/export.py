@@ -25,9 +25,11 @@ from mimir_fast.exporting.formats import FORMATS, Format
 from mimir_fast.exporting.original import Domain, Original
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.layers.norms import is_adapter
+from mimir_fast.models.facts import Asked
 from mimir_fast.models.loading import inspect_weights
 from mimir_fast.models.normalization import check_statistics, choice_note, pair
 from mimir_fast.models.weight_files import WeightsChoice, read_weights
+from mimir_fast.sizes import Size, as_size
 from mimir_fast.validation import without
 
 FOLDER = {"config.json", "preprocessor_config.json", "model.safetensors"}
@@ -51,6 +53,15 @@ class ExportConfig:
     """Of a file with several encoders, the name of the one to take, such as teacher."""
     domain: Literal["", "clean", "adversarial"] = ""
     """Of weights with adapters (AEMIM), whose norms and cls token; clean when not said. safetensors keeps both."""
+    options: tuple[str, ...] = ()
+    """What the file does not say and no tensor shows, as in training (--model.options): heads=12 eps=1e-5 gelu=tanh of
+    ViT, tokens_norm=false of XCiT. The report of what was loaded lists what is assumed."""
+    global_pool: Literal["auto", "avg", "cls"] = "auto"
+    """What the head looks at: the mean of the patch tokens or the cls token; auto: as the file says, else as its norms
+    show."""
+    image_size: Size | None = None
+    """Of the images it was trained on, in pixels, or height and width; left out: as the file says or its tensors
+    show."""
     mean: tuple[float, ...] | None = None
     """The mean that the model takes out of images in [0, 1], one number a channel; left out: as the weights say."""
     std: tuple[float, ...] | None = None
@@ -63,6 +74,8 @@ class ExportConfig:
     def __post_init__(self) -> None:
         FORMATS.find(self.format).check_name(Path(self.output))
         check_statistics(self.mean, self.std, None)
+        self.options = tuple(self.options)
+        self.image_size = None if self.image_size is None else as_size(self.image_size)
 
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""
@@ -81,7 +94,8 @@ def export(config: ExportConfig) -> Path:
     form, path = FORMATS.find(config.format), Path(config.output)
     form.check_installed()
     _check_free(form, path, config.overwrite)
-    weights = read_weights(config.source, config.weights, config.part)
+    said = Asked(config.options, config.global_pool, config.image_size)
+    weights = read_weights(config.source, config.weights, config.part, said)
     domain: Domain = config.domain or "clean"
     if not config.domain and form.name != "safetensors" and any(is_adapter(name) for name in weights.tensors):
         print(

@@ -14,7 +14,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import tyro
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
@@ -27,14 +27,16 @@ from mimir_fast.evaluation.results import Results
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.hub_card import card, public_config
 from mimir_fast.models.classifier import Classifier, load_classifier
+from mimir_fast.models.facts import Asked
 from mimir_fast.models.families import describe
 from mimir_fast.models.file_names import to_files
-from mimir_fast.models.loading import infer_architecture
+from mimir_fast.models.identify import infer_architecture, record_of
+from mimir_fast.models.loading import inspect_weights
 from mimir_fast.models.masked_loading import load_masked_model
 from mimir_fast.models.masked_model import MaskedModel
-from mimir_fast.models.normalization import Statistics, to_metadata
+from mimir_fast.models.normalization import Statistics, check_statistics, choice_note, pair, to_metadata
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
-from mimir_fast.sizes import said
+from mimir_fast.sizes import Size, as_size, said
 from mimir_fast.training.ownership import is_run
 from mimir_fast.validation import without
 
@@ -61,32 +63,39 @@ class _OnTheHub(ModelHubMixin):
     statistics: Statistics | None
 
     @classmethod
-    def from_run(cls, source: str | Path, which: WeightsChoice = "auto", results: str | Path | None = None) -> Self:
+    def from_run(
+        cls, source: str | Path, which: WeightsChoice = "auto", results: str | Path | None = None, *, part: str = "",
+        asked: Asked | None = None, statistics: Statistics | None = None,
+    ) -> Self:  # fmt: skip
         """The model of a run, with what is known of it, ready for `save_pretrained` and `push_to_hub`.
 
         Args:
             source: a run or checkpoint folder, a .safetensors or .pth file, timm:NAME.
             which: `model`, `ema`, or `auto` for the moving average where there is one.
             results: results.json of an evaluation; the run's newest if there is one and this is None.
+            part: which of several encoders in a file.
+            asked: what the user says of a file.
+            statistics: (mean, std) to normalise by, in place of what the weights say.
         Raises:
             WeightsError: unreadable, or a model of another kind.
             FileNotFoundError, ValueError: `results` is named and is no evaluation of ours.
         """
-        weights = read_weights(source, which)
+        weights = read_weights(source, which, part, asked)
         architecture, _ = infer_architecture(weights)
-        model = cls._load(weights)
+        model = cls._load(weights, statistics)
         # As torch's parametrizations do: the same object with more methods, so no weight is copied.
         model.__class__ = cls
-        model.run_config = public_config(weights.config or {})
+        model.run_config = public_config(record_of(weights, architecture))
         model.outline = (
             f"{describe(architecture)}, patch {architecture.patch_size}, images of {said(architecture.image_size)}"
         )
-        model.statistics = weights.normalization and weights.statistics(architecture.channels)
+        known = weights.normalization or statistics
+        model.statistics = known and weights.statistics(architecture.channels, statistics)
         model.results = _results_of(source, results)
         return model
 
     @classmethod
-    def _load(cls, weights: Weights) -> Any:
+    def _load(cls, weights: Weights, statistics: Statistics | None) -> Any:
         raise NotImplementedError
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -135,8 +144,8 @@ class HubClassifier(_OnTheHub, Classifier):
     kind = "classifier"
 
     @classmethod
-    def _load(cls, weights: Weights) -> Classifier:
-        return load_classifier(weights)
+    def _load(cls, weights: Weights, statistics: Statistics | None) -> Classifier:
+        return load_classifier(weights, statistics=statistics)
 
 
 class HubMaskedModel(_OnTheHub, MaskedModel):
@@ -145,8 +154,8 @@ class HubMaskedModel(_OnTheHub, MaskedModel):
     kind = "masked autoencoder"
 
     @classmethod
-    def _load(cls, weights: Weights) -> MaskedModel:
-        return load_masked_model(weights)[0]
+    def _load(cls, weights: Weights, statistics: Statistics | None) -> MaskedModel:
+        return load_masked_model(weights, statistics=statistics)[0]
 
 
 def refuse_others_files(folder: Path) -> None:
@@ -215,6 +224,21 @@ class HubConfig:
     """Make a repository that does not exist yet a private one."""
     weights: WeightsChoice = "auto"
     """The trained weights (model), their moving average (ema), or the average where there is one (auto)."""
+    part: str = ""
+    """Of a file with several encoders, the name of the one to take, such as teacher."""
+    options: tuple[str, ...] = ()
+    """What a file does not say and no tensor shows, as in training (--model.options): heads=12 eps=1e-5 gelu=tanh of
+    ViT, tokens_norm=false of XCiT."""
+    global_pool: Literal["auto", "avg", "cls"] = "auto"
+    """What the head looks at: the mean of the patch tokens or the cls token; auto: as the file says, else as its norms
+    show."""
+    image_size: Size | None = None
+    """Of the images it was trained on, in pixels, or height and width; left out: as the file says or its tensors
+    show."""
+    mean: tuple[float, ...] | None = None
+    """The mean that the model takes out of images in [0, 1], one number a channel; left out: as the weights say."""
+    std: tuple[float, ...] | None = None
+    """The deviation."""
     results: str | None = None
     """results.json of an evaluation for the card; left out: the run's newest."""
     license: str = LICENSE
@@ -225,6 +249,9 @@ class HubConfig:
     def __post_init__(self) -> None:
         if not self.output and not self.repo_id:
             raise ValueError("name a folder (--output hub/NAME) or a repository (--repo_id you/NAME)")
+        check_statistics(self.mean, self.std, None)
+        self.options = tuple(self.options)
+        self.image_size = None if self.image_size is None else as_size(self.image_size)
 
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""
@@ -238,9 +265,17 @@ def publish(config: HubConfig) -> None:
         WeightsError: the source cannot be read.    OSError: the folder cannot be written, the Hub not be reached.
     """
     kind: type[HubClassifier] | type[HubMaskedModel]
-    _, num_classes = infer_architecture(weights := read_weights(config.source, config.weights))
+    asked, statistics = Asked(config.options, config.global_pool, config.image_size), pair(config.mean, config.std)
+    weights = read_weights(config.source, config.weights, config.part, asked)
+    _, num_classes = infer_architecture(weights)
+    _, report = inspect_weights(weights)
+    print(report)
+    if note := choice_note(weights.normalization, statistics):
+        print(note)
     kind = HubMaskedModel if "decoder_pred.weight" in weights.tensors or num_classes is None else HubClassifier
-    model = kind.from_run(config.source, config.weights, config.results)
+    model = kind.from_run(
+        config.source, config.weights, config.results, part=config.part, asked=asked, statistics=statistics
+    )  # fmt: skip
     words = {"license": config.license} | ({"repo_id": config.repo_id} if config.repo_id else {})
     if config.output:
         model.save_pretrained(config.output, model_card_kwargs=words)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from mimir_fast.cli import parse, peek, run
 from mimir_fast.evaluate import data_of
 from mimir_fast.extensions import load_extensions
+from mimir_fast.models.facts import Asked
 from mimir_fast.models.normalization import pair
 from mimir_fast.probing.config import ProbingConfig
 from mimir_fast.probing.encoder import open_encoder
@@ -37,7 +38,7 @@ def probe(config: ProbingConfig) -> list[Outcome]:
 
     encoder, notes = open_encoder(
         config.checkpoint, config.data, config.weights, config.pool, part=config.part,
-        statistics=pair(config.mean, config.std),
+        statistics=pair(config.mean, config.std), asked=Asked(config.options),
     )  # fmt: skip
     for note in notes:
         log(note)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from mimir_fast.evaluation.door import at_the_door
 from mimir_fast.evaluation.timm_files import fill
 from mimir_fast.evaluation.wrappers import FromProbabilities, Normalized, Opaque
+from mimir_fast.models.facts import Asked
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Statistics, choice_note, name_of, pair
 from mimir_fast.models.opening import weights_only
@@ -109,7 +110,7 @@ def _bytes_of(value: Any) -> bytes:
 def load_model(
     spec: str, *, num_classes: int | None, device: torch.device, channels: int = 3, weights: Choice = "auto",
     image_size: Size | None = None, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
-    probabilities: bool = False, part: str = "",
+    probabilities: bool = False, part: str = "", told: Asked | None = None,
 ) -> JudgedModel:  # fmt: skip
     """The model `spec` names.
 
@@ -120,13 +121,21 @@ def load_model(
         part: of a file with several encoders, which.
         mean, std: normalise by these, in place of what the model brings.
         probabilities: the model returns probabilities; their logarithm is evaluated.
+        told: what the user says of weights that become a model of ours.
     Raises:
         FileNotFoundError: it looks like a path and there is none.
         ValueError: none of the kinds, or a checkpoint without a classification head.
         ImportError: the module or the package it needs cannot be imported, or weights cannot be downloaded.
     """
     asked = pair(mean, std)
-    judged = _find(spec, num_classes, channels, device, weights, image_size, asked, part)
+    judged = _find(spec, num_classes, channels, device, weights, image_size, asked, part, told or Asked())
+    if judged.kind != "mimir_fast" and told not in (None, Asked()):
+        raise ValueError(
+            f"--checkpoint {spec} brings a whole model ({judged.kind}): leave --options and --global_pool out, they "
+            "say what weights do not"
+        )
+    if judged.kind not in ("mimir_fast", "timm") and part:
+        raise ValueError(f"--checkpoint {spec} is one model ({judged.kind}): leave --part out")
     if asked is not None:
         if judged.kind != "mimir_fast":  # ours has its own inside
             inner = judged.module
@@ -147,13 +156,13 @@ def load_model(
 
 def _find(
     spec: str, num_classes: int | None, channels: int, device: torch.device, weights: Choice, image_size: Size | None,
-    asked: Statistics | None, part: str,
+    asked: Statistics | None, part: str, told: Asked,
 ) -> JudgedModel:  # fmt: skip
     path = Path(spec)
     if weights != "auto" and not path.is_dir() and not (weights == "ema" and path.is_file()):
         raise ValueError(f"--weights {weights} chooses among the checkpoints of a run folder; {spec} is none")
     if spec.startswith(("timm:", "hf-hub:")):
-        return _timm(spec, num_classes, channels, image_size)
+        return _timm(spec, num_classes, channels, image_size, part)
     if spec.startswith("robustbench:"):
         return _robustbench(spec)
     if path.suffix == ".pt2" and path.is_file():
@@ -170,7 +179,7 @@ def _find(
             "(python -m mimir_fast.export … --format pt2)"
         )
     if path.exists():
-        return _ours(spec, num_classes, weights, asked, part, image_size)
+        return _ours(spec, num_classes, weights, asked, part, image_size, told)
     if ":" in spec and "/" not in spec:
         return _function(spec)
     raise FileNotFoundError(f"--checkpoint {spec}: there is no such file or folder; a model is given as {KINDS}")
@@ -212,10 +221,11 @@ def _exported(spec: str, channels: int, device: torch.device, image_size: Size |
 
 
 def _ours(
-    spec: str, num_classes: int | None, weights: Choice, asked: Statistics | None, part: str, image_size: Size | None
-) -> JudgedModel:
+    spec: str, num_classes: int | None, weights: Choice, asked: Statistics | None, part: str, image_size: Size | None,
+    told: Asked,
+) -> JudgedModel:  # fmt: skip
     from mimir_fast.checkpoints.reading import resolve_checkpoint
-    from mimir_fast.models.classifier import classifier_of
+    from mimir_fast.models.classifier import classifier_of, unseen_of
     from mimir_fast.models.opening import find_file
     from mimir_fast.models.weight_files import WeightsChoice, read_weights
 
@@ -224,11 +234,13 @@ def _ours(
     if path.is_dir() and ((path / "meta.json").exists() or find_file(path) is None):
         path = resolve_checkpoint(path, "last" if weights == "ema" else weights)
         words = f"{path.name} checkpoint" + {"model": ", trained weights", "ema": ", moving average"}.get(kind, "")
-    read = read_weights(path, kind, part)
+    read = read_weights(path, kind, part, told)
     module, report = classifier_of(read, num_classes=num_classes, statistics=asked, image_size=image_size)
     notes = [*report.notes, *([note] if (note := choice_note(read.normalization, asked)) else [])]
     inside = _inside(module.normalizer.statistics)
-    return JudgedModel(module, spec, "mimir_fast", inside, notes, words, report=report)
+    # The same tensors compute something else with other heads.
+    code = " ".join(unseen_of(read, module))
+    return JudgedModel(module, spec, "mimir_fast", inside, notes, words, code=code, report=report)
 
 
 def timm_settings(spec: str) -> dict[str, Any]:
@@ -259,13 +271,17 @@ def _made_for(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value}
 
 
-def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | None) -> JudgedModel:
+def _timm(
+    spec: str, num_classes: int | None, channels: int, image_size: Size | None, part: str
+) -> JudgedModel:  # fmt: skip
     import timm
 
     name, _, weights = spec.removeprefix("timm:").partition("@")
     if spec.startswith("timm:") and not timm.is_model(name.split(".")[0]):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise ValueError(f"timm has no model {name!r}; near it: {near or 'none, see timm.list_models()'}")
+    if part and weights in ("", "random"):
+        raise ValueError(f"--part {part} chooses among the encoders of a file: leave it out with {spec}")
     notes, said = list[str](), None
     sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     made_for = timm_settings(spec)
@@ -277,7 +293,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | 
                 f"{spec}: there is no file {weights}; timm:{name}@FILE wants a weights file of timm's"
             )
         model = _create(name, image_size, made_for, **sizes)
-        said, found = fill(model, Path(weights), name)
+        said, found = fill(model, Path(weights), name, part)
         notes += found
     elif weights == "random":
         model, random = _create(name, image_size, made_for, **sizes), "the weights are random: nothing was trained"

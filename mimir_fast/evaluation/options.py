@@ -38,6 +38,12 @@ class CommonOptions:
     ema."""
     part: str = ""
     """Of a file with several encoders, the name of the one to evaluate, such as teacher."""
+    options: tuple[str, ...] = ()
+    """What a file of weights does not say and no tensor shows, as in training (--model.options): heads=12 eps=1e-5
+    gelu=tanh of ViT, tokens_norm=false of XCiT. The report of what was loaded lists what is assumed."""
+    global_pool: Literal["auto", "avg", "cls"] = "auto"
+    """What the head in a file of weights looks at: the mean of the patch tokens or the cls token; auto: as the file
+    says, else as its norms show."""
     norm: Norm = "linf"
     """Shape of the ball: linf, l2 or l1."""
     eps: float = 8 / 255
@@ -82,6 +88,7 @@ class CommonOptions:
     def __post_init__(self) -> None:
         check_finite(self)
         self.imports = tuple(dict.fromkeys(self.imports))
+        self.options = tuple(self.options)
         check_number("seed", self.seed, at_least=0, below=2**63)
         if self.norm == "linf" and not 0 < self.eps <= 1:
             raise ValueError(

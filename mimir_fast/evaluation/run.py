@@ -36,6 +36,7 @@ from mimir_fast.evaluation.report import render
 from mimir_fast.evaluation.results import PACKAGES, Results, birth_certificate, command_of, conclude
 from mimir_fast.evaluation.sanity import inspect_model
 from mimir_fast.evaluation.topic import Setup, Topic, all_topics
+from mimir_fast.models.facts import Asked
 from mimir_fast.training.distributed import World, start_world, stop_world
 from mimir_fast.versions import version_of
 
@@ -137,7 +138,7 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
 
     model = load(
         config.checkpoint, weights=config.weights, part=config.part, mean=config.mean, std=config.std,
-        probabilities=config.outputs == "probabilities",
+        probabilities=config.outputs == "probabilities", told=Asked(config.options, config.global_pool),
     )  # fmt: skip
     made = model.made_for
     interpolation = made.get("interpolation", "bicubic") if config.interpolation == "auto" else config.interpolation
@@ -151,7 +152,8 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
     def load_other(spec: str) -> nn.Module:
         other = load(spec)
         inspect_model(other.module, x, source.num_classes, source.name)
-        notes.extend(f"{spec}: {note}" for note in other.notes)
+        assumed = [] if other.report is None or not other.report.assumed else [other.report.assumption]
+        notes.extend(f"{spec}: {note}" for note in [*other.notes, *assumed])
         return other.module
 
     features, topics = has_features(model.module), all_topics()

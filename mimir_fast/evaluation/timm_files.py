@@ -2,18 +2,20 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from mimir_fast.checkpoints.reading import WeightsError
-from mimir_fast.models.layouts.timm import without_derived
+from mimir_fast.models.facts import Facts
+from mimir_fast.models.layouts.timm import facts_beside, facts_of_model, without_derived
 from mimir_fast.models.normalization import Statistics, from_file
 from mimir_fast.models.opening import open_file
 from mimir_fast.models.parts import choose, find_parts
 
 
-def fill(model: nn.Module, path: Path, name: str) -> tuple[Statistics | None, list[str]]:
+def fill(model: nn.Module, path: Path, name: str, part: str = "") -> tuple[Statistics | None, list[str]]:
     """Load a file into timm's model `name`: (the normalisation that the file says, notes for the report).
 
     Raises:
@@ -23,13 +25,14 @@ def fill(model: nn.Module, path: Path, name: str) -> tuple[Statistics | None, li
     # A name that no longer name of the same model ends in, so that the prefix in front of it is the file's.
     anchor = next(n for n in own if not any(other.endswith("." + n) for other in own))
     try:
-        part = choose(found := find_parts(opened.content, {}, [anchor], str(path)), "auto", "", str(path))
+        beside = {**opened.configs, "metadata": opened.metadata}
+        chosen = choose(found := find_parts(opened.content, beside, [anchor], str(path)), "auto", part, str(path))
     except WeightsError as error:
         if "holds no" not in str(error):
             raise
         raise WeightsError(f"{path} does not fit timm's {name}: there is no {anchor} in it") from error
-    notes = [f"the file holds several models: {'.'.join(part.path) or 'the outer one'} is judged"] * (len(found) > 1)
-    tensors, _ = without_derived(part.tensors)
+    notes = [f"the file holds several models: {'.'.join(chosen.path) or 'the outer one'} is judged"] * (len(found) > 1)
+    tensors, _ = without_derived(chosen.tensors)
     if _misfits(tensors, own):
         # timm's own renaming and resizing of older files.
         renew = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -40,7 +43,18 @@ def fill(model: nn.Module, path: Path, name: str) -> tuple[Statistics | None, li
     if misfits := _misfits(tensors, own):
         raise WeightsError(f"{path} does not fit timm's {name}: {misfits}")
     model.load_state_dict(tensors)
-    return from_file(None, opened.metadata), notes
+    try:
+        facts, known = facts_beside(replace(chosen, tensors=tensors)), facts_of_model(model)
+    except WeightsError:  # its function is none of ours, which is no fault of timm's own model
+        facts = known = Facts()
+    for fact in ("heads", "eps", "gelu", "pool", "tokens_norm"):
+        told, has = getattr(facts, fact), getattr(known, fact)
+        if None not in (told, has) and told != has:
+            raise WeightsError(
+                f"{path} says {fact} {told}, timm's {name} has {has}: give the file alone (--checkpoint)"
+            )
+    statistics = None if facts.mean is None or facts.std is None else (facts.mean, facts.std)
+    return from_file(None, opened.metadata) or statistics, notes
 
 
 def _misfits(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

@@ -15,7 +15,7 @@ from mimir_fast.models.classifier import Classifier, load_classifier
 from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.families import Architecture, build_encoder
 from mimir_fast.models.file_names import DECODER
-from mimir_fast.models.loading import infer_architecture
+from mimir_fast.models.identify import infer_architecture
 from mimir_fast.models.normalization import Normalizer, Statistics, to_metadata
 from mimir_fast.models.weight_files import Weights, WeightsError
 from mimir_fast.ops.patches import patchify

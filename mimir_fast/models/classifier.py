@@ -22,7 +22,8 @@ from mimir_fast.layers.norms import LayerNorm, NoNorm
 from mimir_fast.models.branches import Branches, DropPathLaw
 from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
 from mimir_fast.models.file_names import Parted
-from mimir_fast.models.loading import LoadReport, fill, infer_architecture
+from mimir_fast.models.identify import assumed_size, infer_architecture, pool_of
+from mimir_fast.models.loading import LoadReport, fill
 from mimir_fast.models.normalization import (
     NormalizationName,
     Normalizer,
@@ -72,7 +73,7 @@ class ClassifierConfig:
     options: tuple[str, ...] = ()
     """What the family can do beside its plain form, as NAME or NAME=VALUE: of ViT heads, eps, gelu, layer_scale,
     qk_norm, pre_norm, distilled, registers, no_prefix_positions, no_cls_token, norm_before_pool, qkv_bias, mlp_ratio,
-    width, depth."""
+    width, depth; of XCiT tokens_norm; of CaiT, ConViT and XCiT norm_before_pool."""
     mean: tuple[float, ...] | None = None
     """The mean as numbers, one a channel, of images in [0, 1], in place of a name's."""
     std: tuple[float, ...] | None = None
@@ -259,6 +260,15 @@ def load_classifier(
     )[0]
 
 
+def unseen_of(weights: Weights, model: Classifier) -> list[str]:
+    """What no tensor shows of a classifier of these weights, as it is typed, without what is usual."""
+    architecture = model.config.architecture(model.image_size, model.channels)
+    unseen = find_family(architecture.family).unseen
+    texts = option_texts({name: value for name, value in architecture.options.items() if name in unseen})
+    pool, usual = model.config.global_pool, pool_of(Weights(weights.tensors, weights.origin), architecture)
+    return [*texts, *([f"pool={pool}"] if pool != usual else [])]
+
+
 def classifier_of(
     weights: Weights, *, num_classes: int | None = None, statistics: Statistics | None = None,
     options: Sequence[str] = (), image_size: Size | None = None,
@@ -281,16 +291,19 @@ def classifier_of(
             f"{weights.origin} has {found_classes} classes, the data has {num_classes}: "
             "choose the data set it was trained on (--data.source)"
         )
+    if (pool := pool_of(weights, architecture)) not in ("avg", "cls"):
+        raise WeightsError(
+            f"{weights.origin} pools its tokens by {pool}, which no classifier of ours does: evaluate its own model as "
+            "module:function, or fine-tune from it with a pooling of ours"
+        )
     saved = (weights.config or {}).get("model", {})
     names = {f.name for f in fields(ClassifierConfig)}
-    family, found = find_family(architecture.family), architecture.options
     norm_first = "fc_norm.weight" not in weights.tensors
-    takes_cls = norm_first and "cls_token" in weights.tensors and "norm_before_pool" not in found
-    pool = weights.facts.pool or ("cls" if takes_cls and not family.norm_before_pool else "avg")
-    shown = {"family": family.name, "encoder": architecture.size, "patch_size": architecture.patch_size,
-             "global_pool": pool, "options": option_texts(found)}  # fmt: skip
+    shown = {"family": architecture.family, "encoder": architecture.size, "patch_size": architecture.patch_size,
+             "global_pool": pool, "options": option_texts(architecture.options)}  # fmt: skip
     shown |= fields_of(weights.statistics(architecture.channels, statistics))
     config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)
     model = Classifier(config, architecture.image_size, found_classes, architecture.channels, norm_first)
     report = fill(model, weights, whole=True)
+    report.assumed += assumed_size(weights, architecture, image_size)
     return model.eval(), report

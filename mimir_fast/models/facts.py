@@ -5,6 +5,7 @@ it; what nobody says stays None, is assumed by whoever builds the model, and is 
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
@@ -19,9 +20,12 @@ class Facts:
     Attributes:
         heads: attention heads of the encoder; of the first stage where it has stages.
         eps: added to the variance in the encoder's layer norms.
-        gelu: the exact function (erf), or its approximation by tanh or a sigmoid (quick).
+        gelu: the exact function (erf), or its approximation by tanh or a sigmoid (quick); any other word is of a
+            function that no encoder of ours has.
         mean, std: subtracted from and divided out of images in [0, 1], one number a channel.
-        pool: what the head looks at, the mean of the patch tokens or the cls token.
+        tokens_norm: the last norm of XCiT's class attention is of all tokens, not of the cls token alone.
+        pool: what the head looks at, the mean of the patch tokens (avg) or the cls token (cls); any other word, such as
+            timm's max, is of a pooling that no classifier of ours has.
         image_size: of the images it was trained on, in pixels.
         decoder_heads: attention heads of the decoder.
         norm_pixels: the decoder predicts patches of zero mean and unit variance.
@@ -30,10 +34,11 @@ class Facts:
 
     heads: int | None = None
     eps: float | None = None
-    gelu: Literal["erf", "tanh", "quick"] | None = None
+    gelu: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    pool: Literal["avg", "cls"] | None = None
+    tokens_norm: bool | None = None
+    pool: str | None = None
     image_size: Size | None = None
     decoder_heads: int | None = None
     norm_pixels: bool | None = None
@@ -48,18 +53,70 @@ class Facts:
         return replace(self, **{name: value for name, value in others.known() if getattr(self, name) is None})
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a user says of weights, by flags; it goes before what the file says.
+
+    Attributes:
+        options: what no tensor shows, as it is typed: heads=12, eps=1e-5, gelu=tanh.
+        pool: what the head looks at; `auto` is as the file says.
+        image_size: of the images they were trained on.
+    """
+
+    options: tuple[str, ...] = ()
+    pool: Literal["auto", "avg", "cls"] = "auto"
+    image_size: Size | None = None
+
+
 def facts_of_args(args: Any) -> Facts:
     """From the options a training script saved: the MIMIR authors', MAE's and timm's names."""
-    said = args if isinstance(args, dict) else vars(args) if hasattr(args, "__dict__") else {}
-    size = said.get("input_size", said.get("img_size"))
-    norm_pixels, pool = said.get("norm_pix_loss"), said.get("global_pool")
-    return Facts(
+    said = named(args)
+    norm_pixels, sizes = said.get("norm_pix_loss"), map(size_said, (said.get("input_size"), said.get("img_size")))
+    ours = Facts(
+        heads=_count(said.get("num_heads")),
         mean=numbers(said.get("mean")),
         std=numbers(said.get("std")),
-        image_size=size_said(size),
+        image_size=next((size for size in sizes if size is not None), None),
         norm_pixels=norm_pixels if isinstance(norm_pixels, bool) else None,
-        pool=None if not isinstance(pool, bool) else "avg" if pool else "cls",
+        pool=pool_said(said.get("gp")) or pool_said(said.get("global_pool")),
     )
+    return facts_of_arguments(said.get("model_kwargs")).over(ours)
+
+
+def facts_of_arguments(arguments: Any) -> Facts:
+    """From arguments of timm's classes and entry points, by name."""
+    said, act = named(arguments), named(arguments).get("act_layer")
+    eps = re.search(r"\beps=([\d.e-]+)", str(said.get("norm_layer", "")))
+    tokens_norm = said.get("tokens_norm")
+    return Facts(
+        heads=_count(said.get("num_heads")),
+        eps=float(eps[1]) if eps else None,
+        gelu=GELUS.get(act, act) if isinstance(act, str) else None,
+        tokens_norm=tokens_norm if isinstance(tokens_norm, bool) else None,
+        pool=pool_said(said.get("global_pool")),
+        image_size=size_said(said.get("img_size")),
+    )
+
+
+GELUS = {"gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}
+"""timm's names → ours."""
+
+
+def named(values: Any) -> dict[str, Any]:
+    """A dict, or the attributes of an object; {} for anything else."""
+    return values if isinstance(values, dict) else dict(getattr(values, "__dict__", {}))
+
+
+def pool_said(value: Any) -> str | None:
+    """MAE's switch or timm's word, under our names."""
+    if isinstance(value, bool):
+        return "avg" if value else "cls"
+    words = {"token": "cls", "fast": "avg", "fastavg": "avg"}
+    return words.get(value, value) if isinstance(value, str) and value else None
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def size_said(value: Any) -> Size | None:

@@ -7,6 +7,13 @@ from pathlib import Path
 from mimir_fast.checkpoints.durable import write_text
 
 FILE_NAME = "weights.json"
+FIXED = " (in all of ours)"
+"""Marks an assumption that no flag changes."""
+_FLAGS = {
+    "heads": "--options heads=12", "eps": "--options eps=1e-5", "GELU": "--options gelu=tanh",
+    "tokens_norm": "--options tokens_norm=false", "pooling": "--global_pool avg", "normalisation": "--mean … --std …",
+    "images": "--image_size",
+}  # fmt: skip
 
 
 @dataclass
@@ -38,6 +45,11 @@ class LoadReport:
         """Names that are in the file and not in the model."""
         return list(self.reasons)
 
+    @property
+    def assumption(self) -> str:
+        """What is assumed, as a line."""
+        return f"assumed  {', '.join(self.assumed)}: the file does not say"
+
     def by_reason(self) -> dict[str, list[str]]:
         """Reason → the names that were skipped for it."""
         groups: dict[str, list[str]] = {}
@@ -54,7 +66,15 @@ class LoadReport:
         if self.fresh:
             lines.append(f"  fresh    {', '.join(self.fresh) if len(self.fresh) <= 8 else summary(self.fresh)}")
         if self.assumed:
-            lines.append(f"  assumed  {', '.join(self.assumed)}: the file does not say")
+            free = [one for one in self.assumed if not one.endswith(FIXED)]
+            flags = [flag for word, flag in _FLAGS.items() if any(word in one.split() for one in free)]
+            said = ", ".join(flags).replace(", --options", "")
+            lines += [f"  {self.assumption}"]
+            lines += (
+                [f"           to say otherwise: {said} (in training --model.options and so on, --init_image_size)"]
+                if said
+                else []
+            )
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
 
     def save(self, folder: Path) -> Path:

@@ -8,8 +8,7 @@ Shapes: N patch tokens, D width, K classes.
 """
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,31 @@ from torch import Tensor, nn
 
 from mimir_fast.layers.norms import is_adapter
 from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.facts import size_said
+from mimir_fast.models.facts import Asked
 from mimir_fast.models.families import (
     Architecture,
     Family,
-    all_families,
     build_encoder,
     describe,
     find_family,
     informed,
     mask_unit_of,
     recognise,
-    why_not,
 )
 from mimir_fast.models.file_names import DECODER, to_files
+from mimir_fast.models.identify import (
+    assumed_of,
+    assumed_size,
+    infer_architecture,
+    is_run,
+    known_of,
+    outline,
+    overridden,
+    pool_of,
+)
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Normalizer, flags, same, words
-from mimir_fast.models.options import option_texts, parse_options
+from mimir_fast.models.options import option_texts
 from mimir_fast.models.patch_resize import with_patches_of
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.sizes import Size, area, divided, height_width
@@ -44,21 +51,14 @@ from mimir_fast.sizes import Size, area, divided, height_width
 __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_weights", "resize_positions"]
 
 _HEADS, _NORMS = ("head.", "head_dist."), ("fc_norm.", "norm.")
-# Part of a tensor's name → what to do about it.
-_HINTS = {
-    ".lora_": ": merge the adapters into the weights first (PEFT's merge_and_unload)",
-    "parametrizations": ": remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations)",
-    "_flat_param": ": save it with FULL_STATE_DICT",
-    "weight_scale": ": it is quantised, use the weights it was made of",
-    "q_bias": " (BEiT, EVA, Data2Vec): no family of ours has biases of queries and values alone",
-}
 _PIECE = 2**19  # numbers that stay in the cache
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def initialize(
-    model: nn.Module, source: str | Path | Weights, which: WeightsChoice = "auto", part: str = ""
-) -> LoadReport:
+    model: nn.Module, source: str | Path | Weights, which: WeightsChoice = "auto", part: str = "",
+    asked: Asked | None = None,
+) -> LoadReport:  # fmt: skip
     """Fill a classifier or a masked model from pre-trained (or fine-tuned) weights.
 
     The position embedding is resized to the model's grid, the projection of patches to its patch size; a head for
@@ -69,14 +69,15 @@ def initialize(
         model: a Classifier or a MaskedModel.
         source: anything `read_weights` reads, or weights already read.
         part: which of several encoders in a file.
+        asked: what the user says of a file.
     Returns:
         the report; print it.
     Raises:
         WeightsError: weights of another architecture, incomplete, or with NaN in them.
     """
-    weights = source if isinstance(source, Weights) else read_weights(source, which, part)
+    weights = source if isinstance(source, Weights) else read_weights(source, which, part, asked)
     own = to_files(model, model.state_dict())
-    theirs, _ = infer_architecture(weights, image_size=_size_of(model))
+    theirs, _ = infer_architecture(weights, into=_encoder_of(model))
     grids = _grids(theirs, model)
     tensors, resized = with_patches_of(weights.tensors, own)
     weights = replace(weights, tensors=dict(tensors))
@@ -85,6 +86,8 @@ def initialize(
     _check_architecture(weights, theirs, own, model)
     report = fill(model, weights, whole=False, grids=grids)
     report.resized = [*resized, *report.resized]
+    if find_family(theirs.family).image_size_in_tensors:
+        report.assumed += assumed_size(weights, theirs)
     return report
 
 
@@ -149,8 +152,11 @@ def fill(
         )
     if bad:
         report.notes.append(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do): so will what it computes")
-    if weights.config is None:
-        report.assumed = _assumed(model, weights, family)
+    if architecture is not None:
+        report.notes += overridden(weights, architecture, model)
+    if not is_run(weights):
+        pool = pool_of(weights, architecture) if architecture is not None and "head.weight" in ready else None
+        report.assumed = assumed_of(model, weights, family, pool)
     if not whole:
         _note_normalization(model, weights, report)
     report.loaded = list(ready)
@@ -165,7 +171,7 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     Raises:
         WeightsError: as `fill`.
     """
-    architecture, _ = infer_architecture(weights)
+    architecture, num_classes = infer_architecture(weights)
     with torch.device("meta"):
         encoder = build_encoder(architecture, final_norm="norm.weight" in weights.tensors)
     if any(is_adapter(name) for name in weights.tensors):
@@ -187,8 +193,11 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     _check_complete(report.fresh, {}, weights, whole=True)
     bad = [name for name in report.loaded if not _is_finite(weights.tensors[name])]
     report.notes = [*weights.notes, *(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" for _ in bad[:1])]
-    if weights.config is None:
-        report.assumed = _assumed(encoder, weights, find_family(architecture.family))
+    report.notes += overridden(weights, architecture, encoder)
+    if not is_run(weights):
+        pool = None if num_classes is None else pool_of(weights, architecture)
+        report.assumed = assumed_of(encoder, weights, find_family(architecture.family), pool)
+        report.assumed += assumed_size(weights, architecture)
     return architecture, report
 
 
@@ -244,10 +253,16 @@ def _resize(
     return None if family is None else family.resize(name, tensor, shape, *(grids or ()))
 
 
+def _encoder_of(model: nn.Module) -> Encoder | None:
+    """Of a model of ours."""
+    encoder = getattr(model, "encoder", model)
+    return encoder if isinstance(encoder, Encoder) else None
+
+
 def _size_of(model: nn.Module) -> Size | None:
     """Size of the images of a model of ours."""
-    encoder = getattr(model, "encoder", model)
-    return encoder.image_size if isinstance(encoder, Encoder) else None
+    encoder = _encoder_of(model)
+    return None if encoder is None else encoder.image_size
 
 
 def _grids(theirs: Architecture | None, model: nn.Module) -> tuple[Size, Size] | None:
@@ -312,22 +327,6 @@ def _model_words(model: nn.Module) -> str:
     return f"our {find_family(family).title}-{config.encoder}" if isinstance(family, str) else "the model"
 
 
-def _assumed(model: nn.Module, weights: Weights, family: Family | None) -> list[str]:
-    """What the model has and neither the tensors nor the file say."""
-    encoder, facts = getattr(model, "encoder", model), weights.facts
-    unseen = () if family is None else family.unseen
-    found = []
-    if "heads" in unseen and facts.heads is None and (heads := getattr(encoder, "num_heads", None)):
-        found.append(f"{heads} heads")
-    norm = next((part for part in model.modules() if isinstance(part, nn.LayerNorm)), None)
-    if facts.eps is None and norm is not None:
-        found.append(f"eps {norm.eps:g}")
-    normalizer = getattr(model, "normalizer", None)
-    if facts.mean is None and isinstance(normalizer, Normalizer):
-        found.append(words(normalizer.statistics).replace("normalization", "normalisation"))
-    return found
-
-
 def resize_positions(
     pos_embed_1TD: Tensor, num_rows: int, num_prefix: int | None = None, grids: tuple[Size, Size] | None = None
 ) -> Tensor:
@@ -353,74 +352,6 @@ def resize_positions(
     return torch.cat([pos_embed_1TD[:, :prefix], resized], dim=1)
 
 
-def infer_architecture(
-    weights: Weights, options: Sequence[str] = (), image_size: Size | None = None
-) -> tuple[Architecture, int | None]:
-    """The encoder, and the classes of the head if there is one: from the tensors, and from what the file says.
-
-    Args:
-        options: what no tensor shows, as it is typed: heads=12, eps=1e-5; goes before what was saved with the weights.
-        image_size: where the weights do not say theirs and it is no square, this is it if it fits their tensors.
-    Raises:
-        WeightsError: no encoder of ours has such tensors.
-        ValueError: options that the family does not know.
-    """
-    saved = _saved_size(weights)
-    architecture = recognise(weights.tensors, saved)
-    if saved is None and image_size is not None and not isinstance(image_size, int):
-        other = recognise(weights.tensors, image_size)
-        # As many patches in a square are taken for the square.
-        if architecture is None or not _is_square_of_as_many(architecture, other):
-            architecture = other
-    if architecture is None and (reason := why_not(weights.tensors)):
-        hint = next((words for mark, words in _HINTS.items() if mark in reason), "")
-        raise WeightsError(
-            f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours, or incomplete, because of "
-            f"{reason}{hint}"
-        )
-    if architecture is None:
-        known = "; ".join(
-            f"{family.title}: {', '.join(f'{name} ({words})' for name, words in family.sizes.items())}"
-            for family in all_families().values()
-        )
-        raise WeightsError(f"{weights.origin} ({_outline(weights.tensors)}) is no encoder of ours. Those are {known}")
-    family, config = find_family(architecture.family), (weights.config or {}).get("model") or {}
-    said = dict(weights.facts.known())
-    for texts in (config.get("options", ()), options):
-        said |= parse_options(texts, family.options, family.title)
-    architecture = informed(architecture, said)
-    if not family.image_size_in_tensors or (family.sized is None and isinstance(saved, tuple)):
-        architecture = replace(architecture, image_size=saved or image_size or architecture.image_size)
-    elif not isinstance(architecture.image_size, int) and architecture.image_size not in (saved, image_size):
-        positions = weights.tensors.get("pos_embed")
-        rows = "" if positions is None else f" (pos_embed is {tuple(positions.shape)})"
-        raise WeightsError(
-            f"{weights.origin} is of images that are no squares{rows}, and no tensor tells their height and width: "
-            "give --data.image_size HEIGHT WIDTH as it was trained with (evaluate and --init), or a run or file of ours"
-        )
-    head = weights.tensors.get("head.weight")
-    return architecture, None if head is None else len(head)
-
-
-def _is_square_of_as_many(one: Architecture, other: Architecture | None) -> bool:
-    return isinstance(one.image_size, int) and other is not None and area(one.image_size) == area(other.image_size)
-
-
-def _saved_size(weights: Weights) -> Size | None:
-    """Size of the images that the weights say they were trained on."""
-    said = ((weights.config or {}).get("data") or {}).get("image_size")
-    return weights.facts.image_size if said is None else size_said(said)
-
-
-def _outline(tensors: Mapping[str, Tensor]) -> str:
-    """Width, depth and patch of a plain vision transformer, for messages; the number of tensors of anything else."""
-    depth = 1 + max((int(n.split(".")[1]) for n in tensors if re.match(r"blocks\.\d+\.", n)), default=-1)
-    first = tensors.get("patch_embed.proj.weight")
-    if first is None or first.ndim != 4 or not depth:
-        return f"{len(tensors)} tensors"
-    return f"width {first.shape[0]}, depth {depth}, patch {first.shape[-1]}, {first.shape[1]} channels"
-
-
 def _check_architecture(
     weights: Weights, theirs: Architecture, own: dict[str, Tensor], model: nn.Module
 ) -> None:  # fmt: skip
@@ -430,8 +361,8 @@ def _check_architecture(
         if all(n in weights.tensors and weights.tensors[n].shape == shape for n, shape in same.items()):
             return
         raise WeightsError(
-            f"{weights.origin} is of another architecture: {_outline(weights.tensors)}; the model has "
-            f"{_outline(own)}. To use it: no encoder of ours has that width and depth"
+            f"{weights.origin} is of another architecture: {outline(weights.tensors)}; the model has "
+            f"{outline(own)}. To use it: no encoder of ours has that width and depth"
         )
     flags = {"family": "--model.family", "size": "--model.encoder", "patch_size": "--model.patch_size",
              "channels": "--data.channels"}  # fmt: skip
@@ -440,12 +371,13 @@ def _check_architecture(
     fixes = [f"{flag} {getattr(theirs, n)}" for n, flag in flags.items() if getattr(theirs, n) != getattr(ours, n)]
     # Where the final norm stands is the pooling's affair, a missing bias of q, k, v is a bias of zero, and of what the
     # file says nothing the flags are right.
-    family, said = find_family(theirs.family), {name for name, _ in weights.facts.known()}
-    silent = {name for name in family.unseen if name not in said} if weights.config is None else set()
+    family = find_family(theirs.family)
+    silent = {*family.unseen} - known_of(weights, family).keys() if not is_run(weights) else set()
     free = {"norm_before_pool", "qkv_bias", *silent}
     wanted, has = ({n: value for n, value in a.options.items() if n not in free} for a in (theirs, ours))
     if wanted != has:
-        texts = option_texts(wanted | {n: v for n, v in theirs.options.items() if n == "qkv_bias"})
+        kept = {n: v for n, v in ours.options.items() if n in silent}
+        texts = option_texts(wanted | kept | {n: v for n, v in theirs.options.items() if n == "qkv_bias"})
         fixes.append(f"--model.options {' '.join(texts)}" if texts else "leave --model.options out")
     if fixes:
         raise WeightsError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mimir_fast.layers.norms import SUFFIX, is_adapter
+from mimir_fast.models.facts import Asked
 from mimir_fast.models.file_names import to_files
 from mimir_fast.models.loading import LoadReport, initialize
 from mimir_fast.models.masked_model import MaskedModel
@@ -20,19 +21,21 @@ _PARTS = {"decoder": "decoder_pred.weight", "head": "head.weight"}
 
 
 def initialize_masked(
-    model: MaskedModel, source: str | Path | Weights, which: WeightsChoice = "auto", part: str = ""
-) -> LoadReport:
+    model: MaskedModel, source: str | Path | Weights, which: WeightsChoice = "auto", part: str = "",
+    asked: Asked | None = None,
+) -> LoadReport:  # fmt: skip
     """Fill a masked model from pre-trained weights.
 
     Args:
         source: anything `read_weights` reads, or weights already read.
         part: which of several encoders in a file.
+        asked: what the user says of a file.
     Returns:
         the report; print it. A note says whether decoder and head were loaded.
     Raises:
         WeightsError: weights of another architecture, or incomplete; see `initialize`.
     """
-    weights = source if isinstance(source, Weights) else read_weights(source, which, part)
+    weights = source if isinstance(source, Weights) else read_weights(source, which, part, asked)
     own = to_files(model, model.state_dict())
     copied = _copies(weights.tensors, own)
     report = initialize(model, replace(weights, tensors=weights.tensors | copied))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from mimir_fast.layers.norms import is_adapter
-from mimir_fast.models.loading import LoadReport, fill, infer_architecture
+from mimir_fast.models.identify import infer_architecture, is_run
+from mimir_fast.models.loading import LoadReport, fill
 from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, build_masked_model
 from mimir_fast.models.normalization import Statistics, fields_of
 from mimir_fast.models.options import option_texts
@@ -68,4 +69,6 @@ def masked_model_of(
     with torch.random.fork_rng([]):
         model = build_masked_model(config, architecture.image_size, architecture.channels, num_classes or 0)
     report = fill(model, weights, whole=True)
+    if config.decoder != "linear" and weights.facts.decoder_heads is None and not is_run(weights):
+        report.assumed.append(f"{DECODERS[config.decoder][2]} heads of the decoder")
     return model.eval().requires_grad_(False), report

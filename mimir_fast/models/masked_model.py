@@ -57,7 +57,8 @@ class ModelConfig:
     """Keep norm layers and cls token twice, for clean and for adversarial images; method aemim switches it on."""
     options: tuple[str, ...] = ()
     """What the family can do beside its plain form, as NAME or NAME=VALUE: of ViT heads, eps, gelu, layer_scale,
-    qk_norm, pre_norm, distilled, registers, no_prefix_positions, no_cls_token, qkv_bias, mlp_ratio, width, depth."""
+    qk_norm, pre_norm, distilled, registers, no_prefix_positions, no_cls_token, qkv_bias, mlp_ratio, width, depth; of
+    XCiT tokens_norm."""
     normalization: NormalizationName = "none"
     """Mean and deviation taken out of images where the encoder embeds them, as for MAE's public weights (imagenet);
     attack and reconstruction stay in [0, 1]."""

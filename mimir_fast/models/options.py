@@ -14,6 +14,14 @@ _SWITCH = {"true": True, "1": True, "false": False, "0": False}
 def parse_options(texts: Iterable[str], known: Mapping[str, Any], title: str) -> dict[str, Any]:
     """{name: value of the default's type} of NAME (true) and NAME=VALUE, without what is the default anyway.
 
+    Args and errors as of `typed_options`.
+    """
+    return differing(typed_options(texts, known, title), known)
+
+
+def typed_options(texts: Iterable[str], known: Mapping[str, Any], title: str) -> dict[str, Any]:
+    """The same with the defaults that are typed, which go before what somebody else says.
+
     Args:
         title: of the family, for messages.
     Raises:
@@ -28,7 +36,7 @@ def parse_options(texts: Iterable[str], known: Mapping[str, Any], title: str) ->
         if name in options:
             raise ValueError(f"option {name} of {title} is given twice")
         options[name] = _value(name, value if given else "true", known[name])
-    return differing(options, known)
+    return options
 
 
 def _value(name: str, text: str, default: Any) -> Any:

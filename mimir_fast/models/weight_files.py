@@ -22,7 +22,7 @@ from mimir_fast.checkpoints.reading import (
     resolve_checkpoint,
     saved_tensors,
 )
-from mimir_fast.models.facts import Facts
+from mimir_fast.models.facts import Asked, Facts
 from mimir_fast.models.families import all_families
 from mimir_fast.models.layouts import all_anchors, find_layout
 from mimir_fast.models.layouts.mimir_fast import config_of
@@ -49,6 +49,7 @@ class Weights:
         notes: what a user should know of these weights.
         layout: whose way of writing it is, as printed.
         left_out: name in the file → why it is no part of the function.
+        asked: what the user says of them, before all that they say.
     """
 
     tensors: dict[str, Tensor]
@@ -58,6 +59,7 @@ class Weights:
     notes: list[str] = field(default_factory=list)
     layout: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
+    asked: Asked = field(default_factory=Asked)
 
     @property
     def normalization(self) -> Statistics | None:
@@ -79,16 +81,23 @@ class Weights:
         return found
 
 
-def read_weights(source: str | Path, which: WeightsChoice = "auto", part: str = "") -> Weights:
+def read_weights(
+    source: str | Path, which: WeightsChoice = "auto", part: str = "", asked: Asked | None = None
+) -> Weights:  # fmt: skip
     """The weights in a folder, a file or timm's collection.
 
     Args:
         source: a run or checkpoint folder, a file or a folder of weights, or `timm:NAME`.
         which: the trained weights (`model`), their moving average (`ema`), or the average where there is one (`auto`).
         part: of a file with several encoders, the name of the one that is meant: `teacher`, `student` …
+        asked: what the user says of them.
     Raises:
         WeightsError: missing, truncated, unsafe, not a vision transformer's, or several encoders and no choice.
     """
+    return replace(_read(source, which, part), asked=asked or Asked())
+
+
+def _read(source: str | Path, which: WeightsChoice, part: str) -> Weights:
     if str(source).startswith("timm:"):
         return _read_timm(str(source).removeprefix("timm:"))
     path = Path(source).expanduser()

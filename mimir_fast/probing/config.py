@@ -33,6 +33,9 @@ class ProbingConfig:
     (auto)."""
     part: str = ""
     """Of a file with several encoders, the name of the one to take, such as teacher."""
+    options: tuple[str, ...] = ()
+    """What a file of weights does not say and no tensor shows, as in training (--model.options): heads=12 eps=1e-5
+    gelu=tanh of ViT, tokens_norm=false of XCiT. The report of what was loaded lists what is assumed."""
     mean: tuple[float, ...] | None = None
     """The mean that the encoder takes out of images in [0, 1], one number a channel, as 0.485 0.456 0.406 of MAE's
     public weights; left out: as the file says, else none."""
@@ -80,6 +83,7 @@ class ProbingConfig:
             tuple(dict.fromkeys(self.probes)),
             tuple(dict.fromkeys(self.label_fractions)),
         )
+        self.options = tuple(self.options)
         for name in ("neighbours", "epochs", "attentive_epochs", "attack_steps", "batch_size"):
             check_number(name, getattr(self, name), at_least=1)
         check_number("attack_images", self.attack_images, at_least=0)

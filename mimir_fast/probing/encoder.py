@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.adapters import load_model
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
-from mimir_fast.models.families import find_family
-from mimir_fast.models.loading import infer_architecture, initialize
-from mimir_fast.models.normalization import Statistics, choice_note, fields_of
+from mimir_fast.models.facts import Asked
+from mimir_fast.models.identify import infer_architecture, pool_of
+from mimir_fast.models.loading import initialize
+from mimir_fast.models.normalization import Statistics, choice_note, fields_of, words
 from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 from mimir_fast.probing.layers import layers_of
@@ -67,22 +68,24 @@ class FrozenEncoder(nn.Module):
 
 def open_encoder(
     source: str, data: DataConfig, weights: WeightsChoice = "auto", pool: Pool = "auto", *, part: str = "",
-    statistics: Statistics | None = None,
+    statistics: Statistics | None = None, asked: Asked | None = None,
 ) -> tuple[FrozenEncoder, list[str]]:  # fmt: skip
     """The encoder of a checkpoint or of any model with features, and what a reader of its numbers must know.
 
     Args:
         part: which of several encoders in a file.
         statistics: (mean, std) to normalise by, in place of what the file or model says.
+        asked: what the user says of a file.
     Raises:
         ValueError: the model shows no features.
         WeightsError: the file cannot be read, or holds no encoder of ours.
     """
     if Path(source).exists() and Path(source).suffix not in (".pt2", ".ts"):
-        return _ours(read_weights(source, weights, part), pool, data, statistics)
+        return _ours(read_weights(source, weights, part, asked), pool, data, statistics)
     judged = load_model(
         source, num_classes=None, device=torch.device("cpu"), channels=data.channels, image_size=data.image_size,
         mean=None if statistics is None else statistics[0], std=None if statistics is None else statistics[1],
+        part=part, told=asked,
     )  # fmt: skip
     model: Any = judged.module
     if not hasattr(getattr(model, "model", model), "forward_features"):
@@ -131,10 +134,10 @@ def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | No
             f"{weights.origin} is made for images of {made}, those of the data have {come}: give --data.image_size "
             f"{typed(wanted[0])} --data.channels {wanted[1]}"
         )
-    family = find_family(architecture.family)
-    normed_late = "fc_norm.weight" in weights.tensors
-    has_cls = "cls_token" in weights.tensors and "no_cls_token" not in architecture.options
-    averaged = normed_late or family.norm_before_pool or weights.facts.pool == "avg" or not has_cls
+    normed_late, pooled = "fc_norm.weight" in weights.tensors, pool_of(weights, architecture)
+    if pooled not in ("avg", "cls") and pool == "auto":
+        raise ValueError(f"{weights.origin} pools its tokens by {pooled}, which no probe does: give --pool mean or cls")
+    averaged = pooled != "cls"
     config = ClassifierConfig(
         family=architecture.family, encoder=architecture.size, patch_size=architecture.patch_size,
         global_pool="avg" if averaged else "cls", options=option_texts(architecture.options),
@@ -150,5 +153,5 @@ def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | No
     encoder = FrozenEncoder(
         model, model.forward_features, model.encoder.num_prefix, pool, norm, model.encoder.width, layers
     )
-    note = choice_note(weights.normalization, asked)
+    note = choice_note(weights.normalization, asked) or (f"{words(asked)}, as asked" if asked else None)
     return encoder, [str(report), *([note] if note else [])]

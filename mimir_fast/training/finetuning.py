@@ -18,12 +18,13 @@ from mimir_fast.methods.classification import ClassificationConfig, Classificati
 from mimir_fast.methods.probe import ProbeConfig, probe
 from mimir_fast.methods.registry import DEFAULT, Pass, all_methods, convert, find_method, passes_of
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier
+from mimir_fast.models.facts import Asked
 from mimir_fast.models.families import find_family, mask_unit_of
 from mimir_fast.models.freezing import check_freeze, freeze, frozen_part
 from mimir_fast.models.loading import LoadReport, initialize
 from mimir_fast.models.lora import LoraConfig, add_lora
 from mimir_fast.models.weight_files import WeightsChoice
-from mimir_fast.sizes import shown
+from mimir_fast.sizes import Size, as_size, shown
 from mimir_fast.training.distributed import World
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
@@ -56,6 +57,9 @@ class FinetuneConfig:
     """Of a checkpoint or file: its trained weights, their moving average, or the average where there is one."""
     init_part: str = ""
     """Of a file with several encoders, the name of the one to take, such as teacher."""
+    init_image_size: Size | None = None
+    """Of the images that a file's weights were trained on, in pixels, or height and width; asked for where it does not
+    say it and its tensors fit several."""
     freeze: str = ""
     """`encoder`, or a number of layers from the input on: what lies in front of them and they themselves do not train,
     0 the embedding alone. Batch norms in there keep their running statistics."""
@@ -72,6 +76,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         self.imports = tuple(dict.fromkeys(self.imports))
+        self.init_image_size = None if self.init_image_size is None else as_size(self.init_image_size)
         check_freeze(self.freeze)
         if self.lora.rank and self.freeze:
             raise ValueError(f"freeze={self.freeze} with lora.rank={self.lora.rank}: LoRA freezes the encoder already")
@@ -130,7 +135,8 @@ class Finetuning:
             self.init_report: LoadReport | None = None
             # A run that goes on has its weights in its own checkpoint.
             if config.init and not resumed:
-                self.init_report = initialize(model, config.init, config.init_weights, config.init_part)
+                asked = Asked(image_size=config.init_image_size)
+                self.init_report = initialize(model, config.init, config.init_weights, config.init_part, asked)
             freeze(model, model.encoder, config.freeze)
             if config.lora.rank:
                 add_lora(model, model.encoder, config.lora)

@@ -23,13 +23,14 @@ from mimir_fast.methods.registry import (
     find_method,
     passes_of,
 )
+from mimir_fast.models.facts import Asked
 from mimir_fast.models.families import find_family, mask_unit_of
 from mimir_fast.models.freezing import check_freeze, freeze, frozen_part
 from mimir_fast.models.loading import LoadReport
 from mimir_fast.models.masked_init import initialize_masked
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.models.weight_files import WeightsChoice
-from mimir_fast.sizes import shown
+from mimir_fast.sizes import Size, as_size, shown
 from mimir_fast.training.loop import RunConfig
 from mimir_fast.training.optimizer import OptimizerConfig
 from mimir_fast.training.pictures import grid
@@ -60,6 +61,9 @@ class PretrainConfig:
     """Of a checkpoint or file: its trained weights, their moving average, or the average where there is one."""
     init_part: str = ""
     """Of a file with several encoders, the name of the one to take, such as teacher."""
+    init_image_size: Size | None = None
+    """Of the images that a file's weights were trained on, in pixels, or height and width; asked for where it does not
+    say it and its tensors fit several."""
     freeze: str = ""
     """`encoder`, or a number of layers from the input on: what lies in front of them and they themselves do not train,
     0 the embedding alone. Batch norms in there keep their running statistics."""
@@ -74,6 +78,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         self.imports = tuple(dict.fromkeys(self.imports))
+        self.init_image_size = None if self.init_image_size is None else as_size(self.init_image_size)
         check_freeze(self.freeze)
         entry = find_method("pretrain", self.method)
         self.objective = convert(self.objective, entry.config)
@@ -169,7 +174,8 @@ class Pretraining:
             model = build_masked_model(config.model, config.data.image_size, config.data.channels, num_classes)
         self.init_report: LoadReport | None = None
         if config.init and not resumed:
-            self.init_report = initialize_masked(model, config.init, config.init_weights, config.init_part)
+            asked = Asked(image_size=config.init_image_size)
+            self.init_report = initialize_masked(model, config.init, config.init_weights, config.init_part, asked)
         freeze(model, model.encoder, config.freeze)
         self.model: nn.Module = model
         config.objective.check_model(self.model)

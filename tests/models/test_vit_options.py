@@ -104,7 +104,7 @@ def facts(model: VisionTransformer) -> tuple[str, ...]:
 def test_equals_timm(name: str, tmp_path: Path) -> None:
     theirs, path = of_timm(name, **EQUAL[name]), tmp_path / "timm.safetensors"
     save_file(theirs.state_dict(), path)
-    ours = load_classifier(path, options=facts(theirs))
+    ours = load_classifier(path, options=facts(theirs), image_size=theirs.patch_embed.img_size[0])
     images = torch.rand(2, 3, ours.image_size, ours.image_size)
     with torch.no_grad():
         for got, wanted in (

@@ -20,7 +20,8 @@ from mimir_fast.evaluation.html import paragraph, table
 from mimir_fast.evaluation.measure import Measurement, Records, Row
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
 from mimir_fast.methods.mae import MaeConfig
-from mimir_fast.models.masked_loading import load_masked_model
+from mimir_fast.models.facts import Asked
+from mimir_fast.models.masked_loading import masked_model_of, objective_of
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.models.normalization import Statistics, check_statistics, choice_note, pair, words
 from mimir_fast.models.weight_files import Weights, WeightsError, read_weights
@@ -38,6 +39,8 @@ class AutoencoderOptions:
     pretrained: str | None = None
     """Pre-training run or file of the masked autoencoder behind the classifier: its reconstruction is attacked too, and
     the bounds of Propositions 3.2 and 3.3 can be drawn."""
+    pretrained_options: tuple[str, ...] = ()
+    """What its file does not say and no tensor shows, as --options of the classifier: heads=12 eps=1e-5 gelu=tanh."""
     pretrained_mean: tuple[float, ...] | None = None
     """The mean of images in [0, 1] that the masked autoencoder takes out, one number a channel, as 0.485 0.456 0.406 of
     MAE's public weights; left out: what its file says, else none."""
@@ -66,10 +69,14 @@ def load_masked_autoencoder(
         ValueError: unreadable, of no encoder of ours, or without a decoder (an exported encoder, or a classifier).
     """
     with _named():
-        model, objective = load_masked_model(source, statistics=statistics, image_size=image_size)
+        weights = source if isinstance(source, Weights) else read_weights(source)
+        return masked_model_of(weights, statistics=statistics, image_size=image_size)[0], _trained_like(weights)
+
+
+def _trained_like(weights: Weights) -> MaeConfig:
     # What is predicted: all that is masked, though training may have paid for a share (CrossMAE).
-    names = ("mask_ratio", "mask_unit", "norm_pix_loss", "pixel_loss")
-    return model, MaeConfig(**{name: objective[name] for name in names if name in objective})
+    names, objective = ("mask_ratio", "mask_unit", "norm_pix_loss", "pixel_loss"), objective_of(weights)
+    return MaeConfig(**{name: objective[name] for name in names if name in objective})
 
 
 @torch.no_grad()
@@ -100,26 +107,23 @@ def statistics_of(setup: Setup) -> Statistics | None:
     return pair(options.pretrained_mean, options.pretrained_std)
 
 
-def notes_of(setup: Setup) -> list[str]:
-    """What was assumed of the masked autoencoder's normalisation, or overridden."""
-    note = choice_note(_loaded(setup)[2], statistics_of(setup), "--pretrained_")
-    return [f"Masked autoencoder: {note}"] if note else []
-
-
 def autoencoder_of(setup: Setup, device: torch.device) -> tuple[MaskedModel, MaeConfig]:
     """The masked autoencoder on the device, loaded once; see `load_masked_autoencoder`."""
     model, trained, _ = _loaded(setup)
     return model.to(device), trained
 
 
-def _loaded(setup: Setup) -> tuple[MaskedModel, MaeConfig, Statistics | None]:
-    """As `load_masked_autoencoder`, and the normalisation that the weights say; its file is read once."""
+def _loaded(setup: Setup) -> tuple[MaskedModel, MaeConfig, list[str]]:
+    """As `autoencoder_of`, and what was assumed of it or overridden."""
+    options, asked = options_of(setup.config, AutoencoderOptions), statistics_of(setup)
 
-    def load() -> tuple[MaskedModel, MaeConfig, Statistics | None]:
+    def load() -> tuple[MaskedModel, MaeConfig, list[str]]:
         with _named():
-            weights = read_weights(str(pretrained_of(setup)))
-        loaded = load_masked_autoencoder(weights, statistics_of(setup), setup.config.data.image_size)
-        return *loaded, weights.normalization
+            weights = read_weights(str(pretrained_of(setup)), asked=Asked(tuple(options.pretrained_options)))
+            model, report = masked_model_of(weights, statistics=asked, image_size=setup.config.data.image_size)
+        note = choice_note(weights.normalization, asked, "--pretrained_")
+        assumed = [f"{report.assumption} (--pretrained_options)"] * bool(report.assumed)
+        return model, _trained_like(weights), [*report.notes, *([note] if note else []), *assumed]
 
     return setup.once("autoencoder", load)
 
@@ -140,6 +144,8 @@ def identity(setup: Setup) -> dict[str, Any]:
         return {"pretrained": source}
     path, asked = Path(source), statistics_of(setup)
     which = {"pretrained": f"{source} {file_digest(path)}" if path.is_file() else str(path.resolve())}
+    options = options_of(setup.config, AutoencoderOptions).pretrained_options
+    which |= {"pretrained_options": " ".join(options)} if options else {}
     return which if asked is None else which | {"pretrained_statistics": words(asked)}
 
 
@@ -177,7 +183,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
         "worse_than_noise": float((values["attacked"] > values["random"]).double().mean()),
         "num_images": len(values["clean"]),
         "parameters": items[0].parameters,
-        "notes": notes_of(setup),
+        "notes": [f"Masked autoencoder: {note}" for note in _loaded(setup)[2]],
     }
 
 

@@ -7,7 +7,7 @@ import torch
 
 from mimir_fast.exporting.formats import Format, register
 from mimir_fast.exporting.original import Original
-from mimir_fast.models.options import option_texts
+from mimir_fast.models.identify import record_of
 from mimir_fast.models.weight_files import read_weights
 from mimir_fast.versions import python_command
 
@@ -17,11 +17,8 @@ def write(original: Original, path: Path) -> float:
     from safetensors.torch import save_file
 
     weights = original.weights
-    architecture = original.architecture
-    written = weights.config or {"model": {"options": option_texts(architecture.options)}}
-    if not isinstance(architecture.image_size, int):  # which no tensor tells
-        written = {"data": {"image_size": architecture.image_size}} | written
-    metadata = {"format": "mimir_fast", "config": json.dumps(written), **original.known_statistics}
+    written = json.dumps(record_of(weights, original.architecture))
+    metadata = {"format": "mimir_fast", "config": written, **original.known_statistics}
     save_file({name: t.contiguous() for name, t in weights.tensors.items()}, path, metadata=metadata)
     back = read_weights(path).tensors
     changed = [

@@ -79,8 +79,9 @@ class Family:
         build: (architecture, final_norm) → encoder. `final_norm`: with a norm after the last layer.
         build_decoder: (encoder, width, depth, heads) → decoder, see decoder.py.
         recognise: tensors → architecture, or None when they are of another family.
-        sized: the same of tensors and the size of images that are known to be no squares, or None when they do not fit;
-            left out by a family that takes that size as it is said.
+        sized: the same of tensors and a known size of the images, or None when they do not fit; left out by a family
+            that takes that size as it is said.
+        rival: tensors that `recognise` takes without a size → another architecture of another size that has the same.
         to_timm: (tensors, architecture) → the same model in timm.
         from_timm: tensors under timm's names → under ours; tensors that have ours stay as they are.
         resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit. Of a family
@@ -106,6 +107,7 @@ class Family:
     recognise: Callable[[Tensors], Architecture | None]
     to_timm: Callable[[Tensors, Architecture], TimmModel]
     sized: Callable[[Tensors, Size], Architecture | None] | None = None
+    rival: Callable[[Tensors], Architecture | None] = lambda tensors: None
     from_timm: Callable[[Tensors], dict[str, Tensor]] = dict
     resize: Callable[..., Tensor | None] = lambda name, tensor, shape, *grids: None
     image_size_in_tensors: bool = True
@@ -229,11 +231,18 @@ def recognise(tensors: Tensors, image_size: Size | None = None) -> Architecture 
         image_size: of the images as far as somebody knows it. Tensors cannot tell 4 x 6 patches from 3 x 8, nor 2 x 8
             from 4 x 4: a size that does not fit them is passed over, and without one a square is believed in.
     """
-    known = None if isinstance(image_size, int) else image_size
     for family in all_families().values():
-        if family.anchor in tensors and (found := _recognised(family, tensors, known)) is not None:
+        if family.anchor in tensors and (found := _recognised(family, tensors, image_size)) is not None:
             return found
-    return None if known is None else recognise(tensors)
+    return None if image_size is None else recognise(tensors)
+
+
+def rival_of(tensors: Tensors) -> Architecture | None:
+    """Another architecture that these tensors may be of where nobody knows the size of the images; or None."""
+    for family in all_families().values():
+        if family.anchor in tensors and _recognised(family, tensors) is not None:
+            return family.rival(tensors)
+    return None
 
 
 def _recognised(family: Family, tensors: Tensors, size: Size | None = None) -> Architecture | None:
@@ -266,9 +275,11 @@ def encoder_tensors(tensors: Tensors, prefixes: tuple[str, ...]) -> dict[str, Te
     return {name: t for name, t in tensors.items() if name.startswith(prefixes) and not is_adapter(name)}
 
 
-def head_arguments(tensors: Tensors, title: str) -> dict[str, Any]:
-    """timm's `num_classes` and `global_pool` of a model that pools the cls token, or that has no head.
+def head_arguments(tensors: Tensors, title: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's `num_classes` and `global_pool` of a model whose norm comes before the pooling, or that has no head.
 
+    Args:
+        options: of the architecture, which tell the mean of the tokens (`norm_before_pool`) from the cls token.
     Raises:
         ValueError: the classifier has a norm after the mean token, which timm's class has not.
     """
@@ -277,4 +288,5 @@ def head_arguments(tensors: Tensors, title: str) -> dict[str, Any]:
             f"this classifier has a norm after the mean of the tokens (fc_norm), timm's {title} has none: fine-tune "
             "with --model.global_pool cls to export it, or export with --format safetensors"
         )
-    return {"num_classes": len(tensors["head.weight"]) if "head.weight" in tensors else 0, "global_pool": "token"}
+    num_classes = len(tensors["head.weight"]) if "head.weight" in tensors else 0
+    return {"num_classes": num_classes, "global_pool": "avg" if options.get("norm_before_pool") else "token"}

@@ -219,7 +219,7 @@ def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
         "depth": depth,
         "num_heads": num_heads,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
-        **head_arguments(tensors, "Cait"),
+        **head_arguments(tensors, "Cait", architecture.options),
     }
     own = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "blocks_token_only.", "norm.", "head.")
     return TimmModel("timm.models.cait.Cait", arguments, encoder_tensors(tensors, own))
@@ -237,7 +237,7 @@ register(
         recognise=recognise,
         sized=recognise,
         to_timm=to_timm,
-        options={"qkv_bias": True},
+        options={"qkv_bias": True, "norm_before_pool": False},
         pool="cls",
     )
 )

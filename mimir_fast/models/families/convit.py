@@ -315,7 +315,7 @@ def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
         "num_heads": num_heads,
         "qkv_bias": "blocks.0.attn.v.bias" in tensors,
         "local_up_to_layer": architecture.options.get("local_up_to_layer", num_positional),
-        **head_arguments(tensors, "ConVit"),
+        **head_arguments(tensors, "ConVit", architecture.options),
     }
     own = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "head.")
     return TimmModel("timm.models.convit.ConVit", arguments, encoder_tensors(tensors, own))
@@ -335,7 +335,7 @@ register(
         recognise=recognise,
         sized=recognise,
         to_timm=to_timm,
-        options={"qkv_bias": True, "local_up_to_layer": -1},
+        options={"qkv_bias": True, "norm_before_pool": False, "local_up_to_layer": -1},
         settle=settle,
         kept_on_a_grid=True,
         pool="cls",

@@ -23,7 +23,7 @@ from mimir_fast.models.decoder import Decoder
 from mimir_fast.models.encoder import PREFIX_TOKENS, Encoder, check_patch_size
 from mimir_fast.models.families import Architecture, Family, Tensors, TimmModel, register, settled
 from mimir_fast.models.positions import sincos_positions, with_positions
-from mimir_fast.sizes import Size, size_of
+from mimir_fast.sizes import Size, height_width, nearest_grid, size_of
 from mimir_fast.validation import check_choice, check_number
 
 # name: (width, depth, heads). `nano` is ours, for experiments on a CPU; the others are the papers'.
@@ -214,6 +214,20 @@ def _size_of(tensors: Tensors, image_size: Size | None) -> tuple[Size, bool] | N
     return next((one for one in sizes if isinstance(one[0], int)), sizes[-1] if sizes else None)
 
 
+def rival(tensors: Tensors) -> Architecture | None:
+    """n² rows of positions are n × n patches without positions of the prefix, or a rectangle of patches with them.
+
+    DeiT III has 14² for 14 × 14 patches, and any ViT with a cls token as many for 13 × 15.
+    """
+    rows, prefix = tensors["pos_embed"].shape[1], sum(tensors[n].shape[1] for n in PREFIX_TOKENS if n in tensors)
+    if not prefix or rows <= prefix or not isinstance(nearest_grid(rows), int):
+        return None
+    down, across = height_width(nearest_grid(rows - prefix))
+    unit = tensors["patch_embed.proj.weight"].shape[-1]
+    # Nobody's images are more than twice as long as wide.
+    return recognise(tensors, (down * unit, across * unit)) if down < across <= 2 * down else None
+
+
 def why_not(tensors: Tensors, image_size: Size | None = None) -> str:
     """By which tensor a model with patches and blocks is no ViT; "" for one that is."""
     return next(_misfits(tensors, image_size), "") if any(name.startswith("blocks.0.") for name in tensors) else ""
@@ -309,6 +323,7 @@ register(
         build_decoder=Decoder,
         recognise=recognise,
         sized=recognise,
+        rival=rival,
         to_timm=to_timm,
         options=OPTIONS,
         unseen=("heads", "eps", "gelu"),

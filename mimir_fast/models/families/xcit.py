@@ -324,12 +324,12 @@ class XcitDecoder(Decoder):
 
 
 def build(architecture: Architecture, final_norm: bool) -> XcitEncoder:
-    """The encoder of an architecture; its options: positions, qkv_bias."""
+    """The encoder of an architecture; its options: positions, qkv_bias, tokens_norm."""
     options = architecture.options
     return XcitEncoder(
         *SIZES[architecture.size], image_size=architecture.image_size, patch_size=architecture.patch_size,
         channels=architecture.channels, positions=options.get("positions", "true"),
-        qkv_bias=options.get("qkv_bias", True), final_norm=final_norm,
+        qkv_bias=options.get("qkv_bias", True), tokens_norm=options.get("tokens_norm", True), final_norm=final_norm,
     )  # fmt: skip
 
 
@@ -369,8 +369,8 @@ def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
         "depth": depth,
         "num_heads": num_heads,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
-        "tokens_norm": True,
-        **head_arguments(tensors, "Xcit"),
+        "tokens_norm": architecture.options.get("tokens_norm", True),
+        **head_arguments(tensors, "Xcit", architecture.options),
     }
     own = ("cls_token", "pos_embed.", "patch_embed.", "blocks.", "cls_attn_blocks.", "norm.", "head.")
     return TimmModel("timm.models.xcit.Xcit", arguments, encoder_tensors(tensors, own))
@@ -387,7 +387,8 @@ register(
         build_decoder=XcitDecoder,  # type: ignore[arg-type]
         recognise=recognise,
         to_timm=to_timm,
-        options={"qkv_bias": True},
+        options={"qkv_bias": True, "norm_before_pool": False, "tokens_norm": True},
+        unseen=("tokens_norm",),
         image_size_in_tensors=False,
         kept_on_a_grid=True,
         position_table=False,

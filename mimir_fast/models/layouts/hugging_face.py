@@ -6,6 +6,7 @@ preprocessor_config.json.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,7 +109,10 @@ def read(part: Part) -> Read:
     index = [name for name in tensors if name.endswith(".relative_position_index")]
     left_out |= dict.fromkeys(index, "computed from the sizes")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in index}
-    return Read(under_our_names(tensors), facts_of(config, part.beside.get("preprocessor_config")), left_out)
+    facts = replace(
+        facts_of(config, part.beside.get("preprocessor_config")), pool="cls" if "cls_token" in tensors else "avg"
+    )
+    return Read(under_our_names(tensors), facts, left_out)
 
 
 def renamed(tensors: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
@@ -155,7 +159,8 @@ def facts_of(config: Mapping[str, Any], processor: Any) -> Facts:
     """What config.json and preprocessor_config.json say."""
     heads = config.get("num_attention_heads", config.get("num_heads"))
     heads = heads[0] if isinstance(heads, (list, tuple)) and heads else heads
-    gelu = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+    gelu = {"gelu": "erf", "gelu_python": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh",
+            "quick_gelu": "quick"}  # fmt: skip
     processor = processor if isinstance(processor, dict) else {}
     normalised = processor.get("do_normalize", True)
     eps, act = config.get("layer_norm_eps"), str(config.get("hidden_act", ""))
@@ -164,7 +169,7 @@ def facts_of(config: Mapping[str, Any], processor: Any) -> Facts:
     return Facts(
         heads=heads if isinstance(heads, int) else None,
         eps=eps if isinstance(eps, float) else None,
-        gelu=gelu.get(act),  # type: ignore[arg-type]
+        gelu=gelu.get(act),
         mean=numbers(processor.get("image_mean")) if normalised else None,
         std=numbers(processor.get("image_std")) if normalised else None,
         image_size=size_said(config.get("image_size")),

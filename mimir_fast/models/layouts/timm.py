@@ -1,24 +1,34 @@
 """timm's names, which are those of ViT, DeiT and most repositories; plain encoders of any writer.
 
-What timm says of a model beside its tensors stands in the hub's config.json (`pretrained_cfg`), or in the `args` of its
-training script.
+What timm says of a model beside its tensors stands in the hub's config.json (`architecture`, `model_args`,
+`pretrained_cfg`), or in the `args` of its training script.
 """
 
 import json
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mimir_fast.checkpoints.reading import WeightsError
-from mimir_fast.models.facts import Facts, facts_of_args, numbers, size_said
-from mimir_fast.models.families import under_our_names
+from mimir_fast.models.facts import (
+    Facts,
+    facts_of_args,
+    facts_of_arguments,
+    named,
+    numbers,
+    pool_said,
+    size_said,
+)
+from mimir_fast.models.families import recognise, under_our_names
 from mimir_fast.models.layouts import Layout, Read, register
 from mimir_fast.models.parts import Part
 
 DERIVED = (".relative_position_index", ".attn_mask", ".relative_coords_table")
 COMPUTED = "computed from the sizes"
-_POOLS: dict[str, Literal["avg", "cls"]] = {"avg": "avg", "token": "cls"}
 
 
 def without_derived(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -28,48 +38,102 @@ def without_derived(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict
 
 
 def facts_beside(part: Part) -> Facts:
-    """From `pretrained_cfg` and the training script's options, where they are there."""
-    config: Any = part.beside.get("config")
-    settings = part.beside.get("pretrained_cfg")
+    """From the header of our export, `pretrained_cfg`, and the training script's options, where they are there."""
+    beside, args = part.beside, named(part.beside.get("args"))
+    config: Any = beside.get("config")
+    settings, said = beside.get("pretrained_cfg"), Facts()
     width = part.tensors["cls_token"].shape[-1] if "cls_token" in part.tensors else None
     # A config.json may lie beside a file it says nothing of.
-    arguments: Any = {}
-    pool = None
     if settings is None and isinstance(config, dict) and width in (None, config.get("num_features", width)):
-        settings, arguments = config.get("pretrained_cfg"), config.get("model_args")
-        pool = _POOLS.get(str(config.get("global_pool")))
-    said = Facts(pool=pool)
+        # Up to timm 0.8 the settings were not under a key of their own.
+        settings = config.get("pretrained_cfg", config if "architecture" in config else None)
+        arguments = config.get("model_args")
+        said = facts_of_arguments(arguments).over(Facts(pool=pool_said(config.get("global_pool"))))
+        said = said.over(facts_of_name(config.get("architecture"), arguments, part.tensors))
     if isinstance(settings, dict):
-        said = replace(
-            said,
-            mean=numbers(settings.get("mean")),
-            std=numbers(settings.get("std")),
-            image_size=size_said(settings.get("input_size")),
-        )
+        mean, std = numbers(settings.get("mean")), numbers(settings.get("std"))
+        said = said.over(Facts(mean=mean, std=std, image_size=size_said(settings.get("input_size"))))
     try:  # the arguments of timm's class, in a file that our export wrote
-        written = dict(json.loads((part.beside.get("metadata") or {})["timm"]))
+        written = json.loads((beside.get("metadata") or {})["timm"])
     except (KeyError, ValueError, TypeError):
         written = {}
-    heads = written.get("num_heads", arguments.get("num_heads") if isinstance(arguments, dict) else None)
-    ours = Facts(heads=heads if isinstance(heads, int) else None, image_size=size_said(written.get("img_size")))
-    return ours.over(said).over(facts_of_args(part.beside.get("args")))
+    of_script = facts_of_args(args).over(
+        facts_of_name(args.get("model", beside.get("arch")), args.get("model_kwargs"), part.tensors)
+    )
+    return facts_of_arguments(written).over(said).over(of_script)
+
+
+def facts_of_name(name: Any, arguments: Any, tensors: Mapping[str, Tensor]) -> Facts:
+    """What timm's model of that name is beside its tensors; nothing where there is none, or one of other shapes.
+
+    It is built without memory and without weights, so nothing is downloaded.
+
+    Args:
+        arguments: of its constructor, beside what the name stands for.
+        tensors: of the file, under timm's names.
+    Raises:
+        WeightsError: see `facts_of_model`.
+    """
+    try:
+        import timm
+    except ImportError:
+        return Facts()
+    if not isinstance(name, str) or ":" in name or not timm.is_model(name := name.partition(".")[0]):
+        return Facts()
+    more: dict[str, Any] = {
+        n: value for n, value in named(arguments).items() if n in _SHAPING and isinstance(value, (int, float, str))
+    }
+    try:
+        with warnings.catch_warnings(action="ignore"), torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, **more)
+    except Exception:  # arguments that this version of timm does not know raise anything
+        return Facts()
+    own = model.state_dict()
+    first = [n for n in own if n.startswith(("blocks.0.", "layers.0.", "stages.0.")) and not n.endswith(DERIVED)]
+    if any(n not in tensors or tensors[n].shape != own[n].shape for n in first):
+        return Facts()
+    pools_alike = ("fc_norm.weight" in own) == ("fc_norm.weight" in tensors)
+    return facts_of_model(model) if pools_alike else replace(facts_of_model(model), pool=None)
+
+
+# Arguments that change what is computed and not how many layers there are.
+_SHAPING = ("embed_dim", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm", "init_values", "act_layer", "norm_layer",
+            "tokens_norm", "global_pool")  # fmt: skip
+_STAGED = ("SwinTransformer", "ConvNeXt")
+_CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Cait", "Xcit", "ConVit", *_STAGED)
 
 
 def facts_of_model(model: Any) -> Facts:
-    """Of a live ViT of timm, which shows what its tensors do not; nothing of other models.
+    """Of a live model of timm, which shows what its tensors do not; nothing of one that is none of our families.
 
     Raises:
-        WeightsError: blocks that have a plain ViT's tensors and compute another function, such as `ResPostBlock`.
+        WeightsError: it has the tensors of one of our families and computes another function, such as a ViT of
+            `ResPostBlock`.
     """
-    if not type(model).__name__.startswith("VisionTransformer"):
+    kind = type(model).__name__
+    if kind not in _CLASSES:
+        if recognise(under_our_names(model.state_dict())) is not None:
+            raise WeightsError(f"it is timm's {kind}, which no encoder of ours computes, whatever its tensors")
         return Facts()
+    norm = next((part for part in model.modules() if isinstance(part, nn.LayerNorm)), None)
+    acts = [word for part in model.modules() if (word := _ACTIVATIONS.get(type(part).__name__))]
+    facts = Facts(eps=getattr(norm, "eps", None), gelu=acts[0] if acts else None)
+    if kind in _STAGED:
+        return replace(facts, pool=pool_said(model.head.global_pool.pool_type))
+    if not kind.startswith("VisionTransformer"):
+        tokens_norm = model.cls_attn_blocks[0].tokens_norm if kind == "Xcit" else None
+        return replace(facts, pool=pool_said(model.global_pool), tokens_norm=tokens_norm)
     block = model.blocks[0]
     if (kind := type(block).__name__) != "Block":
         raise WeightsError(f"its blocks are timm's {kind}, which no encoder of ours computes, whatever their tensors")
-    gelus: dict[str, Any] = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
+    act, pool = type(block.mlp.act).__name__, "prefix" if model.pool_include_prefix else pool_said(model.global_pool)
     return Facts(
-        heads=block.attn.num_heads, eps=getattr(block.norm1, "eps", None), gelu=gelus.get(type(block.mlp.act).__name__)
-    )
+        heads=block.attn.num_heads, eps=getattr(block.norm1, "eps", None), gelu=_ACTIVATIONS.get(act, act),
+        pool="cls" if hasattr(model, "head_dist") else pool,
+    )  # fmt: skip
+
+
+_ACTIVATIONS = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
 
 
 def read(part: Part) -> Read:
