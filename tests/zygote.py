@@ -193,6 +193,7 @@ def _free_port() -> int:
 
 def _serve() -> None:
     import torch
+    import torch._dynamo  # torch imports it with the first call of any custom op
     import torch.distributed.checkpoint
     import torch.distributed.checkpoint.hf_storage
     import torch.utils.tensorboard  # noqa: F401

@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
 
 def test_one_image_a_class_and_fewer_images_than_neighbours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["--checkpoint", str(encoder_file(tmp_path, 0)), *LINE, "--label_fractions", "0.01", "--neighbours", "40"]
-    line += ["--probes", "knn", "linear", "--attack_images", "0", "--epochs", "2", "--no_pictures"]
+    line += ["--probes", "knn", "linear", "--epochs", "2", "--no_pictures"]
     outcomes = probe(config_from([*line, "--output_dir", str(tmp_path / "out")]))
     assert [outcome.train_images for outcome in outcomes] == [10, 10] and outcomes[1].clean.accuracy > 0.15
     said = capsys.readouterr().out
