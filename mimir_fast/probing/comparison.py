@@ -135,7 +135,8 @@ def _page(
         table(head, body, numbers=range(3, len(head)), caption=caption), *html_differences(models[0].name, found),
     ]  # fmt: skip
     for picture in all_pictures():
-        known = [(model.name, model.found.get("pictures", {}).get(picture.name)) for model in models]
-        if shown := picture.compare([(name, numbers) for name, numbers in known if numbers]):
+        every = [(model.name, model.found.get("pictures", {}).get(picture.name)) for model in models]
+        known = [(name, numbers) for name, numbers in every if numbers]
+        if known and (shown := picture.compare(known)):
             parts.append(f"<h2>{escape(picture.title)}</h2>{shown}")
     return page(title, "\n".join(parts), {"compared": {model.name: str(model.path) for model in models}})
