@@ -11,6 +11,7 @@ computes wrong numbers. Each PyTorch goes into a new environment (7 GB), one aft
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import time
 import tomllib
 import venv
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [f"tests/{name}" for name in ("ops", "layers", "models") if (ROOT / "tests" / name).is_dir()]
@@ -65,11 +67,20 @@ def run(name: str, line: list[str], environment: Environment) -> bool:
     return code == 0
 
 
+def requirements(project: dict[str, Any], extra: str) -> list[str]:
+    """Of an extra, and of our own extras that it names."""
+    found = []
+    for requirement in project["optional-dependencies"][extra]:
+        ours = re.fullmatch(r"mimir-fast\[(.*)\]", requirement)
+        found += [r for name in ours[1].split(",") for r in requirements(project, name)] if ours else [requirement]
+    return found
+
+
 def torches(extra: list[str]) -> dict[str, bool]:
     """The same tests and a short pre-training with the lowest and the newest PyTorch."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (lowest,) = (r.removeprefix("torch>=") for r in project["dependencies"] if r.startswith("torch>="))
-    packages = [r for name in ("train", "dev") for r in project["optional-dependencies"][name]]
+    packages = [*requirements(project, "train"), *requirements(project, "dev")]
     passed = {}
     # The interpreter of Triton 3.6, which comes with torch 2.11, makes numbers of arrays: NumPy 2.4 refuses that.
     for wanted, beside in ((f"torch=={lowest}.*", ["numpy<2.4"]), ("torch", [])):
