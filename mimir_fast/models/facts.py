@@ -86,11 +86,11 @@ def facts_of_args(args: Any) -> Facts:
 def facts_of_arguments(arguments: Any) -> Facts:
     """From arguments of timm's classes and entry points, by name."""
     said, act = named(arguments), named(arguments).get("act_layer")
-    eps = re.search(r"\beps=([\d.e-]+)", str(said.get("norm_layer", "")))
-    tokens_norm = said.get("tokens_norm")
+    eps = re.search(r"\beps=(\d+(\.\d*)?(e[+-]?\d+)?)", str(said.get("norm_layer", "")))
+    norm_eps, tokens_norm = said.get("norm_eps"), said.get("tokens_norm")
     return Facts(
         heads=_count(said.get("num_heads")),
-        eps=float(eps[1]) if eps else None,
+        eps=float(eps[1]) if eps else norm_eps if isinstance(norm_eps, float) else None,
         gelu=GELUS.get(act, act) if isinstance(act, str) else None,
         tokens_norm=tokens_norm if isinstance(tokens_norm, bool) else None,
         pool=pool_said(said.get("global_pool")),

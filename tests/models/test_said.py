@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier, classifier_of, load_classifier
-from mimir_fast.models.facts import Asked, Facts, facts_of_args
+from mimir_fast.models.facts import Asked, Facts, facts_of_args, facts_of_arguments
+from mimir_fast.models.families import under_our_names
 from mimir_fast.models.layouts.timm import facts_of_name
 from mimir_fast.models.loading import initialize, inspect_weights
 from mimir_fast.models.weight_files import Weights, WeightsError, read_weights
@@ -73,6 +74,8 @@ def test_options_of_other_scripts() -> None:
         heads=6, pool="avg", image_size=(32, 48)
     )
     assert facts_of_args(argparse.Namespace(global_pool=False, gp="max", num_heads=True)) == Facts(pool="max")
+    for norm, eps in (("functools.partial(LayerNorm, eps=1e-05)", 1e-5), ("eps=..-", None), ("layernorm", None)):
+        assert facts_of_arguments({"norm_layer": norm, "num_heads": "6", "global_pool": 3}) == Facts(eps=eps)
     tensors = of_timm().state_dict()
     assert facts_of_name("vit_tiny_patch16_224", SMALL, tensors).heads == 3
     for name in ("mae_vit_base", "hf-hub:timm/vit_tiny_patch16_224", "vit_base_patch16_224", None):
@@ -181,6 +184,17 @@ def test_a_file_for_a_model_of_timm_is_believed(tmp_path: Path) -> None:
     torch.save({"state_dict": model.state_dict(), "args": args | {"model_kwargs": {"num_heads": 6}}}, path)
     with pytest.raises(WeightsError, match="says heads 6, timm's NAME has 3"):
         fill(model, path, "NAME")
+
+
+def test_what_a_family_has_not_is_said_or_refused() -> None:
+    from timm.models.convnext import ConvNeXt
+
+    tensors = under_our_names(ConvNeXt(num_classes=10).state_dict())
+    weights = Weights(tensors, "a.file", facts=Facts(eps=1e-5, gelu="erf", pool="avg", image_size=64))
+    _, report = classifier_of(weights)
+    assert report.notes == ["the file says eps 1e-05, ConvNeXt of ours has 1e-06"]
+    with pytest.raises(WeightsError, match="says tanh for its GELU"):
+        classifier_of(Weights(tensors, "a.file", facts=Facts(gelu="tanh")))
 
 
 @pytest.mark.parametrize(("choices", "reason"), [
