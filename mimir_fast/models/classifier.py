@@ -34,7 +34,7 @@ from mimir_fast.models.normalization import (
     check_choice as check_normalization,
 )
 from mimir_fast.models.options import option_texts
-from mimir_fast.models.weight_files import OUTSIDE, Weights, WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import patchify
 from mimir_fast.sizes import Size, height_width, said
@@ -257,11 +257,12 @@ def classifier_of(
     """
     architecture, found_classes = infer_architecture(weights, options, image_size)
     if found_classes is None:
-        outside = [name for name, why in weights.left_out.items() if why == OUTSIDE]
-        beside = f" (outside of the encoder are {', '.join(outside[:4])})" if outside else ""
+        others = [name for name in weights.tensors if name.startswith("head")]
+        others += [name for name, why in weights.left_out.items() if "head" in why] + weights.unknown
+        what = f"which {', '.join(others[:4])} is not" if others else "it is a pre-trained encoder"
         raise WeightsError(
-            f"{weights.origin} has no classification head, it is a pre-trained encoder{beside}: fine-tune it first "
-            f"with python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"
+            f"{weights.origin} has no classification head of one linear layer (head.weight), {what}: fine-tune it "
+            f"first with python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"
         )
     if num_classes is not None and num_classes != found_classes:
         raise WeightsError(

@@ -62,6 +62,15 @@ def facts_of_args(args: Any) -> Facts:
     )
 
 
+def in_unit_range(facts: Facts) -> tuple[Facts, str]:
+    """Facts whose mean and std are of images in [0, 1], and a note where they were of grey levels up to 255."""
+    mean, std = facts.mean, facts.std
+    if mean is None or std is None or not (max(mean) > 1 or (not any(mean) and set(std) == {255.0})):
+        return facts, ""
+    scaled = replace(facts, mean=tuple(m / 255 for m in mean), std=tuple(s / 255 for s in std))
+    return scaled, "mean and std are of grey levels in these weights: divided by 255, for images in [0, 1]"
+
+
 def size_said(value: Any) -> Size | None:
     """The size that one number, height and width, or channels, height and width mean; None for anything else."""
     sides = list(value[-2:]) if isinstance(value, (list, tuple)) and value else [value]

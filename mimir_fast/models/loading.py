@@ -104,13 +104,15 @@ def fill(
     own = to_files(model, model.state_dict())
     architecture = recognise(own, _size_of(model))
     family = None if architecture is None else find_family(architecture.family)
-    report = LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out), notes=list(weights.notes))
+    if whole:
+        refuse_unknown(weights)
+    report = _report_of(weights)
     unfit = {} if whole else _unfit_heads(weights.tensors, own) | _unfit_decoder(weights.tensors, own)
     ready: dict[str, Tensor] = {}
     encoder = getattr(model, "encoder", None)
     num_patches = encoder.num_patches if isinstance(encoder, Encoder) else None
     for name, tensor in weights.tensors.items():
-        if reason := unfit.get(name) or _may_be_left(name, own):
+        if reason := unfit.get(name) or _may_be_left(name, own, whole=whole):
             report.reasons[name] = reason
             continue
         if name not in own:
@@ -160,17 +162,16 @@ def fill(
 def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     """What `fill` would say of an encoder of these weights, without one being made: for what only passes them on.
 
-    Args:
-        num_prefix: how many these are (cls token, registers); None for one where the rows are no square, else none.
     Raises:
         WeightsError: as `fill`.
     """
     architecture, _ = infer_architecture(weights)
+    refuse_unknown(weights)
     with torch.device("meta"):
         encoder = build_encoder(architecture, final_norm="norm.weight" in weights.tensors)
     if any(is_adapter(name) for name in weights.tensors):
         encoder.add_adapters()
-    own, report = encoder.state_dict(), LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out))
+    own, report = encoder.state_dict(), _report_of(weights)
     beside = (*_HEADS, *_NORMS, *DECODER)
     for name, tensor in weights.tensors.items():
         if name in own:
@@ -186,15 +187,31 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     report.fresh = [n for n in own if n not in weights.tensors and not _is_optional_bias(n, weights.tensors)]
     _check_complete(report.fresh, {}, weights, whole=True)
     bad = [name for name in report.loaded if not _is_finite(weights.tensors[name])]
-    report.notes = [*weights.notes, *(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" for _ in bad[:1])]
+    report.notes += [f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" for _ in bad[:1]]
     if weights.config is None:
         report.assumed = _assumed(encoder, weights, find_family(architecture.family))
     return architecture, report
 
 
-def _may_be_left(name: str, own: Mapping[str, Tensor]) -> str:
+def refuse_unknown(weights: Weights) -> None:
+    """Raises WeightsError, by name, where something beside the encoder may change what the weights compute."""
+    if weights.unknown:
+        more = f" and {len(weights.unknown) - 1} more stand" if len(weights.unknown) > 1 else " stands"
+        raise WeightsError(
+            f"{weights.origin}: {weights.unknown[0]}{more} beside the encoder and may change what it computes: if not, "
+            "save the encoder's state dict without; a model of your own is evaluated as module:function"
+        )
+
+
+def _report_of(weights: Weights) -> LoadReport:
+    """What is known before anything is loaded."""
+    reasons = weights.left_out | dict.fromkeys(weights.unknown, "outside of the encoder; what it did is not done here")
+    return LoadReport(weights.origin, weights.layout, reasons=reasons, notes=list(weights.notes))
+
+
+def _may_be_left(name: str, own: Mapping[str, Tensor], *, whole: bool) -> str:
     """Why a tensor of a file need not be in the model; "" when it must."""
-    if name in own:
+    if name in own or (whole and "head.weight" in own and name.startswith((*_HEADS, *_NORMS))):
         return ""
     if name.startswith(DECODER) and "decoder_pred.weight" not in own:
         return "the decoder"
