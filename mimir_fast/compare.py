@@ -3,9 +3,11 @@
 python -m mimir_fast.compare runs/a runs/b evaluation/of/c --output comparison
 python -m mimir_fast.compare --help
 
-Writes comparison/comparison.html and comparison.md; differences are paired, image by image, with the first one.
+Writes comparison/comparison.html and comparison.md; differences are paired, image by image, with the first one. What
+became of the files of weights when they were evaluated is printed, and kept in weights.json, by the models' names.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.cli import parse, run
 from mimir_fast.evaluation.comparison import html, load, markdown
 from mimir_fast.extensions import Imports, load_extensions
+from mimir_fast.models.load_report import FILE_NAME, LoadReport
 
 
 @dataclass
@@ -48,6 +51,12 @@ def compare(config: CompareConfig) -> Path:
     text = markdown(evaluations)
     write_text(folder / "comparison.md", text)
     write_text(folder / "comparison.html", html(evaluations))
+    reports = {one.name: found for one in evaluations if (found := LoadReport.read(one.path.parent))}
+    for name, report in reports.items():
+        print(f"{name}: {report}")
+    if reports:
+        kept = {name: report.as_dict() for name, report in reports.items()}
+        write_text(folder / FILE_NAME, json.dumps(kept, indent=1) + "\n")
     print(f"{text}\n{folder / 'comparison.html'}")
     return folder / "comparison.html"
 

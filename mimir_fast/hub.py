@@ -12,7 +12,7 @@ path of the machine it was trained on) and README.md, the card.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -26,11 +26,12 @@ from mimir_fast.evaluation.comparison import find_results
 from mimir_fast.evaluation.results import Results
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.hub_card import card, public_config
-from mimir_fast.models.classifier import Classifier, load_classifier
+from mimir_fast.models.classifier import Classifier, classifier_of
 from mimir_fast.models.families import describe
 from mimir_fast.models.file_names import to_files
+from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.loading import infer_architecture
-from mimir_fast.models.masked_loading import load_masked_model
+from mimir_fast.models.masked_loading import masked_model_of
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.normalization import Statistics, to_metadata
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
@@ -51,6 +52,7 @@ class _OnTheHub(ModelHubMixin):
         results: of an evaluation, for the card; may be set by hand.
         outline: the architecture in words.
         statistics: the (mean, std) inside the model, None where the weights did not say.
+        report: what became of the file of weights.
     """
 
     kind: ClassVar[str]
@@ -58,24 +60,29 @@ class _OnTheHub(ModelHubMixin):
     results: Results | None
     outline: str
     statistics: Statistics | None
+    report: LoadReport
 
     @classmethod
-    def from_run(cls, source: str | Path, which: WeightsChoice = "auto", results: str | Path | None = None) -> Self:
+    def from_run(
+        cls, source: str | Path, which: WeightsChoice = "auto", results: str | Path | None = None, part: str = ""
+    ) -> Self:
         """The model of a run, with what is known of it, ready for `save_pretrained` and `push_to_hub`.
 
         Args:
             source: a run or checkpoint folder, a .safetensors or .pth file, timm:NAME.
             which: `model`, `ema`, or `auto` for the moving average where there is one.
             results: results.json of an evaluation; the run's newest if there is one and this is None.
+            part: of a file with several encoders, which.
         Raises:
             WeightsError: unreadable, or a model of another kind.
             FileNotFoundError, ValueError: `results` is named and is no evaluation of ours.
         """
-        weights = read_weights(source, which)
+        weights = read_weights(source, which, part)
         architecture, _ = infer_architecture(weights)
-        model = cls._load(weights)
+        model, report = cls._load(weights)
         # As torch's parametrizations do: the same object with more methods, so no weight is copied.
         model.__class__ = cls
+        model.report = report
         model.run_config = public_config(weights.config or {})
         model.outline = (
             f"{describe(architecture)}, patch {architecture.patch_size}, images of {said(architecture.image_size)}"
@@ -85,7 +92,7 @@ class _OnTheHub(ModelHubMixin):
         return model
 
     @classmethod
-    def _load(cls, weights: Weights) -> Any:
+    def _load(cls, weights: Weights) -> tuple[Any, LoadReport]:
         raise NotImplementedError
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -134,8 +141,8 @@ class HubClassifier(_OnTheHub, Classifier):
     kind = "classifier"
 
     @classmethod
-    def _load(cls, weights: Weights) -> Classifier:
-        return load_classifier(weights)
+    def _load(cls, weights: Weights) -> tuple[Classifier, LoadReport]:
+        return classifier_of(weights)
 
 
 class HubMaskedModel(_OnTheHub, MaskedModel):
@@ -144,8 +151,8 @@ class HubMaskedModel(_OnTheHub, MaskedModel):
     kind = "masked autoencoder"
 
     @classmethod
-    def _load(cls, weights: Weights) -> MaskedModel:
-        return load_masked_model(weights)[0]
+    def _load(cls, weights: Weights) -> tuple[MaskedModel, LoadReport]:
+        return masked_model_of(weights)
 
 
 def refuse_others_files(folder: Path) -> None:
@@ -214,6 +221,8 @@ class HubConfig:
     """Make a repository that does not exist yet a private one."""
     weights: WeightsChoice = "auto"
     """The trained weights (model), their moving average (ema), or the average where there is one (auto)."""
+    part: str = ""
+    """Of a file with several encoders, the name of the one to take, such as teacher."""
     results: str | None = None
     """results.json of an evaluation for the card; left out: the run's newest."""
     license: str = LICENSE
@@ -233,12 +242,15 @@ def publish(config: HubConfig) -> None:
         WeightsError: the source cannot be read.    OSError: the folder cannot be written, the Hub not be reached.
     """
     kind: type[HubClassifier] | type[HubMaskedModel]
-    _, num_classes = infer_architecture(weights := read_weights(config.source, config.weights))
+    _, num_classes = infer_architecture(weights := read_weights(config.source, config.weights, config.part))
     kind = HubMaskedModel if "decoder_pred.weight" in weights.tensors or num_classes is None else HubClassifier
-    model = kind.from_run(config.source, config.weights, config.results)
+    model = kind.from_run(config.source, config.weights, config.results, config.part)
+    print(model.report)
     words = {"license": config.license} | ({"repo_id": config.repo_id} if config.repo_id else {})
     if config.output:
         model.save_pretrained(config.output, model_card_kwargs=words)
+        named = model.report.origin.replace(config.source, Path(config.source).name)  # no path of this machine
+        replace(model.report, origin=named).save(Path(config.output))
         print(f"{config.output}: {', '.join(sorted(path.name for path in Path(config.output).iterdir()))}")
         print(f'use: mimir_fast.hub.{kind.__name__}.from_pretrained("{config.output}")')
     if config.repo_id:

@@ -152,8 +152,10 @@ def _find(
     path = Path(spec)
     if weights != "auto" and not path.is_dir() and not (weights == "ema" and path.is_file()):
         raise ValueError(f"--weights {weights} chooses among the checkpoints of a run folder; {spec} is none")
+    if part and not (path.exists() or "@" in spec):
+        raise ValueError(f"--part {part} chooses among the encoders in a file; {spec} is none")
     if spec.startswith(("timm:", "hf-hub:")):
-        return _timm(spec, num_classes, channels, image_size)
+        return _timm(spec, num_classes, channels, image_size, part)
     if spec.startswith("robustbench:"):
         return _robustbench(spec)
     if path.suffix == ".pt2" and path.is_file():
@@ -259,7 +261,7 @@ def _made_for(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value}
 
 
-def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | None) -> JudgedModel:
+def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | None, part: str) -> JudgedModel:
     import timm
 
     name, _, weights = spec.removeprefix("timm:").partition("@")
@@ -277,7 +279,7 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | 
                 f"{spec}: there is no file {weights}; timm:{name}@FILE wants a weights file of timm's"
             )
         model = _create(name, image_size, made_for, **sizes)
-        said, found = fill(model, Path(weights), name)
+        said, found = fill(model, Path(weights), name, part)
         notes += found
     elif weights == "random":
         model, random = _create(name, image_size, made_for, **sizes), "the weights are random: nothing was trained"

@@ -7,28 +7,36 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mimir_fast.checkpoints.reading import WeightsError
+from mimir_fast.models.beside import look_beside, refuse_unknown
+from mimir_fast.models.facts import Facts, in_unit_range
 from mimir_fast.models.layouts.timm import without_derived
-from mimir_fast.models.normalization import Statistics, from_file
+from mimir_fast.models.normalization import Statistics, from_file, pair
 from mimir_fast.models.opening import open_file
-from mimir_fast.models.parts import choose, find_parts
+from mimir_fast.models.parts import choose, find_parts, other_names
 
 
-def fill(model: nn.Module, path: Path, name: str) -> tuple[Statistics | None, list[str]]:
+def fill(model: nn.Module, path: Path, name: str, wanted: str = "") -> tuple[Statistics | None, list[str]]:
     """Load a file into timm's model `name`: (the normalisation that the file says, notes for the report).
 
+    Args:
+        wanted: of a file with several models, which.
     Raises:
-        WeightsError: unreadable, it wants to create objects other than tensors, or it does not fit the model.
+        WeightsError: unreadable, it wants to create objects other than tensors, it does not fit the model, or there is
+            more in it that may change the function.
     """
     opened, own = open_file(path), model.state_dict()
     # A name that no longer name of the same model ends in, so that the prefix in front of it is the file's.
     anchor = next(n for n in own if not any(other.endswith("." + n) for other in own))
     try:
-        part = choose(found := find_parts(opened.content, {}, [anchor], str(path)), "auto", "", str(path))
+        part = choose(found := find_parts(opened.content, {}, [anchor], str(path)), "auto", wanted, str(path))
     except WeightsError as error:
         if "holds no" not in str(error):
             raise
         raise WeightsError(f"{path} does not fit timm's {name}: there is no {anchor} in it") from error
-    notes = [f"the file holds several models: {'.'.join(part.path) or 'the outer one'} is judged"] * (len(found) > 1)
+    around = look_beside(part.around, part.others, has_head=True)
+    refuse_unknown(around.unknown, str(path))
+    notes = [f"the file holds several models: {'.'.join(part.path) or 'the outer one'} is judged"]
+    notes = notes if other_names(found, part) else []
     tensors, _ = without_derived(part.tensors)
     if _misfits(tensors, own):
         # timm's own renaming and resizing of older files.
@@ -40,7 +48,9 @@ def fill(model: nn.Module, path: Path, name: str) -> tuple[Statistics | None, li
     if misfits := _misfits(tensors, own):
         raise WeightsError(f"{path} does not fit timm's {name}: {misfits}")
     model.load_state_dict(tensors)
-    return from_file(None, opened.metadata), notes
+    said = from_file(None, opened.metadata) or around.statistics
+    facts, scaled = in_unit_range(Facts() if said is None else Facts(mean=said[0], std=said[1]))
+    return pair(facts.mean, facts.std), notes + [scaled] * bool(scaled)
 
 
 def _misfits(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

@@ -5,12 +5,13 @@ answer. A normalisation is read. Anything else could change what the model compu
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from mimir_fast.models.normalization import Statistics
+from mimir_fast.checkpoints.reading import WeightsError
+from mimir_fast.models.normalization import Statistics, typed
 
 # First word of a name → why a tensor is no part of the function.
 _HARMLESS = {
@@ -26,6 +27,7 @@ _HEAD = re.compile(r"heads?|head_dist|fc|classifier|(cls|class)_(head|classifier
 _MEAN = re.compile(r"(.*_)?(mean|mu)(s?)")
 _DEVIATION = {"mean": "std", "mu": "sigma"}
 _STATISTIC = re.compile(r"(.*_)?(mean|mu|std|sigma)s?")
+HEAD = "a head outside of the encoder"
 READ = "read as mean and std of the images"
 
 
@@ -72,7 +74,7 @@ def look_beside(tensors: Mapping[str, Tensor], others: Collection[str], *, has_h
         elif tensor.ndim == 0 and not tensor.is_floating_point():
             reasons[name] = "a counter"
         elif not has_head and _HEAD.fullmatch(first):
-            reasons[name] = "a head outside of the encoder"
+            reasons[name] = HEAD
     pairs = _pairs({name: tensor for name, tensor in tensors.items() if name not in reasons})
     found = list(dict.fromkeys(pairs.values()))
     if len(found) == 1:  # else nobody knows which of them
@@ -81,6 +83,16 @@ def look_beside(tensors: Mapping[str, Tensor], others: Collection[str], *, has_h
     reasons |= {n: READ for n, t in tensors.items() if _MEAN.fullmatch(n.rpartition(".")[2]) and not t.any()}
     unknown = [name for name in tensors if name not in reasons]
     return Beside(found[0] if len(found) == 1 else None, reasons, unknown)
+
+
+def refuse_unknown(names: Sequence[str], origin: str) -> None:
+    """Raises WeightsError, by name, where there is something beside an encoder that may change what it computes."""
+    if names:
+        more = f" and {len(names) - 1} more stand" if len(names) > 1 else " stands"
+        raise WeightsError(
+            f"{origin}: {names[0]}{more} beside the encoder and may change what it computes. If not, save the state "
+            "dict of the encoder alone; else give evaluate the whole model, as module:function"
+        )
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], Statistics]:
@@ -92,6 +104,8 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], Statistics]:
             continue
         other = f"{before}{dot}{match[1] or ''}{_DEVIATION[match[2]]}{match[3]}"
         std = tensors.get(other)
-        if std is not None and mean.numel() == std.numel() <= 4 and bool((std > 0).all()) and bool(mean.isfinite().all()):
-            found[name, other] = tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
+        if std is None or not mean.numel() == std.numel() <= 4:
+            continue
+        if (std > 0).all() and mean.isfinite().all() and std.isfinite().all():
+            found[name, other] = typed(mean.flatten().tolist()), typed(std.flatten().tolist())
     return found

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.layers.norms import LayerNorm, NoNorm
+from mimir_fast.models.beside import HEAD
 from mimir_fast.models.branches import Branches, DropPathLaw
-from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
+from mimir_fast.models.families import Architecture, architecture_of, build_encoder, fields_of, find_family
 from mimir_fast.models.file_names import Parted
 from mimir_fast.models.loading import LoadReport, fill, infer_architecture
 from mimir_fast.models.normalization import (
@@ -28,12 +29,9 @@ from mimir_fast.models.normalization import (
     Normalizer,
     Statistics,
     chosen,
-    fields_of,
 )
-from mimir_fast.models.normalization import (
-    check_choice as check_normalization,
-)
-from mimir_fast.models.options import option_texts
+from mimir_fast.models.normalization import check_choice as check_normalization
+from mimir_fast.models.normalization import fields_of as statistics_fields
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import patchify
@@ -112,13 +110,14 @@ class Classifier(Parted):
         num_classes: outputs of the head, at least 2.
         channels: of the images.
         norm_first: the encoder's norm comes before the pooling; None: where `global_pool` and the family have it.
+        second_head: with the head of the distillation token, where there is such a token.
     """
 
     file_parts = ("encoder",)
 
     def __init__(
         self, config: ClassifierConfig, image_size: Size, num_classes: int, channels: int = 3,
-        norm_first: bool | None = None,
+        norm_first: bool | None = None, second_head: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         config = config.resolved()
@@ -140,7 +139,7 @@ class Classifier(Parted):
             raise ValueError(f"this {family.title} has no cls token: use global_pool avg")
         self.fc_norm = NoNorm() if norm_first else LayerNorm(self.encoder.width, options.get("eps", 1e-6))
         self.head = nn.Linear(self.encoder.width, num_classes)
-        has_two = config.global_pool == "cls" and options.get("distilled", False)
+        has_two = second_head and config.global_pool == "cls" and options.get("distilled", False)
         self.head_dist = nn.Linear(self.encoder.width, num_classes) if has_two else None
 
         self.normalizer = Normalizer(chosen(config, channels))
@@ -258,8 +257,8 @@ def classifier_of(
     architecture, found_classes = infer_architecture(weights, options, image_size)
     if found_classes is None:
         others = [name for name in weights.tensors if name.startswith("head")]
-        others += [name for name, why in weights.left_out.items() if "head" in why] + weights.unknown
-        what = f"which {', '.join(others[:4])} is not" if others else "it is a pre-trained encoder"
+        others += [name for name, why in weights.left_out.items() if why == HEAD] + weights.unknown
+        what = f"which {', '.join(others[:4])} are not" if others else "it is a pre-trained encoder"
         raise WeightsError(
             f"{weights.origin} has no classification head of one linear layer (head.weight), {what}: fine-tune it "
             f"first with python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"
@@ -275,10 +274,12 @@ def classifier_of(
     norm_first = "fc_norm.weight" not in weights.tensors
     takes_cls = norm_first and "cls_token" in weights.tensors and "norm_before_pool" not in found
     pool = weights.facts.pool or ("cls" if takes_cls and not family.norm_before_pool else "avg")
-    shown = {"family": family.name, "encoder": architecture.size, "patch_size": architecture.patch_size,
-             "global_pool": pool, "options": option_texts(found)}  # fmt: skip
-    shown |= fields_of(weights.statistics(architecture.channels, statistics))
+    shown = {**fields_of(architecture), "global_pool": pool}
+    shown |= statistics_fields(weights.statistics(architecture.channels, statistics))
     config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)
-    model = Classifier(config, architecture.image_size, found_classes, architecture.channels, norm_first)
+    model = Classifier(
+        config, architecture.image_size, found_classes, architecture.channels, norm_first,
+        second_head="head_dist.weight" in weights.tensors,
+    )  # fmt: skip
     report = fill(model, weights, whole=True)
     return model.eval(), report

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
+from mimir_fast.models.normalization import typed
 from mimir_fast.sizes import Size, as_size
 
 
@@ -67,7 +68,7 @@ def in_unit_range(facts: Facts) -> tuple[Facts, str]:
     mean, std = facts.mean, facts.std
     if mean is None or std is None or not (max(mean) > 1 or (not any(mean) and set(std) == {255.0})):
         return facts, ""
-    scaled = replace(facts, mean=tuple(m / 255 for m in mean), std=tuple(s / 255 for s in std))
+    scaled = replace(facts, mean=typed(m / 255 for m in mean), std=typed(s / 255 for s in std))
     return scaled, "mean and std are of grey levels in these weights: divided by 255, for images in [0, 1]"
 
 

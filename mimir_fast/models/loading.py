@@ -12,13 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.layers.norms import is_adapter
+from mimir_fast.models.beside import refuse_unknown
 from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.facts import size_said
 from mimir_fast.models.families import (
@@ -105,7 +105,7 @@ def fill(
     architecture = recognise(own, _size_of(model))
     family = None if architecture is None else find_family(architecture.family)
     if whole:
-        refuse_unknown(weights)
+        refuse_unknown(weights.unknown, weights.origin)
     report = _report_of(weights)
     unfit = {} if whole else _unfit_heads(weights.tensors, own) | _unfit_decoder(weights.tensors, own)
     ready: dict[str, Tensor] = {}
@@ -166,7 +166,7 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
         WeightsError: as `fill`.
     """
     architecture, _ = infer_architecture(weights)
-    refuse_unknown(weights)
+    refuse_unknown(weights.unknown, weights.origin)
     with torch.device("meta"):
         encoder = build_encoder(architecture, final_norm="norm.weight" in weights.tensors)
     if any(is_adapter(name) for name in weights.tensors):
@@ -182,6 +182,8 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
                     f"{_title(architecture)}"
                 )
             report.loaded.append(name)
+        elif name.startswith("head") and not re.fullmatch(r"head(_dist)?\.(weight|bias)", name):
+            report.reasons[name] = "no classification head of one linear layer"
         elif not name.startswith(beside):
             raise WeightsError(f"{weights.origin}: {name} is in none of our encoders")
     report.fresh = [n for n in own if n not in weights.tensors and not _is_optional_bias(n, weights.tensors)]
@@ -191,16 +193,6 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     if weights.config is None:
         report.assumed = _assumed(encoder, weights, find_family(architecture.family))
     return architecture, report
-
-
-def refuse_unknown(weights: Weights) -> None:
-    """Raises WeightsError, by name, where something beside the encoder may change what the weights compute."""
-    if weights.unknown:
-        more = f" and {len(weights.unknown) - 1} more stand" if len(weights.unknown) > 1 else " stands"
-        raise WeightsError(
-            f"{weights.origin}: {weights.unknown[0]}{more} beside the encoder and may change what it computes: if not, "
-            "save the encoder's state dict without; a model of your own is evaluated as module:function"
-        )
 
 
 def _report_of(weights: Weights) -> LoadReport:
@@ -298,7 +290,7 @@ def _check_complete(fresh: list[str], ready: Mapping[str, Tensor], weights: Weig
     if absent:
         raise WeightsError(
             f"{weights.origin} is incomplete or of another architecture: {', '.join(absent[:4])} "
-            f"({len(absent)} in all) are not in it; use a whole checkpoint of a plain vision transformer"
+            f"({len(absent)} in all) are not in it; use a whole checkpoint"
         )
 
 
@@ -324,9 +316,8 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _model_words(model: nn.Module) -> str:
-    config: Any = getattr(model, "config", None)
-    family = getattr(config, "family", None)
-    return f"our {find_family(family).title}-{config.encoder}" if isinstance(family, str) else "the model"
+    family = getattr(getattr(model, "config", None), "family", None)
+    return f"our {find_family(family).title}" if isinstance(family, str) else "the model"
 
 
 def _assumed(model: nn.Module, weights: Weights, family: Family | None) -> list[str]:
@@ -406,6 +397,10 @@ def infer_architecture(
     for texts in (config.get("options", ()), options):
         said |= parse_options(texts, family.options, family.title)
     architecture = informed(architecture, said)
+    if wrong := [name for name, value in family.fixed.items() if said.get(name, value) != value]:
+        raise WeightsError(
+            f"{weights.origin} says {wrong[0]} {said[wrong[0]]}, our {family.title} has {family.fixed[wrong[0]]}"
+        )
     if not family.image_size_in_tensors or (family.sized is None and isinstance(saved, tuple)):
         architecture = replace(architecture, image_size=saved or image_size or architecture.image_size)
     elif not isinstance(architecture.image_size, int) and architecture.image_size not in (saved, image_size):

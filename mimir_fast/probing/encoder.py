@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.adapters import load_model
+from mimir_fast.models.beside import refuse_unknown
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
-from mimir_fast.models.families import find_family
+from mimir_fast.models.families import fields_of, find_family
+from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.loading import infer_architecture, initialize
-from mimir_fast.models.normalization import Statistics, choice_note, fields_of
-from mimir_fast.models.options import option_texts
+from mimir_fast.models.normalization import Statistics, choice_note
+from mimir_fast.models.normalization import fields_of as statistics_fields
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 
 Pool = Literal["auto", "cls", "mean", "both"]
@@ -34,20 +36,21 @@ class FrozenEncoder(nn.Module):
         pool: `cls`, the `mean` of the patches, `both` one behind the other (DINOv2's), or `auto`: cls if there is one.
         norm: of the pooled vector, where the model has one.
         width: D.
+        report: what became of a file of weights that we read.
     Raises:
         ValueError: cls is asked for and there is none.
     """
 
     def __init__(
         self, model: nn.Module, tokens: Callable[[Tensor], Tensor], num_prefix: int, pool: Pool = "auto",
-        norm: nn.Module | None = None, width: int = 0,
+        norm: nn.Module | None = None, width: int = 0, report: LoadReport | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if pool in ("cls", "both") and not num_prefix:
             raise ValueError(f"--pool {pool}: this encoder has no cls token: take mean")
         self.model = model.eval().requires_grad_(False)
         self._tokens, self.num_prefix, self.norm = (tokens,), num_prefix, norm or nn.Identity()
-        self.token_width = width
+        self.token_width, self.report = width, report
         self.pool = ("cls" if num_prefix else "mean") if pool == "auto" else pool
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -101,17 +104,17 @@ def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | No
     family = find_family(architecture.family)
     normed_late = "fc_norm.weight" in weights.tensors
     averaged = normed_late or family.norm_before_pool or "no_cls_token" in architecture.options
-    config = ClassifierConfig(
-        family=architecture.family, encoder=architecture.size, patch_size=architecture.patch_size,
-        global_pool="avg" if averaged else "cls", options=option_texts(architecture.options),
-        **fields_of(weights.statistics(architecture.channels, asked)),
-    )  # fmt: skip
+    normalization = statistics_fields(weights.statistics(architecture.channels, asked))
+    config = ClassifierConfig(global_pool="avg" if averaged else "cls", **fields_of(architecture), **normalization)
     with torch.random.fork_rng([]):
         model = Classifier(config, architecture.image_size, 2, architecture.channels, not normed_late)
+    refuse_unknown(weights.unknown, weights.origin)
     report = initialize(model, weights)
     if pool == "auto":
         pool = "mean" if averaged else "auto"
     norm = model.fc_norm if pool == "mean" else None
-    encoder = FrozenEncoder(model, model.forward_features, model.encoder.num_prefix, pool, norm, model.encoder.width)
+    encoder = FrozenEncoder(
+        model, model.forward_features, model.encoder.num_prefix, pool, norm, model.encoder.width, report
+    )
     note = choice_note(weights.normalization, asked)
     return encoder, [str(report), *([note] if note else [])]

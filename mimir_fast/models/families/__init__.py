@@ -89,6 +89,8 @@ class Family:
         norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
         options: what it can do beside its plain form, name → default, see options.py.
         unseen: options that no tensor shows, so that `recognise` cannot tell them.
+        fixed: what no tensor shows and every model of the family has, `eps` or `gelu`: a file that says another is
+            refused.
         settle: architecture with options → the one way to say the same; refuses what cannot be built.
         why_not: tensors that `recognise` refuses → by which of them, as "NAME, which …"; "" for unrelated ones.
         pool: what a classifier pools where nobody says: `cls` where the authors (and timm) do, else `avg`.
@@ -110,6 +112,7 @@ class Family:
     norm_before_pool: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     settle: Callable[[Architecture], Architecture] = lambda architecture: architecture
     why_not: Callable[[Tensors], str] = lambda tensors: ""
     pool: Literal["avg", "cls"] = "avg"
@@ -195,6 +198,12 @@ def describe(architecture: Architecture) -> str:
     options = " ".join(option_texts(architecture.options))
     size = f"{family.title}-{architecture.size} ({family.sizes[architecture.size]})"
     return f"{size} with {options}" if options else size
+
+
+def fields_of(architecture: Architecture) -> dict[str, Any]:
+    """The fields of a ModelConfig or a ClassifierConfig that stand for it."""
+    return {"family": architecture.family, "encoder": architecture.size, "patch_size": architecture.patch_size,
+            "options": option_texts(architecture.options)}  # fmt: skip
 
 
 def mask_unit_of(architecture: Architecture) -> int:

@@ -38,6 +38,7 @@ from mimir_fast.models.staged import (
 )
 from mimir_fast.ops.patches import gather_patches
 from mimir_fast.sizes import Size, height_width
+from mimir_fast.validation import check_number
 
 # name: (width of the first stage, blocks of each stage). `nano` is ours, for experiments on a CPU.
 SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -47,6 +48,7 @@ SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
     "base": (128, (3, 3, 27, 3)),
 }
 LAYER_SCALE = 1e-6
+EPS = 1e-6  # of all norms but the last, for which an option may say another, as transformers does
 
 
 class ConvNextBlock(StageBlock):
@@ -120,7 +122,7 @@ class ConvNextEncoder(StagedEncoder):
 
     def __init__(
         self, width: int, depths: Sequence[int], *, image_size: Size, patch_size: int, channels: int = 3,
-        final_norm: bool = True,
+        final_norm: bool = True, eps: float = EPS,
     ) -> None:  # fmt: skip
         widths = [width * 2**stage for stage in range(len(depths))]
         super().__init__(widths, depths, image_size=image_size, patch_size=patch_size, channels=channels)
@@ -130,7 +132,7 @@ class ConvNextEncoder(StagedEncoder):
             merge = Downsample(LayerNorm(dim // 2), nn.Conv2d(dim // 2, dim, 2, 2)) if index else None
             blocks = [ConvNextBlock(dim, self.grid, side) for _ in range(depth)]
             self.stages.append(ConvNextStage(self.grid, side, merge, blocks))
-        self.norm = LayerNorm(self.width) if final_norm else NoNorm()
+        self.norm = LayerNorm(self.width, eps) if final_norm else NoNorm()
         self.apply(init_like_timm)
 
     def stem_of(self, pixels: Tensor, domain: int) -> Tensor:
@@ -171,7 +173,14 @@ def build(architecture: Architecture, final_norm: bool) -> ConvNextEncoder:
     return ConvNextEncoder(
         *SIZES[architecture.size], image_size=architecture.image_size, patch_size=architecture.patch_size,
         channels=architecture.channels, final_norm=final_norm,
+        eps=architecture.options.get("eps", EPS),
     )  # fmt: skip
+
+
+def settle(architecture: Architecture) -> Architecture:
+    """Refuses an `eps` that is none; see Family."""
+    check_number("eps", architecture.options.get("eps", EPS), above=0)
+    return architecture
 
 
 def from_timm(tensors: Tensors) -> dict[str, Tensor]:
@@ -220,13 +229,11 @@ def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
     replaced = {f"stages[{stage}]": "torch.nn.Identity()" for stage in range(len(depths), 4)}
     if architecture.patch_size == 2:  # timm puts a merging of its own behind a stem of 2
         replaced["stages[0].downsample"] = "torch.nn.Identity()"
-    names = {
-        "fc_norm.": "head.norm.",
-        "head.": "head.fc.",
-        "norm.": "norm_pre.",
-        "stem.": "stem.",
-        "stages.": "stages.",
-    }
+    if "eps" in architecture.options:
+        last = "head.norm" if pooled_first else "norm_pre"
+        replaced[last] = f"timm.layers.LayerNorm2d({widths[-1]}, eps={architecture.options['eps']!r})"
+    names = {"fc_norm.": "head.norm.", "head.": "head.fc.", "norm.": "norm_pre.", "stem.": "stem.",
+             "stages.": "stages."}  # fmt: skip
     renamed = rename({n: t for n, t in tensors.items() if not is_adapter(n)}, names, rest=False)
     return TimmModel("timm.models.convnext.ConvNeXt", arguments, renamed, replaced)
 
@@ -246,6 +253,10 @@ register(
         to_timm=to_timm,
         from_timm=from_timm,
         image_size_in_tensors=False,
+        options={"eps": EPS},
+        unseen=("eps",),
+        fixed={"gelu": "erf"},
+        settle=settle,
         why_not=why_not,
     )
 )

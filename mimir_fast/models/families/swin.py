@@ -346,5 +346,6 @@ register(
         resize=resize,
         why_not=why_not,
         norm_before_pool=True,
+        fixed={"eps": EPS, "gelu": "erf"},
     )
 )

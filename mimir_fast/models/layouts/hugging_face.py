@@ -16,7 +16,7 @@ from mimir_fast.models.facts import Facts, numbers, size_said
 from mimir_fast.models.families import under_our_names
 from mimir_fast.models.layouts import Layout, Read, register
 from mimir_fast.models.layouts.dinov2 import rename_registers
-from mimir_fast.models.normalization import Statistics, none_of
+from mimir_fast.models.normalization import Statistics, none_of, typed
 from mimir_fast.models.parts import Part
 
 Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
@@ -175,9 +175,7 @@ def _normalization(processor: Any, config: Mapping[str, Any]) -> Statistics | No
         mean, std = none_of(config.get("num_channels", 3))
     if mean is None or std is None:
         return None
-    # 1/255 is written with any number of digits.
-    exact = abs(scale - 1) < 1e-6
-    return (mean, std) if exact else (tuple(m / scale for m in mean), tuple(s / scale for s in std))
+    return (mean, std) if abs(scale - 1) < 1e-6 else (typed(m / scale for m in mean), typed(s / scale for s in std))
 
 
 def facts_of(config: Mapping[str, Any], processor: Any) -> Facts:
