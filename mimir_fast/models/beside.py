@@ -19,7 +19,8 @@ _HARMLESS = {
     r"(momentum|teacher|target)(_.*)?|(.*_)?ema(_.*)?": "of a teacher or a moving average",
     r"projectors?|proj(ection)?_heads?|predictors?|prototypes?|(dino|ibot|mim|contrastive|ssl)_head|queue(_ptr)?":
         "of a head for self-supervised training",
-    r".*optim.*|.*sched.*|.*scaler|.*loss.*|criterion|.*metrics?(_.*)?|callbacks|loops|history|.*rng.*": "of the training",
+    r".*optim.*|.*sched.*|.*scaler|.*loss.*|criterion|.*metrics?(_.*)?|callbacks|loops|history|.*rng.*":
+        "of the training",
 }  # fmt: skip
 # THOP leaves its counts on every layer.
 _COUNTS = re.compile(r"(.*\.)?(total_ops|total_params|n_averaged|num_updates)")
@@ -27,7 +28,7 @@ _HEAD = re.compile(r"heads?|head_dist|fc|classifier|(cls|class)_(head|classifier
 _MEAN = re.compile(r"(.*_)?(mean|mu)(s?)")
 _DEVIATION = {"mean": "std", "mu": "sigma"}
 _STATISTIC = re.compile(r"(.*_)?(mean|mu|std|sigma)s?")
-HEAD = "a head outside of the encoder"
+HEAD = "a head"
 READ = "read as mean and std of the images"
 
 
@@ -74,7 +75,7 @@ def look_beside(tensors: Mapping[str, Tensor], others: Collection[str], *, has_h
         elif tensor.ndim == 0 and not tensor.is_floating_point():
             reasons[name] = "a counter"
         elif not has_head and _HEAD.fullmatch(first):
-            reasons[name] = HEAD
+            reasons[name] = f"{HEAD} outside of the encoder"
     pairs = _pairs({name: tensor for name, tensor in tensors.items() if name not in reasons})
     found = list(dict.fromkeys(pairs.values()))
     if len(found) == 1:  # else nobody knows which of them

@@ -39,7 +39,7 @@ from mimir_fast.models.normalization import Normalizer, flags, same, words
 from mimir_fast.models.options import option_texts, parse_options
 from mimir_fast.models.patch_resize import with_patches_of
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
-from mimir_fast.sizes import Size, area, divided, height_width
+from mimir_fast.sizes import Size, area, divided, height_width, shown, typed
 
 __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_weights", "resize_positions"]
 
@@ -76,7 +76,7 @@ def initialize(
     """
     weights = source if isinstance(source, Weights) else read_weights(source, which, part)
     own = to_files(model, model.state_dict())
-    theirs, _ = infer_architecture(weights, image_size=_size_of(model))
+    theirs, _ = infer_architecture(weights, image_size=_size_of(model), whole=False)
     grids = _grids(theirs, model)
     tensors, resized = with_patches_of(weights.tensors, own)
     weights = replace(weights, tensors=dict(tensors))
@@ -104,8 +104,6 @@ def fill(
     own = to_files(model, model.state_dict())
     architecture = recognise(own, _size_of(model))
     family = None if architecture is None else find_family(architecture.family)
-    if whole:
-        refuse_unknown(weights.unknown, weights.origin)
     report = _report_of(weights)
     unfit = {} if whole else _unfit_heads(weights.tensors, own) | _unfit_decoder(weights.tensors, own)
     ready: dict[str, Tensor] = {}
@@ -166,7 +164,6 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
         WeightsError: as `fill`.
     """
     architecture, _ = infer_architecture(weights)
-    refuse_unknown(weights.unknown, weights.origin)
     with torch.device("meta"):
         encoder = build_encoder(architecture, final_norm="norm.weight" in weights.tensors)
     if any(is_adapter(name) for name in weights.tensors):
@@ -176,7 +173,7 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     for name, tensor in weights.tensors.items():
         if name in own:
             _check_numbers(name, tensor, own[name], weights.origin)
-            if tensor.shape != own[name].shape and find_family(architecture.family).image_size_in_tensors:
+            if tensor.shape != own[name].shape:
                 raise WeightsError(
                     f"{weights.origin}: {name} is {tuple(tensor.shape)}, {tuple(own[name].shape)} in "
                     f"{_title(architecture)}"
@@ -330,6 +327,11 @@ def _assumed(model: nn.Module, weights: Weights, family: Family | None) -> list[
     norm = next((part for part in model.modules() if isinstance(part, nn.LayerNorm)), None)
     if facts.eps is None and norm is not None:
         found.append(f"eps {norm.eps:g}")
+    if "gelu" in unseen and facts.gelu is None:
+        found.append("GELU erf")
+    if family is not None and (family.size_of_window or not family.image_size_in_tensors):
+        size = encoder.image_size if _saved_size(weights) is None and isinstance(encoder, Encoder) else None
+        found += [f"images of {shown(size)} pixels"] if size is not None else []
     normalizer = getattr(model, "normalizer", None)
     if facts.mean is None and isinstance(normalizer, Normalizer):
         found.append(words(normalizer.statistics).replace("normalization", "normalisation"))
@@ -362,17 +364,21 @@ def resize_positions(
 
 
 def infer_architecture(
-    weights: Weights, options: Sequence[str] = (), image_size: Size | None = None
+    weights: Weights, options: Sequence[str] = (), image_size: Size | None = None, *, whole: bool = True
 ) -> tuple[Architecture, int | None]:
     """The encoder, and the classes of the head if there is one: from the tensors, and from what the file says.
 
     Args:
         options: what no tensor shows, as it is typed: heads=12, eps=1e-5; goes before what was saved with the weights.
         image_size: where the weights do not say theirs and it is no square, this is it if it fits their tensors.
+        whole: the function is wanted as it was, not a start for training.
     Raises:
-        WeightsError: no encoder of ours has such tensors.
+        WeightsError: no encoder of ours has such tensors, or (`whole`) something beside them, or another size of
+            images than theirs, may change the function.
         ValueError: options that the family does not know.
     """
+    if whole:
+        refuse_unknown(weights.unknown, weights.origin)
     saved = _saved_size(weights)
     architecture = recognise(weights.tensors, saved)
     if saved is None and image_size is not None and not isinstance(image_size, int):
@@ -409,6 +415,14 @@ def infer_architecture(
         raise WeightsError(
             f"{weights.origin} is of images that are no squares{rows}, and no tensor tells their height and width: "
             "give --data.image_size HEIGHT WIDTH as it was trained with (evaluate and --init), or a run or file of ours"
+        )
+    told = image_size if saved is None else saved
+    if whole and family.size_of_window and told not in (None, architecture.image_size):
+        seen = architecture.image_size
+        then = f"; if it was made for {shown(seen)}, give --data.image_size {typed(seen)}" if saved is None else ""
+        raise WeightsError(
+            f"{weights.origin}: one window of its last stage sees {shown(seen)} pixels of images of {shown(told)}, in our "
+            f"{family.title} it sees the whole image{then}"
         )
     head = weights.tensors.get("head.weight")
     return architecture, None if head is None else len(head)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.adapters import load_model
-from mimir_fast.models.beside import refuse_unknown
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.families import fields_of, find_family
 from mimir_fast.models.load_report import LoadReport
@@ -108,7 +107,6 @@ def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | No
     config = ClassifierConfig(global_pool="avg" if averaged else "cls", **fields_of(architecture), **normalization)
     with torch.random.fork_rng([]):
         model = Classifier(config, architecture.image_size, 2, architecture.channels, not normed_late)
-    refuse_unknown(weights.unknown, weights.origin)
     report = initialize(model, weights)
     if pool == "auto":
         pool = "mean" if averaged else "auto"

@@ -86,6 +86,7 @@ class Family:
         resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit. Of a family
             with `sized`, old and new grid come behind where one of them is no square.
         image_size_in_tensors: `recognise` can tell the image size; where it cannot, a saved configuration can.
+        size_of_window: that size is as wide as a window: it is the images' where a window of the last stage sees them.
         norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
         options: what it can do beside its plain form, name → default, see options.py.
         unseen: options that no tensor shows, so that `recognise` cannot tell them.
@@ -109,6 +110,7 @@ class Family:
     from_timm: Callable[[Tensors], dict[str, Tensor]] = dict
     resize: Callable[..., Tensor | None] = lambda name, tensor, shape, *grids: None
     image_size_in_tensors: bool = True
+    size_of_window: bool = False
     norm_before_pool: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()

@@ -197,19 +197,32 @@ def recognise(tensors: Tensors) -> Architecture | None:
     num_stages = numbered(tensors, "stages.{}.blocks.0.conv_dw.weight")
     depths = tuple(numbered(tensors, f"stages.{s}.blocks.{{}}.conv_dw.weight") for s in range(num_stages))
     size = next((name for name, shape in SIZES.items() if shape == (width, depths)), None)
-    if size is None or "stages.0.blocks.0.gamma" not in tensors:
+    if size is None or why_not(tensors):
         return None
     unit = patch_size * 2 ** (num_stages - 1)
     return Architecture("convnext", size, 224 if unit == 32 else 4 * unit, patch_size, channels)
 
 
+_LAST = r"\.(weight|bias)"
+_KNOWN = re.compile(
+    rf"stem\.[01]{_LAST}|stages\.[1-9]\d*\.downsample\.[01]{_LAST}|stages\.\d+\.blocks\.\d+\.((conv_dw|norm|mlp\.fc[12]){_LAST}"
+    r"|gamma)|(norm|fc_norm|head|decoder|mask_token).*"
+)
+
+
 def why_not(tensors: Tensors) -> str:
-    """By which tensor a relative, such as ConvNeXt v2, is no ConvNeXt; "" for one that is."""
-    foreign = next((name for name in tensors if re.search(r"\.grn\.|\.conv_dw\.conv|\.weight_g$", name)), "")
-    if not foreign and "stages.0.blocks.0.gamma" not in tensors:
-        foreign = "stages.0.blocks.0.gamma"
-        return f"{foreign}, which is missing"
-    return f"{foreign}, which ConvNeXt has not" if foreign else ""
+    """By which tensor a relative, such as ConvNeXt v2 or one with another stem, is no ConvNeXt; "" for one that is."""
+    foreign = next((n for n in from_timm(tensors) if not _KNOWN.fullmatch(n) and not is_adapter(n)), "")
+    if foreign:
+        return f"{foreign}, which ConvNeXt has not"
+    if "stages.0.blocks.0.gamma" not in tensors:
+        return "stages.0.blocks.0.gamma, which is missing"
+    norm, conv = tensors["stem.1.weight"], tensors["stages.0.blocks.0.conv_dw.weight"]
+    if norm.ndim != 1:
+        return f"stem.1.weight, which is {tuple(norm.shape)} and no norm"
+    return (
+        f"stages.0.blocks.0.conv_dw.weight, which is {tuple(conv.shape)} and not 7 x 7" if conv.shape[-1] != 7 else ""
+    )
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:

@@ -346,6 +346,7 @@ register(
         resize=resize,
         why_not=why_not,
         norm_before_pool=True,
+        size_of_window=True,
         fixed={"eps": EPS, "gelu": "erf"},
     )
 )

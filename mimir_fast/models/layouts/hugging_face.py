@@ -93,7 +93,10 @@ def read(part: Part) -> Read:
     names, config = part.tensors, _config(part)
     swin, convnext = "embeddings.norm.weight" in names, "embeddings.patch_embeddings.weight" in names
     pattern = r"\.lambda_\d$|\.weights_in\.|\.grn\.|\.mask_emb" + ("" if swin else r"|relative_position_bias")
-    if foreign := next((name for name in names if re.search(pattern, name)), ""):
+    foreign = next((name for name in names if re.search(pattern, name)), "")
+    if convnext and not any(name.startswith("encoder.stages.") for name in names):  # DINOv3's ViT
+        foreign = "embeddings.patch_embeddings.weight"
+    if foreign:
         kind = config.get("model_type", "BEiT, Data2Vec or such")
         raise WeightsError(f"{foreign} is of another architecture than ours ({kind}): use ViT, DeiT, ViTMAE, DINOv2, "
                            "Swin or ConvNeXt")  # fmt: skip

@@ -5,9 +5,12 @@ training script.
 """
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from mimir_fast.checkpoints.reading import WeightsError
@@ -28,17 +31,18 @@ def without_derived(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict
 
 
 def facts_beside(part: Part) -> Facts:
-    """From `pretrained_cfg` and the training script's options, where they are there."""
-    config: Any = part.beside.get("config")
-    settings = part.beside.get("pretrained_cfg")
+    """From `pretrained_cfg`, timm's class, our export's header and the training script's options, as far as there."""
+    config, settings, args = (part.beside.get(name) for name in ("config", "pretrained_cfg", "args"))
+    options = args if isinstance(args, dict) else vars(args) if hasattr(args, "__dict__") else {}
     width = part.tensors["cls_token"].shape[-1] if "cls_token" in part.tensors else None
+    of_class = _facts_of_name(options.get("model") or part.beside.get("arch"), options.get("model_kwargs"), width)
+    said = Facts()
     # A config.json may lie beside a file it says nothing of.
-    arguments: Any = {}
-    pool = None
     if settings is None and isinstance(config, dict) and width in (None, config.get("num_features", width)):
         settings, arguments = config.get("pretrained_cfg"), config.get("model_args")
-        pool = _POOLS.get(str(config.get("global_pool")))
-    said = Facts(pool=pool)
+        of_class = _facts_of_name(config.get("architecture"), arguments, width)
+        heads = arguments.get("num_heads") if isinstance(arguments, dict) else None
+        said = Facts(pool=_POOLS.get(str(config.get("global_pool"))), heads=heads if isinstance(heads, int) else None)
     if isinstance(settings, dict):
         said = replace(
             said,
@@ -46,13 +50,39 @@ def facts_beside(part: Part) -> Facts:
             std=numbers(settings.get("std")),
             image_size=size_said(settings.get("input_size")),
         )
-    try:  # the arguments of timm's class, in a file that our export wrote
-        written = dict(json.loads((part.beside.get("metadata") or {})["timm"]))
+    return _facts_of_export(part.beside.get("metadata") or {}).over(said).over(of_class).over(facts_of_args(args))
+
+
+def _facts_of_export(metadata: Mapping[str, str]) -> Facts:
+    """From the arguments and the code of timm's class, in the header of a file that our export wrote."""
+    try:
+        arguments = dict(json.loads(metadata["timm"]))
     except (KeyError, ValueError, TypeError):
-        written = {}
-    heads = written.get("num_heads", arguments.get("num_heads") if isinstance(arguments, dict) else None)
-    ours = Facts(heads=heads if isinstance(heads, int) else None, image_size=size_said(written.get("img_size")))
-    return ours.over(said).over(facts_of_args(part.beside.get("args")))
+        return Facts()
+    heads, eps = arguments.get("num_heads"), re.search(r"eps=([\d.e+-]+\d)", metadata.get("code", ""))
+    return Facts(
+        heads=heads if isinstance(heads, int) else None,
+        eps=float(eps[1]) if eps else None,
+        gelu={None: "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}.get(arguments.get("act_layer")),  # type: ignore[arg-type]
+        pool=_POOLS.get(str(arguments.get("global_pool"))),
+        image_size=size_said(arguments.get("img_size")),
+    )
+
+
+def _facts_of_name(name: Any, arguments: Any, width: int | None) -> Facts:
+    """Of timm's model of that name, built without memory; nothing where timm has none, or one of another width.
+
+    Raises:
+        WeightsError: see `facts_of_model`.
+    """
+    try:
+        import timm
+
+        with torch.device("meta"):
+            model: Any = timm.create_model(name, **(arguments or {}))
+    except Exception:  # no timm, another package's name or arguments: timm raises anything
+        return Facts()
+    return facts_of_model(model) if getattr(model, "embed_dim", None) == width else Facts()
 
 
 def facts_of_model(model: Any) -> Facts:
