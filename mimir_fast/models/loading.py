@@ -403,10 +403,9 @@ def infer_architecture(
     for texts in (config.get("options", ()), options):
         said |= parse_options(texts, family.options, family.title)
     architecture = informed(architecture, said)
-    if wrong := [name for name, value in family.fixed.items() if said.get(name, value) != value]:
-        raise WeightsError(
-            f"{weights.origin} says {wrong[0]} {said[wrong[0]]}, our {family.title} has {family.fixed[wrong[0]]}"
-        )
+    for name, value in family.fixed.items():
+        if name not in family.unseen and said.get(name, value) != value:
+            raise WeightsError(f"{weights.origin} says {name} {said[name]}, our {family.title} has {value}")
     if not family.image_size_in_tensors or (family.sized is None and isinstance(saved, tuple)):
         architecture = replace(architecture, image_size=saved or image_size or architecture.image_size)
     elif not isinstance(architecture.image_size, int) and architecture.image_size not in (saved, image_size):

@@ -90,8 +90,7 @@ class Family:
         norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
         options: what it can do beside its plain form, name → default, see options.py.
         unseen: options that no tensor shows, so that `recognise` cannot tell them.
-        fixed: what no tensor shows and every model of the family has, `eps` or `gelu`: a file that says another is
-            refused.
+        fixed: eps and GELU of every model of the family, where they are no options: a file that says others is refused.
         settle: architecture with options → the one way to say the same; refuses what cannot be built.
         why_not: tensors that `recognise` refuses → by which of them, as "NAME, which …"; "" for unrelated ones.
         pool: what a classifier pools where nobody says: `cls` where the authors (and timm) do, else `avg`.
@@ -114,7 +113,7 @@ class Family:
     norm_before_pool: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=lambda: {"eps": 1e-6, "gelu": "erf"})
     settle: Callable[[Architecture], Architecture] = lambda architecture: architecture
     why_not: Callable[[Tensors], str] = lambda tensors: ""
     pool: Literal["avg", "cls"] = "avg"

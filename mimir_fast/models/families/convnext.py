@@ -268,7 +268,6 @@ register(
         image_size_in_tensors=False,
         options={"eps": EPS},
         unseen=("eps",),
-        fixed={"gelu": "erf"},
         settle=settle,
         why_not=why_not,
     )

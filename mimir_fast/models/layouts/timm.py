@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimir_fast.checkpoints.reading import WeightsError
+from mimir_fast.models.beside import HEAD
 from mimir_fast.models.facts import Facts, facts_of_args, numbers, size_said
 from mimir_fast.models.families import under_our_names
 from mimir_fast.models.layouts import Layout, Read, register
@@ -22,6 +23,8 @@ from mimir_fast.models.parts import Part
 DERIVED = (".relative_position_index", ".attn_mask", ".relative_coords_table")
 COMPUTED = "computed from the sizes"
 _POOLS: dict[str, Literal["avg", "cls"]] = {"avg": "avg", "token": "cls"}
+_GELUS: dict[str, Literal["erf", "tanh", "quick"]] = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
+_CLASSES = {"ConvNeXt", "SwinTransformer", "Cait", "Xcit", "ConVit"}
 
 
 def without_derived(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -35,12 +38,13 @@ def facts_beside(part: Part) -> Facts:
     config, settings, args = (part.beside.get(name) for name in ("config", "pretrained_cfg", "args"))
     options = args if isinstance(args, dict) else vars(args) if hasattr(args, "__dict__") else {}
     width = part.tensors["cls_token"].shape[-1] if "cls_token" in part.tensors else None
-    of_class = _facts_of_name(options.get("model") or part.beside.get("arch"), options.get("model_kwargs"), width)
+    name = options.get("model") or part.beside.get("arch")
+    of_class = _facts_of_name(name, options.get("model_kwargs"), part.tensors)
     said = Facts()
     # A config.json may lie beside a file it says nothing of.
     if settings is None and isinstance(config, dict) and width in (None, config.get("num_features", width)):
         settings, arguments = config.get("pretrained_cfg"), config.get("model_args")
-        of_class = _facts_of_name(config.get("architecture"), arguments, width)
+        of_class = _facts_of_name(config.get("architecture"), arguments, part.tensors)
         heads = arguments.get("num_heads") if isinstance(arguments, dict) else None
         said = Facts(pool=_POOLS.get(str(config.get("global_pool"))), heads=heads if isinstance(heads, int) else None)
     if isinstance(settings, dict):
@@ -69,8 +73,8 @@ def _facts_of_export(metadata: Mapping[str, str]) -> Facts:
     )
 
 
-def _facts_of_name(name: Any, arguments: Any, width: int | None) -> Facts:
-    """Of timm's model of that name, built without memory; nothing where timm has none, or one of another width.
+def _facts_of_name(name: Any, arguments: Any, tensors: Mapping[str, Tensor]) -> Facts:
+    """Of timm's model of that name, built without memory; nothing where timm has none, or one of other shapes.
 
     Raises:
         WeightsError: see `facts_of_model`.
@@ -80,31 +84,49 @@ def _facts_of_name(name: Any, arguments: Any, width: int | None) -> Facts:
 
         with torch.device("meta"):
             model: Any = timm.create_model(name, **(arguments or {}))
+        own = model.state_dict()
     except Exception:  # no timm, another package's name or arguments: timm raises anything
         return Facts()
-    return facts_of_model(model) if getattr(model, "embed_dim", None) == width else Facts()
+    free = ("head", "pos_embed")
+    same = [own[n].shape == t.shape for n, t in tensors.items() if n in own and not n.startswith(free)]
+    return facts_of_model(model) if same and all(same) else Facts()
 
 
 def facts_of_model(model: Any) -> Facts:
-    """Of a live ViT of timm, which shows what its tensors do not; nothing of other models.
+    """Of a live model of timm, which shows what its tensors do not; nothing of classes that no family of ours has.
 
     Raises:
-        WeightsError: blocks that have a plain ViT's tensors and compute another function, such as `ResPostBlock`.
+        WeightsError: the tensors of one of ours and another function: `ResPostBlock` in a ViT, ReLU, dilation.
     """
-    if not type(model).__name__.startswith("VisionTransformer"):
+    kind, parts = type(model).__name__, dict(model.named_modules())
+    is_vit = kind.startswith("VisionTransformer")
+    if not is_vit and kind not in _CLASSES:
         return Facts()
-    block = model.blocks[0]
-    if (kind := type(block).__name__) != "Block":
-        raise WeightsError(f"its blocks are timm's {kind}, which no encoder of ours computes, whatever their tensors")
-    gelus: dict[str, Any] = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
+    if is_vit and (block := type(model.blocks[0]).__name__) != "Block":
+        raise WeightsError(f"its blocks are timm's {block}, which no encoder of ours computes, whatever their tensors")
+    acts = {type(part).__name__ for name, part in parts.items() if name.endswith("mlp.act")}
+    if foreign := acts - _GELUS.keys():
+        raise WeightsError(f"its activation is {', '.join(foreign)}, that of our encoders is GELU")
+    if any(isinstance(part, nn.Conv2d) and part.dilation != (1, 1) for part in parts.values()):
+        raise WeightsError("its convolutions are dilated, those of our encoders are not")
+    eps = {part.eps for part in parts.values() if isinstance(part, nn.LayerNorm)}
+    if len(eps) > 1 or (kind == "ConvNeXt" and eps != {1e-6}):
+        raise WeightsError(f"its norms have eps {', '.join(map(str, eps))}, those of our encoders have one, or 1e-6")
     return Facts(
-        heads=block.attn.num_heads, eps=getattr(block.norm1, "eps", None), gelu=gelus.get(type(block.mlp.act).__name__)
-    )
+        heads=model.blocks[0].attn.num_heads if is_vit else None, eps=next(iter(eps), None),
+        gelu=_GELUS[acts.pop()] if len(acts) == 1 else None,
+    )  # fmt: skip
 
 
 def read(part: Part) -> Read:
     """As it is, with what a family of timm's calls otherwise renamed."""
     tensors, left_out = without_derived(part.tensors)
+    config: Any = part.beside.get("config")
+    pool = str(config.get("global_pool", "avg")) if isinstance(config, dict) and "architecture" in config else "avg"
+    if pool not in (*_POOLS, ""):
+        heads = {name: f"{HEAD} on the tokens' {pool}" for name in tensors if name.startswith("head.")}
+        left_out |= heads
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in heads}
     return Read(under_our_names(tensors), facts_beside(part), left_out)
 
 
