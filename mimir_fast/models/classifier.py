@@ -256,9 +256,10 @@ def classifier_of(
     """
     architecture, found_classes = infer_architecture(weights, options, image_size)
     if found_classes is None:
-        others = [name for name in weights.tensors if name.startswith("head")]
-        others += [name for name, why in weights.left_out.items() if why.startswith(HEAD)] + weights.unknown
-        what = f"which {', '.join(others[:4])} are not" if others else "it is a pre-trained encoder"
+        others = {name: "" for name in weights.tensors if name.startswith("head")}
+        others |= {name: f" ({why})" for name, why in weights.left_out.items() if why.startswith(HEAD)}
+        names = ", ".join(name + why for name, why in list(others.items())[:3])
+        what = f"which {names} is not" if others else "it is a pre-trained encoder"
         raise WeightsError(
             f"{weights.origin} has no classification head of one linear layer (head.weight), {what}: fine-tune it "
             f"first with python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"

@@ -420,8 +420,8 @@ def infer_architecture(
         seen = architecture.image_size
         then = f"; if it was made for {shown(seen)}, give --data.image_size {typed(seen)}" if saved is None else ""
         raise WeightsError(
-            f"{weights.origin}: one window of its last stage sees {shown(seen)} pixels of images of {shown(told)}, in our "
-            f"{family.title} it sees the whole image{then}"
+            f"{weights.origin}: one window of its last stage sees {shown(seen)} pixels of images of {shown(told)}, in "
+            f"our {family.title} it sees the whole image{then}"
         )
     head = weights.tensors.get("head.weight")
     return architecture, None if head is None else len(head)

@@ -185,6 +185,8 @@ def settle(architecture: Architecture) -> Architecture:
 
 def from_timm(tensors: Tensors) -> dict[str, Tensor]:
     """timm's head holds the norm behind the pooling, or the norm in front of it has a name of its own."""
+    # Its MLP may be of 1 × 1 convolutions, which is the same.
+    tensors = {n: t.flatten(1) if ".mlp.fc" in n and t.shape[2:] == (1, 1) else t for n, t in tensors.items()}
     return rename(tensors, {"head.norm.": "fc_norm.", "head.fc.": "head.", "norm_pre.": "norm."}, rest=True)
 
 
