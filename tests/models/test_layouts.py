@@ -25,6 +25,7 @@ WORKS = "works"
 REFUSED = {
     "timm BEiT", "timm EVA-02", "timm Swin v2", "timm ConvNeXt v2", "timm ViT with relative positions", "timm ResNet",
     "timm ViT with attention pooling (SigLIP)", "PEFT's LoRA beside a ViT", "transformers BEiT",
+    "transformers Swin, eps 1e-3",
 }  # fmt: skip
 
 
@@ -73,6 +74,8 @@ def short(reason: str) -> str:
     """The tensor that is in the way."""
     if found := re.search(r"because of (\S+),|: (\S+) is of another architecture", reason):
         return f"refused: `{found[1] or found[2]}`"
+    if found := re.search(r"says (eps \S+),", reason):
+        return f"refused: {found[1]}"
     return "refused: no vision transformer" if "holds no vision transformer" in reason else reason[:160]
 
 
