@@ -30,7 +30,7 @@ from mimir_fast.models.classifier import Classifier, classifier_of
 from mimir_fast.models.families import describe
 from mimir_fast.models.file_names import to_files
 from mimir_fast.models.load_report import LoadReport
-from mimir_fast.models.loading import infer_architecture
+from mimir_fast.models.loading import infer_architecture, written_config
 from mimir_fast.models.masked_loading import masked_model_of
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.normalization import Statistics, to_metadata
@@ -83,7 +83,7 @@ class _OnTheHub(ModelHubMixin):
         # As torch's parametrizations do: the same object with more methods, so no weight is copied.
         model.__class__ = cls
         model.report = report
-        model.run_config = public_config(weights.config or {})
+        model.run_config = public_config(written_config(weights, architecture))
         model.outline = (
             f"{describe(architecture)}, patch {architecture.patch_size}, images of {said(architecture.image_size)}"
         )

@@ -110,14 +110,13 @@ class Classifier(Parted):
         num_classes: outputs of the head, at least 2.
         channels: of the images.
         norm_first: the encoder's norm comes before the pooling; None: where `global_pool` and the family have it.
-        second_head: with the head of the distillation token, where there is such a token.
     """
 
     file_parts = ("encoder",)
 
     def __init__(
         self, config: ClassifierConfig, image_size: Size, num_classes: int, channels: int = 3,
-        norm_first: bool | None = None, second_head: bool = True,
+        norm_first: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         config = config.resolved()
@@ -139,7 +138,7 @@ class Classifier(Parted):
             raise ValueError(f"this {family.title} has no cls token: use global_pool avg")
         self.fc_norm = NoNorm() if norm_first else LayerNorm(self.encoder.width, options.get("eps", 1e-6))
         self.head = nn.Linear(self.encoder.width, num_classes)
-        has_two = second_head and config.global_pool == "cls" and options.get("distilled", False)
+        has_two = config.global_pool == "cls" and options.get("distilled", False)
         self.head_dist = nn.Linear(self.encoder.width, num_classes) if has_two else None
 
         self.normalizer = Normalizer(chosen(config, channels))
@@ -274,13 +273,12 @@ def classifier_of(
     family, found = find_family(architecture.family), architecture.options
     norm_first = "fc_norm.weight" not in weights.tensors
     takes_cls = norm_first and "cls_token" in weights.tensors and "norm_before_pool" not in found
-    pool = weights.facts.pool or ("cls" if takes_cls and not family.norm_before_pool else "avg")
+    said = saved.get("global_pool") if norm_first else None
+    said = said if said in ("avg", "cls") else None
+    pool = weights.facts.pool or said or ("cls" if takes_cls and not family.norm_before_pool else "avg")
     shown = {**fields_of(architecture), "global_pool": pool}
     shown |= statistics_fields(weights.statistics(architecture.channels, statistics))
     config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)
-    model = Classifier(
-        config, architecture.image_size, found_classes, architecture.channels, norm_first,
-        second_head="head_dist.weight" in weights.tensors,
-    )  # fmt: skip
+    model = Classifier(config, architecture.image_size, found_classes, architecture.channels, norm_first)
     report = fill(model, weights, whole=True)
     return model.eval(), report

@@ -7,7 +7,7 @@ import torch
 
 from mimir_fast.exporting.formats import Format, register
 from mimir_fast.exporting.original import Original
-from mimir_fast.models.options import option_texts
+from mimir_fast.models.loading import written_config
 from mimir_fast.models.weight_files import read_weights
 from mimir_fast.versions import python_command
 
@@ -17,10 +17,7 @@ def write(original: Original, path: Path) -> float:
     from safetensors.torch import save_file
 
     weights = original.weights
-    architecture = original.architecture
-    written = weights.config or {"model": {"options": option_texts(architecture.options)}}
-    if not isinstance(architecture.image_size, int):  # which no tensor tells
-        written = {"data": {"image_size": architecture.image_size}} | written
+    written = written_config(weights, original.architecture)
     metadata = {"format": "mimir_fast", "config": json.dumps(written), **original.known_statistics}
     save_file({name: t.contiguous() for name, t in weights.tensors.items()}, path, metadata=metadata)
     back = read_weights(path).tensors

@@ -111,6 +111,8 @@ def read(part: Part) -> Read:
         for kind in ("weight", "bias"):
             tensors.pop(f"head.{kind}", None)
             left_out[f"classifier.{kind}"] = "a head on cls and mean of the patches together"
+    if {"dist_token", "head.weight"} <= tensors.keys() and "head_dist.weight" not in tensors:
+        tensors["reg_token"] = tensors.pop("dist_token")  # nobody asks it: a register
     if "decoder_embed.weight" not in tensors and tensors.pop("mask_token", None) is not None:
         left_out["embeddings.mask_token"] = "the mask token"
     rename_registers(tensors)

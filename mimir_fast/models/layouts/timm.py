@@ -61,6 +61,7 @@ def _facts_of_export(metadata: Mapping[str, str]) -> Facts:
     """From the arguments and the code of timm's class, in the header of a file that our export wrote."""
     try:
         arguments = dict(json.loads(metadata["timm"]))
+        size = json.loads(metadata.get("image_size", "null")) or arguments.get("img_size")
     except (KeyError, ValueError, TypeError):
         return Facts()
     heads, eps = arguments.get("num_heads"), re.search(r"eps=([\d.e+-]+\d)", metadata.get("code", ""))
@@ -69,7 +70,7 @@ def _facts_of_export(metadata: Mapping[str, str]) -> Facts:
         eps=float(eps[1]) if eps else None,
         gelu={None: "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}.get(arguments.get("act_layer")),  # type: ignore[arg-type]
         pool=_POOLS.get(str(arguments.get("global_pool"))),
-        image_size=size_said(arguments.get("img_size")),
+        image_size=size_said(size),
     )
 
 
