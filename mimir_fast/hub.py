@@ -30,11 +30,11 @@ from mimir_fast.models.classifier import Classifier, classifier_of
 from mimir_fast.models.families import describe
 from mimir_fast.models.file_names import to_files
 from mimir_fast.models.load_report import LoadReport
-from mimir_fast.models.loading import infer_architecture, written_config
+from mimir_fast.models.loading import infer_architecture
 from mimir_fast.models.masked_loading import masked_model_of
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.normalization import Statistics, to_metadata
-from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
+from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights, written_config
 from mimir_fast.sizes import said
 from mimir_fast.training.ownership import is_run
 

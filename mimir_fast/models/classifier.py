@@ -257,8 +257,8 @@ def classifier_of(
     if found_classes is None:
         others = {name: "" for name in weights.tensors if name.startswith("head")}
         others |= {name: f" ({why})" for name, why in weights.left_out.items() if why.startswith(HEAD)}
-        names = ", ".join(name + why for name, why in list(others.items())[:3])
-        what = f"which {names} is not" if others else "it is a pre-trained encoder"
+        listed = ", ".join(name + why for name, why in list(others.items())[:3])
+        what = f"which {listed} is not" if others else "it is a pre-trained encoder"
         raise WeightsError(
             f"{weights.origin} has no classification head of one linear layer (head.weight), {what}: fine-tune it "
             f"first with python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"
@@ -273,9 +273,9 @@ def classifier_of(
     family, found = find_family(architecture.family), architecture.options
     norm_first = "fc_norm.weight" not in weights.tensors
     takes_cls = norm_first and "cls_token" in weights.tensors and "norm_before_pool" not in found
-    said = saved.get("global_pool") if norm_first else None
-    said = said if said in ("avg", "cls") else None
-    pool = weights.facts.pool or said or ("cls" if takes_cls and not family.norm_before_pool else "avg")
+    pool = weights.facts.pool or (saved.get("global_pool", "auto") if norm_first else "avg")
+    if pool == "auto":
+        pool = "cls" if takes_cls and not family.norm_before_pool else "avg"
     shown = {**fields_of(architecture), "global_pool": pool}
     shown |= statistics_fields(weights.statistics(architecture.channels, statistics))
     config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)

@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -426,18 +425,6 @@ def infer_architecture(
         )
     head = weights.tensors.get("head.weight")
     return architecture, None if head is None else len(head)
-
-
-def written_config(weights: Weights, architecture: Architecture) -> dict[str, Any]:
-    """The configuration in a file of ours that takes these weights: their own, or what their tensors do not show."""
-    facts, config = weights.facts, dict(weights.config or {})
-    if not config:
-        config["model"] = {"options": option_texts(architecture.options)}
-        config["model"] |= {} if facts.pool is None else {"global_pool": facts.pool}
-        config |= {} if facts.norm_pixels is None else {"objective": {"norm_pix_loss": facts.norm_pixels}}
-    if isinstance(architecture.image_size, int) and find_family(architecture.family).image_size_in_tensors:
-        return config
-    return {"data": {"image_size": architecture.image_size}} | config
 
 
 def _is_square_of_as_many(one: Architecture, other: Architecture | None) -> bool:

@@ -24,16 +24,17 @@ from mimir_fast.checkpoints.reading import (
 )
 from mimir_fast.models.beside import look_beside
 from mimir_fast.models.facts import Facts, facts_of_args, in_unit_range
-from mimir_fast.models.families import all_families
+from mimir_fast.models.families import Architecture, all_families, find_family
 from mimir_fast.models.layouts import all_anchors, find_layout
 from mimir_fast.models.layouts.mimir_fast import config_of
 from mimir_fast.models.layouts.timm import facts_of_model
 from mimir_fast.models.lora import merge_lora
 from mimir_fast.models.normalization import Statistics, check_statistics, from_file, is_none, none_of
 from mimir_fast.models.opening import find_file, open_file, weights_only
+from mimir_fast.models.options import option_texts
 from mimir_fast.models.parts import WeightsChoice, choose, find_parts, other_names
 
-__all__ = ["Weights", "WeightsChoice", "WeightsError", "read_weights"]
+__all__ = ["Weights", "WeightsChoice", "WeightsError", "read_weights", "written_config"]
 
 
 @dataclass
@@ -114,6 +115,18 @@ def read_weights(source: str | Path, which: WeightsChoice = "auto", part: str = 
     beside = {**opened.configs, "metadata": opened.metadata, "mimir_fast": config is not None}
     said = from_file(config, opened.metadata)
     return _understand(opened.content, beside, origin, which, part, config, said)
+
+
+def written_config(weights: Weights, architecture: Architecture) -> dict[str, Any]:
+    """The configuration in a file of ours that takes these weights: their own, or what their tensors do not show."""
+    facts, config = weights.facts, dict(weights.config or {})
+    if not config:
+        config["model"] = {"options": option_texts(architecture.options)}
+        config["model"] |= {} if facts.pool is None else {"global_pool": facts.pool}
+        config |= {} if facts.norm_pixels is None else {"objective": {"norm_pix_loss": facts.norm_pixels}}
+    if isinstance(architecture.image_size, int) and find_family(architecture.family).image_size_in_tensors:
+        return config
+    return {"data": {"image_size": architecture.image_size}} | config
 
 
 def _understand(

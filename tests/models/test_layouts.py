@@ -181,7 +181,8 @@ def test_a_folder_of_timm_says_heads_and_pooling(choices: dict[str, Any], tmp_pa
 
 
 @pytest.mark.parametrize(("name", "choices"), [
-    ("vit_tiny_patch16_224", {"act_layer": "gelu_tanh"}), ("test_vit2", {}), ("vit_base_patch32_clip_quickgelu_224", {}),
+    ("vit_tiny_patch16_224", {"act_layer": "gelu_tanh"}), ("test_vit2", {}),
+    ("vit_base_patch32_clip_quickgelu_224", {}),
 ])  # fmt: skip
 def test_timms_class_says_what_a_folder_of_its_does_not(name: str, choices: dict[str, Any], tmp_path: Path) -> None:
     """GELU and eps follow from the architecture's name in config.json."""

@@ -7,8 +7,7 @@ import torch
 
 from mimir_fast.exporting.formats import Format, register
 from mimir_fast.exporting.original import Original
-from mimir_fast.models.loading import written_config
-from mimir_fast.models.weight_files import read_weights
+from mimir_fast.models.weight_files import read_weights, written_config
 from mimir_fast.versions import python_command
 
 
