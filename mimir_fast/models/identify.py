@@ -49,8 +49,8 @@ def infer_architecture(
         options: what no tensor shows, as it is typed: heads=12, eps=1e-5; goes before what was saved with the weights.
         image_size: of the images that the model will take: where the weights do not say theirs, this is it if it fits
             their tensors.
-        into: the encoder that the weights initialise. Its size is theirs only where no square has as many patches. Where
-            it is left out, the function is wanted as it was, not a start for training.
+        into: the encoder that the weights initialise. Its size is theirs only where no square has as many patches.
+            Without one, the function is wanted as it was.
     Raises:
         WeightsError: no encoder of ours has such tensors, they are of images of several sizes and nobody says which,
             the file says something that its encoder here cannot do, or (without `into`) something beside the tensors,
