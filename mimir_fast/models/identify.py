@@ -273,8 +273,8 @@ def _eps_of(model: nn.Module) -> float | None:
     return next((part.eps for part in model.modules() if isinstance(part, nn.LayerNorm)), None)
 
 
-def overridden(weights: Weights, architecture: Architecture, model: nn.Module) -> list[str]:
-    """A line for each thing of which the user, or the model, says something else than the weights."""
+def overridden(weights: Weights, architecture: Architecture) -> list[str]:
+    """A line for each thing of which the user says something else than the weights."""
     family = find_family(architecture.family)
     given, known = typed_options(weights.asked.options, family.options, family.title), known_of(weights, family)
     lines = [

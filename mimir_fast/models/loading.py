@@ -153,7 +153,7 @@ def fill(
     if bad:
         report.notes.append(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do): so will what it computes")
     if architecture is not None:
-        report.notes += overridden(weights, architecture, model)
+        report.notes += overridden(weights, architecture)
     if not is_run(weights):
         pool = pool_of(weights, architecture) if architecture is not None and "head.weight" in ready else None
         report.assumed = assumed_of(model, weights, family, pool)
@@ -193,7 +193,7 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     _check_complete(report.fresh, {}, weights, whole=True)
     bad = [name for name in report.loaded if not _is_finite(weights.tensors[name])]
     report.notes += [f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" for _ in bad[:1]]
-    report.notes += overridden(weights, architecture, encoder)
+    report.notes += overridden(weights, architecture)
     if not is_run(weights):
         pool = None if num_classes is None else pool_of(weights, architecture)
         report.assumed = assumed_of(encoder, weights, find_family(architecture.family), pool)

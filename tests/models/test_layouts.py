@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from weight_cases import CASES, IMAGE, NEEDS_TRANSFORMERS, Written, transformers
+from weight_cases import CASES, IMAGE, NEEDS_TRANSFORMERS, Written, transformers, vit
 
 from mimir_fast.export import ExportConfig, export
 from mimir_fast.hub import HubConfig, publish
@@ -201,6 +201,18 @@ def test_timms_class_says_what_a_folder_of_its_does_not(name: str, choices: dict
     with torch.no_grad():
         wanted = model((images - found.normalizer.mean) / found.normalizer.std)
         torch.testing.assert_close(found(images), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_file_does_not_make_timm_read_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`checkpoint_path` of timm's create_model opens a file; `pretrained` downloads one; a huge depth never ends."""
+    timm, asked = pytest.importorskip("timm"), list[dict[str, Any]]()
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: (asked.append(options), create(name))[1])
+    for more in ({"checkpoint_path": "/x.pth", "pretrained": True, "qkv_bias": True}, {"depth": 10**9}):
+        content = {"model": vit().state_dict(), "args": {"model": "test_vit", "model_kwargs": more}}
+        torch.save(content, tmp_path / "w.pth")
+        read_weights(tmp_path / "w.pth")
+    assert asked == [{"pretrained": False, "qkv_bias": True}, {"pretrained": False}]
 
 
 @pytest.mark.parametrize(("name", "choices", "reason"), [

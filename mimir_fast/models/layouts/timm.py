@@ -104,7 +104,7 @@ def facts_of_name(name: Any, arguments: Any, tensors: Mapping[str, Tensor]) -> F
     return facts_of_model(model) if pools_alike else replace(facts_of_model(model), pool=None)
 
 
-# Arguments that change what is computed and not how many layers there are.
+# Arguments that change what is computed, not how many layers there are; none by which a file makes timm open another.
 _SHAPING = ("embed_dim", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm", "init_values", "act_layer", "norm_layer",
             "norm_eps", "tokens_norm", "global_pool", "output_stride")  # fmt: skip
 _STAGED = ("SwinTransformer", "ConvNeXt")
