@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from weight_cases import CASES, NEEDS_TRANSFORMERS, Written, transformers
+from weight_cases import CASES, NEEDS_TRANSFORMERS, Written, transformers, vit
 
 from mimir_fast.export import ExportConfig, export
 from mimir_fast.hub import HubConfig, publish
@@ -196,6 +196,16 @@ def test_timms_class_says_what_a_folder_of_its_does_not(name: str, choices: dict
     with torch.no_grad():
         wanted = model((images - found.normalizer.mean) / found.normalizer.std)
         torch.testing.assert_close(found(images), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_file_does_not_make_timm_read_another(tmp_path: Path) -> None:
+    """`checkpoint_path` of timm's create_model opens a file; `pretrained` downloads one."""
+    read = tmp_path / "read.pth"
+    torch.save(torch.nn.Linear(1, 1), read)
+    content = {"model": vit().state_dict(), "args": {"model": "test_vit", "model_kwargs": {"checkpoint_path": str(read),
+               "pretrained": True, "depth": 10**9}}}  # fmt: skip
+    torch.save(content, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth").facts.heads is None
 
 
 @pytest.mark.parametrize(("name", "choices", "reason"), [
