@@ -198,14 +198,16 @@ def test_timms_class_says_what_a_folder_of_its_does_not(name: str, choices: dict
         torch.testing.assert_close(found(images), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
-def test_a_file_does_not_make_timm_read_another(tmp_path: Path) -> None:
-    """`checkpoint_path` of timm's create_model opens a file; `pretrained` downloads one."""
-    read = tmp_path / "read.pth"
-    torch.save(torch.nn.Linear(1, 1), read)
-    content = {"model": vit().state_dict(), "args": {"model": "test_vit", "model_kwargs": {"checkpoint_path": str(read),
-               "pretrained": True, "depth": 10**9}}}  # fmt: skip
-    torch.save(content, tmp_path / "w.pth")
-    assert read_weights(tmp_path / "w.pth").facts.heads is None
+def test_a_file_does_not_make_timm_read_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`checkpoint_path` of timm's create_model opens a file; `pretrained` downloads one; a huge depth never ends."""
+    timm, asked = pytest.importorskip("timm"), list[dict[str, Any]]()
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: (asked.append(options), create(name))[1])
+    for more in ({"checkpoint_path": "/x.pth", "pretrained": True, "depth": 2}, {"depth": 10**9}):
+        content = {"model": vit().state_dict(), "args": {"model": "test_vit", "model_kwargs": more}}
+        torch.save(content, tmp_path / "w.pth")
+        read_weights(tmp_path / "w.pth")
+    assert asked == [{"depth": 2}]
 
 
 @pytest.mark.parametrize(("name", "choices", "reason"), [
