@@ -91,6 +91,11 @@ def recognise(part: Part) -> bool:
 def read(part: Part) -> Read:
     """Under our names: queries, keys and values joined."""
     names, config = part.tensors, _config(part)
+    # ViT MSN's files have `vit.embeddings` and, outside of it, `encoder.layer`.
+    layers = (
+        [] if any(n.startswith("encoder.") for n in names) else [n for n in part.siblings if n[:14] == "encoder.layer."]
+    )
+    names = names | {name: part.siblings[name] for name in layers}
     swin, convnext = "embeddings.norm.weight" in names, "embeddings.patch_embeddings.weight" in names
     pattern = r"\.lambda_\d$|\.weights_in\.|\.grn\.|\.mask_emb" + ("" if swin else r"|relative_position_bias")
     foreign = next((name for name in names if re.search(pattern, name)), "")
@@ -120,7 +125,7 @@ def read(part: Part) -> Read:
     left_out |= dict.fromkeys(index, "computed from the sizes")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in index}
     facts = facts_of(config, part.beside.get("preprocessor_config"))
-    return Read(under_our_names(tensors), facts, left_out, taken=taken)
+    return Read(under_our_names(tensors), facts, left_out, taken=[*taken, *layers])
 
 
 def renamed(tensors: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
