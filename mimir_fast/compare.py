@@ -4,9 +4,11 @@ python -m mimir_fast.compare runs/a runs/b evaluation/of/c --output comparison
 python -m mimir_fast.compare runs/a/probing runs/b/probing
 python -m mimir_fast.compare --help
 
-Writes comparison/comparison.html and comparison.md; differences are paired, image by image, with the first one.
+Writes comparison/comparison.html and comparison.md; differences are paired, image by image, with the first one. What
+became of the files of weights when they were loaded is printed, and kept in weights.json, by the models' names.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +19,9 @@ import tyro
 
 from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.cli import parse, run
-from mimir_fast.evaluation.comparison import find_results, html, load, markdown
+from mimir_fast.evaluation.comparison import find_results, html, load, markdown, told_apart
 from mimir_fast.extensions import Imports, load_extensions
+from mimir_fast.models.load_report import FILE_NAME, LoadReport
 from mimir_fast.probing import comparison as probings
 
 
@@ -55,6 +58,14 @@ def compare(config: CompareConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "comparison.md", text)
     write_text(folder / "comparison.html", page)
+    names = told_apart([json.loads(file.read_text())["choices"] for file in files], files)
+    read = {name: LoadReport.read(file.parent) for name, file in zip(names, files, strict=True)}
+    reports = {name: report for name, report in read.items() if report is not None}
+    for name, report in reports.items():
+        print(f"{name}: {report}")
+    if reports:
+        kept = {name: report.as_dict() for name, report in reports.items()}
+        write_text(folder / FILE_NAME, json.dumps(kept, indent=1) + "\n")
     print(f"{text}\n{folder / 'comparison.html'}")
     return folder / "comparison.html"
 

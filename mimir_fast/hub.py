@@ -12,7 +12,7 @@ path of the machine it was trained on) and README.md, the card.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -26,13 +26,13 @@ from mimir_fast.evaluation.comparison import find_results
 from mimir_fast.evaluation.results import Results
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.hub_card import card, public_config
-from mimir_fast.models.classifier import Classifier, load_classifier
+from mimir_fast.models.classifier import Classifier, classifier_of
 from mimir_fast.models.facts import Asked
 from mimir_fast.models.families import describe
 from mimir_fast.models.file_names import to_files
 from mimir_fast.models.identify import infer_architecture, record_of
-from mimir_fast.models.loading import inspect_weights
-from mimir_fast.models.masked_loading import load_masked_model
+from mimir_fast.models.load_report import LoadReport
+from mimir_fast.models.masked_loading import masked_model_of
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.normalization import Statistics, check_statistics, choice_note, pair, to_metadata
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
@@ -54,6 +54,7 @@ class _OnTheHub(ModelHubMixin):
         results: of an evaluation, for the card; may be set by hand.
         outline: the architecture in words.
         statistics: the (mean, std) inside the model, None where the weights did not say.
+        report: what became of the file of weights.
     """
 
     kind: ClassVar[str]
@@ -61,6 +62,7 @@ class _OnTheHub(ModelHubMixin):
     results: Results | None
     outline: str
     statistics: Statistics | None
+    report: LoadReport
 
     @classmethod
     def from_run(
@@ -82,9 +84,10 @@ class _OnTheHub(ModelHubMixin):
         """
         weights = read_weights(source, which, part, asked)
         architecture, _ = infer_architecture(weights)
-        model = cls._load(weights, statistics)
+        model, report = cls._load(weights, statistics)
         # As torch's parametrizations do: the same object with more methods, so no weight is copied.
         model.__class__ = cls
+        model.report = report
         model.run_config = public_config(record_of(weights, architecture))
         model.outline = (
             f"{describe(architecture)}, patch {architecture.patch_size}, images of {said(architecture.image_size)}"
@@ -95,7 +98,7 @@ class _OnTheHub(ModelHubMixin):
         return model
 
     @classmethod
-    def _load(cls, weights: Weights, statistics: Statistics | None) -> Any:
+    def _load(cls, weights: Weights, statistics: Statistics | None) -> tuple[Any, LoadReport]:
         raise NotImplementedError
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -144,8 +147,8 @@ class HubClassifier(_OnTheHub, Classifier):
     kind = "classifier"
 
     @classmethod
-    def _load(cls, weights: Weights, statistics: Statistics | None) -> Classifier:
-        return load_classifier(weights, statistics=statistics)
+    def _load(cls, weights: Weights, statistics: Statistics | None) -> tuple[Classifier, LoadReport]:
+        return classifier_of(weights, statistics=statistics)
 
 
 class HubMaskedModel(_OnTheHub, MaskedModel):
@@ -154,8 +157,8 @@ class HubMaskedModel(_OnTheHub, MaskedModel):
     kind = "masked autoencoder"
 
     @classmethod
-    def _load(cls, weights: Weights, statistics: Statistics | None) -> MaskedModel:
-        return load_masked_model(weights, statistics=statistics)[0]
+    def _load(cls, weights: Weights, statistics: Statistics | None) -> tuple[MaskedModel, LoadReport]:
+        return masked_model_of(weights, statistics=statistics)
 
 
 def refuse_others_files(folder: Path) -> None:
@@ -268,17 +271,18 @@ def publish(config: HubConfig) -> None:
     asked, statistics = Asked(config.options, config.global_pool, config.image_size), pair(config.mean, config.std)
     weights = read_weights(config.source, config.weights, config.part, asked)
     _, num_classes = infer_architecture(weights)
-    _, report = inspect_weights(weights)
-    print(report)
-    if note := choice_note(weights.normalization, statistics):
-        print(note)
     kind = HubMaskedModel if "decoder_pred.weight" in weights.tensors or num_classes is None else HubClassifier
     model = kind.from_run(
         config.source, config.weights, config.results, part=config.part, asked=asked, statistics=statistics
     )  # fmt: skip
+    print(model.report)
+    if note := choice_note(weights.normalization, statistics):
+        print(note)
     words = {"license": config.license} | ({"repo_id": config.repo_id} if config.repo_id else {})
     if config.output:
         model.save_pretrained(config.output, model_card_kwargs=words)
+        named = model.report.origin.replace(config.source, Path(config.source).name)  # no path of this machine
+        replace(model.report, origin=named).save(Path(config.output))
         print(f"{config.output}: {', '.join(sorted(path.name for path in Path(config.output).iterdir()))}")
         print(f'use: mimir_fast.hub.{kind.__name__}.from_pretrained("{config.output}")')
     if config.repo_id:

@@ -82,7 +82,7 @@ def card(
 
 
 def _training(config: dict[str, Any]) -> str:
-    if not config:
+    if not {"recipe", "method", "run"} & config.keys():
         return "Not known: these weights came without a configuration."
     run, data, attack = (config.get(name) or {} for name in ("run", "data", "objective"))
     attack, size = attack.get("attack") or {}, data.get("image_size")

@@ -385,13 +385,13 @@ def _(folder: Path) -> Written:
     return written(folder / "lora.pth", state)
 
 
-def hub_folder(folder: Path, model: Any, logits: bool, core: str = "") -> Written:
-    """transformers' folder, with a processor that says ImageNet's statistics."""
-    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+def hub_folder(folder: Path, model: Any, logits: bool, scale: float = 1.0, **processor: Any) -> Written:
+    """transformers' folder, with a processor that says ImageNet's statistics of images in [0, `scale`]."""
+    mean, std = ([scale * value for value in values] for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     model = shaken(model).eval()
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
-    m, s = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std} | processor))
+    m, s = (torch.tensor(values).view(3, 1, 1) / scale for values in (mean, std))
     if logits:
         return Written(folder, None, lambda x: model((x - m) / s).logits)
     return Written(folder, lambda x: model((x - m) / s).last_hidden_state)
@@ -413,6 +413,26 @@ def _(folder: Path) -> Written:
     torch.manual_seed(0)
     config = transformers.ViTConfig(**_hf_sizes(hidden_act="gelu_pytorch_tanh"))
     return hub_folder(folder, transformers.ViTModel(config, add_pooling_layer=False), False)
+
+
+@case("transformers ViT, quick GELU, images in [0, 255]", hugging_face=True)
+def _(folder: Path) -> Written:
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**_hf_sizes(hidden_act="quick_gelu")))
+    return hub_folder(folder, model, True, 255.0, do_rescale=False)
+
+
+@case("transformers ViT, images in [0, 2]", hugging_face=True)
+def _(folder: Path) -> Written:
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**_hf_sizes(hidden_act="gelu_python")))
+    return hub_folder(folder, model, True, 2.0, rescale_factor=2 / 255)
+
+
+@case("transformers DeiT, one head", hugging_face=True)
+def _(folder: Path) -> Written:
+    torch.manual_seed(0)
+    return hub_folder(folder, transformers.DeiTForImageClassification(transformers.DeiTConfig(**_hf_sizes())), True)
 
 
 @case("transformers ViT, state dict of a live model", hugging_face=True)
@@ -466,8 +486,17 @@ def _(folder: Path) -> Written:
 @case("transformers ConvNeXt", hugging_face=True)
 def _(folder: Path) -> Written:
     torch.manual_seed(0)
-    config = transformers.ConvNextConfig(image_size=64, num_labels=CLASSES)
+    config = transformers.ConvNextConfig(image_size=64, num_labels=CLASSES, layer_norm_eps=0.1)
     return hub_folder(folder, transformers.ConvNextForImageClassification(config), True)
+
+
+@case("transformers Swin, eps 1e-3", hugging_face=True)
+def _(folder: Path) -> Written:
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=32, depths=[2, 2, 2], num_heads=[2, 4, 8], window_size=4,
+        layer_norm_eps=1e-3,
+    )  # fmt: skip
+    return Written(hub_folder(folder, transformers.SwinForImageClassification(config), True).path)
 
 
 @case("transformers BEiT", hugging_face=True)

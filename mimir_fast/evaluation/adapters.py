@@ -161,6 +161,8 @@ def _find(
     path = Path(spec)
     if weights != "auto" and not path.is_dir() and not (weights == "ema" and path.is_file()):
         raise ValueError(f"--weights {weights} chooses among the checkpoints of a run folder; {spec} is none")
+    if part and not (path.exists() or "@" in spec):
+        raise ValueError(f"--part {part} chooses among the encoders in a file; {spec} is none")
     if spec.startswith(("timm:", "hf-hub:")):
         return _timm(spec, num_classes, channels, image_size, part)
     if spec.startswith("robustbench:"):
@@ -271,9 +273,7 @@ def _made_for(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value}
 
 
-def _timm(
-    spec: str, num_classes: int | None, channels: int, image_size: Size | None, part: str
-) -> JudgedModel:  # fmt: skip
+def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | None, part: str) -> JudgedModel:
     import timm
 
     name, _, weights = spec.removeprefix("timm:").partition("@")

@@ -112,10 +112,14 @@ def load(paths: Sequence[str]) -> list[Evaluation]:
     """
     files = [find_results(Path(path)) for path in paths]
     read = [Results.read(file) for file in files]
-    names = [str(results.choices["checkpoint"]) for results in read]
-    if len(set(names)) < len(names):  # one model evaluated twice: the folders differ
-        names = [str(file.parent) for file in files]
+    names = told_apart([results.choices for results in read], files)
     return [Evaluation(n, f, r) for n, f, r in zip(names, files, read, strict=True)]
+
+
+def told_apart(choices: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> list[str]:
+    """The models of several results.json by what was judged or, where that is one model twice, by the folders."""
+    names = [str(one["checkpoint"]) for one in choices]
+    return names if len(set(names)) == len(names) else [str(file.parent) for file in files]
 
 
 def warnings(evaluations: Sequence[Evaluation]) -> list[str]:

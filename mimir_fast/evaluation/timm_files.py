@@ -8,18 +8,22 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mimir_fast.checkpoints.reading import WeightsError
-from mimir_fast.models.facts import Facts
+from mimir_fast.models.beside import look_beside, refuse_unknown
+from mimir_fast.models.facts import Facts, facts_of_file, in_unit_range
 from mimir_fast.models.layouts.timm import facts_beside, facts_of_model, without_derived
-from mimir_fast.models.normalization import Statistics, from_file
+from mimir_fast.models.normalization import Statistics, from_file, pair
 from mimir_fast.models.opening import open_file
-from mimir_fast.models.parts import choose, find_parts
+from mimir_fast.models.parts import choose, find_parts, other_names
 
 
 def fill(model: nn.Module, path: Path, name: str, part: str = "") -> tuple[Statistics | None, list[str]]:
     """Load a file into timm's model `name`: (the normalisation that the file says, notes for the report).
 
+    Args:
+        part: of a file with several models, which.
     Raises:
-        WeightsError: unreadable, it wants to create objects other than tensors, or it does not fit the model.
+        WeightsError: unreadable, it wants to create objects other than tensors, it does not fit the model, or there is
+            more in it that may change the function.
     """
     opened, own = open_file(path), model.state_dict()
     # A name that no longer name of the same model ends in, so that the prefix in front of it is the file's.
@@ -31,7 +35,10 @@ def fill(model: nn.Module, path: Path, name: str, part: str = "") -> tuple[Stati
         if "holds no" not in str(error):
             raise
         raise WeightsError(f"{path} does not fit timm's {name}: there is no {anchor} in it") from error
-    notes = [f"the file holds several models: {'.'.join(chosen.path) or 'the outer one'} is judged"] * (len(found) > 1)
+    around = look_beside(chosen.around, chosen.others, has_head=True)
+    refuse_unknown(around.unknown, str(path))
+    notes = [f"the file holds several models: {'.'.join(chosen.path) or 'the outer one'} is judged"]
+    notes = notes if other_names(found, chosen) else []
     tensors, _ = without_derived(chosen.tensors)
     if _misfits(tensors, own):
         # timm's own renaming and resizing of older files.
@@ -53,8 +60,10 @@ def fill(model: nn.Module, path: Path, name: str, part: str = "") -> tuple[Stati
             raise WeightsError(
                 f"{path} says {fact} {told}, timm's {name} has {has}: give the file alone (--checkpoint)"
             )
-    statistics = None if facts.mean is None or facts.std is None else (facts.mean, facts.std)
-    return from_file(None, opened.metadata) or statistics, notes
+    if (said := from_file(None, opened.metadata) or around.statistics) is not None:
+        facts = Facts(mean=said[0], std=said[1])
+    facts, scaled = in_unit_range(facts.over(facts_of_file(chosen.beside)))
+    return pair(facts.mean, facts.std), notes + [scaled] * bool(scaled)
 
 
 def _misfits(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

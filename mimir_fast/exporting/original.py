@@ -16,6 +16,7 @@ from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.families import Architecture, build_encoder
 from mimir_fast.models.file_names import DECODER
 from mimir_fast.models.identify import infer_architecture
+from mimir_fast.models.loading import fill
 from mimir_fast.models.normalization import Normalizer, Statistics, to_metadata
 from mimir_fast.models.weight_files import Weights, WeightsError
 from mimir_fast.ops.patches import patchify
@@ -98,21 +99,12 @@ class Original:
         weights = replace(self.weights, tensors=self.without_decoder)
         if self.num_classes is not None:
             return load_classifier(weights, statistics=self.asked)
-        return Tokens(_load_encoder(weights, self.architecture), self.statistics).eval()
+        with torch.random.fork_rng([]):
+            encoder = build_encoder(self.architecture)
+        fill(encoder, weights, whole=True)
+        return Tokens(encoder, self.statistics).eval()
 
     def images(self, batch: int) -> Tensor:
         """(B, C, H, W) random ones in [0, 1], the same ones each time."""
         size, generator = self.architecture.image_size, torch.Generator().manual_seed(batch)
         return torch.rand(batch, self.architecture.channels, *height_width(size), generator=generator)
-
-
-def _load_encoder(weights: Weights, architecture: Architecture) -> Encoder:
-    with torch.random.fork_rng([]):
-        encoder = build_encoder(architecture)
-    missing, unknown = encoder.load_state_dict(weights.tensors, strict=False)
-    if missing or unknown:
-        raise WeightsError(
-            f"{weights.origin} is no encoder of ours: {len(missing)} tensors are missing ({', '.join(missing[:3])}), "
-            f"{len(unknown)} unknown ({', '.join(unknown[:3])})"
-        )
-    return encoder

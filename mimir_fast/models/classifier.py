@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.layers.norms import LayerNorm, NoNorm
+from mimir_fast.models.beside import HEAD
 from mimir_fast.models.branches import Branches, DropPathLaw
-from mimir_fast.models.families import Architecture, architecture_of, build_encoder, find_family
+from mimir_fast.models.families import Architecture, architecture_of, build_encoder, fields_of, find_family
 from mimir_fast.models.file_names import Parted
 from mimir_fast.models.identify import assumed_size, infer_architecture, pool_of
 from mimir_fast.models.loading import LoadReport, fill
@@ -29,13 +30,11 @@ from mimir_fast.models.normalization import (
     Normalizer,
     Statistics,
     chosen,
-    fields_of,
 )
-from mimir_fast.models.normalization import (
-    check_choice as check_normalization,
-)
+from mimir_fast.models.normalization import check_choice as check_normalization
+from mimir_fast.models.normalization import fields_of as statistics_fields
 from mimir_fast.models.options import option_texts
-from mimir_fast.models.weight_files import OUTSIDE, Weights, WeightsChoice, WeightsError, read_weights
+from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.ops.patches import patchify
 from mimir_fast.sizes import Size, height_width, said
@@ -280,11 +279,13 @@ def classifier_of(
     """
     architecture, found_classes = infer_architecture(weights, options, image_size)
     if found_classes is None:
-        outside = [name for name, why in weights.left_out.items() if why == OUTSIDE]
-        beside = f" (outside of the encoder are {', '.join(outside[:4])})" if outside else ""
+        others = {name: "" for name in weights.tensors if name.startswith("head")}
+        others |= {name: f" ({why})" for name, why in weights.left_out.items() if why.startswith(HEAD)}
+        listed = ", ".join(name + why for name, why in list(others.items())[:3])
+        what = f"which {listed} is not" if others else "it is a pre-trained encoder"
         raise WeightsError(
-            f"{weights.origin} has no classification head, it is a pre-trained encoder{beside}: fine-tune it first "
-            f"with python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"
+            f"{weights.origin} has no classification head of one linear layer (head.weight), {what}: fine-tune it "
+            f"first with python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"
         )
     if num_classes is not None and num_classes != found_classes:
         raise WeightsError(
@@ -299,9 +300,8 @@ def classifier_of(
     saved = (weights.config or {}).get("model", {})
     names = {f.name for f in fields(ClassifierConfig)}
     norm_first = "fc_norm.weight" not in weights.tensors
-    shown = {"family": architecture.family, "encoder": architecture.size, "patch_size": architecture.patch_size,
-             "global_pool": pool, "options": option_texts(architecture.options)}  # fmt: skip
-    shown |= fields_of(weights.statistics(architecture.channels, statistics))
+    shown = {**fields_of(architecture), "global_pool": pool}
+    shown |= statistics_fields(weights.statistics(architecture.channels, statistics))
     config = ClassifierConfig(**{k: v for k, v in saved.items() if k in names} | shown)
     model = Classifier(config, architecture.image_size, found_classes, architecture.channels, norm_first)
     report = fill(model, weights, whole=True)

@@ -24,19 +24,21 @@ class Decoder(nn.Module):
         super().__init__()
         self.num_prefix, self.num_patches, self.grid = encoder.num_prefix, encoder.num_patches, encoder.grid
         self.mlp_ratio = mlp_ratio
+        # As in MAE's and transformers' code, norms and activation are the encoder's.
+        self.eps, self.gelu = encoder.options.get("eps", 1e-6), encoder.options.get("gelu", "erf")
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         positions = sincos_positions(width, encoder.grid, num_prefix=self.num_prefix)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_embed = nn.Linear(encoder.width, width)
         self.decoder_blocks = nn.ModuleList(self.build_block(width, num_heads) for _ in range(depth))
-        self.decoder_norm = LayerNorm(width)
+        self.decoder_norm = LayerNorm(width, self.eps)
         self.decoder_pred = nn.Linear(width, encoder.patch_dim)
         self.apply(init_like_mae)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def build_block(self, width: int, num_heads: int) -> nn.Module:
         """One block; families override this."""
-        return Block(width, num_heads, self.mlp_ratio)
+        return Block(width, num_heads, self.mlp_ratio, eps=self.eps, gelu=self.gelu)
 
     def layers(self) -> list[nn.Module]:
         """The blocks, in their order: what is compiled and sharded one by one."""

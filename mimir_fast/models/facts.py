@@ -6,10 +6,11 @@ it; what nobody says stays None, is assumed by whoever builds the model, and is 
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
+from mimir_fast.models.normalization import typed
 from mimir_fast.sizes import Size, as_size
 
 
@@ -68,6 +69,11 @@ class Asked:
     image_size: Size | None = None
 
 
+def facts_of_file(beside: Mapping[str, Any]) -> Facts:
+    """From numbers beside a state dict, and from Lightning's `hyper_parameters` there."""
+    return facts_of_args(beside.get("hyper_parameters")).over(facts_of_args(beside))
+
+
 def facts_of_args(args: Any) -> Facts:
     """From the options a training script saved: the MIMIR authors', MAE's and timm's names."""
     said = named(args)
@@ -117,6 +123,15 @@ def pool_said(value: Any) -> str | None:
 
 def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def in_unit_range(facts: Facts) -> tuple[Facts, str]:
+    """Facts whose mean and std are of images in [0, 1], and a note where they were of grey levels up to 255."""
+    mean, std = facts.mean, facts.std
+    if mean is None or std is None or not (max(mean) > 1 or (not any(mean) and set(std) == {255.0})):
+        return facts, ""
+    scaled = replace(facts, mean=typed(m / 255 for m in mean), std=typed(s / 255 for s in std))
+    return scaled, "mean and std are of grey levels in these weights: divided by 255, for images in [0, 1]"
 
 
 def size_said(value: Any) -> Size | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mimir_fast.models.beside import refuse_unknown
 from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.facts import Asked, size_said
 from mimir_fast.models.families import (
@@ -27,7 +28,7 @@ from mimir_fast.models.load_report import FIXED
 from mimir_fast.models.normalization import Normalizer
 from mimir_fast.models.options import option_texts, typed_options
 from mimir_fast.models.weight_files import Weights, WeightsError
-from mimir_fast.sizes import Size, said
+from mimir_fast.sizes import Size, said, shown, typed
 
 # Part of a tensor's name → what to do about it.
 _HINTS = {
@@ -49,11 +50,15 @@ def infer_architecture(
         image_size: of the images that the model will take: where the weights do not say theirs, this is it if it fits
             their tensors.
         into: the encoder that the weights initialise. Its size is theirs only where no square has as many patches.
+            Without one, the function is wanted as it was.
     Raises:
-        WeightsError: no encoder of ours has such tensors, they are of images of several sizes and nobody says which, or
-            the file says something that its encoder here cannot do.
+        WeightsError: no encoder of ours has such tensors, they are of images of several sizes and nobody says which,
+            the file says something that its encoder here cannot do, or (without `into`) something beside the tensors,
+            or another size of images than theirs, may change the function.
         ValueError: options that the family does not know.
     """
+    if into is None:
+        refuse_unknown(weights.unknown, weights.origin)
     texts, tensors = (*weights.asked.options, *options), weights.tensors
     architecture = recognise(tensors)
     if architecture is None and (reason := why_not(tensors)):
@@ -68,20 +73,19 @@ def infer_architecture(
         )
         raise WeightsError(f"{weights.origin} ({outline(tensors)}) is no encoder of ours. Those are {there_are}")
     family = find_family(architecture.family)
-    typed = typed_options(texts, family.options, family.title)
-    bare = typed.get("no_prefix_positions") or (into is not None and into.options.get("no_prefix_positions"))
+    given = typed_options(texts, family.options, family.title)
+    bare = given.get("no_prefix_positions") or (into is not None and into.options.get("no_prefix_positions"))
     near = image_size if into is None else into.image_size
     architecture = _of_size(weights, architecture, near, bare=bool(bare), sure=into is None)
     known = known_of(weights, family)
-    if known.get("gelu", "erf") != "erf" and "gelu" not in family.unseen:
-        raise WeightsError(
-            f"{weights.origin} says {known['gelu']} for its GELU, {family.title} has the exact one (erf)"
-        )
+    for name, value in family.fixed.items():
+        if name not in family.unseen and known.get(name, value) != value:
+            raise WeightsError(f"{weights.origin} says {name} {known[name]}, our {family.title} has {value}")
     try:
-        architecture = informed(architecture, known | typed)
+        architecture = informed(architecture, known | given)
         if "norm_before_pool" in family.options and {"norm.weight", "head.weight"} <= tensors.keys():
             architecture = _with(architecture, {"norm_before_pool": pool_of(weights, architecture) == "avg"})
-        wanted = _with(architecture, typed) if typed else architecture
+        wanted = _with(architecture, given) if given else architecture
     except ValueError as error:
         raise WeightsError(f"{weights.origin}: {error}") from error
     if wanted != architecture:
@@ -108,6 +112,9 @@ def _of_size(weights: Weights, plain: Architecture, near: Size | None, *, bare: 
     asked, saved, family = weights.asked.image_size, saved_size(weights), find_family(plain.family)
     if not family.image_size_in_tensors or (family.sized is None and isinstance(saved, tuple)):
         return replace(plain, image_size=asked or saved or near or plain.image_size)
+    told = asked or saved or near
+    if family.size_of_window and sure and told is not None and _fitting(weights, told) is None:
+        raise WeightsError(_of_other_windows(weights, family, plain.image_size, told))
     fits = [found for size in (asked, saved) if (found := _fitting(weights, size)) is not None]
     if fits and (asked is None or fits[0].image_size == asked):
         return fits[0]
@@ -136,6 +143,15 @@ def _of_size(weights: Weights, plain: Architecture, near: Size | None, *, bare: 
             f"{_SAY_SIZE}"
         )
     return plain
+
+
+def _of_other_windows(weights: Weights, family: Family, seen: Size, told: Size) -> str:
+    known = weights.asked.image_size is None and saved_size(weights) is not None
+    then = "" if known else f"; if it was made for {shown(seen)}, give --data.image_size {typed(seen)}"
+    return (
+        f"{weights.origin}: one window of its last stage sees {shown(seen)} pixels of images of {shown(told)}, in our "
+        f"{family.title} it sees the whole image{then}"
+    )
 
 
 def _fitting(weights: Weights, size: Size | None) -> Architecture | None:
@@ -191,7 +207,10 @@ def record_of(weights: Weights, architecture: Architecture) -> dict[str, Any]:
         model["global_pool"] = pool_of(weights, architecture)
     sure = asked.image_size or saved_size(weights) or not isinstance(architecture.image_size, int)
     data = (config.get("data") or {}) | ({"image_size": architecture.image_size} if sure else {})
-    return {**config, "model": model, **({"data": data} if data else {})}
+    pixels = weights.facts.norm_pixels
+    objective = (config.get("objective") or {}) | ({} if pixels is None else {"norm_pix_loss": pixels})
+    more = {name: found for name, found in (("data", data), ("objective", objective)) if found}
+    return {**config, "model": model, **more}
 
 
 def known_of(weights: Weights, family: Family) -> dict[str, Any]:
@@ -254,18 +273,15 @@ def _eps_of(model: nn.Module) -> float | None:
     return next((part.eps for part in model.modules() if isinstance(part, nn.LayerNorm)), None)
 
 
-def overridden(weights: Weights, architecture: Architecture, model: nn.Module) -> list[str]:
-    """A line for each thing of which the user, or the model, says something else than the weights."""
+def overridden(weights: Weights, architecture: Architecture) -> list[str]:
+    """A line for each thing of which the user says something else than the weights."""
     family = find_family(architecture.family)
-    typed, known = typed_options(weights.asked.options, family.options, family.title), known_of(weights, family)
-    eps = _eps_of(model)
+    given, known = typed_options(weights.asked.options, family.options, family.title), known_of(weights, family)
     lines = [
         f"{name}={value} as asked, in place of {name}={known[name]} that the weights say"
-        for name, value in typed.items()
+        for name, value in given.items()
         if name in family.unseen and known.get(name, value) != value
     ]
-    if "eps" in known and "eps" not in family.unseen and eps is not None and known["eps"] != eps:
-        lines.append(f"the file says eps {known['eps']:g}, {family.title} of ours has {eps:g}")
     told = pool_of(replace(weights, asked=Asked()), architecture)
     if weights.asked.pool not in ("auto", told) and (is_run(weights) or weights.facts.pool):
         lines.append(f"pooling {weights.asked.pool} as asked, in place of {told} that the weights say")

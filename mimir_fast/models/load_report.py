@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self
 
 from mimir_fast.checkpoints.durable import write_text
 
@@ -79,10 +80,23 @@ class LoadReport:
 
     def save(self, folder: Path) -> Path:
         """Write it as weights.json into a folder that is there, and return the path."""
-        found = {name: value for name, value in vars(self).items() if name != "reasons"}
         path = folder / FILE_NAME
-        write_text(path, json.dumps(found | {"skipped": self.by_reason()}, indent=1) + "\n")
+        write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
         return path
+
+    def as_dict(self) -> dict[str, Any]:
+        """As weights.json has it: what was skipped by its reasons."""
+        return {name: value for name, value in vars(self).items() if name != "reasons"} | {"skipped": self.by_reason()}
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """The report that lies in a folder; None where there is none, or it is damaged."""
+        try:
+            found = json.loads((folder / FILE_NAME).read_text())
+            reasons = {name: reason for reason, names in found.pop("skipped").items() for name in names}
+            return cls(**found, reasons=reasons)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
 
 
 def summary(names: list[str]) -> str:

@@ -8,10 +8,10 @@ Shapes: N patch tokens, D width, K classes.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,13 +107,13 @@ def fill(
     own = to_files(model, model.state_dict())
     architecture = recognise(own, _size_of(model))
     family = None if architecture is None else find_family(architecture.family)
-    report = LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out), notes=list(weights.notes))
+    report = _report_of(weights)
     unfit = {} if whole else _unfit_heads(weights.tensors, own) | _unfit_decoder(weights.tensors, own)
     ready: dict[str, Tensor] = {}
     encoder = getattr(model, "encoder", None)
     num_patches = encoder.num_patches if isinstance(encoder, Encoder) else None
     for name, tensor in weights.tensors.items():
-        if reason := unfit.get(name) or _may_be_left(name, own):
+        if reason := unfit.get(name) or _may_be_left(name, own, whole=whole):
             report.reasons[name] = reason
             continue
         if name not in own:
@@ -153,7 +153,7 @@ def fill(
     if bad:
         report.notes.append(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do): so will what it computes")
     if architecture is not None:
-        report.notes += overridden(weights, architecture, model)
+        report.notes += overridden(weights, architecture)
     if not is_run(weights):
         pool = pool_of(weights, architecture) if architecture is not None and "head.weight" in ready else None
         report.assumed = assumed_of(model, weights, family, pool)
@@ -166,8 +166,6 @@ def fill(
 def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     """What `fill` would say of an encoder of these weights, without one being made: for what only passes them on.
 
-    Args:
-        num_prefix: how many these are (cls token, registers); None for one where the rows are no square, else none.
     Raises:
         WeightsError: as `fill`.
     """
@@ -176,24 +174,26 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
         encoder = build_encoder(architecture, final_norm="norm.weight" in weights.tensors)
     if any(is_adapter(name) for name in weights.tensors):
         encoder.add_adapters()
-    own, report = encoder.state_dict(), LoadReport(weights.origin, weights.layout, reasons=dict(weights.left_out))
+    own, report = encoder.state_dict(), _report_of(weights)
     beside = (*_HEADS, *_NORMS, *DECODER)
     for name, tensor in weights.tensors.items():
         if name in own:
             _check_numbers(name, tensor, own[name], weights.origin)
-            if tensor.shape != own[name].shape and find_family(architecture.family).image_size_in_tensors:
+            if tensor.shape != own[name].shape:
                 raise WeightsError(
                     f"{weights.origin}: {name} is {tuple(tensor.shape)}, {tuple(own[name].shape)} in "
                     f"{_title(architecture)}"
                 )
             report.loaded.append(name)
+        elif name.startswith("head") and not re.fullmatch(r"head(_dist)?\.(weight|bias)", name):
+            report.reasons[name] = "no classification head of one linear layer"
         elif not name.startswith(beside):
             raise WeightsError(f"{weights.origin}: {name} is in none of our encoders")
     report.fresh = [n for n in own if n not in weights.tensors and not _is_optional_bias(n, weights.tensors)]
     _check_complete(report.fresh, {}, weights, whole=True)
     bad = [name for name in report.loaded if not _is_finite(weights.tensors[name])]
-    report.notes = [*weights.notes, *(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" for _ in bad[:1])]
-    report.notes += overridden(weights, architecture, encoder)
+    report.notes += [f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" for _ in bad[:1]]
+    report.notes += overridden(weights, architecture)
     if not is_run(weights):
         pool = None if num_classes is None else pool_of(weights, architecture)
         report.assumed = assumed_of(encoder, weights, find_family(architecture.family), pool)
@@ -201,9 +201,15 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     return architecture, report
 
 
-def _may_be_left(name: str, own: Mapping[str, Tensor]) -> str:
+def _report_of(weights: Weights) -> LoadReport:
+    """What is known before anything is loaded."""
+    reasons = weights.left_out | dict.fromkeys(weights.unknown, "outside of the encoder; what it did is not done here")
+    return LoadReport(weights.origin, weights.layout, reasons=reasons, notes=list(weights.notes))
+
+
+def _may_be_left(name: str, own: Mapping[str, Tensor], *, whole: bool) -> str:
     """Why a tensor of a file need not be in the model; "" when it must."""
-    if name in own:
+    if name in own or (whole and "head.weight" in own and name.startswith((*_HEADS, *_NORMS))):
         return ""
     if name.startswith(DECODER) and "decoder_pred.weight" not in own:
         return "the decoder"
@@ -296,7 +302,7 @@ def _check_complete(fresh: list[str], ready: Mapping[str, Tensor], weights: Weig
     if absent:
         raise WeightsError(
             f"{weights.origin} is incomplete or of another architecture: {', '.join(absent[:4])} "
-            f"({len(absent)} in all) are not in it; use a whole checkpoint of a plain vision transformer"
+            f"({len(absent)} in all) are not in it; use a whole checkpoint"
         )
 
 
@@ -322,9 +328,8 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _model_words(model: nn.Module) -> str:
-    config: Any = getattr(model, "config", None)
-    family = getattr(config, "family", None)
-    return f"our {find_family(family).title}-{config.encoder}" if isinstance(family, str) else "the model"
+    family = getattr(getattr(model, "config", None), "family", None)
+    return f"our {find_family(family).title}" if isinstance(family, str) else "the model"
 
 
 def resize_positions(

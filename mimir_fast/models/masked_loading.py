@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from mimir_fast.layers.norms import is_adapter
+from mimir_fast.models.families import fields_of
 from mimir_fast.models.identify import infer_architecture, is_run
 from mimir_fast.models.loading import LoadReport, fill
 from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, build_masked_model
-from mimir_fast.models.normalization import Statistics, fields_of
-from mimir_fast.models.options import option_texts
+from mimir_fast.models.normalization import Statistics
+from mimir_fast.models.normalization import fields_of as statistics_fields
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.sizes import Size
 
@@ -52,9 +53,7 @@ def masked_model_of(
         )
     architecture, num_classes = infer_architecture(weights, image_size=image_size)
     saved = (weights.config or {}).get("model", {})
-    shown = {"family": architecture.family, "encoder": architecture.size, "patch_size": architecture.patch_size,
-             "options": option_texts(architecture.options),
-             "adapters": any(is_adapter(name) for name in weights.tensors)}  # fmt: skip
+    shown = {**fields_of(architecture), "adapters": any(is_adapter(name) for name in weights.tensors)}
     config = ModelConfig(**{f.name: saved[f.name] for f in fields(ModelConfig) if f.name in saved} | shown)
     if "decoder_embed.weight" in weights.tensors:
         width, heads = len(weights.tensors["decoder_embed.weight"]), weights.facts.decoder_heads
@@ -65,7 +64,7 @@ def masked_model_of(
         config.decoder = decoder
     else:
         config.decoder = "linear"
-    config = replace(config, **fields_of(weights.statistics(architecture.channels, statistics)))
+    config = replace(config, **statistics_fields(weights.statistics(architecture.channels, statistics)))
     with torch.random.fork_rng([]):
         model = build_masked_model(config, architecture.image_size, architecture.channels, num_classes or 0)
     report = fill(model, weights, whole=True)

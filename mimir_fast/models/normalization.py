@@ -7,7 +7,7 @@ Shapes: B images, C channels, H × W pixels, K patches, P = p·p·C numbers a pa
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -104,6 +104,11 @@ def check_statistics(
             f"{prefix}mean {_numbers(mean)}: wanted the mean of images in [0, 1]; that of grey levels is divided by "
             f"255, such as {prefix}mean 125/255 …, and its deviation too"
         )
+
+
+def typed(values: Iterable[float]) -> tuple[float, ...]:
+    """The numbers that somebody typed: 0.485 for what fp32 or a division by 255 made of it."""
+    return tuple(float(f"{value:.7g}") for value in values)
 
 
 def pair(mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Statistics | None:

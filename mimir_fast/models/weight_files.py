@@ -22,19 +22,18 @@ from mimir_fast.checkpoints.reading import (
     resolve_checkpoint,
     saved_tensors,
 )
-from mimir_fast.models.facts import Asked, Facts
+from mimir_fast.models.beside import look_beside
+from mimir_fast.models.facts import Asked, Facts, facts_of_file, in_unit_range
 from mimir_fast.models.families import all_families
 from mimir_fast.models.layouts import all_anchors, find_layout
 from mimir_fast.models.layouts.mimir_fast import config_of
 from mimir_fast.models.layouts.timm import facts_of_model
 from mimir_fast.models.lora import merge_lora
-from mimir_fast.models.normalization import Statistics, from_file, is_none, none_of
+from mimir_fast.models.normalization import Statistics, check_statistics, from_file, is_none, none_of
 from mimir_fast.models.opening import find_file, open_file, weights_only
-from mimir_fast.models.parts import STATISTICS, WeightsChoice, choose, find_parts
+from mimir_fast.models.parts import WeightsChoice, choose, find_parts, other_names
 
-__all__ = ["OUTSIDE", "Weights", "WeightsChoice", "WeightsError", "read_weights"]
-
-OUTSIDE = "outside of the encoder"
+__all__ = ["Weights", "WeightsChoice", "WeightsError", "read_weights"]
 
 
 @dataclass
@@ -49,6 +48,7 @@ class Weights:
         notes: what a user should know of these weights.
         layout: whose way of writing it is, as printed.
         left_out: name in the file → why it is no part of the function.
+        unknown: names in the file, beside the encoder, of what may change the function.
         asked: what the user says of them, before all that they say.
     """
 
@@ -59,6 +59,7 @@ class Weights:
     notes: list[str] = field(default_factory=list)
     layout: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
     asked: Asked = field(default_factory=Asked)
 
     @property
@@ -70,11 +71,16 @@ class Weights:
         """(mean, std) of a model with these weights: as asked, else as the weights say, else none.
 
         Raises:
-            WeightsError: not one number a channel.
+            WeightsError: not one number a channel, or what the weights say is no mean and deviation of images.
         """
         found = asked or self.normalization
         if found is None or is_none(found):
             return none_of(channels)
+        if not asked:
+            try:
+                check_statistics(*found, None, "")
+            except ValueError as error:
+                raise WeightsError(f"{self.origin}: its normalisation has {error}: give --mean and --std") from error
         if len(found[0]) != channels or len(found[1]) != channels:
             who = "--mean and --std have" if asked else f"{self.origin} says a normalisation of"
             raise WeightsError(f"{who} {len(found[0])} channels, {self.origin} takes images of {channels}")
@@ -132,40 +138,30 @@ def _understand(
         read = layout.read(chosen)
     except WeightsError as error:
         raise WeightsError(f"{origin} ({layout.title}): {error}") from error
-    facts, notes, left_out = read.facts, [], dict(read.left_out)
-    if len(parts) > 1:
+    facts, notes, left_out, unknown = read.facts, [], dict(read.left_out), list[str]()
+    facts = facts.over(facts_of_file(chosen.beside))
+    if others := other_names(parts, chosen):
         facts = Facts(part=".".join(chosen.path)).over(facts)
-        others = ", ".join(sorted({".".join(p.path) or "(no key)" for p in parts} - {".".join(chosen.path)}))
-        notes.append(f"the file holds several encoders: taken is {facts.part or '(no key)'}, left are {others}")
-    if (statistics := said or _statistics({**chosen.siblings, **chosen.outside})) is not None:
-        facts = Facts(mean=statistics[0], std=statistics[1]).over(facts)
+        left = ", ".join(others)
+        notes.append(f"the file holds several encoders: taken is {facts.part or '(no key)'}, left are {left}")
+    if not config:
+        around = {name: tensor for name, tensor in chosen.around.items() if name not in {*read.taken, *left_out}}
+        found = look_beside(around, chosen.others, has_head="head.weight" in read.tensors)
+        left_out, unknown, said = left_out | found.reasons, found.unknown, said or found.statistics
+    if said is not None:
+        facts = Facts(mean=said[0], std=said[1]).over(facts)
+    facts, scaled = in_unit_range(facts)
+    notes += [scaled] if scaled else []
     if read.hint and config is None and facts.mean is None:
         notes.append(read.hint)
-    if not config:
-        used = {id(tensor) for tensor in read.tensors.values()}
-        for name, tensor in {**chosen.siblings, **chosen.outside}.items():
-            if id(tensor) not in used and name not in left_out and not name.startswith("decoder."):
-                left_out[name] = OUTSIDE
-            elif id(tensor) not in used and name not in left_out:
-                left_out[name] = "the decoder"
-    return Weights(read.tensors, origin, config, facts, notes, layout.title, left_out)
-
-
-def _statistics(tensors: dict[str, Tensor]) -> Statistics | None:
-    """Mean and std of a normalisation that stands in front of the encoder, as in RobustBench's models."""
-    for name, mean in tensors.items():
-        before, dot, word = name.rpartition(".")
-        std = tensors.get(f"{before}{dot}{STATISTICS[word]}") if word in ("mean", "mu") else None
-        if std is not None and mean.numel() == std.numel() <= 4 and bool((std > 0).all()):
-            return tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
-    return None
+    return Weights(read.tensors, origin, config, facts, notes, layout.title, left_out, unknown)
 
 
 def _read_checkpoint(folder: Path, which: WeightsChoice, part: str) -> Weights:
     meta = read_meta(folder)
     has_ema = any(name.startswith("ema/") for name in saved_tensors(folder))
     if which == "ema" and not has_ema:
-        raise WeightsError(f"{folder} holds no moving average: train with EMA on, or take weights=model")
+        raise WeightsError(f"{folder} holds no moving average: leave that choice of weights out")
     use_ema = has_ema and which != "model"
     # The average covers what was trained; fixed tensors are with the weights.
     tensors = read_tensors(folder, "model/") | (read_tensors(folder, "ema/") if use_ema else {})

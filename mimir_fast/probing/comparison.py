@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mimir_fast.evaluation.comparison import Difference, difference_table, html_differences, markdown_table
+from mimir_fast.evaluation.comparison import Difference, difference_table, html_differences, markdown_table, told_apart
 from mimir_fast.evaluation.html import page, paragraph, percent, span, table
 from mimir_fast.evaluation.options import radius_text
 from mimir_fast.probing.picture import all_pictures
@@ -64,9 +64,7 @@ def side_by_side(paths: Sequence[Path]) -> tuple[str, str]:
     read = [json.loads(path.read_text()) for path in paths]
     if older := [str(path) for path, found in zip(paths, read, strict=True) if "split_images" not in found]:
         raise ValueError(f"{older[0]} was written by an older version: probe the model again")
-    names = [str(found["choices"]["checkpoint"]) for found in read]
-    if len(set(names)) < len(names):  # one model probed twice: the folders differ
-        names = [str(path.parent) for path in paths]
+    names = told_apart([found["choices"] for found in read], paths)
     models = [ProbedModel(*one) for one in zip(names, paths, read, strict=True)]
     lines, found, said = main_table(models), differences(models), warnings(models)
     parts = [markdown_table(lines)]

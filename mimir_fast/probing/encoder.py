@@ -17,10 +17,12 @@ from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.adapters import load_model
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.facts import Asked
+from mimir_fast.models.families import fields_of
 from mimir_fast.models.identify import infer_architecture, pool_of
+from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.loading import initialize
-from mimir_fast.models.normalization import Statistics, choice_note, fields_of, words
-from mimir_fast.models.options import option_texts
+from mimir_fast.models.normalization import Statistics, choice_note, words
+from mimir_fast.models.normalization import fields_of as statistics_fields
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 from mimir_fast.probing.layers import layers_of
 from mimir_fast.sizes import height_width, said, typed
@@ -39,6 +41,7 @@ class FrozenEncoder(nn.Module):
         norm: of the pooled vector, where the model has one.
         width: D.
         layers: parts of the model in the order in which they are called, by name.
+        report: what became of a file of weights that we read.
     Raises:
         ValueError: cls is asked for and there is none.
     """
@@ -46,13 +49,14 @@ class FrozenEncoder(nn.Module):
     def __init__(
         self, model: nn.Module, tokens: Callable[[Tensor], Tensor], num_prefix: int, pool: Pool = "auto",
         norm: nn.Module | None = None, width: int = 0, layers: Mapping[str, nn.Module] = MappingProxyType({}),
+        report: LoadReport | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if pool in ("cls", "both") and not num_prefix:
             raise ValueError(f"--pool {pool}: this encoder has no cls token: take mean")
         self.model = model.eval().requires_grad_(False)
         self._tokens, self.num_prefix, self.norm = (tokens,), num_prefix, norm or nn.Identity()
-        self.token_width, self.layers = width, dict(layers)
+        self.token_width, self.layers, self.report = width, dict(layers), report
         self.pool = ("cls" if num_prefix else "mean") if pool == "auto" else pool
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -138,11 +142,8 @@ def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | No
     if pooled not in ("avg", "cls") and pool == "auto":
         raise ValueError(f"{weights.origin} pools its tokens by {pooled}, which no probe does: give --pool mean or cls")
     averaged = pooled != "cls"
-    config = ClassifierConfig(
-        family=architecture.family, encoder=architecture.size, patch_size=architecture.patch_size,
-        global_pool="avg" if averaged else "cls", options=option_texts(architecture.options),
-        **fields_of(weights.statistics(architecture.channels, asked)),
-    )  # fmt: skip
+    normalization = statistics_fields(weights.statistics(architecture.channels, asked))
+    config = ClassifierConfig(global_pool="avg" if averaged else "cls", **fields_of(architecture), **normalization)
     with torch.random.fork_rng([]):
         model = Classifier(config, architecture.image_size, classes or 2, architecture.channels, not normed_late)
     report = initialize(model, weights)
@@ -151,7 +152,7 @@ def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | No
     norm = model.fc_norm if pool == "mean" else None
     layers = {str(number): layer for number, layer in enumerate(model.encoder.layers(), 1)}
     encoder = FrozenEncoder(
-        model, model.forward_features, model.encoder.num_prefix, pool, norm, model.encoder.width, layers
+        model, model.forward_features, model.encoder.num_prefix, pool, norm, model.encoder.width, layers, report
     )
     note = choice_note(weights.normalization, asked) or (f"{words(asked)}, as asked" if asked else None)
     return encoder, [str(report), *([note] if note else [])]

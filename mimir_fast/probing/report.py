@@ -25,8 +25,10 @@ SHOWN, BESIDE = 6, 5
 
 
 def write(probing: Probing, outcomes: list[Outcome], notes: list[str], against: FrozenEncoder | None = None) -> None:
-    """Both files, into the configuration's folder."""
+    """Both files, into the configuration's folder, and what became of a file of weights."""
     config = probing.config
+    if probing.encoder.report is not None:
+        probing.encoder.report.save(config.folder)
     found: dict[str, Any] = {
         "format": FORMAT, "choices": json.loads(json.dumps(asdict(config))), "pool": probing.encoder.pool,
         "width": probing.train.values.shape[1], "train_images": len(probing.train), "test_images": len(probing.test),

@@ -34,7 +34,7 @@ _NAMES: Mapping[str, Any] = {
     r"bad_batches": {r"step-\d{8}-rank\d+\.safetensors": None},
     r"profile": {r"rank-\d+\.(json\.gz|txt)": None},
 }
-_EVALUATION: Mapping[str, Any] = {r"results\.json|report\.html|adversarial|progress": None}
+_EVALUATION: Mapping[str, Any] = {r"results\.json|weights\.json|report\.html|adversarial|progress": None}
 
 
 def is_run(folder: Path) -> bool:

@@ -2,12 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from weight_cases import CASES, IMAGE, NEEDS_TRANSFORMERS, Written, transformers
+from weight_cases import CASES, IMAGE, NEEDS_TRANSFORMERS, Written, transformers, vit
 
-from mimir_fast.models.classifier import ClassifierConfig, build_classifier, classifier_of
+from mimir_fast.export import ExportConfig, export
+from mimir_fast.hub import HubConfig, publish
+from mimir_fast.models.classifier import ClassifierConfig, build_classifier, classifier_of, load_classifier
 from mimir_fast.models.facts import Asked, Facts
 from mimir_fast.models.families import build_encoder, find_family
 from mimir_fast.models.layouts.timm import facts_of_model
@@ -24,6 +27,7 @@ WORKS = "works"
 REFUSED = {
     "timm BEiT", "timm EVA-02", "timm Swin v2", "timm ConvNeXt v2", "timm ViT with relative positions", "timm ResNet",
     "timm ViT with attention pooling (SigLIP)", "PEFT's LoRA beside a ViT", "transformers BEiT",
+    "transformers Swin, eps 1e-3",
 }  # fmt: skip
 
 
@@ -77,6 +81,8 @@ def short(reason: str) -> str:
     """The tensor that is in the way."""
     if found := re.search(r"because of (\S+),|: (\S+) is of another architecture", reason):
         return f"refused: `{found[1] or found[2]}`"
+    if found := re.search(r"says (eps \S+),", reason):
+        return f"refused: {found[1]}"
     return "refused: no vision transformer" if "holds no vision transformer" in reason else reason[:160]
 
 
@@ -154,3 +160,68 @@ def test_blocks_of_timm_with_plain_tensors_and_another_function() -> None:
     with pytest.raises(WeightsError, match="ResPostBlock"):
         facts_of_model(timm.create_model("vit_base_patch16_rpn_224", depth=1))
     assert facts_of_model(timm.create_model("resnet18")) == Facts()
+
+
+@pytest.mark.parametrize("choices", [{"num_heads": 6}, {"num_heads": 6, "global_pool": "avg", "fc_norm": False}])
+def test_a_folder_of_timm_says_heads_and_pooling(choices: dict[str, Any], tmp_path: Path) -> None:
+    """`model_args` and `global_pool` of its config.json were not read: logits were off by up to 170 %."""
+    timm = pytest.importorskip("timm")
+    arguments = {"depth": 2, "img_size": 32, "patch_size": 8, **choices}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **arguments).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    timm.models.save_for_hf(model, tmp_path, model_args=arguments)
+    found = load_classifier(tmp_path)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model((images - found.normalizer.mean) / found.normalizer.std)
+        torch.testing.assert_close(found(images), wanted, rtol=1e-4, atol=1e-5)
+    # What we write of it says so too: logits were off by up to 110 %.
+    file = export(ExportConfig(str(tmp_path), str(tmp_path / "ours.safetensors"), "safetensors"))
+    publish(HubConfig(str(tmp_path), str(tmp_path / "hub")))
+    assert (tmp_path / "hub" / "weights.json").is_file()
+    for written in (file, tmp_path / "hub"):
+        with torch.no_grad():
+            torch.testing.assert_close(load_classifier(written)(images), found(images))
+
+
+@pytest.mark.parametrize(("name", "choices"), [
+    ("vit_tiny_patch16_224", {"act_layer": "gelu_tanh"}), ("test_vit2", {}),
+    ("vit_base_patch32_clip_quickgelu_224", {}),
+])  # fmt: skip
+def test_timms_class_says_what_a_folder_of_its_does_not(name: str, choices: dict[str, Any], tmp_path: Path) -> None:
+    """GELU and eps follow from the architecture's name in config.json."""
+    timm = pytest.importorskip("timm")
+    arguments = {"img_size": 64, "depth": 1, "num_classes": 10, **choices}
+    torch.manual_seed(0)
+    model = timm.create_model(name, **arguments).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    timm.models.save_for_hf(model, tmp_path, model_args=arguments)
+    found, images = load_classifier(tmp_path), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model((images - found.normalizer.mean) / found.normalizer.std)
+        torch.testing.assert_close(found(images), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_file_does_not_make_timm_read_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`checkpoint_path` of timm's create_model opens a file; `pretrained` downloads one; a huge depth never ends."""
+    timm, asked = pytest.importorskip("timm"), list[dict[str, Any]]()
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: (asked.append(options), create(name))[1])
+    for more in ({"checkpoint_path": "/x.pth", "pretrained": True, "qkv_bias": True}, {"depth": 10**9}):
+        content = {"model": vit().state_dict(), "args": {"model": "test_vit", "model_kwargs": more}}
+        torch.save(content, tmp_path / "w.pth")
+        read_weights(tmp_path / "w.pth")
+    assert asked == [{"pretrained": False, "qkv_bias": True}, {"pretrained": False}]
+
+
+@pytest.mark.parametrize(("name", "choices", "reason"), [
+    ("vit_base_patch16_rpn_224", {"img_size": 32, "depth": 1}, "ResPostBlock"),
+    ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1, "global_pool": "max"}, "pools its tokens by max"),
+    ("convnext_tiny", {"act_layer": "relu"}, "its activation is ReLU"),
+])  # fmt: skip
+def test_tensors_of_ours_and_another_function(name: str, choices: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    timm.models.save_for_hf(timm.create_model(name, **choices), tmp_path, model_args=choices)
+    with pytest.raises(WeightsError, match=reason):
+        load_classifier(tmp_path)

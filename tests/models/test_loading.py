@@ -86,7 +86,7 @@ class TestInitialize:
 
     def test_asking_for_an_average_that_is_not_there(self, tmp_path: Path) -> None:
         checkpoint_folder(tmp_path, autoencoder())
-        with pytest.raises(WeightsError, match="weights=model"):
+        with pytest.raises(WeightsError, match="holds no moving average"):
             initialize(classifier(), tmp_path, "ema")
 
     def test_from_a_timm_state_dict(self, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_what_a_family_has_not_is_said_or_refused() -> None:
 
 
 @pytest.mark.parametrize(("choices", "reason"), [
-    ({"global_pool": "max", "fc_norm": False}, "pools its tokens by max"), ({"act_layer": "relu"}, "gelu='relu'"),
+    ({"global_pool": "max", "fc_norm": False}, "pools its tokens by max"), ({"act_layer": "relu"}, "is ReLU"),
 ])  # fmt: skip
 def test_what_no_encoder_of_ours_has_is_refused(choices: dict[str, Any], reason: str, tmp_path: Path) -> None:
     timm.models.save_for_hf(of_timm(**choices), tmp_path, model_args=SMALL | choices)

@@ -22,7 +22,8 @@ def write(original: Original, path: Path) -> float:
 
     timm_model = in_timm(original)
     metadata = {"format": "pt", "timm": json.dumps(timm_model.arguments), "class": timm_model.path,
-                "code": timm_model.code, **original.known_statistics}  # fmt: skip
+                "code": timm_model.code, "image_size": json.dumps(original.architecture.image_size),
+                **original.known_statistics}  # fmt: skip
     save_file({name: t.contiguous() for name, t in timm_model.tensors.items()}, path, metadata=metadata)
     made: dict[str, Any] = {}
     exec(timm_model.code, made)  # the code that users are told to run

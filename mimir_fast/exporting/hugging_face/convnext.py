@@ -32,7 +32,8 @@ def build(original: Original) -> Twin:
             "--format timm, onnx, pt2 or torchscript"
         )
     encoder: Any = cast(ConvNextEncoder, original.model.encoder)
-    config = shared_config(original, original.model) | {
+    # Its layer_norm_eps is that of the last norm.
+    config = shared_config(original, cast(Any, original.model).fc_norm) | {
         "model_type": "convnext", "num_stages": len(encoder.depths), "depths": list(encoder.depths),
         "hidden_sizes": [stage.blocks[0].conv_dw.out_channels for stage in encoder.stages], "drop_path_rate": 0.0,
     }  # fmt: skip

@@ -87,9 +87,11 @@ class Family:
         resize: (name, tensor, shape) → the tensor for another image size, or None when its shape must fit. Of a family
             with `sized`, old and new grid come behind where one of them is no square.
         image_size_in_tensors: `recognise` can tell the image size; where it cannot, a saved configuration can.
+        size_of_window: that size is as wide as a window: it is the images' where a window of the last stage sees them.
         norm_before_pool: the classifier pools what the final norm made of the tokens, and has no norm after it.
         options: what it can do beside its plain form, name → default, see options.py.
         unseen: options that no tensor shows, so that `recognise` cannot tell them.
+        fixed: eps and GELU of every model of the family, where they are no options: a file that says others is refused.
         settle: architecture with options → the one way to say the same; refuses what cannot be built.
         why_not: tensors that `recognise` refuses → by which of them, as "NAME, which …"; "" for unrelated ones.
         kept_on_a_grid: the authors' code takes the kept patches for a square grid: `--model.positions official`.
@@ -111,9 +113,11 @@ class Family:
     from_timm: Callable[[Tensors], dict[str, Tensor]] = dict
     resize: Callable[..., Tensor | None] = lambda name, tensor, shape, *grids: None
     image_size_in_tensors: bool = True
+    size_of_window: bool = False
     norm_before_pool: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=lambda: {"eps": 1e-6, "gelu": "erf"})
     settle: Callable[[Architecture], Architecture] = lambda architecture: architecture
     why_not: Callable[[Tensors], str] = lambda tensors: ""
     kept_on_a_grid: bool = False
@@ -201,6 +205,12 @@ def describe(architecture: Architecture) -> str:
     options = " ".join(option_texts(architecture.options))
     size = f"{family.title}-{architecture.size} ({family.sizes[architecture.size]})"
     return f"{size} with {options}" if options else size
+
+
+def fields_of(architecture: Architecture) -> dict[str, Any]:
+    """The fields of a ModelConfig or a ClassifierConfig that stand for it."""
+    return {"family": architecture.family, "encoder": architecture.size, "patch_size": architecture.patch_size,
+            "options": option_texts(architecture.options)}  # fmt: skip
 
 
 def mask_unit_of(architecture: Architecture) -> int:

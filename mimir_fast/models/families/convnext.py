@@ -38,6 +38,7 @@ from mimir_fast.models.staged import (
 )
 from mimir_fast.ops.patches import gather_patches
 from mimir_fast.sizes import Size, height_width
+from mimir_fast.validation import check_number
 
 # name: (width of the first stage, blocks of each stage). `nano` is ours, for experiments on a CPU.
 SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -47,6 +48,7 @@ SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
     "base": (128, (3, 3, 27, 3)),
 }
 LAYER_SCALE = 1e-6
+EPS = 1e-6  # of all norms but the last, for which an option may say another, as transformers does
 
 
 class ConvNextBlock(StageBlock):
@@ -120,7 +122,7 @@ class ConvNextEncoder(StagedEncoder):
 
     def __init__(
         self, width: int, depths: Sequence[int], *, image_size: Size, patch_size: int, channels: int = 3,
-        final_norm: bool = True,
+        final_norm: bool = True, eps: float = EPS,
     ) -> None:  # fmt: skip
         widths = [width * 2**stage for stage in range(len(depths))]
         super().__init__(widths, depths, image_size=image_size, patch_size=patch_size, channels=channels)
@@ -130,7 +132,7 @@ class ConvNextEncoder(StagedEncoder):
             merge = Downsample(LayerNorm(dim // 2), nn.Conv2d(dim // 2, dim, 2, 2)) if index else None
             blocks = [ConvNextBlock(dim, self.grid, side) for _ in range(depth)]
             self.stages.append(ConvNextStage(self.grid, side, merge, blocks))
-        self.norm = LayerNorm(self.width) if final_norm else NoNorm()
+        self.norm = LayerNorm(self.width, eps) if final_norm else NoNorm()
         self.apply(init_like_timm)
 
     def stem_of(self, pixels: Tensor, domain: int) -> Tensor:
@@ -171,11 +173,20 @@ def build(architecture: Architecture, final_norm: bool) -> ConvNextEncoder:
     return ConvNextEncoder(
         *SIZES[architecture.size], image_size=architecture.image_size, patch_size=architecture.patch_size,
         channels=architecture.channels, final_norm=final_norm,
+        eps=architecture.options.get("eps", EPS),
     )  # fmt: skip
+
+
+def settle(architecture: Architecture) -> Architecture:
+    """Refuses an `eps` that is none; see Family."""
+    check_number("eps", architecture.options.get("eps", EPS), above=0)
+    return architecture
 
 
 def from_timm(tensors: Tensors) -> dict[str, Tensor]:
     """timm's head holds the norm behind the pooling, or the norm in front of it has a name of its own."""
+    # Its MLP may be of 1 × 1 convolutions, which is the same.
+    tensors = {n: t.flatten(1) if ".mlp.fc" in n and t.shape[2:] == (1, 1) else t for n, t in tensors.items()}
     return rename(tensors, {"head.norm.": "fc_norm.", "head.fc.": "head.", "norm_pre.": "norm."}, rest=True)
 
 
@@ -188,19 +199,32 @@ def recognise(tensors: Tensors) -> Architecture | None:
     num_stages = numbered(tensors, "stages.{}.blocks.0.conv_dw.weight")
     depths = tuple(numbered(tensors, f"stages.{s}.blocks.{{}}.conv_dw.weight") for s in range(num_stages))
     size = next((name for name, shape in SIZES.items() if shape == (width, depths)), None)
-    if size is None or "stages.0.blocks.0.gamma" not in tensors:
+    if size is None or why_not(tensors):
         return None
     unit = patch_size * 2 ** (num_stages - 1)
     return Architecture("convnext", size, 224 if unit == 32 else 4 * unit, patch_size, channels)
 
 
+_LAST = r"\.(weight|bias)"
+_KNOWN = re.compile(
+    rf"stem\.[01]{_LAST}|stages\.[1-9]\d*\.downsample\.[01]{_LAST}|stages\.\d+\.blocks\.\d+\.((conv_dw|norm|mlp\.fc[12]){_LAST}"
+    r"|gamma)|(norm|fc_norm|head|decoder|mask_token).*"
+)
+
+
 def why_not(tensors: Tensors) -> str:
-    """By which tensor a relative, such as ConvNeXt v2, is no ConvNeXt; "" for one that is."""
-    foreign = next((name for name in tensors if re.search(r"\.grn\.|\.conv_dw\.conv|\.weight_g$", name)), "")
-    if not foreign and "stages.0.blocks.0.gamma" not in tensors:
-        foreign = "stages.0.blocks.0.gamma"
-        return f"{foreign}, which is missing"
-    return f"{foreign}, which ConvNeXt has not" if foreign else ""
+    """By which tensor a relative, such as ConvNeXt v2 or one with another stem, is no ConvNeXt; "" for one that is."""
+    foreign = next((n for n in from_timm(tensors) if not _KNOWN.fullmatch(n) and not is_adapter(n)), "")
+    if foreign:
+        return f"{foreign}, which ConvNeXt has not"
+    if "stages.0.blocks.0.gamma" not in tensors:
+        return "stages.0.blocks.0.gamma, which is missing"
+    norm, conv = tensors["stem.1.weight"], tensors["stages.0.blocks.0.conv_dw.weight"]
+    if norm.ndim != 1:
+        return f"stem.1.weight, which is {tuple(norm.shape)} and no norm"
+    return (
+        f"stages.0.blocks.0.conv_dw.weight, which is {tuple(conv.shape)} and not 7 x 7" if conv.shape[-1] != 7 else ""
+    )
 
 
 def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
@@ -220,13 +244,11 @@ def to_timm(tensors: Tensors, architecture: Architecture) -> TimmModel:
     replaced = {f"stages[{stage}]": "torch.nn.Identity()" for stage in range(len(depths), 4)}
     if architecture.patch_size == 2:  # timm puts a merging of its own behind a stem of 2
         replaced["stages[0].downsample"] = "torch.nn.Identity()"
-    names = {
-        "fc_norm.": "head.norm.",
-        "head.": "head.fc.",
-        "norm.": "norm_pre.",
-        "stem.": "stem.",
-        "stages.": "stages.",
-    }
+    if "eps" in architecture.options:
+        last = "head.norm" if pooled_first else "norm_pre"
+        replaced[last] = f"timm.layers.LayerNorm2d({widths[-1]}, eps={architecture.options['eps']!r})"
+    names = {"fc_norm.": "head.norm.", "head.": "head.fc.", "norm.": "norm_pre.", "stem.": "stem.",
+             "stages.": "stages."}  # fmt: skip
     renamed = rename({n: t for n, t in tensors.items() if not is_adapter(n)}, names, rest=False)
     return TimmModel("timm.models.convnext.ConvNeXt", arguments, renamed, replaced)
 
@@ -247,6 +269,9 @@ register(
         from_timm=from_timm,
         image_size_in_tensors=False,
         position_table=False,
+        options={"eps": EPS},
+        unseen=("eps",),
+        settle=settle,
         why_not=why_not,
     )
 )

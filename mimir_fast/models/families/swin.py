@@ -347,5 +347,7 @@ register(
         why_not=why_not,
         norm_before_pool=True,
         position_table=False,
+        size_of_window=True,
+        fixed={"eps": EPS, "gelu": "erf"},
     )
 )

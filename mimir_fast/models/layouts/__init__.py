@@ -5,7 +5,7 @@ model, and what of it is no part of the function. To add one, write a file in th
 `register(Layout(…))`; nothing else has to change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -23,6 +23,7 @@ class Read:
         tensors: under our names.
         facts: what the file says beside them.
         left_out: name in the file → why it is no part of the function.
+        taken: what stood beside the encoder and is among the tensors, by its name there.
         hint: what is known of files of this layout, though this one does not say it.
     """
 
@@ -30,6 +31,7 @@ class Read:
     facts: Facts = field(default_factory=Facts)
     left_out: dict[str, str] = field(default_factory=dict)
     hint: str = ""
+    taken: Collection[str] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ preprocessor_config.json.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from mimir_fast.models.facts import Facts, numbers, size_said
 from mimir_fast.models.families import under_our_names
 from mimir_fast.models.layouts import Layout, Read, register
 from mimir_fast.models.layouts.dinov2 import rename_registers
+from mimir_fast.models.normalization import Statistics, none_of, typed
 from mimir_fast.models.parts import Part
 
 Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
@@ -72,7 +73,15 @@ _CONVNEXT: Rules = (
     (r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.layer_scale_parameter$", r"stages.\1.blocks.\2.gamma"),
     (r"^layernorm\.", "fc_norm."),
 )
-_HEADS = {"classifier.": "head.", "cls_classifier.": "head.", "distillation_classifier.": "head_dist."}
+# What stands beside the encoder and belongs to a model of ours: MAE's decoder, linear heads.
+_BESIDE = re.compile(r"decoder\.(decoder_|mask_token).*|(cls_|distillation_)?classifier\.(weight|bias)")
+_HEADS: Rules = ((r"^(cls_)?classifier\.", "head."), (r"^distillation_classifier\.", "head_dist."))
+
+# Names of transformers' activations → the function.
+_GELUS: dict[str, Literal["erf", "tanh", "quick"]] = {
+    "gelu": "erf", "gelu_python": "erf", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_accurate": "tanh",
+    "gelu_pytorch_tanh": "tanh", "gelu_python_tanh": "tanh", "quick_gelu": "quick",
+}  # fmt: skip
 
 
 def recognise(part: Part) -> bool:
@@ -83,26 +92,33 @@ def recognise(part: Part) -> bool:
 def read(part: Part) -> Read:
     """Under our names: queries, keys and values joined."""
     names, config = part.tensors, _config(part)
+    # ViT MSN's files have `vit.embeddings` and, outside of it, `encoder.layer`.
+    layers = (
+        [] if any(n.startswith("encoder.") for n in names) else [n for n in part.siblings if n[:14] == "encoder.layer."]
+    )
+    names = names | {name: part.siblings[name] for name in layers}
     swin, convnext = "embeddings.norm.weight" in names, "embeddings.patch_embeddings.weight" in names
     pattern = r"\.lambda_\d$|\.weights_in\.|\.grn\.|\.mask_emb" + ("" if swin else r"|relative_position_bias")
-    if foreign := next((name for name in names if re.search(pattern, name)), ""):
+    foreign = next((name for name in names if re.search(pattern, name)), "")
+    if convnext and not any(name.startswith("encoder.stages.") for name in names):  # DINOv3's ViT
+        foreign = "embeddings.patch_embeddings.weight"
+    if foreign:
         kind = config.get("model_type", "BEiT, Data2Vec or such")
         raise WeightsError(f"{foreign} is of another architecture than ours ({kind}): use ViT, DeiT, ViTMAE, DINOv2, "
                            "Swin or ConvNeXt")  # fmt: skip
     tensors = joined(renamed(names, _CONVNEXT if convnext else _SWIN if swin else _VIT))
     left_out = {name: "the pooling of transformers" for name in names if name.startswith("pooler.")}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-    tensors |= joined(renamed({n: t for n, t in part.siblings.items() if n.startswith("decoder.")}, _DECODER))
-    for old, new in _HEADS.items():
-        for kind in ("weight", "bias"):
-            if (head := part.siblings.get(old + kind)) is not None:
-                tensors[new + kind] = head
+    taken = [name for name in part.siblings if _BESIDE.fullmatch(name)]
+    tensors |= joined(renamed({name: part.siblings[name] for name in taken}, (*_DECODER, *_HEADS)))
     width = next((t.shape[-1] for n, t in tensors.items() if n == "cls_token"), None)
     head = tensors.get("head.weight")
     if head is not None and width is not None and head.ndim == 2 and head.shape[1] == 2 * width:
         for kind in ("weight", "bias"):
             tensors.pop(f"head.{kind}", None)
             left_out[f"classifier.{kind}"] = "a head on cls and mean of the patches together"
+    if {"dist_token", "head.weight"} <= tensors.keys() and "head_dist.weight" not in tensors:
+        tensors["reg_token"] = tensors.pop("dist_token")  # nobody asks it: a register
     if "decoder_embed.weight" not in tensors and tensors.pop("mask_token", None) is not None:
         left_out["embeddings.mask_token"] = "the mask token"
     rename_registers(tensors)
@@ -112,7 +128,7 @@ def read(part: Part) -> Read:
     facts = replace(
         facts_of(config, part.beside.get("preprocessor_config")), pool="cls" if "cls_token" in tensors else "avg"
     )
-    return Read(under_our_names(tensors), facts, left_out)
+    return Read(under_our_names(tensors), facts, left_out, taken=[*taken, *layers])
 
 
 def renamed(tensors: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
@@ -155,23 +171,40 @@ def _config(part: Part) -> dict[str, Any]:
     return config
 
 
+def _normalization(processor: Any, config: Mapping[str, Any]) -> Statistics | None:
+    """Of images in [0, 1], what a processor does to those in [0, 255]: x·rescale_factor, then (x − mean) / std.
+
+    Raises:
+        WeightsError: numbers that are none, or a factor of 0.
+    """
+    if not isinstance(processor, dict):
+        return None
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+    if not isinstance(factor, (int, float)) or not factor > 0:
+        raise WeightsError(f"preprocessor_config.json says rescale_factor {factor!r}: wanted a number such as 1/255")
+    scale = 255 * factor
+    mean, std = numbers(processor.get("image_mean")), numbers(processor.get("image_std"))
+    if not processor.get("do_normalize", True):
+        mean, std = none_of(config.get("num_channels", 3))
+    if mean is None or std is None:
+        return None
+    return (mean, std) if abs(scale - 1) < 1e-6 else (typed(m / scale for m in mean), typed(s / scale for s in std))
+
+
 def facts_of(config: Mapping[str, Any], processor: Any) -> Facts:
     """What config.json and preprocessor_config.json say."""
     heads = config.get("num_attention_heads", config.get("num_heads"))
     heads = heads[0] if isinstance(heads, (list, tuple)) and heads else heads
-    gelu = {"gelu": "erf", "gelu_python": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh",
-            "quick_gelu": "quick"}  # fmt: skip
-    processor = processor if isinstance(processor, dict) else {}
-    normalised = processor.get("do_normalize", True)
     eps, act = config.get("layer_norm_eps"), str(config.get("hidden_act", ""))
-    if act and act not in gelu:
+    if act and act not in _GELUS:
         raise WeightsError(f"config.json says hidden_act {act}, which no encoder of ours has: they use gelu")
+    mean, std = _normalization(processor, config) or (None, None)
     return Facts(
         heads=heads if isinstance(heads, int) else None,
         eps=eps if isinstance(eps, float) else None,
-        gelu=gelu.get(act),
-        mean=numbers(processor.get("image_mean")) if normalised else None,
-        std=numbers(processor.get("image_std")) if normalised else None,
+        gelu=_GELUS.get(act),
+        mean=mean,
+        std=std,
         image_size=size_said(config.get("image_size")),
         decoder_heads=config.get("decoder_num_attention_heads"),
         norm_pixels=config.get("norm_pix_loss"),

@@ -7,7 +7,7 @@ from mimir_fast.models.layouts import Layout, Read, register
 from mimir_fast.models.parts import Part
 
 # What a live model has beside its encoder; its decoder stands under a prefix of its own.
-_BESIDE = ("head.weight", "head.bias", "fc_norm.", "mask_token")
+_BESIDE = ("head.weight", "head.bias", "head_dist.", "fc_norm.", "mask_token")
 _DECODER = "decoder.decoder_"
 
 
@@ -19,11 +19,9 @@ def is_ours(part: Part) -> bool:
 
 def read(part: Part) -> Read:
     """Under the names that files have."""
-    tensors = dict(part.tensors)
-    for name, tensor in part.siblings.items():
-        if name.startswith((_DECODER, "decoder.mask_token", *_BESIDE)):
-            tensors[name.removeprefix("decoder.")] = tensor
-    return Read(under_our_names(tensors))
+    taken = [name for name in part.siblings if name.startswith((_DECODER, "decoder.mask_token", *_BESIDE))]
+    tensors = part.tensors | {name.removeprefix("decoder."): part.siblings[name] for name in taken}
+    return Read(under_our_names(tensors), taken=taken)
 
 
 def config_of(metadata: dict[str, str]) -> dict[str, object] | None:

@@ -38,7 +38,7 @@ def without_derived(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict
 
 
 def facts_beside(part: Part) -> Facts:
-    """From the header of our export, `pretrained_cfg`, and the training script's options, where they are there."""
+    """From our export's header, `pretrained_cfg`, timm's class, and the training script's options, as far as there."""
     beside, args = part.beside, named(part.beside.get("args"))
     config: Any = beside.get("config")
     settings, said = beside.get("pretrained_cfg"), Facts()
@@ -53,14 +53,22 @@ def facts_beside(part: Part) -> Facts:
     if isinstance(settings, dict):
         mean, std = numbers(settings.get("mean")), numbers(settings.get("std"))
         said = said.over(Facts(mean=mean, std=std, image_size=size_said(settings.get("input_size"))))
-    try:  # the arguments of timm's class, in a file that our export wrote
-        written = json.loads((beside.get("metadata") or {})["timm"])
-    except (KeyError, ValueError, TypeError):
-        written = {}
     of_script = facts_of_args(args).over(
         facts_of_name(args.get("model", beside.get("arch")), args.get("model_kwargs"), part.tensors)
     )
-    return facts_of_arguments(written).over(said).over(of_script)
+    return _facts_of_export(beside.get("metadata") or {}).over(said).over(of_script)
+
+
+def _facts_of_export(metadata: Mapping[str, str]) -> Facts:
+    """From the arguments and the code of timm's class, in the header of a file that our export wrote."""
+    try:
+        arguments, size = json.loads(metadata["timm"]), json.loads(metadata.get("image_size", "null"))
+    except (KeyError, ValueError, TypeError):
+        return Facts()
+    # ConvNeXt's is in the code alone.
+    return facts_of_arguments({"norm_layer": metadata.get("code", "")} | named(arguments)).over(
+        Facts(image_size=size_said(size))
+    )
 
 
 def facts_of_name(name: Any, arguments: Any, tensors: Mapping[str, Tensor]) -> Facts:
@@ -96,44 +104,47 @@ def facts_of_name(name: Any, arguments: Any, tensors: Mapping[str, Tensor]) -> F
     return facts_of_model(model) if pools_alike else replace(facts_of_model(model), pool=None)
 
 
-# Arguments that change what is computed and not how many layers there are.
+# Arguments that change what is computed, not how many layers there are; none by which a file makes timm open another.
 _SHAPING = ("embed_dim", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm", "init_values", "act_layer", "norm_layer",
-            "tokens_norm", "global_pool")  # fmt: skip
+            "norm_eps", "tokens_norm", "global_pool", "output_stride")  # fmt: skip
 _STAGED = ("SwinTransformer", "ConvNeXt")
 _CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Cait", "Xcit", "ConVit", *_STAGED)
+_ACTIVATIONS = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
 
 
 def facts_of_model(model: Any) -> Facts:
     """Of a live model of timm, which shows what its tensors do not; nothing of one that is none of our families.
 
     Raises:
-        WeightsError: it has the tensors of one of our families and computes another function, such as a ViT of
-            `ResPostBlock`.
+        WeightsError: it has the tensors of one of our families and computes another function: `ResPostBlock` in a ViT,
+            another activation, dilation, several epsilons.
     """
-    kind = type(model).__name__
+    kind, parts = type(model).__name__, dict(model.named_modules())
     if kind not in _CLASSES:
         if recognise(under_our_names(model.state_dict())) is not None:
             raise WeightsError(f"it is timm's {kind}, which no encoder of ours computes, whatever its tensors")
         return Facts()
-    norm = next((part for part in model.modules() if isinstance(part, nn.LayerNorm)), None)
-    acts = [word for part in model.modules() if (word := _ACTIVATIONS.get(type(part).__name__))]
-    facts = Facts(eps=getattr(norm, "eps", None), gelu=acts[0] if acts else None)
-    if kind in _STAGED:
-        return replace(facts, pool=pool_said(model.head.global_pool.pool_type))
-    if not kind.startswith("VisionTransformer"):
-        tokens_norm = model.cls_attn_blocks[0].tokens_norm if kind == "Xcit" else None
-        return replace(facts, pool=pool_said(model.global_pool), tokens_norm=tokens_norm)
-    block = model.blocks[0]
-    if (kind := type(block).__name__) != "Block":
-        raise WeightsError(f"its blocks are timm's {kind}, which no encoder of ours computes, whatever their tensors")
-    act, pool = type(block.mlp.act).__name__, "prefix" if model.pool_include_prefix else pool_said(model.global_pool)
+    is_vit = kind.startswith("VisionTransformer")
+    if is_vit and (block := type(model.blocks[0]).__name__) != "Block":
+        raise WeightsError(f"its blocks are timm's {block}, which no encoder of ours computes, whatever their tensors")
+    acts = {type(part).__name__ for name, part in parts.items() if name.endswith("mlp.act")}
+    if foreign := acts - _ACTIVATIONS.keys():
+        raise WeightsError(f"its activation is {', '.join(foreign)}, that of our encoders is GELU")
+    if any(isinstance(part, nn.Conv2d) and part.dilation != (1, 1) for part in parts.values()):
+        raise WeightsError("its convolutions are dilated, those of our encoders are not")
+    eps = {part.eps for part in parts.values() if isinstance(part, nn.LayerNorm)}
+    if len(eps) > 1 or (kind == "ConvNeXt" and eps != {1e-6}):
+        raise WeightsError(f"its norms have eps {', '.join(map(str, eps))}, those of our encoders have one, or 1e-6")
+    pool = model.head.global_pool.pool_type if kind in _STAGED else model.global_pool
+    if is_vit and hasattr(model, "head_dist"):
+        pool = "token"
+    elif is_vit and model.pool_include_prefix:
+        pool = "prefix"
     return Facts(
-        heads=block.attn.num_heads, eps=getattr(block.norm1, "eps", None), gelu=_ACTIVATIONS.get(act, act),
-        pool="cls" if hasattr(model, "head_dist") else pool,
+        heads=model.blocks[0].attn.num_heads if is_vit else None, eps=next(iter(eps), None),
+        gelu=_ACTIVATIONS[acts.pop()] if len(acts) == 1 else None, pool=pool_said(pool),
+        tokens_norm=model.cls_attn_blocks[0].tokens_norm if kind == "Xcit" else None,
     )  # fmt: skip
-
-
-_ACTIVATIONS = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
 
 
 def read(part: Part) -> Read:
