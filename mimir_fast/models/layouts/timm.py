@@ -134,7 +134,8 @@ def facts_of_model(model: Any) -> Facts:
         raise WeightsError("its convolutions are dilated, those of our encoders are not")
     eps = {part.eps for part in parts.values() if isinstance(part, nn.LayerNorm)}
     if len(eps) > 1 or (kind == "ConvNeXt" and eps != {1e-6}):
-        raise WeightsError(f"its norms have eps {', '.join(map(str, eps))}, those of our encoders have one, or 1e-6")
+        said = ", ".join(map(str, eps)) or "none"
+        raise WeightsError(f"its norms have eps {said}, those of our encoders have one, or 1e-6")
     pool = model.head.global_pool.pool_type if kind in _STAGED else model.global_pool
     if is_vit and hasattr(model, "head_dist"):
         pool = "token"
