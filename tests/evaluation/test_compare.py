@@ -1,6 +1,7 @@
 """Models side by side: paired differences against counting by hand, and the command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mimir_fast.evaluation import comparison
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.run import evaluate
+from mimir_fast.models.load_report import LoadReport
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,18 @@ def test_the_command_writes_both_files(folders: dict[str, Path], command: Comman
     assert "PGD-20" in text and "compared with" in text and done.stdout.startswith(text)
     page = (tmp_path / "side" / "comparison.html").read_text()
     assert "long.ts" in page and "Bonett" in page and "src=" not in page
+
+
+def test_what_became_of_files_of_weights_is_printed_and_kept(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folders["long"], tmp_path / "long")
+    report = LoadReport("w.pth", "timm", ["a"], {"b": "the decoder"}, assumed=["3 heads"])
+    report.save(tmp_path / "long")
+    found = compare(CompareConfig((str(tmp_path / "long"), str(folders["short"])), str(tmp_path / "side")))
+    kept = json.loads((found.parent / "weights.json").read_text())
+    assert [(Path(name).name, one) for name, one in kept.items()] == [("long.ts", report.as_dict())]
+    assert "long.ts: initialised from w.pth" in capsys.readouterr().out
 
 
 def test_curves_are_overlaid_and_a_run_folder_is_found(folders: dict[str, Path], tmp_path: Path) -> None:
