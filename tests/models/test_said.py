@@ -191,10 +191,13 @@ def test_what_a_family_has_not_is_said_or_refused() -> None:
 
     tensors = under_our_names(ConvNeXt(num_classes=10).state_dict())
     weights = Weights(tensors, "a.file", facts=Facts(eps=1e-5, gelu="erf", pool="avg", image_size=64))
-    _, report = classifier_of(weights)
-    assert report.notes == ["the file says eps 1e-05, ConvNeXt of ours has 1e-06"]
-    with pytest.raises(WeightsError, match="says tanh for its GELU"):
+    ours, report = classifier_of(weights)
+    assert ours.config.options == ("eps=1e-05",) and report.assumed == ["normalisation none"]
+    with pytest.raises(WeightsError, match="says gelu tanh, our ConvNeXt has erf"):
         classifier_of(Weights(tensors, "a.file", facts=Facts(gelu="tanh")))
+    for choices, reason in (({"norm_eps": 1e-5}, "eps 1e-05"), ({"output_stride": 16}, "dilated")):
+        with pytest.raises(WeightsError, match=reason):  # of all norms, and not of the last alone as transformers says
+            facts_of_name("convnext_tiny", choices, timm.create_model("convnext_tiny", **choices).state_dict())
 
 
 @pytest.mark.parametrize(("choices", "reason"), [

@@ -7,7 +7,7 @@ preprocessor_config.json.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ _BESIDE = re.compile(r"decoder\.(decoder_|mask_token).*|(cls_|distillation_)?cla
 _HEADS: Rules = ((r"^(cls_)?classifier\.", "head."), (r"^distillation_classifier\.", "head_dist."))
 
 # Names of transformers' activations → the function.
-_GELUS: dict[str, Literal["erf", "tanh", "quick"]] = {
+_GELUS = {
     "gelu": "erf", "gelu_python": "erf", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_accurate": "tanh",
     "gelu_pytorch_tanh": "tanh", "gelu_python_tanh": "tanh", "quick_gelu": "quick",
 }  # fmt: skip
