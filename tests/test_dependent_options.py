@@ -12,6 +12,7 @@ from mimir_fast import finetune, pretrain
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.export import ExportConfig
 from mimir_fast.hub import HubConfig
+from mimir_fast.methods.mixing import MixingConfig
 from mimir_fast.methods.registry import all_methods
 from mimir_fast.models.classifier import ClassifierConfig
 from mimir_fast.models.families import all_families
@@ -40,6 +41,11 @@ def with_attack(config: Any, **values: Any) -> Any:
 def with_mi(**values: Any) -> PretrainConfig:
     config: Any = pretraining()
     return replace(config, objective=replace(config.objective, mi=replace(config.objective.mi, **values)))
+
+
+def with_mixing(**values: float) -> FinetuneConfig:
+    config: Any = finetuning()
+    return replace(config, objective=replace(config.objective, mixing=MixingConfig(**values)))
 
 
 def with_optim(**values: Any) -> PretrainConfig:
@@ -85,9 +91,15 @@ REFUSED: list[tuple[Any, str, str]] = [
     (EVALUATED, "mi_weight", "suite quick has no PGD-MI"),
     (EVALUATED, "autoattack_images", "AutoAttack does not run"),
     (EVALUATED, "pretrained_mean", "--pretrained names none"),
+    (EVALUATED, "pretrained_options", "--pretrained names none"),
+    (EVALUATED, "data.generated", "takes the test images as they are"),
     (EVALUATED, "surface_biases", "suite quick draws no loss surface"),
     (PROBED, "neighbours", "knn is none of the --probes"),
     (PROBED, "eps", "--attack_images is 0"),
+    (PROBED, "data.hold_out", "takes the images as they are"),
+    (replace(PROBED, pictures=False), "against", "there are no pictures"),
+    (finetuning(), "init_image_size", "--init is empty"),
+    (with_mixing(prob=0.0, mixup=0.8), "mixing.mixup", "--mixing.prob is 0"),
     (ExportConfig("run", "a.safetensors", "safetensors"), "domain", "--format safetensors"),
     (HubConfig("run", "folder"), "private", "--repo_id is empty"),
 ]  # fmt: skip

@@ -109,6 +109,11 @@ class DataConfig:
         if not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load must lie in [0, 1], got {self.hw_decoder_load}")
 
+    def idle_without_training(self, why: str) -> dict[str, str]:
+        """Options of training that do nothing in a command that does not train."""
+        names = ("augment", "flip", "crop_padding", "crop_scale", "crop_ratio", "shuffle_block", "hold_out")
+        return {f"data.{name}": why for name in (*names, "generated", "generated_ratio")}
+
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""
         return {

@@ -46,10 +46,23 @@ def decode(content: bytes, where: str) -> np.ndarray:
             plain = image.mode in ("L", "RGB")
             pixels = _decode_jpeg(content) if plain and image.format == "JPEG" else None
             if pixels is None:
-                pixels = np.asarray(image if plain else image.convert("RGB"))
+                pixels = np.asarray(image if plain else _in_bytes(image))
     except _refusals() as error:
         raise UnreadableImageError(f"{where}: {_reason(error)}") from error
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _in_bytes(image: Any) -> Any:
+    """Anything but grey or RGB of 8 bits as one of them, by PIL.
+
+    Raises:
+        ValueError: grey levels without a known range, of which PIL would cut off what is above 255.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"grey levels of PIL's mode {image.mode}, whose range no file says: save it with 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def _decode_jpeg(content: bytes) -> np.ndarray | None:

@@ -52,6 +52,8 @@ class MixingConfig:
         """Options that do nothing as the others are."""
         mixed = self.mixup > 0 or self.cutmix > 0
         both = self.mixup > 0 and self.cutmix > 0
+        if self.prob == 0:
+            return dict.fromkeys(("mixup", "cutmix", "switch_prob", "warmup_epochs"), "--{}prob is 0")
         return without(both, "--{}mixup or --{}cutmix is 0", "switch_prob") | without(
             mixed, "--{}mixup and --{}cutmix are 0", "prob", "warmup_epochs"
         )

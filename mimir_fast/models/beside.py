@@ -16,11 +16,11 @@ from mimir_fast.models.normalization import Statistics, typed
 # First word of a name → why a tensor is no part of the function.
 _HARMLESS = {
     r"decoders?(_.*)?|mask_tokens?|masked_embed": "the decoder",
-    r"(momentum|teacher|target)(_.*)?|(.*_)?ema(_.*)?": "of a teacher or a moving average",
+    r"(momentum|teacher)(_.*)?|target_(encoder|network|model)|(.*_)?ema(_.*)?": "of a teacher or a moving average",
     r"projectors?|proj(ection)?_heads?|predictors?|prototypes?|(dino|ibot|mim|contrastive|ssl)_head|queue(_ptr)?":
         "of a head for self-supervised training",
-    r".*optim.*|.*sched.*|.*scaler|.*loss.*|criterion|.*metrics?(_.*)?|callbacks|loops|history|.*rng.*":
-        "of the training",
+    r".*optim.*|.*sched.*|((grad|loss|amp)_)?scaler|loss(es|_f.*)?|criterion|.*metrics?(_.*)?": "of the training",
+    r"callbacks|loops|history|.*rng.*": "of the training",
 }  # fmt: skip
 # THOP leaves its counts on every layer.
 _COUNTS = re.compile(r"(.*\.)?(total_ops|total_params|n_averaged|num_updates)")

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
+import numpy as np
+
 from mimir_fast.models.normalization import typed
 from mimir_fast.sizes import Size, as_size
 
@@ -143,7 +145,8 @@ def size_said(value: Any) -> Size | None:
 
 
 def numbers(value: Any) -> tuple[float, ...] | None:
-    """A list of finite numbers, or None for anything else."""
+    """A list or array of finite numbers, or None for anything else."""
+    value = value.tolist() if isinstance(value, np.ndarray) else value
     fits = isinstance(value, (list, tuple)) and len(value) > 0
     if not fits or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in value):
         return None

@@ -282,6 +282,12 @@ def overridden(weights: Weights, architecture: Architecture) -> list[str]:
         for name, value in given.items()
         if name in family.unseen and known.get(name, value) != value
     ]
+    # A run of ours keeps only what differs from the defaults, and so does an architecture.
+    unlike = _with(architecture, given).options if is_run(weights) else {}
+    silent = [name for name in given if name in unlike and name in family.unseen and name not in known]
+    lines += [f"{name}={given[name]} as asked, in place of what the run was trained with" for name in silent]
+    if (asked := weights.asked.image_size) and (size := saved_size(weights)) and asked != size:
+        lines.append(f"images of {said(asked)} pixels as asked, in place of {said(size)} that the weights say")
     told = pool_of(replace(weights, asked=Asked()), architecture)
     if weights.asked.pool not in ("auto", told) and (is_run(weights) or weights.facts.pool):
         lines.append(f"pooling {weights.asked.pool} as asked, in place of {told} that the weights say")

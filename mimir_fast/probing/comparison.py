@@ -5,7 +5,7 @@ images are compared image by image.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -62,7 +62,7 @@ def is_probing(path: Path) -> bool:
 def side_by_side(paths: Sequence[Path]) -> tuple[str, str]:
     """(Markdown, HTML page) of several probings' results.json."""
     read = [json.loads(path.read_text()) for path in paths]
-    if older := [str(path) for path, found in zip(paths, read, strict=True) if "split_images" not in found]:
+    if older := [str(path) for path, found in zip(paths, read, strict=True) if "images" not in found]:
         raise ValueError(f"{older[0]} was written by an older version: probe the model again")
     names = told_apart([found["choices"] for found in read], paths)
     models = [ProbedModel(*one) for one in zip(names, paths, read, strict=True)]
@@ -107,8 +107,12 @@ def warnings(models: Sequence[ProbedModel]) -> list[str]:
     """What makes the numbers incomparable."""
     first, found = models[0], []
     for other in models[1:]:
-        if _data_of(first) != _data_of(other) or first.images != other.images:
+        if first.images != other.images:
             found.append(f"{other.name} was probed on {other.images}, {first.name} on {first.images}.")
+        elif _data_of(first) != _data_of(other):
+            found.append(f"{other.name} and {first.name} were probed on different images of {first.found['source']}.")
+        if differ := [words for words, a, b in _settings(first, other) if a != b]:
+            found.append(f"{other.name} was probed with another {', '.join(differ)} than {first.name}.")
         if first.attack != other.attack:
             found.append(
                 f"{other.name} was attacked by {other.attack}, {first.name} by {first.attack}: not comparable."
@@ -118,8 +122,17 @@ def warnings(models: Sequence[ProbedModel]) -> list[str]:
     return found
 
 
-def _data_of(model: ProbedModel) -> tuple[str, int]:
-    return model.found["source"], model.found["split_images"]
+def _data_of(model: ProbedModel) -> tuple[str, ...]:
+    return model.found["source"], str(model.found["split_images"]), model.found["images"]
+
+
+def _settings(*models: ProbedModel) -> Iterator[tuple[str, Any, Any]]:
+    """(Flag, value of one, of the other) of what changes a probe but not the encoder."""
+    one, other = (model.found for model in models)
+    for name in ("neighbours", "epochs", "attentive_epochs", "seed"):
+        yield f"--{name}", one["choices"][name], other["choices"][name]
+    yield "--pool", one["pool"], other["pool"]
+    yield "--data.image_size", one["choices"]["data"]["image_size"], other["choices"]["data"]["image_size"]
 
 
 def _page(

@@ -101,6 +101,8 @@ class ProbingConfig:
             **without("linear" in self.probes, "linear is none of the --probes", "epochs"),
             **without("attentive" in self.probes, "attentive is none of the --probes", "attentive_epochs"),
             **without(self.attack_images, "--attack_images is 0", "eps", "attack_steps"),
+            **without(self.pictures, "there are no pictures", "against"),
+            **self.data.idle_without_training("a probe takes the images as they are"),
         }
 
     @property

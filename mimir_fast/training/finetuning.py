@@ -91,7 +91,7 @@ class FinetuneConfig:
 
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""
-        return without(self.init, "--init is empty", "init_weights", "init_part") | {
+        return without(self.init, "--init is empty", "init_weights", "init_part", "init_image_size") | {
             **find_method("finetune", self.method).idle,
             "data.hold_out": "fine-tuning holds out --probe.num_images",
         }

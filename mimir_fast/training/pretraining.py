@@ -99,7 +99,7 @@ class PretrainConfig:
 
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""
-        return without(self.init, "--init is empty", "init_weights", "init_part")
+        return without(self.init, "--init is empty", "init_weights", "init_part", "init_image_size")
 
     @property
     def folder(self) -> Path:

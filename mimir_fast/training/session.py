@@ -198,8 +198,8 @@ def resumed(trainer: Trainer, meta: dict[str, Any]) -> str:
     if old is not None and old != new:
         text += (
             f"\nNOTE: micro-batches of {new} images, before of {old}: the mean over the batch is the same, but what is "
-            f"estimated on a micro-batch (mi.scope=rank, not mi.accumulated) sees others; --micro_batch {old} keeps it "
-            "where ranks allow"
+            "estimated on a micro-batch (not --mi.accumulated, not mi.scope=global) sees others; --micro_batch "
+            f"{old} keeps it where ranks allow"
         )
     return text
 

@@ -146,3 +146,16 @@ def test_a_hostile_index_is_not_believed(image_folder, tmp_path, monkeypatch):
     np.savez(path, **arrays)
     with pytest.raises(ValueError, match="outside"):
         build_source(config, "train")
+
+
+def test_grey_levels_of_sixteen_bits_are_scaled() -> None:
+    """PIL's own conversion cuts off what is above 255: a ramp becomes white."""
+    ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    file = io.BytesIO()
+    Image.fromarray(ramp).save(file, "PNG")
+    pixels = decode(file.getvalue(), "here")
+    assert pixels.shape == (32, 32, 1) and np.array_equal(pixels[..., 0], ramp >> 8)
+    file = io.BytesIO()
+    Image.fromarray(ramp.astype(np.float32)).save(file, "TIFF")
+    with pytest.raises(UnreadableImageError, match="save it with 8 or 16 bits"):
+        decode(file.getvalue(), "here")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ def model(prefix: str = "model.", **beside: Tensor) -> dict[str, Tensor]:
 UNKNOWN: dict[str, Any] = {
     "denoiser.0.weight": model(denoiser__0__weight=ZEROS),
     "prompt": model(prompt=ZEROS),
+    "input_scaler.weight": model(input_scaler__weight=ZEROS),  # no scaler of gradients
+    "target.noise": model(target__noise=ZEROS),
+    "lossless_resize.weight": model(lossless_resize__weight=ZEROS),
     "post.weight": model(post__weight=torch.zeros(5, 5)),
     "fc.weight": model(fc__weight=torch.zeros(5, 5)),  # behind the encoder's own head
     "normalize.mean": model(normalize__mean=M),  # and no deviation
@@ -83,6 +87,7 @@ STATISTICS: dict[str, Any] = {
     "robustness": {"model": model("module.model.", module__normalizer__new_mean=M, module__normalizer__new_std=S)
                    | model("module.attacker.model.", module__attacker__normalize__new_mean=M)},
     "beside the state dict": {"model": STATE, "normalize": {"mean": M, "std": S}},
+    "arrays beside it": {"model": STATE, "mean": np.array(MEAN), "std": np.array(STD)},
     "numbers beside it": {"model": STATE, "mean": list(MEAN), "std": list(STD)},
     "hyper_parameters": {"state_dict": model(), "hyper_parameters": {"mean": MEAN, "std": STD}},
     "grey levels": model(normalize__mean=255 * M, normalize__std=255 * S),

@@ -250,3 +250,18 @@ def test_advice_keeps_what_was_typed() -> None:
     weights = Weights(dict(of_timm(num_heads=6, init_values=0.1).state_dict()), "a.file")
     with pytest.raises(WeightsError, match=r"--model\.options layer_scale depth=2 heads=6"):
         initialize(into(32, "heads=6"), weights)
+
+
+def test_a_run_is_not_overridden_in_silence(tmp_path: Path) -> None:
+    """A run keeps no option that has its default, but it was trained with it."""
+    config = ClassifierConfig(encoder="nano", patch_size=8, global_pool="cls")
+    tensors = file_state(build_classifier(config, 32, 10))
+    kept = {"model": asdict(config), "data": {"image_size": 32}}
+    save_file(tensors, tmp_path / "run.safetensors", metadata={"format": "mimir_fast", "config": json.dumps(kept)})
+    notes = classifier_of(read_weights(tmp_path / "run.safetensors", asked=Asked(("heads=6", "eps=1e-2"))))[1].notes
+    assert notes == [f"{text} as asked, in place of what the run was trained with" for text in ("heads=6", "eps=0.01")]
+    assert not classifier_of(read_weights(tmp_path / "run.safetensors", asked=Asked(("heads=3",))))[1].notes
+    sized = read_weights(tmp_path / "run.safetensors", asked=Asked(image_size=(64, 16)))
+    assert classifier_of(sized)[1].notes == [
+        "images of 64 x 16 pixels as asked, in place of 32 x 32 that the weights say"
+    ]

@@ -3,17 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from mimir_fast.compare import CompareConfig, compare
 from mimir_fast.data.config import DataConfig
+from mimir_fast.data.sources.base import ArraySource
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.file_names import to_files
 from mimir_fast.probe import config_from, probe
 from mimir_fast.probing import comparison
 from mimir_fast.probing.encoder import open_encoder
+from mimir_fast.probing.report import images_digest
 
 LINE = [
     "--data.source", "digits", "--data.image_size", "32", "--data.limit", "200", "--probes", "knn", "--device", "cpu",
@@ -76,6 +79,21 @@ def test_other_images_and_attacks(folders: dict[str, Path]) -> None:
     assert "Distance under attack" not in comparison.side_by_side(files[1:])[1]
     said = " ".join(comparison.warnings(models))
     assert "100 of 200" in said and "not comparable" in said
+
+
+def test_other_pictures_of_one_name_are_not_paired(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Two folders of images have one source name and may have equally many images."""
+    file = folders["first"] / "results.json"
+    other = json.loads(file.read_text()) | {"images": "others"}
+    other["choices"]["neighbours"] = 5
+    models = [comparison.ProbedModel("a", file, json.loads(file.read_text())), comparison.ProbedModel("b", file, other)]
+    said = " ".join(comparison.warnings(models))
+    assert not comparison.differences(models)
+    assert "different images" in said and "another --neighbours than a" in said
+    labels, pixels = np.arange(4) % 2, np.zeros((4, 3, 8, 8), np.uint8)
+    sources = [ArraySource("folder", images, labels, ("a", "b")) for images in (pixels, pixels + 1, pixels)]
+    one, two, again = map(images_digest, sources)
+    assert one == again != two
 
 
 def test_evaluations_and_probings_do_not_mix(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ class AutoencoderOptions:
 
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""
-        return without(self.pretrained, "--pretrained names none", "pretrained_mean", "pretrained_std")
+        names = ("pretrained_mean", "pretrained_std", "pretrained_options")
+        return without(self.pretrained, "--pretrained names none", *names)
 
 
 def load_masked_autoencoder(

@@ -37,8 +37,10 @@ def open_folder(folder: Path, classes: tuple[str, ...]) -> FileSource:
     if not folder.is_dir():
         raise FileNotFoundError(f"--shifts {folder}: there is no such folder; wanted one that holds class folders")
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    numbered = bool(names) and all(name.isdigit() and int(name) < len(classes) for name in names)
-    number_of = {name: int(name) for name in names} if numbered else {name: i for i, name in enumerate(classes)}
+    number_of = {name: i for i, name in enumerate(classes)}
+    # Numbers are those of the classes, unless the classes themselves are called so.
+    if not number_of.keys() >= set(names) and all(name.isdigit() and int(name) < len(classes) for name in names):
+        number_of = {name: int(name) for name in names}
     if unknown := [name for name in names if name not in number_of]:
         raise ValueError(
             f"--shifts {folder}: {len(unknown)} of its {len(names)} class folders, such as {unknown[0]}, are none of "
