@@ -81,8 +81,8 @@ class Weights:
                 check_statistics(*found, None, "")
             except ValueError as error:
                 raise WeightsError(f"{self.origin}: its normalisation has {error}: give --mean and --std") from error
-        if len(found[0]) == len(found[1]) == 1:  # the same for every channel
-            found = (found[0] * channels, found[1] * channels)
+            if len(found[0]) == len(found[1]) == 1:  # the same for every channel
+                found = (found[0] * channels, found[1] * channels)
         if len(found[0]) != channels or len(found[1]) != channels:
             who = "--mean and --std have" if asked else f"{self.origin} says a normalisation of"
             raise WeightsError(f"{who} {len(found[0])} channels, {self.origin} takes images of {channels}")

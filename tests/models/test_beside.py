@@ -190,3 +190,8 @@ def test_a_report_comes_back_from_its_folder(tmp_path: Path) -> None:
     assert LoadReport.read(tmp_path) == report
     (tmp_path / "weights.json").write_text(json.dumps([]))
     assert LoadReport.read(tmp_path) is None
+
+
+def test_one_number_is_that_of_every_channel(tmp_path: Path) -> None:
+    weights = read(tmp_path, model(normalize__mean=torch.tensor([0.5]), normalize__std=torch.tensor([0.25])))
+    assert weights.statistics(3) == ((0.5,) * 3, (0.25,) * 3)
