@@ -25,11 +25,9 @@ from mimir_fast.exporting.formats import FORMATS, Format
 from mimir_fast.exporting.original import Domain, Original
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.layers.norms import is_adapter
-from mimir_fast.models.facts import Asked
+from mimir_fast.models.asking import SourceOptions
 from mimir_fast.models.loading import inspect_weights
-from mimir_fast.models.normalization import check_statistics, choice_note, pair
-from mimir_fast.models.weight_files import WeightsChoice, read_weights
-from mimir_fast.sizes import Size, as_size
+from mimir_fast.models.normalization import choice_note
 from mimir_fast.validation import without
 
 FOLDER = {"config.json", "preprocessor_config.json", "model.safetensors"}
@@ -37,7 +35,7 @@ FOLDER = {"config.json", "preprocessor_config.json", "model.safetensors"}
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(SourceOptions):
     """Write a run's model as a file, or a folder, of another library."""
 
     source: Annotated[str, tyro.conf.Positional]
@@ -47,25 +45,8 @@ class ExportConfig:
     format: str = "timm"
     """`timm`: for timm's class. `hf`: a folder for transformers. `onnx`, `pt2` (torch.export), `torchscript`: a program
     for any number of images in [0, 1]. `safetensors`: all weights, for our own commands."""
-    weights: WeightsChoice = "auto"
-    """The trained weights (model), their moving average (ema), or the average where there is one (auto)."""
-    part: str = ""
-    """Of a file with several encoders, the name of the one to take, such as teacher."""
     domain: Literal["", "clean", "adversarial"] = ""
     """Of weights with adapters (AEMIM), whose norms and cls token; clean when not said. safetensors keeps both."""
-    options: tuple[str, ...] = ()
-    """What the file does not say and no tensor shows, as in training (--model.options): heads=12 eps=1e-5 gelu=tanh of
-    ViT, tokens_norm=false of XCiT. The report of what was loaded lists what is assumed."""
-    global_pool: Literal["auto", "avg", "cls"] = "auto"
-    """What the head looks at: the mean of the patch tokens or the cls token; auto: as the file says, else as its norms
-    show."""
-    image_size: Size | None = None
-    """Of the images it was trained on, in pixels, or height and width; left out: as the file says or its tensors
-    show."""
-    mean: tuple[float, ...] | None = None
-    """The mean that the model takes out of images in [0, 1], one number a channel; left out: as the weights say."""
-    std: tuple[float, ...] | None = None
-    """The deviation."""
     overwrite: bool = False
     """Replace an existing file, or a folder of these three files."""
     imports: Imports = ()
@@ -73,9 +54,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         FORMATS.find(self.format).check_name(Path(self.output))
-        check_statistics(self.mean, self.std, None)
-        self.options = tuple(self.options)
-        self.image_size = None if self.image_size is None else as_size(self.image_size)
+        super().__post_init__()
 
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""
@@ -94,20 +73,18 @@ def export(config: ExportConfig) -> Path:
     form, path = FORMATS.find(config.format), Path(config.output)
     form.check_installed()
     _check_free(form, path, config.overwrite)
-    said = Asked(config.options, config.global_pool, config.image_size)
-    weights = read_weights(config.source, config.weights, config.part, said)
+    weights = config.read(config.source)
     domain: Domain = config.domain or "clean"
     if not config.domain and form.name != "safetensors" and any(is_adapter(name) for name in weights.tensors):
         print(
             "these weights keep their norms for clean and for adversarial images: the clean ones are exported "
             "(--domain adversarial for the others)"
         )
-    asked = pair(config.mean, config.std)
     _, report = inspect_weights(weights)
     print(report)
-    if note := choice_note(weights.normalization, asked):
+    if note := choice_note(weights.normalization, config.statistics):
         print(note)
-    original = Original(weights, domain, asked)
+    original = Original(weights, domain, config.statistics)
     largest = _write(form, original, path)
     same = "its tensors are the original's"
     if form.name != "safetensors":

@@ -14,7 +14,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import tyro
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
@@ -26,6 +26,7 @@ from mimir_fast.evaluation.comparison import find_results
 from mimir_fast.evaluation.results import Results
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.hub_card import card, public_config
+from mimir_fast.models.asking import SourceOptions
 from mimir_fast.models.classifier import Classifier, classifier_of
 from mimir_fast.models.facts import Asked
 from mimir_fast.models.families import describe
@@ -34,9 +35,9 @@ from mimir_fast.models.identify import infer_architecture, record_of
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.masked_loading import masked_model_of
 from mimir_fast.models.masked_model import MaskedModel
-from mimir_fast.models.normalization import Statistics, check_statistics, choice_note, pair, to_metadata
+from mimir_fast.models.normalization import Statistics, choice_note, to_metadata
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
-from mimir_fast.sizes import Size, as_size, said
+from mimir_fast.sizes import said
 from mimir_fast.training.ownership import is_run
 from mimir_fast.validation import without
 
@@ -82,7 +83,15 @@ class _OnTheHub(ModelHubMixin):
             WeightsError: unreadable, or a model of another kind.
             FileNotFoundError, ValueError: `results` is named and is no evaluation of ours.
         """
-        weights = read_weights(source, which, part, asked)
+        return cls.of_weights(read_weights(source, which, part, asked), statistics, _results_of(source, results))
+
+    @classmethod
+    def of_weights(cls, weights: Weights, statistics: Statistics | None, results: Results | None) -> Self:
+        """The same of weights that have been read, and the results of an evaluation for the card.
+
+        Raises:
+            WeightsError: a model of another kind.
+        """
         architecture, _ = infer_architecture(weights)
         model, report = cls._load(weights, statistics)
         # As torch's parametrizations do: the same object with more methods, so no weight is copied.
@@ -94,7 +103,7 @@ class _OnTheHub(ModelHubMixin):
         )
         known = weights.normalization or statistics
         model.statistics = known and weights.statistics(architecture.channels, statistics)
-        model.results = _results_of(source, results)
+        model.results = results
         return model
 
     @classmethod
@@ -214,7 +223,7 @@ def _without_paths(results: Results) -> dict[str, Any]:
 
 
 @dataclass
-class HubConfig:
+class HubConfig(SourceOptions):
     """Put a run's model on the Hugging Face Hub, or into a folder as it would be there, with a model card."""
 
     source: Annotated[str, tyro.conf.Positional]
@@ -225,23 +234,6 @@ class HubConfig:
     """user/name on the Hub, to upload to; needs `hf auth login`. Empty uploads nothing."""
     private: bool = False
     """Make a repository that does not exist yet a private one."""
-    weights: WeightsChoice = "auto"
-    """The trained weights (model), their moving average (ema), or the average where there is one (auto)."""
-    part: str = ""
-    """Of a file with several encoders, the name of the one to take, such as teacher."""
-    options: tuple[str, ...] = ()
-    """What a file does not say and no tensor shows, as in training (--model.options): heads=12 eps=1e-5 gelu=tanh of
-    ViT, tokens_norm=false of XCiT."""
-    global_pool: Literal["auto", "avg", "cls"] = "auto"
-    """What the head looks at: the mean of the patch tokens or the cls token; auto: as the file says, else as its norms
-    show."""
-    image_size: Size | None = None
-    """Of the images it was trained on, in pixels, or height and width; left out: as the file says or its tensors
-    show."""
-    mean: tuple[float, ...] | None = None
-    """The mean that the model takes out of images in [0, 1], one number a channel; left out: as the weights say."""
-    std: tuple[float, ...] | None = None
-    """The deviation."""
     results: str | None = None
     """results.json of an evaluation for the card; left out: the run's newest."""
     license: str = LICENSE
@@ -252,9 +244,7 @@ class HubConfig:
     def __post_init__(self) -> None:
         if not self.output and not self.repo_id:
             raise ValueError("name a folder (--output hub/NAME) or a repository (--repo_id you/NAME)")
-        check_statistics(self.mean, self.std, None)
-        self.options = tuple(self.options)
-        self.image_size = None if self.image_size is None else as_size(self.image_size)
+        super().__post_init__()
 
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""
@@ -268,15 +258,12 @@ def publish(config: HubConfig) -> None:
         WeightsError: the source cannot be read.    OSError: the folder cannot be written, the Hub not be reached.
     """
     kind: type[HubClassifier] | type[HubMaskedModel]
-    asked, statistics = Asked(config.options, config.global_pool, config.image_size), pair(config.mean, config.std)
-    weights = read_weights(config.source, config.weights, config.part, asked)
+    weights = config.read(config.source)
     _, num_classes = infer_architecture(weights)
     kind = HubMaskedModel if "decoder_pred.weight" in weights.tensors or num_classes is None else HubClassifier
-    model = kind.from_run(
-        config.source, config.weights, config.results, part=config.part, asked=asked, statistics=statistics
-    )  # fmt: skip
+    model = kind.of_weights(weights, config.statistics, _results_of(config.source, config.results))
     print(model.report)
-    if note := choice_note(weights.normalization, statistics):
+    if note := choice_note(weights.normalization, config.statistics):
         print(note)
     words = {"license": config.license} | ({"repo_id": config.repo_id} if config.repo_id else {})
     if config.output:
