@@ -19,7 +19,7 @@ import tyro
 
 from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.cli import parse, run
-from mimir_fast.evaluation.comparison import find_results, html, load, markdown, told_apart
+from mimir_fast.evaluation import comparison as evaluations
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.models.load_report import FILE_NAME, LoadReport
 from mimir_fast.probing import comparison as probings
@@ -48,17 +48,16 @@ def compare(config: CompareConfig) -> Path:
     Raises:
         FileNotFoundError, ValueError: an evaluation is missing, or of another version.
     """
-    files = [find_results(Path(path)) for path in config.evaluations]
+    files = [evaluations.find_results(Path(path)) for path in config.evaluations]
     probed = [probings.is_probing(file) for file in files]
     if any(probed) and not all(probed):
         at, other = files[probed.index(True)], files[probed.index(False)]
         raise ValueError(f"{at} is of a probing and {other} of an evaluation: name folders of one kind (RUN/probing)")
-    text, page = probings.side_by_side(files) if any(probed) else _evaluations(config.evaluations)
+    names, text, page = _probings(files) if any(probed) else _evaluations(files)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "comparison.md", text)
     write_text(folder / "comparison.html", page)
-    names = told_apart([json.loads(file.read_text())["choices"] for file in files], files)
     read = {name: LoadReport.read(file.parent) for name, file in zip(names, files, strict=True)}
     reports = {name: report for name, report in read.items() if report is not None}
     for name, report in reports.items():
@@ -70,9 +69,14 @@ def compare(config: CompareConfig) -> Path:
     return folder / "comparison.html"
 
 
-def _evaluations(paths: Sequence[str]) -> tuple[str, str]:
-    evaluations = load(paths)
-    return markdown(evaluations), html(evaluations)
+def _evaluations(files: Sequence[Path]) -> tuple[list[str], str, str]:
+    models = evaluations.load(files)
+    return [model.name for model in models], evaluations.markdown(models), evaluations.html(models)
+
+
+def _probings(files: Sequence[Path]) -> tuple[list[str], str, str]:
+    models = probings.load(files)
+    return [model.name for model in models], probings.markdown(models), probings.html(models)
 
 
 def config_from(args: Sequence[str]) -> CompareConfig:

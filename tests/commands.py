@@ -1,7 +1,6 @@
 """Running our modules as a user would: another process, CPU only, one thread, real kernels' definitions."""
 
 import atexit
-import os
 import subprocess
 import sys
 import tempfile
@@ -9,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from zygote import Process, Zygote
+from zygote import Process, Zygote, command_environment
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -18,12 +17,6 @@ def command_line(module: str, *args: str, ranks: int = 1) -> list[str]:
     """The words of `python -m MODULE …`, under torchrun for several ranks."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return [sys.executable, *torchrun, "-m", module, *args]
-
-
-def command_environment() -> dict[str, str]:
-    """The environment of a command under test."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @cache

@@ -26,6 +26,13 @@ from typing import Any
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
 
 
+def command_environment() -> dict[str, str]:
+    """The environment of a command under test: CPU only, one thread, no rank of a group that the tests run in."""
+    drop = ("TRITON_INTERPRET", "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_JOB_ID")
+    kept = {k: v for k, v in os.environ.items() if k not in drop}
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 class Process:
     """One child of the zygote."""
 
@@ -78,12 +85,9 @@ class Zygote:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._count = folder, 0
-        drop = ("TRITON_INTERPRET", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-        environment = {k: v for k, v in os.environ.items() if k not in drop}
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._server = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
+            env=command_environment(),
         )  # fmt: skip
         self.ask({"ready": True})
 

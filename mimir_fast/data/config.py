@@ -111,8 +111,9 @@ class DataConfig:
 
     def idle_without_training(self, why: str) -> dict[str, str]:
         """Options of training that do nothing in a command that does not train."""
-        names = ("augment", "flip", "crop_padding", "crop_scale", "crop_ratio", "shuffle_block", "hold_out")
-        return {f"data.{name}": why for name in (*names, "generated", "generated_ratio")}
+        names = ("augment", "flip", "crop_padding", "crop_scale", "crop_ratio", "shuffle_block", "hold_out",
+                 "generated", "generated_ratio")  # fmt: skip
+        return {f"data.{name}": why for name in names}
 
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""

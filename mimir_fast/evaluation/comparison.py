@@ -104,7 +104,7 @@ def find_results(path: Path) -> Path:
     return found[-1]
 
 
-def load(paths: Sequence[str]) -> list[Evaluation]:
+def load(paths: Sequence[str | Path]) -> list[Evaluation]:
     """The evaluations, named by what tells them apart.
 
     Raises:

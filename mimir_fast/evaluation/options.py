@@ -85,6 +85,10 @@ class CommonOptions:
     """Module that registers families, data sources or report topics of your own, looked for in the working folder and
     PYTHONPATH. Modules that the evaluated run was trained with are imported unasked."""
 
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return self.data.idle_without_training("an evaluation takes the test images as they are")
+
     def __post_init__(self) -> None:
         check_finite(self)
         self.imports = tuple(dict.fromkeys(self.imports))

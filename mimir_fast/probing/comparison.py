@@ -59,19 +59,25 @@ def is_probing(path: Path) -> bool:
     return isinstance(found, dict) and found.get("format") == FORMAT
 
 
-def side_by_side(paths: Sequence[Path]) -> tuple[str, str]:
-    """(Markdown, HTML page) of several probings' results.json."""
+def load(paths: Sequence[Path]) -> list[ProbedModel]:
+    """Of several results.json, named by what tells them apart.
+
+    Raises:
+        ValueError: one is of an older version.
+    """
     read = [json.loads(path.read_text()) for path in paths]
     if older := [str(path) for path, found in zip(paths, read, strict=True) if "images" not in found]:
         raise ValueError(f"{older[0]} was written by an older version: probe the model again")
     names = told_apart([found["choices"] for found in read], paths)
-    models = [ProbedModel(*one) for one in zip(names, paths, read, strict=True)]
-    lines, found, said = main_table(models), differences(models), warnings(models)
-    parts = [markdown_table(lines)]
-    if paired := difference_table(models[0].name, found):
+    return [ProbedModel(*one) for one in zip(names, paths, read, strict=True)]
+
+
+def markdown(models: Sequence[ProbedModel]) -> str:
+    """The tables for a README or an issue."""
+    parts = [markdown_table(main_table(models))]
+    if paired := difference_table(models[0].name, differences(models)):
         parts.append(markdown_table(paired))
-    parts += [f"- {warning}\n" for warning in said]
-    return "\n".join(parts), _page(models, lines, found, said)
+    return "\n".join(parts + [f"- {warning}\n" for warning in warnings(models)])
 
 
 def main_table(models: Sequence[ProbedModel]) -> list[list[str]]:
@@ -135,15 +141,15 @@ def _settings(*models: ProbedModel) -> Iterator[tuple[str, Any, Any]]:
     yield "--data.image_size", one["choices"]["data"]["image_size"], other["choices"]["data"]["image_size"]
 
 
-def _page(
-    models: Sequence[ProbedModel], lines: Sequence[Sequence[str]], found: Sequence[Difference], said: Sequence[str]
-) -> str:
+def html(models: Sequence[ProbedModel]) -> str:
+    """One page."""
     title = "Probes: " + ", ".join(model.name for model in models)
-    head, *body = lines
+    head, *body = main_table(models)
     caption = f"{models[0].images}; attack of {models[0].name}: {models[0].attack}. Wilson's 95 % intervals in brackets"
     parts = [
-        f"<h1>{escape(title)}</h1>", *(paragraph(warning, "note") for warning in said), "<h2>Accuracy</h2>",
-        table(head, body, numbers=range(3, len(head)), caption=caption), *html_differences(models[0].name, found),
+        f"<h1>{escape(title)}</h1>", *(paragraph(warning, "note") for warning in warnings(models)), "<h2>Accuracy</h2>",
+        table(head, body, numbers=range(3, len(head)), caption=caption),
+        *html_differences(models[0].name, differences(models)),
     ]  # fmt: skip
     for picture in all_pictures():
         every = [(model.name, model.found.get("pictures", {}).get(picture.name)) for model in models]

@@ -79,10 +79,8 @@ class ProbingConfig:
         check_radius("eps", self.eps)
         check_statistics(self.mean, self.std, self.data.channels)
         self.imports = tuple(dict.fromkeys(self.imports))
-        self.probes, self.label_fractions = (
-            tuple(dict.fromkeys(self.probes)),
-            tuple(dict.fromkeys(self.label_fractions)),
-        )
+        self.probes = tuple(dict.fromkeys(self.probes))
+        self.label_fractions = tuple(dict.fromkeys(self.label_fractions))
         self.options = tuple(self.options)
         for name in ("neighbours", "epochs", "attentive_epochs", "attack_steps", "batch_size"):
             check_number(name, getattr(self, name), at_least=1)

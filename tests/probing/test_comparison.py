@@ -76,7 +76,7 @@ def test_other_images_and_attacks(folders: dict[str, Path]) -> None:
     assert [one.total for one in found] == [100, 100] and all("no attack" in one.measure for one in found)
     first, easy = (model.right(model.found["outcomes"][0], "attacked") for model in models)
     assert list(first) == [20 * k for k in range(10)] and list(easy) == [20 * k for k in range(10)]
-    assert "Distance under attack" not in comparison.side_by_side(files[1:])[1]
+    assert "Distance under attack" not in comparison.html(comparison.load(files[1:]))
     said = " ".join(comparison.warnings(models))
     assert "100 of 200" in said and "not comparable" in said
 
