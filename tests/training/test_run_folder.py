@@ -209,9 +209,9 @@ time.sleep(120)
 
 
 class TestLock:
-    def hold(self, run: Path) -> subprocess.Popen[str]:
+    def hold(self, run: Path, **variables: str) -> subprocess.Popen[str]:
         line = [sys.executable, "-c", HOLD, str(run)]
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=command_environment())
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=command_environment() | variables)
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         return process
 
@@ -232,7 +232,7 @@ class TestLock:
 
     def test_a_restart_waits_for_the_process_it_replaces(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SLURM_JOB_ID", "77")
-        process = self.hold(tmp_path)
+        process = self.hold(tmp_path, SLURM_JOB_ID="77")
         subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
         opened(tmp_path)
         assert process.wait() == -signal.SIGKILL
