@@ -43,6 +43,7 @@ class Stream(IntEnum):
     DECODE = 15
     ATTACK_DECODE = 16
     MASKED_NOISE = 17
+    MEDIAN_ROWS = 18
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, rounds: int = 10) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 Three streams in, one out, nothing reused: bound by memory bandwidth, so the only question is the width of the loads.
 BLOCK = 1024 over 4 warps gives each thread two 16-byte loads a stream in fp32. All rounding steps of the definition are
-kept (a bf16 iterate is rounded after each operation), so the result equals it bit for bit.
+kept (bf16: the iterate after each operation, the ball's bounds towards x), so the result equals it bit for bit.
 Legend: n elements in memory order; element i has radius eps_ptr[i // inner % num_eps], or the scalar `eps`.
 """
 
@@ -14,6 +14,16 @@ from torch import Tensor
 from mimir_kernels.aot import AotCase
 
 BLOCK = 1024
+
+
+@triton.jit
+def _not_above(value, dtype: tl.constexpr):
+    """As fp32, the largest number of a 16-bit dtype that is not above `value` (ops/ball.py)."""
+    nearest = value.to(dtype).to(tl.float32)
+    half_a_unit: tl.constexpr = 2.0**-8 if dtype == tl.bfloat16 else 2.0**-11
+    smallest: tl.constexpr = 2.0**-126 if dtype == tl.bfloat16 else 2.0**-14
+    below = (value - tl.maximum(tl.abs(value), smallest) * half_a_unit).to(dtype).to(tl.float32)
+    return tl.where(nearest > value, below, nearest)
 
 
 @triton.jit
@@ -48,8 +58,9 @@ def _linf_step_kernel(
         radius = eps
     # torch.sign: 0 for a NaN as for a zero.
     move = tl.where(grad > 0, alpha, tl.where(grad < 0, -alpha, 0.0)).to(dtype).to(tl.float32)
-    lower = (x - radius).to(dtype).to(tl.float32)
-    upper = (x + radius).to(dtype).to(tl.float32)
+    lower, upper = x - radius, x + radius
+    if dtype != tl.float32:
+        lower, upper = -_not_above(-lower, dtype), _not_above(upper, dtype)
     y = (x_adv + move).to(dtype).to(tl.float32)
     # Written so that a NaN in y stays; torch.maximum and clamp hand NaNs on as well.
     y = tl.where(y < lower, lower, y)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import project, random_in_ball, steepest
-from mimir_fast.attacks.pgd import Loss, ball_bounds, check_images, cross_entropy, is_correct
+from mimir_fast.attacks.pgd import Loss, check_images, cross_entropy, image_bounds, is_correct
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.layers.borrowing import AttackMode, borrowed
 from mimir_fast.ops.random_uniform import random_uniform
@@ -123,7 +123,7 @@ class _LinfBall:
     """Signed steps, and the box around the images that is the ball."""
 
     def __init__(self, images: Tensor, eps: float) -> None:
-        self.eps, (self.low, self.high) = eps, ball_bounds(images, eps)
+        self.eps, (self.low, self.high) = eps, image_bounds(images, eps)
 
     def step(self, x: Tensor, grad: Tensor, eta: Tensor) -> Tensor:
         return x + eta * grad.sign()
@@ -155,7 +155,7 @@ def _surface_start(images: Tensor, eps: float, *, samples: Tensor | None, seed: 
     num = images[0].numel() if len(images) else 1
     noise = 2 * random_uniform(seed, Stream.ATTACK_START, step, samples.to(images.device), num) - 1
     noise = eps * noise / (noise.abs().amax(dim=1, keepdim=True) + 1e-12)
-    low, high = ball_bounds(images, eps)
+    low, high = image_bounds(images, eps)
     return (images + noise.view_as(images).to(images.dtype)).clamp(low, high)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.ascent import BeforeStep, Objective, ascend
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.layers.borrowing import AttackMode, borrowed
+from mimir_fast.ops.ball import ball_bounds
 from mimir_fast.ops.random_uniform import random_start_linf
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -34,15 +35,9 @@ def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == labels) & ~logits.isnan().any(dim=1)
 
 
-def ball_bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The smallest and largest representable images within eps of `images` and in [0, 1], exactly.
-
-    `images + eps` rounds, and may land outside of the ball by one unit in the last place; these bounds do not.
-    """
-    exact = images.double()
-    low, high = (exact - eps).to(images.dtype), (exact + eps).to(images.dtype)
-    low = torch.where(low.double() < exact - eps, torch.nextafter(low, torch.full_like(low, 2)), low)
-    high = torch.where(high.double() > exact + eps, torch.nextafter(high, torch.full_like(high, -2)), high)
+def image_bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The smallest and largest representable images within eps of `images` and in [0, 1], exactly."""
+    low, high = ball_bounds(images, eps, exact=torch.float64)
     return low.clamp(0, 1), high.clamp(0, 1)
 
 
@@ -82,7 +77,7 @@ def linf_ascent(
     before_step: BeforeStep | None = None,
 ) -> Tensor:
     """`ascend` on images (B, C, H, W): the result is within eps of `images` and in [0, 1] to the last bit."""
-    low, high = ball_bounds(images, threat.eps)
+    low, high = image_bounds(images, threat.eps)
     return ascend(objective, images, start, threat, before_step=before_step).clamp(low, high)
 
 

@@ -57,9 +57,15 @@ def cka(
             for (u, gamma_u), (v, gamma_v) in ((x_gamma, y_gamma), (x_gamma, x_gamma), (y_gamma, y_gamma))
         ]
     xy, xx, yy = (hsic_from_sums(*triple, estimator) for triple in sums)
-    # The floor makes 0/0 a zero with a zero gradient.
-    smallest = torch.finfo(torch.float64).tiny
-    return (xy / (xx.clamp_min(smallest).sqrt() * yy.clamp_min(smallest).sqrt())).to(accumulation_dtype(x, y))
+    return _ratio(xy, xx, yy).to(accumulation_dtype(x, y))
+
+
+def _ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
+    """xy / √(xx·yy); of a constant input, 0/0 in exact arithmetic, 0 with a zero gradient."""
+    known = (xx > 0) & (yy > 0)
+    one = torch.ones_like(xx)
+    # The ones keep 1/0 out of the gradient of the branch that is not taken.
+    return torch.where(known, xy / (torch.where(known, xx, one).sqrt() * torch.where(known, yy, one).sqrt()), 0)
 
 
 def linear_sums(x_ND: Tensor, y_ND: Tensor, *, zero_diagonal: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,8 @@ from mimir_fast import _native
 from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
 from mimir_fast.ops._op import register_op
+from mimir_fast.ops._precision import accumulation_dtype
+from mimir_fast.ops.ball import ball_bounds
 
 
 def linf_step_reference(
@@ -21,8 +23,13 @@ def linf_step_reference(
 ) -> Tensor:
     """The definition; every kernel is tested against it."""
     moved = x_adv + alpha * grad.sign().to(x_adv.dtype)
-    projected = torch.minimum(torch.maximum(moved, x - eps), x + eps)
-    return projected.clamp(low, high)
+    lower, upper = _ball(x, eps)
+    return torch.minimum(torch.maximum(moved, lower), upper).clamp(low, high)
+
+
+def _ball(x: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
+    """x ± eps; in 16 bits, where a rounding is up to half a grey level, rounded towards x."""
+    return ball_bounds(x, eps, exact=torch.float32) if x.element_size() == 2 else (x - eps, x + eps)
 
 
 def linf_step(
@@ -49,7 +56,8 @@ def linf_step(
         clamp: range of the data.
         out: where to write, without a gradient; `out=x_adv` works in place.
     Returns:
-        a tensor of x_adv's shape and dtype with ‖·−x‖∞ ≤ eps and values in `clamp`.
+        a tensor of x_adv's shape and dtype with values in `clamp` and ‖·−x‖∞ ≤ eps: exactly in float16 and bfloat16,
+        up to the rounding of x ± eps (3e-8) in float32.
     Raises:
         ValueError: shapes or devices differ, alpha < 0, eps outside [0, 1], an empty `clamp`.
         TypeError: an integer dtype.
@@ -63,7 +71,9 @@ def linf_step(
         raise ValueError(f"alpha must be >= 0 (the step ascends the loss), got {alpha}: negate grad to descend")
     if x_adv.dtype != x.dtype:
         raise TypeError(f"x_adv and x must have one dtype, got {x_adv.dtype} and {x.dtype}")
-    radius, radii = (1.0, eps.detach().to(x)) if isinstance(eps, Tensor) else (float(eps), None)
+    # Radii of 16 bits could be rounded upwards.
+    radii = eps.detach().to(x.device, accumulation_dtype(x)) if isinstance(eps, Tensor) else None
+    radius = 1.0 if isinstance(eps, Tensor) else float(eps)
     numbers = (float(alpha), radius, float(clamp[0]), float(clamp[1]))
     if out is not None:
         if out.dtype != x.dtype:
@@ -179,7 +189,7 @@ def _backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
     x_adv, grad, x, radii = ctx.saved_tensors
     alpha, eps, low, high = ctx.numbers
     radius = eps if radii is None else radii
-    moved, lower, upper = x_adv + alpha * grad.sign().to(x.dtype), x - radius, x + radius
+    moved, (lower, upper) = x_adv + alpha * grad.sign().to(x.dtype), _ball(x, radius)
     raised = torch.maximum(moved, lower)
     share_of_moved = _share(raised, upper) * _share(lower, moved)
     in_range = torch.minimum(raised, upper)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_classifier import EPS, SmallNet
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import ball_bounds, fast_threat, fgsm, linf_ascent, pgd, random_start
+from mimir_fast.attacks.pgd import fast_threat, fgsm, image_bounds, linf_ascent, pgd, random_start
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.evaluation.images import EvaluationImages
 
@@ -86,7 +86,7 @@ def test_ball_and_range_hold_to_the_last_bit(pixels: list[float], eps: float, al
 def test_ball_bounds_are_the_widest_ones() -> None:
     images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     eps = 8 / 255
-    _, high = ball_bounds(images, eps)
+    _, high = image_bounds(images, eps)
     beyond = torch.nextafter(high, torch.tensor(2.0))
     assert ((beyond.double() - images.double() > eps) | (high == 1)).all()
 

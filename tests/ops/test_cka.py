@@ -46,14 +46,15 @@ def test_rotation_and_scale_change_nothing(options: dict[str, str]) -> None:
     torch.testing.assert_close(cka(y, 7 * y @ rotation, **options), torch.ones((), dtype=x.dtype))
 
 
-@pytest.mark.parametrize("options", [{"kernel": "linear"}, {}], ids=str)
-def test_constant_features_give_zero(options: dict[str, str]) -> None:
-    x, y = samples()
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("options", [{"kernel": "linear"}, {}, {"bandwidth": "median"}], ids=str)
+def test_constant_features_give_zero(options: dict[str, str], estimator: str) -> None:
+    x, y = (z.requires_grad_() for z in samples())
     constant = torch.ones_like(x, requires_grad=True)
-    value = cka(constant, y, **options)
-    value.backward()
-    assert value == 0
-    assert bool(constant.grad.isfinite().all())
+    for pair in ((constant, y), (x, constant), (constant, constant)):
+        value = cka(*pair, **options, estimator=estimator)
+        assert value == 0
+        assert all(not gradient.any() for gradient in torch.autograd.grad(value, pair))
 
 
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])

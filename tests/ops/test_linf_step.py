@@ -39,6 +39,20 @@ def test_stays_in_the_ball_and_moves_uphill():
     assert moved.tolist() == [0.625, 0.375, 0.5, 0.5]
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_do_not_leave_the_ball(dtype, per_channel, device):
+    """Rounded to the nearest number, x + 8/255 was up to half a grey level outside."""
+    _, grad, x = (tensor.to(device) for tensor in operands((64, 3, 8, 8), dtype))
+    eps = torch.tensor([8.0, 4.0, 1.0], device=device).view(3, 1, 1) / 255 if per_channel else 8 / 255
+    moved = linf_step(x, grad, x, alpha=1.0, eps=eps, clamp=(-9.0, 9.0))
+    distance = (moved.double() - x.double()).abs()
+    assert (distance <= eps).all()
+    # And no number between the result and the end of the ball.
+    farther = torch.nextafter(moved, moved + grad.sign())
+    assert ((farther.double() - x.double()).abs() > eps)[grad.abs() > 0].all()
+
+
 @pytest.mark.parametrize("operand", range(3))
 def test_hands_on_nan_and_inf(operand, device):
     tensors = [tensor.to(device) for tensor in operands((4, 40))]
@@ -136,12 +150,13 @@ def test_native_kernel_on_several_threads(num_threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # the interpreter's bf16 is wrong
 @pytest.mark.parametrize("shape", [(1,), (3, 7, 33), (2, 3, 20, 24)], ids=str)
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_triton_kernel(shape, per_channel, triton_device):
+def test_triton_kernel(shape, per_channel, dtype, triton_device):
     from mimir_kernels import linf_step as kernels
 
-    x_adv, grad, x = (tensor.to(triton_device) for tensor in operands(shape))
+    x_adv, grad, x = (tensor.to(triton_device) for tensor in operands(shape, dtype))
     x_adv[..., 0] = math.nan
     radii = torch.rand(shape[-1], device=triton_device) / 10 if per_channel else None
     out = torch.full_like(x, math.nan)

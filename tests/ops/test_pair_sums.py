@@ -145,8 +145,15 @@ def test_median_of_squared_distances(n: int) -> None:
     x, _ = samples(n, 3, 1)
     expected = torch.nn.functional.pdist(x).square().median()
     actual = 1 / (2 * gamma(x, 5.0, "median"))
-    # Beyond 2048 samples it is estimated from evenly spaced ones.
+    # Beyond 2048 samples it is estimated from some of them.
     torch.testing.assert_close(actual, expected, rtol=1e-10 if n <= 2048 else 0.01, atol=0)
+
+
+def test_median_of_groups_that_take_turns() -> None:
+    """Every third of 6144 rows is of one group: the distances within it say nothing of the others."""
+    x, _ = samples(6144, 3, 1)
+    x += torch.tensor([0.0, 30.0, -30.0]).repeat(2048)[:, None]
+    torch.testing.assert_close(gamma(x, 5.0, "median"), gamma(x.sort(dim=0).values, 5.0, "median"), rtol=0.02, atol=0)
 
 
 def test_second_order_gradient() -> None:

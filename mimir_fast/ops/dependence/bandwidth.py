@@ -13,11 +13,13 @@ from torch import Tensor
 from mimir_fast.ops._checks import check_choice, check_positive
 from mimir_fast.ops._op import register_op
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
+from mimir_fast.philox import Stream, random_bits
 
 Bandwidth = Literal["paper", "reference", "median"]
 BANDWIDTHS = ("paper", "reference", "median")
 
-# The median of N²/2 distances needs them all at once; beyond this many samples, that of evenly spaced rows is taken.
+# The median of N²/2 distances needs them all at once; beyond this many samples, that of a random subset is taken.
+# Evenly spaced rows may all be of one class, where classes take turns.
 MEDIAN_ROWS = 2048
 
 
@@ -43,7 +45,7 @@ def gamma(x_ND: Tensor, sigma: float, bandwidth: Bandwidth) -> Tensor:
         sigma: kernel width of `paper` and `reference`; not used by `median`.
         bandwidth: `paper` 1/(2σ²); `reference` 1/(2σ²·D) with D features, as in the MIMIR authors' code;
             `median` 1/(2·median of the off-diagonal squared distances), Gretton et al. 2005's heuristic. Beyond
-            `MEDIAN_ROWS` samples it is the median among that many evenly spaced ones.
+            `MEDIAN_ROWS` samples it is the median among that many, drawn as a function of N.
     """
     check_choice("bandwidth", bandwidth, BANDWIDTHS)
     if bandwidth == "median":
@@ -79,12 +81,13 @@ def _gamma(median: Tensor) -> Tensor:
 def median_squared_distance_reference(x_ND: Tensor) -> Tensor:
     """The (lower) median of the squared distances between different samples: float64 scalar on the device of x.
 
-    Of more than `MEDIAN_ROWS` samples that of so many, evenly spaced.
+    Of more than `MEDIAN_ROWS` samples that of so many, drawn as a function of N.
     """
     n = x_ND.shape[0]
     if n > MEDIAN_ROWS:
-        rows = torch.arange(MEDIAN_ROWS, device=x_ND.device) * n // MEDIAN_ROWS
-        x_ND, n = x_ND[rows], MEDIAN_ROWS
+        first = torch.zeros(1, dtype=torch.int64, device=x_ND.device)
+        drawn = random_bits(0, Stream.MEDIAN_ROWS, 0, first, n)[0].argsort(stable=True)[:MEDIAN_ROWS]
+        x_ND, n = x_ND[drawn], MEDIAN_ROWS
     with full_precision(x_ND.device):
         d2 = squared_distances(x_ND.to(accumulation_dtype(x_ND))).flatten()
     # Each pair occurs twice, after the n zeros of the diagonal.
