@@ -24,7 +24,7 @@ from mimir_fast.methods.mixing import MixingConfig, mix, smooth_labels
 from mimir_fast.methods.registry import Objective
 from mimir_fast.models.branches import draw_drop_path
 from mimir_fast.models.classifier import Classifier
-from mimir_fast.validation import check_choice
+from mimir_fast.validation import check_choice, without
 
 
 def default_attack() -> LinfThreat:
@@ -50,6 +50,10 @@ class ClassificationConfig(Objective):
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing}, wanted 0 <= smoothing < 1, such as 0.1")
         check_choice("attack_mode", self.attack_mode, ("auto", "eval", "train"))
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.attack.num_steps, "--{}attack.num_steps is 0", "attack_mode")
 
 
 @dataclass

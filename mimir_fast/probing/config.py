@@ -98,6 +98,7 @@ class ProbingConfig:
             **without("knn" in self.probes, "knn is none of the --probes", "neighbours"),
             **without("linear" in self.probes, "linear is none of the --probes", "epochs"),
             **without("attentive" in self.probes, "attentive is none of the --probes", "attentive_epochs"),
+            **without(self.eps, "--eps is 0", "attack_steps"),
             **without(self.attack_images, "--attack_images is 0", "eps", "attack_steps"),
             **without(self.pictures, "there are no pictures", "against"),
             **self.data.idle_without_training("a probe takes the images as they are"),
