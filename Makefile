@@ -19,7 +19,8 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[all,dev,docs]'
+	@# Bytecode is written when a module is imported: of 18,000 files that takes a minute, and few are.
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade-strategy only-if-needed --editable '.[all,dev,docs]'
 	touch $@
 
 pretrain: setup ## MIMIR pre-training on real digits, about a minute on two CPU cores
