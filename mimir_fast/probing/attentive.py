@@ -13,6 +13,9 @@ from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.layers.attention import attention
 from mimir_fast.probing.encoder import FrozenEncoder
 
+ENOUGH = 200
+"""Steps of training below which its numbers are noted as those of a head that was stopped early."""
+
 
 class AttentiveHead(nn.Module):
     """Tokens to logits."""

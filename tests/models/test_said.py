@@ -265,3 +265,56 @@ def test_a_run_is_not_overridden_in_silence(tmp_path: Path) -> None:
     assert classifier_of(sized)[1].notes == [
         "images of 64 x 16 pixels as asked, in place of 32 x 32 that the weights say"
     ]
+
+
+@pytest.mark.parametrize("form", ["timm", "hf", "safetensors"])
+def test_a_norm_of_the_cls_token_alone(form: str, tmp_path: Path) -> None:
+    """timm's `fc_norm` with the pooling `token` is the norm in front of the head; no format wrote it, nor said why."""
+    from mimir_fast.export import ExportConfig, export
+
+    if form == "hf":
+        pytest.importorskip("transformers")
+    choices: dict[str, Any] = {"fc_norm": True, "global_pool": "token"}
+    model, folder = of_timm(**choices), tmp_path / "hub"
+    timm.models.save_for_hf(model, folder, model_args=SMALL | choices)
+    path = tmp_path / ("out" if form == "hf" else "out.safetensors")
+    export(ExportConfig(str(folder), str(path), format=form))  # compares by the library's own reader
+    for source in (folder, path):
+        check(model, read_weights(source))
+
+
+def test_a_head_on_another_pooling_starts_fresh() -> None:
+    """With the norm in front of the mean the tensors are those of the cls token: it went on from a head of other
+    features."""
+    model = of_timm(global_pool="avg", fc_norm=False)
+    for pool, fresh in (("avg", True), ("cls", False), (None, False)):
+        weights = Weights(dict(model.state_dict()), "a.file", facts=Facts(pool=pool, image_size=32))
+        report = initialize(into(32), weights)
+        assert ("head.weight" in report.fresh) == fresh
+        assert any("another pooling" in reason for reason in report.reasons.values()) == fresh
+
+
+def test_a_decoder_with_other_heads_starts_fresh() -> None:
+    """Its tensors have the shapes of ours."""
+    from mimir_fast.models.masked_init import initialize_masked
+    from mimir_fast.models.masked_model import ModelConfig, build_masked_model
+
+    config = ModelConfig(encoder="nano", patch_size=8)
+    tensors = file_state(build_masked_model(config, 32))
+    for heads, words in ((8, "not the model's"), (16, "with norm_pix_loss false")):
+        facts = Facts(decoder_heads=heads, norm_pixels=False, image_size=32)
+        report = initialize_masked(build_masked_model(config, 32), Weights(tensors, "a.file", facts=facts))
+        assert any("decoder" in note and words in note for note in report.notes)
+        assert ("decoder_pred.weight" in report.fresh) == (heads == 8)
+
+
+def test_advice_on_a_size_has_the_flags_of_every_command() -> None:
+    from timm.models.swin_transformer import SwinTransformer
+
+    sizes: dict[str, Any] = {"patch_size": 2, "embed_dim": 32, "depths": (2, 2, 2), "num_heads": (2, 4, 8)}
+    model = SwinTransformer(img_size=64, window_size=4, **sizes)
+    weights = Weights(under_our_names(model.state_dict()), "a.file")
+    with pytest.raises(
+        WeightsError, match=r"--data\.image_size 32 \(evaluate, probe\), --image_size 32 \(export, hub\)"
+    ):
+        classifier_of(weights, image_size=64)
