@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from mimir_fast.checkpoints.reading import WeightsError
 from mimir_fast.models.normalization import typed
 from mimir_fast.sizes import Size, as_size
 
@@ -76,7 +77,7 @@ def facts_of_file(beside: Mapping[str, Any]) -> Facts:
     """From what stands beside a state dict: numbers, tables of options, and JSON in the header of safetensors."""
     found = Facts()
     for table in tables(beside):
-        found = found.over(facts_of_args(table)).over(facts_of_arguments(table))
+        found = found.over(facts_of_arguments(table)).over(facts_of_args(table))
     return found
 
 
@@ -147,8 +148,14 @@ def facts_of_args(args: Any) -> Facts:
 
 
 def facts_of_arguments(arguments: Any) -> Facts:
-    """From arguments of timm's classes and entry points, by name."""
+    """From arguments of timm's classes and entry points, by name.
+
+    Raises:
+        WeightsError: one by which tensors of ours compute another function.
+    """
     said, act = named(arguments), named(arguments).get("act_layer")
+    if said.get("always_partition") is True:
+        raise WeightsError("it says always_partition, and our Swin does not move the windows of its last stage")
     eps = re.search(r"\beps=(\d+(\.\d*)?(e[+-]?\d+)?)", str(said.get("norm_layer", "")))
     norm_eps, tokens_norm = said.get("norm_eps"), said.get("tokens_norm")
     return Facts(
@@ -156,7 +163,7 @@ def facts_of_arguments(arguments: Any) -> Facts:
         eps=float(eps[1]) if eps else norm_eps if isinstance(norm_eps, float) else None,
         gelu=GELUS.get(act, act) if isinstance(act, str) else None,
         tokens_norm=tokens_norm if isinstance(tokens_norm, bool) else None,
-        pool=pool_said(said.get("global_pool")),
+        pool="prefix" if said.get("pool_include_prefix") is True else pool_said(said.get("global_pool")),
         image_size=size_said(said.get("img_size")),
     )
 
