@@ -151,10 +151,10 @@ def _understand(
     layout = find_layout(chosen)
     try:
         read = layout.read(chosen)
+        facts = read.facts if config else read.facts.over(facts_of_file(chosen.beside))
     except WeightsError as error:
         raise WeightsError(f"{origin} ({layout.title}): {error}") from error
-    facts, notes, left_out, unknown = read.facts, [], dict(read.left_out), list[str]()
-    facts = facts if config else facts.over(facts_of_file(chosen.beside))
+    notes, left_out, unknown = list[str](), dict(read.left_out), list[str]()
     if others := other_names(parts, chosen):
         facts = Facts(part=".".join(chosen.path)).over(facts)
         left = ", ".join(others)

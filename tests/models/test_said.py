@@ -347,7 +347,7 @@ def test_heads_that_do_not_divide_the_width() -> None:
     said = Weights(tensors, "a.file", facts=Facts(heads=3, eps=1e-6))
     with pytest.raises(WeightsError, match=r"heads that fit: 1, 2, 4, 8: the file says heads 3, and --options \("):
         classifier_of(said)
-    with pytest.raises(WeightsError, match=r"not divisible by 5 heads; heads that fit: 2, 4, 8, 1$|fit: 1, 2, 4, 8$"):
+    with pytest.raises(WeightsError, match=r"not divisible by 5 heads; heads that fit: 1, 2, 4, 8$"):
         classifier_of(Weights(tensors, "a.file", facts=Facts(heads=3), asked=Asked(("heads=5",))))
 
 
@@ -355,5 +355,5 @@ def test_a_cait_of_another_size_is_no_vit_with_too_much() -> None:
     from timm.models.cait import Cait
 
     tensors = under_our_names(Cait(**SMALL | {"num_heads": 2, "depth": 3}).state_dict())
-    with pytest.raises(WeightsError, match="no encoder of ours. Those are CaiT"):
+    with pytest.raises(WeightsError, match=r"no encoder of ours\. Those are CaiT"):
         classifier_of(Weights(tensors, "a.file"))

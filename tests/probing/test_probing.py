@@ -241,7 +241,7 @@ def test_the_command_on_digits(pretrained: Path, tmp_path: Path, capsys: pytest.
     assert all(o["clean"]["accuracy"] > 0.3 for o in found["outcomes"][:3])  # chance is 0.1
     page = (tmp_path / "report.html").read_text()
     few = "1 epochs are 1 steps of 128 images, too few for a query"
-    assert few in capsys.readouterr().out and few in page and "--attentive_epochs 200" in page
+    assert few in capsys.readouterr().out and few in page and "--attentive_epochs 500" in page
     assert page.count("<img") == 6 * (6 + 6 + 4) and "nearest neighbours" in page and "Attention maps" in page
     assert set(found["pictures"]) == {"attention", "components", "distance"}
     for name, outcome in (("clean", found["outcomes"][0]), ("attacked", found["outcomes"][0])):
