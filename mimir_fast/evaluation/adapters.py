@@ -394,6 +394,11 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
+def is_program(path: Path) -> bool:
+    """A file that brings its own model, and not the weights of one."""
+    return path.is_file() and (path.suffix in (".pt2", ".onnx") or _is_torchscript(path))
+
+
 def _is_torchscript(path: Path) -> bool:
     """A TorchScript archive holds code; torch.save's files do not."""
     if not zipfile.is_zipfile(path):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mimir_fast.models.normalization import Normalizer
 
 
-class _Around(nn.Module):
+class Around(nn.Module):
     """A model with something done to its images and to its logits; it has features where the model has them."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,7 +44,7 @@ class _Around(nn.Module):
         return lambda features: self.finish(inner(features))  # type: ignore[operator]
 
 
-class Normalized(_Around):
+class Normalized(Around):
     """A model with its normalisation in front, so that attacks work on images in [0, 1].
 
     Args:
@@ -62,7 +62,7 @@ class Normalized(_Around):
         return normalised
 
 
-class AsLogits(_Around):
+class AsLogits(Around):
     """A model whose answer is a tuple, a dict or a `ModelOutput`, or comes in half precision; see `logits_of`."""
 
     def finish(self, output: Any) -> Tensor:
@@ -119,6 +119,21 @@ class Opaque(nn.Module):
         """What the program's state dict holds; empty for a plain function."""
         inner = self._function[0]
         return dict(inner.state_dict()) if isinstance(inner, nn.Module) else {}
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """(the model that is inside, from images in [0, 1] to what it is given)."""
+    around: list[Around] = []
+    while isinstance(model, Around):
+        around.append(model)
+        model = model.model
+
+    def prepare(images: Tensor) -> Tensor:
+        for wrapper in around:
+            images = wrapper.prepare(images)
+        return images
+
+    return model, prepare
 
 
 def logits_of(output: Any) -> tuple[Any, str]:

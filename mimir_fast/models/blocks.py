@@ -23,7 +23,10 @@ from mimir_fast.ops.positions import behind_prefix
 def check_heads(dim: int, num_heads: int) -> None:
     """Raises ValueError when the heads do not divide the width."""
     if dim % num_heads:
-        raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+        fits = sorted((n for n in range(1, dim + 1) if dim % n == 0), key=lambda n: abs(n - num_heads))[:4]
+        raise ValueError(
+            f"width {dim} is not divisible by {num_heads} heads; heads that fit: {', '.join(map(str, sorted(fits)))}"
+        )
 
 
 def project_queries(

@@ -4,6 +4,7 @@ Shapes of tensors do not show these. A layout reader (models/layouts) takes them
 it; what nobody says stays None, is assumed by whoever builds the model, and is printed as assumed.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from mimir_fast.checkpoints.reading import WeightsError
 from mimir_fast.models.normalization import typed
 from mimir_fast.sizes import Size, as_size
 
@@ -72,19 +74,73 @@ class Asked:
 
 
 def facts_of_file(beside: Mapping[str, Any]) -> Facts:
-    """From numbers beside a state dict, and from Lightning's `hyper_parameters` there."""
-    return facts_of_args(beside.get("hyper_parameters")).over(facts_of_args(beside))
+    """From what stands beside a state dict: numbers, tables of options, and JSON in the header of safetensors."""
+    found = Facts()
+    for table in tables(beside):
+        found = found.over(facts_of_arguments(table)).over(facts_of_args(table))
+    return found
+
+
+def tables(beside: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """`beside` and the tables of options in it, the outer ones first, by name: Lightning's `hyper_parameters` with
+    `model` and `data` inside, `normalization`, `transforms` and such; the last two may be lists of tables."""
+    level = [dict(beside)]
+    for _ in range(_DEPTH):
+        yield from level
+        level = [
+            table
+            for outer in level
+            for name, value in outer.items()
+            if isinstance(name, str) and _TABLES.fullmatch(name)
+            for one in (value[:_MANY] if isinstance(value, (list, tuple)) else [value])
+            if (table := _table(one, "normali" in name.lower()))
+        ]
+
+
+def _table(value: Any, of_statistics: bool) -> dict[str, Any]:
+    """A dict, or the attributes of an object, with what is JSON in the header of a file read as such.
+
+    Args:
+        of_statistics: single numbers in it are of all channels.
+    """
+    found = {name: _parsed(inner) for name, inner in named(_parsed(value)).items()}
+    return {n: [x] if of_statistics and isinstance(x, float) else x for n, x in found.items()}
+
+
+def _parsed(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) and value[:1] in tuple('{["0123456789') else value
+    except (ValueError, RecursionError):
+        return value
+
+
+_DEPTH, _MANY = 4, 100
+# Words of the names of tables that tell of the model or its images; not those of decoders, heads, teachers, losses.
+_WORD = (
+    "(hyper|h?params|parameters|k?w?args|options|opts|config|cfg|data|datamodule|dataset|model|net|network|encoder|"
+    "backbone|vit|images?|input|processor|preprocess(ing|or)?|train|val|eval|test|transforms?|normali[sz](ation|e)|"
+    "stats|statistics|pretrained|default|meta|metadata|init)"
+)
+_TABLES = re.compile(f"{_WORD}(_{_WORD})*", re.IGNORECASE)
+_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "nhead")
+_SIZES = ("input_size", "img_size", "image_size")
+# Of a mean, and of the deviation that belongs to it.
+_PAIRS = [(f"{word}mean", f"{word}std") for word in ("", "image_", "img_", "pixel_", "norm_", "normalize_", "data_",
+          "dataset_", "rgb_")]  # fmt: skip
 
 
 def facts_of_args(args: Any) -> Facts:
     """From the options a training script saved: the MIMIR authors', MAE's and timm's names."""
     said = named(args)
-    norm_pixels, sizes = said.get("norm_pix_loss"), map(size_said, (said.get("input_size"), said.get("img_size")))
+    norm_pixels, sizes = said.get("norm_pix_loss"), (size_said(said.get(name)) for name in _SIZES)
+    pairs = ((numbers(said.get(mean)), numbers(said.get(std))) for mean, std in _PAIRS)
+    mean, std = next((pair for pair in pairs if None not in pair), (None, None))
     ours = Facts(
-        heads=_count(said.get("num_heads")),
-        mean=numbers(said.get("mean")),
-        std=numbers(said.get("std")),
+        heads=next((count for name in _COUNTS if (count := _count(said.get(name)))), None),
+        mean=mean,
+        std=std,
         image_size=next((size for size in sizes if size is not None), None),
+        decoder_heads=_count(said.get("decoder_num_heads")),
         norm_pixels=norm_pixels if isinstance(norm_pixels, bool) else None,
         pool=pool_said(said.get("gp")) or pool_said(said.get("global_pool")),
     )
@@ -92,8 +148,14 @@ def facts_of_args(args: Any) -> Facts:
 
 
 def facts_of_arguments(arguments: Any) -> Facts:
-    """From arguments of timm's classes and entry points, by name."""
+    """From arguments of timm's classes and entry points, by name.
+
+    Raises:
+        WeightsError: one by which tensors of ours compute another function.
+    """
     said, act = named(arguments), named(arguments).get("act_layer")
+    if said.get("always_partition") is True:
+        raise WeightsError("it says always_partition, and our Swin does not move the windows of its last stage")
     eps = re.search(r"\beps=(\d+(\.\d*)?(e[+-]?\d+)?)", str(said.get("norm_layer", "")))
     norm_eps, tokens_norm = said.get("norm_eps"), said.get("tokens_norm")
     return Facts(
@@ -101,7 +163,7 @@ def facts_of_arguments(arguments: Any) -> Facts:
         eps=float(eps[1]) if eps else norm_eps if isinstance(norm_eps, float) else None,
         gelu=GELUS.get(act, act) if isinstance(act, str) else None,
         tokens_norm=tokens_norm if isinstance(tokens_norm, bool) else None,
-        pool=pool_said(said.get("global_pool")),
+        pool="prefix" if said.get("pool_include_prefix") is True else pool_said(said.get("global_pool")),
         image_size=size_said(said.get("img_size")),
     )
 

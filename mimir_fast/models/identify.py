@@ -87,7 +87,9 @@ def infer_architecture(
             architecture = _with(architecture, {"norm_before_pool": pool_of(weights, architecture) == "avg"})
         wanted = _with(architecture, given) if given else architecture
     except ValueError as error:
-        raise WeightsError(f"{weights.origin}: {error}") from error
+        read = ", ".join(f"{n} {known[n]}" for n in family.unseen if n in known and n not in given and n in str(error))
+        who = f": the file says {read}, and --options (evaluate, probe, export, hub) otherwise" if read else ""
+        raise WeightsError(f"{weights.origin}: {error}{who}") from error
     if wanted != architecture:
         raise WeightsError(
             f"{weights.origin}: its tensors say {' '.join(option_texts(architecture.options)) or 'no options'}, not "
@@ -147,10 +149,10 @@ def _of_size(weights: Weights, plain: Architecture, near: Size | None, *, bare: 
 
 def _of_other_windows(weights: Weights, family: Family, seen: Size, told: Size) -> str:
     known = weights.asked.image_size is None and saved_size(weights) is not None
-    then = "" if known else f"; if it was made for {shown(seen)}, give --data.image_size {typed(seen)}"
+    then = f"; if it was made for {shown(seen)}, say so: {_size_flags(typed(seen))}"
     return (
         f"{weights.origin}: one window of its last stage sees {shown(seen)} pixels of images of {shown(told)}, in our "
-        f"{family.title} it sees the whole image{then}"
+        f"{family.title} it sees the whole image{'' if known else then}"
     )
 
 
@@ -160,9 +162,14 @@ def _fitting(weights: Weights, size: Size | None) -> Architecture | None:
     return found if found is not None and found.image_size == size else None
 
 
+def _size_flags(size: str) -> str:
+    """What to type, for commands whose images are of the weights' size."""
+    return f"--data.image_size {size} (evaluate, probe), --image_size {size} (export, hub)"
+
+
 _SAY_SIZE = (
-    "give the size that it was trained with: --data.image_size HEIGHT WIDTH (evaluate, probe), --image_size (export, "
-    "hub), --init_image_size (finetune, pretrain)"
+    f"give the size that it was trained with: {_size_flags('HEIGHT WIDTH')}, --init_image_size HEIGHT WIDTH (finetune, "
+    "pretrain)"
 )
 
 
@@ -172,15 +179,20 @@ def pool_of(weights: Weights, architecture: Architecture) -> str:
     Another word is of a pooling that a file names and no classifier of ours has.
     """
     family, tensors = find_family(architecture.family), weights.tensors
-    if weights.asked.pool != "auto":
-        return weights.asked.pool
-    if "head_dist.weight" in tensors:  # a second head, which reads the second class token
-        return "cls"
-    saved = _saved_model(weights).get("global_pool")
-    if saved is not None or weights.facts.pool is not None:
-        return str(family.pool if saved == "auto" else saved or weights.facts.pool)
+    if (said := said_pool(weights, family)) is not None:
+        return said
     late = "fc_norm.weight" in tensors or "norm_before_pool" in architecture.options or family.norm_before_pool
     return "cls" if "cls_token" in tensors and not late else "avg"
+
+
+def said_pool(weights: Weights, family: Family) -> str | None:
+    """The same as far as user or file say it."""
+    if weights.asked.pool != "auto":
+        return weights.asked.pool
+    if "head_dist.weight" in weights.tensors:  # a second head, which reads the second class token
+        return "cls"
+    saved = _saved_model(weights).get("global_pool")
+    return family.pool if saved == "auto" else saved or weights.facts.pool
 
 
 def _saved_model(weights: Weights) -> Mapping[str, Any]:
@@ -214,9 +226,12 @@ def record_of(weights: Weights, architecture: Architecture) -> dict[str, Any]:
 
 
 def known_of(weights: Weights, family: Family) -> dict[str, Any]:
-    """What the weights say of what their tensors do not show, by name."""
+    """What the weights say of what the tensors of their family do not show, by name."""
     saved = typed_options(_saved_model(weights).get("options", ()), family.options, family.title)
-    return dict(weights.facts.known()) | saved
+    known, norm = dict(weights.facts.known()) | saved, weights.tensors.get("blocks.0.attn.q_norm.weight")
+    if norm is not None and "heads" in family.unseen:  # as wide as a head
+        known["heads"] = weights.tensors["blocks.0.attn.qkv.weight"].shape[1] // len(norm)
+    return known
 
 
 def saved_size(weights: Weights) -> Size | None:
@@ -243,7 +258,8 @@ def assumed_of(model: nn.Module, weights: Weights, family: Family | None, pool: 
     encoder, facts = getattr(model, "encoder", model), weights.facts
     options: Mapping[str, Any] = getattr(encoder, "options", {})
     texts = (*weights.asked.options, *_saved_model(weights).get("options", ()))
-    told = {name for name, _ in facts.known()} | {text.partition("=")[0] for text in texts} | {*options}
+    told = {text.partition("=")[0] for text in texts} | {*options}
+    told |= {name for name, _ in facts.known()} if family is None else known_of(weights, family).keys()
     unseen = () if family is None else family.unseen
     found = []
     if "heads" in unseen and "heads" not in told and (heads := getattr(encoder, "num_heads", None)):

@@ -40,6 +40,7 @@ from mimir_fast.models.identify import (
     outline,
     overridden,
     pool_of,
+    said_pool,
 )
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Normalizer, flags, same, words
@@ -108,7 +109,7 @@ def fill(
     architecture = recognise(own, _size_of(model))
     family = None if architecture is None else find_family(architecture.family)
     report = _report_of(weights)
-    unfit = {} if whole else _unfit_heads(weights.tensors, own) | _unfit_decoder(weights.tensors, own)
+    unfit = {} if whole else _unfit_heads(weights, own, family, model) | _unfit_decoder(weights, own, model)
     ready: dict[str, Tensor] = {}
     encoder = getattr(model, "encoder", None)
     num_patches = encoder.num_patches if isinstance(encoder, Encoder) else None
@@ -220,9 +221,15 @@ def _may_be_left(name: str, own: Mapping[str, Tensor], *, whole: bool) -> str:
     return "the model has no such head" if name.startswith(_HEADS) else ""
 
 
-def _unfit_heads(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
+def _unfit_heads(
+    weights: Weights, own: Mapping[str, Tensor], family: Family | None, model: nn.Module
+) -> dict[str, str]:  # fmt: skip
     """Tensors of a head that start fresh → why: for other classes, or trained on other features."""
+    tensors = weights.tensors
     norms = [norm for norm in _NORMS if f"{norm}weight" in own and f"{norm}weight" not in tensors]
+    pool, said = getattr(getattr(model, "config", None), "global_pool", None), family and said_pool(weights, family)
+    if None not in (pool, said) and pool != said:
+        norms.append("pooling")
     # timm of 2021 has a layer in front of the head of ImageNet-21k.
     reasons = {name: "a layer of another head" for name in tensors if name.startswith("pre_logits.")}
     if reasons:
@@ -239,13 +246,15 @@ def _unfit_heads(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> di
     return reasons
 
 
-def _unfit_decoder(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
+def _unfit_decoder(weights: Weights, own: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
     """Tensors of a decoder that is not the model's → why. One is taken as a whole or not at all."""
+    tensors, heads = weights.tensors, weights.facts.decoder_heads
     theirs, ours = (
         {n: t.shape for n, t in named.items() if n.startswith(DECODER) and n != "decoder_pos_embed"}
         for named in (tensors, own)
     )
-    if theirs == ours or "decoder_pred.weight" not in own:
+    found = {getattr(part, "num_heads", heads) for part in getattr(model, "decoder", nn.Module()).modules()}
+    if (theirs == ours and (heads is None or found == {heads})) or "decoder_pred.weight" not in own:
         return {}
     return {n: "of another decoder, the model's starts fresh" for n in tensors if n.startswith(DECODER)}
 

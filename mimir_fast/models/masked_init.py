@@ -14,6 +14,7 @@ from mimir_fast.layers.norms import SUFFIX, is_adapter
 from mimir_fast.models.facts import Asked
 from mimir_fast.models.file_names import to_files
 from mimir_fast.models.loading import LoadReport, initialize
+from mimir_fast.models.masked_loading import objective_of
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 
@@ -45,7 +46,9 @@ def initialize_masked(
         if tensor not in own:
             continue
         if tensor in report.loaded:
-            report.notes.append(f"the {name} is loaded")
+            pixels = objective_of(weights).get("norm_pix_loss") if name == "decoder" else None
+            learned = "" if pixels is None else f", it was trained with norm_pix_loss {str(pixels).lower()}"
+            report.notes.append(f"the {name} is loaded{learned}")
         elif tensor in weights.tensors:
             report.notes.append(f"the {name} of these weights is not the model's: it starts fresh")
         else:

@@ -23,6 +23,7 @@ import torch
 from mimir_fast.checkpoints.reading import WeightsError
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin", "diffusion_pytorch_model.bin")
+CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 INDEX_SUFFIX = ".index.json"
 AGAIN = "copy or download it again"
 
@@ -50,7 +51,7 @@ class Opened(NamedTuple):
     Attributes:
         content: dicts, lists, numbers and tensors, nested as the writer had them.
         metadata: strings in the header of a safetensors file.
-        configs: name → content of JSON files in the same folder that tell of a model (config.json and the like).
+        configs: name → content of the JSON files in the same folder that tell of a model, CONFIGS.
     """
 
     content: Any
@@ -70,7 +71,7 @@ def open_file(path: Path) -> Opened:
     Raises:
         WeightsError: empty, cut, of another kind, or it wants to create objects other than tensors.
     """
-    configs = {name: found for name in ("config", "preprocessor_config") if (found := _json_beside(path, name))}
+    configs = {name: found for name in CONFIGS if (found := _json_beside(path.with_name(name)))}
     if path.name.endswith(INDEX_SUFFIX):
         return Opened(_read_shards(path), {}, configs)
     try:
@@ -102,10 +103,10 @@ def open_file(path: Path) -> Opened:
     raise WeightsError(f"{path} {words}")
 
 
-def _json_beside(path: Path, name: str) -> dict[str, Any]:
+def _json_beside(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.with_name(f"{name}.json").read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

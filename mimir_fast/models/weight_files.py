@@ -102,7 +102,20 @@ def read_weights(
     Raises:
         WeightsError: missing, truncated, unsafe, not a vision transformer's, or several encoders and no choice.
     """
-    return replace(_read(source, which, part), asked=asked or Asked())
+    return _norm_in_front(replace(_read(source, which, part), asked=asked or Asked()))
+
+
+def _norm_in_front(weights: Weights) -> Weights:
+    """A classifier's norm of the cls token alone, timm's `fc_norm` with its pooling `token`, as that of all tokens.
+
+    The logits are the same, and so the model is one that we and other libraries build. DeiT's two heads use none.
+    """
+    tensors, saved = weights.tensors, ((weights.config or {}).get("model") or {}).get("global_pool")
+    pool = saved or weights.facts.pool if weights.asked.pool == "auto" else weights.asked.pool
+    late = {"cls_token", "head.weight", "fc_norm.weight"} <= tensors.keys() and "norm.weight" not in tensors
+    if pool != "cls" or not late or "head_dist.weight" in tensors:
+        return weights
+    return replace(weights, tensors={name.replace("fc_norm.", "norm."): t for name, t in tensors.items()})
 
 
 def _read(source: str | Path, which: WeightsChoice, part: str) -> Weights:
@@ -138,10 +151,10 @@ def _understand(
     layout = find_layout(chosen)
     try:
         read = layout.read(chosen)
+        facts = read.facts if config else read.facts.over(facts_of_file(chosen.beside))
     except WeightsError as error:
         raise WeightsError(f"{origin} ({layout.title}): {error}") from error
-    facts, notes, left_out, unknown = read.facts, [], dict(read.left_out), list[str]()
-    facts = facts.over(facts_of_file(chosen.beside))
+    notes, left_out, unknown = list[str](), dict(read.left_out), list[str]()
     if others := other_names(parts, chosen):
         facts = Facts(part=".".join(chosen.path)).over(facts)
         left = ", ".join(others)

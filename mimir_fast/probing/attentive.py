@@ -13,6 +13,10 @@ from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.layers.attention import attention
 from mimir_fast.probing.encoder import FrozenEncoder
 
+ENOUGH = 500
+"""Steps of training below which its numbers are noted as those of a head that was stopped early. Measured on 128 digits
+through an untrained ViT-nano: 20 steps 10 % right (chance), 200 steps 44 %, 400 steps 70 %, 800 steps 75 %."""
+
 
 class AttentiveHead(nn.Module):
     """Tokens to logits."""

@@ -1,20 +1,19 @@
 """Any model as a frozen encoder: images in [0, 1] to tokens, and to one vector an image.
 
-Our checkpoints, pre-trained or fine-tuned, and any model that `evaluate` takes and that shows its features
-(`forward_features`, timm's convention).
+Our checkpoints, pre-trained or fine-tuned, and any model that `evaluate` takes and that shows its features (shown.py).
 Shapes: B images, C channels, S × S pixels, T tokens, D width.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.evaluation.adapters import load_model
+from mimir_fast.evaluation.adapters import is_program, load_model
+from mimir_fast.evaluation.wrappers import unwrapped
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.facts import Asked
 from mimir_fast.models.families import fields_of
@@ -25,9 +24,8 @@ from mimir_fast.models.normalization import Statistics, choice_note, words
 from mimir_fast.models.normalization import fields_of as statistics_fields
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 from mimir_fast.probing.layers import layers_of
+from mimir_fast.probing.shown import Pool, shown_by
 from mimir_fast.sizes import height_width, said, typed
-
-Pool = Literal["auto", "cls", "mean", "both"]
 
 
 class FrozenEncoder(nn.Module):
@@ -54,7 +52,9 @@ class FrozenEncoder(nn.Module):
         super().__init__()
         if pool in ("cls", "both") and not num_prefix:
             raise ValueError(f"--pool {pool}: this encoder has no cls token: take mean")
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
+        for parameter in model.parameters():  # TorchScript has no requires_grad_ for all
+            parameter.requires_grad_(False)
         self._tokens, self.num_prefix, self.norm = (tokens,), num_prefix, norm or nn.Identity()
         self.token_width, self.layers, self.report = width, dict(layers), report
         self.pool = ("cls" if num_prefix else "mean") if pool == "auto" else pool
@@ -84,49 +84,21 @@ def open_encoder(
         ValueError: the model shows no features.
         WeightsError: the file cannot be read, or holds no encoder of ours.
     """
-    if Path(source).exists() and Path(source).suffix not in (".pt2", ".ts"):
+    if Path(source).exists() and not is_program(Path(source)):
         return _ours(read_weights(source, weights, part, asked), pool, data, statistics)
     judged = load_model(
         source, num_classes=None, device=torch.device("cpu"), channels=data.channels, image_size=data.image_size,
         mean=None if statistics is None else statistics[0], std=None if statistics is None else statistics[1],
         part=part, told=asked,
     )  # fmt: skip
-    model: Any = judged.module
-    if not hasattr(getattr(model, "model", model), "forward_features"):
-        raise ValueError(f"{source} shows no features: it has no forward_features(images), as models of timm have")
-    bare = getattr(model, "model", model)
-    blank = torch.zeros(1, data.channels, *height_width(data.image_size))
-    with torch.no_grad():
-        shape = _shape_of(model.forward_features(blank), source)
-    # (B, D, H, W) of convolutional networks, (B, H, W, D) of timm's Swin
-    channels_last = len(shape) == 4 and shape[1] != getattr(bare, "num_features", shape[1])
-
-    def tokens(images: Tensor) -> Tensor:
-        found: Tensor = model.forward_features(images)
-        if found.ndim == 4:
-            found = found.flatten(1, 2) if channels_last else found.flatten(2).transpose(1, 2)
-        return found[:, None] if found.ndim == 2 else found
-
-    if pool == "auto":
-        pooled = getattr(bare, "global_pool", "")
-        pool = {"token": "cls", "avg": "mean"}.get(pooled, pool) if isinstance(pooled, str) else pool  # type: ignore[assignment]
+    bare, prepare = unwrapped(judged.module)
+    shown = shown_by(bare, source, judged.kind)
+    width, prefix = shown.measured(torch.zeros(1, data.channels, *height_width(data.image_size)), source)
     encoder = FrozenEncoder(
-        model, tokens, int(getattr(bare, "num_prefix_tokens", 0)), pool, getattr(bare, "fc_norm", None),
-        shape[-1 if len(shape) == 3 or channels_last else 1], layers_of(bare),
+        judged.module, lambda images: shown.tokens(prepare(images)), prefix, shown.pool if pool == "auto" else pool,
+        shown.norm, width, layers_of(shown.owner),
     )  # fmt: skip
     return encoder, judged.notes
-
-
-def _shape_of(features: Any, source: str) -> torch.Size:
-    """Of features that are one vector an image, tokens, or a map.
-
-    Raises:
-        ValueError: they are neither.
-    """
-    if isinstance(features, Tensor) and 2 <= features.ndim <= 4:
-        return features.shape
-    what = f"{tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
-    raise ValueError(f"forward_features of {source} returns {what}, wanted a tensor (B, D), (B, T, D) or (B, D, H, W)")
 
 
 def _ours(weights: Weights, pool: Pool, data: DataConfig, asked: Statistics | None) -> tuple[FrozenEncoder, list[str]]:

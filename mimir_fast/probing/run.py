@@ -19,7 +19,7 @@ from mimir_fast.evaluation.images import EvaluationImages, load_from
 from mimir_fast.evaluation.measure import strict_fp32
 from mimir_fast.evaluation.options import radius_text
 from mimir_fast.evaluation.statistics import Count
-from mimir_fast.probing.attentive import Probed, train_attentive
+from mimir_fast.probing.attentive import ENOUGH, Probed, train_attentive
 from mimir_fast.probing.config import ProbeName, ProbingConfig
 from mimir_fast.probing.encoder import FrozenEncoder
 from mimir_fast.probing.features import Features, decoded, extract
@@ -165,10 +165,20 @@ class Probing:
         if name == "linear":
             heads, sweep = self._best_linear(train)
             return heads, sweep
+        batch = min(self._at_once, len(train))
+        epochs, per_epoch = config.attentive_epochs, len(train) // batch
+        steps = f"{epochs} epochs are {epochs * per_epoch:,} steps of {batch} images"
+        if epochs * per_epoch < ENOUGH:
+            self._note(
+                f"attentive on {len(train):,} labels: {steps}, too few for a query and a head that start at random: "
+                f"--attentive_epochs {-(-ENOUGH // per_epoch)} gives {ENOUGH}."
+            )
+        else:
+            self.log(f"attentive on {len(train):,} labels: {steps}")
         images = load_from(self.train_source, config.data, train.samples.numpy())
         return train_attentive(
-            self.encoder, images, self.num_classes, epochs=config.attentive_epochs, seed=config.seed,
-            batch_size=min(128, config.batch_size), device=self.world.device,
+            self.encoder, images, self.num_classes, epochs=epochs, seed=config.seed, batch_size=batch,
+            device=self.world.device,
         ), []  # fmt: skip
 
     def _note(self, words: str) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from mimir_fast.export import ExportConfig, export
 from mimir_fast.exporting.hugging_face import find_twin
+from mimir_fast.models.classifier import load_classifier
 from mimir_fast.models.masked_model import View
 from mimir_fast.ops.patches import gather_patches, patchify
 
@@ -42,6 +43,7 @@ def test_classifiers(family: str, pool: Any, class_name: str, tmp_path: Path) ->
     pixels = processor([image.permute(1, 2, 0).numpy() for image in images], return_tensors="pt").pixel_values
     with torch.no_grad():
         torch.testing.assert_close(theirs(pixels).logits, model(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(load_classifier(folder)(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_a_masked_autoencoder_keeps_its_decoder(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_windows_that_do_not_span_the_image_are_told(tmp_path: Path) -> None:
     state = swin(img_size=64).state_dict()
     with pytest.raises(WeightsError, match=r"one window of its last stage sees 32² pixels of images of 64²"):
         classifier_of(read(tmp_path, {"model": state, "args": {"img_size": 64}}))
-    with pytest.raises(WeightsError, match=r"if it was made for 32², give --data\.image_size 32"):
+    with pytest.raises(WeightsError, match=r"if it was made for 32², say so: --data\.image_size 32"):
         classifier_of(read(tmp_path, state), image_size=64)
 
 

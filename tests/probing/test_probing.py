@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,7 +160,76 @@ def test_encoders_of_timm(name: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_on_digits(pretrained: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")
+def test_programs(tmp_path: Path) -> None:
+    """TorchScript keeps what was scripted; of a trace, an exported program and ONNX there is nothing but the answer."""
+    timm = pytest.importorskip("timm")
+    images, data = torch.rand(2, 3, 64, 64), DataConfig(source="digits", image_size=64)
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=64, reg_tokens=2, num_classes=10).eval()
+    scripted = timm.create_model("test_vit", img_size=64, reg_tokens=2, num_classes=10, scriptable=True).eval()
+    scripted.load_state_dict(model.state_dict())
+    torch.jit.script(scripted).save(str(tmp_path / "model.pt"))
+    encoder, _ = open_encoder(str(tmp_path / "model.pt"), data)
+    with torch.no_grad():
+        wanted = model.forward_features(images)
+    torch.testing.assert_close(encoder.tokens(images), wanted, rtol=1e-4, atol=1e-5)
+    assert (encoder.num_prefix, encoder.pool, encoder.token_width) == (3, "cls", 64)
+    torch.jit.trace(model, images).save(str(tmp_path / "trace.ts"))
+    torch.export.save(torch.export.export(model, (images,)), tmp_path / "model.pt2")
+    (tmp_path / "model.onnx").write_bytes(b"\x08")
+    for name, words in (("trace.ts", "TorchScript"), ("model.pt2", "torch.export"), ("model.onnx", "no gradients")):
+        with pytest.raises(ValueError, match=words) as refused:
+            open_encoder(str(tmp_path / name), data)
+        assert "\n" not in str(refused.value)
+
+
+def _live(kind: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"image_size": 32, "num_labels": 10}
+    vit = sizes | {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96,
+                   "patch_size": 8}  # fmt: skip
+    staged = sizes | {"depths": [1, 1], "hidden_sizes": [8, 16], "num_stages": 2, "patch_size": 4}
+    swin = sizes | {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "patch_size": 4}
+    base, _, rest = kind.partition("For")
+    config = getattr(transformers, f"{base.removesuffix('Model')}Config")
+    values = staged if base == "ConvNext" else swin if base == "Swin" else vit
+    return getattr(transformers, f"{base}For{rest}" if rest else base)(config(**values)).eval()
+
+
+LIVE = {"ViTForImageClassification": (1, "cls"), "ViTModel": (1, "cls"), "DeiTForImageClassification": (2, "cls"),
+        "BeitForImageClassification": (1, "mean"), "ConvNextForImageClassification": (0, "mean"),
+        "SwinForImageClassification": (0, "mean"), "Dinov2WithRegistersModel": (5, "cls")}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_live_models_of_transformers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`last_hidden_state`, behind the normalisation that is asked for; a head reads of it what it always reads."""
+    model, images = _live(kind), torch.rand(2, 3, 32, 32)
+    monkeypatch.setattr(f"{__name__}.made", lambda: model, raising=False)
+    encoder, _ = open_encoder(f"{__name__}:made", DATA, statistics=((0.5,) * 3, (0.25,) * 3))
+    with torch.no_grad():
+        pixels = (images - 0.5) / 0.25
+        inside = model.base_model(pixels)
+        found = encoder.tokens(images)
+        wanted = inside.last_hidden_state
+        wanted = wanted.flatten(2).transpose(1, 2) if wanted.ndim == 4 else wanted
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        if hasattr(model, "classifier"):
+            torch.testing.assert_close(model.classifier(encoder(images)), model(pixels).logits, rtol=1e-4, atol=1e-5)
+    assert (encoder.num_prefix, encoder.pool) == LIVE[kind] and encoder.layers
+    assert encoder.token_width == found.shape[-1]
+
+
+def test_a_live_masked_autoencoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _live("ViTMAEModel")
+    monkeypatch.setattr(f"{__name__}.made", lambda: model, raising=False)
+    with pytest.raises(ValueError, match="hides patches at random"):
+        open_encoder(f"{__name__}:made", DATA)
+
+
+def test_the_command_on_digits(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["--checkpoint", str(pretrained), "--data.source", "digits", "--data.image_size", "32", "--probes", "knn"]
     line += ["linear", "logistic", "attentive", "--label_fractions", "0.1", "--limit", "60", "--epochs", "5"]
     line += ["--attentive_epochs", "1", "--attack_images", "8", "--attack_steps", "2", "--device", "cpu"]
@@ -170,6 +240,8 @@ def test_the_command_on_digits(pretrained: Path, tmp_path: Path) -> None:
     assert outcomes[0].train_images in range(140, 160)
     assert all(o["clean"]["accuracy"] > 0.3 for o in found["outcomes"][:3])  # chance is 0.1
     page = (tmp_path / "report.html").read_text()
+    few = "1 epochs are 1 steps of 128 images, too few for a query"
+    assert few in capsys.readouterr().out and few in page and "--attentive_epochs 500" in page
     assert page.count("<img") == 6 * (6 + 6 + 4) and "nearest neighbours" in page and "Attention maps" in page
     assert set(found["pictures"]) == {"attention", "components", "distance"}
     for name, outcome in (("clean", found["outcomes"][0]), ("attacked", found["outcomes"][0])):

@@ -10,9 +10,10 @@ Shapes: B images, N units in a grid, K visible, u tokens a side of a unit, S = g
 visible tokens (K·u², or all S²), W windows of A tokens (window² of a square), H heads, D width.
 """
 
+import inspect
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from mimir_fast.models.staged import (
     unit_of,
 )
 from mimir_fast.ops.patches import gather_patches, place_patches
-from mimir_fast.sizes import Size, area, as_size, divided, height_width, nearest_grid
+from mimir_fast.sizes import Size, area, as_size, divided, height_width, nearest_grid, typed
 
 EPS = 1e-5  # of the norms, in Swin
 Shift = int | tuple[int, int]  # of the windows along both axes, or along rows and columns
@@ -304,7 +305,12 @@ def resize(
     from timm.layers import resize_rel_pos_bias_table
 
     window = (round(shape[0] ** 0.5) + 1) // 2
-    more = {} if old is None or isinstance(old, int) else {"old_window_size": old}  # timm of 2026 has it
+    more = {} if old is None or isinstance(old, int) else {"old_window_size": old}
+    if more.keys() - inspect.signature(resize_rel_pos_bias_table).parameters.keys():
+        raise ValueError(
+            f"{name}: this version of timm takes the windows of the weights for squares, and they are "
+            f"{typed(cast(Size, old))}: pip install 'timm>=1.0.31'"
+        )
     return resize_rel_pos_bias_table(tensor, height_width(window if new is None else new), tuple(shape), **more)
 
 

@@ -185,6 +185,8 @@ def _misfits(tensors: Tensors, image_size: Size | None) -> Iterator[str]:
     for name in names:
         if name not in tensors:
             yield f"{name}, which is missing"
+    if "dist_token" in tensors and ("reg_token" in tensors or "cls_token" not in tensors):
+        yield "dist_token, which ViT has beside a cls token alone"
     first = tensors["patch_embed.proj.weight"]
     width = len(first)
     hidden = len(tensors.get("blocks.0.mlp.fc1.weight", ()))
@@ -228,14 +230,19 @@ def rival(tensors: Tensors) -> Architecture | None:
     return recognise(tensors, (down * unit, across * unit)) if down < across <= 2 * down else None
 
 
-def why_not(tensors: Tensors, image_size: Size | None = None) -> str:
-    """By which tensor a model with patches and blocks is no ViT; "" for one that is."""
-    return next(_misfits(tensors, image_size), "") if any(name.startswith("blocks.0.") for name in tensors) else ""
+# Of a CaiT and a ConViT, of which it is the size that ours may lack.
+_OF_OTHERS = ("blocks.0.attn.proj_l.weight", "blocks.0.attn.gating_param")
+
+
+def why_not(tensors: Tensors) -> str:
+    """By which tensor a model with patches and blocks is no ViT; "" for one that is, and for what is no relative."""
+    related = any(name.startswith("blocks.0.") for name in tensors) and not any(name in tensors for name in _OF_OTHERS)
+    return next(_misfits(tensors, None), "") if related else ""
 
 
 def recognise(tensors: Tensors, image_size: Size | None = None) -> Architecture | None:
     """From names and shapes, of which none may be unknown in front of the blocks or in them: it would change them."""
-    if "blocks.0.attn.qkv.weight" not in tensors or why_not(tensors, image_size):
+    if "blocks.0.attn.qkv.weight" not in tensors or next(_misfits(tensors, image_size), ""):
         return None
     if (found := _size_of(tensors, image_size)) is None:
         return None

@@ -1,7 +1,7 @@
 """Hugging Face's transformers: ViT, DeiT, ViTMAE, DINOv2, Swin and ConvNeXt; queries, keys and values stand apart.
 
 The rest of the model (heads, eps, activation, image size) is in the config.json beside the file, mean and std in its
-preprocessor_config.json.
+preprocessor_config.json, or under `image_processor` in processor_config.json, which goes first as in transformers.
 """
 
 import re
@@ -47,6 +47,7 @@ _VIT: Rules = (
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^(encoder\.layer|layers)\.", "blocks."),
     (r"^layernorm\.", "norm."),
+    (r"^pooler\.layernorm\.", "fc_norm."),  # of BEiT's, behind the mean of the patches
     *_BLOCK,
 )
 _DECODER: Rules = (
@@ -107,7 +108,7 @@ def read(part: Part) -> Read:
         raise WeightsError(f"{foreign} is of another architecture than ours ({kind}): use ViT, DeiT, ViTMAE, DINOv2, "
                            "Swin or ConvNeXt")  # fmt: skip
     tensors = joined(renamed(names, _CONVNEXT if convnext else _SWIN if swin else _VIT))
-    left_out = {name: "the pooling of transformers" for name in names if name.startswith("pooler.")}
+    left_out = {name: "the pooling of transformers" for name in names if re.match(r"pooler\.(?!layernorm\.)", name)}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
     taken = [name for name in part.siblings if _BESIDE.fullmatch(name)]
     tensors |= joined(renamed({name: part.siblings[name] for name in taken}, (*_DECODER, *_HEADS)))
@@ -125,9 +126,8 @@ def read(part: Part) -> Read:
     index = [name for name in tensors if name.endswith(".relative_position_index")]
     left_out |= dict.fromkeys(index, "computed from the sizes")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in index}
-    facts = replace(
-        facts_of(config, part.beside.get("preprocessor_config")), pool="cls" if "cls_token" in tensors else "avg"
-    )
+    pool = "cls" if "cls_token" in tensors and "fc_norm.weight" not in tensors else "avg"
+    facts = replace(facts_of(config, _processor(part)), pool=pool)
     return Read(under_our_names(tensors), facts, left_out, taken=[*taken, *layers])
 
 
@@ -161,7 +161,7 @@ def joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _config(part: Part) -> dict[str, Any]:
     """The config.json beside the file, if it is of a model of this width."""
-    config: Any = part.beside.get("config")
+    config: Any = part.beside.get("config.json", part.beside.get("config"))
     if not isinstance(config, dict) or "model_type" not in config:
         return {}
     for name in ANCHORS:
@@ -171,28 +171,47 @@ def _config(part: Part) -> dict[str, Any]:
     return config
 
 
-def _normalization(processor: Any, config: Mapping[str, Any]) -> Statistics | None:
+def _processor(part: Part) -> dict[str, Any]:
+    """What the folder says of its image processor; {} where it says nothing."""
+    inside, beside = (part.beside.get(f"{name}.json") or {} for name in ("processor_config", "preprocessor_config"))
+    found = inside.get("image_processor") or beside
+    return found if isinstance(found, dict) else {}
+
+
+# Steps of transformers' image processors that give other pixels, and that nothing here can stand for.
+_OTHER_PIXELS = ("do_flip_channel_order", "do_grayscale", "do_color_quantize", "include_top")
+
+
+def _normalization(processor: Mapping[str, Any], config: Mapping[str, Any]) -> Statistics | None:
     """Of images in [0, 1], what a processor does to those in [0, 255]: x·rescale_factor, then (x − mean) / std.
 
+    With `rescale_offset` (EfficientNet's processor) it takes 1 away in between.
+
     Raises:
-        WeightsError: numbers that are none, or a factor of 0.
+        WeightsError: numbers that are none, a factor of 0, or a step that changes the colours.
     """
-    if not isinstance(processor, dict):
-        return None
-    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+    if step := next((name for name in _OTHER_PIXELS if processor.get(name)), ""):
+        raise WeightsError(
+            f"its image processor says {step} {processor[step]!r}, so its model takes other colours than our images "
+            "have: give evaluate the model with that step inside, as module:function"
+        )
+    rescales = processor.get("do_rescale", True)
+    factor = processor.get("rescale_factor", 1 / 255) if rescales else 1
     if not isinstance(factor, (int, float)) or not factor > 0:
-        raise WeightsError(f"preprocessor_config.json says rescale_factor {factor!r}: wanted a number such as 1/255")
-    scale = 255 * factor
+        raise WeightsError(f"its image processor says rescale_factor {factor!r}: wanted a number such as 1/255")
+    scale, offset = 255 * factor, int(bool(rescales and processor.get("rescale_offset")))
     mean, std = numbers(processor.get("image_mean")), numbers(processor.get("image_std"))
     if not processor.get("do_normalize", True):
         mean, std = none_of(config.get("num_channels", 3))
     if mean is None or std is None:
         return None
-    return (mean, std) if abs(scale - 1) < 1e-6 else (typed(m / scale for m in mean), typed(s / scale for s in std))
+    if abs(scale - 1) < 1e-6 and not offset:
+        return mean, std
+    return typed((m + offset) / scale for m in mean), typed(s / scale for s in std)
 
 
-def facts_of(config: Mapping[str, Any], processor: Any) -> Facts:
-    """What config.json and preprocessor_config.json say."""
+def facts_of(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Facts:
+    """What config.json and the image processor's file say."""
     heads = config.get("num_attention_heads", config.get("num_heads"))
     heads = heads[0] if isinstance(heads, (list, tuple)) and heads else heads
     eps, act = config.get("layer_norm_eps"), str(config.get("hidden_act", ""))

@@ -1,7 +1,7 @@
 """timm's names, which are those of ViT, DeiT and most repositories; plain encoders of any writer.
 
 What timm says of a model beside its tensors stands in the hub's config.json (`architecture`, `model_args`,
-`pretrained_cfg`), or in the `args` of its training script.
+`pretrained_cfg`), or in the options of a training script.
 """
 
 import json
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from mimir_fast.checkpoints.reading import WeightsError
 from mimir_fast.models.facts import (
     Facts,
-    facts_of_args,
     facts_of_arguments,
+    facts_of_file,
     named,
     numbers,
     pool_said,
     size_said,
+    tables,
 )
 from mimir_fast.models.families import recognise, under_our_names
 from mimir_fast.models.layouts import Layout, Read, register
@@ -39,8 +40,8 @@ def without_derived(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict
 
 def facts_beside(part: Part) -> Facts:
     """From our export's header, `pretrained_cfg`, timm's class, and the training script's options, as far as there."""
-    beside, args = part.beside, named(part.beside.get("args"))
-    config: Any = beside.get("config")
+    beside = part.beside
+    config: Any = beside.get("config.json", beside.get("config"))
     settings, said = beside.get("pretrained_cfg"), Facts()
     width = part.tensors["cls_token"].shape[-1] if "cls_token" in part.tensors else None
     # A config.json may lie beside a file it says nothing of.
@@ -53,10 +54,11 @@ def facts_beside(part: Part) -> Facts:
     if isinstance(settings, dict):
         mean, std = numbers(settings.get("mean")), numbers(settings.get("std"))
         said = said.over(Facts(mean=mean, std=std, image_size=size_said(settings.get("input_size"))))
-    of_script = facts_of_args(args).over(
-        facts_of_name(args.get("model", beside.get("arch")), args.get("model_kwargs"), part.tensors)
-    )
-    return _facts_of_export(beside.get("metadata") or {}).over(said).over(of_script)
+    said = _facts_of_export(beside.get("metadata") or {}).over(said).over(facts_of_file(beside))
+    for table in tables(beside):
+        for name in {name: None for word in _NAMES if isinstance(name := table.get(word), str)}:
+            said = said.over(facts_of_name(name, table | named(table.get("model_kwargs")), part.tensors))
+    return said
 
 
 def _facts_of_export(metadata: Mapping[str, str]) -> Facts:
@@ -104,6 +106,8 @@ def facts_of_name(name: Any, arguments: Any, tensors: Mapping[str, Tensor]) -> F
     return facts_of_model(model) if pools_alike else replace(facts_of_model(model), pool=None)
 
 
+# Under which words training scripts keep the name of timm's model.
+_NAMES = ("model", "arch", "architecture", "model_name", "backbone", "encoder", "network", "net", "name")
 # Arguments that change what is computed, not how many layers there are; none by which a file makes timm open another.
 _SHAPING = ("embed_dim", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm", "init_values", "act_layer", "norm_layer",
             "norm_eps", "tokens_norm", "global_pool", "output_stride")  # fmt: skip
