@@ -59,7 +59,8 @@ def step_size(eps: float, num_steps: int, usual: float | None = None) -> float:
 
 def make_threat(norm: Norm, eps: float, num_steps: int, alpha: float | None = None) -> Threat:
     """The ball, and how it is searched."""
-    alpha = step_size(eps, num_steps) if alpha is None else alpha
+    if alpha is None:  # an L1 attack starts with steps through the whole ball, as its authors' does, and shortens them
+        alpha = eps if norm == "l1" else step_size(eps, num_steps)
     if norm == "linf":
         return LinfThreat(eps=eps, alpha=min(alpha, 1.0), num_steps=num_steps)
     return LpThreat(norm=norm, eps=eps, alpha=alpha, num_steps=num_steps)
@@ -67,8 +68,9 @@ def make_threat(norm: Norm, eps: float, num_steps: int, alpha: float | None = No
 
 def threat_of(config: CommonOptions, num_steps: int) -> Threat:
     """The configuration's ball, and how it is searched: with its α, or the papers'."""
-    papers = PAPERS_ALPHA.get(config.eps_text) if config.norm == "linf" and config.suite in ("paper", "full") else None
-    alpha = step_size(config.eps, num_steps, papers) if config.alpha is None else config.alpha
+    alpha = config.alpha
+    if alpha is None and config.norm == "linf" and config.suite in ("paper", "full"):
+        alpha = step_size(config.eps, num_steps, PAPERS_ALPHA.get(config.eps_text))
     return make_threat(config.norm, config.eps, num_steps, alpha)
 
 
