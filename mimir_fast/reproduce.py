@@ -31,8 +31,8 @@ class DigitsDemo:
     """Folder of all runs, results.json, demo.png and the reports."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    autoattack_images: int = 48
-    """Test images AutoAttack is run on."""
+    autoattack_images: int = 100
+    """Test images that are evaluated, all of them under AutoAttack too; 0 evaluates all 300 without it."""
     max_steps: int | None = None
     """Steps of every stage, for a quick look; left out: what the recipes say."""
 

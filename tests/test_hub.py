@@ -10,6 +10,7 @@ from file_state import file_state
 from safetensors.torch import load, load_file, save_file
 
 from mimir_fast.checkpoints.saving import save_checkpoint
+from mimir_fast.evaluation.results import FORMAT, VERSION
 from mimir_fast.export import ExportConfig, export
 from mimir_fast.hub import HubClassifier, HubConfig, HubMaskedModel, publish
 from mimir_fast.models.classifier import Classifier, ClassifierConfig, build_classifier, load_classifier
@@ -30,14 +31,14 @@ def evaluation(checkpoint: str) -> dict[str, Any]:
     counts = {"correct": 61, "total": 100, "accuracy": 0.61, "interval": [0.51, 0.70]}
     natural = counts | {"correct": 90, "accuracy": 0.9, "label": "no attack"}
     return {
-        "format": "mimir_fast.evaluation", "version": 2, "choices": {"checkpoint": checkpoint},
+        "format": FORMAT, "version": VERSION, "choices": {"checkpoint": checkpoint},
         "notes": ["Few images."],
         "verdicts": {"robustness": {"text": "It keeps half."}, "validity": {"text": "No sign against it."}},
         "images": {"source": "digits", "split": "test", "count": 100, "classes": 10},
         "sections": {"accuracy": {"attacks": {"natural": natural}, "robust": counts, "norm": "linf",
                                   "eps_text": "8/255"}},
         "command": f"evaluate --checkpoint {checkpoint}",
-        "rows": {"markdown": f"| model | natural | all attacks |\n| - | - | - |\n| {checkpoint} | 90.0 | 61.0 |"},
+        "rows": {"markdown": f"| model | natural | worst case |\n| - | - | - |\n| {checkpoint} | 90.0 | 61.0 |"},
     }  # fmt: skip
 
 

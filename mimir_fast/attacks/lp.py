@@ -1,11 +1,14 @@
 """Projected gradient ascent in L2 and L1 balls; what pgd.py is for L∞.
 
     L2   step along ∇L / ‖∇L‖₂, project by scaling δ
-    L1   step along the signs of the largest 5 % of the gradient, among pixels that can still move that way; project
-         onto the ball and [0, 1] together: doing one after the other wastes most of the ball in high dimensions
+    L1   step along the signs of the largest part of the gradient, among pixels that can still move that way; project
+         onto the ball and [0, 1] together: doing one after the other wastes most of the ball in high dimensions. The
+         part is 20 % at first and then a fraction of the pixels that an image's δ has; while these become no fewer, the
+         image's steps become shorter. A fixed part fits no other image size and no other model
 
 Madry et al., arXiv 1706.06083 (L2); Tramèr & Boneh, arXiv 1904.13000, §4 (sparse L1 steps); Croce & Hein, arXiv
-2103.01208, §3 (the L1 ball and the box together). Starts are functions of (seed, step, sample), as everywhere here.
+2103.01208, §3 (the L1 ball and the box together) and Algorithm 1 (the part and the step length that adapt). Starts are
+functions of (seed, step, sample), as everywhere here.
 
 Shapes: B images, C channels, H × W pixels, D = C·H·W.
 """
@@ -23,7 +26,8 @@ from mimir_fast.layers.borrowing import AttackMode, borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream, normal
 
-SPARSITY = 0.05
+ONE_STEP_PART = 0.05
+"""Of the pixels, those that an L1 attack of one step moves: it has nothing to adapt to."""
 
 
 @dataclass
@@ -35,7 +39,7 @@ class LpThreat:
     eps: float = 0.5
     """Radius: 0.5 (L2) and 12 (L1) are usual on CIFAR-10."""
     alpha: float = 0.125
-    """Length of a step, in the ball's own norm."""
+    """Length of a step, in the ball's own norm; L1: of the longest ones, some become as short as a tenth of eps."""
     num_steps: int = 20
     """Steps."""
     random_start: bool = True
@@ -74,16 +78,23 @@ def project(x: Tensor, images: Tensor, eps: float, norm: Literal["l2", "l1"]) ->
 
     # ‖shrunk(λ)‖₁ falls with λ: bisection finds the least λ that fits, to the last bits of fp32.
     least = torch.zeros(len(x), 1, device=x.device, dtype=x.dtype)
-    most = torch.where(shrunk(least).abs().sum(1, keepdim=True) <= eps, least, delta.abs().amax(1, keepdim=True))
+    inside = eps * (1 - 1e-6)  # a hair, for rounding
+    most = torch.where(shrunk(least).abs().sum(1, keepdim=True) <= inside, least, delta.abs().amax(1, keepdim=True))
     for _ in range(32):
         middle = (least + most) / 2
-        fits = shrunk(middle).abs().sum(1, keepdim=True) <= eps * (1 - 1e-6)
+        fits = shrunk(middle).abs().sum(1, keepdim=True) <= inside
         least, most = torch.where(fits, least, middle), torch.where(fits, middle, most)
     return (clean + shrunk(most)).view_as(x).clamp(0, 1)
 
 
-def steepest(grad: Tensor, x: Tensor, alpha: float, norm: Literal["l2", "l1"]) -> Tensor:
-    """A step of length alpha (B, C, H, W) up the gradient."""
+def steepest(
+    grad: Tensor, x: Tensor, alpha: float, norm: Literal["l2", "l1"], part: Tensor | float = ONE_STEP_PART
+) -> Tensor:  # fmt: skip
+    """A step of length alpha (B, C, H, W) up the gradient.
+
+    Args:
+        part: of the pixels that an L1 step moves, one number or (B,); one pixel at least.
+    """
     flat = grad.flatten(1)
     # Where a slope is infinite the step goes along it alone; one that is not a number says nothing.
     steep = flat.isinf()
@@ -93,10 +104,51 @@ def steepest(grad: Tensor, x: Tensor, alpha: float, norm: Literal["l2", "l1"]) -
     pixels = x.flatten(1)
     stuck = ((pixels <= 0) & (flat < 0)) | ((pixels >= 1) & (flat > 0))
     useful = flat.abs().masked_fill(stuck, 0)
-    count = max(1, round(SPARSITY * useful.shape[1]))
-    chosen = useful.topk(count, dim=1).indices
-    step = torch.zeros_like(flat).scatter(1, chosen, flat.sign().gather(1, chosen) * useful.gather(1, chosen).sign())
+    size = useful.shape[1]
+    count = (torch.as_tensor(part, device=x.device).expand(len(x)) * size).long().clamp(1, size)
+    least = useful.sort(dim=1, descending=True).values.gather(1, count[:, None] - 1)
+    step = flat.sign() * ((useful >= least) & (useful > 0))
     return (alpha * step / step.abs().sum(1, keepdim=True).clamp_min(1)).view_as(x)
+
+
+class Sparsity:
+    """How many pixels the next L1 step of each image moves, and how far: Croce & Hein, arXiv 2103.01208, Algorithm 1.
+
+    They look 25 times, and let a step move two thirds of the pixels that δ has. An attack of fewer steps looks after
+    each and takes a smaller fraction, down to a third: it could not become sparse in time. The first step from a clean
+    image moves 20 %.
+    """
+
+    FIRST_PART, FEWER, LOOKS = 0.2, 0.95, 25
+
+    def __init__(self, threat: LpThreat, images: Tensor, start: Tensor) -> None:
+        self.images, self.size = images, images[0].numel() if len(images) else 1
+        self.longest, self.shortest = threat.alpha, min(threat.alpha, threat.eps / 10)
+        self.every, self.taken = max(1, threat.num_steps // self.LOOKS), 0
+        self.sparser = min(3.0, 1.5 ** max(1.0, self.LOOKS * self.every / max(1, threat.num_steps)))
+        count = self._pixels(start)
+        self.part = torch.where(count > 0, count / (self.sparser * self.size), self.FIRST_PART)
+        if threat.num_steps == 1:
+            self.part.fill_(ONE_STEP_PART)
+        self.alpha, self.before = torch.full_like(self.part, threat.alpha), torch.full_like(self.part, self.size)
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """(B,) how many pixels of δ are not zero."""
+        return (x != self.images).flatten(1).sum(dim=1).to(x.dtype)
+
+    def step(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Up the gradient, (B, C, H, W)."""
+        return steepest(grad, x, 1.0, "l1", self.part) * self.alpha.view(-1, 1, 1, 1)
+
+    def look_at(self, x: Tensor) -> None:
+        """Adapt to where the step has led, if it is time."""
+        self.taken += 1
+        if self.taken % self.every == 0:
+            count = self._pixels(x)
+            became_fewer, self.before = count < self.FEWER * self.before, count
+            shorter = (self.alpha / 1.5).clamp_min(self.shortest)
+            self.alpha = torch.where(became_fewer, torch.full_like(shorter, self.longest), shorter)
+            self.part = count / (self.sparser * self.size)
 
 
 def random_in_ball(
@@ -129,20 +181,30 @@ def start_of(
         return images
     if isinstance(threat, LinfThreat):
         return random_start(images, threat.eps, samples=samples, seed=seed, step=step)
-    return random_in_ball(images, threat.eps, threat.norm, samples=samples, seed=seed, step=step)
+    if threat.norm == "l2":
+        return random_in_ball(images, threat.eps, "l2", samples=samples, seed=seed, step=step)
+    # A uniform point of an L1 ball is a little noise on every pixel, which sparse steps take long to get rid of. Noise
+    # from far outside is projected to few pixels, as where the authors of APGD-L1 start.
+    samples = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+    noise = normal(seed, Stream.ATTACK_START, step, samples, images[0].numel() if len(images) else 1)
+    return project(images + noise.view_as(images).to(images.dtype), images, threat.eps, "l1")
 
 
 def ascent(objective: Objective, images: Tensor, start: Tensor, threat: Threat) -> Tensor:
     """Gradient ascent of any objective in a ball of any norm; the last iterate (B, C, H, W), detached."""
     if isinstance(threat, LinfThreat):
         return linf_ascent(objective, images, start, threat)
+    sparsity = Sparsity(threat, images, start) if threat.norm == "l1" else None
     x = start.detach()
     for _ in range(threat.num_steps):
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(objective(x).sum(), x)
         x = x.detach()
-        x = project(x + steepest(grad, x, threat.alpha, threat.norm), images, threat.eps, threat.norm)
+        step = sparsity.step(grad, x) if sparsity else steepest(grad, x, threat.alpha, threat.norm)
+        x = project(x + step, images, threat.eps, threat.norm)
+        if sparsity:
+            sparsity.look_at(x)
     return x.detach()
 
 

@@ -1,7 +1,8 @@
 """The attacks that several topics use, by name, with what a reader must know to repeat them.
 
 PGD-k: ε as asked, α = ε/4 unless asked otherwise (2/255 at 8/255, 1/255 at 4/255: the papers'), random starts, last
-iterate. Each maker takes the configuration, and the radius where it is not the configuration's.
+iterate. At 2/255 the papers step by 1/255, and so do the suites that repeat their attacks. Each maker takes the
+configuration, and the radius where it is not the configuration's.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -45,17 +46,38 @@ class NamedAttack:
         )
 
 
-def step_size(eps: float, num_steps: int) -> float:
-    """ε/4 for 10 steps and more (the papers' 2/255 at 8/255); with fewer steps 2.5 ε/k, which can cross the ball."""
-    return max(eps / 4, 2.5 * eps / max(num_steps, 1)) if num_steps > 1 else eps
+PAPERS_ALPHA = {"2/255": 1 / 255}
+"""ε of an L∞ ball → α where the papers do not take ε/4, in the suites `paper` and `full`."""
+
+
+def step_size(eps: float, num_steps: int, usual: float | None = None) -> float:
+    """`usual`, ε/4 (the papers' 2/255 at 8/255) where left out, for 10 steps and more; with fewer at least 2.5 ε/k,
+    which can cross the ball."""
+    usual = eps / 4 if usual is None else usual
+    return max(usual, 2.5 * eps / max(num_steps, 1)) if num_steps > 1 else eps
 
 
 def make_threat(norm: Norm, eps: float, num_steps: int, alpha: float | None = None) -> Threat:
     """The ball, and how it is searched."""
-    alpha = step_size(eps, num_steps) if alpha is None else alpha
+    if alpha is None:  # an L1 attack starts with steps through the whole ball, as its authors' does, and shortens them
+        alpha = eps if norm == "l1" else step_size(eps, num_steps)
     if norm == "linf":
         return LinfThreat(eps=eps, alpha=min(alpha, 1.0), num_steps=num_steps)
     return LpThreat(norm=norm, eps=eps, alpha=alpha, num_steps=num_steps)
+
+
+def threat_of(config: CommonOptions, num_steps: int) -> Threat:
+    """The configuration's ball, and how it is searched: with its α, or the papers'."""
+    alpha = config.alpha
+    if alpha is None and config.norm == "linf" and config.suite in ("paper", "full"):
+        alpha = step_size(config.eps, num_steps, PAPERS_ALPHA.get(config.eps_text))
+    return make_threat(config.norm, config.eps, num_steps, alpha)
+
+
+def parameters_of(threat: Threat) -> dict[str, Any]:
+    """What a reader must know to repeat a search; `sparsity`: by which rule L1 steps choose their pixels."""
+    sparse = {"sparsity": "adaptive"} if isinstance(threat, LpThreat) and threat.norm == "l1" else {}
+    return asdict(threat) | sparse
 
 
 def natural() -> NamedAttack:
@@ -70,7 +92,7 @@ def make_fgsm(config: CommonOptions) -> NamedAttack:
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
         return attack_classifier(model, x, y, threat)
 
-    return NamedAttack("fgsm", "FGSM" if config.norm == "linf" else "one step", run, asdict(threat), cost=3)
+    return NamedAttack("fgsm", "FGSM" if config.norm == "linf" else "one step", run, parameters_of(threat), cost=3)
 
 
 def make_pgd(
@@ -79,7 +101,7 @@ def make_pgd(
     """PGD with cross entropy; of several random starts, an image keeps the first that is misclassified."""
     radius = config.eps if eps is None else eps
     restarts = config.restarts if restarts is None else restarts
-    threat = make_threat(config.norm, radius, num_steps, config.alpha if eps is None else None)
+    threat = threat_of(config, num_steps) if eps is None else make_threat(config.norm, radius, num_steps)
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
         starts = (
@@ -89,7 +111,7 @@ def make_pgd(
         return first_to_fool(model, y, starts)
 
     label = f"PGD-{num_steps}" + (f", {restarts} starts" if restarts > 1 else "")
-    parameters = {**asdict(threat), "loss": "ce", "restarts": restarts, "seed": config.seed}
+    parameters = {**parameters_of(threat), "loss": "ce", "restarts": restarts, "seed": config.seed}
     inside = radius <= config.eps * (1 + 1e-9)
     return NamedAttack(f"pgd{num_steps}", label, run, parameters, 3.0 * num_steps * restarts, inside)
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from mimir_fast.evaluation.html import page, paragraph, percent, span, table
 from mimir_fast.evaluation.measure import UNBROKEN
 from mimir_fast.evaluation.options import NORM_NAMES
-from mimir_fast.evaluation.results import Results
+from mimir_fast.evaluation.results import WORST, Results
 from mimir_fast.evaluation.statistics import mcnemar_two_sided, paired_difference
 from mimir_fast.evaluation.topic import Column, all_topics
 
@@ -35,7 +35,7 @@ class Evaluation:
 
     @property
     def robust(self) -> dict[str, bool]:
-        """Sample → right under every attack tried."""
+        """Sample → right under every attack that ran on all images."""
         broken: dict[str, str] = self.results.sections["accuracy"]["broken_by"]
         return {sample: name == UNBROKEN for sample, name in broken.items()}
 
@@ -150,14 +150,14 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
-    """Every other model against the first, without attack and under all attacks, on the images both saw."""
+    """Every other model against the first, without attack and in the worst case, on the images both saw."""
     first, found = evaluations[0], []
     for other in evaluations[1:]:
         if other.results.ball != first.results.ball or other.results.images["source"] != first.results.images["source"]:
             continue
         for measure, mine, theirs in (
             ("no attack", first.correct, other.correct),
-            ("all attacks", first.robust, other.robust),
+            (WORST, first.robust, other.robust),
         ):
             if difference := Difference.of(measure, other.name, mine, theirs):
                 found.append(difference)
@@ -179,12 +179,14 @@ def main_table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
         few = f" of {column.total}" if column and column.total is not None else ""
         return percent(column.accuracy) + few if column else ""
 
-    lines = [["model", "images", "ball", *labels.values(), "all attacks", "95 % interval", "checks"]]
-    for row, one in zip(rows, evaluations, strict=True):
+    partial = [[f"{percent(part['accuracy'])} of {part['total']}" for part in e.results.partial] for e in evaluations]
+    more = ["with attacks on fewer images"] if any(partial) else []
+    lines = [["model", "images", "ball", *labels.values(), WORST, "95 % interval", *more, "checks"]]
+    for row, one, fewer in zip(rows, evaluations, partial, strict=True):
         robust = one.results.robust
         lines.append([one.name, str(robust["total"]), one.results.ball, *(cell(row.get(key)) for key in labels),
                       percent(robust["accuracy"]), span(robust["interval"]),
-                      one.results.verdicts["validity"]["large"]])  # fmt: skip
+                      *(["; ".join(fewer)] if more else []), one.results.verdicts["validity"]["large"]])  # fmt: skip
     return lines
 
 

@@ -6,6 +6,7 @@
 
 import json
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,18 @@ from typing import Any
 from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.html import percent, span
 from mimir_fast.evaluation.options import NORM_WORDS
+from mimir_fast.evaluation.statistics import Count
 from mimir_fast.evaluation.topic import all_topics
 from mimir_fast.versions import environment, version_of
 
 FORMAT = "mimir_fast.evaluation"
-VERSION = 2
+VERSION = 3
+WORST = "worst case"
+"""Head of the column of the robust accuracy."""
+MUCH = 0.05
+"""Share of the images that attacks on a part of them may break beyond the others, at the 95 % interval's lower end."""
 PACKAGES = ("pyautoattack", "numpy", "corrupt-tta", "robustbench", "safetensors", "pillow")
 
 
@@ -85,8 +92,15 @@ class Results:
 
     @property
     def robust(self) -> dict[str, Any]:
-        """The same, of images that no attack broke."""
+        """The same, of images that are correct under every attack that ran on all of them."""
         found: dict[str, Any] = self.sections["accuracy"]["robust"]
+        return found
+
+    @property
+    def partial(self) -> list[dict[str, Any]]:
+        """Counts of those images on which more attacks ran, an entry a set: `stood`, correct under the attacks on all
+        images, `correct`, under those of the set too, and what these are: `tried`."""
+        found: list[dict[str, Any]] = self.sections["accuracy"]["partial"]
         return found
 
 
@@ -97,16 +111,27 @@ def birth_certificate() -> dict[str, Any]:
     return certificate
 
 
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Names one after the other, of many the first and how many more."""
+    more = len(names) - most
+    return "; ".join(names) if more <= 0 else "; ".join(names[:most]) + f"; and {more} more"
+
+
 def robustness_verdict(results: Results) -> dict[str, str]:
-    """How much robustness: per image, over all attacks."""
+    """How much robustness: per image, under all attacks that ran on every image; others with their own number."""
     clean, robust = results.clean, results.robust
     share, chance = robust["accuracy"], 1 / results.images["classes"]
-    low, high = (f"{100 * v:.1f}" for v in robust["interval"])
     text = (
         f"{robust['correct']} of {robust['total']} images are classified correctly without attack and under every "
-        f"attack tried ({results.ball}); 95 % interval {low} to {high} %. "
-        f"Natural accuracy: {100 * clean['accuracy']:.1f} %. "
+        f"attack that ran on all of them ({listed(results.sections['accuracy']['tried'])}; {results.ball}); 95 % "
+        f"interval {span(robust['interval'])} %. Natural accuracy: {percent(clean['accuracy'])}. "
     )
+    for part in results.partial:
+        text += (
+            f"On {part['total']} of the images more attacks ran ({listed(part['tried'])}): {part['correct']} of these "
+            f"are correct under them too ({percent(part['accuracy'])}, 95 % interval {span(part['interval'])} %), "
+            f"{part['stood']} without them. "
+        )
     if share <= chance:
         kind, end = "bad", "The robust accuracy is no better than chance."
     elif share < clean["accuracy"] / 2:
@@ -114,6 +139,11 @@ def robustness_verdict(results: Results) -> dict[str, str]:
     else:
         kind, end = "good", "At least half of the natural accuracy is kept under attack."
     return {"kind": kind, "large": f"{100 * share:.1f} % robust accuracy", "text": text + end}
+
+
+def overstated(part: Mapping[str, Any]) -> bool:
+    """Whether attacks on a part of the images break so many more that the robust accuracy of all is no estimate."""
+    return Count(part["stood"] - part["correct"], part["total"]).interval[0] > MUCH
 
 
 def validity_verdict(results: Results) -> dict[str, str]:
@@ -129,6 +159,17 @@ def validity_verdict(results: Results) -> dict[str, str]:
             "robust accuracy may be far lower.",
         }  # fmt: skip
     passed = f"All {len(checks)} gradient-masking checks passed. " if checks else "No gradient-masking check was run. "
+    if worse := [part for part in results.partial if overstated(part)]:
+        counts = "; ".join(
+            f"{part['stood'] - part['correct']} of {part['stood']}, of {part['total']} that faced "
+            f"{listed(part['tried'])}"
+            for part in worse
+        )
+        return {
+            "kind": "bad", "large": "More attacks break far more",
+            "text": f"{passed}But of the images that count as robust, attacks that ran on a part of them break many "
+            f"({counts}): run these on every image before quoting the robust accuracy.",
+        }  # fmt: skip
     if found is None:
         rest = "AutoAttack was not run: the true robust accuracy can only be lower."
     elif not found["whole"]:
@@ -154,7 +195,10 @@ def conclude(results: Results) -> Results:
 
 
 def table_rows(results: Results) -> dict[str, str]:
-    """The result as one row: model, images, ball, natural, every topic's columns, worst case."""
+    """The result as one row: model, images, ball, natural, every topic's columns, worst case.
+
+    A number in parentheses in the head is of the images the column is of, where these are fewer than all.
+    """
     numbers = results.sections["accuracy"]
     name = str(results.choices["checkpoint"])
     columns = [("natural", results.clean["accuracy"])]
@@ -163,7 +207,8 @@ def table_rows(results: Results) -> dict[str, str]:
             if column.key != "natural":
                 few = f" ({column.total})" if column.total is not None else ""
                 columns.append((column.label + few, column.accuracy))
-    columns.append(("all attacks", results.robust["accuracy"]))
+    columns.append((WORST, results.robust["accuracy"]))
+    columns += [(f"{WORST} ({part['total']})", part["accuracy"]) for part in results.partial]
     head = ["model", "images", "ball", *(label for label, _ in columns)]
     norm = NORM_WORDS[numbers["norm"]]
     row = [name, str(results.clean["total"]), f"{norm} {numbers['eps_text']}", *(f"{100 * v:.1f}" for _, v in columns)]

@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+LEVEL = 0.05
+"""Of every test."""
+ODD_ONE = 0.01
+"""Share of images that may be odd without meaning anything: one in 64 must not fail a model."""
+
 
 @dataclass(frozen=True)
 class Count:
@@ -57,6 +62,11 @@ def binomial_tail(successes: int, trials: int, p: float) -> float:
         )
         for k in range(successes, trials + 1)
     ))  # fmt: skip
+
+
+def odd_p(count: int, total: int) -> float:
+    """p of so many odd images where one in a hundred may be odd; a single one among several proves nothing: 1."""
+    return 1.0 if count == 1 < total else binomial_tail(count, total, ODD_ONE)
 
 
 def mcnemar(more: int, less: int) -> float:

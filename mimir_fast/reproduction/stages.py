@@ -100,10 +100,10 @@ def judge(run: Path, data: DataConfig, rules: Judge, folder: Path, *, device: st
 
 
 def counts_of(results: Results) -> dict[str, Count]:
-    """`natural`, `fgsm`, `pgd20`, `autoattack` where it ran, and `worst`: right under all of them, image by image.
+    """`natural`, `fgsm`, `pgd20`, `autoattack` where it ran, and `worst`: right under all that ran on every image.
 
     The first columns are independent measurements: an image that PGD-20 broke and AutoAttack did not stands in the
-    latter; `worst` is the one number to quote.
+    latter; `worst` is the one number to quote, and has AutoAttack in it where that ran on every image.
     """
     entries = dict(results.sections["accuracy"]["attacks"])
     if found := results.sections.get("autoattack"):

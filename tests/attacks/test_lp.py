@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.apgd import apgd
 from mimir_fast.attacks.lp import LpThreat, attack_classifier, project, random_in_ball, size_of, steepest
-from mimir_fast.attacks.pgd import cross_entropy, pgd
+from mimir_fast.attacks.pgd import cross_entropy, is_correct, pgd
 from mimir_fast.attacks.threat_model import LinfThreat
-from mimir_fast.evaluation.images import EvaluationImages
+from mimir_fast.data import DataConfig, build_loader
+from mimir_fast.evaluation.attacks import make_threat
+from mimir_fast.evaluation.images import EvaluationImages, load_images
+from mimir_fast.models.classifier import ClassifierConfig, build_classifier
 
 RADII = {"l2": 0.8, "l1": 4.0}
 
@@ -95,6 +98,84 @@ def test_apgd_l2_against_the_authors_package(small_model, digits) -> None:
     with torch.no_grad():
         broken = [(small_model(v).argmax(1) != labels).sum() for v in (ours, x)]
     assert broken[0] > 0 and abs(int(broken[0]) - int(broken[1])) <= 2
+
+
+def left(model: nn.Module, x: Tensor, labels: Tensor) -> int:
+    """How many are classified correctly."""
+    with torch.no_grad():
+        return int(is_correct(model(x), labels).sum())
+
+
+def test_sparse_l1_steps_are_about_as_strong_as_apgd_l1(small_model, digits_images: EvaluationImages) -> None:
+    """20 steps against the package's 50; and steps that have nothing to adapt to, such as one, still break some."""
+    package = pytest.importorskip("pyautoattack.autopgd_base")
+    part, eps = digits_images.evenly(80), 1.5
+    images, labels = part.images.float() / 255, part.labels
+    with torch.random.fork_rng([]):
+        theirs = package.APGDAttack(
+            small_model, norm="L1", eps=eps, n_iter=50, n_restarts=1, seed=0, device="cpu", use_largereps=True
+        ).perturb(images.clone(), labels.clone())
+    counts = [
+        left(small_model, attack_classifier(small_model, images, labels, make_threat("l1", eps, k)), labels)
+        for k in (1, 5, 20)
+    ]
+    wanted = left(small_model, theirs, labels)
+    assert 20 < wanted < 60, "the test needs a robust accuracy in between"
+    assert counts[2] <= wanted + 4 and counts[2] < counts[1] < counts[0] < 80
+
+
+def nets() -> dict[str, tuple[nn.Module, int, float]]:
+    """Three kinds, each with the side of its images and an L1 radius; trained for seconds against small attacks."""
+    convolutions = nn.Sequential(
+        nn.Conv2d(1, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32),
+        nn.ReLU(), nn.Flatten(), nn.Linear(1568, 10),
+    )  # fmt: skip
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+    transformer = build_classifier(ClassifierConfig(encoder="nano", patch_size=7), 28, 10, channels=1)
+    return {"cnn": (convolutions, 28, 6.0), "mlp": (layers, 28, 10.0), "vit": (transformer, 28, 6.0)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cnn", "mlp", "vit"])
+def test_l1_pgd_against_other_libraries(name: str) -> None:
+    """foolbox's SparseL1Descent, ART's L1 PGD and the package's APGD-L1, all of them with as many steps or more."""
+    foolbox = pytest.importorskip("foolbox")
+    art = pytest.importorskip("art.attacks.evasion")
+    from art.estimators.classification import PyTorchClassifier
+
+    package = pytest.importorskip("pyautoattack.autopgd_base")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model, side, eps = nets()[name]
+        data = DataConfig(source="digits", image_size=side, channels=1, augment="none", flip=False)
+        batches = iter(build_loader(data, split="train", batch_size=128, seed=0))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for step in range(150):
+            batch = next(batches)
+            x = batch.images.float() / 255
+            x = pgd(model, x, batch.labels, LinfThreat(0.05, 0.04, 2), samples=batch.samples, step=step, mode="eval")
+            optimizer.zero_grad()
+            cross_entropy(model(x), batch.labels).mean().backward()
+            optimizer.step()
+        model.eval()
+        part = load_images(data).evenly(200)
+        images, labels = part.images.float() / 255, part.labels
+        bounds = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+        attack = foolbox.attacks.SparseL1DescentAttack(steps=20)
+        _, sparse, _ = attack(bounds, images, labels, epsilons=eps)
+        classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), (1, side, side), 10, clip_values=(0, 1))
+        plain = art.ProjectedGradientDescent(classifier, norm=1, eps=eps, eps_step=eps / 4, max_iter=20, verbose=False)
+        dense = torch.from_numpy(plain.generate(images.numpy(), labels.numpy()))
+        apgd_l1 = package.APGDAttack(
+            model, norm="L1", eps=eps, n_iter=100, n_restarts=1, seed=0, device="cpu", use_largereps=True
+        ).perturb(images.clone(), labels.clone())
+    ours = attack_classifier(model, images, labels, make_threat("l1", eps, 20))
+    assert size_of(ours - images, "l1").max() <= eps
+    counts = {k: left(model, x, labels) for k, x in
+              {"ours": ours, "foolbox": sparse, "ART": dense, "APGD-L1": apgd_l1}.items()}  # fmt: skip
+    print(name, counts)
+    assert counts["ours"] <= counts["foolbox"] + 8 and counts["ours"] <= counts["ART"], counts
+    assert counts["ours"] <= counts["APGD-L1"] + 0.08 * len(labels), counts
 
 
 def test_bad_norms_and_radii_are_explained() -> None:

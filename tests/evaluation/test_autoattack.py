@@ -9,8 +9,9 @@ import torch
 from small_classifier import EPS, SmallNet
 from torch import nn
 
+from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.evaluation.topics.autoattack import run_autoattack, square_warning
+from mimir_fast.evaluation.topics.autoattack import attacks_of, run_autoattack, square_warning
 
 pyautoattack = pytest.importorskip("pyautoattack")
 CPU = torch.device("cpu")
@@ -86,17 +87,30 @@ def test_another_evaluations_state_is_refused(small_model, few: EvaluationImages
         run_autoattack(small_model, few, EPS, batch_size=8, device=CPU, state=tmp_path / "s.json")
 
 
-def test_fewer_than_four_classes_are_refused_at_once_where_a_loss_compares_four(few: EvaluationImages) -> None:
-    model = SmallNet(num_classes=3).eval()
-    with pytest.raises(ValueError, match=r"3 classes.*--autoattack_attacks apgd-ce fab-t square"):
-        run_autoattack(model, few, EPS, batch_size=8, device=CPU)
+@pytest.mark.parametrize(
+    ("num_classes", "attacks"),
+    [(2, ["apgd-ce", "fab", "square"]), (3, ["apgd-ce", "apgd-dlr", "fab", "fab-t", "square"])],
+)
+def test_of_two_or_three_classes_it_is_what_is_defined(
+    few: EvaluationImages, num_classes: int, attacks: list[str]
+) -> None:
+    """Each of them runs, and together they break what APGD with cross entropy alone cannot be sure of."""
+    model = SmallNet(num_classes=num_classes).eval()
+    assert list(attacks_of("standard", num_classes)) == attacks
+    options = EvaluateConfig("a model", autoattack="yes")
+    assert options.whole(num_classes) and options.title(num_classes) == f"AutoAttack for {num_classes} classes"
     with torch.no_grad():
-        guessed = replace(few, labels=model(few.images.float() / 255).argmax(1)).evenly(3)
-    rest = ("apgd-ce", "fab-t")
-    assert list(run_autoattack(model, guessed, 0.9, batch_size=8, device=CPU, attacks=rest).after)[:2] == [
-        "clean",
-        "apgd-ce",
-    ]
+        guessed = replace(few, labels=model(few.images.float() / 255).argmax(1)).evenly(2)
+    weak = run_autoattack(model, guessed, 1e-6, batch_size=8, device=CPU, attacks=attacks[:-1])
+    assert list(weak.after) == ["clean", *attacks[:-1]] and weak.remaining(), "every one of them has run"
+    assert not run_autoattack(model, guessed, 0.9, batch_size=8, device=CPU).remaining()
+
+
+def test_attacks_that_compare_more_logits_than_there_are_classes_are_refused(few: EvaluationImages) -> None:
+    model = SmallNet(num_classes=3).eval()
+    asked = ("apgd-ce", "apgd-t", "square")
+    with pytest.raises(ValueError, match=r"apgd-t compares.*3 classes.*--autoattack_attacks apgd-ce square"):
+        run_autoattack(model, few, EPS, batch_size=8, device=CPU, attacks=asked)
 
 
 def test_five_classes_have_four_targets(few: EvaluationImages) -> None:
@@ -147,7 +161,12 @@ def test_warnings_outlive_a_kill_in_the_first_attack(few: EvaluationImages, tmp_
 
 
 def test_square_that_finds_more_than_the_gradients_is_said() -> None:
-    """AutoAttack's own last check, over the counts of all shards."""
+    """AutoAttack's own last check, over the counts of all shards; one image, of however few, is no sign."""
+    counts = {"clean": 48, "apgd-ce": 40, "apgd-t": 40, "fab-t": 40, "square": 39}
+    assert not square_warning(counts, 48) and not square_warning(counts, 40)
+    assert square_warning(counts | {"square": 38}, 48)
+    assert not square_warning({"clean": 9000, "apgd-ce": 6000, "square": 5972}, 10_000)
+    assert square_warning({"clean": 9000, "apgd-ce": 6000, "square": 5960}, 10_000)
     assert square_warning({"clean": 90, "apgd-ce": 60, "apgd-t": 60, "fab-t": 60, "square": 58}, 100)
     assert not square_warning({"clean": 90, "apgd-ce": 60, "apgd-t": 60, "fab-t": 60, "square": 60}, 100)
     assert not square_warning({"clean": 900, "apgd-ce": 600, "apgd-t": 600, "fab-t": 600, "square": 599}, 1000)

@@ -40,7 +40,7 @@ def test_differences_are_counted_image_by_image(folders: dict[str, Path]) -> Non
     first, other = (one.results.sections["accuracy"]["broken_by"] for one in evaluations)
     only_first = sum(first[s] == "none" != other[s] for s in first)
     only_other = sum(other[s] == "none" != first[s] for s in first)
-    found = {d.measure: d for d in comparison.differences(evaluations)}["all attacks"]
+    found = {d.measure: d for d in comparison.differences(evaluations)}["worst case"]
     assert (found.only_first, found.only_other, found.total) == (only_first, only_other, 60)
     value, low, high = found.interval
     accuracies = [one.results.robust["accuracy"] for one in evaluations]

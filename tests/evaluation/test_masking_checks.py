@@ -11,7 +11,7 @@ from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.evaluation.measure import ShardRun, measure, scored
 from mimir_fast.evaluation.topics import masking as checks
-from mimir_fast.evaluation.topics.masking import make_square
+from mimir_fast.evaluation.topics.masking import make_apgd, make_square
 
 CPU = torch.device("cpu")
 ASKED = EvaluateConfig("a model", data=DIGITS, eps=EPS)
@@ -48,6 +48,7 @@ def verdicts(model: nn.Module, images: EvaluationImages) -> dict[str, checks.Ver
     found = [
         checks.loss_rises_with_steps({k: of(make_pgd(ASKED, k))["loss"] for k in (1, 5, 20)}),
         checks.iterative_beats_one_step(fgsm["correct"], pgd["correct"]),
+        checks.pgd_keeps_up_with_apgd(pgd["correct"], of(make_apgd(ASKED, 50))["correct"]),
         checks.black_box_never_beats_white_box(pgd["correct"], of(make_square(ASKED, 200))["correct"]),
         checks.unbounded_attack_succeeds({e: of(make_pgd(ASKED, 20, e))["correct"] for e in (EPS, 0.5, 1.0)}),
         checks.gradient_beats_noise(fgsm["loss"], noise["loss"]),
@@ -130,6 +131,30 @@ def test_gradients_must_beat_noise_on_most_images() -> None:
     assert checks.gradient_beats_noise(torch.ones(40), noise).passed
     lucky = torch.cat([torch.full((4,), 100.0), torch.full((36,), -0.1)])  # a large mean made by four images
     assert not checks.gradient_beats_noise(lucky, noise).passed
+
+
+def test_few_images_raise_no_alarm() -> None:
+    """Of one to four images no sign test can say anything, and one that Square finds proves nothing."""
+    for count in (1, 2, 3, 4):
+        noise, steps = torch.zeros(count), torch.ones(count)
+        found = checks.gradient_beats_noise(steps, noise)
+        assert found.passed and "too few images to tell" in found.sentence
+        assert checks.pgd_keeps_up_with_apgd(steps, torch.cat([torch.zeros(1), steps[1:]])).passed
+    assert not checks.gradient_beats_noise(torch.zeros(4), torch.ones(4)).passed, (
+        "four of four the wrong way are a sign"
+    )
+    for count in (2, 4, 48):
+        one, none = outcomes(1, count - 1), outcomes(0, count)
+        assert checks.black_box_never_beats_white_box(one, none).passed
+        assert checks.gradients_exist(one).passed and checks.unbounded_attack_succeeds({1.0: one}).passed
+
+
+def test_pgd_that_apgd_leaves_behind_fails() -> None:
+    """The L1 attack of 5 % sparsity left 183 of 200 images where APGD left 133; a few images more are APGD's right."""
+    weak = checks.pgd_keeps_up_with_apgd(outcomes(183, 17), outcomes(133, 67))
+    assert not weak.passed and "much WEAKER" in weak.sentence and weak.numbers["only_apgd"] == 50
+    assert checks.pgd_keeps_up_with_apgd(outcomes(58, 42), outcomes(55, 45)).passed
+    assert not checks.pgd_keeps_up_with_apgd(outcomes(55, 9), outcomes(43, 21)).passed, "on 64 images too"
 
 
 def test_exact_tests_against_scipy() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import attack_classifier
-from mimir_fast.evaluation.attacks import make_threat
+from mimir_fast.evaluation.attacks import threat_of
 from mimir_fast.evaluation.html import paragraph
 from mimir_fast.evaluation.measure import Measurement, Records, Row
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
@@ -34,7 +34,7 @@ def measurements(setup: Setup) -> list[Measurement]:
     config = setup.config
     if config.suite not in SUITES:
         return []
-    threat = make_threat(config.norm, config.eps, STEPS, config.alpha)
+    threat = threat_of(config, STEPS)
 
     def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
         x = attack_classifier(model, images, labels, threat, samples=samples, seed=config.seed)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import attack_classifier
-from mimir_fast.evaluation.attacks import make_pgd, make_threat
+from mimir_fast.evaluation.attacks import make_pgd, threat_of
 from mimir_fast.evaluation.html import paragraph, percent, span, table
 from mimir_fast.evaluation.measure import Measurement, Records, Row, save_images, score
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
@@ -30,7 +30,7 @@ def measurements(setup: Setup) -> list[Measurement]:
 
 def _attacked_on(setup: Setup, spec: str, number: int) -> Measurement:
     config, name = setup.config, f"transfer_{number}"
-    threat, keep = make_threat(config.norm, config.eps, STEPS, config.alpha), setup.keep(name)
+    threat, keep = threat_of(config, STEPS), setup.keep(name)
 
     def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
         other = setup.once(f"model {spec}", lambda: setup.load_model(spec))

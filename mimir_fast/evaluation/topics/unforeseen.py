@@ -1,14 +1,14 @@
 """Attacks of other kinds than the evaluated ball: other norms, bending, turning, JPEG coefficients."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import attack_classifier
 from mimir_fast.attacks.unforeseen import elastic, jpeg, turn
-from mimir_fast.evaluation.attacks import NamedAttack, make_threat
+from mimir_fast.evaluation.attacks import NamedAttack, make_threat, parameters_of
 from mimir_fast.evaluation.html import paragraph, percent, span, table
 from mimir_fast.evaluation.measure import Measurement, Records
 from mimir_fast.evaluation.options import NORM_WORDS, CommonOptions, Norm, radius_text
@@ -62,7 +62,7 @@ def _ball(config: CommonOptions, norm: Norm, radius: float) -> NamedAttack:
 
     label = f"{NORM_WORDS[norm]} PGD-{STEPS}, ε = {radius_text(radius, norm)}"
     return NamedAttack(
-        f"unforeseen_{norm}", label, run, {**asdict(threat), "seed": config.seed}, 3.0 * STEPS, False
+        f"unforeseen_{norm}", label, run, {**parameters_of(threat), "seed": config.seed}, 3.0 * STEPS, False
     )  # fmt: skip
 
 
