@@ -52,6 +52,9 @@ class CommonOptions:
     """Step size of PGD; left out: ε/4 (2/255 at 8/255, as the papers have it)."""
     restarts: int = 1
     """Random starts of each PGD; an image counts as correct if none of them breaks it."""
+    eot: int | None = None
+    """Draws of a random model that each step of FGSM and PGD averages its gradient over (expectation over
+    transformations); left out: 10 where the model is found to be random, else 1."""
     limit: int | None = None
     """Evaluate that many test images, evenly spaced; left out: what the suite says."""
     index_file: str | None = None
@@ -107,6 +110,8 @@ class CommonOptions:
             check_number("alpha", self.alpha, above=0, at_most=2 * self.eps, hint="a step size: at most 2ε")
         check_number("batch_size", self.batch_size, at_least=1)
         check_number("restarts", self.restarts, at_least=1)
+        if self.eot is not None:
+            check_number("eot", self.eot, at_least=1)
         if self.limit is not None:
             check_number("limit", self.limit, at_least=1, hint="else there is no image to evaluate")
         if self.crop is not None:

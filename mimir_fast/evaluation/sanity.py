@@ -1,6 +1,7 @@
 """Can this model be evaluated? Checked once, before anything is measured.
 
-Refused: a wrong number of classes, outputs that are no logits, probabilities. Noted: a model that is not deterministic.
+Refused: a wrong number of classes, outputs that are no logits, probabilities. Noted: a model that is not deterministic,
+or that sees the other images of a batch.
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
@@ -16,6 +17,9 @@ PROBABILITIES_HELP = (
     "Remove the softmax, or give --outputs probabilities to take their logarithm"
 )
 
+TOLERANCE = 1e-4
+"""Of relative differences between logits; batches of other sizes round differently, by 1e-6 or so."""
+
 
 @dataclass
 class Sanity:
@@ -25,21 +29,33 @@ class Sanity:
         num_classes: K.
         deterministic: the same images gave the same logits twice.
         largest_difference: between the two answers, relative to the logits' norm.
+        batch_difference: between the answers for some images with the others and without them; 0 for one image, and for
+            a model that is not deterministic.
     """
 
     num_classes: int
     deterministic: bool
     largest_difference: float
+    batch_difference: float = 0.0
 
-    def note(self) -> str | None:
-        """A sentence for the report where the model is not deterministic, else None."""
-        if self.deterministic:
-            return None
-        return (
-            f"The model is not deterministic: the same images gave logits that differ by {self.largest_difference:.1e} "
-            "(relative). Attacks without averaging over its randomness overestimate the robustness; AutoAttack's "
-            "version for such models is 'rand' (--autoattack_version rand)."
-        )
+    def notes(self) -> list[str]:
+        """Sentences for the report: what is wrong with the model, empty where nothing is."""
+        found = []
+        if not self.deterministic:
+            found.append(
+                f"The model is not deterministic: the same images gave logits that differ by "
+                f"{self.largest_difference:.1e} (relative). PGD averages its gradients over draws of the model "
+                "(--eot); attacks that do not overestimate the robustness. AutoAttack's version for such models is "
+                "'rand' (--autoattack_version rand)."
+            )
+        if self.batch_difference > TOLERANCE:
+            found.append(
+                "The model's answer for an image depends on the other images of its batch: without them its logits "
+                f"differ by {self.batch_difference:.1e} (relative). No number here is of an image alone: it would be "
+                "another with another --batch_size, and an attack on one image also moves the others. Is the model in "
+                "train mode, or does it normalise over the batch?"
+            )
+        return found
 
 
 def looks_like_probabilities(logits: Tensor, tolerance: float = 1e-5) -> bool:
@@ -66,7 +82,7 @@ def answer(model: nn.Module, images: Tensor) -> Any:
 
 @torch.no_grad()
 def inspect_model(model: nn.Module, images: Tensor, num_classes: int, classes_of: str = "the data") -> Sanity:
-    """Run the model twice on a few images.
+    """Run the model twice on a few images, and on half of them alone.
 
     Args:
         images: (B, C, H, W) float in [0, 1].
@@ -90,5 +106,14 @@ def inspect_model(model: nn.Module, images: Tensor, num_classes: int, classes_of
         raise ValueError("the model returns logits that are not finite (NaN or inf) on clean images: it is broken")
     if looks_like_probabilities(first):
         raise ValueError(PROBABILITIES_HELP)
-    difference = float(((first - second).norm(dim=1) / (first.norm(dim=1) + 1e-10)).max())
-    return Sanity(first.shape[1], difference <= 1e-4, difference)
+    difference = relative_difference(first, second)
+    if difference > TOLERANCE or len(images) == 1:
+        return Sanity(first.shape[1], difference <= TOLERANCE, difference)
+    half = len(images) // 2
+    alone = answer(model, images[:half])
+    return Sanity(first.shape[1], True, difference, relative_difference(alone, first[:half]))
+
+
+def relative_difference(first: Tensor, second: Tensor) -> float:
+    """The largest ‖a − b‖ / ‖a‖ of two answers (B, K) to the same images."""
+    return float(((first - second).norm(dim=1) / (first.norm(dim=1) + 1e-10)).max())
