@@ -110,8 +110,9 @@ def test_published_rows_are_of_the_same_data_norm_and_radius(folders: dict[str, 
     rows = comparison.published_rows(results)
     autoattack, best = ([float(row[column].removesuffix(" %")) for row in rows] for column in (3, 4))
     assert len(rows) == 10 and best == sorted(best, reverse=True) and best[0] > 70
-    # RobustBench's page, Amini2024MeanSparse_S-WRN-94-16: an adaptive attack breaks more than AutoAttack.
-    assert (autoattack[0], best[0]) == (75.28, 73.10) and all(a >= b for a, b in zip(autoattack, best, strict=True))
+    # On RobustBench's page an attack made for this model breaks more than AutoAttack does.
+    assert ["75.28 %", "73.10 %"] in [row[3:] for row in rows if row[0] == "Amini2024MeanSparse_S-WRN-94-16"]
+    assert autoattack != sorted(autoattack, reverse=True) and all(a >= b for a, b in zip(autoattack, best, strict=True))
     results.sections["accuracy"] |= {"norm": "l2", "eps_text": "0.5"}
     assert comparison.published_rows(results) and comparison.published_rows(results) != rows
 
