@@ -97,14 +97,10 @@ def choose_indices(source: ImageSource, limit: int | None, index_file: str | Non
     numbers = [int(line) for line in lines] if all(line.isdigit() for line in lines) else _by_path(source, lines, path)
     if max(numbers) >= len(source):
         raise ValueError(f"{path} asks for image {max(numbers)}, but {source.name} has {len(source)} (0 is the first)")
-    if twice := [line for line, again in zip(lines, _seen_before(numbers), strict=True) if again]:
+    first = {number: at for at, number in reversed(list(enumerate(numbers)))}
+    if twice := [line for at, line in enumerate(lines) if first[numbers[at]] != at]:
         raise ValueError(f"{path}: {len(twice)} lines name an image that a line before them names, such as {twice[0]}")
     return np.sort(np.asarray(numbers, dtype=np.int64))
-
-
-def _seen_before(numbers: list[int]) -> list[bool]:
-    seen = set[int]()
-    return [number in seen or seen.add(number) is not None for number in numbers]
 
 
 def _by_path(source: ImageSource, lines: list[str], file: Path) -> list[int]:

@@ -71,6 +71,7 @@ def fetch(spec: str) -> tuple[nn.Module, dict[str, Any]]:
         from robustbench.model_zoo import model_dicts
         from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
         from robustbench.utils import load_model
+        from timm import is_model
     except ImportError as error:
         raise ImportError(f"{spec}: RobustBench's package does not work here ({error}); {advice}") from error
     try:
@@ -81,11 +82,13 @@ def fetch(spec: str) -> tuple[nn.Module, dict[str, Any]]:
         raise ValueError(f"{spec}: RobustBench has no such model ({error})") from error
     except Exception as error:  # its downloads raise many types
         raise ImportError(f"{spec}: its weights cannot be had ({type(error).__name__}: {error})") from error
-    return module, prepared_for(module, dataset, entry.get("preprocessing"))
+    # The package asks timm first.
+    registered = is_model(f"{name.lower().replace('-', '_')}_{dataset}_{threat.lower()}")
+    return module, prepared_for(module, dataset, None if registered else entry.get("preprocessing"))
 
 
 def prepared_for(module: nn.Module, dataset: str, preprocessing: str | None) -> dict[str, Any]:
-    """What `robustbench.data.get_preprocessing` does: a model registered with timm is prepared for as timm says."""
+    """What `robustbench.data.get_preprocessing` does; without a name it is what the model says, registered with timm."""
     if dataset != "imagenet":
         return {"image_size": 32}
     for inner in (module, getattr(module, "model", None)):
