@@ -78,7 +78,9 @@ def evaluate(
         source = ArraySource(SOURCE, pixels, numbers.astype(np.int64), classes)
         said = "".join(f", {name}={value!r}" for name, value in options.items())
         command = f"mimir_fast.evaluation.evaluate(model, images, labels{said})"
-        return evaluate_in(World(0, 1, device), config, log, Given(judged, source, {SOURCE: digest}, command))
+        results = evaluate_in(World(0, 1, device), config, log, Given(judged, source, {SOURCE: digest}, command))
+    results.choices["output_dir"] = output_dir
+    return results
 
 
 def _as_uint8(images: Tensor) -> np.ndarray:

@@ -53,9 +53,11 @@ class _Metric:
         return value
 
     def update(self, images: Tensor, labels: Tensor) -> None:
+        """Count a batch."""
         raise NotImplementedError
 
     def compute(self) -> Tensor:
+        """The value of all that was counted."""
         raise NotImplementedError
 
 

@@ -88,7 +88,7 @@ def fetch(spec: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def prepared_for(module: nn.Module, dataset: str, preprocessing: str | None) -> dict[str, Any]:
-    """What `robustbench.data.get_preprocessing` does; without a name it is what the model says, registered with timm."""
+    """What `robustbench.data.get_preprocessing` does; without a name a model registered with timm says it itself."""
     if dataset != "imagenet":
         return {"image_size": 32}
     for inner in (module, getattr(module, "model", None)):

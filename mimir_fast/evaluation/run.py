@@ -34,7 +34,7 @@ from mimir_fast.evaluation.options import SUITE_LIMITS
 from mimir_fast.evaluation.progress import TimeLeft
 from mimir_fast.evaluation.report import render
 from mimir_fast.evaluation.results import PACKAGES, Results, birth_certificate, command_of, conclude
-from mimir_fast.evaluation.sanity import inspect_model
+from mimir_fast.evaluation.sanity import Sanity, inspect_model
 from mimir_fast.evaluation.topic import Setup, Topic, all_topics
 from mimir_fast.models.facts import Asked
 from mimir_fast.training.distributed import World, start_world, stop_world
@@ -72,6 +72,7 @@ class Job:
         records: the measurements of each topic, and their rows on disk.
         notes: what the reader must know of the model.
         command: what to type to repeat it.
+        sanity: the first look at the model.
     """
 
     config: EvaluateConfig
@@ -86,6 +87,7 @@ class Job:
     device: torch.device
     notes: list[str]
     command: str
+    sanity: Sanity
 
     def done(self, shard: int) -> Path:
         """Written when a shard is finished; holds the fingerprint of the plan."""
@@ -188,20 +190,10 @@ def prepare(config: EvaluateConfig, world: World, given: Given | None = None) ->
     sets = ImageSets(source, config.data, indices, num_shards, fitting)
     plan = {topic.name: topic.measurements(setup) for topic in topics}
     records = Records(config.folder / "progress", num_shards, plan)
+    command = given.command if given else command_of(config)
     return Job(
-        config,
-        model,
-        setup,
-        source,
-        indices,
-        identity,
-        sets,
-        topics,
-        records,
-        world.device,
-        notes,
-        given.command if given else command_of(config),
-    )
+        config, model, setup, source, indices, identity, sets, topics, records, world.device, notes, command, sanity
+    )  # fmt: skip
 
 
 def identity_of(config: EvaluateConfig, model: JudgedModel, indices: np.ndarray, fitting: Fitting) -> dict[str, Any]:
@@ -304,6 +296,11 @@ def summarize(job: Job) -> Results:
         "weights_sha256": job.identity["weights"],
         "num_shards": records.num_shards,
         "device": str(job.device),
+        "sanity": {
+            "deterministic": job.sanity.deterministic,
+            "largest_difference": job.sanity.largest_difference,
+            "batch_difference": job.sanity.batch_difference,
+        },
         "precision": "fp32, no TF32, no autocast",
     }
     results.images = {

@@ -230,12 +230,17 @@ class Crowd(SmallNet):
         return super().forward_head(features - 0.1 * features.mean(dim=0))
 
 
-def test_a_model_that_sees_the_other_images_of_a_batch_is_said_so() -> None:
+def test_a_model_that_sees_the_other_images_of_a_batch_is_said_so(digits_images: EvaluationImages) -> None:
     found = inspect_model(Crowd().eval(), IMAGES, 10)
     assert found.deterministic and found.batch_difference > 1e-3
     (note,) = found.notes()
     assert "depends on the other images of its batch" in note and "--batch_size" in note
     assert inspect_model(SmallNet().eval(), IMAGES[:1], 10).batch_difference == 0
+    results = evaluate(Crowd(), digits_images.images, digits_images.labels, suite="table", autoattack="no", limit=8)
+    verdict = results.verdicts["validity"]
+    assert (verdict["kind"], verdict["large"]) == ("bad", "Answers depend on the batch")
+    assert any("depends on the other images of its batch" in other for other in results.notes)
+    assert results.choices["sanity"]["deterministic"]
 
 
 class RandomWeights(nn.Module):

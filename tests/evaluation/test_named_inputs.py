@@ -177,6 +177,8 @@ class TestBeforeAnythingIsMeasured:
         np.save(tmp_path / "c10" / "labels.npy", np.zeros(1500, np.int64))
         np.save(tmp_path / "c10" / "snow.npy", np.zeros((1500, 8, 8, 3), np.uint8))
         self.refused(digits_images, "another data set's", corruptions=str(tmp_path / "c10"))
+        np.save(tmp_path / "c10" / "snow.npy", np.zeros((1500, 32, 32, 3), np.uint8))
+        self.refused(digits_images, "32 × 32 pixels, memory is evaluated at 8 × 8", corruptions=str(tmp_path / "c10"))
 
     @pytest.mark.parametrize("suite", ["paper", "full"])
     def test_a_normalisation_in_front_of_any_model(self, suite: Literal["paper", "full"]) -> None:

@@ -75,7 +75,7 @@ def render(numbers: Numbers) -> str:
         words += f" The {len(shown) // 2} least and most robust of {len(order)} classes."
     margins = numbers["margins"]
     below = sum(m < 0 for m in margins["attacked"])
-    of = f"each image under the worst for it of {', '.join(numbers.get('worst_of', ['the first table']))}"
+    of = f"each image as the worst of these left it: {', '.join(numbers.get('worst_of', ['the first table']))}"
     caption = (
         "Margins, the logit of the true class less the largest other: an image is misclassified left of zero, "
         f"{below} of {len(margins['attacked'])} under attack ({of})."

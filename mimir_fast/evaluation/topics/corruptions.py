@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.data.loaders.base import to_channels
 from mimir_fast.data.sources.folder import FileSource
 from mimir_fast.evaluation.attacks import natural
 from mimir_fast.evaluation.charts import bars
@@ -124,6 +125,10 @@ def _from_arrays(root: Path, name: str, severity: int, clean: EvaluationImages) 
     if rows.max() >= severity * (len(pixels) // len(SEVERITIES)):
         raise ValueError(f"{path} has {len(pixels) // len(SEVERITIES)} images, {clean.source} asks for more")
     images = torch.from_numpy(np.ascontiguousarray(pixels[rows].transpose(0, 3, 1, 2)))
+    if images.shape[2:] != clean.images.shape[2:]:
+        sizes = " × ".join(map(str, images.shape[2:])), " × ".join(map(str, clean.images.shape[2:]))
+        raise ValueError(f"{path} has images of {sizes[0]} pixels, {clean.source} is evaluated at {sizes[1]}")
+    images = to_channels(images, clean.images.shape[1])
     return images, torch.from_numpy(labels[rows].astype(np.int64))
 
 
