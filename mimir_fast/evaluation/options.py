@@ -58,8 +58,8 @@ class CommonOptions:
     limit: int | None = None
     """Evaluate that many test images, evenly spaced; left out: what the suite says."""
     index_file: str | None = None
-    """Positions or file names of the images to evaluate, a file with one per line; `robustbench` for its 5000 ImageNet
-    images."""
+    """Positions or paths, such as CLASS/FILE, of the images to evaluate, a file with one per line; `robustbench` for its
+    5000 ImageNet images."""
     batch_size: int = 128
     """Images a forward pass."""
     output_dir: str | None = None
@@ -81,7 +81,7 @@ class CommonOptions:
     """Of the resize of image files; auto: what the model brings, else bicubic."""
     crop: float | None = None
     """Side of the centre crop as a part of the resized short side, 0.875 for 224 of 256; left out: what the model
-    brings, else 0.875."""
+    brings, else 0.875. 1 for files that were cut to the model's size already."""
     save_adversarial: bool = False
     """Keep the attacked images: adversarial/ATTACK/*.safetensors in output_dir."""
     imports: Imports = ()

@@ -222,6 +222,22 @@ def test_a_model_that_is_not_deterministic_is_said_so(small_model) -> None:
     assert "--eot" in note and "'rand'" in note
 
 
+class Coin(SmallNet):
+    """Answers by one of two networks, by the toss of a coin."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * (1 + 0.02 * float(torch.randint(2, ())))
+
+
+def test_a_coin_is_not_taken_for_a_batch() -> None:
+    """Two answers are equal every second time; a third that differs would then look like the batch's doing."""
+    model = Coin().eval()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        found = [inspect_model(model, IMAGES, 10) for _ in range(20)]
+    assert sum(each.deterministic for each in found) <= 2 and sum(each.batch_difference > 0 for each in found) <= 1
+
+
 class Crowd(SmallNet):
     """Looks at the other images of the batch."""
 
