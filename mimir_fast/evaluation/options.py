@@ -58,7 +58,7 @@ class CommonOptions:
     limit: int | None = None
     """Evaluate that many test images, evenly spaced; left out: what the suite says."""
     index_file: str | None = None
-    """Positions or paths, such as CLASS/FILE, of the images to evaluate, a file with one per line; `robustbench` for its
+    """Positions or paths, such as CLASS/FILE, of the images to evaluate, a file with one a line; `robustbench` for its
     5000 ImageNet images."""
     batch_size: int = 128
     """Images a forward pass."""
