@@ -14,7 +14,6 @@ from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.options import NORM_WORDS
-from mimir_fast.evaluation.sanity import TOLERANCE
 from mimir_fast.evaluation.topic import all_topics
 from mimir_fast.versions import environment, version_of
 
@@ -123,7 +122,7 @@ def validity_verdict(results: Results) -> dict[str, str]:
     failed = [check["name"] for check in checks if not check["passed"]]
     found = results.sections.get("autoattack")
     whole = found is not None and found["whole"] and found["total"] == found["images"]
-    if results.choices.get("sanity", {}).get("batch_difference", 0) > TOLERANCE:
+    if results.choices.get("sanity", {}).get("batch_difference"):
         return {
             "kind": "bad", "large": "Answers depend on the batch",
             "text": "The model looks at the other images of a batch: the robust accuracy is one of batches of "

@@ -50,7 +50,7 @@ class Sanity:
                 "(--eot); attacks that do not overestimate the robustness. AutoAttack's version for such models is "
                 "'rand' (--autoattack_version rand)."
             )
-        if self.batch_difference > TOLERANCE:
+        if self.batch_difference:
             found.append(
                 "The model's answer for an image depends on the other images of its batch: without them its logits "
                 f"differ by {self.batch_difference:.1e} (relative). No number here is of an image alone: it would be "
