@@ -238,6 +238,13 @@ def test_a_coin_is_not_taken_for_a_batch() -> None:
     assert sum(each.deterministic for each in found) <= 2 and sum(each.batch_difference > 0 for each in found) <= 1
 
 
+class Halved(SmallNet):
+    """Rounds as half precision does, by a rule of its own for each size of batch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * (1 + 2e-3 * len(images))
+
+
 class Crowd(SmallNet):
     """Looks at the other images of the batch."""
 
@@ -252,6 +259,11 @@ def test_a_model_that_sees_the_other_images_of_a_batch_is_said_so(digits_images:
     (note,) = found.notes()
     assert "depends on the other images of its batch" in note and "--batch_size" in note
     assert inspect_model(SmallNet().eval(), IMAGES[:1], 10).batch_difference == 0
+    halves = Halved().eval()
+    assert (
+        float((halves(IMAGES)[:2] - halves(IMAGES[:2])).abs().max()) > 0
+        and not inspect_model(halves, IMAGES, 10).notes()
+    )
     results = evaluate(Crowd(), digits_images.images, digits_images.labels, suite="table", autoattack="no", limit=8)
     verdict = results.verdicts["validity"]
     assert (verdict["kind"], verdict["large"]) == ("bad", "Answers depend on the batch")
