@@ -33,7 +33,7 @@ class Setup:
         has_features: the model shows its features (`forward_features`).
         has_weights: the model's weights can be moved (no exported program, no plain function).
         load_model: loads another classifier, named as for --checkpoint, and looks at its answers to a few images.
-        trial: two of the evaluated images, on which `Topic.check` may try what it was given.
+        trial: two of the evaluated images, on which `Topic.check` tries what it was given; None: nothing is tried.
     """
 
     config: CommonOptions
@@ -42,7 +42,7 @@ class Setup:
     has_features: bool
     has_weights: bool
     load_model: Callable[[str], nn.Module]
-    trial: ImageSets
+    trial: ImageSets | None = None
     _loaded: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property

@@ -173,7 +173,7 @@ class TestBeforeAnythingIsMeasured:
         plain = Normalized(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), (0.5,), (0.5,))
         config = EvaluateConfig("a model", suite=suite)
         for model, wanted in ((plain, False), (Normalized(SmallNet(), (0.5,), (0.5,)), True)):
-            setup = Setup(config, 6, tuple("ab"), has_features(model), True, lambda spec: plain, None)  # type: ignore[arg-type]
+            setup = Setup(config, 6, tuple("ab"), has_features(model), True, lambda spec: plain)
             assert ("pgd_mi100" in [item.name for item in accuracy.measurements(setup)]) is wanted
 
 

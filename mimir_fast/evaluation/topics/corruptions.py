@@ -224,7 +224,8 @@ def check(setup: Setup) -> None:
         raise ImportError(NEEDS_LIBRARY)
     for name, severities in levels_of(asked).items():
         for severity in severities if asked != "generated" else severities[-1:]:
-            _images_of(str(asked), name, severity, setup.config.seed)(setup.trial, 0)
+            if setup.trial is not None:
+                _images_of(str(asked), name, severity, setup.config.seed)(setup.trial, 0)
 
 
 def identity(setup: Setup) -> dict[str, Any]:

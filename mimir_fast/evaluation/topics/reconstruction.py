@@ -152,7 +152,7 @@ def identity(setup: Setup) -> dict[str, Any]:
 
 def check(setup: Setup) -> None:
     """Load the masked autoencoder and fill in two images before anything is measured."""
-    if pretrained_of(setup) is None:
+    if pretrained_of(setup) is None or setup.trial is None:
         return
     device = torch.device("cpu")
     x, _, samples = next(setup.trial.shard("all", 0).batches(2, device))

@@ -68,7 +68,8 @@ def check(setup: Setup) -> None:
     """Open every folder and two of its images before anything is measured."""
     for folder in folders_of(setup).values():
         source = open_folder(folder, setup.classes)
-        load_from(source, setup.trial.config, np.unique([0, len(source) - 1]), setup.trial.fitting)
+        if (trial := setup.trial) is not None:
+            load_from(source, trial.config, np.unique([0, len(source) - 1]), trial.fitting)
 
 
 def measurements(setup: Setup) -> list[Measurement]:
