@@ -26,11 +26,13 @@ from mimir_fast.extensions import load_extensions
 
 
 def data_of(checkpoint: str) -> DataConfig:
-    """The data a run was trained on, so that a run folder needs no data flags; a timm model's own image size; else the
-    defaults."""
+    """The data a run was trained on, so that a run folder needs no data flags; the image size of a timm model and of
+    most of RobustBench's for ImageNet; else the defaults."""
     if checkpoint.startswith(("timm:", "hf-hub:")):
         size = timm_settings(checkpoint).get("image_size")
         return DataConfig(image_size=size) if size else DataConfig()
+    if checkpoint.startswith("robustbench:imagenet/"):
+        return DataConfig(image_size=224)
     for folder in (Path(checkpoint), *Path(checkpoint).parents[:2]):
         recorded = folder / "config.json"
         if recorded.is_file():

@@ -17,7 +17,7 @@ import inspect
 import logging
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.evaluation.door import at_the_door
-from mimir_fast.evaluation.timm_files import fill
+from mimir_fast.evaluation.robustbench_zoo import fetch
+from mimir_fast.evaluation.timm_files import fill, made_for_timm
 from mimir_fast.evaluation.wrappers import FromProbabilities, Normalized, Opaque
 from mimir_fast.models.facts import Asked
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Statistics, choice_note, name_of, pair
 from mimir_fast.models.opening import weights_only
-from mimir_fast.sizes import Size, as_size, height_width, shown
+from mimir_fast.sizes import Size, height_width, shown
 
 KINDS = (
     "a run folder, a .safetensors or .pth file, timm:NAME, hf-hub:ORG/NAME, robustbench:DATA/NORM/NAME, a .pt2 "
@@ -53,7 +54,7 @@ class JudgedModel:
         preprocessing: the normalisation inside, in words.
         notes: what a reader of the numbers must know, such as "weights are random".
         weights: which weights of a run were loaded, in words.
-        made_for: how images were prepared for it where it says so: `image_size`, `crop`, `interpolation`.
+        made_for: how images were prepared for it where it says so: `image_size`, and fields of `images.Fitting`.
         code: digest of the code behind it, where that is part of what is judged.
         report: what became of a file of weights that we read.
     """
@@ -146,6 +147,40 @@ def load_model(
     judged.module = judged.module.to(device).float().eval()
     for parameter in judged.module.parameters():
         parameter.requires_grad_(False)
+    return _looked_at(judged, device, channels, image_size, probabilities)
+
+
+def given_model(
+    model: nn.Module | Callable[[Tensor], Any], *, device: torch.device, channels: int, image_size: Size,
+    mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None, probabilities: bool = False,
+) -> JudgedModel:  # fmt: skip
+    """A model that is there already, and is not changed: borrow it (`layers.borrowing`) while it is judged.
+
+    Args:
+        model: a module in fp32 on `device`, or any callable.
+        channels, image_size: of the images it will see.
+        mean, std, probabilities: as for `load_model`.
+    Raises:
+        ValueError: weights of another type or elsewhere, or no classifier of such images.
+    """
+    module = model if isinstance(model, nn.Module) else Opaque(model)
+    weights = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
+    if other := [v for v in weights if v.device != device or (v.is_floating_point() and v.dtype != torch.float32)]:
+        raise ValueError(
+            f"the model has weights in {other[0].dtype} on {other[0].device}; attacks need float32, all on {device}: "
+            "give model.float().to(device)"
+        )
+    kind = type(model) if isinstance(model, nn.Module) else model
+    judged = JudgedModel(module, getattr(kind, "__qualname__", "model"), "Python object", code=_code_of(None, model))
+    if (asked := pair(mean, std)) is not None:
+        judged.module = Normalized(module, *asked).to(device).eval()
+        judged.preprocessing = f"mean {asked[0]}, std {asked[1]}, as asked"
+    return _looked_at(judged, device, channels, image_size, probabilities)
+
+
+def _looked_at(
+    judged: JudgedModel, device: torch.device, channels: int, image_size: Size | None, probabilities: bool
+) -> JudgedModel:
     if image_size is not None:
         judged.module, notes = at_the_door(judged.module, torch.rand(2, channels, *height_width(image_size)).to(device))
         judged.notes += notes
@@ -166,7 +201,7 @@ def _find(
     if spec.startswith(("timm:", "hf-hub:")):
         return _timm(spec, num_classes, channels, image_size, part)
     if spec.startswith("robustbench:"):
-        return _robustbench(spec)
+        return _robustbench(spec, image_size)
     if path.suffix == ".pt2" and path.is_file():
         return _exported(spec, channels, device, image_size)
     if path.is_file() and _is_torchscript(path):
@@ -246,7 +281,7 @@ def _ours(
 
 
 def timm_settings(spec: str) -> dict[str, Any]:
-    """What a timm model says of its preprocessing: `image_size`, `crop`, `interpolation`; empty for an unknown one."""
+    """What a timm model says of its preprocessing, as `JudgedModel.made_for`; empty for an unknown one."""
     try:
         import timm
 
@@ -254,23 +289,13 @@ def timm_settings(spec: str) -> dict[str, Any]:
         found = timm.get_pretrained_cfg(name) if spec.startswith("timm:") else _hub_settings(spec)
     except Exception:  # no timm, no such model, no network: said when the model itself is loaded
         return {}
-    return _made_for(found.to_dict()) if found is not None else {}
+    return made_for_timm(found.to_dict()) if found is not None else {}
 
 
 def _hub_settings(spec: str) -> Any:
     from timm.models import PretrainedCfg, load_model_config_from_hf
 
     return PretrainedCfg(**load_model_config_from_hf(spec.removeprefix("hf-hub:"))[0])
-
-
-def _made_for(settings: dict[str, Any]) -> dict[str, Any]:
-    size = settings.get("input_size")
-    known = {
-        "image_size": as_size(size[-2:]) if size else None,
-        "crop": settings.get("crop_pct"),
-        "interpolation": settings.get("interpolation"),
-    }
-    return {name: value for name, value in known.items() if value}
 
 
 def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | None, part: str) -> JudgedModel:
@@ -282,11 +307,10 @@ def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | 
         raise ValueError(f"timm has no model {name!r}; near it: {near or 'none, see timm.list_models()'}")
     if part and weights in ("", "random"):
         raise ValueError(f"--part {part} chooses among the encoders of a file: leave it out with {spec}")
-    notes, said = list[str](), None
+    said: Statistics | None = None
     sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     made_for = timm_settings(spec)
-    if image_size and image_size != made_for.get("image_size", image_size):
-        notes.append(f"evaluated at {shown(image_size)}, made for {shown(made_for['image_size'])}")
+    notes = _other_size(image_size, made_for)
     if weights and weights != "random":
         if not Path(weights).is_file():
             raise FileNotFoundError(
@@ -328,26 +352,19 @@ def _create(name: str, image_size: Size | None, made_for: dict[str, Any], **opti
     return timm.create_model(name, **options)
 
 
-def _robustbench(spec: str) -> JudgedModel:
-    parts = spec.removeprefix("robustbench:").split("/")
-    if len(parts) not in (1, 3):
-        raise ValueError(f"{spec}: wanted robustbench:NAME, or robustbench:DATA/NORM/NAME such as cifar10/Linf/NAME")
-    try:
-        from robustbench.utils import load_model as fetch
-    except ImportError as error:
-        raise ImportError(
-            f"{spec} needs RobustBench's package, which pins old versions of others: install it aside, in an "
-            f"environment of its own ({error})"
-        ) from error
-    dataset, threat, name = parts if len(parts) == 3 else ("cifar10", "Linf", parts[0])
-    try:
-        with weights_only():
-            module = fetch(model_name=name, dataset=dataset, threat_model=threat)
-    except KeyError as error:
-        raise ValueError(f"{spec}: RobustBench has no such model ({error})") from error
-    except Exception as error:  # its downloads raise many types
-        raise ImportError(f"{spec}: its weights cannot be had ({type(error).__name__}: {error})") from error
-    return JudgedModel(module, spec, "RobustBench")
+def _robustbench(spec: str, image_size: Size | None) -> JudgedModel:
+    module, made_for = fetch(spec)
+    notes = _other_size(image_size, made_for)
+    if not made_for:
+        notes.append("RobustBench does not say how images are prepared for this model: as for a model of ours, then")
+    return JudgedModel(module, spec, "RobustBench", notes=notes, made_for=made_for)
+
+
+def _other_size(image_size: Size | None, made_for: dict[str, Any]) -> list[str]:
+    """A note where images have another size than the model was made for."""
+    if not image_size or image_size == made_for.get("image_size", image_size):
+        return []
+    return [f"evaluated at {shown(image_size)}, made for {shown(made_for['image_size'])}"]
 
 
 def _function(spec: str) -> JudgedModel:
@@ -376,15 +393,15 @@ def _runs_code(spec: str, how: str) -> None:
 
 
 def _code_of(module: Any, model: Any) -> str:
-    """The files that say what a function computes: its module's, and those of the classes it is made of."""
+    """The files that say what a function computes: its module's, if any, and those of the classes it is made of."""
     parts = model.modules() if isinstance(model, nn.Module) else [model]
-    found = {inspect.getsourcefile(module)}
+    found = {inspect.getsourcefile(module)} if module else set()
     for part in parts:
         kind = part if inspect.isfunction(part) else type(part)
         if kind.__module__.split(".")[0] not in ("torch", "builtins", "timm", "functools"):
             try:
                 found.add(inspect.getsourcefile(kind))
-            except TypeError:  # made in C or at run time
+            except (TypeError, OSError):  # made in C, at run time, or typed into a notebook
                 continue
     return " ".join(sorted(file_digest(Path(name)) for name in found if name))
 

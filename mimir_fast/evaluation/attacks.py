@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.lp import LpThreat, Threat, attack_classifier, random_in_ball
-from mimir_fast.attacks.pgd import is_correct, random_start
+from mimir_fast.attacks.lp import LpThreat, Threat, ascent, attack_classifier, random_in_ball, start_of
+from mimir_fast.attacks.pgd import Loss, check_images, cross_entropy, is_correct, random_start
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.evaluation.measure import Attack, Measurement, clean, scored
 from mimir_fast.evaluation.options import CommonOptions, Norm
+from mimir_fast.layers.borrowing import borrowed
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,51 @@ def natural() -> NamedAttack:
     return NamedAttack("natural", "no attack", clean, in_ball=False)
 
 
+def attack_averaged(
+    model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, *, draws: int, loss: Loss = cross_entropy,
+    samples: Tensor | None = None, seed: int = 0, step: int = 0,
+) -> Tensor:  # fmt: skip
+    """`attack_classifier` on the mean loss over `draws` passes of a random model (Athalye et al., arXiv 1707.07397).
+
+    One pass is in memory at a time: its gradient is taken at once, and what the ascent differentiates is the product of
+    the images and of the gradients' mean.
+    """
+    if draws == 1:
+        return attack_classifier(model, images, labels, threat, loss=loss, samples=samples, seed=seed, step=step)
+    check_images(images)
+    start = start_of(images.detach(), threat, samples=samples, seed=seed, step=step)
+    with borrowed(model, "eval") as module:
+
+        def objective(x: Tensor) -> Tensor:
+            mean = torch.zeros_like(x)
+            for _ in range(draws):
+                copy = x.detach().requires_grad_()
+                mean += torch.autograd.grad(loss(module(copy), labels).sum(), copy)[0] / draws
+            return (x * mean).flatten(1).sum(1)
+
+        return ascent(objective, images.detach(), start, threat)
+
+
 def make_fgsm(config: CommonOptions) -> NamedAttack:
     """One step of size ε from the clean image."""
     threat = replace(make_threat(config.norm, config.eps, 1, config.eps), random_start=False)
+    draws = config.eot or 1
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-        return attack_classifier(model, x, y, threat)
+        return attack_averaged(model, x, y, threat, draws=draws)
 
-    return NamedAttack("fgsm", "FGSM" if config.norm == "linf" else "one step", run, parameters_of(threat), cost=3)
+    label = ("FGSM" if config.norm == "linf" else "one step") + draws_words(draws)
+    return NamedAttack("fgsm", label, run, {**parameters_of(threat), **draws_said(draws)}, cost=3 * draws)
+
+
+def draws_words(draws: int) -> str:
+    """For labels: how many draws of a random model a gradient is the mean of; nothing for one."""
+    return f", {draws} draws" if draws > 1 else ""
+
+
+def draws_said(draws: int) -> dict[str, int]:
+    """The same for parameters."""
+    return {"eot": draws} if draws > 1 else {}
 
 
 def make_pgd(
@@ -102,18 +140,19 @@ def make_pgd(
     radius = config.eps if eps is None else eps
     restarts = config.restarts if restarts is None else restarts
     threat = threat_of(config, num_steps) if eps is None else make_threat(config.norm, radius, num_steps)
+    draws = config.eot or 1
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
         starts = (
-            attack_classifier(model, x, y, threat, samples=samples, seed=config.seed, step=start)
+            attack_averaged(model, x, y, threat, draws=draws, samples=samples, seed=config.seed, step=start)
             for start in range(restarts)
         )
         return first_to_fool(model, y, starts)
 
-    label = f"PGD-{num_steps}" + (f", {restarts} starts" if restarts > 1 else "")
-    parameters = {**parameters_of(threat), "loss": "ce", "restarts": restarts, "seed": config.seed}
+    label = f"PGD-{num_steps}" + (f", {restarts} starts" if restarts > 1 else "") + draws_words(draws)
+    parameters = {**parameters_of(threat), "loss": "ce", "restarts": restarts, "seed": config.seed, **draws_said(draws)}
     inside = radius <= config.eps * (1 + 1e-9)
-    return NamedAttack(f"pgd{num_steps}", label, run, parameters, 3.0 * num_steps * restarts, inside)
+    return NamedAttack(f"pgd{num_steps}", label, run, parameters, 3.0 * num_steps * restarts * draws, inside)
 
 
 @torch.no_grad()

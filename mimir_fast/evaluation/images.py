@@ -6,10 +6,12 @@ and kept on disk, so an interrupted evaluation goes on with any number of proces
 Shapes: N images, C channels, H × W pixels.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.sources.base import ArraySource, ImageSource, subset
-from mimir_fast.sizes import height_width, said, typed
+from mimir_fast.sizes import Size, height_width, said, typed
 from mimir_fast.validation import check_number
 
 
@@ -67,10 +69,12 @@ def choose_indices(source: ImageSource, limit: int | None, index_file: str | Non
 
     Args:
         limit: that many at equal distances, so that a split sorted by class keeps its classes.
-        index_file: a text file with one position, or one file name such as n01440764/ILSVRC2012_val_00000293.JPEG,
-            a line: RobustBench's list of 5000 ImageNet images is such a file.
+        index_file: a text file with one position, or one path such as n01440764/ILSVRC2012_val_00000293.JPEG, a line; a
+            label behind it is not read. RobustBench's list of 5000 ImageNet images is such a file. A path may begin at
+            any folder where it is the end of one image's only.
     Raises:
-        ValueError: both are given, nothing is chosen, or a line names no image of this source.
+        ValueError: both are given, nothing is chosen, a line names no image of this source or several, or two lines
+            name the same one.
         FileNotFoundError: no such file.
     """
     if limit is not None and index_file is not None:
@@ -80,52 +84,65 @@ def choose_indices(source: ImageSource, limit: int | None, index_file: str | Non
     if index_file is None:
         count = len(source) if limit is None else min(limit, len(source))
         return np.arange(count, dtype=np.int64) * len(source) // count
-    path = robustbench_list() if index_file == "robustbench" else Path(index_file)
+    path = Path(index_file)
+    if index_file == "robustbench":
+        from mimir_fast.evaluation.robustbench_zoo import image_list
+
+        path = image_list()
     if not path.is_file():
         raise FileNotFoundError(f"--index_file {index_file}: no such file; one position or file name a line")
-    lines = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    lines = [re.sub(r"(\s+-?\d+)+$", "", line.strip()) for line in path.read_text().splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path} is empty: it leaves no image to evaluate; write one position or file name a line")
-    numbers = [int(line) for line in lines] if all(line.isdigit() for line in lines) else _by_name(source, lines, path)
+    numbers = [int(line) for line in lines] if all(line.isdigit() for line in lines) else _by_path(source, lines, path)
     if max(numbers) >= len(source):
         raise ValueError(f"{path} asks for image {max(numbers)}, but {source.name} has {len(source)} (0 is the first)")
-    return np.unique(np.asarray(numbers, dtype=np.int64))
+    first = {number: at for at, number in reversed(list(enumerate(numbers)))}
+    if twice := [line for at, line in enumerate(lines) if first[numbers[at]] != at]:
+        raise ValueError(f"{path}: {len(twice)} lines name an image that a line before them names, such as {twice[0]}")
+    return np.sort(np.asarray(numbers, dtype=np.int64))
 
 
-def robustbench_list() -> Path:
-    """The list of 5000 ImageNet validation images that RobustBench evaluates on, from the installed package."""
-    from importlib.util import find_spec
-
-    spec = find_spec("robustbench")
-    for folder in spec.submodule_search_locations or [] if spec else []:
-        path = Path(folder) / "helper_files" / "imagenet_test_image_ids.txt"
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        "RobustBench's list of 5000 images comes with its package: pip install --no-deps robustbench==1.1.1, or give "
-        "--index_file the path of helper_files/imagenet_test_image_ids.txt from its repository"
-    )
-
-
-def _by_name(source: ImageSource, names: list[str], path: Path) -> list[int]:
-    known = {Path(source.where(i)).name: i for i in range(len(source))}
-    missing = [name for name in names if Path(name).name not in known]
-    if missing:
-        raise ValueError(f"{path} names images that {source.name} lacks, {len(missing)} of them, such as {missing[0]}")
-    return [known[Path(name).name] for name in names]
+def _by_path(source: ImageSource, lines: list[str], file: Path) -> list[int]:
+    """Positions of the images whose paths end as the lines do."""
+    wanted, known = {Path(line).name for line in lines}, dict[str, list[tuple[int, tuple[str, ...]]]]()
+    for number in range(len(source)):
+        parts = Path(source.where(number)).parts
+        if parts[-1] in wanted:
+            known.setdefault(parts[-1], []).append((number, parts))
+    found = []
+    for line in lines:
+        parts = Path(line).parts
+        named = known.get(parts[-1], [])
+        fits = [number for number, path in named if path[-len(parts) :] == parts]
+        if len(fits) != 1:
+            said = f"which {len(fits)} images of {source.name} end in" if fits else f"which {source.name} lacks"
+            near = ", ".join(source.where(number) for number in (fits or [n for n, _ in named])[:3])
+            advice = f" ({near}): write as much of the path as tells them apart, such as CLASS/FILE" if near else ""
+            raise ValueError(f"{file} names {line}, {said}{advice}")
+        found += fits
+    return found
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """How image files come to the model's size: resize until size / crop is just covered, cut out the centre.
+    """How image files come to the model's size: they are resized, then cut or filled up around the centre.
 
     Attributes:
-        crop: side of the centre crop as a part of the resized image's, where the crop fits it tightly.
-        interpolation: bicubic, bilinear or nearest.
+        crop: side of the centre crop as a part of the resized image's.
+        interpolation: of the resize, one of PIL's filters: bicubic, bilinear, nearest, box, hamming or lanczos.
+        mode: `center` resizes until size / crop is just covered, `squash` to size / crop exactly, `border` until the
+            image lies just inside of it, `cut` not at all: all four with timm's and torchvision's rounding. `loader` is
+            `center`, but where crop and interpolation are the usual ones it rounds and resizes as every loader does.
+        fill: colour of what is outside of the image, 0 … 255: one number, or one a channel.
+        native: an image that has the model's size already stays as it is.
     """
 
     crop: float = 0.875
     interpolation: str = "bicubic"
+    mode: Literal["loader", "center", "squash", "border", "cut"] = "loader"
+    fill: tuple[int, ...] = (0,)
+    native: bool = True
 
     def __call__(self, pixels: np.ndarray, config: DataConfig) -> np.ndarray:
         """(C, *config.image_size) uint8 of an image (H, W, 1 or 3) uint8."""
@@ -133,7 +150,7 @@ class Fitting:
         from mimir_fast.data.geometry import plan_geometry
 
         wanted, channels = height_width(config.image_size), config.channels
-        if self == Fitting() or pixels.shape[:2] == wanted:  # as data/ does it, as every loader has it
+        if self == Fitting() or (self.native and pixels.shape[:2] == wanted):
             one, sizes = np.array([0]), np.array([pixels.shape[:2]])
             plan = plan_geometry(config, False, 0, one, one, sizes)
             return cut([pixels], plan, config.image_size, channels)[0].numpy()
@@ -143,25 +160,63 @@ class Fitting:
 
         image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
         size = self._resized(image.height, image.width, wanted)
-        ways = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
         if size != (image.height, image.width):
-            image = image.resize(size[::-1], ways.get(self.interpolation, Image.Resampling.NEAREST))
-        top, left = round((image.height - wanted[0]) / 2), round((image.width - wanted[1]) / 2)
-        array = np.asarray(image.crop((left, top, left + wanted[1], top + wanted[0])))
-        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        return to_channels(torch.from_numpy(np.ascontiguousarray(array))[None], channels)[0].numpy()
+            image = image.resize(size[::-1], Image.Resampling[self.interpolation.upper()])
+        if len(self.fill) > 1:
+            image = image.convert("RGB")
+        array = np.asarray(image).reshape(*size, -1)
+        canvas = np.empty((*wanted, array.shape[2]), np.uint8)
+        canvas[:] = self.fill
+        (from_top, to_top), (from_left, to_left) = map(_centred, size, wanted)
+        canvas[to_top, to_left] = array[from_top, from_left]
+        return to_channels(torch.from_numpy(canvas.transpose(2, 0, 1).copy())[None], channels)[0].numpy()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: crop, interpolation, and what differs from how loaders do it."""
+        usual = asdict(Fitting())
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if name in ("crop", "interpolation") or value != usual[name]
+        }
 
     def _resized(self, height: int, width: int, wanted: tuple[int, int]) -> tuple[int, int]:
-        """Height and width before the crop, as timm's preprocessing has them.
+        """Height and width before the crop.
 
-        For squares that is torchvision's Resize, where the long side is cut to an integer; else timm's ResizeKeepRatio,
-        where both are rounded.
+        For squares `center` is torchvision's Resize, where the long side is cut to an integer; else, and for `border`,
+        timm's ResizeKeepRatio, where both are rounded.
         """
         down, across = (int(side / self.crop) for side in wanted)
-        if down == across:
+        if self.mode in ("cut", "squash"):
+            return (height, width) if self.mode == "cut" else (down, across)
+        if down == across and self.mode != "border":
             return (int(down * height / width), down) if width <= height else (down, int(down * width / height))
-        ratio = min(height / down, width / across)
+        ratio = (max if self.mode == "border" else min)(height / down, width / across)
         return round(height / ratio), round(width / ratio)
+
+
+def fitting_for(
+    made_for: Mapping[str, Any], image_size: Size, crop: float | None = None, interpolation: str = "auto"
+) -> Fitting:
+    """As a model says how images are prepared for it, to the pixel where they come to its own size.
+
+    Args:
+        made_for: `image_size`, and fields of `Fitting`; empty where it does not say.
+        crop, interpolation: what is asked for in their place; None and `auto` ask for nothing.
+    """
+    how = {name: value for name, value in made_for.items() if name != "image_size"}
+    how |= {} if crop is None else {"crop": crop}
+    how |= {} if interpolation == "auto" else {"interpolation": interpolation}
+    return Fitting(**how, native="mode" not in how or image_size != made_for.get("image_size"))
+
+
+def _centred(have: int, wanted: int) -> tuple[slice, slice]:
+    """(what is taken of an axis with `have` pixels, where it is put on one with `wanted`), as torchvision rounds."""
+    if have >= wanted:
+        first = round((have - wanted) / 2)
+        return slice(first, first + wanted), slice(None)
+    first = (wanted - have) // 2
+    return slice(None), slice(first, first + have)
 
 
 def load_images(

@@ -53,11 +53,14 @@ class CommonOptions:
     paper and full). L1: of the first steps, ε."""
     restarts: int = 1
     """Random starts of each PGD; an image counts as correct if none of them breaks it."""
+    eot: int | None = None
+    """Draws of a random model that each step of FGSM and PGD averages its gradient over (expectation over
+    transformations); left out: 10 where the model is found to be random, else 1."""
     limit: int | None = None
     """Evaluate that many test images, evenly spaced; left out: what the suite says."""
     index_file: str | None = None
-    """Positions or file names of the images to evaluate, a file with one per line; `robustbench` for its 5000 ImageNet
-    images."""
+    """Positions or paths, such as CLASS/FILE, of the images to evaluate, a file with one a line; `robustbench` for its
+    5000 ImageNet images."""
     batch_size: int = 128
     """Images a forward pass."""
     output_dir: str | None = None
@@ -79,7 +82,7 @@ class CommonOptions:
     """Of the resize of image files; auto: what the model brings, else bicubic."""
     crop: float | None = None
     """Side of the centre crop as a part of the resized short side, 0.875 for 224 of 256; left out: what the model
-    brings, else 0.875."""
+    brings, else 0.875. 1 for files that were cut to the model's size already."""
     save_adversarial: bool = False
     """Keep the attacked images: adversarial/ATTACK/*.safetensors in output_dir."""
     imports: Imports = ()
@@ -108,6 +111,8 @@ class CommonOptions:
             check_number("alpha", self.alpha, above=0, at_most=2 * self.eps, hint="a step size: at most 2ε")
         check_number("batch_size", self.batch_size, at_least=1)
         check_number("restarts", self.restarts, at_least=1)
+        if self.eot is not None:
+            check_number("eot", self.eot, at_least=1)
         if self.limit is not None:
             check_number("limit", self.limit, at_least=1, hint="else there is no image to evaluate")
         if self.crop is not None:

@@ -152,6 +152,12 @@ def validity_verdict(results: Results) -> dict[str, str]:
     failed = [check["name"] for check in checks if not check["passed"]]
     found = results.sections.get("autoattack")
     whole = found is not None and found["whole"] and found["total"] == found["images"]
+    if results.choices.get("sanity", {}).get("batch_difference"):
+        return {
+            "kind": "bad", "large": "Answers depend on the batch",
+            "text": "The model looks at the other images of a batch: the robust accuracy is one of batches of "
+            f"{results.choices['batch_size']}, and may be far lower in others.",
+        }  # fmt: skip
     if failed:
         return {
             "kind": "bad", "large": "Gradient masking suspected",

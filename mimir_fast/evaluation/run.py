@@ -27,20 +27,37 @@ from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource
 from mimir_fast.evaluation.adapters import JudgedModel, load_model
 from mimir_fast.evaluation.config import EvaluateConfig
-from mimir_fast.evaluation.images import Fitting, ImageSets, choose_indices, load_from
+from mimir_fast.evaluation.images import Fitting, ImageSets, choose_indices, fitting_for, load_from
 from mimir_fast.evaluation.journal import fingerprint
 from mimir_fast.evaluation.measure import Records, ShardRun, strict_fp32
 from mimir_fast.evaluation.options import SUITE_LIMITS
 from mimir_fast.evaluation.progress import TimeLeft
 from mimir_fast.evaluation.report import render
 from mimir_fast.evaluation.results import PACKAGES, Results, birth_certificate, command_of, conclude
-from mimir_fast.evaluation.sanity import inspect_model
+from mimir_fast.evaluation.sanity import Sanity, inspect_model
 from mimir_fast.evaluation.topic import Setup, Topic, all_topics
 from mimir_fast.models.facts import Asked
 from mimir_fast.training.distributed import World, start_world, stop_world
 from mimir_fast.versions import version_of
 
 Log = Callable[[str], None]
+EOT_DRAWS = 10
+"""Of a random model that a gradient of PGD is the mean of."""
+
+
+@dataclass
+class Given:
+    """What is evaluated, where Python has it in memory and no option names it.
+
+    Attributes:
+        identity: of the images; JSON-able.
+        command: what stands in the report as the way to the same numbers.
+    """
+
+    model: JudgedModel
+    source: ImageSource
+    identity: dict[str, Any]
+    command: str
 
 
 @dataclass
@@ -54,6 +71,8 @@ class Job:
         topics: in the order of the report.
         records: the measurements of each topic, and their rows on disk.
         notes: what the reader must know of the model.
+        command: what to type to repeat it.
+        sanity: the first look at the model.
     """
 
     config: EvaluateConfig
@@ -67,6 +86,8 @@ class Job:
     records: Records
     device: torch.device
     notes: list[str]
+    command: str
+    sanity: Sanity
 
     def done(self, shard: int) -> Path:
         """Written when a shard is finished; holds the fingerprint of the plan."""
@@ -91,13 +112,14 @@ def evaluate(config: EvaluateConfig, *, log: Log = print) -> Results:
     """
     world = start_world(config.device)
     try:
-        return _evaluate(config, world, log if world.is_main else lambda line: None)
+        return evaluate_in(world, config, log if world.is_main else lambda line: None)
     finally:
         stop_world()
 
 
-def _evaluate(config: EvaluateConfig, world: World, log: Log) -> Results:
-    job = prepare(config, world)
+def evaluate_in(world: World, config: EvaluateConfig, log: Log, given: Given | None = None) -> Results:
+    """`evaluate` by processes that know each other already; of `given` model and images, else those of the options."""
+    job = prepare(config, world, given)
     words = f", {job.model.weights}" if job.model.weights else ""
     log(
         f"{job.model.kind} {config.checkpoint}{words}: {len(job.indices)} images of {job.source.name}, "
@@ -123,9 +145,9 @@ def _evaluate(config: EvaluateConfig, world: World, log: Log) -> Results:
     return results
 
 
-def prepare(config: EvaluateConfig, world: World) -> Job:
+def prepare(config: EvaluateConfig, world: World, given: Given | None = None) -> Job:
     """Model, images and plan, checked before anything is measured."""
-    source = build_source(replace(config.data, limit=None), "test")
+    source = given.source if given else build_source(replace(config.data, limit=None), "test")
     suite_limit = None if config.index_file else SUITE_LIMITS[config.suite]
     limit = config.limit or config.data.limit or suite_limit
     indices = choose_indices(source, None if config.index_file and not config.limit else limit, config.index_file)
@@ -136,18 +158,18 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
             image_size=config.data.image_size, **options,
         )  # fmt: skip
 
-    model = load(
+    model = given.model if given else load(
         config.checkpoint, weights=config.weights, part=config.part, mean=config.mean, std=config.std,
         probabilities=config.outputs == "probabilities", told=Asked(config.options, config.global_pool),
     )  # fmt: skip
-    made = model.made_for
-    interpolation = made.get("interpolation", "bicubic") if config.interpolation == "auto" else config.interpolation
-    fitting = Fitting(config.crop or made.get("crop", 0.875), interpolation)
+    fitting = fitting_for(model.made_for, config.data.image_size, config.crop, config.interpolation)
     x, _, _ = next(load_from(source, config.data, indices[:8], fitting).batches(8, world.device))
     with strict_fp32(world.device):
         sanity = inspect_model(model.module, x, source.num_classes, source.name)
 
-    notes = [*model.notes, *([note] if (note := sanity.note()) else [])]
+    notes = [*model.notes, *sanity.notes()]
+    if not sanity.deterministic and config.eot is None:
+        config = replace(config, eot=EOT_DRAWS)
 
     def load_other(spec: str) -> nn.Module:
         other = load(spec)
@@ -157,17 +179,21 @@ def prepare(config: EvaluateConfig, world: World) -> Job:
         return other.module
 
     features, topics = has_features(model.module), all_topics()
-    setup = Setup(config, len(indices), source.classes, features, not model.opaque, load_other)
+    trial = ImageSets(source, config.data, np.unique(indices[[0, -1]]), 1, fitting)
+    setup = Setup(config, len(indices), source.classes, features, not model.opaque, load_other, trial)
     for topic in topics:
         topic.check(setup)
-    identity = identity_of(config, model, indices, fitting)
+    identity = identity_of(config, model, indices, fitting) | (given.identity if given else {})
     for topic in topics:
         identity |= topic.identity(setup)
     num_shards = open_folder(config, identity, min(world.size, len(indices)), main=world.is_main)
     sets = ImageSets(source, config.data, indices, num_shards, fitting)
     plan = {topic.name: topic.measurements(setup) for topic in topics}
     records = Records(config.folder / "progress", num_shards, plan)
-    return Job(config, model, setup, source, indices, identity, sets, topics, records, world.device, notes)
+    command = given.command if given else command_of(config)
+    return Job(
+        config, model, setup, source, indices, identity, sets, topics, records, world.device, notes, command, sanity
+    )  # fmt: skip
 
 
 def identity_of(config: EvaluateConfig, model: JudgedModel, indices: np.ndarray, fitting: Fitting) -> dict[str, Any]:
@@ -181,7 +207,7 @@ def identity_of(config: EvaluateConfig, model: JudgedModel, indices: np.ndarray,
         "data": {
             "source": config.data.source, "root": root and str(Path(root).expanduser().resolve()),
             "size": list(size) if isinstance(size, tuple) else size, "channels": config.data.channels,
-            **asdict(fitting),
+            **fitting.as_dict(),
         },
         "indices": hashlib.sha256(indices.tobytes()).hexdigest()[:16],
         "num_images": len(indices),
@@ -259,17 +285,22 @@ def summarize(job: Job) -> Results:
     skipped: dict[str, str] = {}
     for number in range(records.num_shards):
         skipped |= json.loads(job.done(number).read_text())["skipped"]
-    results = Results(environment=birth_certificate(), notes=list(job.notes), command=command_of(config))
+    results = Results(environment=birth_certificate(), notes=list(job.notes), command=job.command)
     results.choices = {
         **asdict(config),
         "eps_text": config.eps_text,
         "model_kind": model.kind,
         "preprocessing": model.preprocessing,
-        "fitting": {k: v for k, v in job.identity["data"].items() if k in ("crop", "interpolation")},
+        "fitting": {k: v for k, v in job.identity["data"].items() if k in asdict(Fitting())},
         "weights_judged": model.weights,
         "weights_sha256": job.identity["weights"],
         "num_shards": records.num_shards,
         "device": str(job.device),
+        "sanity": {
+            "deterministic": job.sanity.deterministic,
+            "largest_difference": job.sanity.largest_difference,
+            "batch_difference": job.sanity.batch_difference,
+        },
         "precision": "fp32, no TF32, no autocast",
     }
     results.images = {

@@ -1,6 +1,7 @@
 """Can this model be evaluated? Checked once, before anything is measured.
 
-Refused: a wrong number of classes, outputs that are no logits, probabilities. Noted: a model that is not deterministic.
+Refused: a wrong number of classes, outputs that are no logits, probabilities. Noted: a model that is not deterministic,
+or that sees the other images of a batch.
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
@@ -16,6 +17,13 @@ PROBABILITIES_HELP = (
     "Remove the softmax, or give --outputs probabilities to take their logarithm"
 )
 
+TOLERANCE = 1e-4
+"""Of relative differences between logits of batches of one size."""
+OF_SIZES = 0.02
+"""Of batches of other sizes: they take other kernels, which round differently, in half precision by a percent or so."""
+LOOKS = 5
+"""At half of the images: a model that tosses a coin answers alike now and then."""
+
 
 @dataclass
 class Sanity:
@@ -23,23 +31,35 @@ class Sanity:
 
     Attributes:
         num_classes: K.
-        deterministic: the same images gave the same logits twice.
-        largest_difference: between the two answers, relative to the logits' norm.
+        deterministic: the same images gave the same logits every time.
+        largest_difference: between two answers to the same images, relative to the logits' norm.
+        batch_difference: between the answers for some images beside others, beside the negatives of these, and alone; 0
+            for one image, and for a model that is not deterministic.
     """
 
     num_classes: int
     deterministic: bool
     largest_difference: float
+    batch_difference: float = 0.0
 
-    def note(self) -> str | None:
-        """A sentence for the report where the model is not deterministic, else None."""
-        if self.deterministic:
-            return None
-        return (
-            f"The model is not deterministic: the same images gave logits that differ by {self.largest_difference:.1e} "
-            "(relative). Attacks without averaging over its randomness overestimate the robustness; AutoAttack's "
-            "version for such models is 'rand' (--autoattack_version rand)."
-        )
+    def notes(self) -> list[str]:
+        """Sentences for the report: what is wrong with the model, empty where nothing is."""
+        found = []
+        if not self.deterministic:
+            found.append(
+                f"The model is not deterministic: the same images gave logits that differ by "
+                f"{self.largest_difference:.1e} (relative). PGD averages its gradients over draws of the model "
+                "(--eot); attacks that do not overestimate the robustness. AutoAttack's version for such models is "
+                "'rand' (--autoattack_version rand)."
+            )
+        if self.batch_difference:
+            found.append(
+                "The model's answer for an image depends on the other images of its batch: beside others, or alone, "
+                f"its logits differ by {self.batch_difference:.1e} (relative). No number here is of an image alone: it "
+                "would be another with another --batch_size, and an attack on one image also moves the others. Is the "
+                "model in train mode, or does it normalise over the batch?"
+            )
+        return found
 
 
 def looks_like_probabilities(logits: Tensor, tolerance: float = 1e-5) -> bool:
@@ -66,7 +86,7 @@ def answer(model: nn.Module, images: Tensor) -> Any:
 
 @torch.no_grad()
 def inspect_model(model: nn.Module, images: Tensor, num_classes: int, classes_of: str = "the data") -> Sanity:
-    """Run the model twice on a few images.
+    """Run the model twice on a few images, a few times on half of them, and once on these beside others.
 
     Args:
         images: (B, C, H, W) float in [0, 1].
@@ -90,5 +110,16 @@ def inspect_model(model: nn.Module, images: Tensor, num_classes: int, classes_of
         raise ValueError("the model returns logits that are not finite (NaN or inf) on clean images: it is broken")
     if looks_like_probabilities(first):
         raise ValueError(PROBABILITIES_HELP)
-    difference = float(((first - second).norm(dim=1) / (first.norm(dim=1) + 1e-10)).max())
-    return Sanity(first.shape[1], difference <= 1e-4, difference)
+    half = max(1, len(images) // 2)
+    alone, *again = [answer(model, images[:half]) for _ in range(LOOKS)]
+    difference = max(relative_difference(first, second), *(relative_difference(alone, other) for other in again))
+    beside = answer(model, torch.cat([images[:half], 1 - images[half:]]))[:half]
+    in_batch = max(relative_difference(first[:half], beside), relative_difference(first[:half], alone, OF_SIZES))
+    return Sanity(first.shape[1], not difference, difference, 0.0 if difference else in_batch)
+
+
+def relative_difference(first: Tensor, second: Tensor, tolerance: float = TOLERANCE) -> float:
+    """The largest ‖a − b‖ / ‖a‖ of two answers (B, K) to the same images; 0 where it may be rounding."""
+    relative = (first - second).norm(dim=1) / (first.norm(dim=1) + 1e-10)
+    found = float(relative.nan_to_num(nan=1e30).clamp(max=1e30).max())
+    return found if found > tolerance else 0.0

@@ -1,9 +1,13 @@
-"""Weights from a file for a model of timm, opened by our own reader: older versions of timm's unpickle anything."""
+"""What timm says of a model beside its code: how images are prepared for it, and weights in a file.
+
+The files are opened by our own reader: older versions of timm's unpickle anything.
+"""
 
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,6 +18,22 @@ from mimir_fast.models.layouts.timm import facts_beside, facts_of_model, without
 from mimir_fast.models.normalization import Statistics, from_file, pair
 from mimir_fast.models.opening import open_file
 from mimir_fast.models.parts import choose, find_parts, other_names
+from mimir_fast.sizes import as_size
+
+
+def made_for_timm(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How timm prepares images for a model, from its `pretrained_cfg`: `image_size` and fields of `images.Fitting`.
+
+    What the configuration leaves open is as in `timm.data.resolve_data_config`.
+    """
+    mode, mean = settings.get("crop_mode") or "center", settings.get("mean") or (0.485, 0.456, 0.406)
+    made = {
+        "crop": settings.get("crop_pct") or 0.875,
+        "interpolation": settings.get("interpolation") or "bicubic",
+        "mode": mode if mode in ("squash", "border") else "center",
+    }
+    made |= {"image_size": as_size(size[-2:])} if (size := settings.get("input_size")) else {}
+    return made | ({"fill": tuple(round(255 * v) for v in mean)} if mode == "border" else {})
 
 
 def fill(model: nn.Module, path: Path, name: str, part: str = "") -> tuple[Statistics | None, list[str]]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from mimir_fast.evaluation.images import ImageSets
 from mimir_fast.evaluation.measure import Measurement, Records
 from mimir_fast.evaluation.options import CommonOptions
 from mimir_fast.registry import Registry
@@ -31,7 +32,8 @@ class Setup:
         classes: their names, one a class.
         has_features: the model shows its features (`forward_features`).
         has_weights: the model's weights can be moved (no exported program, no plain function).
-        load_model: loads another classifier, named as for --checkpoint.
+        load_model: loads another classifier, named as for --checkpoint, and looks at its answers to a few images.
+        trial: two of the evaluated images, on which `Topic.check` tries what it was given; None: nothing is tried.
     """
 
     config: CommonOptions
@@ -40,6 +42,7 @@ class Setup:
     has_features: bool
     has_weights: bool
     load_model: Callable[[str], nn.Module]
+    trial: ImageSets | None = None
     _loaded: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -93,7 +96,8 @@ class Topic:
         render: numbers → HTML; "" for none.
         order: topics are measured and shown in ascending order; the package's end at 130.
         options: dataclass, whose fields are options of the command line; its `__post_init__` may refuse values.
-        check: raises ValueError, ImportError or FileNotFoundError for what does not fit, before anything is measured.
+        check: opens whatever the options name and tries it on `Setup.trial`; raises ValueError, ImportError or
+            FileNotFoundError for what does not fit, before anything is measured.
         identity: setup → what the numbers depend on beside the parameters of the measurements; JSON-able.
         columns: numbers → accuracies that stand beside those of other topics.
         compare: [(model's name, numbers)] → HTML of several models' numbers, "" for none.

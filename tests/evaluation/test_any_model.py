@@ -1,6 +1,8 @@
 """Every kind of model can be judged, and what does not fit is refused with the fix."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from torch import Tensor, nn
 from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.evaluate import config_from
+from mimir_fast.evaluation import evaluate
 from mimir_fast.evaluation.adapters import FromProbabilities, JudgedModel, Normalized, load_model
+from mimir_fast.evaluation.attacks import attack_averaged, make_threat
+from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.evaluation.sanity import inspect_model
 
 CPU = torch.device("cpu")
@@ -50,7 +55,7 @@ def test_timm_models_get_their_normalisation_inside() -> None:
     timm = pytest.importorskip("timm")
     judged = load_model("timm:vit_tiny_patch16_224@random", num_classes=7, device=CPU)
     assert judged.notes == ["the weights are random: nothing was trained"]
-    assert judged.made_for == {"image_size": 224, "crop": 0.9, "interpolation": "bicubic"}
+    assert judged.made_for == {"image_size": 224, "crop": 0.9, "interpolation": "bicubic", "mode": "center"}
     assert isinstance(judged.module, Normalized)
     images = torch.rand(2, 3, 224, 224)
     config = timm.get_pretrained_cfg("vit_tiny_patch16_224")
@@ -209,11 +214,105 @@ def test_probabilities_are_refused_or_turned_into_logits(small_model) -> None:
 
 
 def test_a_model_that_is_not_deterministic_is_said_so(small_model) -> None:
-    assert inspect_model(small_model, IMAGES, 10).note() is None
+    assert inspect_model(small_model, IMAGES, 10).notes() == []
     with torch.random.fork_rng([]):
         found = inspect_model(Dice().eval(), IMAGES, 10)
     assert not found.deterministic
-    assert "rand" in str(found.note())
+    (note,) = found.notes()
+    assert "--eot" in note and "'rand'" in note
+
+
+class Coin(SmallNet):
+    """Answers by one of two networks, by the toss of a coin."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * (1 + 0.02 * float(torch.randint(2, ())))
+
+
+def test_a_coin_is_not_taken_for_a_batch() -> None:
+    """Two answers are equal every second time; a third that differs would then look like the batch's doing."""
+    model = Coin().eval()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        found = [inspect_model(model, IMAGES, 10) for _ in range(20)]
+    assert sum(each.deterministic for each in found) <= 2 and sum(each.batch_difference > 0 for each in found) <= 1
+
+
+class Halved(SmallNet):
+    """Rounds as half precision does, by a rule of its own for each size of batch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * (1 + 2e-3 * len(images))
+
+
+class Crowd(SmallNet):
+    """Looks at the other images of the batch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = super().forward_features(images)
+        return super().forward_head(features - 0.1 * features.mean(dim=0))
+
+
+def test_a_model_that_sees_the_other_images_of_a_batch_is_said_so(digits_images: EvaluationImages) -> None:
+    found = inspect_model(Crowd().eval(), IMAGES, 10)
+    assert found.deterministic and found.batch_difference > 1e-3
+    (note,) = found.notes()
+    assert "depends on the other images of its batch" in note and "--batch_size" in note
+    assert inspect_model(SmallNet().eval(), IMAGES[:1], 10).batch_difference == 0
+    halves = Halved().eval()
+    assert not torch.equal(halves(IMAGES)[:2], halves(IMAGES[:2]))
+    assert not inspect_model(halves, IMAGES, 10).notes()
+    results = evaluate(Crowd(), digits_images.images, digits_images.labels, suite="table", autoattack="no", limit=8)
+    verdict = results.verdicts["validity"]
+    assert (verdict["kind"], verdict["large"]) == ("bad", "Answers depend on the batch")
+    assert any("depends on the other images of its batch" in other for other in results.notes)
+    assert results.choices["sanity"]["deterministic"]
+
+
+class RandomWeights(nn.Module):
+    """One logit that the sum of the weights moves; each pass draws other weights around the true ones."""
+
+    def __init__(self, weights: Tensor, spread: float) -> None:
+        super().__init__()
+        self.weights, self.spread = weights, spread
+
+    def forward(self, images: Tensor) -> Tensor:
+        drawn = self.weights + self.spread * torch.randn(self.weights.shape)
+        return torch.stack([(images * drawn).flatten(1).sum(1), torch.zeros(len(images))], dim=1)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_gradients_of_a_random_model_are_averaged(norm: Literal["linf", "l2"], small_model: nn.Module) -> None:
+    """The true direction is ±1 a pixel; one draw finds hardly more than half of the signs, 100 draws nearly all."""
+    weights = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(2)).sign()
+    x, threat = torch.full((1, 1, 16, 16), 0.5), replace(make_threat(norm, 0.1, 1), random_start=False)
+
+    def agreement(draws: int) -> float:
+        attacked = attack_averaged(
+            RandomWeights(weights, 5.0), x, torch.zeros(1, dtype=torch.long), threat, draws=draws,
+            loss=lambda logits, labels: -logits[:, 0],
+        )  # fmt: skip
+        return float(((attacked - x)[0].sign() == -weights).float().mean())
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        # The normal distribution at 1/5 and at 10/5.
+        assert agreement(1) == pytest.approx(0.579, abs=0.1)
+        assert agreement(100) == pytest.approx(0.977, abs=0.03)
+    labels, whole = torch.arange(4), make_threat(norm, 0.1, 4)
+    once, thrice = (attack_averaged(small_model, IMAGES, labels, whole, draws=draws) for draws in (1, 3))
+    torch.testing.assert_close(thrice, once)
+
+
+def test_a_random_model_is_attacked_through_its_randomness(digits_images: EvaluationImages) -> None:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        found = evaluate(
+            Dice(), digits_images.images, digits_images.labels, suite="table", autoattack="no", limit=4, targets=1
+        )
+    attacks = found.sections["accuracy"]["attacks"]
+    assert attacks["fgsm"]["label"] == "FGSM, 10 draws" and attacks["pgd20"]["label"] == "PGD-20, 10 draws"
+    assert attacks["pgd20_targeted"]["parameters"]["eot"] == 10
 
 
 @pytest.mark.parametrize(

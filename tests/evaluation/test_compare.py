@@ -108,8 +108,11 @@ def test_published_rows_are_of_the_same_data_norm_and_radius(folders: dict[str, 
     results.images["source"] = "cifar10"
     results.sections["accuracy"] |= {"norm": "linf", "eps_text": "8/255"}
     rows = comparison.published_rows(results)
-    robust = [float(row[3].removesuffix(" %")) for row in rows]
-    assert len(rows) == 10 and robust == sorted(robust, reverse=True) and robust[0] > 70
+    autoattack, best = ([float(row[column].removesuffix(" %")) for row in rows] for column in (3, 4))
+    assert len(rows) == 10 and best == sorted(best, reverse=True) and best[0] > 70
+    # On RobustBench's page an attack made for this model breaks more than AutoAttack does.
+    assert ["75.28 %", "73.10 %"] in [row[3:] for row in rows if row[0] == "Amini2024MeanSparse_S-WRN-94-16"]
+    assert autoattack != sorted(autoattack, reverse=True) and all(a >= b for a, b in zip(autoattack, best, strict=True))
     results.sections["accuracy"] |= {"norm": "l2", "eps_text": "0.5"}
     assert comparison.published_rows(results) and comparison.published_rows(results) != rows
 

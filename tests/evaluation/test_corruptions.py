@@ -14,7 +14,7 @@ from mimir_fast.evaluation.topics.corruptions import (
     generate,
     load_published,
     mean_corruption_error,
-    published_names,
+    published_levels,
 )
 
 
@@ -37,7 +37,7 @@ def write_arrays(root: Path, names: tuple[str, ...]) -> None:
 
 def test_cifar_c_rows_of_severity_and_image(tmp_path: Path, clean: EvaluationImages) -> None:
     write_arrays(tmp_path, ("fog", "gaussian_noise"))
-    assert published_names(tmp_path) == ["gaussian_noise", "fog"]
+    assert published_levels(tmp_path) == {"gaussian_noise": SEVERITIES, "fog": SEVERITIES}
     for severity in SEVERITIES:
         images = load_published(tmp_path, "fog", severity, clean, DataConfig())
         assert images.images[:, 0, 0, 0].tolist() == [10 * severity + i for i in (0, 3, 6, 9)]
@@ -63,7 +63,7 @@ def test_imagenet_c_folders_match_the_validation_folder(tmp_path: Path) -> None:
 def test_missing_files_say_where_to_get_them(tmp_path: Path, clean: EvaluationImages) -> None:
     for root in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(MissingCorruptionsError, match=r"zenodo\.2535967"):
-            published_names(root)
+            published_levels(root)
     write_arrays(tmp_path, ("fog",))
     with pytest.raises(MissingCorruptionsError, match=r"snow\.npy is missing"):
         load_published(tmp_path, "snow", 1, clean, DataConfig())

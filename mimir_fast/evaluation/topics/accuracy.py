@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.adaptive import pgd_features, pgd_mi
-from mimir_fast.attacks.lp import aimed_at, attack_classifier
+from mimir_fast.attacks.lp import aimed_at
 from mimir_fast.evaluation.attacks import (
     NamedAttack,
+    attack_averaged,
+    draws_said,
     first_to_fool,
     make_fgsm,
     make_pgd,
@@ -77,15 +79,16 @@ def make_targeted(config: CommonOptions, num_steps: int, targets: int) -> NamedA
         count = min(targets, logits.shape[1] - 1)
         order = logits.topk(count, dim=1).indices
         aimed = (
-            attack_classifier(
-                model, x, y, threat, loss=aimed_at(order[:, k]), samples=samples, seed=config.seed, step=k
+            attack_averaged(
+                model, x, y, threat, draws=config.eot or 1, loss=aimed_at(order[:, k]), samples=samples,
+                seed=config.seed, step=k,
             )
             for k in range(count)
         )  # fmt: skip
         return first_to_fool(model, y, aimed)
 
     parameters = {**parameters_of(threat), "loss": "logit of target − logit of label", "targets": targets,
-                  "seed": config.seed}  # fmt: skip
+                  "seed": config.seed, **draws_said(config.eot or 1)}  # fmt: skip
     label = f"PGD-{num_steps} at {targets} classes"
     return NamedAttack(f"pgd{num_steps}_targeted", label, run, parameters, 3.0 * num_steps * targets)
 

@@ -1,7 +1,7 @@
 """Which images are misclassified: per class, into which class, to which attack, and by what margin.
 
-Under attack means: each image as the attack of the lowest margin left it. Nothing is measured for this: the numbers are
-those of the first table.
+Confusions and margins under attack: each image as that attack left it that gave it the lowest margin, of those whose
+margins are recorded for every image (AutoAttack's are not). Nothing is measured for this.
 """
 
 from collections import Counter
@@ -22,14 +22,14 @@ MOST_CLASSES = 20
 def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers:
     """Per-class counts, confusions, how many images each attack broke first, and the margins."""
     broken = accuracy.broken_by(records)
-    rows_of = {item.name: records.rows(item) for item in records.items(accuracy.NAME)}
-    clean = rows_of["natural"]
+    clean = records.rows(next(item for item in records.items(accuracy.NAME) if item.name == "natural"))
     samples = [str(s) for s in clean["sample"]]
     labels = clean["label"]
-    worst = list(zip(clean["margin"], clean["prediction"], strict=True))
-    for item in records.items(accuracy.NAME):
-        if item.in_ball:
-            found = zip(rows_of[item.name]["margin"], rows_of[item.name]["prediction"], strict=True)
+    worst, worst_of = list(zip(clean["margin"], clean["prediction"], strict=True)), []
+    for item in records.items():
+        if item.in_ball and item.images == "all" and "margin" in (rows := records.rows(item)):
+            worst_of.append(item.label or item.name)
+            found = zip(rows["margin"], rows["prediction"], strict=True)
             worst = [min(a, b, key=lambda pair: pair[0]) for a, b in zip(worst, found, strict=True)]
     per_class: dict[str, Any] = {}
     for number, name in enumerate(setup.classes):
@@ -50,6 +50,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
         "harvest": [[names.get(n, n), k] for n, k in Counter(broken.values()).most_common() if n != UNBROKEN],
         "standing": sum(name == UNBROKEN for name in broken.values()),
         "total": len(broken),
+        "worst_of": worst_of,
         "margins": {"clean": clean["margin"], "attacked": [float(m) for m, _ in worst]},
     }
 
@@ -74,9 +75,10 @@ def render(numbers: Numbers) -> str:
         words += f" The {len(shown) // 2} least and most robust of {len(order)} classes."
     margins = numbers["margins"]
     below = sum(m < 0 for m in margins["attacked"])
+    of = f"each image as the worst of these left it: {', '.join(numbers.get('worst_of', ['the first table']))}"
     caption = (
         "Margins, the logit of the true class less the largest other: an image is misclassified left of zero, "
-        f"{below} of {len(margins['attacked'])} under attack."
+        f"{below} of {len(margins['attacked'])} under attack ({of})."
     )
     both = [("without attack", margins["clean"]), ("under the worst attack", margins["attacked"])]
     charts = figures(
@@ -87,20 +89,22 @@ def render(numbers: Numbers) -> str:
     rows.append(["none: robust", str(numbers["standing"]), percent(numbers["standing"] / numbers["total"])])
     caption = "Which attack broke which image, in the order they ran; results.json names the images"
     tables = table(["first broken by", "images", "share"], rows, numbers=(1, 2), caption=caption)
-    return charts + tables + _confusion(numbers)
+    return charts + tables + _confusion(numbers, of)
 
 
-def _confusion(numbers: Numbers) -> str:
+def _confusion(numbers: Numbers, of: str) -> str:
     confusions, names = numbers["confusions"], list(numbers["per_class"])
     if not confusions:
-        return paragraph("No image is misclassified under attack.")
+        return paragraph(f"No image is misclassified ({of}).")
     if len(names) > 12:
         rows = [[f"{a} → {b}", str(n)] for a, b, n in confusions]
-        return table(["taken for", "images"], rows, numbers=(1,), caption="Most frequent confusions under attack")
+        return table(
+            ["taken for", "images"], rows, numbers=(1,), caption=f"Most frequent confusions under attack ({of})"
+        )
     counts = {(a, b): n for a, b, n in confusions}
     seen = names + sorted({b for _, b, _ in confusions} - set(names))
     rows = [[a, *(str(counts.get((a, b), "")) if a != b else "·" for b in seen)] for a in names]
-    caption = "Confusion under attack: images of the row's class that are taken for the column's"
+    caption = f"Confusion under attack: images of the row's class that are taken for the column's ({of})"
     return table(["class", *seen], rows, numbers=range(1, len(seen) + 1), caption=caption)
 
 

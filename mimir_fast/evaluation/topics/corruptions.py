@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from mimir_fast.data.config import DataConfig
+from mimir_fast.data.loaders.base import to_channels
 from mimir_fast.data.sources.folder import FileSource
 from mimir_fast.evaluation.attacks import natural
 from mimir_fast.evaluation.charts import bars
 from mimir_fast.evaluation.html import figure, figures, paragraph, percent, table
-from mimir_fast.evaluation.images import EvaluationImages, ImageSets, MakeSet, decode_source
+from mimir_fast.evaluation.images import EvaluationImages, Fitting, ImageSets, MakeSet, decode_source
 from mimir_fast.evaluation.measure import Measurement, Records
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
 
@@ -31,7 +32,7 @@ CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
     "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
 )  # fmt: skip
-SEVERITIES = (1, 2, 3, 4, 5)
+SEVERITIES: tuple[int, ...] = (1, 2, 3, 4, 5)
 # The library draws this one from an unseeded generator: its numbers could not be repeated.
 GENERATED = tuple(name for name in CORRUPTIONS if name != "impulse_noise")
 # Top-1 error of AlexNet, the benchmark's yardstick for the mean corruption error (arXiv 1903.12261, Table 1), percent.
@@ -76,27 +77,26 @@ def published_kind(root: Path) -> str:
     )
 
 
-def published_names(root: Path) -> list[str]:
-    """The corruptions that are there, in the benchmark's order, others after them."""
-    kind = published_kind(root)
-    if kind == "arrays":
-        found = {path.stem for path in root.glob("*.npy")} - {"labels"}
+def published_levels(root: Path) -> dict[str, tuple[int, ...]]:
+    """Corruption → severities that are there, in the benchmark's order."""
+    if published_kind(root) == "arrays":
+        found = {name: SEVERITIES for name in CORRUPTIONS if (root / f"{name}.npy").is_file()}
     else:
-        found = {path.name for path in root.iterdir() if path.is_dir() and (path / "1").is_dir()}
-    ordered = [name for name in CORRUPTIONS if name in found]
-    if not ordered:
+        there = {name: [s for s in SEVERITIES if (root / name / str(s)).is_dir()] for name in CORRUPTIONS}
+        found = {name: tuple(levels) for name, levels in there.items() if levels}
+    if not found:
         raise MissingCorruptionsError(f"{root} holds none of {', '.join(CORRUPTIONS)}. {WHERE_TO_GET}")
-    return ordered
+    return found
 
 
 def load_published(
-    root: Path, name: str, severity: int, clean: EvaluationImages, config: DataConfig
+    root: Path, name: str, severity: int, clean: EvaluationImages, config: DataConfig, fitting: Fitting | None = None
 ) -> EvaluationImages:
     """The corrupted versions of the given clean images.
 
     Args:
         clean: images of the benchmark's own test split, whose `samples` number it.
-        config: image size and channels wanted (ImageNet-C).
+        config, fitting: how files of another size than the model's are brought to it (ImageNet-C).
     Raises:
         MissingCorruptionsError: no such corruption or severity.
         ValueError: damaged files, or labels that are not those of the clean images.
@@ -104,7 +104,9 @@ def load_published(
     if published_kind(root) == "arrays":
         images, labels = _from_arrays(root, name, severity, clean)
     else:
-        images, labels = _from_folders(root, name, severity, clean, config)
+        # These images were cut to 224 pixels when they were made.
+        fitting = replace(fitting, native=True) if fitting else None
+        images, labels = _from_folders(root, name, severity, clean, config, fitting)
     if not torch.equal(labels, clean.labels):
         raise ValueError(
             f"{root}: the labels of {name} are not those of {clean.source}'s test split: is it another data set's?"
@@ -123,11 +125,15 @@ def _from_arrays(root: Path, name: str, severity: int, clean: EvaluationImages) 
     if rows.max() >= severity * (len(pixels) // len(SEVERITIES)):
         raise ValueError(f"{path} has {len(pixels) // len(SEVERITIES)} images, {clean.source} asks for more")
     images = torch.from_numpy(np.ascontiguousarray(pixels[rows].transpose(0, 3, 1, 2)))
+    if images.shape[2:] != clean.images.shape[2:]:
+        sizes = " × ".join(map(str, images.shape[2:])), " × ".join(map(str, clean.images.shape[2:]))
+        raise ValueError(f"{path} has images of {sizes[0]} pixels, {clean.source} is evaluated at {sizes[1]}")
+    images = to_channels(images, clean.images.shape[1])
     return images, torch.from_numpy(labels[rows].astype(np.int64))
 
 
 def _from_folders(
-    root: Path, name: str, severity: int, clean: EvaluationImages, config: DataConfig
+    root: Path, name: str, severity: int, clean: EvaluationImages, config: DataConfig, fitting: Fitting | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     folder = root / name / str(severity)
     if not folder.is_dir():
@@ -137,7 +143,7 @@ def _from_folders(
     if max(chosen) >= len(paths):
         raise ValueError(f"{folder} has {len(paths)} images, {clean.source} asks for number {max(chosen)}")
     source = FileSource(name, folder, [paths[i] for i in chosen], [owners[i] for i in chosen], list(classes))
-    pixels, bad = decode_source(source, config)
+    pixels, bad = decode_source(source, config, fitting)
     if bad:
         raise ValueError(f"{folder}: {len(bad)} images cannot be read, such as {next(iter(bad.values()))}")
     return torch.from_numpy(pixels), torch.from_numpy(source.labels)
@@ -190,18 +196,36 @@ def mean_corruption_error(error: dict[str, dict[int, float]]) -> float | None:
     return 100 * sum(ratios) / len(ratios)
 
 
+def mean_of(error: dict[str, dict[int, float]]) -> str:
+    """What a mean is of, in words: all of the benchmark, or how many of its corruptions at which severities."""
+    levels = {tuple(sorted(found)) for found in error.values()}
+    severities = f"severities {' '.join(map(str, min(levels)))}" if len(levels) == 1 else "different severities"
+    if (len(error), levels) == (len(CORRUPTIONS), {SEVERITIES}):
+        return f"all {len(error)} corruptions, {severities}"
+    return f"{len(error)} of the benchmark's {len(CORRUPTIONS)} corruptions, {severities}: not the benchmark's mean"
+
+
 def corruptions_of(setup: Setup) -> str | None:
     """The folder of published files, `generated`, or None."""
     return options_of(setup.config, CorruptionOptions).corruptions
 
 
+def levels_of(asked: str | None) -> dict[str, tuple[int, ...]]:
+    """Corruption → severities that are measured."""
+    if asked is None:
+        return {}
+    return dict.fromkeys(GENERATED, SEVERITIES) if asked == "generated" else published_levels(Path(asked))
+
+
 def check(setup: Setup) -> None:
-    """Refuse missing files or libraries before anything is measured."""
+    """Make two images of every corruption at every severity before anything is measured."""
     asked = corruptions_of(setup)
     if asked == "generated" and find_spec("corrupt_tta") is None:
         raise ImportError(NEEDS_LIBRARY)
-    if asked not in (None, "generated"):
-        published_names(Path(str(asked)))
+    for name, severities in levels_of(asked).items():
+        for severity in severities if asked != "generated" else severities[-1:]:
+            if setup.trial is not None:
+                _images_of(str(asked), name, severity, setup.config.seed)(setup.trial, 0)
 
 
 def identity(setup: Setup) -> dict[str, Any]:
@@ -216,7 +240,6 @@ def measurements(setup: Setup) -> list[Measurement]:
     if asked is None:
         return []
     generated = asked == "generated"
-    names = GENERATED if generated else published_names(Path(asked))
     kind = {"kind": "generated" if generated else "published", "seed": seed if generated else None}
     return [
         replace(
@@ -224,8 +247,8 @@ def measurements(setup: Setup) -> list[Measurement]:
             parameters={"corruption": name, "severity": severity, **kind},
             make_set=_images_of(asked, name, severity, seed),
         )
-        for name in names
-        for severity in SEVERITIES
+        for name, severities in levels_of(asked).items()
+        for severity in severities
     ]
 
 
@@ -234,7 +257,7 @@ def _images_of(asked: str, name: str, severity: int, seed: int) -> MakeSet:
         clean = sets.shard("all", shard)
         if asked == "generated":
             return generate(clean, name, severity, seed)
-        return load_published(Path(asked), name, severity, clean, replace(sets.config, limit=None))
+        return load_published(Path(asked), name, severity, clean, sets.config, sets.fitting)
 
     return make
 
@@ -260,6 +283,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
         "accuracy": accuracy,
         "means": means,
         "mean": sum(means.values()) / len(means),
+        "mean_of": mean_of(error),
         "mce": mean_corruption_error(error) if config.data.source == "imagenet" and not generated else None,
     }
 
@@ -282,7 +306,7 @@ def render(numbers: Numbers) -> str:
     )  # fmt: skip
     head = ["corruption", *(f"severity {s}" for s in severities), "mean"]
     return (
-        paragraph(f"{numbers['words']} Mean accuracy {percent(numbers['mean'])}.{mce}")
+        paragraph(f"{numbers['words']} Mean accuracy {percent(numbers['mean'])} ({numbers['mean_of']}).{mce}")
         + figures(figure(chart, words))
         + table(head, rows, numbers=range(1, len(head)))
     )

@@ -150,6 +150,20 @@ def identity(setup: Setup) -> dict[str, Any]:
     return which if asked is None else which | {"pretrained_statistics": words(asked)}
 
 
+def check(setup: Setup) -> None:
+    """Load the masked autoencoder and fill in two images before anything is measured."""
+    if pretrained_of(setup) is None or setup.trial is None:
+        return
+    device = torch.device("cpu")
+    x, _, samples = next(setup.trial.shard("all", 0).batches(2, device))
+    try:
+        reconstruct(*autoencoder_of(setup, device), x, samples, setup.config.seed)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--pretrained {pretrained_of(setup)} does not take images of shape {tuple(x.shape[1:])}: {error}"
+        ) from error
+
+
 def measurements(setup: Setup) -> list[Measurement]:
     """Errors on the masked patches when the visible ones are clean, noisy and attacked."""
     config, pretrained = setup.config, pretrained_of(setup)
@@ -203,5 +217,5 @@ def render(numbers: Numbers) -> str:
 
 
 register(Topic(
-    "reconstruction", "Reconstruction", measurements, summarize, render, 100, AutoencoderOptions, identity=identity
+    "reconstruction", "Reconstruction", measurements, summarize, render, 100, AutoencoderOptions, check, identity
 ))  # fmt: skip

@@ -1,13 +1,16 @@
 """Other test sets as they are: folders of class folders such as ImageNet-A, ImageNet-R and ImageNet-V2.
 
-A folder's class folders are named as the data's classes, or numbered 0 … K−1 (ImageNet-V2). Where it has some of the
-classes only, the model chooses among these: the benchmarks' own rule (Hendrycks et al., arXiv 1907.07174, 2006.16241).
+A folder's class folders are named as the data's classes, or numbered 0 … K−1 (ImageNet-V2) where no class is called by
+a number. Where it has some of the classes only, the model chooses among these: the benchmarks' own rule (Hendrycks et
+al., arXiv 1907.07174, 2006.16241).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,13 +41,14 @@ def open_folder(folder: Path, classes: tuple[str, ...]) -> FileSource:
         raise FileNotFoundError(f"--shifts {folder}: there is no such folder; wanted one that holds class folders")
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     number_of = {name: i for i, name in enumerate(classes)}
-    # Numbers are those of the classes, unless the classes themselves are called so.
-    if not number_of.keys() >= set(names) and all(name.isdigit() and int(name) < len(classes) for name in names):
+    # 7 may be the class of that name or the eighth one: numbers count only where no class is called by one.
+    if not any(name.isdigit() for name in classes) and all(n.isdigit() and int(n) < len(classes) for n in names):
         number_of = {name: int(name) for name in names}
     if unknown := [name for name in names if name not in number_of]:
         raise ValueError(
             f"--shifts {folder}: {len(unknown)} of its {len(names)} class folders, such as {unknown[0]}, are none of "
-            f"the {len(classes)} classes ({classes[0]}, …); name them so, or number them from 0"
+            f"the {len(classes)} classes ({classes[0]}, …); name them so"
+            + ("" if any(name.isdigit() for name in classes) else ", or number them from 0")
         )
     paths = [(f"{name}/{file.name}", number_of[name]) for name in names for file in sorted((folder / name).iterdir())
              if file.is_file() and not file.name.startswith(".")]  # fmt: skip
@@ -53,21 +57,31 @@ def open_folder(folder: Path, classes: tuple[str, ...]) -> FileSource:
     return FileSource(folder.name, folder, [p for p, _ in paths], [n for _, n in paths], list(classes))
 
 
+def folders_of(setup: Setup) -> dict[str, Path]:
+    """Name in the report → folder, each once, however they are ordered; those of one name are called by their paths."""
+    asked = {Path(folder).resolve(): folder for folder in options_of(setup.config, ShiftOptions).shifts}
+    times = Counter(path.name for path in asked)
+    return {path.name if times[path.name] == 1 else typed: path for path, typed in asked.items()}
+
+
 def check(setup: Setup) -> None:
-    """Refuse missing or unfit folders before anything is measured."""
-    for folder in options_of(setup.config, ShiftOptions).shifts:
-        open_folder(Path(folder), setup.classes)
+    """Open every folder and two of its images before anything is measured."""
+    for folder in folders_of(setup).values():
+        source = open_folder(folder, setup.classes)
+        if (trial := setup.trial) is not None:
+            load_from(source, trial.config, np.unique([0, len(source) - 1]), trial.fitting)
 
 
 def measurements(setup: Setup) -> list[Measurement]:
     """Accuracy on each folder, among the classes it has."""
     found = []
-    for number, folder in enumerate(map(Path, options_of(setup.config, ShiftOptions).shifts)):
+    for label, folder in folders_of(setup).items():
         source = open_folder(folder, setup.classes)
-        present = sorted({int(label) for label in source.labels})
+        present = sorted({int(number) for number in source.labels})
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in label)
         found.append(Measurement(
-            f"shift_{number}", _among(present), {"folder": str(folder.resolve()), "classes": len(present)},
-            f"shift:{number}", folder.name, make_set=_images_of(source),
+            f"shift_{name}", _among(present), {"folder": str(folder), "classes": len(present)},
+            f"shift:{label}", label, make_set=_images_of(source),
         ))  # fmt: skip
     return found
 

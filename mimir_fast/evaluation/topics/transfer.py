@@ -22,10 +22,29 @@ class TransferOptions:
     """Other models, named as for checkpoint: PGD-20 images made on them are shown to this model."""
 
 
+def names_of(setup: Setup) -> tuple[str, ...]:
+    """The other models, each once."""
+    return tuple(dict.fromkeys(options_of(setup.config, TransferOptions).transfer_from))
+
+
+def other_model(setup: Setup, spec: str) -> nn.Module:
+    """One of them, loaded once."""
+    return setup.once(f"model {spec}", lambda: setup.load_model(spec))
+
+
+def check(setup: Setup) -> None:
+    """Load every other model and look at its answers before anything is measured."""
+    for spec in names_of(setup):
+        try:
+            other_model(setup, spec)
+        except (ValueError, FileNotFoundError, ImportError) as error:
+            reason = str(error).removeprefix(f"--checkpoint {spec}: ")
+            raise type(error)(f"--transfer_from {spec}: {reason}") from error
+
+
 def measurements(setup: Setup) -> list[Measurement]:
     """PGD-20 on each of the other models, scored by this one; within the ball, so what breaks here is not robust."""
-    names = options_of(setup.config, TransferOptions).transfer_from
-    return [_attacked_on(setup, spec, number) for number, spec in enumerate(names)]
+    return [_attacked_on(setup, spec, number) for number, spec in enumerate(names_of(setup))]
 
 
 def _attacked_on(setup: Setup, spec: str, number: int) -> Measurement:
@@ -33,7 +52,7 @@ def _attacked_on(setup: Setup, spec: str, number: int) -> Measurement:
     threat, keep = threat_of(config, STEPS), setup.keep(name)
 
     def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
-        other = setup.once(f"model {spec}", lambda: setup.load_model(spec))
+        other = other_model(setup, spec)
         x = attack_classifier(other, images, labels, threat, samples=samples, seed=config.seed)
         row = score(model, x, images, labels)
         if keep is not None:
@@ -63,4 +82,4 @@ def render(numbers: Numbers) -> str:
     return paragraph(words) + table(head, rows, numbers=(1, 2, 3))
 
 
-register(Topic("transfer", "Attacks from other models", measurements, summarize, render, 60, TransferOptions))
+register(Topic("transfer", "Attacks from other models", measurements, summarize, render, 60, TransferOptions, check))
