@@ -22,12 +22,12 @@ class Sanity:
     """What was found.
 
     Attributes:
-        num_classes: K.
+        logits: (B, K), its first answer.
         deterministic: the same images gave the same logits twice.
         largest_difference: between the two answers, relative to the logits' norm.
     """
 
-    num_classes: int
+    logits: Tensor
     deterministic: bool
     largest_difference: float
 
@@ -91,4 +91,4 @@ def inspect_model(model: nn.Module, images: Tensor, num_classes: int, classes_of
     if looks_like_probabilities(first):
         raise ValueError(PROBABILITIES_HELP)
     difference = float(((first - second).norm(dim=1) / (first.norm(dim=1) + 1e-10)).max())
-    return Sanity(first.shape[1], difference <= 1e-4, difference)
+    return Sanity(first, difference <= 1e-4, difference)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from mimir_fast.attacks.pgd import NO_CLASS
 from mimir_fast.evaluation.measure import Measurement, Records
 from mimir_fast.evaluation.options import CommonOptions
 from mimir_fast.registry import Registry
@@ -31,7 +32,8 @@ class Setup:
         classes: their names, one a class.
         has_features: the model shows its features (`forward_features`).
         has_weights: the model's weights can be moved (no exported program, no plain function).
-        load_model: loads another classifier, named as for --checkpoint.
+        load_model: loads another classifier, named as for --checkpoint, and tries it on a few images. What is loaded in
+            a topic's `check` is part of what the evaluation depends on.
     """
 
     config: CommonOptions
@@ -46,6 +48,10 @@ class Setup:
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.classes)
+
+    def class_name(self, number: int) -> str:
+        """The name of a predicted class; that of NO_CLASS says what it is."""
+        return "not finite" if number == NO_CLASS else self.classes[number]
 
     def subset(self, count: int) -> str:
         """Name of the set of `count` images at equal distances, of all where there are no more."""

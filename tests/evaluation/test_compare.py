@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Command
@@ -13,6 +14,7 @@ from mimir_fast.evaluation import comparison
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.run import evaluate
+from mimir_fast.evaluation.topics.autoattack import columns
 from mimir_fast.models.load_report import LoadReport
 
 
@@ -23,16 +25,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from small_classifier import train_small
 
     folder = tmp_path_factory.mktemp("compared")
-    found = {}
-    for name, steps, eps in (("long", 120, EPS), ("short", 40, EPS), ("easy", 40, EPS / 4)):
+    for steps, name in ((120, "long"), (40, "short")):
         torch.jit.script(train_small(steps)).save(str(folder / f"{name}.ts"))
+    (folder / "others.txt").write_text("\n".join(str(i) for i in range(1, 90, 2)))
+    asked: dict[str, tuple[str, dict[str, Any]]] = {
+        "long": ("long", {"limit": 60}), "short": ("short", {"limit": 60}),
+        "easy": ("short", {"limit": 60, "eps": EPS / 4}), "other step": ("long", {"limit": 60, "alpha": EPS / 20}),
+        "other seed": ("long", {"limit": 60, "seed": 1}),
+        "more attacks": ("long", {"limit": 60, "targets": 1}),
+        "other images": ("short", {"index_file": str(folder / "others.txt")}), "fewer": ("short", {"limit": 20}),
+    }  # fmt: skip
+    for name, (model, options) in asked.items():
+        settings = {"eps": EPS, "autoattack": "no", **options}
         config = EvaluateConfig(
-            str(folder / f"{name}.ts"), "table", DIGITS, eps=eps, limit=60, autoattack="no",
-            output_dir=str(folder / name),
+            str(folder / f"{model}.ts"), "table", DIGITS, output_dir=str(folder / name), **settings
         )  # fmt: skip
         evaluate(config, log=lambda line: None)
-        found[name] = folder / name
-    return found
+    return {name: folder / name for name in asked}
 
 
 def test_differences_are_counted_image_by_image(folders: dict[str, Path]) -> None:
@@ -51,18 +60,63 @@ def test_differences_are_counted_image_by_image(folders: dict[str, Path]) -> Non
 
 def test_other_radii_are_not_compared_in_pairs(folders: dict[str, Path]) -> None:
     evaluations = comparison.load([str(folders["long"]), str(folders["easy"])])
-    assert comparison.differences(evaluations) == []
+    assert [d.measure for d in comparison.differences(evaluations)] == ["no attack"]
     assert any("not comparable" in warning for warning in comparison.warnings(evaluations))
 
 
-def test_models_on_other_images_share_some(folders: dict[str, Path], tmp_path: Path) -> None:
-    saved = json.loads((folders["short"] / "results.json").read_text())
-    broken = saved["sections"]["accuracy"]["broken_by"]
-    saved["sections"]["accuracy"]["broken_by"] = dict(list(broken.items())[:25])
-    (tmp_path / "results.json").write_text(json.dumps(saved))
-    evaluations = comparison.load([str(folders["long"]), str(tmp_path)])
-    assert {d.total for d in comparison.differences(evaluations)} == {25}
-    assert any("share 25 images" in warning for warning in comparison.warnings(evaluations))
+def compared(folders: dict[str, Path], first: str, other: str) -> tuple[dict[str, comparison.Difference], str]:
+    """(differences by measure, what the reader is told) of two of them, by the page that everybody sees."""
+    evaluations = comparison.load([str(folders[first]), str(folders[other])])
+    shown = comparison.markdown(evaluations)
+    assert all(warning in shown for warning in comparison.warnings(evaluations))
+    return {d.measure: d for d in comparison.differences(evaluations)}, shown
+
+
+def test_models_on_other_images_are_compared_on_those_they_share(folders: dict[str, Path]) -> None:
+    found, words = compared(folders, "long", "fewer")
+    assert {d.total for d in found.values()} == {20} and set(found) == {"no attack", "all attacks"}
+    assert "share 20 images" in words
+
+
+def test_no_image_in_common_is_no_pair(folders: dict[str, Path]) -> None:
+    """Images are told apart by what they hold, not by their position in a source of some name."""
+    evaluations = comparison.load([str(folders[name]) for name in ("fewer", "other images")])
+    common = set(evaluations[0].correct) & set(evaluations[1].correct)
+    samples = [set(one.results.sections["accuracy"]["broken_by"]) for one in evaluations]
+    assert len(common) == len(samples[0] & samples[1])
+    for one in evaluations:  # the same positions of another data set
+        one.results.images["digests"] = {s: f"{one.name} {s}" for s in one.results.images["digests"]}
+    assert comparison.differences(evaluations) == []
+    assert "no image in common" in " ".join(comparison.warnings(evaluations))
+    del evaluations[1].results.images["digests"]
+    assert comparison.differences(evaluations) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ("other step", rf"PGD-20: alpha {EPS / 20} and {EPS / 4}"),
+        ("more attacks", "only one of them PGD-20 at 1 classes"),
+    ],
+)
+def test_one_model_under_other_attacks_is_shown_and_not_tested(
+    folders: dict[str, Path], other: str, reason: str
+) -> None:
+    found, words = compared(folders, "long", other)
+    assert set(found) == {"no attack"} and found["no attack"].only_first == found["no attack"].only_other == 0
+    assert reason in words and "not tested" in words
+
+
+def test_another_seed_is_the_same_attack(folders: dict[str, Path]) -> None:
+    assert set(compared(folders, "long", "other seed")[0]) == {"no attack", "all attacks"}
+
+
+def test_versions_of_autoattack_and_parts_of_the_images_are_kept_apart() -> None:
+    counts = {"total": 60, "images": 60, "accuracy": 0.5, "whole": True}
+    standard, rand = (
+        columns({**counts, "title": "AutoAttack", "version": version})[0].key for version in ("standard", "rand")
+    )
+    assert standard == "autoattack" and rand == "autoattack rand"
 
 
 def test_the_command_writes_both_files(folders: dict[str, Path], command: Command, tmp_path: Path) -> None:

@@ -119,9 +119,8 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
     """Counts of each attack, and of the worst case with the attack that broke each image first."""
     config, rows = setup.config, {}
     for item in items:
-        loss = records.tensor(item, "loss")
         rows[item.name] = {
-            "label": item.label, **records.count(item).as_dict(), "mean_loss": float(loss.mean()),
+            "label": item.label, **records.count(item).as_dict(), "mean_loss": records.mean(item, "loss"),
             "largest": float(records.tensor(item, config.norm).max()), "parameters": item.parameters,
             "seconds": records.seconds(item),
         }  # fmt: skip
@@ -171,7 +170,7 @@ def render(numbers: Numbers) -> str:
     """The table, the worst case in its last row."""
     rows = [
         [e["label"], percent(e["accuracy"]), span(e["interval"]), f"{e['correct']}/{e['total']}",
-         f"{e['mean_loss']:.3f}", f"{e['seconds']:.0f} s"]
+         "—" if e["mean_loss"] is None else f"{e['mean_loss']:.3f}", f"{e['seconds']:.0f} s"]
         for e in numbers["attacks"].values()
     ]  # fmt: skip
     robust = numbers["robust"]

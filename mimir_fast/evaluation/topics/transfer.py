@@ -22,6 +22,16 @@ class TransferOptions:
     """Other models, named as for checkpoint: PGD-20 images made on them are shown to this model."""
 
 
+def check(setup: Setup) -> None:
+    """Load the other models and run them on a few images before anything is measured: they are part of the identity."""
+    for spec in options_of(setup.config, TransferOptions).transfer_from:
+        _other(setup, spec)
+
+
+def _other(setup: Setup, spec: str) -> nn.Module:
+    return setup.once(f"model {spec}", lambda: setup.load_model(spec))
+
+
 def measurements(setup: Setup) -> list[Measurement]:
     """PGD-20 on each of the other models, scored by this one; within the ball, so what breaks here is not robust."""
     names = options_of(setup.config, TransferOptions).transfer_from
@@ -33,7 +43,7 @@ def _attacked_on(setup: Setup, spec: str, number: int) -> Measurement:
     threat, keep = make_threat(config.norm, config.eps, STEPS, config.alpha), setup.keep(name)
 
     def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
-        other = setup.once(f"model {spec}", lambda: setup.load_model(spec))
+        other = _other(setup, spec)
         x = attack_classifier(other, images, labels, threat, samples=samples, seed=config.seed)
         row = score(model, x, images, labels)
         if keep is not None:
@@ -63,4 +73,4 @@ def render(numbers: Numbers) -> str:
     return paragraph(words) + table(head, rows, numbers=(1, 2, 3))
 
 
-register(Topic("transfer", "Attacks from other models", measurements, summarize, render, 60, TransferOptions))
+register(Topic("transfer", "Attacks from other models", measurements, summarize, render, 60, TransferOptions, check))
