@@ -8,8 +8,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,25 @@ UNBROKEN = "none"
 
 @contextmanager
 def strict_fp32(device: torch.device) -> Iterator[None]:
-    """fp32 matmuls and convolutions without TF32 or autocast; the settings come back on leaving."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    """fp32 matmuls and convolutions without TF32, bf16 or autocast; the settings come back on leaving."""
+    cuda, cudnn, onednn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    products: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn, onednn.matmul, onednn.conv, onednn.rnn]
+    before = [partial(setattr, each, "fp32_precision", each.fp32_precision) for each in products]
+    # PyTorch has older settings beside these, and refuses to read them where the newer ones say something else.
+    with suppress(RuntimeError):
+        before.insert(0, partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+    with suppress(RuntimeError):
+        before.insert(0, partial(setattr, cudnn, "allow_tf32", cudnn.allow_tf32))
     try:
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+        for each in products:
+            each.fp32_precision = "ieee"
         with no_autocast(device):
             yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
+        for restore in before:
+            restore()
 
 
 @dataclass

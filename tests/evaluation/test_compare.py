@@ -27,16 +27,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("compared")
     for steps, name in ((120, "long"), (40, "short")):
         torch.jit.script(train_small(steps)).save(str(folder / f"{name}.ts"))
-    (folder / "others.txt").write_text("\n".join(str(i) for i in range(1, 90, 2)))
     asked: dict[str, tuple[str, dict[str, Any]]] = {
-        "long": ("long", {"limit": 60}), "short": ("short", {"limit": 60}),
-        "easy": ("short", {"limit": 60, "eps": EPS / 4}), "other step": ("long", {"limit": 60, "alpha": EPS / 20}),
-        "other seed": ("long", {"limit": 60, "seed": 1}),
-        "more attacks": ("long", {"limit": 60, "targets": 1}),
-        "other images": ("short", {"index_file": str(folder / "others.txt")}), "fewer": ("short", {"limit": 20}),
+        "long": ("long", {}), "short": ("short", {}), "easy": ("short", {"eps": EPS / 4}),
+        "other step": ("long", {"alpha": EPS / 20}), "fewer": ("short", {"limit": 20}),
     }  # fmt: skip
     for name, (model, options) in asked.items():
-        settings = {"eps": EPS, "autoattack": "no", **options}
+        settings = {"eps": EPS, "limit": 60, "autoattack": "no", **options}
         config = EvaluateConfig(
             str(folder / f"{model}.ts"), "table", DIGITS, output_dir=str(folder / name), **settings
         )  # fmt: skip
@@ -64,51 +60,62 @@ def test_other_radii_are_not_compared_in_pairs(folders: dict[str, Path]) -> None
     assert any("not comparable" in warning for warning in comparison.warnings(evaluations))
 
 
-def compared(folders: dict[str, Path], first: str, other: str) -> tuple[dict[str, comparison.Difference], str]:
-    """(differences by measure, what the reader is told) of two of them, by the page that everybody sees."""
-    evaluations = comparison.load([str(folders[first]), str(folders[other])])
+def both(folders: dict[str, Path], first: str, other: str) -> list[comparison.Evaluation]:
+    """Two finished evaluations, by name."""
+    return comparison.load([str(folders[first]), str(folders[other])])
+
+
+def measures(evaluations: list[comparison.Evaluation]) -> set[str]:
+    """What is tested; all that the reader is told is in the text that everybody sees."""
     shown = comparison.markdown(evaluations)
     assert all(warning in shown for warning in comparison.warnings(evaluations))
-    return {d.measure: d for d in comparison.differences(evaluations)}, shown
+    return {d.measure for d in comparison.differences(evaluations)}
 
 
 def test_models_on_other_images_are_compared_on_those_they_share(folders: dict[str, Path]) -> None:
-    found, words = compared(folders, "long", "fewer")
-    assert {d.total for d in found.values()} == {20} and set(found) == {"no attack", "all attacks"}
-    assert "share 20 images" in words
+    evaluations = both(folders, "long", "fewer")
+    assert measures(evaluations) == {"no attack", "all attacks"}
+    assert {d.total for d in comparison.differences(evaluations)} == {20}
+    assert any("share 20 images" in warning for warning in comparison.warnings(evaluations))
 
 
-def test_no_image_in_common_is_no_pair(folders: dict[str, Path]) -> None:
-    """Images are told apart by what they hold, not by their position in a source of some name."""
-    evaluations = comparison.load([str(folders[name]) for name in ("fewer", "other images")])
-    common = set(evaluations[0].correct) & set(evaluations[1].correct)
-    samples = [set(one.results.sections["accuracy"]["broken_by"]) for one in evaluations]
-    assert len(common) == len(samples[0] & samples[1])
-    for one in evaluations:  # the same positions of another data set
-        one.results.images["digests"] = {s: f"{one.name} {s}" for s in one.results.images["digests"]}
-    assert comparison.differences(evaluations) == []
-    assert "no image in common" in " ".join(comparison.warnings(evaluations))
-    del evaluations[1].results.images["digests"]
-    assert comparison.differences(evaluations) == []
+def test_images_are_the_same_by_what_they_hold(folders: dict[str, Path]) -> None:
+    """Not by their positions in data of some name: those of other data are not, renamed data's are."""
+    evaluations = both(folders, "long", "short")
+    images = evaluations[1].results.images
+    images["source"] = "the same by another name"
+    assert measures(evaluations) == {"no attack", "all attacks"}
+    images |= {"source": "digits", "digests": {sample: f"other {sample}" for sample in images["digests"]}}
+    assert measures(evaluations) == set()
+    assert "no image in common" in comparison.warnings(evaluations)[0]
+    del images["digests"]
+    assert measures(evaluations) == set()
 
 
-@pytest.mark.parametrize(
-    ("other", "reason"),
-    [
-        ("other step", rf"PGD-20: alpha {EPS / 20} and {EPS / 4}"),
-        ("more attacks", "only one of them PGD-20 at 1 classes"),
-    ],
-)
-def test_one_model_under_other_attacks_is_shown_and_not_tested(
-    folders: dict[str, Path], other: str, reason: str
-) -> None:
-    found, words = compared(folders, "long", other)
-    assert set(found) == {"no attack"} and found["no attack"].only_first == found["no attack"].only_other == 0
-    assert reason in words and "not tested" in words
+def test_equal_images_are_counted_each(folders: dict[str, Path]) -> None:
+    evaluations = both(folders, "long", "short")
+    for one in evaluations:
+        one.results.images["digests"] = dict.fromkeys(one.results.images["digests"], "all alike")
+    assert {d.total for d in comparison.differences(evaluations)} == {60}
 
 
-def test_another_seed_is_the_same_attack(folders: dict[str, Path]) -> None:
-    assert set(compared(folders, "long", "other seed")[0]) == {"no attack", "all attacks"}
+def test_one_model_attacked_by_other_steps_is_shown_and_not_tested(folders: dict[str, Path]) -> None:
+    evaluations = both(folders, "long", "other step")
+    assert measures(evaluations) == {"no attack"}
+    (clean,) = comparison.differences(evaluations)
+    assert clean.only_first == clean.only_other == 0
+    (warning,) = comparison.warnings(evaluations)
+    assert f"PGD-20: alpha {EPS / 20} and {EPS / 4}" in warning and "not tested" in warning
+
+
+def test_attacks_that_one_did_not_face_are_named_and_seeds_make_no_attack(folders: dict[str, Path]) -> None:
+    evaluations = both(folders, "long", "short")
+    faced = evaluations[1].results.choices["faced"]
+    faced["PGD-20"]["seed"] = 7
+    assert measures(evaluations) == {"no attack", "all attacks"}
+    faced["AutoAttack"] = {"version": "rand"}
+    assert measures(evaluations) == {"no attack"}
+    assert "only one of them AutoAttack" in comparison.warnings(evaluations)[0]
 
 
 def test_versions_of_autoattack_and_parts_of_the_images_are_kept_apart() -> None:

@@ -1,5 +1,6 @@
 """The record says in which precision a model was seen to compute, not in which it was asked to."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,55 @@ def test_permission_to_round_is_seen_where_the_products_are() -> None:
     assert found.lower == ["bf16 products"] and "bf16 products" in str(found)
 
 
-def test_no_global_permission_reaches_the_evaluation() -> None:
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        assert seen(SmallNet()) == TRUE
-    finally:
-        torch.set_float32_matmul_precision(before)
+PERMISSIONS: list[tuple[Any, str, Any]] = [
+    (torch.backends, "fp32_precision", "tf32"), (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    (torch.backends.mkldnn.conv, "fp32_precision", "bf16"), (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+    (torch.backends.cuda.matmul, "allow_tf32", True), (torch.backends.cudnn, "allow_tf32", False),
+]  # fmt: skip
+
+
+def settings() -> list[Any]:
+    """All there are; the older ones cannot be read where the newer ones differ from them."""
+    backends = torch.backends
+    found: list[Any] = [
+        each.fp32_precision for each in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul,
+                                         backends.mkldnn.conv)
+    ]  # fmt: skip
+    for read in (torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append("not to be read")
+    return found
+
+
+@pytest.fixture
+def settled() -> Iterator[None]:
+    """All settings come back, whatever a test did to them."""
+    before = settings()
+    yield
+    backends = torch.backends
+    backends.fp32_precision = "none"  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("highest")
+    backends.cudnn.allow_tf32 = True
+    for each, value in zip(
+        (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv), before, strict=False
+    ):
+        each.fp32_precision = value
+    assert settings() == before
+
+
+@pytest.mark.parametrize(("place", "name", "value"), PERMISSIONS, ids=lambda value: str(value).split(" ")[-1][-40:])
+def test_no_permission_reaches_the_evaluation_and_all_come_back(
+    settled: None, place: Any, name: str, value: Any
+) -> None:
+    setattr(place, name, value)
+    before = settings()
+    assert seen(SmallNet()) == TRUE
+    with strict_fp32(CPU):
+        assert not allowed_roundings(CPU) | allowed_roundings(torch.device("cuda"))
+        assert settings()[-2:] == ["highest", False]
+    assert settings() == before
 
 
 def bf16() -> nn.Module:
