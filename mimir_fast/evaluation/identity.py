@@ -94,9 +94,12 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> str:
     found = []
     for name in dict.fromkeys([*now, *saved]):
         before, after = saved.get(name), now.get(name)
-        if not same(before, after):
-            long = isinstance(before, dict) and isinstance(after, dict)
-            found.append(f"{name}: {_differing(before, after)}" if long else f"{name}: {before} -> {after}")
+        if same(before, after):
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            found.append(f"{name}: {_differing(before, after)}")
+        else:
+            found.append(f"{name}: {before} -> {after}")
     return "; ".join(found)
 
 

@@ -37,8 +37,8 @@ UNBROKEN = "none"
 @contextmanager
 def strict_fp32(device: torch.device) -> Iterator[None]:
     """fp32 matmuls and convolutions without TF32, bf16 or autocast; the settings come back on leaving."""
-    cuda, cudnn, onednn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    products: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn, onednn.matmul, onednn.conv, onednn.rnn]
+    cuda, cudnn, onednn = (getattr(torch.backends, name) for name in ("cuda", "cudnn", "mkldnn"))
+    products = [cuda.matmul, cudnn.conv, cudnn.rnn, onednn.matmul, onednn.conv, onednn.rnn]
     before = [partial(setattr, each, "fp32_precision", each.fp32_precision) for each in products]
     # PyTorch has older settings beside these, and refuses to read them where the newer ones say something else.
     with suppress(RuntimeError):

@@ -151,8 +151,10 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
         entries.append(entry)
     if not entries:
         return None
+    trained = autoencoder_of(setup, torch.device("cpu"))[1] if pretrained_of(setup) else None
     return {"points": entries, "count": len(rows["attacked"]), "norm": setup.config.norm,
-            "batch_size": setup.config.batch_size}  # fmt: skip
+            "batch_size": setup.config.batch_size,
+            "norm_pix_loss": trained is not None and trained.norm_pix_loss}  # fmt: skip
 
 
 def render(numbers: Numbers) -> str:
@@ -175,6 +177,11 @@ def render(numbers: Numbers) -> str:
             "bound: Proposition 3.3, under the assumption that nothing is lost between the attacked image, its code, "
             "and the two classes."
         )
+        if numbers.get("norm_pix_loss"):
+            words.append(
+                "The masked autoencoder predicts normalised patches (norm_pix_loss): z holds neither their means nor "
+                "their deviations, and x_re gets the same ones everywhere. The lower bound may then be far below I."
+            )
         crossed = [p["label"] for p in bounded if p["crossed"]]
         words.append(
             f"The upper bound lies BELOW the lower one at ε = {', '.join(crossed)}: the assumption behind it does not "
