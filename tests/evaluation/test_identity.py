@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from file_state import file_state
@@ -13,6 +14,8 @@ from small_classifier import DIGITS, EPS, SmallNet
 
 from mimir_fast.data import DataConfig
 from mimir_fast.data.sources import build_source
+from mimir_fast.data.sources.base import RawSource, subset
+from mimir_fast.data.sources.shards import ShardSource
 from mimir_fast.evaluation.adapters import JudgedModel
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.content import content_of
@@ -142,6 +145,27 @@ def test_the_content_of_arrays_is_their_pixels_and_labels() -> None:
     source.images = source.images.copy()
     source.images[7, 0, 0, 0] ^= 1
     assert len({before, labels, content_of(source)}) == 3
+
+
+def test_samples_of_shards_are_known_by_their_place_in_them(tmp_path: Path) -> None:
+    numbers = np.arange(3)
+
+    def tar(folder: str, size: int) -> ShardSource:
+        return ShardSource([tmp_path / folder / "val.tar"], 0 * numbers, 512 * numbers, numbers + size, numbers)
+
+    def raw(folder: str, width: int) -> RawSource:
+        table = {
+            "shard_ids": 0 * numbers,
+            "offsets": 64 * numbers,
+            "heights": 8 + 0 * numbers,
+            "widths": width + numbers,
+        }
+        return RawSource("raw", ["a", "b", "c"], numbers, [tmp_path / folder / "val.bin"], table, 1)
+
+    for make in (tar, raw):
+        source = make("here", 8)
+        assert content_of(source) == content_of(make("there", 8)) != content_of(make("here", 9))
+        assert content_of(source, numbers[:2]) == content_of(subset(source, numbers[:2])) != content_of(source)
 
 
 @pytest.mark.parametrize("changed", [{"alpha": EPS / 8}, {"seed": 1}, {"restarts": 2}, {"eps": EPS / 2}])
