@@ -95,10 +95,8 @@ def steepest(
     Args:
         part: of the pixels that an L1 step moves, one number or (B,); one pixel at least.
     """
-    flat = grad.flatten(1)
-    # Where a slope is infinite the step goes along it alone; one that is not a number says nothing.
-    steep = flat.isinf()
-    flat = torch.where(steep.any(1, keepdim=True), steep * flat.sign(), flat).nan_to_num(nan=0.0)
+    # A slope that is not finite says nothing of the others' sizes; left in, it makes a step that no ball can hold.
+    flat = grad.flatten(1).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     if norm == "l2":
         return (alpha * flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)).view_as(x)
     pixels = x.flatten(1)

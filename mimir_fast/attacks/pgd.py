@@ -30,9 +30,21 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
+NO_CLASS = -1
+"""Stands for a class where the logits are not finite."""
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """(…) int64: the class of the largest of (…, K) logits; NO_CLASS where one is NaN or infinite.
+
+    The argmax of such an answer means nothing: that of NaN is class 0, some images' label.
+    """
+    return logits.argmax(dim=-1).masked_fill(~logits.isfinite().all(dim=-1), NO_CLASS)
+
+
 def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) bool: the largest logit is the label's (B,). An answer with NaN in it is wrong: its argmax means nothing."""
-    return (logits.argmax(dim=1) == labels) & ~logits.isnan().any(dim=1)
+    """(B,) bool: the largest logit is the label's (B,). An answer that is not finite is wrong."""
+    return predicted(logits) == labels
 
 
 def image_bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:

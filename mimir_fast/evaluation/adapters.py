@@ -76,17 +76,25 @@ class JudgedModel:
 
     def digest(self) -> str:
         """SHA-256 over names and bytes of the weights, and the code of functions."""
-        from mimir_fast.models.file_names import to_files
+        return weights_digest(self.module, self.code)
 
-        digest = hashlib.sha256(self.code.encode())
-        # As digests always were, so that evaluations go on.
-        named = list(to_files(self.module, self.module.state_dict()).items())
-        for part in self.module.modules():
-            named += part.weights.items() if isinstance(part, Opaque) else ()
-        for name, value in sorted(named, key=lambda pair: pair[0]):
-            digest.update(name.encode())
-            digest.update(_bytes_of(value))
-        return digest.hexdigest()[:16]
+
+def weights_digest(module: nn.Module, code: str = "") -> str:
+    """SHA-256, shortened, over names and bytes of a model's weights, and over what no weight shows."""
+    from mimir_fast.models.file_names import to_files
+
+    digest = hashlib.sha256(code.encode())
+    # torch.compile wraps and names anew what stays the same.
+    module = getattr(module, "_orig_mod", module)
+    # Under the names of files, as digests always were.
+    named = list(to_files(module, module.state_dict()).items())
+    for part in module.modules():
+        named += part.weights.items() if isinstance(part, Opaque) else ()
+    plain = [(name.replace("_orig_mod.", ""), value) for name, value in named]
+    for name, value in sorted(plain, key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        digest.update(_bytes_of(value))
+    return digest.hexdigest()[:16]
 
 
 def _bytes_of(value: Any) -> bytes:

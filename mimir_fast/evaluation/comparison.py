@@ -6,6 +6,7 @@ everything comes from results.json.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -34,16 +35,32 @@ class Evaluation:
     results: Results
 
     @property
+    def broken_by(self) -> dict[str, str]:
+        """Image → what broke it; an image is known by its digest, and by how many equal ones came before it."""
+        known, seen, found = self.results.images.get("digests", {}), Counter[str](), dict[str, str]()
+        for sample, name in self.results.sections["accuracy"]["broken_by"].items():
+            if sample in known:
+                found[f"{known[sample]}.{seen[known[sample]]}"] = name
+                seen[known[sample]] += 1
+        return found
+
+    @property
     def robust(self) -> dict[str, bool]:
-        """Sample → right under every attack that ran on all images."""
-        broken: dict[str, str] = self.results.sections["accuracy"]["broken_by"]
-        return {sample: name == UNBROKEN for sample, name in broken.items()}
+        """Image → right under every attack that ran on all images."""
+        return {image: name == UNBROKEN for image, name in self.broken_by.items()}
 
     @property
     def correct(self) -> dict[str, bool]:
-        """Sample → right without attack."""
-        broken: dict[str, str] = self.results.sections["accuracy"]["broken_by"]
-        return {sample: name != "clean" for sample, name in broken.items()}
+        """Image → right without attack."""
+        return {image: name != "clean" for image, name in self.broken_by.items()}
+
+    @property
+    def faced(self) -> dict[str, dict[str, Any]]:
+        """The attacks that ran on all images, with their parameters; seeds are left out, they make no attack weaker."""
+        return {
+            label: {name: value for name, value in parameters.items() if name != "seed"}
+            for label, parameters in self.results.choices.get("faced", {}).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -108,10 +125,12 @@ def load(paths: Sequence[str | Path]) -> list[Evaluation]:
     """The evaluations, named by what tells them apart.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such evaluation, or it is of another version.
+        FileNotFoundError, ValueError: there is no such evaluation, it is of another version, or it has no result.
     """
     files = [find_results(Path(path)) for path in paths]
     read = [Results.read(file) for file in files]
+    if empty := [str(file) for file, results in zip(files, read, strict=True) if "accuracy" not in results.sections]:
+        raise ValueError(f"{empty[0]} holds no accuracies: its section failed; evaluate the model again")
     names = told_apart([results.choices for results in read], files)
     return [Evaluation(n, f, r) for n, f, r in zip(names, files, read, strict=True)]
 
@@ -124,24 +143,18 @@ def told_apart(choices: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> l
 
 def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
     """What makes the numbers incomparable."""
-    found = []
-    first = evaluations[0]
+    first, found = evaluations[0], []
     for other in evaluations[1:]:
-        if other.results.ball != first.results.ball:
-            balls = f"{other.name} was evaluated at {other.results.ball}, {first.name} at {first.results.ball}"
-            found.append(f"{balls}: not comparable.")
-        mine, theirs = first.results.images, other.results.images
-        if mine["source"] != theirs["source"] or mine["classes"] != theirs["classes"]:
-            found.append(f"{other.name} was evaluated on {theirs['source']}, {first.name} on {mine['source']}.")
-        elif set(other.robust) != set(first.robust):
-            common = len(set(other.robust) & set(first.robust))
-            found.append(f"{other.name} and {first.name} share {common} images; only these are compared in pairs.")
-        tried = [set(j.results.sections["accuracy"]["tried"]) for j in (first, other)]
-        if tried[0] != tried[1]:
-            more = "; ".join(sorted(tried[0] ^ tried[1]))
+        if reason := not_paired(first, other):
+            found.append(f"{other.name} and {first.name} {reason}: shown side by side, not tested against each other.")
+            continue
+        mine, theirs = set(first.correct), set(other.correct)
+        if mine != theirs:
+            found.append(f"{other.name} and {first.name} share {len(mine & theirs)} images; only these are compared.")
+        if reason := not_equally_attacked(first, other):
             found.append(
-                f"{other.name} and {first.name} faced different attacks ({more}): "
-                "their robust accuracies are not equally strict."
+                f"{other.name} and {first.name} {reason}: their robust accuracies are not equally strict, and are "
+                "shown but not tested against each other."
             )
     for one in evaluations:
         if one.results.verdicts["validity"]["kind"] == "bad":
@@ -149,18 +162,42 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
     return found
 
 
+def not_paired(first: Evaluation, other: Evaluation) -> str:
+    """Why no image can be compared, "" where some can: images are the same where their pixels and labels are."""
+    if other.results.images["classes"] != first.results.images["classes"]:
+        return f"have {other.results.images['classes']} and {first.results.images['classes']} classes to choose from"
+    if not set(first.correct) & set(other.correct):
+        return f"have no image in common ({other.results.images['source']}, {first.results.images['source']})"
+    return ""
+
+
+def not_equally_attacked(first: Evaluation, other: Evaluation) -> str:
+    """Why robust accuracies cannot be compared, "" where they can."""
+    if other.results.ball != first.results.ball:
+        return f"were attacked in other balls ({other.results.ball}; {first.results.ball}), which is not comparable"
+    mine, theirs = first.faced, other.faced
+    if alone := sorted(mine.keys() ^ theirs.keys()):
+        return f"faced different attacks on all their images (only one of them {'; '.join(alone)})"
+    differing = [
+        f"{label}: {name} {theirs[label].get(name)} and {mine[label].get(name)}"
+        for label in mine
+        for name in sorted(mine[label].keys() | theirs[label].keys())
+        if mine[label].get(name) != theirs[label].get(name)
+    ]
+    return f"faced attacks with other parameters ({'; '.join(differing)})" if differing else ""
+
+
 def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
-    """Every other model against the first, without attack and in the worst case, on the images both saw."""
+    """Every other model against the first, on the images both saw: without attack, and in the worst case where both
+    faced the same attacks."""
     first, found = evaluations[0], []
     for other in evaluations[1:]:
-        if other.results.ball != first.results.ball or other.results.images["source"] != first.results.images["source"]:
+        if not_paired(first, other):
             continue
-        for measure, mine, theirs in (
-            ("no attack", first.correct, other.correct),
-            (WORST, first.robust, other.robust),
-        ):
-            if difference := Difference.of(measure, other.name, mine, theirs):
-                found.append(difference)
+        pairs = [("no attack", first.correct, other.correct)]
+        if not not_equally_attacked(first, other):
+            pairs.append((WORST, first.robust, other.robust))
+        found += [d for pair in pairs if (d := Difference.of(pair[0], other.name, *pair[1:]))]
     return found
 
 

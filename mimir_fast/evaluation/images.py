@@ -6,10 +6,11 @@ and kept on disk, so an interrupted evaluation goes on with any number of proces
 Shapes: N images, C channels, H × W pixels.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ class EvaluationImages:
         classes: one name a class.
         source: the data set's name.
         skipped: unreadable files that were left out, path → reason.
+        digests: sample → what tells the labelled image from others, whatever size it was given.
     """
 
     images: Tensor
@@ -42,6 +44,7 @@ class EvaluationImages:
     classes: tuple[str, ...]
     source: str
     skipped: dict[str, str]
+    digests: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -237,9 +240,10 @@ def load_images(
 
 
 def load_from(
-    source: ImageSource, config: DataConfig, indices: np.ndarray, fitting: Fitting | None = None
-) -> EvaluationImages:
-    """Images of an open source; see `load_images`."""
+    source: ImageSource, config: DataConfig, indices: np.ndarray, fitting: Fitting | None = None, *,
+    digests: bool = False,
+) -> EvaluationImages:  # fmt: skip
+    """Images of an open source, with their digests where these are asked for; see `load_images`."""
     from mimir_fast.data.loaders.base import to_channels
 
     if len(indices) == 0:
@@ -253,7 +257,8 @@ def load_from(
     chosen = subset(source, indices)
     if (chosen.labels < 0).any():
         raise ValueError(f"{source.name} has images without labels: accuracy needs labels")
-    pixels, bad = decode_source(chosen, config, fitting)
+    known: dict[int, str] = {}
+    pixels, bad = decode_source(chosen, config, fitting, known if digests else None)
     if len(bad) == len(chosen):
         raise ValueError(f"none of the {len(bad)} images of {source.name} is readable, such as {bad[0]}")
     images = EvaluationImages(
@@ -263,6 +268,7 @@ def load_from(
         chosen.classes,
         source.name,
         {},
+        {str(indices[i]): known[i] for i in sorted(known)},
     )
     if not bad:
         return images
@@ -270,11 +276,22 @@ def load_from(
     return replace(images.take(readable), skipped={chosen.where(i): reason for i, reason in bad.items()})
 
 
+def image_digest(pixels: np.ndarray, label: int) -> str:
+    """Tells a labelled image (H, W, C) uint8, as its source has it, from others: 48 bits, hexadecimal."""
+    return hashlib.blake2b(f"{pixels.shape} {label} ".encode() + pixels.tobytes(), digest_size=6).hexdigest()
+
+
 def decode_source(
-    source: ImageSource, config: DataConfig, fitting: Fitting | None = None
+    source: ImageSource, config: DataConfig, fitting: Fitting | None = None, digests: dict[int, str] | None = None
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """((N, C, H, W) uint8, position → reason for unreadable files, whose pixels stay black)."""
+    """((N, C, H, W) uint8, position → reason for unreadable files, whose pixels stay black).
+
+    Args:
+        digests: filled with those of the readable images by position.
+    """
     if isinstance(source, ArraySource):
+        if digests is not None:
+            digests |= {i: image_digest(source.pixels(i), int(source.labels[i])) for i in range(len(source))}
         return np.ascontiguousarray(source.images), {}
     from mimir_fast.data.decode import UnreadableImageError
 
@@ -287,6 +304,8 @@ def decode_source(
         except (UnreadableImageError, OSError) as error:
             bad[index] = str(error)
             return
+        if digests is not None:
+            digests[index] = image_digest(pixels, int(source.labels[index]))
         images[index] = fit(pixels, config)
 
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # PIL decodes outside the interpreter's lock
@@ -328,7 +347,8 @@ class ImageSets:
 
     def _make(self, name: str, number: int) -> EvaluationImages:
         if name == "all":
-            return load_from(self.source, self.config, self.indices[number :: self.num_shards], self.fitting)
+            mine = self.indices[number :: self.num_shards]
+            return load_from(self.source, self.config, mine, self.fitting, digests=True)
         # Chosen among all evaluated images, so the same ones for any number of shards.
         count = min(int(name.removeprefix("few:")), len(self.indices))
         chosen = self.indices[np.arange(count) * len(self.indices) // count]

@@ -28,6 +28,10 @@ def fingerprint(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
+class OtherMeasurementError(ValueError):
+    """A file holds the rows of another measurement than the one that wants to go on in it."""
+
+
 class Journal:
     """Rows of images 0 … N−1 of a shard, appended batch by batch.
 
@@ -39,7 +43,7 @@ class Journal:
         num_images: how many.
         seconds: spent on them.
     Raises:
-        ValueError: the file holds another measurement.
+        OtherMeasurementError: the file holds another measurement.
     """
 
     def __init__(self, path: Path | None, settings: Any = None) -> None:
@@ -56,7 +60,7 @@ class Journal:
     def _restore(self, path: Path, lines: list[str], head: dict[str, Any]) -> None:
         saved = json.loads(lines[0])
         if saved["fingerprint"] != head["fingerprint"]:
-            raise ValueError(
+            raise OtherMeasurementError(
                 f"{path} holds a measurement with other settings: {saved['settings']}, now {head['settings']}; "
                 "give another --output_dir, or --overwrite to start anew"
             )

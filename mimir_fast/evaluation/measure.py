@@ -7,16 +7,18 @@ Shapes: B images a batch, C channels, H × W pixels, K classes.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import cross_entropy, is_correct
+from mimir_fast.attacks.pgd import NO_CLASS, cross_entropy, predicted
+from mimir_fast.evaluation.finite import finite_mean
 from mimir_fast.evaluation.images import EvaluationImages, MakeSet
 from mimir_fast.evaluation.journal import Journal, Row, read_journal
 from mimir_fast.evaluation.statistics import Count
@@ -34,16 +36,25 @@ UNBROKEN = "none"
 
 @contextmanager
 def strict_fp32(device: torch.device) -> Iterator[None]:
-    """fp32 matmuls and convolutions without TF32 or autocast; the settings come back on leaving."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    """fp32 matmuls and convolutions without TF32, bf16 or autocast; the settings come back on leaving."""
+    cuda, cudnn, onednn = (getattr(torch.backends, name) for name in ("cuda", "cudnn", "mkldnn"))
+    products = [cuda.matmul, cudnn.conv, cudnn.rnn, onednn.matmul, onednn.conv, onednn.rnn]
+    before = [partial(setattr, each, "fp32_precision", each.fp32_precision) for each in products]
+    # PyTorch has older settings beside these, and refuses to read them where the newer ones say something else.
+    with suppress(RuntimeError):
+        before.insert(0, partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+    with suppress(RuntimeError):
+        before.insert(0, partial(setattr, cudnn, "allow_tf32", cudnn.allow_tf32))
     try:
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+        for each in products:
+            each.fp32_precision = "ieee"
         with no_autocast(device):
             yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
+        for restore in before:
+            restore()
 
 
 @dataclass
@@ -108,8 +119,9 @@ def score(model: nn.Module, x: Tensor, images: Tensor, labels: Tensor) -> Row:
     """Outcome per image, of x, an attacked version of `images`.
 
     Returns:
-        (B,) each: `label`, `correct` (0 or 1), `loss` (cross entropy), `prediction` (class), `margin` (logit of the
-        true class less the largest other), and the size of the perturbation: `linf`, `l2`, `l1`.
+        (B,) each: `label`, `correct` (0 or 1), `loss` (cross entropy), `prediction` (class; NO_CLASS where the logits
+        are not finite), `margin` (logit of the true class less the largest other), and the size of the perturbation:
+        `linf`, `l2`, `l1`.
     Raises:
         ValueError: the model's outputs are not (B, K).
     """
@@ -120,13 +132,13 @@ def score(model: nn.Module, x: Tensor, images: Tensor, labels: Tensor) -> Row:
     logits, delta = logits.float(), (x - images).flatten(1)
     true = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
-    prediction = logits.argmax(dim=1)
+    prediction = predicted(logits)
     return {
         "label": labels,
-        "correct": is_correct(logits, labels).int(),
+        "correct": (prediction == labels).int(),
         "loss": cross_entropy(logits, labels),
         "prediction": prediction,
-        "margin": (true[:, 0] - others).nan_to_num(nan=-1e30, posinf=1e30, neginf=-1e30),
+        "margin": (true[:, 0] - others).masked_fill(prediction == NO_CLASS, -torch.inf).clamp(-1e30, 1e30),
         "linf": delta.abs().amax(dim=1),
         "l2": delta.norm(dim=1),
         "l1": delta.abs().sum(dim=1),
@@ -193,6 +205,11 @@ class Records:
         """The measurements of a topic, or of all topics."""
         return [item for name, items in self.plan.items() if topic in (None, name) for item in items]
 
+    def without(self, topics: Collection[str]) -> "Records":
+        """The same without the measurements of some topics."""
+        plan = {name: () if name in topics else items for name, items in self.plan.items()}
+        return Records(self.folder, self.num_shards, plan)
+
     def path(self, item: Measurement, shard: int) -> Path:
         """The journal of a measurement's shard."""
         return self.folder / f"{item.file}.{shard}of{self.num_shards}.jsonl"
@@ -204,6 +221,10 @@ class Records:
     def tensor(self, item: Measurement, name: str) -> Tensor:
         """(N, …) fp64 of one value."""
         return torch.tensor(self.rows(item)[name], dtype=torch.float64)
+
+    def mean(self, item: Measurement, name: str) -> float:
+        """Of one value; see `finite_mean`."""
+        return finite_mean(self.tensor(item, name))
 
     def count(self, item: Measurement) -> Count:
         """Images that are classified correctly."""

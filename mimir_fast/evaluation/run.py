@@ -8,9 +8,9 @@ The number of shards is fixed by the processes of the first start; later starts 
 processes there are. All processes must see the same folder: the main one waits for the others by reading it.
 """
 
-import hashlib
 import json
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,31 +18,37 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mimir_fast.attacks.adaptive import has_features
-from mimir_fast.checkpoints.durable import remove, write_text
+from mimir_fast.attacks.pgd import NO_CLASS
+from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource
 from mimir_fast.evaluation.adapters import JudgedModel, load_model
 from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.content import digest
+from mimir_fast.evaluation.finite import finite
+from mimir_fast.evaluation.folder import open_folder
+from mimir_fast.evaluation.identity import FIRST, identity_of, identity_of_model
 from mimir_fast.evaluation.images import Fitting, ImageSets, choose_indices, fitting_for, load_from
-from mimir_fast.evaluation.journal import fingerprint
-from mimir_fast.evaluation.measure import Records, ShardRun, strict_fp32
+from mimir_fast.evaluation.journal import OtherMeasurementError, fingerprint
+from mimir_fast.evaluation.measure import Measurement, Records, ShardRun, strict_fp32
 from mimir_fast.evaluation.options import SUITE_LIMITS
+from mimir_fast.evaluation.precision import measured_precision
 from mimir_fast.evaluation.progress import TimeLeft
 from mimir_fast.evaluation.report import render
-from mimir_fast.evaluation.results import PACKAGES, Results, birth_certificate, command_of, conclude
+from mimir_fast.evaluation.results import Results, birth_certificate, command_of, conclude
 from mimir_fast.evaluation.sanity import Sanity, inspect_model
-from mimir_fast.evaluation.topic import Setup, Topic, all_topics
+from mimir_fast.evaluation.topic import Numbers, Setup, Topic, all_topics
 from mimir_fast.models.facts import Asked
 from mimir_fast.training.distributed import World, start_world, stop_world
-from mimir_fast.versions import version_of
 
 Log = Callable[[str], None]
 EOT_DRAWS = 10
 """Of a random model that a gradient of PGD is the mean of."""
+RESULT = "accuracy"
+"""The topic without which there is nothing to report."""
 
 
 @dataclass
@@ -50,13 +56,11 @@ class Given:
     """What is evaluated, where Python has it in memory and no option names it.
 
     Attributes:
-        identity: of the images; JSON-able.
         command: what stands in the report as the way to the same numbers.
     """
 
     model: JudgedModel
     source: ImageSource
-    identity: dict[str, Any]
     command: str
 
 
@@ -67,12 +71,13 @@ class Job:
     Attributes:
         model: the evaluated model.
         indices: (N,) positions of the evaluated images in the test split.
-        identity: what all numbers depend on; JSON-able.
+        identity: what all numbers depend on, as the folder has it; JSON-able.
         topics: in the order of the report.
         records: the measurements of each topic, and their rows on disk.
         notes: what the reader must know of the model.
         command: what to type to repeat it.
         sanity: the first look at the model.
+        precision: in which it was seen to compute, in words.
     """
 
     config: EvaluateConfig
@@ -88,6 +93,7 @@ class Job:
     notes: list[str]
     command: str
     sanity: Sanity
+    precision: str
 
     def done(self, shard: int) -> Path:
         """Written when a shard is finished; holds the fingerprint of the plan."""
@@ -163,17 +169,25 @@ def prepare(config: EvaluateConfig, world: World, given: Given | None = None) ->
         probabilities=config.outputs == "probabilities", told=Asked(config.options, config.global_pool),
     )  # fmt: skip
     fitting = fitting_for(model.made_for, config.data.image_size, config.crop, config.interpolation)
-    x, _, _ = next(load_from(source, config.data, indices[:8], fitting).batches(8, world.device))
-    with strict_fp32(world.device):
-        sanity = inspect_model(model.module, x, source.num_classes, source.name)
+    first = load_from(source, config.data, indices[:FIRST], fitting)
+    x, _, _ = next(first.batches(FIRST, world.device))
 
-    notes = [*model.notes, *sanity.notes()]
+    def inspect(judged: JudgedModel) -> tuple[Sanity, dict[str, Any]]:
+        with strict_fp32(world.device):
+            found = inspect_model(judged.module, x, source.num_classes, source.name)
+        return found, identity_of_model(judged, found.logits, found.largest_difference)
+
+    sanity, known = inspect(model)
+    with strict_fp32(world.device):
+        precision = measured_precision(model.module, x)
+    notes = [*model.notes, *sanity.notes(), *filter(None, [precision.note()])]
+    others: dict[str, Any] = {}
     if not sanity.deterministic and config.eot is None:
         config = replace(config, eot=EOT_DRAWS)
 
     def load_other(spec: str) -> nn.Module:
         other = load(spec)
-        inspect_model(other.module, x, source.num_classes, source.name)
+        _, others[spec] = inspect(other)
         assumed = [] if other.report is None or not other.report.assumed else [other.report.assumption]
         notes.extend(f"{spec}: {note}" for note in [*other.notes, *assumed])
         return other.module
@@ -183,85 +197,58 @@ def prepare(config: EvaluateConfig, world: World, given: Given | None = None) ->
     setup = Setup(config, len(indices), source.classes, features, not model.opaque, load_other, trial)
     for topic in topics:
         topic.check(setup)
-    identity = identity_of(config, model, indices, fitting) | (given.identity if given else {})
+    identity = {"checkpoint": model.name, **known, "precision": str(precision)}
+    identity |= identity_of(config, model.preprocessing, source, indices, fitting)
+    identity["data"]["first"] = digest([first.images.numpy().tobytes()])
     for topic in topics:
         identity |= topic.identity(setup)
-    num_shards = open_folder(config, identity, min(world.size, len(indices)), main=world.is_main)
+    num_shards, identity = open_folder(
+        config, identity, others, min(world.size, len(indices)), main=world.is_main
+    )  # fmt: skip
     sets = ImageSets(source, config.data, indices, num_shards, fitting)
     plan = {topic.name: topic.measurements(setup) for topic in topics}
     records = Records(config.folder / "progress", num_shards, plan)
     command = given.command if given else command_of(config)
     return Job(
-        config, model, setup, source, indices, identity, sets, topics, records, world.device, notes, command, sanity
+        config, model, setup, source, indices, identity, sets, topics, records, world.device, notes, command, sanity,
+        str(precision),
     )  # fmt: skip
 
 
-def identity_of(config: EvaluateConfig, model: JudgedModel, indices: np.ndarray, fitting: Fitting) -> dict[str, Any]:
-    """What the numbers of all topics depend on: model, code, images, packages."""
-    root, size = config.data.root, config.data.image_size
-    return {
-        "checkpoint": model.name,
-        "weights": model.digest(),
-        "outputs": config.outputs,
-        "preprocessing": model.preprocessing,
-        "data": {
-            "source": config.data.source, "root": root and str(Path(root).expanduser().resolve()),
-            "size": list(size) if isinstance(size, tuple) else size, "channels": config.data.channels,
-            **fitting.as_dict(),
-        },
-        "indices": hashlib.sha256(indices.tobytes()).hexdigest()[:16],
-        "num_images": len(indices),
-        "norm": config.norm,
-        "packages": {name: version_of(name) for name in ("mimir-fast", "torch", "timm", *PACKAGES)},
-    }  # fmt: skip
-
-
-def open_folder(config: EvaluateConfig, identity: dict[str, Any], num_shards: int, *, main: bool) -> int:
-    """Make the folder ready on the main process; returns the number of shards that holds in it.
-
-    Raises:
-        ValueError: the folder holds the evaluation of another model or of other images, or something else.
-    """
-    progress = config.folder / "progress"
-    plan = progress / "plan.json"
-    if main:
-        if not plan.exists() and config.folder.exists() and any(config.folder.iterdir()):
-            raise ValueError(f"{config.folder} is not empty and holds no evaluation of ours: give another --output_dir")
-        if config.overwrite and plan.exists():
-            remove(progress)
-        progress.mkdir(parents=True, exist_ok=True)
-        if not plan.exists():
-            write_text(plan, json.dumps({"num_shards": num_shards, "identity": identity}, indent=1) + "\n")
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()  # all are at their start: this one waits for seconds
-    saved = json.loads(plan.read_text())
-    if fingerprint(saved["identity"]) != fingerprint(identity):
-        changed = [name for name in identity if saved["identity"].get(name) != identity[name]]
-        listing = "; ".join(f"{name}: {saved['identity'].get(name)} -> {identity[name]}" for name in changed)
-        raise ValueError(
-            f"{config.folder} holds the evaluation of something else ({listing}); give another --output_dir, or "
-            "--overwrite to start anew there"
-        )
-    return int(saved["num_shards"])
-
-
 def run_shard(job: Job, number: int, clock: TimeLeft, log: Log) -> None:
-    """All measurements of one shard; those that are on disk are not repeated."""
-    config, skipped = job.config, dict[str, str]()
-    for item in job.records.items():
-        images = job.sets.shard(item.images, number, item.make_set)
-        skipped |= images.skipped
-        settings = {
-            **job.identity, "images": item.images, "batch_size": config.batch_size, "attack": item.parameters
-        }  # fmt: skip
-        tick = clock.ticker(item, len(images), log)
-        how = ShardRun(config.batch_size, job.device, job.records.path(item, number), settings, tick, log)
-        record = item.run(job.model.module, images, how)
-        clock.finished()
-        right = record.values.get("correct")
-        share = f"{100 * sum(right) / len(right):.2f} % ({sum(right)}/{len(right)})" if right else ""
-        log(f"{item.file:>24}  {share:<24} {record.seconds:7.1f} s")
-    write_text(job.done(number), json.dumps({"plan": job.plan_mark, "skipped": skipped}) + "\n")
+    """All measurements of one shard; those that are on disk are not repeated.
+
+    A topic whose measurement raises is left out of the report, which says so: nothing else is lost by it.
+    """
+    skipped, failed = dict[str, str](), dict[str, str]()
+    for topic, items in job.records.plan.items():
+        try:
+            for item in items:
+                skipped |= _run_item(job, item, number, clock, log)
+        except OtherMeasurementError:
+            raise
+        except Exception as error:
+            if topic == RESULT:
+                raise
+            failed[topic] = failure(error)
+            log(f"{topic} failed: {failed[topic]}")
+    whole = job.sets.shard("all", number)
+    done = {"plan": job.plan_mark, "skipped": skipped, "failed": failed, "digests": whole.digests}
+    write_text(job.done(number), json.dumps(done) + "\n")
+
+
+def _run_item(job: Job, item: Measurement, number: int, clock: TimeLeft, log: Log) -> dict[str, str]:
+    """One measurement of one shard; returns its unreadable files."""
+    config, images = job.config, job.sets.shard(item.images, number, item.make_set)
+    settings = {**job.identity, "images": item.images, "batch_size": config.batch_size, "attack": item.parameters}
+    tick = clock.ticker(item, len(images), log)
+    how = ShardRun(config.batch_size, job.device, job.records.path(item, number), settings, tick, log)
+    record = item.run(job.model.module, images, how)
+    clock.finished()
+    right = record.values.get("correct")
+    share = f"{100 * sum(right) / len(right):.2f} % ({sum(right)}/{len(right)})" if right else ""
+    log(f"{item.file:>24}  {share:<24} {record.seconds:7.1f} s")
+    return images.skipped
 
 
 def wait_for_shards(job: Job, log: Log, every: float = 0.2) -> None:
@@ -281,10 +268,14 @@ def _is_done(job: Job, number: int) -> bool:
 
 def summarize(job: Job) -> Results:
     """Results of a finished evaluation, from its files alone."""
-    config, model, records = job.config, job.model, job.records
-    skipped: dict[str, str] = {}
-    for number in range(records.num_shards):
-        skipped |= json.loads(job.done(number).read_text())["skipped"]
+    config, model = job.config, job.model
+    skipped, failed, digests = dict[str, str](), dict[str, str](), dict[str, str]()
+    for number in range(job.records.num_shards):
+        done = json.loads(job.done(number).read_text())
+        skipped |= done["skipped"]
+        failed |= done["failed"]
+        digests |= done["digests"]
+    records = job.records.without(failed)
     results = Results(environment=birth_certificate(), notes=list(job.notes), command=job.command)
     results.choices = {
         **asdict(config),
@@ -301,17 +292,60 @@ def summarize(job: Job) -> Results:
             "largest_difference": job.sanity.largest_difference,
             "batch_difference": job.sanity.batch_difference,
         },
-        "precision": "fp32, no TF32, no autocast",
+        "precision": job.precision,
+        "faced": {
+            item.label or item.name: item.parameters
+            for item in records.items()
+            if item.in_ball and len(records.rows(item).get("sample", ())) == len(digests)
+        },
     }
     results.images = {
         "source": job.source.name, "split": "test", "count": len(job.indices) - len(skipped),
-        "classes": job.source.num_classes, "indices": job.indices.tolist(), "skipped": skipped,
+        "classes": job.source.num_classes, "indices": job.indices.tolist(), "skipped": skipped, "digests": digests,
     }  # fmt: skip
     for topic in job.topics:
-        if (numbers := topic.summarize(job.setup, records.items(topic.name), records)) is not None:
-            results.sections[topic.name] = numbers
-            results.notes += numbers.pop("notes", [])
+        if topic.name not in failed:
+            try:
+                _add_section(results, topic, topic.summarize(job.setup, records.items(topic.name), records))
+            except Exception as error:
+                failed[topic.name] = failure(error)
+    results.notes += not_finite(records)
+    results.notes += [f"The section {name!r} failed and is left out: {words}" for name, words in failed.items()]
     if skipped:
         some = next(iter(skipped.items()))
         results.notes.append(f"{len(skipped)} unreadable files were left out, such as {some[0]}: {some[1]}")
-    return conclude(results)
+    if RESULT not in failed:
+        return conclude(results)
+    for name in ("robustness", "validity"):
+        results.verdicts[name] = {"kind": "bad", "large": "No result", "text": failed[RESULT]}
+    return results
+
+
+def _add_section(results: Results, topic: Topic, numbers: Numbers | None) -> None:
+    if numbers is not None:
+        numbers = finite(numbers)
+        json.dumps(numbers, allow_nan=False)
+        topic.columns(numbers)
+        results.notes += numbers.pop("notes", [])
+        results.sections[topic.name] = numbers
+
+
+def failure(error: Exception) -> str:
+    """An error in words, its traceback on the screen."""
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def not_finite(records: Records) -> list[str]:
+    """A note that names the measurements where answers of the model were not finite, none where all were."""
+    found = dict[str, str]()
+    for item in records.items():
+        predictions = records.rows(item).get("prediction", [])
+        if count := predictions.count(NO_CLASS):
+            found[item.label or item.name] = f"{item.label or item.name}: {count} of {len(predictions)} images"
+    if not found:
+        return []
+    return [
+        f"Logits are NaN or infinite ({'; '.join(found.values())}). These images count as misclassified: what breaks "
+        "them is the model's arithmetic, not a border between classes."
+    ]

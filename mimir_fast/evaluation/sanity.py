@@ -30,14 +30,14 @@ class Sanity:
     """What was found.
 
     Attributes:
-        num_classes: K.
+        logits: (B, K), its first answer.
         deterministic: the same images gave the same logits every time.
         largest_difference: between two answers to the same images, relative to the logits' norm.
         batch_difference: between the answers for some images beside others, beside the negatives of these, and alone; 0
             for one image, and for a model that is not deterministic.
     """
 
-    num_classes: int
+    logits: Tensor
     deterministic: bool
     largest_difference: float
     batch_difference: float = 0.0
@@ -115,7 +115,7 @@ def inspect_model(model: nn.Module, images: Tensor, num_classes: int, classes_of
     difference = max(relative_difference(first, second), *(relative_difference(alone, other) for other in again))
     beside = answer(model, torch.cat([images[:half], 1 - images[half:]]))[:half]
     in_batch = max(relative_difference(first[:half], beside), relative_difference(first[:half], alone, OF_SIZES))
-    return Sanity(first.shape[1], not difference, difference, 0.0 if difference else in_batch)
+    return Sanity(first, not difference, difference, 0.0 if difference else in_batch)
 
 
 def relative_difference(first: Tensor, second: Tensor, tolerance: float = TOLERANCE) -> float:

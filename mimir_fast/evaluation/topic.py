@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from mimir_fast.attacks.pgd import NO_CLASS
 from mimir_fast.evaluation.images import ImageSets
 from mimir_fast.evaluation.measure import Measurement, Records
 from mimir_fast.evaluation.options import CommonOptions
@@ -32,7 +33,8 @@ class Setup:
         classes: their names, one a class.
         has_features: the model shows its features (`forward_features`).
         has_weights: the model's weights can be moved (no exported program, no plain function).
-        load_model: loads another classifier, named as for --checkpoint, and looks at its answers to a few images.
+        load_model: loads another classifier, named as for --checkpoint, and looks at its answers to a few images. What
+            is loaded in a topic's `check` is part of what the evaluation depends on.
         trial: two of the evaluated images, on which `Topic.check` tries what it was given; None: nothing is tried.
     """
 
@@ -49,6 +51,10 @@ class Setup:
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.classes)
+
+    def class_name(self, number: int) -> str:
+        """The name of a predicted class; that of NO_CLASS says what it is."""
+        return "not finite" if number == NO_CLASS else self.classes[number]
 
     def subset(self, count: int) -> str:
         """Name of the set of `count` images at equal distances, of all where there are no more."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import Loss, cross_entropy, pgd
+from mimir_fast.attacks.pgd import Loss, cross_entropy, is_correct, pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data.batch import Batch
 from mimir_fast.layers.borrowing import AttackMode, borrowed, unwrap
@@ -173,6 +173,6 @@ def both_logits(model: nn.Module, inputs: Inputs, adversarial: Tensor) -> tuple[
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Part of the batch whose largest logit is the (heaviest) true class, a detached scalar."""
+    """Part of the batch whose largest logit is the (heaviest) true class, a detached scalar; see `is_correct`."""
     truth = targets if targets.ndim == 1 else targets.argmax(dim=1)
-    return (logits.detach().argmax(dim=1) == truth).float().mean()
+    return is_correct(logits.detach(), truth).float().mean()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimir_fast.attacks.pgd import is_correct
 from mimir_fast.probing.features import Features
 
 RATES = tuple(base * 10.0**power for power in range(-4, 1) for base in (1, 2, 5))[:-2]
@@ -42,7 +43,7 @@ class Heads:
         """Of each head, 0 … 1."""
         correct = torch.zeros(len(self.rates))
         for values, labels in zip(features.values.split(4096), features.labels.split(4096), strict=True):
-            correct += (self.logits(values).argmax(dim=2) == labels).sum(dim=1)
+            correct += is_correct(self.logits(values), labels).sum(dim=1)
         return [float(c) / len(features) for c in correct]
 
     def linear(self, index: int) -> nn.Linear:

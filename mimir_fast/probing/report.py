@@ -12,6 +12,7 @@ import torch
 from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.data.sources.base import ImageSource
 from mimir_fast.evaluation.charts import Line, line_chart
+from mimir_fast.evaluation.finite import finite
 from mimir_fast.evaluation.html import figure, listing, page, paragraph, percent, span, table, tiles
 from mimir_fast.evaluation.images import EvaluationImages, load_from
 from mimir_fast.evaluation.measure import strict_fp32
@@ -48,6 +49,7 @@ def write(probing: Probing, outcomes: list[Outcome], notes: list[str], against: 
         "notes": notes, "environment": environment(),
     }  # fmt: skip
     found["pictures"], shown = pictures(probing, against) if config.pictures else ({}, [])
+    found = finite(found)
     write_text(config.folder / "results.json", json.dumps(found, indent=1) + "\n")
     write_text(config.folder / "report.html", html(probing, outcomes, notes, found, shown))
 

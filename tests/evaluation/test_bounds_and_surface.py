@@ -13,6 +13,8 @@ from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.evaluation.topics import information
 from mimir_fast.evaluation.topics.information import Bounds, binary_entropy, bounds_of, entropy, lower_bound
 from mimir_fast.evaluation.topics.surface import filter_normalized_direction, input_surface, weight_surface
+from mimir_fast.ops.dependence import bandwidth
+from mimir_fast.ops.renyi_mi import renyi_mi
 
 
 def test_entropy_in_bits() -> None:
@@ -47,12 +49,63 @@ def test_bounds_are_those_of_the_propositions() -> None:
     p = 3 / 8
     h_b = -p * math.log2(p) - (1 - p) * math.log2(1 - p)
     h_rebuilt = -(5 / 8) * math.log2(5 / 8) - (3 / 8) * math.log2(3 / 8)
-    assert found.p_error == p
-    assert found.lower == pytest.approx(1.0 - h_b - p * math.log2(3))
+    assert (found.p_error, found.entropy) == (p, pytest.approx(1.0))
+    assert 1.0 - h_b - p * math.log2(3) < 0 and found.lower == 0, "information is never negative"
+    assert bounds_of(attacked, rebuilt, 2).lower == pytest.approx(1.0 - h_b)
     assert found.upper == pytest.approx(h_rebuilt - 2 * p)
     assert found.upper_of_proof == pytest.approx(1.0 - 2 * p)
     with pytest.raises(ValueError, match="probability"):
         lower_bound(1.0, 1.5, 10)
+
+
+def classes_of(values: torch.Tensor) -> torch.Tensor:
+    """Four classes, by quarters of the normal distribution."""
+    return torch.bucketize(values, torch.tensor([-0.6745, 0.0, 0.6745]))
+
+
+def test_a_code_that_is_constant_carries_nothing() -> None:
+    """Whatever one makes of it, by a constant or by chance."""
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    for rebuilt in (torch.zeros(4000), torch.full((4000,), 3.0)):
+        assert bounds_of(classes_of(x), classes_of(rebuilt), 4).lower == 0
+    by_chance = torch.randn(4000, generator=torch.Generator().manual_seed(1))
+    assert bounds_of(classes_of(x), classes_of(by_chance), 4).lower < 1e-3
+    assert renyi_mi(x[:256, None], torch.ones(256, 1)) == 0
+
+
+def test_a_code_that_is_the_image_carries_its_class() -> None:
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    found = bounds_of(classes_of(x), classes_of(x), 4)
+    assert found.lower == found.entropy == found.upper == pytest.approx(2.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.5, 1.0, 3.0])
+def test_a_gaussian_channel_carries_no_less_than_the_bound(noise: float) -> None:
+    """z = x + n has I(x, z) = log2(1 + 1/σ²)/2; x_re is the best estimate of x from z."""
+    draws = torch.randn(2, 40000, generator=torch.Generator().manual_seed(0))
+    x, z = draws[0], draws[0] + noise * draws[1]
+    found = bounds_of(classes_of(x), classes_of(z / (1 + noise**2)), 4)
+    information = 0.5 * math.log2(1 + noise**-2)
+    assert 0 <= found.lower <= information
+    if noise == 0.1:
+        assert found.lower > 1.2, "of 3.3 bits, of which the class has 2"
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
+def test_the_estimate_of_a_gaussian_channel_is_its_closed_form(noise: float) -> None:
+    """Means of K², L² and K²L² over pairs, K² = exp(−2γd²), are determinants of Gaussians: d = √2·(x, z)."""
+    draws = torch.randn(2, 3000, 1, generator=torch.Generator().manual_seed(0))
+    x, z = draws[0], draws[0] + noise * draws[1]
+    gammas = torch.stack([bandwidth.gamma(v, 5.0, "median") for v in (x, z)])
+    covariance = torch.tensor([[1.0, 1.0], [1.0, 1 + noise**2]], dtype=torch.float64)
+    whole = torch.linalg.det(torch.eye(2) + 8 * torch.diag(gammas) @ covariance) ** -0.5
+    alone = (1 + 8 * gammas * covariance.diagonal()) ** -0.5
+    assert float(renyi_mi(x, z)) == pytest.approx(float((whole / alone.prod()).log2()), abs=0.03)
+
+
+def test_answers_that_are_not_finite_are_a_class_of_their_own() -> None:
+    attacked, rebuilt = torch.tensor([0, 1, -1, -1]), torch.tensor([0, 1, -1, 0])
+    assert bounds_of(attacked, rebuilt, 2) == bounds_of(attacked + 1, rebuilt + 1, 3)
 
 
 def test_crossed_bounds_are_said() -> None:

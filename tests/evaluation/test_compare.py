@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Command
@@ -13,6 +14,7 @@ from mimir_fast.evaluation import comparison
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.run import evaluate
+from mimir_fast.evaluation.topics.autoattack import columns
 from mimir_fast.models.load_report import LoadReport
 
 
@@ -23,16 +25,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from small_classifier import train_small
 
     folder = tmp_path_factory.mktemp("compared")
-    found = {}
-    for name, steps, eps in (("long", 120, EPS), ("short", 40, EPS), ("easy", 40, EPS / 4)):
+    for steps, name in ((120, "long"), (40, "short")):
         torch.jit.script(train_small(steps)).save(str(folder / f"{name}.ts"))
+    asked: dict[str, tuple[str, dict[str, Any]]] = {
+        "long": ("long", {}), "short": ("short", {}), "easy": ("short", {"eps": EPS / 4}),
+        "other step": ("long", {"alpha": EPS / 20}), "fewer": ("short", {"limit": 20}),
+    }  # fmt: skip
+    for name, (model, options) in asked.items():
+        settings = {"eps": EPS, "limit": 60, "autoattack": "no", **options}
         config = EvaluateConfig(
-            str(folder / f"{name}.ts"), "table", DIGITS, eps=eps, limit=60, autoattack="no",
-            output_dir=str(folder / name),
+            str(folder / f"{model}.ts"), "table", DIGITS, output_dir=str(folder / name), **settings
         )  # fmt: skip
         evaluate(config, log=lambda line: None)
-        found[name] = folder / name
-    return found
+    return {name: folder / name for name in asked}
 
 
 def test_differences_are_counted_image_by_image(folders: dict[str, Path]) -> None:
@@ -51,18 +56,74 @@ def test_differences_are_counted_image_by_image(folders: dict[str, Path]) -> Non
 
 def test_other_radii_are_not_compared_in_pairs(folders: dict[str, Path]) -> None:
     evaluations = comparison.load([str(folders["long"]), str(folders["easy"])])
-    assert comparison.differences(evaluations) == []
+    assert [d.measure for d in comparison.differences(evaluations)] == ["no attack"]
     assert any("not comparable" in warning for warning in comparison.warnings(evaluations))
 
 
-def test_models_on_other_images_share_some(folders: dict[str, Path], tmp_path: Path) -> None:
-    saved = json.loads((folders["short"] / "results.json").read_text())
-    broken = saved["sections"]["accuracy"]["broken_by"]
-    saved["sections"]["accuracy"]["broken_by"] = dict(list(broken.items())[:25])
-    (tmp_path / "results.json").write_text(json.dumps(saved))
-    evaluations = comparison.load([str(folders["long"]), str(tmp_path)])
-    assert {d.total for d in comparison.differences(evaluations)} == {25}
-    assert any("share 25 images" in warning for warning in comparison.warnings(evaluations))
+def both(folders: dict[str, Path], first: str, other: str) -> list[comparison.Evaluation]:
+    """Two finished evaluations, by name."""
+    return comparison.load([str(folders[first]), str(folders[other])])
+
+
+def measures(evaluations: list[comparison.Evaluation]) -> set[str]:
+    """What is tested; all that the reader is told is in the text that everybody sees."""
+    shown = comparison.markdown(evaluations)
+    assert all(warning in shown for warning in comparison.warnings(evaluations))
+    return {d.measure for d in comparison.differences(evaluations)}
+
+
+def test_models_on_other_images_are_compared_on_those_they_share(folders: dict[str, Path]) -> None:
+    evaluations = both(folders, "long", "fewer")
+    assert measures(evaluations) == {"no attack", "all attacks"}
+    assert {d.total for d in comparison.differences(evaluations)} == {20}
+    assert any("share 20 images" in warning for warning in comparison.warnings(evaluations))
+
+
+def test_images_are_the_same_by_what_they_hold(folders: dict[str, Path]) -> None:
+    """Not by their positions in data of some name: those of other data are not, renamed data's are."""
+    evaluations = both(folders, "long", "short")
+    images = evaluations[1].results.images
+    images["source"] = "the same by another name"
+    assert measures(evaluations) == {"no attack", "all attacks"}
+    images |= {"source": "digits", "digests": {sample: f"other {sample}" for sample in images["digests"]}}
+    assert measures(evaluations) == set()
+    assert "no image in common" in comparison.warnings(evaluations)[0]
+    del images["digests"]
+    assert measures(evaluations) == set()
+
+
+def test_equal_images_are_counted_each(folders: dict[str, Path]) -> None:
+    evaluations = both(folders, "long", "short")
+    for one in evaluations:
+        one.results.images["digests"] = dict.fromkeys(one.results.images["digests"], "all alike")
+    assert {d.total for d in comparison.differences(evaluations)} == {60}
+
+
+def test_one_model_attacked_by_other_steps_is_shown_and_not_tested(folders: dict[str, Path]) -> None:
+    evaluations = both(folders, "long", "other step")
+    assert measures(evaluations) == {"no attack"}
+    (clean,) = comparison.differences(evaluations)
+    assert clean.only_first == clean.only_other == 0
+    (warning,) = comparison.warnings(evaluations)
+    assert f"PGD-20: alpha {EPS / 20} and {EPS / 4}" in warning and "not tested" in warning
+
+
+def test_attacks_that_one_did_not_face_are_named_and_seeds_make_no_attack(folders: dict[str, Path]) -> None:
+    evaluations = both(folders, "long", "short")
+    faced = evaluations[1].results.choices["faced"]
+    faced["PGD-20"]["seed"] = 7
+    assert measures(evaluations) == {"no attack", "all attacks"}
+    faced["AutoAttack"] = {"version": "rand"}
+    assert measures(evaluations) == {"no attack"}
+    assert "only one of them AutoAttack" in comparison.warnings(evaluations)[0]
+
+
+def test_versions_of_autoattack_and_parts_of_the_images_are_kept_apart() -> None:
+    counts = {"total": 60, "images": 60, "accuracy": 0.5, "whole": True}
+    standard, rand = (
+        columns({**counts, "title": "AutoAttack", "version": version})[0].key for version in ("standard", "rand")
+    )
+    assert standard == "autoattack" and rand == "autoattack rand"
 
 
 def test_the_command_writes_both_files(folders: dict[str, Path], command: Command, tmp_path: Path) -> None:

@@ -58,6 +58,13 @@ class ImageSource(ABC):
         """Where the sample comes from, for messages."""
         return f"{self.name}[{index}]"
 
+    def stamp(self, index: int) -> bytes:
+        """What tells the sample from others, found without decoding it; its label is not in it.
+
+        The place of a whole data set is not part of it: one that was moved keeps its stamps.
+        """
+        return self.pixels(index).tobytes()
+
 
 class ArraySource(ImageSource):
     """Decoded images of one size: an array in memory or mapped from a file.
@@ -86,6 +93,9 @@ class EncodedSource(ImageSource):
     @abstractmethod
     def read(self, index: int) -> bytes:
         """The bytes of one encoded image file."""
+
+    def stamp(self, index: int) -> bytes:
+        return self.read(index)
 
     def pixels(self, index: int) -> np.ndarray:
         from mimir_fast.data.decode import decode
@@ -127,6 +137,10 @@ class RawSource(ImageSource):
     def where(self, index: int) -> str:
         return f"{self.files[self.table['shard_ids'][index]]} at byte {self.table['offsets'][index]}"
 
+    def stamp(self, index: int) -> bytes:
+        file = self.files[self.table["shard_ids"][index]].name
+        return f"{file} {self.table['offsets'][index]} {self.sizes[index].tolist()}".encode()
+
     def take(self, indices: np.ndarray) -> "RawSource":
         """A source of the samples at `indices`, renumbered from 0; the files stay shared."""
         table = {name: column[indices] for name, column in self.table.items()}
@@ -145,6 +159,9 @@ class SubsetSource(EncodedSource):
 
     def where(self, index: int) -> str:
         return self.source.where(int(self.indices[index]))
+
+    def stamp(self, index: int) -> bytes:
+        return self.source.stamp(int(self.indices[index]))
 
 
 def take_evenly(source: ImageSource, limit: int | None) -> ImageSource:

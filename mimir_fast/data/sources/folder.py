@@ -54,6 +54,10 @@ class FileSource(EncodedSource):
     def where(self, index: int) -> str:
         return str(self.path(index))
 
+    def stamp(self, index: int) -> bytes:
+        path = self.path(index)
+        return bytes(self.paths[index]) + f" {path.stat().st_size if path.exists() else None}".encode()
+
 
 def build_folder(config: DataConfig, split: str) -> FileSource:
     """root/train/<class>/* to train on; root/val (or validation, test) to test on."""

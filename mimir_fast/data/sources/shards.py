@@ -53,6 +53,9 @@ class ShardSource(EncodedSource):
     def where(self, index: int) -> str:
         return f"{self.shards[self.shard_ids[index]]} at byte {self.offsets[index]}"
 
+    def stamp(self, index: int) -> bytes:
+        return f"{self.shards[self.shard_ids[index]].name} {self.offsets[index]} {self.sizes[index]}".encode()
+
 
 def build(config: DataConfig, split: str) -> ShardSource:
     """All samples of the split's shards that have an image; labels from the .cls or .json member, -1 without."""

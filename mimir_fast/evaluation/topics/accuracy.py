@@ -131,9 +131,8 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
     """Counts of each attack, and of the worst case with the attack that broke each image first."""
     config, rows, broken = setup.config, dict[str, Any](), broken_by(records)
     for item in items:
-        loss = records.tensor(item, "loss")
         rows[item.name] = {
-            "label": item.label, **records.count(item).as_dict(), "mean_loss": float(loss.mean()),
+            "label": item.label, **records.count(item).as_dict(), "mean_loss": records.mean(item, "loss"),
             "largest": float(records.tensor(item, config.norm).max()), "parameters": item.parameters,
             "seconds": records.seconds(item),
         }  # fmt: skip
@@ -154,7 +153,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
 def faced_by(records: Records) -> tuple[list[Measurement], dict[str, list[Measurement]]]:
     """The attacks within the ball: those that ran on every image; set of images → those that ran on it alone."""
     every, few = set(records.rows(_natural(records))["sample"]), dict[str, list[Measurement]]()
-    whole = []
+    whole = list[Measurement]()
     for item in records.items():
         if item.in_ball and (samples := records.rows(item).get("sample")):
             (whole if set(samples) == every else few.setdefault(item.images, [])).append(item)
@@ -222,7 +221,7 @@ def render(numbers: Numbers) -> str:
     """The table, the worst case in its last row."""
     rows = [
         [e["label"], percent(e["accuracy"]), span(e["interval"]), f"{e['correct']}/{e['total']}",
-         f"{e['mean_loss']:.3f}", f"{e['seconds']:.0f} s"]
+         "—" if e["mean_loss"] is None else f"{e['mean_loss']:.3f}", f"{e['seconds']:.0f} s"]
         for e in numbers["attacks"].values()
     ]  # fmt: skip
     partial = numbers["partial"]

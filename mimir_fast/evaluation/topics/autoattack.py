@@ -20,11 +20,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import is_correct
+from mimir_fast.attacks.pgd import is_correct, predicted
 from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.evaluation.html import paragraph, percent, span, table
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.evaluation.journal import Journal, fingerprint
+from mimir_fast.evaluation.journal import Journal, OtherMeasurementError, fingerprint
 from mimir_fast.evaluation.measure import (
     UNBROKEN,
     Measurement,
@@ -344,7 +344,7 @@ def _load(state: Path | None, identity: str) -> Progress:
         return Progress(identity)
     saved = json.loads(state.read_text())
     if saved["fingerprint"] != identity:
-        raise ValueError(
+        raise OtherMeasurementError(
             f"{state} is the progress of another evaluation (other model, images, eps, batch size, seed or version); "
             "give another --output_dir, or --overwrite to start anew"
         )
@@ -366,7 +366,7 @@ class AutoAttack(Measurement):
         def keep(x: Tensor, labels: Tensor, samples: Tensor, attack: str) -> None:
             if (folder := setup.keep(f"autoattack-{attack}")) is not None:
                 with torch.no_grad():
-                    save_images(folder, x, labels, samples, model(x).argmax(dim=1))
+                    save_images(folder, x, labels, samples, predicted(model(x)))
 
         progress = run_autoattack(
             model, shard, config.eps, batch_size=how.batch_size, device=how.device,
@@ -480,9 +480,11 @@ def render(numbers: Numbers) -> str:
 
 
 def columns(numbers: Numbers) -> list[Column]:
-    """Its accuracy; compared with other models' only where all of its attacks ran."""
+    """Its accuracy; compared with other models' only where all of its attacks ran, with those of the same version."""
     few = numbers["total"] if numbers["total"] < numbers["images"] else None
-    return [Column(NAME if numbers["whole"] else "", numbers["title"], numbers["accuracy"], few)]
+    version = numbers["version"]
+    key = NAME if version == "standard" else f"{NAME} {version}"
+    return [Column(key if numbers["whole"] else "", numbers["title"], numbers["accuracy"], few)]
 
 
 register(Topic(NAME, "AutoAttack", measurements, summarize, render, 20, AutoAttackOptions, check, columns=columns))

@@ -39,7 +39,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
             right = sum(broken[samples[i]] != "clean" for i in mine)
             per_class[name] = {"clean": right, "robust": robust, "total": len(mine)}
     confusions = Counter(
-        (setup.classes[label], setup.classes[seen])
+        (setup.classes[label], setup.class_name(seen))
         for label, (_, seen) in zip(labels, worst, strict=True)
         if label != seen
     )

@@ -8,6 +8,7 @@ Hendrycks & Dietterich, arXiv 1903.12261. Generated corruptions are made by `cor
 and the report says so.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,6 +24,7 @@ from mimir_fast.data.loaders.base import to_channels
 from mimir_fast.data.sources.folder import FileSource
 from mimir_fast.evaluation.attacks import natural
 from mimir_fast.evaluation.charts import bars
+from mimir_fast.evaluation.content import digest
 from mimir_fast.evaluation.html import figure, figures, paragraph, percent, table
 from mimir_fast.evaluation.images import EvaluationImages, Fitting, ImageSets, MakeSet, decode_source
 from mimir_fast.evaluation.measure import Measurement, Records
@@ -87,6 +89,26 @@ def published_levels(root: Path) -> dict[str, tuple[int, ...]]:
     if not found:
         raise MissingCorruptionsError(f"{root} holds none of {', '.join(CORRUPTIONS)}. {WHERE_TO_GET}")
     return found
+
+
+def content(root: Path) -> str:
+    """A short hash of published files: of some images, or of the names and sizes of two classes' files.
+
+    Raises:
+        MissingCorruptionsError: there are none.
+    """
+    parts = []
+    for name, levels in published_levels(root).items():
+        if published_kind(root) == "arrays":
+            pixels = np.load(root / f"{name}.npy", mmap_mode="r")
+            parts += [f"{name} {pixels.shape}".encode(), pixels[:: max(1, len(pixels) // 64)].tobytes()]
+            continue
+        for folder in (root / name / str(severity) for severity in levels):
+            classes = sorted(path for path in folder.iterdir() if path.is_dir())
+            files = sorted(path for some in classes[:: max(1, len(classes) - 1)] for path in some.iterdir())
+            found = [f"{path.relative_to(root)} {path.stat().st_size}" for path in files]
+            parts.append(json.dumps([[path.name for path in classes], found]).encode())
+    return digest(parts)
 
 
 def load_published(
@@ -229,9 +251,9 @@ def check(setup: Setup) -> None:
 
 
 def identity(setup: Setup) -> dict[str, Any]:
-    """Where the images come from."""
+    """Which images, by what the folder holds."""
     asked = corruptions_of(setup)
-    return {"corruptions": asked if asked in (None, "generated") else str(Path(str(asked)).expanduser().resolve())}
+    return {"corruptions": asked if asked in (None, "generated") else content(Path(str(asked)))}
 
 
 def measurements(setup: Setup) -> list[Measurement]:

@@ -3,12 +3,14 @@
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
 
 import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import attack_classifier
+from mimir_fast.attacks.pgd import predicted
 from mimir_fast.evaluation.attacks import threat_of
 from mimir_fast.evaluation.html import paragraph
 from mimir_fast.evaluation.measure import Measurement, Records, Row
@@ -29,6 +31,11 @@ def png(pixels: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def _confidence(logits: Tensor) -> Tensor:
+    """(B,) probability of the likeliest class, 0 where an answer is not finite."""
+    return logits.softmax(dim=1).amax(dim=1).nan_to_num(nan=0.0)
+
+
 def measurements(setup: Setup) -> list[Measurement]:
     """Pictures and predictions of a few images under PGD-20."""
     config = setup.config
@@ -39,17 +46,17 @@ def measurements(setup: Setup) -> list[Measurement]:
     def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
         x = attack_classifier(model, images, labels, threat, samples=samples, seed=config.seed)
         with torch.no_grad():
-            before, after = (model(pixels).softmax(dim=1).max(dim=1) for pixels in (images, x))
+            before, after = (model(pixels) for pixels in (images, x))
         delta = x - images
         largest = float(delta.abs().amax()) or 1.0
         return {
-            "label": labels, "before": before.indices, "after": after.indices,
-            "before_sure": before.values, "after_sure": after.values,
+            "label": labels, "before": predicted(before), "after": predicted(after),
+            "before_sure": _confidence(before), "after_sure": _confidence(after),
             "clean_png": [png(p) for p in images], "attacked_png": [png(p) for p in x],
             "delta_png": [png(0.5 + 0.5 * d / largest) for d in delta],
         }  # fmt: skip
 
-    parameters = {"norm": config.norm, "eps": config.eps, "num_steps": STEPS, "seed": config.seed}
+    parameters = {**asdict(threat), "norm": config.norm, "seed": config.seed}
     return [Measurement("examples", outcome, parameters, setup.subset(IMAGES), cost=3.0 * STEPS)]
 
 
@@ -61,7 +68,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
     entries = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     for entry in entries:
         for name in ("label", "before", "after"):
-            entry[name] = setup.classes[entry[name]]
+            entry[name] = setup.class_name(entry[name])
     entries.sort(key=lambda e: not (e["before"] == e["label"] != e["after"]))
     return {"images": entries, "eps_text": setup.config.eps_text}
 

@@ -1,16 +1,21 @@
-"""Mutual information of the attacked image and the features: the papers' bounds along ε, and an estimate.
+"""Mutual information of the attacked image and its code: the papers' bounds along ε, and an estimate.
 
 The bounds tie disagreement to mutual information (MIMIR, arXiv 2312.04960, Propositions 3.2 and 3.3):
 
     H(F(x+δ)) − H_b(p_e) − p_e·log2(|F| − 1)  ≤  I(x+δ, z)  ≲  H(F(x_re)) − 2·p_e          in bits
     p_e = P( F(x+δ) ≠ F(x_re) )
 
-F is the class the classifier sees, |F| the number of classes, x_re the reconstruction that the masked autoencoder makes
-of the attacked image x+δ. The left side is Fano's inequality and holds always. The right side assumes that no
-information is lost on the ways x+δ → F(x+δ) and z → x_re; where it lies below the left side, it does not hold there.
+F is the class the classifier sees, |F| the number of classes, z the code that the masked autoencoder has of the visible
+patches of the attacked image x+δ, and x_re what it decodes from z. The left side is Fano's inequality. It bounds the
+information of whatever x_re is made from: so no pixel of x+δ goes into x_re beside z, neither a visible patch nor the
+mean and deviation of a masked one. It holds for the distribution of the images; entropy and p_e are estimated from N of
+them, the entropy by the plug-in estimate, which is too small by about (classes seen − 1)/(2 N ln 2) bits. Where it is
+below 0 it says nothing, and 0 is the bound. The right side assumes that no information is lost on the ways
+x+δ → F(x+δ) and z → x_re; where it lies below the left side, it does not hold there.
 
 The proof of Prop. 3.3 (Eq. 19) arrives at H(F(x+δ)) − 2·p_e, the proposition (Eq. 18) states H(F(x_re)) − 2·p_e: both
-are computed.
+are computed. The estimate is of the same z; without a masked autoencoder there are no bounds, and z is the classifier's
+features.
 """
 
 import math
@@ -22,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import attack_classifier
+from mimir_fast.attacks.pgd import NO_CLASS, predicted
 from mimir_fast.evaluation.attacks import make_threat
 from mimir_fast.evaluation.charts import Line, line_chart
 from mimir_fast.evaluation.html import figure, figures, paragraph, table
@@ -48,7 +54,7 @@ def binary_entropy(p: float) -> float:
 
 
 def lower_bound(prediction_entropy: float, p_error: float, num_classes: int) -> float:
-    """Bits that z must carry about x+δ if the classes differ with probability p_error; below 0 it says nothing.
+    """Bits that z must carry about x+δ if the classes differ with probability p_error; 0 where it says nothing.
 
     Raises:
         ValueError: p_error outside of [0, 1], or fewer than 2 classes.
@@ -56,7 +62,7 @@ def lower_bound(prediction_entropy: float, p_error: float, num_classes: int) -> 
     check_number("p_error", p_error, at_least=0, at_most=1, hint="a probability")
     check_number("num_classes", num_classes, at_least=2)
     rest = p_error * math.log2(num_classes - 1) if num_classes > 2 else 0.0
-    return prediction_entropy - binary_entropy(p_error) - rest
+    return max(0.0, prediction_entropy - binary_entropy(p_error) - rest)
 
 
 @dataclass
@@ -65,12 +71,14 @@ class Bounds:
 
     Attributes:
         p_error: part of the images whose class differs between the attacked image and its reconstruction.
+        entropy: plug-in estimate of H(F(x+δ)).
         lower: Proposition 3.2.
         upper: Proposition 3.3 as stated, with H(F(x_re)).
         upper_of_proof: as its proof ends, with H(F(x+δ)).
     """
 
     p_error: float
+    entropy: float
     lower: float
     upper: float
     upper_of_proof: float
@@ -82,10 +90,15 @@ class Bounds:
 
 
 def bounds_of(attacked: Tensor, reconstructed: Tensor, num_classes: int) -> Bounds:
-    """Both bounds from the classes seen in attacked images and in their reconstructions, (N,) int64 each."""
+    """Both bounds from the classes seen in attacked images and in their reconstructions, (N,) int64 each.
+
+    No class (NO_CLASS) is one more.
+    """
+    if (both := torch.stack([attacked, reconstructed])).min() == NO_CLASS:
+        (attacked, reconstructed), num_classes = both + 1, num_classes + 1
     p = float((attacked != reconstructed).double().mean())
     h, h_re = entropy(attacked, num_classes), entropy(reconstructed, num_classes)
-    return Bounds(p, lower_bound(h, p, num_classes), h_re - 2 * p, h - 2 * p)
+    return Bounds(p, h, lower_bound(h, p, num_classes), h_re - 2 * p, h - 2 * p)
 
 
 def measurements(setup: Setup) -> list[Measurement]:
@@ -105,15 +118,15 @@ def _at(setup: Setup, radius: float) -> Measurement:
         if threat is not None:
             x = attack_classifier(model, images, labels, threat, samples=samples, seed=config.seed)
         with torch.no_grad():
-            row: Row = {"attacked": model(x).argmax(dim=1)}
+            row: Row = {"attacked": predicted(model(x))}
             if pretrained is not None:
-                pictures = reconstruct(*autoencoder_of(setup, images.device), x, samples, config.seed)
-                row["reconstructed"] = model(pictures).argmax(dim=1)
-            if setup.has_features:
-                features = model.forward_features(x)  # type: ignore[operator]
-                # One number a batch; an image alone in its batch shares nothing with anything.
-                bits = renyi_mi(x, features.float()) if len(x) > 1 else torch.tensor(torch.nan)
-                row["renyi_bits"] = bits.expand(len(x))
+                z, pictures = reconstruct(*autoencoder_of(setup, images.device), x, samples, config.seed)
+                row["reconstructed"] = predicted(model(pictures))
+            else:
+                z = model.forward_features(x)  # type: ignore[operator]
+            # One number a batch; an image alone in its batch shares nothing with anything.
+            alone = len(x) < 2 or not bool(z.isfinite().all())
+            row["renyi_bits"] = (x.new_tensor(torch.nan) if alone else renyi_mi(x, z.float())).expand(len(x))
         return row
 
     parameters = {"eps": radius, "num_steps": STEPS, "pretrained": pretrained, "seed": config.seed}
@@ -122,7 +135,7 @@ def _at(setup: Setup, radius: float) -> Measurement:
 
 
 def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
-    """At each radius: the bounds where there is an autoencoder, the estimate where there are features."""
+    """At each radius: the bounds where there is an autoencoder, and the estimate."""
     entries = []
     for item in items:
         entry: dict[str, Any] = {
@@ -133,13 +146,15 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
             attacked, reconstructed = (torch.tensor(rows[name]) for name in ("attacked", "reconstructed"))
             found = bounds_of(attacked, reconstructed, setup.num_classes)
             entry |= {**asdict(found), "crossed": found.crossed}
-        if "renyi_bits" in rows:
-            entry["renyi_bits"] = float(records.tensor(item, "renyi_bits").nanmean())
+        if math.isfinite(bits := records.mean(item, "renyi_bits")):
+            entry["renyi_bits"] = bits
         entries.append(entry)
     if not entries:
         return None
+    trained = autoencoder_of(setup, torch.device("cpu"))[1] if pretrained_of(setup) else None
     return {"points": entries, "count": len(rows["attacked"]), "norm": setup.config.norm,
-            "batch_size": setup.config.batch_size}  # fmt: skip
+            "batch_size": setup.config.batch_size,
+            "norm_pix_loss": trained is not None and trained.norm_pix_loss}  # fmt: skip
 
 
 def render(numbers: Numbers) -> str:
@@ -147,19 +162,26 @@ def render(numbers: Numbers) -> str:
     points, unit = numbers["points"], 255 if numbers["norm"] == "linf" else 1
     bounded = [p for p in points if "lower" in p]
     words = [
-        "The matrix-based Rényi estimate of order 2 between the attacked images and their features, mean over batches "
-        f"of {numbers['batch_size']}; it cannot exceed the logarithm of the batch size."
+        "z is the code of the visible patches in the masked autoencoder."
+        if bounded
+        else "z is the classifier's features. The bounds of Propositions 3.2 and 3.3 need the masked autoencoder "
+        "(--pretrained): they compare the class of an attacked image with that of its reconstruction.",
+        "Estimate: matrix-based Rényi mutual information of order 2 between the attacked images and z, mean over "
+        f"batches of {numbers['batch_size']}; it is no Shannon information, is not bound by the bounds, and cannot "
+        "exceed the logarithm of the batch size.",
     ]
-    if not bounded:
+    if bounded:
         words.append(
-            "The bounds of Propositions 3.2 and 3.3 compare the class of an attacked image with that of its "
-            "reconstruction: give the masked autoencoder (--pretrained) to see them."
+            "Lower bound of I(x+δ, z): Proposition 3.2 (Fano's inequality), with x_re decoded from z alone. It is "
+            f"computed from {numbers['count']} images, with the plug-in estimate of the entropy H(F(x+δ)). Upper "
+            "bound: Proposition 3.3, under the assumption that nothing is lost between the attacked image, its code, "
+            "and the two classes."
         )
-    else:
-        words.append(
-            "Lower bound: Proposition 3.2 (Fano's inequality, always true). Upper bound: Proposition 3.3, under the "
-            "assumption that nothing is lost between the attacked image, its code, and the two classes."
-        )
+        if numbers.get("norm_pix_loss"):
+            words.append(
+                "The masked autoencoder predicts normalised patches (norm_pix_loss): z holds neither their means nor "
+                "their deviations, and x_re gets the same ones everywhere. The lower bound may then be far below I."
+            )
         crossed = [p["label"] for p in bounded if p["crossed"]]
         words.append(
             f"The upper bound lies BELOW the lower one at ε = {', '.join(crossed)}: the assumption behind it does not "
@@ -167,6 +189,8 @@ def render(numbers: Numbers) -> str:
             if crossed
             else "The upper bound lies above the lower one at every ε here."
         )
+    if not any(key in p for p in points for key in ("lower", "renyi_bits")):
+        return "".join(map(paragraph, words))
     lines = [
         Line(name, [(unit * p["eps"], p[key]) for p in points if key in p])
         for name, key in (("lower bound", "lower"), ("upper bound, approximately", "upper"), ("estimate", "renyi_bits"))
@@ -175,8 +199,10 @@ def render(numbers: Numbers) -> str:
     ticks = [(unit * p["eps"], f"{unit * p['eps']:.4g}") for p in points]
     axis = "ε · 255" if unit == 255 else "ε"
     chart = line_chart(lines, caption, x_label=axis, y_label="bits", x_ticks=ticks, x_from=0.0)
-    names = {"p_error": "p_e", "lower": "lower", "upper": "upper", "upper_of_proof": "upper, by its proof",
-             "renyi_bits": "estimate"}  # fmt: skip
+    names = {
+        "p_error": "p_e", "entropy": "H(F(x+δ)), estimated", "lower": "lower", "upper": "upper",
+        "upper_of_proof": "upper, by its proof", "renyi_bits": "estimate",
+    }  # fmt: skip
     keys = [key for key in names if any(key in p for p in points)]
     rows = [[p["label"], *(f"{p[key]:.3f}" if key in p else "" for key in keys)] for p in points]
     head = ["ε", *(names[key] for key in keys)]

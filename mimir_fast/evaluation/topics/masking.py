@@ -24,6 +24,7 @@ from mimir_fast.attacks.lp import size_of
 from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.evaluation.attacks import NamedAttack, make_fgsm, make_pgd, make_random_noise
 from mimir_fast.evaluation.charts import Line, line_chart
+from mimir_fast.evaluation.finite import finite_mean
 from mimir_fast.evaluation.html import figure, figures
 from mimir_fast.evaluation.measure import Attack, Measurement, Records, Row
 from mimir_fast.evaluation.options import NORM_NAMES, CommonOptions, radius_text
@@ -84,7 +85,7 @@ def loss_rises_with_steps(losses: dict[int, Tensor], tolerance: float = 0.02) ->
         losses: number of steps → (N,) loss at the attack's end, of the same images.
         tolerance: fall relative to the mean loss that means nothing, however certain it is.
     """
-    means = {steps: float(loss.double().mean()) for steps, loss in sorted(losses.items())}
+    means = {steps: finite_mean(loss) for steps, loss in sorted(losses.items())}
     falls = []
     for (few, before), (many, after) in pairwise(sorted(losses.items())):
         change = (after - before).double()
@@ -193,7 +194,7 @@ def gradient_beats_noise(step_loss: Tensor, random_loss: Tensor) -> Verdict:
     """
     higher, lower = int((step_loss > random_loss).sum()), int((step_loss < random_loss).sum())
     total, p = len(step_loss), mcnemar(higher, lower)
-    means = float(step_loss.double().mean()), float(random_loss.double().mean())
+    means = finite_mean(step_loss), finite_mean(random_loss)
     raises, too_few = p < LEVEL, binomial_tail(total - higher, total, 1 - MOSTLY) >= LEVEL
     passed = raises or too_few
     verb = "raises" if raises else "may raise" if too_few else "does NOT raise"
@@ -327,7 +328,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
     return {
         "checks": [asdict(verdict) for verdict in verdicts],
         "count": len(of("check_fgsm")),
-        "mean_loss": {str(k): float(loss.mean()) for k, loss in losses.items()},
+        "mean_loss": {str(k): finite_mean(loss) for k, loss in losses.items()},
     }
 
 
@@ -344,7 +345,9 @@ def render(numbers: Numbers) -> str:
         f"{numbers['count']} images; paired tests at 5 %.</caption><thead><tr>"
         f'<th scope="col">result</th><th scope="col">check</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
-    points = [(float(k), v) for k, v in numbers["mean_loss"].items()]
+    points = [(float(k), v) for k, v in numbers["mean_loss"].items() if v is not None]
+    if not points:
+        return table
     first, last = points[0], points[-1]
     words = f"Mean loss under PGD-{first[0]:g}: {first[1]:.3g}; under PGD-{last[0]:g}: {last[1]:.3g}."
     chart = line_chart(

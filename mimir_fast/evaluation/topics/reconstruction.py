@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.adaptive import attack_reconstruction
 from mimir_fast.attacks.threat_model import LinfThreat
-from mimir_fast.evaluation.adapters import file_digest
+from mimir_fast.evaluation.adapters import weights_digest
 from mimir_fast.evaluation.attacks import step_size
 from mimir_fast.evaluation.html import paragraph, table
 from mimir_fast.evaluation.measure import Measurement, Records, Row
@@ -30,6 +30,8 @@ from mimir_fast.sizes import Size
 from mimir_fast.validation import without
 
 STEPS, IMAGES = 20, 256
+TYPICAL = 0.5, 0.25
+"""Mean and deviation of pixels where nothing is known of them."""
 
 
 @dataclass
@@ -81,20 +83,29 @@ def _trained_like(weights: Weights) -> MaeConfig:
 
 
 @torch.no_grad()
-def reconstruct(model: MaskedModel, trained: MaeConfig, images: Tensor, samples: Tensor, seed: int) -> Tensor:
-    """(B, C, H, W) in [0, 1]: the visible patches and, in place of the masked ones, the prediction.
+def reconstruct(
+    model: MaskedModel, trained: MaeConfig, images: Tensor, samples: Tensor, seed: int
+) -> tuple[Tensor, Tensor]:
+    """(code of the visible patches (B, prefix + K, D), what it is decoded to (B, C, H, W) in [0, 1]).
+
+    The pictures are a function of the code and of the mask, which does not depend on the image: the visible patches are
+    predicted too.
 
     Args:
-        trained: how; predictions of normalised patches get the true mean and deviation back, as in MAE's own pictures.
+        trained: how; predictions of normalised patches, whose mean and deviation the code does not hold, get those that
+            the model takes out of images, where it takes out any, else TYPICAL.
     """
-    keep, masked = trained.draw(model, samples, seed=seed, step=0)
-    patches = patchify(images, model.patch_size)
-    prediction = model(View(gather_patches(patches, keep), keep, masked)).prediction.float()
+    keep, _ = trained.draw(model, samples, seed=seed, step=0)
+    latent, prediction, _ = model(View(gather_patches(patchify(images, model.patch_size), keep), keep))
+    prediction = prediction.float()
     if trained.norm_pix_loss:
-        truth = gather_patches(patches, masked)
-        prediction = prediction * (truth.var(dim=-1, keepdim=True) + 1e-6).sqrt() + truth.mean(dim=-1, keepdim=True)
-    full = patches.scatter(1, masked.unsqueeze(-1).expand_as(prediction), prediction)
-    return unpatchify(full, model.patch_size, images.shape[2]).clamp(0, 1)
+        statistics = (
+            model.normalizer.statistics if model.normalizer.changes else [(v,) * model.channels for v in TYPICAL]
+        )
+        # The channels of a pixel are neighbours in a patch.
+        mean, deviation = (prediction.new_tensor(v).repeat(model.patch_size**2) for v in statistics)
+        prediction = prediction * deviation + mean
+    return latent, unpatchify(prediction, model.patch_size, images.shape[2]).clamp(0, 1)
 
 
 def pretrained_of(setup: Setup) -> str | None:
@@ -139,12 +150,12 @@ def _named() -> Iterator[None]:
 
 
 def identity(setup: Setup) -> dict[str, Any]:
-    """Which masked autoencoder, by content where it is a file."""
+    """Which masked autoencoder, by its weights."""
     source = pretrained_of(setup)
     if not source:
         return {"pretrained": source}
-    path, asked = Path(source), statistics_of(setup)
-    which = {"pretrained": f"{source} {file_digest(path)}" if path.is_file() else str(path.resolve())}
+    asked, (model, trained, _) = statistics_of(setup), _loaded(setup)
+    which = {"pretrained": f"{source} {weights_digest(model, repr((model.encoder.options, trained)))}"}
     options = options_of(setup.config, AutoencoderOptions).pretrained_options
     which |= {"pretrained_options": " ".join(options)} if options else {}
     return which if asked is None else which | {"pretrained_statistics": words(asked)}

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.attacks.pgd import NO_CLASS, predicted
 from mimir_fast.data.sources.folder import FileSource
+from mimir_fast.evaluation.content import content_of
 from mimir_fast.evaluation.html import paragraph, percent, span, table
 from mimir_fast.evaluation.images import EvaluationImages, ImageSets, MakeSet, load_from
 from mimir_fast.evaluation.measure import Measurement, Outcome, Records, Row
@@ -80,7 +82,8 @@ def measurements(setup: Setup) -> list[Measurement]:
         present = sorted({int(number) for number in source.labels})
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in label)
         found.append(Measurement(
-            f"shift_{name}", _among(present), {"folder": str(folder), "classes": len(present)},
+            f"shift_{name}", _among(present),
+            {"folder": str(folder.resolve()), "classes": len(present), "content": content_of(source)},
             f"shift:{label}", label, make_set=_images_of(source),
         ))  # fmt: skip
     return found
@@ -102,10 +105,9 @@ def _among(present: list[int]) -> Outcome:
     def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
         chosen = torch.tensor(present, device=images.device)
         with torch.no_grad():
-            logits = model(images)[:, chosen]
-        prediction = chosen[logits.argmax(dim=1)]
-        right = (prediction == labels) & ~logits.isnan().any(dim=1)
-        return {"label": labels, "correct": right.int(), "prediction": prediction}
+            among = predicted(model(images)[:, chosen])
+        prediction = torch.where(among == NO_CLASS, NO_CLASS, chosen[among])
+        return {"label": labels, "correct": (prediction == labels).int(), "prediction": prediction}
 
     return outcome
 

@@ -33,7 +33,7 @@ def other_model(setup: Setup, spec: str) -> nn.Module:
 
 
 def check(setup: Setup) -> None:
-    """Load every other model and look at its answers before anything is measured."""
+    """Load every other model and look at its answers before anything is measured: they are part of the identity."""
     for spec in names_of(setup):
         try:
             other_model(setup, spec)
