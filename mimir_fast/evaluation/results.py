@@ -134,6 +134,8 @@ def robustness_verdict(results: Results) -> dict[str, str]:
         )
     if share <= chance:
         kind, end = "bad", "The robust accuracy is no better than chance."
+    elif robust["interval"][0] <= chance:
+        kind, end = "unsure", "So few images do not tell the robust accuracy from chance."
     elif share < clean["accuracy"] / 2:
         kind, end = "unsure", "More than half of the natural accuracy is lost under attack."
     else:

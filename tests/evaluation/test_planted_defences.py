@@ -37,7 +37,7 @@ class Defence(NamedTuple):
         refused: the words of the refusal.
         noted: words of a note at the top.
         failed: checks that must fail; none and no `noted`: none may.
-        low: the robust accuracy is no better than chance.
+        low: the robust accuracy is not told from chance.
     """
 
     name: str
@@ -53,10 +53,10 @@ DEFENCES = [
     Defence("nothing", lambda net: net),
     Defence("log-softmax", after(lambda z: z.log_softmax(1))),
     Defence("shifted logits", after(lambda z: z + 50)),
-    Defence("small logits", after(lambda z: 0.01 * z)),
     Defence("blurred input", before(lambda x: F.avg_pool2d(x, 3, 1, 1))),
     Defence("rounded input, straight-through gradient", before(planted.straight_through)),
     Defence("gradient 1e-20 times as large", gradient(lambda g: 1e-20 * g)),
+    Defence("logits a hundredth as large", after(lambda z: 0.01 * z), failed=(BLACK,)),  # CE then aims at all classes
     Defence("rounded input", before(lambda x: (4 * x).round() / 4), failed=(EXIST, BLACK, NOISE)),
     Defence("JPEG", before(planted.blocks), failed=(EXIST,)),
     Defence("rounded logits", after(torch.round), noted="gradient.*is zero on a first look", failed=(EXIST,)),
@@ -73,12 +73,11 @@ DEFENCES = [
     Defence("rippled input", before(lambda x: x + 0.02 * (3000 * x).sin()), failed=(NOISE,)),
     Defence("noise", before(lambda x: x + 0.05 * torch.randn_like(x)), noted=RANDOM),
     Defence("dropout", after(lambda z: F.dropout(z, 0.1)), noted=RANDOM),
-    Defence("random shift", before(lambda x: x.roll(int(torch.randint(2, ())), 3)), noted=RANDOM),
+    Defence("random shift", before(planted.shifted), noted=RANDOM),
     Defence("one net of two", planted.of_two, noted=RANDOM),
     Defence("random rounding", before(lambda x: (8 * x + torch.rand_like(x)).floor() / 8), noted=RANDOM),
     Defence("tuple", after(lambda z: (z, z)), noted="Judged by the first tensor of the tuple"),
     Defence("half precision", after(lambda z: z.half()), noted="answers in float16"),
-    Defence("NaN off the grid", before(planted.nan_off_the_grid), low=True, failed=()),
     Defence("constant", after(planted.constant), noted="guessing gives 10.0 %", low=True),
     Defence("probabilities", after(lambda z: z.softmax(1)), refused="--outputs probabilities"),
     Defence("binary input", before(lambda x: (x > 0.5).float()), refused=NO_GRADIENT),
@@ -89,7 +88,7 @@ DEFENCES = [
     Defence("detached", planted.without_gradient, refused=NO_GRADIENT),
     Defence("class numbers", after(lambda z: z.argmax(1)), refused="int64"),
 ]
-SHORT = {"nothing", "rounded input", "noise", "decision only"}
+SHORT = {"nothing", "rounded input", "decision only"}
 
 
 def judge(model: nn.Module, folder: Path, limit: int = 40) -> Results:
@@ -123,12 +122,14 @@ def test_what_the_report_says_of_a_planted_defence(defence: Defence, small_model
         with pytest.raises(ValueError, match=defence.refused):
             judge(model, tmp_path / "out")
         return
-    results = judge(model, tmp_path / "out")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        results = judge(model, tmp_path / "out")
     validity, failed = results.verdicts["validity"], failed_checks(results)
     assert not defence.noted or any(re.search(defence.noted, note) for note in results.notes)
     assert set(defence.failed) <= failed and (not defence.failed or validity["kind"] == "bad")
     assert defence.failed or defence.noted or defence.low or not failed, "an honest model"
-    assert not defence.low or results.verdicts["robustness"]["kind"] == "bad"
+    assert not defence.low or results.verdicts["robustness"]["kind"] != "good"
     distrusted = validity["kind"] == "bad" or any(RANDOM in note for note in results.notes)
     if not distrusted:
         assert results.robust["interval"][0] <= directly(AsLogits(model), net, results.images["indices"])
