@@ -116,7 +116,7 @@ def settled() -> Iterator[None]:
     assert settings() == before
 
 
-@pytest.mark.parametrize(("place", "name", "value"), PERMISSIONS, ids=lambda value: str(value).split(" ")[-1][-40:])
+@pytest.mark.parametrize(("place", "name", "value"), PERMISSIONS, ids=range(len(PERMISSIONS)))
 def test_no_permission_reaches_the_evaluation_and_all_come_back(
     settled: None, place: Any, name: str, value: Any
 ) -> None:
