@@ -1,6 +1,7 @@
 """The door to the C++ kernels: what it lets through, and what happens where there are none."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,20 @@ def test_what_a_thread_throws_reaches_the_caller(tmp_path):
     environment = os.environ | {"OMP_DYNAMIC": "false"}
     found = subprocess.run([program], env=environment, check=True, capture_output=True, text=True).stdout
     assert found.split() == ["chunk", "3"] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("objdump"), reason="reads x86-64 instructions")
+@pytest.mark.parametrize("source", ["crop_resize.cpp", "fp32_attention.cpp"])
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_wide_instructions_are_built_by_every_compiler(compiler, source, tmp_path):
+    """A pragma for an instruction set that a compiler does not know is skipped in silence."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    path, built = Path(__file__).parents[2] / "csrc" / source, tmp_path / "built.o"
+    subprocess.run([compiler, "-std=c++17", "-O3", "-ffp-contract=off", "-w", "-c", path, "-o", built], check=True)
+    listing = subprocess.run(["objdump", "-d", built], check=True, capture_output=True, text=True).stdout
+    assert min(listing.count("%zmm"), listing.count("%ymm")) > 100
 
 
 def test_numbers_are_not_read_while_a_cuda_graph_is_recorded(monkeypatch):
