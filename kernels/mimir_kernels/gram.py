@@ -82,7 +82,8 @@ def limits_of(device: torch.device) -> tuple[int, int | None]:
     if device.type != "cuda":
         return CAPABILITIES[0], None
     known = torch.cuda.get_device_properties(device)
-    return 10 * known.major + known.minor, known.shared_memory_per_block_optin
+    shared: int = known.shared_memory_per_block_optin  # type: ignore[attr-defined]  # PyTorch's stubs lack it
+    return 10 * known.major + known.minor, shared
 
 
 @triton.jit

@@ -50,7 +50,9 @@ def test_every_kernel_keeps_its_promises(capability):
 def test_table_covers_oldest_and_newest_triton():
     table = json.loads(TABLE.read_text())
     assert {"3.6", "3.9"} <= table.keys()
-    assert len({frozenset(rows) for rows in table.values()}) == 1, "the sections list different kernels: --update both"
+    # Triton 3.6 cannot read what it compiles for sm_103.
+    listed = {frozenset(key for key in rows if not key.endswith("/sm_103")) for rows in table.values()}
+    assert len(listed) == 1, "the sections list different kernels: --update both"
     for key, row in (item for rows in table.values() for item in rows.items()):
         limit = aot.SHARED_LIMITS[int(key.rpartition("_")[2])]
         assert not row["spills"] and not row["loses_nan"] and row["shared"] <= limit, key
