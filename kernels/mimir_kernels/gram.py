@@ -67,8 +67,8 @@ def gram_config(capability: int, shared_limit: int | None = None) -> TileConfig:
         return SMALLEST  # mma.sync keeps operands in registers, wgmma and tcgen05 in shared memory
     if capability >= 120:  # mma.sync again
         return TileConfig(128, 32, 8, 3)
-    # Before 3.9 Triton gives tcgen05 a second copy of one operand.
-    return TileConfig(128, 64, 8, 2 if capability >= 100 else 3)
+    # Before 3.9 Triton gives tcgen05 a second copy of one operand, since then one buffer fewer than stages.
+    return TileConfig(128, 32, 8, 4) if capability >= 100 else TileConfig(128, 64, 8, 3)
 
 
 def lacks_memory(capability: int, shared_limit: int | None) -> bool:
