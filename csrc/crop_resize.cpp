@@ -116,9 +116,11 @@ MIMIR_INLINE void unzip4(std::uint8_t* bytes) {
 #include "crop_resize_kernel.h"
 }  // namespace base
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 12)
 #define MIMIR_X86
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 of its own intrinsics
+#endif
 // What the two instruction sets below share; each compiles its own.
 #define MIMIR_X86_BYTES                                                                                     \
     MIMIR_INLINE void widen4(const std::uint8_t* from, std::int32_t* to) {                                  \
@@ -131,8 +133,7 @@ MIMIR_INLINE void unzip4(std::uint8_t* bytes) {
         const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);          \
         _mm_storeu_si128(whole, _mm_shuffle_epi8(_mm_loadu_si128(whole), order));                           \
     }
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
+MIMIR_TARGET(MIMIR_V3)
 namespace v3 {
 struct Lanes {
     __m256i low, high;
@@ -161,9 +162,8 @@ MIMIR_INLINE void store_rounded(Lanes sums, std::uint8_t* to) {  // packing satu
 MIMIR_X86_BYTES
 #include "crop_resize_kernel.h"
 }  // namespace v3
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
+MIMIR_END_TARGET
+MIMIR_TARGET(MIMIR_V4)
 namespace v4 {
 using Lanes = __m512i;
 MIMIR_INLINE Lanes halves() { return _mm512_set1_epi32(kHalf); }
@@ -181,7 +181,7 @@ MIMIR_INLINE void store_rounded(Lanes sums, std::uint8_t* to) {
 MIMIR_X86_BYTES
 #include "crop_resize_kernel.h"
 }  // namespace v4
-#pragma GCC pop_options
+MIMIR_END_TARGET
 #endif
 
 Kernel choose_kernel(std::int64_t channels) {

@@ -18,6 +18,7 @@
 #include "attention_heads.h"
 #include "exponential.h"
 #include "functions.h"
+#include "multiversion.h"
 #include "parallel.h"
 #include "processor.h"
 #include "scratch.h"
@@ -34,33 +35,30 @@ using Tokens = HeadTokens<float>;
 using Problem = Heads<float>;
 
 // Nothing here has to round as the definition does, so a multiplication and an addition may be one instruction.
-#pragma GCC push_options
-#pragma GCC optimize("fp-contract=fast")
+MIMIR_CONTRACT
 #if defined(__x86_64__)
 #define MIMIR_X86
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
+MIMIR_TARGET(MIMIR_V4)
 namespace v4 {
 constexpr int kLanes = 16, kRegisters = 32;
 #include "fp32_vectors.h"
 #include "fp32_attention_kernel.h"
 }  // namespace v4
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
+MIMIR_END_TARGET
+MIMIR_TARGET(MIMIR_V3)
 namespace v3 {
 constexpr int kLanes = 8, kRegisters = 16;
 #include "fp32_vectors.h"
 #include "fp32_attention_kernel.h"
 }  // namespace v3
-#pragma GCC pop_options
+MIMIR_END_TARGET
 #endif
 namespace baseline {
 constexpr int kLanes = 4, kRegisters = 16;
 #include "fp32_vectors.h"
 #include "fp32_attention_kernel.h"
 }  // namespace baseline
-#pragma GCC pop_options
+MIMIR_END_CONTRACT
 
 }  // namespace
 

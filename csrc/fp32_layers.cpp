@@ -20,10 +20,7 @@ constexpr std::int64_t kBlock = 32;  // rows
 std::int64_t blocks_of(std::int64_t M) { return (M + kBlock - 1) / kBlock; }
 
 // Nothing here has to round as the definition does, so a multiplication and an addition may be one instruction.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC optimize("fp-contract=fast")
-#endif
+MIMIR_CONTRACT
 
 // GELU(x) = x Φ(x), with derivative Φ(x) + x φ(x).
 struct Gelu {
@@ -105,9 +102,7 @@ void gelu_backward_blocks(const Hidden& p, std::int64_t begin, std::int64_t end)
     }
 }
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC pop_options
-#endif
+MIMIR_END_CONTRACT
 
 }  // namespace
 

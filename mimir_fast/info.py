@@ -46,8 +46,12 @@ def _native() -> str:
 
 
 def _triton(cuda: bool) -> str:
+    import torch
+
     if importlib.util.find_spec("triton") is None:
         return "no: triton is not installed"
+    if torch.version.hip:
+        return "no: of no use to an AMD GPU, where PyTorch computes"
     return "yes" if cuda else "compile and interpret only: no GPU"
 
 

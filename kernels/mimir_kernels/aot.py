@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: what each Triton kernel becomes on sm_80, sm_90 and sm_100, read without a GPU.
+"""Ahead-of-time compilation: what each Triton kernel becomes on every GPU from sm_80 on, read without one.
 
 Triton compiles for any target, and its wheel ships `cuobjdump`, so a laptop can see registers, spills, shared memory
 and the very instructions. A kernel module exports `aot_cases()`, its tuned configurations with what they promise:
@@ -7,8 +7,9 @@ and the very instructions. A kernel module exports `aot_cases()`, its tuned conf
     python -m mimir_kernels.aot --check tests/kernels/aot_table.json        # …and compare: CI's performance gate
     python -m mimir_kernels.aot --update tests/kernels/aot_table.json       # a deliberate change
 
-The promises (no spills, tensor cores, 128-bit loads) hold for every Triton version. The exact figures are compared only
-where the table has a section for the Triton minor version at hand: another version allocates other registers.
+The promises (no spills, shared memory that fits, NaN kept, tensor cores, 128-bit loads) hold for every Triton version.
+The exact figures are compared only where the table has a section for the Triton minor version at hand: another version
+allocates other registers.
 TRITON_INTERPRET must be unset: an interpreted kernel is a Python function and cannot be compiled.
 """
 
@@ -31,13 +32,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CAPABILITIES = (80, 90, 100)
+# Compute capability → bytes of shared memory that one block may ask for (CUDA's programming guide, table of
+# technical specifications: what an SM has, less 1 kB).
+SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
+CAPABILITIES = tuple(SHARED_LIMITS)
+# One of each generation of instructions. The others differ from it in their memory.
+GENERATIONS = 80, 90, 100, 120
 # Matrix instructions by generation: mma.sync (Ampere on), wgmma (Hopper), tcgen05 (Blackwell).
 _TENSOR_CORE = re.compile(r"^(?:HMMA|IMMA|QMMA|DMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)\b")
 _SPILL = re.compile(r"^(?:STL|LDL)\b")
 # Plain loads, asynchronous copies to shared memory (cp.async) and bulk copies (TMA) of 16 bytes or more a thread.
 _VECTOR_LOAD = re.compile(r"^(?:LDG\S*\.128|LDGSTS\S*\.128|UBLKCP|UTMALDG)")
 _VECTOR_STORE = re.compile(r"^(?:STG\S*\.128|UBLKCP|UTMASTG)")
+# max and min give the number where the other operand is NaN, unless they say .NaN, which those of float64 cannot.
+_LOSES_NAN = re.compile(r"\b(?:max|min)\.(?!\S*NaN)(?:\w+\.)*(?:f16|bf16|f32|f64)(?:x2)?\b")
 _SASS_LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 
 
@@ -53,7 +61,8 @@ class AotCase:
         divisible_by_16: integer arguments known to be multiples of 16. Pointers always are, as torch allocates.
         options: further compiler options, such as {"enable_fp_fusion": False}.
         vector_loads: promises 128-bit loads.    tensor_cores: promises matrix instructions.
-        capabilities: compute capabilities (90 is sm_90) the configuration is used on.
+        capabilities: compute capabilities (90 is sm_90) the configuration is compiled for: all that it is used on, if
+            it takes much shared memory.
     """
 
     name: str
@@ -66,12 +75,12 @@ class AotCase:
     options: Mapping[str, Any] = field(default_factory=dict)
     vector_loads: bool = False
     tensor_cores: bool = False
-    capabilities: Sequence[int] = CAPABILITIES
+    capabilities: Sequence[int] = GENERATIONS
 
 
 @dataclass(frozen=True)
 class AotMetrics:
-    """What ptxas made of a case. Bytes for memory, instruction counts for the rest."""
+    """What Triton and ptxas made of a case. Bytes for memory, instruction counts for the rest."""
 
     registers: int
     shared: int
@@ -80,6 +89,7 @@ class AotMetrics:
     tensor_cores: int
     vector_loads: int
     vector_stores: int
+    loses_nan: int
     instructions: int
 
 
@@ -112,16 +122,21 @@ def compile_case(case: AotCase, capability: int) -> AotMetrics:
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options},
     )
-    return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared)
+    return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared, len(_LOSES_NAN.findall(compiled.asm["ptx"])))
 
 
-def broken_promises(case: AotCase, metrics: AotMetrics) -> list[str]:
+def broken_promises(case: AotCase, capability: int, metrics: AotMetrics) -> list[str]:
     """What the compiled code should do and does not, in words; empty if all is well."""
     found = []
     if metrics.instructions < 8:
         found.append(f"only {metrics.instructions} instructions: the kernel body is gone")
     if metrics.spills:
         found.append(f"{metrics.spills} spill instructions: use a smaller tile or more warps")
+    if metrics.shared > SHARED_LIMITS[capability]:
+        limit = SHARED_LIMITS[capability]
+        found.append(f"{metrics.shared} bytes of shared memory, {limit} allowed: use a smaller tile or fewer stages")
+    if metrics.loses_nan:
+        found.append(f"{metrics.loses_nan} max or min of floats that lose a NaN: write tl.where(x < low, low, x)")
     if case.tensor_cores and not metrics.tensor_cores:
         found.append("no tensor-core instruction: look at the operand dtype, input_precision and tile (≥ 16 each way)")
     if case.vector_loads and not metrics.vector_loads:
@@ -154,16 +169,16 @@ def triton_minor() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
-def _read_cubin(cubin: bytes, dynamic_shared: int) -> AotMetrics:
-    """Disassemble, or recall: it takes as long as compiling. `dynamic_shared` bytes are not recorded in the binary."""
+def _read_cubin(cubin: bytes, dynamic_shared: int, loses_nan: int) -> AotMetrics:
+    """Disassemble, or recall: it takes as long as compiling. The last two are not recorded in the binary."""
     import triton
 
     # This file is part of the key: whoever changes how SASS is read, reads it anew.
-    key = hashlib.sha256(cubin + f"/{dynamic_shared}/".encode() + Path(__file__).read_bytes()).hexdigest()
+    key = hashlib.sha256(cubin + f"/{dynamic_shared}/{loses_nan}/".encode() + Path(__file__).read_bytes()).hexdigest()
     remembered = Path(triton.knobs.cache.dir) / "mimir_aot" / f"{key}.json"
     if remembered.exists():
         return AotMetrics(**json.loads(remembered.read_text()))
-    metrics = _disassemble(cubin, dynamic_shared)
+    metrics = _disassemble(cubin, dynamic_shared, loses_nan)
     remembered.parent.mkdir(parents=True, exist_ok=True)
     partial = remembered.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(dataclasses.asdict(metrics)))
@@ -171,7 +186,7 @@ def _read_cubin(cubin: bytes, dynamic_shared: int) -> AotMetrics:
     return metrics
 
 
-def _disassemble(cubin: bytes, dynamic_shared: int) -> AotMetrics:
+def _disassemble(cubin: bytes, dynamic_shared: int, loses_nan: int) -> AotMetrics:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -179,7 +194,10 @@ def _disassemble(cubin: bytes, dynamic_shared: int) -> AotMetrics:
         file.write(cubin)
         file.flush()
         command = [str(tool), "-res-usage", "-sass", file.name]
-        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise NotImplementedError(f"{tool} cannot read this: {run.stderr.strip()}")
+    listing = run.stdout
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", listing)}
     opcodes = Counter(match[1] for match in _SASS_LINE.finditer(listing))
 
@@ -194,6 +212,7 @@ def _disassemble(cubin: bytes, dynamic_shared: int) -> AotMetrics:
         tensor_cores=count(_TENSOR_CORE),
         vector_loads=count(_VECTOR_LOAD),
         vector_stores=count(_VECTOR_STORE),
+        loses_nan=loses_nan,
         instructions=opcodes.total() - opcodes["NOP"],
     )
 
@@ -203,16 +222,21 @@ def _require_compiler() -> None:
         raise RuntimeError("TRITON_INTERPRET=1 turns kernels into Python functions; unset it to compile them")
 
 
-def _compile_by_key(key: str) -> AotMetrics:
+def _compile_by_key(key: str) -> AotMetrics | None:
     """A worker's job: a kernel does not pickle, its name does."""
-    return compile_case(*discover_cases()[key])
+    try:
+        return compile_case(*discover_cases()[key])
+    except NotImplementedError as error:  # Triton 3.6 compiles for sm_103, which its cuobjdump does not know
+        print(f"left out: {key}: {error}", file=sys.stderr)
+        return None
 
 
 def compile_all(keys: Sequence[str], num_workers: int) -> dict[str, AotMetrics]:
-    """Metrics of these keys of `discover_cases()`, compiled in `num_workers` fresh processes."""
+    """Metrics of these keys of `discover_cases()` that can be read, compiled in `num_workers` fresh processes."""
     # Spawned, not forked: MLIR keeps threads and locks that a fork would copy half-way.
     with concurrent.futures.ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(keys, pool.map(_compile_by_key, keys), strict=True))
+        found = zip(keys, pool.map(_compile_by_key, keys), strict=True)
+        return {key: metrics for key, metrics in found if metrics is not None}
 
 
 def _differences(expected: Mapping[str, Any], results: Mapping[str, AotMetrics]) -> list[str]:
@@ -267,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = compile_all(list(cases), args.workers)
     _print_table(results)
     problems = [
-        f"{key}: {problem}" for key, metrics in results.items() for problem in broken_promises(cases[key][0], metrics)
+        f"{key}: {problem}" for key, metrics in results.items() for problem in broken_promises(*cases[key], metrics)
     ]
     if args.update:
         _write_table(args.update, results)

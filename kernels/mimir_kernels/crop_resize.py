@@ -42,7 +42,7 @@ def _taps_kernel(plan_ptr, first_ptr, count_ptr, weights_ptr, side, most, COLUMN
     i = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     place = tl.where(mirror > 0, side - 1 - i, i) + anchor
     scale = extent.to(tl.float64) / resized.to(tl.float64)
-    filter_scale = tl.maximum(scale, 1.0)
+    filter_scale = tl.where(scale < 1.0, 1.0, scale)
     support, narrower = 2.0 * filter_scale, 1.0 / filter_scale
     center = start.to(tl.float64) + (place.to(tl.float64) + 0.5) * scale
     first = tl.maximum((center - support + 0.5).to(tl.int32), 0)

@@ -27,6 +27,7 @@ same bits.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_kernels.aot import CAPABILITIES, AotCase
+from mimir_kernels.aot import CAPABILITIES, SHARED_LIMITS, AotCase
 from mimir_kernels.interpret import INTERPRETED
 
 # A split pays for its start and for a partial tile, 64 kB written once and read twice: counted on an H100's bandwidth,
@@ -53,19 +54,36 @@ class TileConfig:
     num_stages: int
 
 
-def gram_config(capability: int) -> TileConfig:
-    """Pinned tiles: the largest that leave no register spilled (tests/kernels/aot_table.json)."""
-    if capability < 90:  # mma.sync keeps operands in registers, wgmma and tcgen05 in shared memory
-        return TileConfig(64, 32, 4, 4)
-    return TileConfig(128, 64, 8, 3)
+SMALLEST = TileConfig(64, 32, 4, 4)
 
 
-def capability_of(device: torch.device) -> int:
-    """90 for Hopper; the interpreter (CPU) takes the oldest, whose tiles are smallest."""
+def gram_config(capability: int, shared_limit: int | None = None) -> TileConfig:
+    """Pinned tiles: the largest that spill no register and fit the shared memory (tests/kernels/aot_table.json).
+
+    Args:
+        shared_limit: bytes a block may have on the device, if it is one that no one compiled for.
+    """
+    if capability < 90 or lacks_memory(capability, shared_limit):
+        return SMALLEST  # mma.sync keeps operands in registers, wgmma and tcgen05 in shared memory
+    if capability >= 120:  # mma.sync again
+        return TileConfig(128, 32, 8, 3)
+    # Before 3.9 Triton gives tcgen05 a second copy of one operand, since then one buffer fewer than stages.
+    return TileConfig(128, 32, 8, 4) if capability >= 100 else TileConfig(128, 64, 8, 3)
+
+
+def lacks_memory(capability: int, shared_limit: int | None) -> bool:
+    """Whether a block may have less than on the GPU that the tiles of this capability were made for."""
+    made_for = max(known for known in CAPABILITIES if known <= capability)
+    return shared_limit is not None and shared_limit < SHARED_LIMITS[made_for]
+
+
+def limits_of(device: torch.device) -> tuple[int, int | None]:
+    """Capability (90 for Hopper) and shared memory of a block; for the interpreter the oldest, its tiles are small."""
     if device.type != "cuda":
-        return CAPABILITIES[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+        return CAPABILITIES[0], None
+    known = torch.cuda.get_device_properties(device)
+    shared: int = known.shared_memory_per_block_optin  # type: ignore[attr-defined]  # PyTorch's stubs lack it
+    return 10 * known.major + known.minor, shared
 
 
 @triton.jit
@@ -167,14 +185,18 @@ class CenteredRows(NamedTuple):
     norms_N: Tensor
 
 
-def center_rows(x_ND: Tensor) -> CenteredRows:
-    """Centre samples (N, D) of fp32, bf16 or fp16 and any strides. Traffic beside the mean: one read, one write."""
+def center_rows(x_ND: Tensor, mean_D: Tensor | None = None) -> CenteredRows:
+    """Centre samples (N, D) of fp32, bf16 or fp16 and any strides. Traffic beside the mean: one read, one write.
+
+    Args:
+        mean_D: (D,) fp32, of more samples than these.
+    """
     num_rows, num_features = x_ND.shape
     x = x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
     hi = torch.empty((num_rows, num_features), dtype=torch.bfloat16, device=x.device)
     lo = torch.empty_like(hi)
     norms = torch.empty(num_rows, device=x.device)
-    mean = x.mean(dim=0, dtype=torch.float32)
+    mean = x.mean(dim=0, dtype=torch.float32) if mean_D is None else mean_D
     _center_rows_kernel[(num_rows,)](
         x, x.stride(0), mean, hi, lo, norms, num_features, BLOCK_D=4096, INTERPRET=INTERPRETED, num_warps=8
     )
@@ -205,6 +227,7 @@ def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@lru_cache(1024)
 def num_splits(num_tiles: int, length: int, processors: int) -> int:
     """Into how many parts to cut the inner dimension of `num_tiles` products, a function of the GPU model and shapes.
 
@@ -212,10 +235,7 @@ def num_splits(num_tiles: int, length: int, processors: int) -> int:
     least of that, and of equals the fewest parts: at N = 512 on 132 processors 13, which leaves 2 of them idle.
     """
     most = max(1, min(length // PART_MINIMUM, processors))
-    return min(
-        range(1, most + 1),
-        key=lambda s: (triton.cdiv(num_tiles * s, processors) * (triton.cdiv(length, s) + PART_COST), s),
-    )
+    return min(range(1, most + 1), key=lambda s: (-(num_tiles * s // -processors) * (PART_COST - length // -s), s))
 
 
 def gram_splits(x: CenteredRows, *, config: TileConfig | None = None, splits: int | None = None) -> Tensor:
@@ -228,7 +248,7 @@ def gram_splits(x: CenteredRows, *, config: TileConfig | None = None, splits: in
     """
     num_rows, num_features = x.hi_ND.shape
     device = x.hi_ND.device
-    config = config or gram_config(capability_of(device))
+    config = config or gram_config(*limits_of(device))
     blocks = triton.cdiv(num_rows, config.block)
     num_tiles = blocks * (blocks + 1) // 2
     splits = splits or num_splits(num_tiles, num_features, processors_of(device))
@@ -259,10 +279,19 @@ def gram_by_library(x: CenteredRows, *, block: int = 128, chunk: int = 2048) -> 
     return tiles[i, j][None].contiguous()
 
 
-def gram_rows(x: CenteredRows, rows: slice, *, chunk: int = 2048) -> Tensor:
-    """(n, N) fp32: these rows of X·Xᵀ, by batched products of the library; `chunk` as for `gram_by_library`."""
-    hi, lo = x.hi_ND[rows], x.lo_ND[rows]
-    return _product(hi, x.hi_ND, chunk).add_(_product(hi, x.lo_ND, chunk)).add_(_product(lo, x.hi_ND, chunk))
+def products(a: CenteredRows, b: CenteredRows, *, chunk: int = 2048) -> Tensor:
+    """(n, m) fp32 A·Bᵀ by batched products of the library; `chunk` as for `gram_by_library`."""
+    return _threefold(a.hi_ND, a.lo_ND, b.hi_ND, b.lo_ND, chunk)
+
+
+def weighted(weights_mn: Tensor, x: CenteredRows, *, chunk: int = 2048) -> Tensor:
+    """(m, D) fp32 sums of the n samples, weights fp32; as `products`."""
+    hi = weights_mn.bfloat16()
+    return _threefold(hi, (weights_mn - hi).bfloat16(), x.hi_ND.mT, x.lo_ND.mT, chunk)
+
+
+def _threefold(a_hi: Tensor, a_lo: Tensor, b_hi: Tensor, b_lo: Tensor, chunk: int) -> Tensor:
+    return _product(a_hi, b_hi, chunk).add_(_product(a_hi, b_lo, chunk)).add_(_product(a_lo, b_hi, chunk))
 
 
 def _product(a_nD: Tensor, b_ND: Tensor, chunk: int) -> Tensor:

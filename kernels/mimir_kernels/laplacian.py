@@ -16,10 +16,12 @@ from torch import Tensor
 
 from mimir_kernels.aot import CAPABILITIES, AotCase
 from mimir_kernels.gram import (
+    SMALLEST,
     CenteredRows,
     TileConfig,
     accumulate,
-    capability_of,
+    lacks_memory,
+    limits_of,
     load_plane,
     num_splits,
     processors_of,
@@ -28,9 +30,10 @@ from mimir_kernels.gram import (
 from mimir_kernels.interpret import INTERPRETED
 
 
-def laplacian_config(capability: int) -> TileConfig:
+def laplacian_config(capability: int, shared_limit: int | None = None) -> TileConfig:
     """As `gram_config`; the weights are split on the way, in registers."""
-    return TileConfig(64, 32, 4, 4) if capability < 90 else TileConfig(128, 32, 8, 4)
+    large = 90 <= capability < 120 and not lacks_memory(capability, shared_limit)
+    return TileConfig(128, 32, 8, 4) if large else SMALLEST
 
 
 @triton.jit
@@ -39,9 +42,11 @@ def _laplacian_kernel(
     BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A BLOCK×BLOCK tile of the output → out[split, row of the panel, feature]."""
-    split = tl.program_id(2)
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    features = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # Tiles side by side read the same features. All count along the first axis: the others end at 65,535.
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row_blocks = tl.cdiv(panel_rows, BLOCK)
+    rows = tile % row_blocks * BLOCK + tl.arange(0, BLOCK)
+    features = tile // row_blocks * BLOCK + tl.arange(0, BLOCK)
     row_mask, feature_mask = (rows < panel_rows)[:, None], (features < num_features)[None, :]
     begin = split * cols_per_split
     end = tl.minimum(begin + cols_per_split, num_rows)
@@ -84,13 +89,13 @@ def laplacian_product(
     """
     panel_rows, num_rows = weights_PN.shape
     num_features = x.hi_ND.shape[1]
-    config = config or laplacian_config(capability_of(x.hi_ND.device))
-    grid = triton.cdiv(panel_rows, config.block), triton.cdiv(num_features, config.block)
-    splits = splits or num_splits(grid[0] * grid[1], num_rows, processors_of(x.hi_ND.device))
+    config = config or laplacian_config(*limits_of(x.hi_ND.device))
+    num_tiles = triton.cdiv(panel_rows, config.block) * triton.cdiv(num_features, config.block)
+    splits = splits or num_splits(num_tiles, num_rows, processors_of(x.hi_ND.device))
     per_split = triton.cdiv(triton.cdiv(num_rows, splits), config.block_d) * config.block_d
     splits = triton.cdiv(num_rows, per_split)
     parts = out_PD[None] if splits == 1 else out_PD.new_empty((splits, *out_PD.shape))
-    _laplacian_kernel[(*grid, splits)](
+    _laplacian_kernel[(num_tiles, splits)](
         weights_PN, x.hi_ND, x.lo_ND, gamma, parts, first_row, panel_rows, num_rows, num_features, per_split,
         BLOCK=config.block, BLOCK_J=config.block_d, INTERPRET=INTERPRETED,
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -22,7 +22,8 @@ def _not_above(value, dtype: tl.constexpr):
     nearest = value.to(dtype).to(tl.float32)
     half_a_unit: tl.constexpr = 2.0**-8 if dtype == tl.bfloat16 else 2.0**-11
     smallest: tl.constexpr = 2.0**-126 if dtype == tl.bfloat16 else 2.0**-14
-    below = (value - tl.maximum(tl.abs(value), smallest) * half_a_unit).to(dtype).to(tl.float32)
+    size = tl.where(tl.abs(value) < smallest, smallest, tl.abs(value))
+    below = (value - size * half_a_unit).to(dtype).to(tl.float32)
     return tl.where(nearest > value, below, nearest)
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_kernels.aot import AotCase
-from mimir_kernels.patches import patch_grid
+from mimir_kernels.patches import byte_over_255, patch_grid
 from mimir_kernels.philox import random_bits, to_uniform
 
 BLOCK = 1024
@@ -49,11 +49,12 @@ def _noisy_patches_kernel(
     known = (id >= 0) & (id < num_patches)
     element = number % P
     y, x, c = element // (C * PATCH), element // C % PATCH, element % C
-    row, column = id // columns * PATCH + y, id % columns * PATCH + x  # int64, as ids are
+    place = tl.where(known, id, 0).to(tl.int32)  # a division of int64 takes some hundred instructions
+    row, column = (place // columns * PATCH + y).to(tl.int64), (place % columns * PATCH + x).to(tl.int64)
     pixel = b.to(tl.int64) * stride_b + row * stride_h + column * stride_w + c.to(tl.int64) * stride_c
     value = tl.load(images_ptr + pixel, mask=known, other=0).to(tl.float32)  # nobody's memory is read for a wrong id
     if images_ptr.dtype.element_ty == tl.uint8:
-        value = tl.div_rn(value, 255.0)
+        value = byte_over_255(value)
     sample, step = tl.load(samples_ptr + b), tl.load(steps_ptr + b)
     noise = (2 * to_uniform(random_bits(seed, sample, step, stream, first, BLOCK)) - 1) * eps
     dtype = clean_ptr.dtype.element_ty

@@ -31,6 +31,7 @@ from mimir_kernels.rbf import Gram, rbf_minus_one
 
 DENSE_ROWS = 4096
 PANEL_BYTES = 256 * 2**20
+ULPS = 8
 
 
 @triton.jit
@@ -79,20 +80,20 @@ def forward(
     if num_rows > DENSE_ROWS and not keep:
         s, r, q = pair_sums(x, y, gamma_x, gamma_y, same=same)
         return s, r, q.clone() if same else q, nothing, nothing.clone(), gamma_x, gamma_y
-    gamma_x, gram_x = _with_median(x, gamma_x, gram)
+    gamma_x, gram_x = _with_median(x, x_ND, gamma_x, gram)
     k, r, _ = rbf_minus_one(x, gamma_x, gram=gram_x)
     if same:
         gamma_y = gamma_x
         s, q, l = torch.linalg.vector_norm(k, dtype=torch.float64).square(), r.clone(), k
     else:
-        gamma_y, gram_y = _with_median(y, gamma_y, gram)
+        gamma_y, gram_y = _with_median(y, y_ND, gamma_y, gram)
         l, q, s = rbf_minus_one(y, gamma_y, k, gram_y)
     if not keep:
         return s, r, q, nothing, nothing.clone(), gamma_x, gamma_y
     return s, r, q, k, l.clone() if same else l, gamma_x, gamma_y
 
 
-def _with_median(x: CenteredRows, gamma: Tensor, gram: Gram) -> tuple[Tensor, Gram]:
+def _with_median(x: CenteredRows, x_ND: Tensor, gamma: Tensor, gram: Gram) -> tuple[Tensor, Gram]:
     """γ, and who gives the Gram matrix: for an empty γ the median rule's, from tiles that then serve both."""
     if gamma.numel():
         return gamma, gram
@@ -108,7 +109,10 @@ def _with_median(x: CenteredRows, gamma: Tensor, gram: Gram) -> tuple[Tensor, Gr
     pair = (rows[:, :, None] > cols[:, None, :]) & (rows < num_rows)[:, :, None]
     ordered = torch.where(pair, d2, torch.inf).flatten().sort().values
     median = ordered[(num_rows * (num_rows - 1) // 2 - 1) // 2]
-    return 1 / (2 * median.double().clamp_min(1e-12)), lambda _: tiles
+    # What rounding leaves of equal samples, as `median_floor` of ops/dependence/bandwidth.py has it.
+    norm = torch.linalg.vector_norm(x_ND, dtype=torch.float32).double()
+    floor = ((ULPS * torch.finfo(torch.float32).eps * norm).square() / num_rows).clamp_min(1e-30)
+    return 1 / (2 * torch.maximum(median.double(), floor)), lambda _: tiles
 
 
 def backward(

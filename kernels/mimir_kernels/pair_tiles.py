@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_kernels.aot import AotCase
+from mimir_kernels.aot import CAPABILITIES, AotCase
 from mimir_kernels.gram import CenteredRows, gram_tile, triangular_index
 from mimir_kernels.interpret import INTERPRETED
 from mimir_kernels.rbf import rbf_minus_one_tile
@@ -223,6 +223,7 @@ def aot_cases() -> list[AotCase]:
             num_stages=NUM_STAGES,
             vector_loads=True,
             tensor_cores=True,
+            capabilities=CAPABILITIES,
         )
         for name, kernel, signature, flags in variants
     ]

@@ -34,10 +34,19 @@ def pixel_offsets(
 ):
     """Where the numbers of these patches lie in the image: int64 (BLOCK_R, BLOCK_P), and which patches exist there."""
     id = tl.load(ids_ptr + row, mask=inside_row, other=-1)
-    corner = (row // K).to(tl.int64) * stride_b + (id // columns * stride_h + id % columns * stride_w) * PATCH
+    known = (id >= 0) & (id < num_patches)
+    place = tl.where(known, id, 0).to(tl.int32)  # a division of int64 takes some hundred instructions
+    down, right = (place // columns).to(tl.int64) * stride_h, (place % columns).to(tl.int64) * stride_w
+    corner = (row // K).to(tl.int64) * stride_b + (down + right) * PATCH
     y, x, c = element // (C * PATCH), element // C % PATCH, element % C
     pixel = y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w + c.to(tl.int64) * stride_c
-    return corner[:, None] + pixel[None, :], ((id >= 0) & (id < num_patches))[:, None]
+    return corner[:, None] + pixel[None, :], known[:, None]
+
+
+@triton.jit
+def byte_over_255(x):
+    """x / 255 for a byte x in float32, as division rounds it (all 256 were compared, with a fused sum and without)."""
+    return x * (257 / 2**16) + x * (257 * 65537 / 2**48)  # 1/255 = 257 / 2¹⁶ · (1 + 2⁻¹⁶ + …)
 
 
 @triton.jit
@@ -45,12 +54,12 @@ def read_patches(images_ptr, offsets, inside, known, eps, P: tl.constexpr, NORM:
     """(BLOCK_R, BLOCK_P) float32 pixels, bytes as [0, 1], patches normalised with NORM; zeros for a wrong id."""
     x = tl.load(images_ptr + offsets, mask=inside & known, other=0).to(tl.float32)  # nobody's memory is read for that
     if images_ptr.dtype.element_ty == tl.uint8:
-        x = tl.div_rn(x, 255.0)  # `/` would be an approximate division
+        x = byte_over_255(x)
     if NORM:
         mean = tl.sum(x, axis=1) / P
         x = tl.where(inside, x - mean[:, None], 0.0)
         variance = tl.sum(x * x, axis=1) / (P - 1)
-        x = x / tl.sqrt(variance + eps)[:, None]
+        x = x * (1.0 / tl.sqrt(variance + eps))[:, None]
     return x
 
 

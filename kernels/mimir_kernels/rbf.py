@@ -36,7 +36,8 @@ def expm1(u):
 @triton.jit
 def rbf_minus_one_tile(gram, norms_i, norms_j, rows, cols, num_rows, gamma):
     """A tile of K − 1 from one of the Gram matrix; zero on the diagonal and beyond the matrix."""
-    d2 = tl.maximum(norms_i[:, None] + norms_j[None, :] - 2.0 * gram, 0.0)
+    d2 = norms_i[:, None] + norms_j[None, :] - 2.0 * gram
+    d2 = tl.where(d2 < 0.0, 0.0, d2)  # a NaN stays, as it would not in tl.maximum on a GPU
     off_diagonal = (rows[:, None] != cols[None, :]) & (rows < num_rows)[:, None] & (cols < num_rows)[None, :]
     return tl.where(off_diagonal, expm1(-gamma * d2), 0.0)
 

@@ -3,6 +3,8 @@
 A stopwatch is not a function of the run, and two kernels differ in their last bits. So that a run which is stopped and
 started again computes the same numbers, the answer is written into a file of this machine (`memory_file`), where every
 later start and every other rank finds it; and a kernel later in the list of preferences has to be faster by MARGIN.
+Of ranks that measure at the same time, the first to write decides for all. None waits for another's device: collectives
+of a sharded model could wait for them both.
 """
 
 import fcntl
@@ -11,8 +13,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,8 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
-from mimir_fast.layers.kernels import CANDIDATES, Candidate, Situation
+from mimir_fast.layers.kernels import CANDIDATES, Candidate, Kernel, Situation
+from mimir_fast.layers.native_attention import native_attention_reference
 from mimir_fast.versions import cpu_name, version_of
 
 MARGIN = 0.1
@@ -32,6 +37,10 @@ ROUNDS = 5
 HOPELESS = 3.0  # times the best: dropped early
 CHANCES = 3  # calls before that; the first may have been disturbed, or have met memory the system still had to clear
 SECONDS_A_ROUND = 2e-3
+CHECKED = 2  # images, the last ones of the batch
+# How far results may lie from the exact ones, relatively: room for any rounding (TF32 too), not for a wrong kernel.
+TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
+TOLERANCE_OF_HALF = 0.05
 
 Seconds = dict[str, float]
 
@@ -41,12 +50,19 @@ def fastest(situation: Situation) -> tuple[str, Seconds]:
     wanted = [c for c in CANDIDATES if c.takes(situation)]
     if situation.device.type not in BATCH or _capturing(situation.device):
         return "sdpa", {}  # nothing to measure with: meta tensors, or a CUDA graph being recorded
-    with _memory() as memory:
-        key = f"{situation}, {'/'.join(c.name for c in wanted)}"
-        if key not in memory:
-            memory[key] = _in_a_fresh_thread(lambda: measure(situation, wanted))
-        seconds: Seconds = memory[key]
-    return prefer(seconds), seconds
+    key = f"{situation}, {'/'.join(c.name for c in wanted)}"
+    known = _recall()
+    if key not in known:
+        try:
+            seconds = _in_a_fresh_thread(lambda: measure(situation, wanted))
+        except Exception as error:
+            warnings.warn(f"attention was not measured ({error}): PyTorch's choice serves this run", stacklevel=2)
+            seconds = {}
+        if not seconds:
+            return "sdpa", {}  # the next start asks again
+        known = _remember(key, seconds)
+    found: Seconds = known[key]
+    return prefer(found), found
 
 
 def prefer(seconds: Seconds) -> str:
@@ -59,22 +75,23 @@ def prefer(seconds: Seconds) -> str:
 
 
 def measure(situation: Situation, candidates: Sequence[Candidate]) -> Seconds:
-    """The least seconds a call of each candidate took in ROUNDS turns; without those that fail or are hopeless."""
-    q, k, v, grad = _inputs(situation)
+    """The least seconds a call of each candidate took in ROUNDS turns; without those that fail, err or are hopeless."""
+    inputs = _inputs(situation)
+    backward = situation.backward
+    exact = _results(native_attention_reference, [t[-CHECKED:].detach().float() for t in inputs], True)
 
-    def call_of(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
-        def forward() -> object:
-            with torch.no_grad():
-                return kernel(q, k, v)
-
-        return (lambda: torch.autograd.grad(kernel(q, k, v), (q, k, v), grad)) if situation.backward else forward
+    def call_of(kernel: Kernel) -> Callable[[], object]:
+        return lambda: _results(kernel, inputs, backward)
 
     calls: dict[str, Callable[[], object]] = {}
     seconds: Seconds = {}
     for candidate in candidates:
         call = call_of(candidate.run)
         try:
-            _clock(call, situation.device)  # builds plans, fills caches
+            # The first call builds plans and fills caches.
+            if not _agree(_results(candidate.run, inputs, backward), exact):
+                warnings.warn(f"attention by {candidate.name} is wrong here ({situation}): not used", stacklevel=2)
+                continue
             seconds[candidate.name] = _clock(call, situation.device)
         except (RuntimeError, NotImplementedError, ValueError, ImportError):
             continue  # it does not take this shape, dtype or machine after all, or there is no memory for it
@@ -109,6 +126,24 @@ def _inputs(s: Situation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
 
 
+def _results(kernel: Kernel, inputs: Sequence[Tensor], backward: bool) -> tuple[Tensor, ...]:
+    """The output, and with `backward` the gradients."""
+    *tokens, grad = inputs
+    if not backward:
+        with torch.no_grad():
+            return (kernel(*tokens),)
+    tokens = [t.requires_grad_() for t in tokens]
+    out = kernel(*tokens)
+    return out.detach(), *torch.autograd.grad(out, tokens, grad)
+
+
+def _agree(results: Sequence[Tensor], exact: Sequence[Tensor]) -> bool:
+    """Whether the last images' results are the exact ones up to rounding, beside the largest of them."""
+    allowed = TOLERANCE.get(results[0].dtype, TOLERANCE_OF_HALF) * max(float(wanted.norm()) for wanted in exact)
+    pairs = zip(results, exact, strict=False)  # only the output, where no gradients are asked for
+    return all(float((found[-CHECKED:].float() - wanted).norm()) <= allowed for found, wanted in pairs)
+
+
 def _clock(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
     cuda = device.type == "cuda"
     if cuda:
@@ -127,11 +162,16 @@ def _capturing(device: torch.device) -> bool:
 
 def _in_a_fresh_thread(work: Callable[[], Seconds]) -> Seconds:
     """Autocast, inference mode, FLOP counters, fake tensors and saved-tensor hooks of the caller are its thread's."""
-    result: Seconds = {}
-    thread = threading.Thread(target=lambda: result.update(work()), name="attention choice")
-    thread.start()
-    thread.join()
-    return result
+    future: Future[Seconds] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="attention choice").start()
+    return future.result()
 
 
 # What is known in this process, and the file behind it.
@@ -158,31 +198,38 @@ def _machine() -> str:
 _remembered: dict[Path, dict[str, Any]] = {}
 
 
-@contextmanager
-def _memory() -> Iterator[dict[str, Any]]:
-    """The answers so far, to read and add to; locked, so that the ranks of a machine measure one after another.
+def _recall() -> dict[str, Any]:
+    """The answers of this machine so far."""
+    path = memory_file()
+    known = _remembered.setdefault(path, {})
+    with suppress(OSError):  # there is none yet
+        known.update(_parse(path.read_text()))
+    return known
+
+
+def _remember(key: str, seconds: Seconds) -> dict[str, Any]:
+    """Add an answer, unless another process was faster: then its answer counts. All answers as they are now.
 
     Without a place to write, they live as long as the process.
     """
-    path = memory_file()
-    known = _remembered.setdefault(path, {})
+    path, known = memory_file(), _recall()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115 (closed below; a failure to open must not hide the caller's errors)
+        file = open(path, "a+")  # noqa: SIM115 (closed below; a failure to open must not hide other errors)
     except OSError:
-        yield known
-        return
+        known.setdefault(key, seconds)
+        return known
     with file:
         with suppress(OSError):  # a network disk may not know locks
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        before = _parse(file.read())
-        known.update(before)
-        yield known
-        if known != before:
+        known.update(_parse(file.read()))
+        if key not in known:
+            known[key] = seconds
             file.seek(0)
             file.truncate()
             file.write(json.dumps(known, indent=1))
+    return known
 
 
 def _parse(text: str) -> dict[str, Any]:

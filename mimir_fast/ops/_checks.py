@@ -17,10 +17,12 @@ from mimir_fast.ops._dispatch import runs_native
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether to look at the numbers in this tensor: on the CPU always, elsewhere in debug mode.
 
-    Never while PyTorch compiles, transforms or records the call, when there may be no numbers. The kernels of compiled
-    ops look when they run.
+    Never while PyTorch compiles, transforms or records the call, when there may be no numbers, nor while a CUDA graph
+    is recorded, which may not wait. The kernels of compiled ops look when they run.
     """
     if torch.compiler.is_compiling() or _native.transformed():
+        return False
+    if tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return False
     return tensor.device.type == "cpu" or os.environ.get("MIMIR_FAST_DEBUG", "0") == "1"
 

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mimir_fast.ops._checks import as_samples, check_choice
-from mimir_fast.ops._precision import accumulation_dtype, no_autocast
-from mimir_fast.ops.dependence.bandwidth import Bandwidth, centered_rows, gamma_or_later
+from mimir_fast.ops._checks import as_samples, check_choice, check_finite
+from mimir_fast.ops._precision import accumulation_dtype, full_precision
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, centered_rows, gamma_or_later, median_floor
 from mimir_fast.ops.dependence.pair_sums import pair_sums
 from mimir_fast.ops.hsic import Estimator, check_estimator, hsic_from_sums
 
@@ -31,7 +31,7 @@ def cka(
     bandwidth: Bandwidth = "reference",
     estimator: Estimator = "biased",
 ) -> Tensor:
-    """Similarity of x (N, …) and y (N, …), in [0, 1] when biased; 0 if one of them is constant.
+    """Similarity of x (N, …) and y (N, …), in [0, 1] when biased; 0 if one of them is constant up to rounding.
 
     Args:
         x, y: any floating dtype, N samples in the first dimension, the rest is flattened.
@@ -45,7 +45,7 @@ def cka(
     check_choice("kernel", kernel, ("rbf", "linear"))
     x_ND, y_ND = as_samples(x, y, minimum=check_estimator(estimator))
     if kernel == "linear":
-        with no_autocast(x.device):
+        with full_precision(x.device):
             dtype = accumulation_dtype(x, y)
             a, b = centered_rows(x_ND, dtype), centered_rows(y_ND, dtype)
             sums = [linear_sums(u, v, zero_diagonal=estimator == "unbiased") for u, v in ((a, b), (a, a), (b, b))]
@@ -57,15 +57,25 @@ def cka(
             for (u, gamma_u), (v, gamma_v) in ((x_gamma, y_gamma), (x_gamma, x_gamma), (y_gamma, y_gamma))
         ]
     xy, xx, yy = (hsic_from_sums(*triple, estimator) for triple in sums)
-    return _ratio(xy, xx, yy).to(accumulation_dtype(x, y))
+    check_finite(xy, x=x_ND, y=y_ND)
+    constant = (xx <= 0) | (yy <= 0) | is_constant(x_ND) | is_constant(y_ND)
+    return _ratio(xy, xx, yy, constant).to(accumulation_dtype(x, y))
 
 
-def _ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
-    """xy / √(xx·yy); of a constant input, 0/0 in exact arithmetic, 0 with a zero gradient."""
-    known = (xx > 0) & (yy > 0)
+def is_constant(x_ND: Tensor) -> Tensor:
+    """Whether all samples are one, up to what rounding makes of its distance from the mean; a boolean scalar."""
+    with torch.no_grad():
+        variance = x_ND.to(accumulation_dtype(x_ND)).var(dim=0, correction=0)
+        return variance.sum(dtype=torch.float64) <= median_floor(x_ND)
+
+
+def _ratio(xy: Tensor, xx: Tensor, yy: Tensor, constant: Tensor) -> Tensor:
+    """xy / √(xx·yy); of a constant input, 0/0 in exact arithmetic, 0 with a zero gradient. A NaN stays."""
     one = torch.ones_like(xx)
     # The ones keep 1/0 out of the gradient of the branch that is not taken.
-    return torch.where(known, xy / (torch.where(known, xx, one).sqrt() * torch.where(known, yy, one).sqrt()), 0)
+    return torch.where(
+        constant, 0, xy / (torch.where(constant, one, xx).sqrt() * torch.where(constant, one, yy).sqrt())
+    )
 
 
 def linear_sums(x_ND: Tensor, y_ND: Tensor, *, zero_diagonal: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from mimir_fast.ops._checks import as_samples, check_finite
 from mimir_fast.ops._dispatch import runs_triton
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
-from mimir_fast.ops.dependence.bandwidth import Bandwidth, centered_rows, gamma
-from mimir_fast.ops.dependence.pair_tiles import Laplacian, TiledKernel, inner_product, kernel_from_gram_, pair_weights
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, gamma
+from mimir_fast.ops.dependence.pair_tiles import inner_product, kernel_from_gram_, pair_weights
 from mimir_fast.ops.global_batch import all_gather, group_size
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic, hsic_from_sums
 
@@ -37,7 +37,7 @@ def global_hsic(
 
     The same value on every rank. As for `gather_batch`, the gradient is that of this rank's samples times R, right for
     gradients of parameters that are averaged over the ranks, as DDP and FSDP do. Extra memory: the N gathered samples,
-    and a few n×n tiles.
+    those of two ranks centred, and a few n×n tiles.
 
     Args:
         x, y: (n, …) the samples of this rank, equally many on each.
@@ -99,14 +99,14 @@ class _GlobalPairSums(torch.autograd.Function):
         x_ND, y_ND, gamma_x, gamma_y = ctx.saved_tensors
         with full_precision(x_ND.device), torch.cuda.device_of(x_ND):
             rows_x, rows_y = _rows(x_ND, gamma_x, y_ND, ctx.own), _rows(y_ND, gamma_y, x_ND, ctx.own)
-            to_x = rows_x.gradient(grad_r) if ctx.needs_input_grad[0] else None
-            to_y = rows_y.gradient(grad_q) if ctx.needs_input_grad[1] else None
+            to_x = _Gradient(rows_x, gamma_x, grad_r) if ctx.needs_input_grad[0] else None
+            to_y = _Gradient(rows_y, gamma_y, grad_q) if ctx.needs_input_grad[1] else None
             for columns in ctx.blocks:
                 k, l_ = rows_x.tile(columns), rows_y.tile(columns)
                 if to_x:
-                    to_x.add(k, l_, grad_s, ctx.own, columns)
+                    to_x.add(k, l_, grad_s, columns)
                 if to_y:
-                    to_y.add(l_, k, grad_s, ctx.own, columns)
+                    to_y.add(l_, k, grad_s, columns)
             grads = [
                 to.result().mul_(len(ctx.blocks)).to(dtype) if to else None
                 for to, dtype in zip((to_x, to_y), ctx.dtypes, strict=True)
@@ -115,74 +115,94 @@ class _GlobalPairSums(torch.autograd.Function):
 
 
 class _Rows:
-    """The rows of K − 1 of this rank's samples, a tile at a time, by the BLAS; a tile lives until the next."""
+    """The rows of K − 1 of this rank's samples, a tile (a rank's columns) at a time.
 
-    def __init__(self, x_ND: Tensor, gamma: Tensor, dtype: torch.dtype, own: slice):
-        self._x, self._gamma, self._own = centered_rows(x_ND, dtype), gamma, own
-        self._kernel = TiledKernel(self._x, gamma, norms_N=self._x.square().sum(dim=1))
+    The samples are centred for a tile and forgotten: a centred copy of all of them may be larger than they are.
+    """
 
-    @property
-    def sums(self) -> Tensor:
-        """(n,) float64, of the tiles asked for with `sums`."""
-        return self._kernel.sums[self._own]
-
-    def tile(self, columns: slice, *, sums: bool = False) -> Tensor:
-        """k (n, n) of this rank's rows and the given columns."""
-        return self._kernel.tile(self._own, columns, sums=sums)
-
-    def gradient(self, grad_r_N: Tensor) -> Laplacian:
-        """The collector of the gradient, to which each tile of its weights is added."""
-        return Laplacian(self._x, self._gamma, grad_r_N, self._own)
-
-
-class _TritonRows:
-    """The same on a GPU: one Gram product of all the rows on tensor cores, cut into tiles afterwards."""
-
-    def __init__(self, x_ND: Tensor, gamma: Tensor, own: slice):
-        from mimir_kernels import gram
-
-        self._x, self._gamma, self._own = gram.center_rows(x_ND), gamma, own
-        self._gram_nN = gram.gram_rows(self._x, own)
-        self.sums = torch.zeros(len(self._gram_nN), dtype=torch.float64, device=x_ND.device)
+    def __init__(
+        self, x_ND: Tensor, gamma: Tensor, block: "type[_Block | _TritonBlock]", dtype: torch.dtype, own: slice
+    ):
+        self._x, self._gamma, self._block, self.own = x_ND, gamma, block, own
+        self._mean_D = x_ND.mean(dim=0, dtype=dtype)
+        self.mine = self.last = block(x_ND[own], self._mean_D)
+        self.sums = torch.zeros(len(self.mine.norms), dtype=torch.float64, device=x_ND.device)
 
     def tile(self, columns: slice, *, sums: bool = False) -> Tensor:
-        """A tile of the kernel matrix, see `_Rows.tile`."""
-        k, norms = self._gram_nN[:, columns], self._x.norms_N
-        kernel_from_gram_(
-            k, norms[self._own], norms[columns], self._gamma, columns == self._own, self.sums if sums else None, None
-        )
+        """k (n, n) of this rank's rows and the given columns; `sums` adds its row sums to `self.sums`."""
+        diagonal = columns == self.own
+        self.last = self.mine if diagonal else self._block(self._x[columns], self._mean_D)
+        k = self.mine.products(self.last)
+        kernel_from_gram_(k, self.mine.norms, self.last.norms, self._gamma, diagonal, self.sums if sums else None, None)
         return k
 
-    def gradient(self, grad_r_N: Tensor) -> "_TritonLaplacian":
-        """The gradient of the rows, see `_Rows.gradient`."""
-        return _TritonLaplacian(self._x, self._gamma, grad_r_N, self._own)
 
+class _Gradient:
+    """Collects −4γ Σ_j C_ij (x_i − x_j) of this rank's samples from the tiles of C, each after its tile of K."""
 
-class _TritonLaplacian:
-    """`Laplacian` of this rank's samples by the Triton product: it takes the weights of all columns at once."""
+    def __init__(self, rows: _Rows, gamma: Tensor, grad_r_N: Tensor):
+        self._rows, self._gamma = rows, gamma
+        self._half_N = (grad_r_N / 2).to(rows.mine.norms.dtype)
+        self._sums_n = torch.zeros_like(rows.sums)  # C 1
+        self._product_nD: Tensor | None = None  # C X
 
-    def __init__(self, x: Any, gamma: Tensor, grad_r_N: Tensor, own: slice):
-        self._x, self._gamma, self._own = x, gamma, own
-        self._half = (grad_r_N / 2).float()
-        self._weights_nN = x.norms_N.new_empty((own.stop - own.start, len(x.norms_N)))
-        self._sums = torch.zeros(len(self._weights_nN), dtype=torch.float64, device=gamma.device)
-
-    def add(self, k: Tensor, l_: Tensor, grad_s: Tensor, rows: slice, columns: slice) -> None:
-        """Add a tile to the sums, see `Laplacian.add`."""
-        weights = pair_weights(k, l_, grad_s, self._half[rows], self._half[columns], self._sums, None)
-        self._weights_nN[:, columns] = weights
+    def add(self, k: Tensor, l_: Tensor, grad_s: Tensor, columns: slice) -> None:
+        """Add the columns of the tile that `rows` made last."""
+        halves = self._half_N[self._rows.own], self._half_N[columns]
+        part = self._rows.last.weighted(pair_weights(k, l_, grad_s, *halves, self._sums_n, None))
+        self._product_nD = part if self._product_nD is None else self._product_nD.add_(part)
 
     def result(self) -> Tensor:
-        """The gradient of all rows, see `Laplacian.result`."""
-        from mimir_kernels.laplacian import laplacian_product
+        """(n, D), once all columns were added."""
+        assert self._product_nD is not None
+        mine = self._rows.mine.rows()
+        sums = self._sums_n.to(mine.dtype)[:, None]
+        return self._product_nD.addcmul_(sums, mine, value=-1).mul_(4 * self._gamma)
 
-        grad = self._weights_nN.new_empty((len(self._weights_nN), self._x.hi_ND.shape[1]))
-        laplacian_product(self._weights_nN, self._x, self._gamma, grad, self._own.start)
-        return grad
+
+class _Block:
+    """Some centred samples and their products, by the BLAS in the dtype of the mean."""
+
+    def __init__(self, x_nD: Tensor, mean_D: Tensor):
+        self._rows_nD = x_nD.to(mean_D.dtype) - mean_D
+        self.norms = self._rows_nD.square().sum(dim=1)
+
+    def rows(self) -> Tensor:
+        """(n, D) centred."""
+        return self._rows_nD
+
+    def products(self, other: Any) -> Tensor:
+        """(n, m) of these samples with the other block's."""
+        return self._rows_nD @ other._rows_nD.mT
+
+    def weighted(self, weights_mn: Tensor) -> Tensor:
+        """(m, D) sums of these samples."""
+        return weights_mn @ self._rows_nD
 
 
-def _rows(x_ND: Tensor, gamma: Tensor, other_ND: Tensor, own: slice) -> _Rows | _TritonRows:
-    """The rows of x's kernel matrix, by Triton or by the BLAS, in the precision that both inputs need."""
-    if runs_triton(x_ND, other_ND):
-        return _TritonRows(x_ND, gamma, own)
-    return _Rows(x_ND, gamma, accumulation_dtype(x_ND, other_ND), own)
+class _TritonBlock:
+    """The same on tensor cores, each number as the sum of two in bfloat16."""
+
+    def __init__(self, x_nD: Tensor, mean_D: Tensor):
+        from mimir_kernels import gram
+
+        self._gram, self._rows = gram, gram.center_rows(x_nD, mean_D)
+        self.norms = self._rows.norms_N
+
+    def rows(self) -> Tensor:
+        """(n, D), see `_Block.rows`."""
+        return self._rows.hi_ND.float().add_(self._rows.lo_ND)
+
+    def products(self, other: Any) -> Tensor:
+        """(n, m), see `_Block.products`."""
+        return self._gram.products(self._rows, other._rows)
+
+    def weighted(self, weights_mn: Tensor) -> Tensor:
+        """(m, D), see `_Block.weighted`."""
+        return self._gram.weighted(weights_mn, self._rows)
+
+
+def _rows(x_ND: Tensor, gamma: Tensor, other_ND: Tensor, own: slice) -> _Rows:
+    """The rows of x's kernel matrix, in the precision that both inputs need."""
+    block = _TritonBlock if runs_triton(x_ND, other_ND) else _Block
+    return _Rows(x_ND, gamma, block, accumulation_dtype(x_ND, other_ND), own)

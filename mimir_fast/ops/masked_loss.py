@@ -120,14 +120,13 @@ def _masked_loss(
     _checks.check_ids("ids", ids_BM, H // patch_size * columns)
     prediction, ids = prediction_BMP.contiguous(), ids_BM.contiguous()
     gradient = prediction.new_empty(prediction.shape if with_gradient else 0)
-    absolute, share = kind == "l1", 1.0
-    if reduction == "mean":
-        share = 1 / prediction.numel() if prediction.numel() else torch.nan
+    absolute, share = kind == "l1", _share(prediction, reduction)
+    slope = 1.0 if _stored_whole(prediction) else share
     if runs_triton(prediction, images_BCHW):
         from mimir_kernels import masked_loss as kernels
 
         errors = kernels.masked_loss(
-            prediction, images_BCHW, ids, gradient, patch_size, norm_pix, absolute, NORM_EPS, share
+            prediction, images_BCHW, ids, gradient, patch_size, norm_pix, absolute, NORM_EPS, slope
         )
         return errors.sum(dtype=torch.float64).mul_(share).float(), gradient
     is_uint8, is_bf16 = images_BCHW.dtype == torch.uint8, prediction.dtype == torch.bfloat16
@@ -142,9 +141,21 @@ def _masked_loss(
     dtype = accumulation_dtype(prediction)
     difference = prediction.to(dtype) - masked_targets_reference(images_BCHW, ids, patch_size, norm_pix).to(dtype)
     if with_gradient:
-        gradient = (difference.sign() if absolute else 2 * difference).mul_(share).to(prediction.dtype)
+        gradient = (difference.sign() if absolute else 2 * difference).mul_(slope).to(prediction.dtype)
     errors = difference.abs() if absolute else difference.square()
     return errors.sum(dtype=torch.float64).mul_(share).to(dtype), gradient
+
+
+def _share(prediction_BMP: Tensor, reduction: str) -> float:
+    """Of one number's error in the loss."""
+    if reduction == "sum":
+        return 1.0
+    return 1 / prediction_BMP.numel() if prediction_BMP.numel() else torch.nan
+
+
+def _stored_whole(prediction_BMP: Tensor) -> bool:
+    """Whether `_share` waits for the backward pass: float16 ends at 6e-8, and a loss scaler comes only then."""
+    return prediction_BMP.dtype == torch.float16
 
 
 @_masked_loss.register_fake
@@ -176,11 +187,14 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
             return masked_loss_reference(prediction, images, ids, *ctx.options)
 
         return *gradients_of(definition, (prediction,), (True,), (grad,)), *[None] * 7
+    if _stored_whole(prediction):
+        grad = grad * _share(prediction, ctx.options[-1])
     # Looking at a number of the CPU costs nothing; while a graph is traced there is none. A leaf would keep the tensor
     # and add to it.
     looks = type(grad) is Tensor and grad.device.type == "cpu"
     if not (looks and not prediction.is_leaf and grad == 1):
-        gradient = gradient * grad
+        # In the precision of the loss: in float16 this number itself might be 0.
+        gradient = (gradient * grad.reshape(1)).to(gradient.dtype)
     return gradient, *[None] * 7
 
 

@@ -67,10 +67,9 @@ def value_and_gradients(call: Call, given: dict[str, Tensor]) -> list[Tensor]:
     return [value.detach(), *[g for g in grads if g is not None]]
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_kernels_behind_the_public_function(name, triton_device, monkeypatch):
-    expected = value_and_gradients(CALLS[name], operands(torch.device("cpu")))
-    asked = []
+def by_triton(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> list[object]:
+    """Ops run Triton's kernels from now on; the questions who runs them are collected."""
+    asked: list[object] = []
 
     def runs_triton(*given: Tensor, any_dtype: bool = False) -> bool:
         asked.append(given)
@@ -81,7 +80,64 @@ def test_kernels_behind_the_public_function(name, triton_device, monkeypatch):
             if path.startswith("mimir_fast.ops.") and hasattr(module, "runs_triton"):
                 monkeypatch.setattr(module, "runs_triton", runs_triton)
         monkeypatch.setattr(linf_step, "runs_native", lambda *_: False)
+    return asked
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_behind_the_public_function(name, triton_device, monkeypatch):
+    expected = value_and_gradients(CALLS[name], operands(torch.device("cpu")))
+    asked = by_triton(monkeypatch, triton_device)
     actual = value_and_gradients(CALLS[name], operands(triton_device))
     assert asked or triton_device.type == "cuda"
+    for ours, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), wanted, rtol=2e-4, atol=2e-5)
+
+
+STRANGE = (torch.nan, torch.inf, 1e30)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("hsic", "nhsic", "renyi_mi")])
+def test_strange_numbers_arrive_as_by_the_definition(name, triton_device, monkeypatch):
+    """A NaN, an Inf and a number whose square overflows: each in a row of its own."""
+    given = operands(torch.device("cpu"))
+    for t in given.values():
+        if t.is_floating_point():
+            t.flatten()[: 3 * 7 : 7] = torch.tensor(STRANGE)[: len(t.flatten()[: 3 * 7 : 7])]
+    expected = value_and_gradients(CALLS[name], given)
+    asked = by_triton(monkeypatch, triton_device)
+    actual = value_and_gradients(CALLS[name], {key: t.to(triton_device) for key, t in given.items()})
+    assert asked or triton_device.type == "cuda"
+    for ours, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), wanted, rtol=2e-4, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", STRANGE)
+@pytest.mark.parametrize("name", ["hsic", "nhsic", "renyi_mi"])
+def test_strange_samples_are_seen(name, value, triton_device, monkeypatch):
+    given = operands(triton_device)
+    given["x"][3, 5] = value
+    by_triton(monkeypatch, triton_device)
+    if triton_device.type == "cuda":
+        assert CALLS[name](given).isnan()
+    monkeypatch.setenv("MIMIR_FAST_DEBUG", "1")
+    with pytest.raises(ValueError, match="must be finite"):
+        CALLS[name](given)
+
+
+@pytest.mark.parametrize("name", ["hsic", "nhsic", "renyi_mi"])
+def test_a_kernel_that_does_not_fit_leaves_the_work_to_pytorch(name, triton_device, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from mimir_kernels import laplacian, pair_sums, rbf
+
+    def too_large(*_: object, **__: object) -> Tensor:
+        raise OutOfResources(245_808, 232_448, "shared memory")
+
+    expected = value_and_gradients(CALLS[name], operands(torch.device("cpu")))
+    by_triton(monkeypatch, triton_device)
+    for module, kernel in ((pair_sums, "rbf_minus_one"), (rbf, "rbf_minus_one"), (laplacian, "laplacian_product")):
+        monkeypatch.setattr(module, kernel, too_large)
+    with pytest.warns(RuntimeWarning, match="Required: 245808"):
+        actual = value_and_gradients(CALLS[name], operands(triton_device))
     for ours, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours.cpu(), wanted, rtol=2e-4, atol=2e-5)

@@ -266,6 +266,23 @@ def test_splits_fill_waves(num_rows, splits):
     assert gram.num_splits(num_tiles, 200, 132) == 1  # too short to share
 
 
+def test_tiles_are_made_for_the_memory_of_the_device():
+    """A GPU of tomorrow takes the tiles of the one before it, if it has the memory."""
+    for config in (gram.gram_config, laplacian.laplacian_config):
+        assert config(121, 101_376) == config(120)
+        assert config(110, 232_448) == config(103)
+        assert config(90, 101_376) == config(110, 101_376) == gram.SMALLEST
+
+
+@pytest.mark.cuda
+def test_more_features_than_the_second_axis_of_a_grid():
+    device = torch.device("cuda")
+    x, weights = samples(2, 65_536 * 128, 0, device), torch.ones(2, 2, device=device)
+    out = torch.empty_like(x)
+    laplacian.laplacian_product(weights, gram.center_rows(x), scalar(0.25, device), out, 0)
+    torch.testing.assert_close(out, x.flip(0) - x, rtol=1e-3, atol=1e-3)
+
+
 def test_an_unneeded_gradient_reads_nothing(triton_device, monkeypatch):
     """Training wants ∂z only: with the kernel matrices kept, the images are not centred again."""
     x, y = samples(20, 12, 0, triton_device), samples(20, 7, 1, triton_device)

@@ -120,6 +120,43 @@ def test_a_candidate_that_fails_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -
     assert name != "native" and "native" not in seconds
 
 
+def test_a_candidate_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([sdpa(q, k, v)[:-1], v[-1:, : q.shape[1]]])  # of the last image only
+
+    monkeypatch.setattr(choice, "CANDIDATES", (Candidate("native", wrong, lambda s: True), *CANDIDATES[1:]))
+    with pytest.warns(UserWarning, match="attention by native is wrong here"):
+        seconds = fastest(situation((1, 4, 4, 1, 16), torch.float32, torch.device("cpu")))[1]
+    assert "native" not in seconds and "sdpa" in seconds
+
+
+def test_what_stops_the_measurement_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = situation((1, 4, 4, 1, 16), torch.float32, torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "measure", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+        with pytest.warns(UserWarning, match="none left"):
+            assert fastest(here) == ("sdpa", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "measure", lambda *_: {})
+        assert fastest(here) == ("sdpa", {})
+    assert not memory_file().exists()
+    assert fastest(here)[1]
+
+
+def test_of_two_that_measure_at_once_the_first_to_write_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody holds the lock meanwhile: the ranks of a sharded model would wait for each other."""
+    here = situation((1, 4, 4, 1, 16), torch.float32, torch.device("cpu"))
+
+    def overtaken(*_: object) -> dict[str, float]:
+        monkeypatch.setattr(choice, "measure", lambda *_: {"plain": 1.0, "sdpa": 2.0})
+        assert fastest(here)[0] == "plain"
+        monkeypatch.setattr(choice, "_remembered", {})  # it was another process
+        return {"plain": 2.0, "sdpa": 1.0}
+
+    monkeypatch.setattr(choice, "measure", overtaken)
+    assert fastest(here) == ("plain", {"plain": 1.0, "sdpa": 2.0})
+
+
 def test_a_name_pins_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     q, k, v, _ = inputs((2, 5, 7, 2, 16), torch.float32, cpu)

@@ -58,6 +58,46 @@ def test_constant_features_give_zero(options: dict[str, str], estimator: str) ->
 
 
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("options", [{"kernel": "linear"}, {}, {"bandwidth": "median"}], ids=str)
+@pytest.mark.parametrize("value", [0.1, 1e4 / 3, 1e-6 / 3])
+def test_a_constant_that_is_rounded_gives_zero(value: float, options: dict[str, str], estimator: str) -> None:
+    """Its mean is not it, and what is left of the samples would be a pattern of rounding."""
+    _, y = samples(37)
+    constant = torch.full((37, 50), value)
+    assert cka(constant, y.float(), **options, estimator=estimator) == 0
+    seen = constant * (1 + 1e-4 * y[:, :1].float())
+    assert cka(seen, y.float(), **options) > 0.05
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_what_is_not_finite_is_refused(kernel: str, value: float) -> None:
+    x, y = samples()
+    y[3, 2] = value
+    with pytest.raises(ValueError, match="y must be finite"):
+        cka(x, y, kernel=kernel)
+
+
+def test_linear_products_are_exact_though_others_may_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mimir_fast.ops import cka as module
+
+    seen, sums = [], module.linear_sums
+
+    def asking(*given: Tensor, **how: bool) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return sums(*given, **how)
+
+    monkeypatch.setattr(module, "linear_sums", asking)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        cka(*samples(), kernel="linear")
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert seen == ["ieee"] * 3
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
 def test_gradients(kernel: str, estimator: str) -> None:
     x, y = (t.flatten(1)[:, :3].clone().requires_grad_() for t in samples(6))

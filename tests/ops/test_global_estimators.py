@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mimir_fast.ops import global_hsic as row_blocks
 from mimir_fast.ops.dependence.bandwidth import gamma
@@ -67,6 +69,26 @@ def both_gradients(rank: int) -> dict[str, torch.Tensor]:
     return {"value": value.detach(), "grad_x": grad_x / RANKS, "grad_y": grad_y / RANKS, "half": half}
 
 
+class Largest(TorchDispatchMode):
+    """How many numbers the largest float32 tensor had that was made inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **kwargs or {})
+        sizes = (t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor) and t.dtype == torch.float32)
+        self.numbers = max(self.numbers, *sizes, 0)
+        return made
+
+
+def centred_panels(rank: int) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(rank)
+    x, y = (torch.rand(LOCAL, width, generator=g).bfloat16().requires_grad_() for width in (300, 20))
+    with Largest() as largest:
+        torch.autograd.grad(global_hsic(x, y), (x, y))
+    return {"numbers": torch.tensor(largest.numbers)}
+
+
 OPTIONS: dict[str, dict[str, str]] = {
     "biased": {},
     "unbiased": {"estimator": "unbiased"},
@@ -76,7 +98,7 @@ OPTIONS: dict[str, dict[str, str]] = {
 JOBS = {
     f"{p}-{name}": partial(train_step, penalty=p, **OPTIONS[name]) for p in ("gathered", "rows") for name in OPTIONS
 }
-JOBS["both_gradients"] = both_gradients
+JOBS |= {"both_gradients": both_gradients, "centred_panels": centred_panels}
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -105,14 +127,18 @@ def test_row_blocks_give_both_gradients(tmp_path: Path) -> None:
     torch.testing.assert_close(ranks[0]["half"], expected_half, rtol=1e-5, atol=0)
 
 
+def test_row_blocks_centre_the_samples_of_one_rank_at_a_time(tmp_path: Path) -> None:
+    for result in run_ranks("centred_panels", tmp_path):
+        assert result["numbers"] == LOCAL * 300
+
+
 @pytest.mark.parametrize("options", ["biased", "unbiased"])
 def test_row_blocks_on_tensor_cores(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way a GPU takes, interpreted: Gram rows from bf16 halves, weights and the Laplacian product in Triton."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("kernels are not interpreted here: see the cuda test")
-    import mimir_kernels.gram
-    import mimir_kernels.laplacian  # noqa: F401
+    import mimir_kernels.gram  # noqa: F401
 
     monkeypatch.setattr(row_blocks, "runs_triton", lambda *given: True)
     x, z = data()

@@ -220,3 +220,17 @@ def test_refuses(change, error, message):
     arguments = {"prediction_BMP": torch.zeros(2, 2, 48), "images_BCHW": IMAGES, "ids_BM": IDS, "patch_size": 4}
     with pytest.raises(error, match=message):
         masked_loss(**arguments | change)
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1"])
+def test_a_loss_scaler_saves_a_gradient_in_half_precision(kind, device):
+    """One number's share of the loss, 1/(B·M·P), has few digits in float16; of an ImageNet batch it is 0."""
+    case = (32, 3, 96, 96, 16, 27)
+    images, ids = images_of(case).to(device), ids_of(case).to(device)
+    prediction, scale = prediction_of(case, torch.float16).to(device), 2.0**16
+    found = loss_and_gradient(masked_loss, prediction, images, ids, 16, kind=kind, weight=scale)
+    exact = loss_and_gradient(
+        masked_loss_reference, prediction.double(), images.double() / 255, ids, 16, kind=kind, weight=scale
+    )
+    assert found[1].dtype == torch.float16 and (found[1] != 0).double().mean() > 0.99
+    torch.testing.assert_close(found[1].double(), exact[1], rtol=2e-3, atol=1e-7)

@@ -1,14 +1,18 @@
 """The door to the C++ kernels: what it lets through, and what happens where there are none."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from mimir_fast import _native
-from mimir_fast.ops import _dispatch
+from mimir_fast.ops import _checks, _dispatch
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -93,3 +97,60 @@ def test_knows_when_a_call_is_transformed_or_recorded():
 )
 def test_dense(tensor, dense):
     assert _native.dense(tensor) == dense
+
+
+PARALLEL = """
+#include <cstdio>
+#include <stdexcept>
+#include "parallel.h"
+
+int main() {
+    for (int failing = 0; failing < 4; ++failing) {
+        long done = 0;
+        try {
+            mimir::parallel_for(4, 1, 4, [&](std::int64_t begin, std::int64_t end) {
+                if (begin <= failing && failing < end) throw std::runtime_error("chunk");
+#pragma omp atomic
+                done += end - begin;
+            });
+        } catch (const std::runtime_error& error) {
+            std::printf("%s %ld ", error.what(), done);
+        }
+    }
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_what_a_thread_throws_reaches_the_caller(tmp_path):
+    """An allocation may fail; an exception that leaves a thread would end the process."""
+    source, program = tmp_path / "throws.cpp", tmp_path / "throws"
+    source.write_text(PARALLEL)
+    headers = Path(__file__).parents[2] / "csrc"
+    subprocess.run(["g++", "-std=c++17", "-fopenmp", f"-I{headers}", source, "-o", program], check=True)
+    environment = os.environ | {"OMP_DYNAMIC": "false"}
+    found = subprocess.run([program], env=environment, check=True, capture_output=True, text=True).stdout
+    assert found.split() == ["chunk", "3"] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("objdump"), reason="reads x86-64 instructions")
+@pytest.mark.parametrize("source", ["crop_resize.cpp", "fp32_attention.cpp"])
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_wide_instructions_are_built_by_every_compiler(compiler, source, tmp_path):
+    """A pragma for an instruction set that a compiler does not know is skipped in silence."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    path, built = Path(__file__).parents[2] / "csrc" / source, tmp_path / "built.o"
+    subprocess.run([compiler, "-std=c++17", "-O3", "-ffp-contract=off", "-w", "-c", path, "-o", built], check=True)
+    listing = subprocess.run(["objdump", "-d", built], check=True, capture_output=True, text=True).stdout
+    assert min(listing.count("%zmm"), listing.count("%ymm")) > 100
+
+
+def test_numbers_are_not_read_while_a_cuda_graph_is_recorded(monkeypatch):
+    monkeypatch.setenv("MIMIR_FAST_DEBUG", "1")
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+    for recording in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda recording=recording: recording)
+        assert _checks.values_are_checked(x) != recording

@@ -149,6 +149,17 @@ def test_median_of_squared_distances(n: int) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10 if n <= 2048 else 0.01, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e5])
+def test_the_median_rule_knows_no_unit(scale: float) -> None:
+    x = torch.rand(40, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gamma(scale * x, 5.0, "median") * scale**2, gamma(x, 5.0, "median"), rtol=1e-4, atol=0)
+
+
+def test_the_median_of_equal_samples_is_what_rounding_leaves() -> None:
+    d2 = 1 / (2 * gamma(torch.full((40, 30), 0.1), 5.0, "median"))
+    assert 1e-14 < d2 / 0.3 < 1e-11
+
+
 def test_median_of_groups_that_take_turns() -> None:
     """Every third of 6144 rows is of one group: the distances within it say nothing of the others."""
     x, _ = samples(6144, 3, 1)

@@ -21,6 +21,8 @@ BANDWIDTHS = ("paper", "reference", "median")
 # The median of N²/2 distances needs them all at once; beyond this many samples, that of a random subset is taken.
 # Evenly spaced rows may all be of one class, where classes take turns.
 MEDIAN_ROWS = 2048
+# Units in the last place that centring leaves of samples which are all the same.
+ULPS = 8
 
 
 def centered_rows(x_ND: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,11 +47,12 @@ def gamma(x_ND: Tensor, sigma: float, bandwidth: Bandwidth) -> Tensor:
         sigma: kernel width of `paper` and `reference`; not used by `median`.
         bandwidth: `paper` 1/(2σ²); `reference` 1/(2σ²·D) with D features, as in the MIMIR authors' code;
             `median` 1/(2·median of the off-diagonal squared distances), Gretton et al. 2005's heuristic. Beyond
-            `MEDIAN_ROWS` samples it is the median among that many, drawn as a function of N.
+            `MEDIAN_ROWS` samples it is the median among that many, drawn as a function of N. A median below
+            `median_floor` counts as that.
     """
     check_choice("bandwidth", bandwidth, BANDWIDTHS)
     if bandwidth == "median":
-        return _gamma(_median_squared_distance(x_ND.detach()))
+        return _gamma(_median_squared_distance(x_ND.detach()), median_floor(x_ND))
     check_positive("sigma", sigma)
     dim = x_ND.shape[1] if bandwidth == "reference" else 1
     return torch.full((), 1 / (2 * sigma**2 * dim), dtype=torch.float64, device=x_ND.device)
@@ -62,9 +65,19 @@ def gamma_or_later(x_ND: Tensor, sigma: float, bandwidth: Bandwidth) -> Tensor:
     return gamma(x_ND, sigma, bandwidth)
 
 
-def gamma_of_median(d2_M: Tensor) -> Tensor:
+def gamma_of_median(d2_M: Tensor, floor: Tensor) -> Tensor:
     """The median rule's γ from the squared distances of all M pairs, each once: float64 scalar."""
-    return _gamma(_of_rank(d2_M, (len(d2_M) - 1) // 2))
+    return _gamma(_of_rank(d2_M, (len(d2_M) - 1) // 2), floor)
+
+
+def median_floor(x_ND: Tensor) -> Tensor:
+    """What rounding makes of a squared distance of 0, ULPS² eps² times the mean of ‖x_i‖²: float64 scalar.
+
+    At least 1e-30, so that γ is a float32.
+    """
+    dtype = accumulation_dtype(x_ND)
+    norm = torch.linalg.vector_norm(x_ND.detach(), dtype=dtype).double()
+    return ((ULPS * torch.finfo(dtype).eps * norm).square() / x_ND.shape[0]).clamp_min(1e-30)
 
 
 def _of_rank(numbers: Tensor, rank: int) -> Tensor:
@@ -74,8 +87,8 @@ def _of_rank(numbers: Tensor, rank: int) -> Tensor:
     return (numbers.kthvalue(rank + 1).values if on_cpu else numbers.sort().values[rank]).double()
 
 
-def _gamma(median: Tensor) -> Tensor:
-    return 1 / (2 * median.clamp_min(1e-12))
+def _gamma(median: Tensor, floor: Tensor) -> Tensor:
+    return 1 / (2 * torch.maximum(median, floor))
 
 
 def median_squared_distance_reference(x_ND: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.ops._checks import check_finite
-from mimir_fast.ops._dispatch import runs_triton
+from mimir_fast.ops._dispatch import runs_triton, unless_too_large
 from mimir_fast.ops._op import differentiated_again, gradients_of, register_op
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
 from mimir_fast.ops.dependence import pair_tiles
@@ -49,13 +49,17 @@ def pair_sums(x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor) -> t
     return s, r, q
 
 
-def _kernels_for(x_ND: Tensor, y_ND: Tensor) -> Any:
-    """The module whose `forward` and `backward` compute these: Triton's, or tiles by C++ and PyTorch."""
-    if runs_triton(x_ND, y_ND):
-        from mimir_kernels import pair_sums as kernels
+def _run(which: str, x_ND: Tensor, y_ND: Tensor, operands: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """`forward` or `backward` for these samples: by Triton, or tile by tile by C++ and PyTorch."""
+    with full_precision(x_ND.device), torch.cuda.device_of(x_ND):  # Triton launches on the current device
+        if runs_triton(x_ND, y_ND):
+            from mimir_kernels import pair_sums as kernels
 
-        return kernels
-    return pair_tiles
+            with unless_too_large():
+                found: tuple[Tensor, ...] = getattr(kernels, which)(*operands)
+                return found
+        found = getattr(pair_tiles, which)(*operands)
+        return found
 
 
 def _definition(
@@ -77,8 +81,7 @@ def _pair_sums(
     x_ND: Tensor, y_ND: Tensor, gamma_x: Tensor, gamma_y: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """s, r, q, then for the backward pass k, l and (γ_x, γ_y)."""
-    with full_precision(x_ND.device), torch.cuda.device_of(x_ND):  # Triton launches on the current device
-        s, r, q, k, l_, *gammas = _kernels_for(x_ND, y_ND).forward(x_ND, y_ND, gamma_x, gamma_y, keep)
+    s, r, q, k, l_, *gammas = _run("forward", x_ND, y_ND, (x_ND, y_ND, gamma_x, gamma_y, keep))
     check_finite(s, x=x_ND, y=y_ND)
     return s, r, q, k, l_, torch.stack(gammas)
 
@@ -108,10 +111,8 @@ def _pair_sums_backward(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    with full_precision(x_ND.device), torch.cuda.device_of(x_ND):
-        grad_x, grad_y = _kernels_for(x_ND, y_ND).backward(
-            grad_s, grad_r, grad_q, x_ND, y_ND, gamma_x, gamma_y, k_NN, l_NN, need_x, need_y
-        )
+    operands = grad_s, grad_r, grad_q, x_ND, y_ND, gamma_x, gamma_y, k_NN, l_NN, need_x, need_y
+    grad_x, grad_y = _run("backward", x_ND, y_ND, operands)
     return grad_x.to(x_ND.dtype), grad_y.to(y_ND.dtype)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops._dispatch import runs_native
 from mimir_fast.ops._precision import accumulation_dtype
-from mimir_fast.ops.dependence.bandwidth import centered_rows, gamma_of_median
+from mimir_fast.ops.dependence.bandwidth import centered_rows, gamma_of_median, median_floor
 
 # Up to this many samples the two N×N matrices (16 MB each on a CPU, 64 MB on a GPU) are cheaper to keep for the
 # backward pass than to compute again.
@@ -35,9 +35,9 @@ def forward(
     # HSIC(x, x), as in CKA, needs one kernel matrix only.
     same = x_ND.is_set_to(y_ND) and gamma_x.is_set_to(gamma_y)
     kernel_y = kernel_x if same else TiledKernel(centered_rows(y_ND, dtype), gamma_y, kept[1])
-    for kernel in (kernel_x, kernel_y):
+    for kernel, samples in ((kernel_x, x_ND), (kernel_y, y_ND)):
         if not kernel.gamma.numel():
-            kernel.use_median()
+            kernel.use_median(median_floor(samples))
     s = torch.zeros((), dtype=torch.float64, device=device)
     for rows, columns in lower_tiles(n, device):
         k = kernel_x.tile(rows, columns, sums=True)
@@ -99,22 +99,18 @@ def lower_tiles(n: int, device: torch.device) -> Iterator[Tile]:
 
 
 class TiledKernel:
-    """The matrix K − 1 of x, of which one tile exists at a time (or all, in `into`), and its row sums so far.
+    """The matrix K − 1 of x, of which one tile exists at a time (or all, in `into`), and its row sums so far."""
 
-    Args:
-        norms_N: squares of the rows, needed where tiles are visited before the diagonal tile of their rows.
-    """
-
-    def __init__(self, centered_ND: Tensor, gamma: Tensor, into: Tensor | None = None, norms_N: Tensor | None = None):
+    def __init__(self, centered_ND: Tensor, gamma: Tensor, into: Tensor | None = None):
         self.x = centered_ND
         self.gamma = gamma
-        self._known, self._has_gram = norms_N is not None, False
-        self.norms = self.x.new_empty(len(self.x)) if norms_N is None else norms_N
+        self._has_gram = False
+        self.norms = self.x.new_empty(len(self.x))
         self.sums = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
         self._into = into if into is not None and len(into) else None
         self._buffer = self.x.new_empty(0)
 
-    def use_median(self) -> None:
+    def use_median(self, floor: Tensor) -> None:
         """Set γ by the median rule: all tiles of the Gram matrix are made at once, and `tile` finds them there."""
         n = len(self.x)
         gram = self.x.new_empty(n, n) if self._into is None else self._into
@@ -122,7 +118,7 @@ class TiledKernel:
             torch.mm(self.x[rows], self.x[columns].mT, out=gram[rows, columns])
         self.norms.copy_(gram.diagonal())
         i, j = torch.tril_indices(n, n, -1, device=gram.device)
-        self.gamma = gamma_of_median((self.norms[i] + self.norms[j]).sub_(gram[i, j], alpha=2).clamp_min_(0))
+        self.gamma = gamma_of_median((self.norms[i] + self.norms[j]).sub_(gram[i, j], alpha=2).clamp_min_(0), floor)
         self._into, self._has_gram = gram, True
 
     def tile(self, rows: slice, columns: slice, *, sums: bool = False) -> Tensor:
@@ -137,7 +133,7 @@ class TiledKernel:
         on_diagonal = rows == columns
         if not self._has_gram:
             torch.mm(self.x[rows], self.x[columns].mT, out=gram)
-        if on_diagonal and not (self._known or self._has_gram):
+        if on_diagonal and not self._has_gram:
             # Norms of the same product: a distance of 0 comes out as 0.
             self.norms[rows] = gram.diagonal()
         row_sums = self.sums[rows] if sums else None
@@ -149,33 +145,28 @@ class TiledKernel:
 
 
 class Laplacian:
-    """Collects −4γ Σ_j C_ij (x_i − x_j) from the tiles of C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2).
+    """Collects −4γ Σ_j C_ij (x_i − x_j) from the lower tiles of C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2)."""
 
-    Args:
-        own: the samples whose gradient is needed; all tiles of their rows must be added. None: all samples, for which
-            the lower tiles must be added.
-    """
-
-    def __init__(self, centered_ND: Tensor, gamma: Tensor, grad_r: Tensor, own: slice | None = None):
+    def __init__(self, centered_ND: Tensor, gamma: Tensor, grad_r: Tensor):
         self.x = centered_ND
-        self._gamma, self._own = gamma, own
+        self._gamma = gamma
         self._half = (grad_r / 2).to(self.x.dtype)
-        self._product = torch.zeros_like(self.x[own or slice(None)])  # C X
-        self._sums = torch.zeros(len(self._product), dtype=torch.float64, device=self.x.device)  # C 1
+        self._product = torch.zeros_like(self.x)  # C X
+        self._sums = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)  # C 1
 
     def add(self, k: Tensor, l_: Tensor, grad_s: Tensor, rows: slice, columns: slice) -> None:
-        """Add the tile of C at (rows, columns); with all samples and off the diagonal, its mirror image too."""
-        mirrored, into = self._own is None and rows != columns, rows if self._own is None else slice(None)
-        row_sums, column_sums = self._sums[into], self._sums[columns] if mirrored else None
+        """Add the tile of C at (rows, columns) and, off the diagonal, its mirror image."""
+        mirrored = rows != columns
+        row_sums, column_sums = self._sums[rows], self._sums[columns] if mirrored else None
         weights = pair_weights(k, l_, grad_s, self._half[rows], self._half[columns], row_sums, column_sums)
-        self._product[into].addmm_(weights, self.x[columns])
+        self._product[rows].addmm_(weights, self.x[columns])
         if mirrored:
             self._product[columns].addmm_(weights.mT, self.x[rows])
 
     def result(self) -> Tensor:
-        """(N, D) gradient, or that of `own`; ends the collection."""
+        """(N, D) gradient; ends the collection."""
         sums = self._sums.to(self.x.dtype)[:, None]
-        return self._product.addcmul_(sums, self.x[self._own or slice(None)], value=-1).mul_(4 * self._gamma)
+        return self._product.addcmul_(sums, self.x, value=-1).mul_(4 * self._gamma)
 
 
 def kernel_from_gram_(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.ops._checks import check_finite
-from mimir_fast.ops._dispatch import runs_triton
+from mimir_fast.ops._dispatch import runs_triton, unless_too_large
 from mimir_fast.ops._op import differentiated_again, gradients_of, register_op
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
 from mimir_fast.ops.dependence.bandwidth import centered_rows, squared_distances
@@ -44,22 +44,26 @@ def _definition(x_ND: Tensor, gamma: Tensor) -> Tensor:
 
 @register_op("rbf_minus_one", _definition)
 def _rbf_minus_one(x_ND: Tensor, gamma: Tensor) -> Tensor:
-    n, dtype = x_ND.shape[0], accumulation_dtype(x_ND)
+    k_NN, sums_N = _matrix_and_sums(x_ND, gamma)
+    check_finite(sums_N, samples=x_ND)
+    return k_NN
+
+
+def _matrix_and_sums(x_ND: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """K − 1 and its row sums (N,) float64."""
     if runs_triton(x_ND):
         from mimir_kernels import rbf as kernels
         from mimir_kernels.gram import center_rows
 
-        with torch.cuda.device_of(x_ND):  # Triton launches on the current device
-            k_NN, sums, _ = kernels.rbf_minus_one(center_rows(x_ND), gamma)
-    else:
-        k_NN = x_ND.new_empty((n, n), dtype=dtype)
-        with full_precision(x_ND.device):
-            kernel = TiledKernel(centered_rows(x_ND, dtype), gamma, into=k_NN)
-            for rows, columns in lower_tiles(n, x_ND.device):
-                kernel.tile(rows, columns, sums=True)
-        sums = kernel.sums
-    check_finite(sums, samples=x_ND)
-    return k_NN
+        with torch.cuda.device_of(x_ND), unless_too_large():  # Triton launches on the current device
+            return kernels.rbf_minus_one(center_rows(x_ND), gamma)[:2]
+    n, dtype = x_ND.shape[0], accumulation_dtype(x_ND)
+    k_NN = x_ND.new_empty((n, n), dtype=dtype)
+    with full_precision(x_ND.device):
+        kernel = TiledKernel(centered_rows(x_ND, dtype), gamma, into=k_NN)
+        for rows, columns in lower_tiles(n, x_ND.device):
+            kernel.tile(rows, columns, sums=True)
+    return k_NN, kernel.sums
 
 
 @_rbf_minus_one.register_fake
@@ -74,10 +78,10 @@ def _rbf_minus_one_backward(grad_NN: Tensor, x_ND: Tensor, gamma: Tensor, k_NN: 
         from mimir_kernels.gram import center_rows
         from mimir_kernels.laplacian import laplacian_product as kernel
 
-        with torch.cuda.device_of(x_ND):
+        with torch.cuda.device_of(x_ND), unless_too_large():
             grad_x = torch.empty_like(x_ND, dtype=torch.float32, memory_format=torch.contiguous_format)
             kernel(weights, center_rows(x_ND), gamma, grad_x, 0)
-        return grad_x.to(x_ND.dtype)
+            return grad_x.to(x_ND.dtype)
     with full_precision(x_ND.device):
         return (_laplacian_product(weights, centered_rows(x_ND, k_NN.dtype)) * (-4 * gamma)).to(x_ND.dtype)
 
