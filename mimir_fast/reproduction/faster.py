@@ -202,7 +202,6 @@ def record_of(experiment: Experiment, arms: Sequence[Arm], results: Sequence[Cel
             "title": arm.title,
             "flops": arm.flops,
             "steps": {"pretrain": _steps(arm.pretrain)} | ({"finetune": _steps(arm.finetune)} if arm.finetune else {}),
-            "batch": (arm.finetune or arm.pretrain).run.batch_size,
         }
         for arm in arms
     ]
