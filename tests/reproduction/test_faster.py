@@ -91,9 +91,9 @@ def test_commands_parse() -> None:
     assert config_from(["faster", "--data", "fashion", "--seeds", "2"]).seeds == 2  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("record", sorted(DOCS.glob("results/faster_*/results.json")), ids=lambda p: p.parent.name)
-def test_the_tables_in_the_docs_are_of_the_records(record: Path) -> None:
-    record = json.loads(record.read_text())
+@pytest.mark.parametrize("path", sorted(DOCS.glob("results/faster_*/results.json")), ids=lambda p: p.parent.name)
+def test_the_tables_in_the_docs_are_of_the_records(path: Path) -> None:
+    record = json.loads(path.read_text())
     assert tables(record) in (DOCS / "results.md").read_text()
     cells = [cell for cell in record["cells"] if cell["row"] == "pgd"][:3]
     robust = mean(100 * right / images for right, images in (cell["accuracy"]["pgd20"] for cell in cells))
