@@ -1,12 +1,13 @@
 """What an attack inside a training step may save, each at a price that its option names. None is on by default.
 
     every        attack in every k-th step only
-    precision    the attack's passes in bf16, whatever the training's are in
+    precision    the attack's passes in bf16, whatever the training's are in (pre-training)
+    visible      all but the last steps of the attack see a share of the patches (fine-tuning)
 
 Not offered: fp8, for which torch has products but no layers (the scales would be ours to keep), and the attack of the
 next batch beside this step: its weights would be a step old, so that a resumed run could not repeat it, and on a busy
 GPU the two would share what there is.
-Shapes: B samples, anything behind.
+Shapes: B samples, anything behind; N patches, K visible.
 """
 
 from collections.abc import Callable
@@ -28,28 +29,77 @@ COMPARED_EVERY = 1000
 
 
 @dataclass
-class TrainingAttack(LinfThreat):
-    """An L∞ attack inside a training step, and what it saves."""
+class OccasionalAttack(LinfThreat):
+    """An L∞ attack that some training steps do without."""
 
     every: int = 1
     """Attack every N-th step; other steps use the random start (weaker training): uniform noise of radius eps, or the
     clean image without random_start."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("attack.every", self.every, at_least=1)
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return super().idle() | without(self.num_steps, "--{}num_steps is 0", "every")
+
+    def attacks_in(self, step: int | Tensor) -> bool:
+        """Whether this step attacks. A step on the device was looked at before it went there."""
+        return isinstance(step, Tensor) or step % self.every == 0
+
+
+@dataclass
+class ClassifierAttack(OccasionalAttack):
+    """An L∞ attack on a classifier inside a training step, and what it saves."""
+
+    visible: float = 1.0
+    """Share of the patches that all but the last attack steps see, and move: each the next ones of a random order of
+    the image's own, so that all have as many turns. 0.5 makes them half as dear; 1 is all patches in all steps."""
+    whole_steps: int = 1
+    """Attack steps at the end that see all patches."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("attack.visible", self.visible, above=0, at_most=1)
+        check_number("attack.whole_steps", self.whole_steps, at_least=1)
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return {
+            **super().idle(),
+            **without(self.visible < 1, "--{}visible is 1", "whole_steps"),
+            **without(self.num_steps > self.whole_steps, "--{}num_steps is at most --{}whole_steps", "visible"),
+        }
+
+    def places(self, attack_step: int, order_BN: Tensor) -> Tensor | None:
+        """(B, K) numbers of the patches that a step of the attack sees, ascending; None for all.
+
+        Args:
+            order_BN: all patches of each image, in the order of their turns.
+        """
+        if self.visible == 1 or attack_step >= self.num_steps - self.whole_steps:
+            return None
+        num_patches = order_BN.shape[1]
+        turns = torch.arange(max(1, round(self.visible * num_patches)), device=order_BN.device)
+        return order_BN[:, (attack_step * len(turns) + turns) % num_patches].sort(dim=1).values
+
+
+@dataclass
+class TrainingAttack(OccasionalAttack):
+    """An L∞ attack inside a pre-training step, and what it saves."""
+
     precision: Literal["same", "bf16"] = "same"
     """Of the attack's passes: the `same` as the training's, or `bf16` where that is fp32. Some signs change:
     sign_agreement in the log is the share that does not, measured in the first attack and every 1000th."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("attack.every", self.every, at_least=1)
         check_choice("attack.precision", self.precision, ("same", "bf16"))
 
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""
-        return super().idle() | without(self.num_steps, "--{}num_steps is 0", "every", "precision")
-
-    def attacks_in(self, step: int | Tensor) -> bool:
-        """Whether this step attacks. A step on the device was looked at before it went there."""
-        return isinstance(step, Tensor) or step % self.every == 0
+        return super().idle() | without(self.num_steps, "--{}num_steps is 0", "precision")
 
     def compares_in(self, step: int | Tensor) -> bool:
         """Whether this step measures the sign agreement, by a pass in each precision more."""

@@ -22,6 +22,10 @@ class Apgd(Pgd):
         """Its radius and number of steps; it chooses their sizes itself."""
         return f"eps {255 * self.config.attack.eps:.3g}/255, {self.config.attack.num_steps} steps"
 
+    def start(self, inputs: Inputs) -> Tensor:
+        """The images (B, C, H, W) themselves."""
+        return inputs.images
+
     def search(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W) in [0, 1]."""
         attack = self.config.attack
@@ -32,7 +36,8 @@ register(
     MethodEntry(
         "apgd", "finetune", ClassificationConfig, Apgd, "APGD-k adversarial training",
         idle=without(
-            False, "--method apgd starts at the image and chooses its steps", "attack.alpha", "attack.random_start"
+            False, "--method apgd starts at the image and chooses its steps", "attack.alpha", "attack.random_start",
+            "attack.visible", "attack.whole_steps",
         ),
     )
 )  # fmt: skip

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import Loss, linf_ascent, random_start
+from mimir_fast.attacks.pgd import Loss, linf_ascent
 from mimir_fast.methods.classification import ClassificationMethod, Inputs, classifier
 from mimir_fast.methods.mart import Mart, MartObjective, with_authors_beta
 from mimir_fast.methods.pgd import Pgd
@@ -70,6 +70,7 @@ class ArdPrmObjective(TradesObjective, MartObjective):
         """Options that do nothing as the others are."""
         loss = self.ard_prm.loss
         return {
+            **without(False, "--method ard_prm masks the perturbation", "attack.visible", "attack.whole_steps"),
             **without(loss == "trades", "--ard_prm.loss is not trades", "trades.beta"),
             **without(loss == "mart", "--ard_prm.loss is not mart", "mart.beta"),
         }
@@ -104,19 +105,13 @@ class _HeldBack(ClassificationMethod):
     config: ArdPrmObjective
     authors_mode = "eval"
 
-    def ascend(
-        self, module: nn.Module, inputs: Inputs, loss: Loss, labels: Tensor, start: Tensor | None = None
-    ) -> Tensor:
+    def ascend(self, module: nn.Module, inputs: Inputs, loss: Loss, labels: Tensor) -> Tensor:
         """Adversarial images (B, C, H, W) in [0, 1]."""
-        threat, images, own, bare = self.config.attack, inputs.images, self.config.ard_prm, classifier(module)
+        threat, images, own, bare = self.attack, inputs.images, self.config.ard_prm, classifier(module)
         encoder = bare.encoder
         rate = pass_rate(inputs.epochs, own.warmup_epochs)
         gates = draw_gates(rate, inputs, bare.num_layers, encoder.num_branches, threat.num_steps)
         masks = draw_patch_masks(rate, inputs, encoder.grid, threat.num_steps)
-        if start is None:
-            start = images
-            if threat.random_start:
-                start = random_start(images, threat.eps, samples=inputs.samples, seed=inputs.seed, step=inputs.step)
         gate: Tensor | None = None
 
         def before_step(step: int, x: Tensor) -> Tensor:
@@ -128,7 +123,7 @@ class _HeldBack(ClassificationMethod):
             return torch.where(let_through, x, images)
 
         return linf_ascent(
-            lambda x: loss(module(x, None, gate), labels), images, start, threat, before_step=before_step
+            lambda x: loss(module(x, None, gate), labels), images, self.start(inputs), threat, before_step=before_step
         )
 
 

@@ -9,14 +9,14 @@ Shapes: B images, C channels, H × W pixels, K classes, L blocks.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import Loss, cross_entropy, is_correct, pgd
-from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.attacks.pgd import Loss, check_images, cross_entropy, is_correct, linf_ascent, random_start
+from mimir_fast.attacks.training_attack import ClassifierAttack
 from mimir_fast.data.batch import Batch
 from mimir_fast.layers.borrowing import AttackMode, borrowed, unwrap
 from mimir_fast.methods.augmentation import RandAugmentConfig, rand_augment
@@ -24,20 +24,22 @@ from mimir_fast.methods.mixing import MixingConfig, mix, smooth_labels
 from mimir_fast.methods.registry import Objective
 from mimir_fast.models.branches import draw_drop_path
 from mimir_fast.models.classifier import Classifier
+from mimir_fast.ops.random_masks import random_masks
+from mimir_fast.philox import Stream
 from mimir_fast.validation import check_choice, without
 
 
-def default_attack() -> LinfThreat:
+def default_attack() -> ClassifierAttack:
     """PGD-10 of the CIFAR-10 recipes: ε 8/255, α 2/255, random start."""
-    return LinfThreat(eps=8 / 255, alpha=2 / 255, num_steps=10, random_start=True)
+    return ClassifierAttack(eps=8 / 255, alpha=2 / 255, num_steps=10, random_start=True)
 
 
 @dataclass
 class ClassificationConfig(Objective):
     """Options of every fine-tuning method; a method that has more adds them as one field of its own name."""
 
-    attack: LinfThreat = field(default_factory=default_attack)
-    """The adversary of training; `fast` uses its eps only, `apgd` eps and num_steps, `natural` none of it."""
+    attack: ClassifierAttack = field(default_factory=default_attack)
+    """The adversary of training; `fast` and `free` use its eps, `apgd` eps and num_steps, `natural` none of it."""
     attack_mode: Literal["auto", "eval", "train"] = "auto"
     """Whether batch norms normalise by running statistics under attack (`eval`) or by the batch's, as in training; they
     keep neither. auto: as the method's authors; of pgd and fast `train`, in XCiT's recipes of MIMIR's rows `eval`."""
@@ -47,6 +49,8 @@ class ClassificationConfig(Objective):
     mixing: MixingConfig = field(default_factory=MixingConfig)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.attack, ClassifierAttack):  # a plain LinfThreat will do
+            self.attack = ClassifierAttack(**asdict(self.attack))
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing}, wanted 0 <= smoothing < 1, such as 0.1")
         check_choice("attack_mode", self.attack_mode, ("auto", "eval", "train"))
@@ -84,13 +88,16 @@ class ClassificationMethod(ABC):
         adversarial: it trains against an adversary, so the best checkpoint is the one of highest PGD accuracy, and
             catastrophic overfitting can happen.
         authors_mode: of the model under attack, in the authors' code; `as_is` is that of training.
+        replays: steps in turn that are made with the same batch.
+        attack: what searches for the perturbation.
     """
 
     adversarial: ClassVar[bool] = True
     authors_mode: ClassVar[AttackMode] = "as_is"
+    replays: int = 1
 
     def __init__(self, config: ClassificationConfig) -> None:
-        self.config = config
+        self.config, self.attack = config, config.attack
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """{"loss": scalar, "accuracy": of the training pass, …}; `model` may be wrapped for data parallelism."""
@@ -106,23 +113,45 @@ class ClassificationMethod(ABC):
         return f"eps {255 * attack.eps:.3g}/255, {attack.num_steps} steps of {255 * attack.alpha:.3g}/255"
 
     def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """Adversarial images (B, C, H, W) in [0, 1], by the model in the attack's mode; it is left untouched."""
+        """Adversarial images (B, C, H, W) in [0, 1], by the model in the attack's mode; it is left untouched.
+
+        In a step without attack they are its start.
+        """
+        if not self.attack.attacks_in(inputs.step):
+            return self.start(inputs)
         modes: dict[str, AttackMode] = {"auto": self.authors_mode, "eval": "eval", "train": "as_is"}
         with borrowed(model, modes[self.config.attack_mode]) as module:
             return self.search(module, inputs)
+
+    def start(self, inputs: Inputs) -> Tensor:
+        """Where an attack starts, (B, C, H, W) in [0, 1]: uniformly in the ball, or at the images."""
+        if not self.attack.random_start:
+            return inputs.images
+        return random_start(inputs.images, self.attack.eps, samples=inputs.samples, seed=inputs.seed, step=inputs.step)
 
     def search(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images by a model on loan: here where the cross entropy is high."""
         return self.ascend(module, inputs, cross_entropy, inputs.targets)
 
-    def ascend(
-        self, module: nn.Module, inputs: Inputs, loss: Loss, labels: Tensor, start: Tensor | None = None
-    ) -> Tensor:
-        """Adversarial images by PGD on a loss, from the attack's own start where none is given."""
-        return pgd(
-            module, inputs.images, labels, self.config.attack, loss=loss, start=start,
-            samples=inputs.samples, seed=inputs.seed, step=inputs.step,
-        )  # fmt: skip
+    def ascend(self, module: nn.Module, inputs: Inputs, loss: Loss, labels: Tensor) -> Tensor:
+        """Adversarial images by PGD on a loss, whose early steps may see a part of the patches."""
+        attack, images, places = self.attack, inputs.images, None
+        check_images(images, values=images.device.type == "cpu")
+        if attack.visible < 1:
+            number, step = classifier(module).encoder.num_patches, inputs.step
+            order, _ = random_masks(
+                inputs.samples, number, number, seed=inputs.seed, step=step, stream=Stream.ATTACK_MASK, order="shuffled"
+            )
+
+        def before_step(step: int, x: Tensor) -> Tensor:
+            nonlocal places
+            places = attack.places(step, order) if attack.visible < 1 else None
+            return x
+
+        def objective(x: Tensor) -> Tensor:
+            return loss(module(x) if places is None else module(x, places_BV=places), labels)
+
+        return linf_ascent(objective, images, self.start(inputs), attack, before_step=before_step)
 
     def preview(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """Rows (B, C, H, W) in [0, 1]: images, and of an adversarial method what its attack makes of them, and the
@@ -130,6 +159,7 @@ class ClassificationMethod(ABC):
         images = batch.images.float() / 255 if batch.images.dtype == torch.uint8 else batch.images
         if not self.adversarial:
             return {"input": images}
+        step -= step % self.attack.every  # one that attacks
         adversarial = self.perturb(model, Inputs(images, batch.labels, batch.samples, batch.epochs, seed, step, None))
         difference = 0.5 + 0.5 * (adversarial - images) / max(self.config.attack.eps, 1e-9)
         return {"input": images, "adversarial": adversarial, "difference": difference}
@@ -161,6 +191,12 @@ def train_logits(model: nn.Module, images: Tensor, branch_scales: Tensor | None)
     """(B, K) fp32 logits of the training forward."""
     logits: Any = model(images) if branch_scales is None else model(images, branch_scales)
     return logits.float()
+
+
+def plain_losses(model: nn.Module, images: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+    """{"loss": mean cross entropy, "accuracy"}, both scalars, of a training forward on these images."""
+    logits = train_logits(model, images, inputs.branch_scales)
+    return {"loss": cross_entropy(logits, inputs.targets).mean(), "accuracy": accuracy(logits, inputs.targets)}
 
 
 def both_logits(model: nn.Module, inputs: Inputs, adversarial: Tensor) -> tuple[Tensor, Tensor]:

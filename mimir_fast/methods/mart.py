@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.methods.classification import (
     ClassificationConfig,
     ClassificationMethod,
@@ -75,10 +74,9 @@ class Mart(ClassificationMethod):
                 "(--mixing.mixup 0 --mixing.cutmix 0 --label_smoothing 0), or use another method"
             )
 
-    def search(self, module: nn.Module, inputs: Inputs) -> Tensor:
-        """Adversarial images (B, C, H, W) in [0, 1]."""
-        start = gaussian_start(inputs) if self.config.attack.random_start else inputs.images
-        return self.ascend(module, inputs, cross_entropy, inputs.targets, start)
+    def start(self, inputs: Inputs) -> Tensor:
+        """(B, C, H, W): beside the images, or at them."""
+        return gaussian_start(inputs) if self.attack.random_start else inputs.images
 
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """{"loss", "boosted_loss", "robust_loss" (with β), "accuracy"}, the accuracy on adversarial images."""

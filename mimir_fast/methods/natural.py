@@ -5,8 +5,7 @@ loss = CE(f(x), y).
 
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import cross_entropy
-from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs, accuracy, train_logits
+from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs, plain_losses
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.validation import without
 
@@ -22,8 +21,7 @@ class Natural(ClassificationMethod):
 
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """{"loss": mean cross entropy, "accuracy"}, both scalars, of clean images."""
-        logits = train_logits(model, inputs.images, inputs.branch_scales)
-        return {"loss": cross_entropy(logits, inputs.targets).mean(), "accuracy": accuracy(logits, inputs.targets)}
+        return plain_losses(model, inputs.images, inputs)
 
 
 register(
@@ -31,7 +29,7 @@ register(
         "natural", "finetune", ClassificationConfig, Natural, "no adversary",
         idle=without(
             False, "--method natural attacks in the probe only", "attack.alpha", "attack.num_steps",
-            "attack.random_start", "attack_mode",
+            "attack.random_start", "attack.every", "attack.visible", "attack.whole_steps", "attack_mode",
         ),
     )
 )  # fmt: skip

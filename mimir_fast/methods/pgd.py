@@ -5,8 +5,7 @@ loss = CE(f(x + δ), y) with δ from k signed-gradient steps in the ε-ball. Oth
 
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import cross_entropy
-from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs, accuracy, train_logits
+from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs, plain_losses
 from mimir_fast.methods.registry import MethodEntry, register
 
 
@@ -15,8 +14,7 @@ class Pgd(ClassificationMethod):
 
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """{"loss", "accuracy"}, the accuracy on adversarial images."""
-        logits = train_logits(model, self.perturb(model, inputs), inputs.branch_scales)
-        return {"loss": cross_entropy(logits, inputs.targets).mean(), "accuracy": accuracy(logits, inputs.targets)}
+        return plain_losses(model, self.perturb(model, inputs), inputs)
 
 
 register(MethodEntry("pgd", "finetune", ClassificationConfig, Pgd, "PGD-k adversarial training"))

@@ -82,11 +82,15 @@ class Trades(ClassificationMethod):
                 "trades starts beside the image, where its divergence has a gradient: leave random_start on"
             )
 
+    def start(self, inputs: Inputs) -> Tensor:
+        """(B, C, H, W): beside the images."""
+        return gaussian_start(inputs)
+
     def search(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W): the largest divergence found."""
         with torch.no_grad():
             probs = module(inputs.images).float().softmax(dim=1)
-        return self.ascend(module, inputs, kl_divergence, probs, gaussian_start(inputs))
+        return self.ascend(module, inputs, kl_divergence, probs)
 
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """{"loss", "natural_loss", "robust_loss" (with β), "accuracy"}, the accuracy on adversarial images."""

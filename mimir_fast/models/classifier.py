@@ -7,7 +7,8 @@ takes its factors from the caller (`draw_drop_path`), so a forward without them 
 Token dropping (AGAT: Wu et al., arXiv 2207.10498): after each attention layer the patch tokens that were looked at
 least are left behind, so later layers, and the attack's passes with them, get cheaper. In train mode, or always.
 
-Shapes: B images, C channels, H x W pixels, T = prefix + N tokens, D width, L layers, R branches, K classes.
+Shapes: B images, C channels, H x W pixels, T = prefix + N tokens, D width, L layers, R branches, K classes,
+V patches that are looked at.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ from mimir_fast.models.normalization import fields_of as statistics_fields
 from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.ops._precision import no_autocast
-from mimir_fast.ops.patches import patchify
+from mimir_fast.ops.patches import gather_patches, patchify
 from mimir_fast.sizes import Size, height_width, said
 from mimir_fast.validation import check_choice, check_number, without
 
@@ -173,6 +174,7 @@ class Classifier(Parted):
         images_BCHW: Tensor,
         branch_scales_BLR: Tensor | None = None,
         branch_gates_BLR: Tensor | None = None,
+        places_BV: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D): all tokens after the last layer, cls in front (timm's convention); arguments as for `forward`."""
         if images_BCHW.shape[-2:] != height_width(self.image_size):
@@ -185,12 +187,14 @@ class Classifier(Parted):
         with no_autocast(images_BCHW.device):
             images = self.normalizer(images_BCHW.to(self.normalizer.mean.dtype))
             patches = patchify(images, self.encoder.mask_unit)
+            if places_BV is not None:
+                patches = gather_patches(patches, places_BV)
         drops = self.training or self.config.token_drop == "always"
         keep_rate = self.config.token_keep_rate if drops else 1.0
         branches = None
         if branch_scales_BLR is not None or branch_gates_BLR is not None or keep_rate < 1:
             branches = Branches(branch_scales_BLR, branch_gates_BLR, keep_rate)
-        return self.encoder(patches, None, branches=branches)
+        return self.encoder(patches, places_BV, branches=branches)
 
     def forward_head(self, tokens_BTD: Tensor) -> Tensor:
         """(B, K) logits from the tokens; of a distilled model the mean of both heads', as in DeiT's evaluation."""
@@ -205,6 +209,7 @@ class Classifier(Parted):
         images_BCHW: Tensor,
         branch_scales_BLR: Tensor | None = None,
         branch_gates_BLR: Tensor | None = None,
+        places_BV: Tensor | None = None,
     ) -> Tensor:
         """(B, K) logits.
 
@@ -212,10 +217,11 @@ class Classifier(Parted):
             images_BCHW: float in [0, 1], or uint8.
             branch_scales_BLR: factors of the residual branches from `draw_drop_path`; None drops nothing.
             branch_gates_BLR: 1 where gradients may flow back through a residual branch, 0 where not (ARD).
+            places_BV: (B, V) int64 numbers of the patches that are looked at, the others do not exist; None: all.
         Raises:
             ValueError: images of another size.
         """
-        return self.forward_head(self.forward_features(images_BCHW, branch_scales_BLR, branch_gates_BLR))
+        return self.forward_head(self.forward_features(images_BCHW, branch_scales_BLR, branch_gates_BLR, places_BV))
 
     def layers(self) -> list[nn.Module]:
         """What is compiled and sharded one by one."""

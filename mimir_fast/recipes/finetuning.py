@@ -1,10 +1,11 @@
 """What the fine-tuning recipes of all data sets share, so that each file says only what is its own."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.attacks.training_attack import ClassifierAttack
 from mimir_fast.data import DataConfig
 from mimir_fast.methods.augmentation import RandAugmentConfig
 from mimir_fast.methods.classification import ClassificationConfig
@@ -61,7 +62,7 @@ def register_finetuning(
             ),
             data=data(),
             objective=ClassificationConfig(
-                attack=replace(attack), label_smoothing=label_smoothing,
+                attack=ClassifierAttack(**asdict(attack)), label_smoothing=label_smoothing,
                 randaugment=replace(randaugment or RandAugmentConfig()), mixing=replace(mixing or MixingConfig()),
             ),
             optim=replace(optim) if optim is not None else adamw,

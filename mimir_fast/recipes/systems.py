@@ -58,6 +58,8 @@ SYSTEMS = (
     System("clean pre-training, then adversarial", _MIMIR, "imagenet/fast_vit_small_clean_init",
            "tests/models/test_loading.py", _TESTS),
     System("FastAT", "Wong et al., arXiv 2001.03994", "imagenet/fast_vit_base", _FINETUNE, _TESTS),
+    System("free adversarial training", "Shafahi et al., arXiv 1904.12843", "digits/free_vit_nano",
+           "tests/methods/test_cheaper_finetuning.py", "ViT/8 of 2 layers 64 wide on digits (docs/results)"),
     System("APGD-k training", "Singh et al., arXiv 2303.01870", "imagenet/apgd_vit_base", _FINETUNE, _TESTS),
     System("TRADES", "Zhang et al., arXiv 1901.08573", "cifar10/trades_vit_base", _FINETUNE, _TESTS),
     System("MART", "Wang et al., ICLR 2020", "cifar10/mart_vit_base", _FINETUNE, _TESTS),

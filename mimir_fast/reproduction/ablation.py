@@ -8,6 +8,7 @@ unfinished ones go on where they were. Starting the same command twice shares th
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +23,7 @@ from mimir_fast.models.file_names import from_files
 from mimir_fast.models.masked_model import build_masked_model
 from mimir_fast.models.weight_files import read_weights
 from mimir_fast.reproduction.gradient_share import gradient_share
-from mimir_fast.reproduction.stages import Judge, Say, Stopwatch, judge, run_stage
+from mimir_fast.reproduction.stages import Judge, Say, Stopwatch, judge, run_stage, steps_done
 from mimir_fast.training.finetuning import FinetuneConfig
 from mimir_fast.training.loggers import read_lines
 from mimir_fast.training.pretraining import PretrainConfig
@@ -50,6 +51,14 @@ class Row:
         """The objective, where it has a mutual-information term."""
         objective = None if self.pretrain is None else self.pretrain.objective
         return objective if isinstance(objective, MimirConfig) and objective.mi.estimator != "none" else None
+
+    def tuning(self, ablation: "Ablation") -> FinetuneConfig | None:
+        """Its fine-tuning but for seed, folder and init: that of all rows. None judges what pre-training left."""
+        return ablation.finetune
+
+    def pretrained_in(self, cells: Path, seed: int) -> Path:
+        """The run folder of its pre-training."""
+        return cells / self.name / f"seed{seed}" / "pretrain"
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class CellResult:
         accuracy: measure → [correct, total].
         share: gradient of the penalty against that of the reconstruction, at the start and at the end of pre-training.
         seconds: stage → wall time of this start.
+        cpu_seconds: the same of all threads of this process, of stages that were run whole in this start.
     """
 
     row: str
@@ -92,6 +102,7 @@ class CellResult:
     share: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
 
 
 def run_ablation(ablation: Ablation, *, say: Say = print) -> list[CellResult]:
@@ -117,23 +128,33 @@ def run_ablation(ablation: Ablation, *, say: Say = print) -> list[CellResult]:
 
 def run_cell(row: Row, seed: int, ablation: Ablation, folder: Path) -> CellResult:
     """Pre-train, fine-tune, judge; what the stages print goes to log.txt."""
-    watch, seconds, share = Stopwatch(), {}, {}
-    init = ""
+    watch, seconds, cpu_seconds, share = Stopwatch(), {}, {}, {}
+    run, tune = Path(), row.tuning(ablation)
+
+    def stage(name: str, config: PretrainConfig | FinetuneConfig) -> Path:
+        fresh, before = steps_done(config.folder) == 0, time.process_time()
+        done = run_stage(config)
+        if fresh:
+            cpu_seconds[name] = round(time.process_time() - before, 1)
+        return done
+
     with (folder / "log.txt").open("a") as log, redirect_stdout(log):
         if row.pretrain is not None:
-            config = replace(row.pretrain, run=_placed(row.pretrain.run, seed, folder / "pretrain"))
-            init = str(run_stage(config))
+            where = row.pretrained_in(ablation.folder / "cells", seed)
+            config = replace(row.pretrain, run=_placed(row.pretrain.run, seed, where))
+            run = stage("pretrain", config)
             share = penalty_shares(row, config)
             seconds["pretrain"] = watch.lap()
-        tune = replace(
-            ablation.finetune, init=init, run=_placed(ablation.finetune.run, seed, folder / "finetune")
-        )  # fmt: skip
-        run = run_stage(tune)
-        seconds["finetune"] = watch.lap()
-        counts = judge(run, tune.data, ablation.rules, folder / "judged", device=tune.run.device)
+        if tune is not None:
+            init = "" if row.pretrain is None else str(run)
+            tune = replace(tune, init=init, run=_placed(tune.run, seed, folder / "finetune"))
+            run = stage("finetune", tune)
+            seconds["finetune"] = watch.lap()
+        shared = ablation.finetune
+        counts = judge(run, shared.data, ablation.rules, folder / "judged", device=shared.run.device)
         seconds["judge"] = watch.lap()
     accuracy = {name: [count.correct, count.total] for name, count in counts.items()}
-    return CellResult(row.name, seed, accuracy, share, seconds, environment())
+    return CellResult(row.name, seed, accuracy, share, seconds, environment(), cpu_seconds)
 
 
 def penalty_shares(row: Row, config: PretrainConfig) -> dict[str, float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.attacks.training_attack import ClassifierAttack
 from mimir_fast.data import DataConfig
 from mimir_fast.methods.mimir import apply_preset
 from mimir_fast.recipes import find_recipe
@@ -96,7 +96,7 @@ def finetune_base(size: Size) -> FinetuneConfig:
         base.run, max_steps=size.finetune_steps, epochs=1.0, warmup_epochs=0.1, batch_size=size.finetune_batch,
         log_every=20, save_every=100, keep_last=1,
     )  # fmt: skip
-    threat = LinfThreat(eps=EPS, alpha=1.5 * EPS / size.attack_steps, num_steps=size.attack_steps)
+    threat = ClassifierAttack(eps=EPS, alpha=1.5 * EPS / size.attack_steps, num_steps=size.attack_steps)
     return replace(
         base,
         model=replace(base.model, drop_path=0.0),

@@ -128,6 +128,7 @@ class Finetuning:
     def __init__(self, config: FinetuneConfig, world: World, *, resumed: bool = False) -> None:
         self.config = config
         self.method = build_method(config)
+        self.replays = self.method.replays
         self.probe_loader, num_classes = probe_data(config, world)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)

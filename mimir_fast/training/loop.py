@@ -70,7 +70,7 @@ class Trainer:
         self.warmup_steps = run.warmup_steps(loader.epoch_length)
         self.micro_batch = -(-run.batch_size // (world.size * accum_iter))
         self.step, self.skipped_files = 0, 0
-        self._position, self._whole = loader.state_dict(), True  # as of the last whole step
+        self._position, self._whole = loader.state_dict(), True  # as of the last step, which a run may stop after
         self._meter = Meter(run.batch_size, world.size, loader)
 
     def restore(self, checkpoint: Path, meta: dict[str, Any]) -> None:
@@ -86,12 +86,16 @@ class Trainer:
     def train(self, stop: StopSignal, watchdog: Watchdog, after_step: Callable[[], None] = lambda: None) -> bool:
         """Train to the end. False when a signal (or `stop_after`) ended the run early; all work is saved either way."""
         agreement = Agreement(self.world, self.step)
-        last = min(self.total_steps, self.step + (self.run.stop_after or self.total_steps))
+        replays, last = self.task.replays, self.total_steps
+        if self.run.stop_after is not None:
+            last = min(last, -(-(self.step + self.run.stop_after) // replays) * replays)
         batches = iter(self.loader)
         micro: list[Batch] = []
+        stopping = False
         try:
             while self.step < last:
-                micro = [next(batches) for _ in range(self.accum_iter)]
+                if not micro or self.step % replays == 0:
+                    micro = [next(batches) for _ in range(self.accum_iter)]
                 self._meter.add(self.train_step(micro))
                 watchdog.beat(self.step)
                 if self.step % self.run.log_every == 0 or self.step == last:
@@ -99,14 +103,16 @@ class Trainer:
                 if self._ends_epoch():
                     self._evaluate(watchdog)
                 timed = self.checkpoints.time_is_up()
-                stopping, timed = agreement.ask(self.step, stop=stop.received is not None, save=timed)
+                asked, timed = agreement.ask(self.step, stop=stop.received is not None, save=timed)
+                stopping = stopping or asked
+                due = self.checkpoints.due(self.step, last, timed=timed)
                 # Skipped steps mean trouble: what was saved before it stays the newest.
-                if self.checkpoints.due(self.step, last, timed=timed) and self.guard.sound:
+                if due and self.guard.sound and self._whole:
                     self.checkpoints.save(self.step, *self._state())
                 if self.run.picture_every and self.step % self.run.picture_every == 0 and self.step < self.total_steps:
                     self._pictures(micro[0])
                 after_step()
-                if stopping:
+                if stopping and self._whole:
                     self.logger.say(f"{stop.received or 'a signal on another rank'}: saving and leaving")
                     break
             self.guard.poll()
@@ -153,7 +159,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update()
-        self.step, self._position, self._whole = self.step + 1, self.loader.state_dict(), True
+        self.step, self._position = self.step + 1, self.loader.state_dict()
+        # What a method takes from one step on a batch to the next is not saved.
+        self._whole = self.step % self.task.replays == 0 or self.step == self.total_steps
         return metrics | {"grad_norm": norm}
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -186,10 +194,10 @@ class Trainer:
         return torch.autocast(self.world.device.type, torch.bfloat16) if self.precision.bf16 else nullcontext()
 
     def _ends_epoch(self) -> bool:
-        """True after the step in which a pass over the data was completed, and after the last."""
-        per_epoch = self.loader.epoch_length
-        done = self.step * self.run.batch_size
-        return done // per_epoch > (done - self.run.batch_size) // per_epoch or self.step == self.total_steps
+        """True after the steps on a batch in which a pass over the data was completed, and after the last."""
+        per_epoch, done = self.loader.epoch_length, self.step * self.run.batch_size
+        before = (self.step - 1) // self.task.replays * self.task.replays * self.run.batch_size
+        return (self._whole and done // per_epoch > before // per_epoch) or self.step == self.total_steps
 
     def _evaluate(self, watchdog: Watchdog) -> None:
         watchdog.allow()

@@ -162,6 +162,7 @@ class Pretraining:
     """
 
     kind = "pretrain"
+    replays = 1
     curves: tuple[str, ...] = ("loss", "lr")
 
     def __init__(self, config: PretrainConfig, *, resumed: bool = False) -> None:

@@ -21,6 +21,7 @@ class Task(Protocol):
         architecture: what is needed to build the model again, as plain JSON values.
         curves: the scalars worth drawing when the run is over.
         init_report: what became of the weights it started from, None without such.
+        replays: steps in turn that are made with the same batches; a run stops and saves between such rows of steps.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Task(Protocol):
     architecture: dict[str, Any]
     curves: tuple[str, ...]
     init_report: LoadReport | None
+    replays: int
 
     def passes(self, model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int) -> list[Pass]:
         """The training passes of a step, one for each micro-batch; `model` may be wrapped for data parallelism."""

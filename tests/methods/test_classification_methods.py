@@ -23,6 +23,7 @@ from mimir_fast.methods.ard_prm import (
 from mimir_fast.methods.augmentation import RandAugmentConfig
 from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs
 from mimir_fast.methods.fast import Fast
+from mimir_fast.methods.free import Free, FreeObjective
 from mimir_fast.methods.mart import Mart, MartObjective, mart_loss
 from mimir_fast.methods.mixing import MixingConfig
 from mimir_fast.methods.natural import Natural
@@ -31,11 +32,11 @@ from mimir_fast.methods.trades import Trades, TradesConfig, TradesObjective, gau
 from mimir_fast.models.classifier import Classifier, ClassifierConfig, build_classifier
 
 EPS = 8 / 255
-METHODS = [Natural, Pgd, Fast, Apgd, Trades, Mart, ArdPrm]
+METHODS = [Natural, Pgd, Fast, Free, Apgd, Trades, Mart, ArdPrm]
 ADVERSARIAL = [Pgd, Fast, Apgd, Trades, ArdPrm]
 
 
-OBJECTIVES = {Trades: TradesObjective, Mart: MartObjective, ArdPrm: ArdPrmObjective}
+OBJECTIVES = {Trades: TradesObjective, Mart: MartObjective, ArdPrm: ArdPrmObjective, Free: FreeObjective}
 
 
 def config(kind: type = Pgd, **options: Any) -> Any:
