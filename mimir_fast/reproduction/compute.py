@@ -4,13 +4,13 @@ Matrix products, convolutions and attention are counted while a step runs, its a
 In double precision every layer runs as PyTorch's own operations, for which there are some.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.registry import find_method, passes_of
@@ -27,17 +27,21 @@ CLASSES = 10
 class _Counter(TorchDispatchMode):
     """torch's FlopCounterMode without its names of modules, whose hooks do not take gradients to the input alone."""
 
-    total = 0
+    def __init__(self, formulas: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self.formulas, self.total = formulas, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+        if (formula := self.formulas.get(func._overloadpacket)) is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
 
 def flops_of_step(config: PretrainConfig | FinetuneConfig) -> float:
     """Of an optimiser step of a run, on average: attacks may come in every N-th step only, and batches be replayed."""
+    from torch.utils.flop_counter import flop_registry  # imports Triton
+
     size, channels = config.data.image_size, config.data.channels
     model: nn.Module
     if isinstance(config, PretrainConfig):
@@ -52,7 +56,7 @@ def flops_of_step(config: PretrainConfig | FinetuneConfig) -> float:
     batch = Batch(images, samples % CLASSES, samples, torch.zeros_like(samples))
     model.double().train()
     period = getattr(method.config.attack, "every", 1) * getattr(method, "replays", 1)
-    with _Counter() as counter, sdpa_kernel(SDPBackend.MATH):
+    with _Counter(flop_registry) as counter, sdpa_kernel(SDPBackend.MATH):
         for step in range(period):
             (run,) = passes_of(method, model, [batch], seed=0, step=step)
             run()["loss"].backward()
