@@ -223,9 +223,10 @@ class Estimate:
         return None if count < 2 else float(t.ppf(0.975, count - 1)) * stdev(self.values) / count**0.5
 
     def text(self, sign: str = "") -> str:
-        """`81.2 (80.1 to 82.3)`."""
+        """`81.2 (80.1 to 82.3)`, cut to what per cent can be; with `+` for a sign, of differences, which have one."""
         middle, reach = mean(self.values), self.reach
         shown = [middle] if reach is None else [middle, middle - reach, middle + reach]
+        shown = shown if sign else [min(max(value, 0.0), 100.0) for value in shown]
         first, *ends = (f"{value:{sign}.1f}".replace("-", "−") for value in shown)
         return f"{first} ({' to '.join(ends)})" if ends else first
 

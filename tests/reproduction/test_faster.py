@@ -84,6 +84,7 @@ def test_an_interval_is_students() -> None:
     reach = 4.30265 * ((9 + 1 + 16) / 2) ** 0.5 / 3**0.5
     assert Estimate(values).reach == pytest.approx(reach, rel=1e-5)
     assert Estimate(values).text() == f"63.0 ({63 - reach:.1f} to {63 + reach:.1f})"
+    assert Estimate((99.0, 100.0)).text() == "99.5 (93.1 to 100.0)"
     assert Estimate((-1.5,)).text("+") == "−1.5" and Estimate((1.5,)).text("+") == "+1.5"
 
 
