@@ -72,6 +72,13 @@ class ClassifierAttack(OccasionalAttack):
             **without(self.num_steps > self.whole_steps, "--{}num_steps is at most --{}whole_steps", "visible"),
         }
 
+    def savings(self) -> str:
+        """What is saved, in words that go on; empty where nothing is."""
+        visible = (
+            f", all but {self.whole_steps} on {100 * self.visible:.3g} % of the patches" if self.visible < 1 else ""
+        )
+        return visible + (f", in every {self.every}th training step" if self.every > 1 else "")
+
     def places(self, attack_step: int, order_BN: Tensor) -> Tensor | None:
         """(B, K) numbers of the patches that a step of the attack sees, ascending; None for all.
 

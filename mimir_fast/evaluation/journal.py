@@ -23,6 +23,13 @@ Row = dict[str, Any]
 """Name → (B, …) tensor, or a list of B things JSON can hold."""
 
 
+def _differing(saved: Any, now: Any) -> str:
+    """The names whose values are not the same, or the values themselves where there are no names."""
+    if not isinstance(saved, dict) or not isinstance(now, dict):
+        return f"{saved}, now {now}"
+    return ", ".join(name for name in dict.fromkeys([*now, *saved]) if saved.get(name) != now.get(name))
+
+
 def fingerprint(settings: Any) -> str:
     """A short hash of JSON-able settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -61,7 +68,7 @@ class Journal:
         saved = json.loads(lines[0])
         if saved["fingerprint"] != head["fingerprint"]:
             raise OtherMeasurementError(
-                f"{path} holds a measurement with other settings: {saved['settings']}, now {head['settings']}; "
+                f"{path} holds a measurement with other settings ({_differing(saved['settings'], head['settings'])}); "
                 "give another --output_dir, or --overwrite to start anew"
             )
         whole = self._extend_by(lines[1:])

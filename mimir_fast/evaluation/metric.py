@@ -11,17 +11,22 @@ over processes. Shapes: B images, C channels, H × W pixels.
 """
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import is_correct
+from mimir_fast.attacks.pgd import check_images, is_correct
+from mimir_fast.evaluation.adapters import given_model
 from mimir_fast.evaluation.attacks import attack_averaged, first_to_fool, make_threat
 from mimir_fast.evaluation.measure import strict_fp32
 from mimir_fast.evaluation.options import Norm
+from mimir_fast.evaluation.sanity import answer, inspect_model
 from mimir_fast.evaluation.statistics import Count
 from mimir_fast.layers.borrowing import borrowed
+from mimir_fast.sizes import as_size
+from mimir_fast.validation import check_number
 
 
 class _Metric:
@@ -74,13 +79,15 @@ class RobustAccuracy(Metric):
     """Share of the images that are classified correctly as they are and after every PGD attack on them.
 
     Args:
-        model: a module, images (B, C, H, W) in [0, 1] → logits (B, K). It is attacked in eval mode and left as it was,
-            and is no part of the metric: not moved, and not saved with it.
-        norm, eps: the ball; eps = 0 gives the accuracy without attack.
+        model: a module or another callable, images (B, C, H, W) in [0, 1] → logits (B, K). It is attacked in eval mode
+            and left as it was, and is no part of the metric: not moved, and not saved with it.
+        norm, eps: the ball; eps = 0 gives the accuracy without attack. Left out: 8/255 for linf.
         num_steps, alpha, restarts: of PGD; alpha left out: ε/4, as `mimir_fast.evaluate` has it.
         draws: passes that each gradient is the mean of, more than 1 for a random model.
         seed: of the random starts. A start is a function of seed and image, so neither batches nor their order matter.
         options: torchmetrics' own, where it is installed.
+    Raises:
+        ValueError: a number is out of range, or the norm is not linf and there is no eps.
     """
 
     is_differentiable, higher_is_better, full_state_update = False, True, False
@@ -88,11 +95,18 @@ class RobustAccuracy(Metric):
     total: Tensor
 
     def __init__(
-        self, model: nn.Module, *, norm: Norm = "linf", eps: float = 8 / 255, num_steps: int = 20,
+        self, model: nn.Module | Callable[[Tensor], Any], *, norm: Norm = "linf", eps: float | None = None,
+        num_steps: int = 20,
         alpha: float | None = None, restarts: int = 1, draws: int = 1, seed: int = 0, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(**options)
+        for name, value in (("num_steps", num_steps), ("restarts", restarts), ("draws", draws)):
+            check_number(name, value, at_least=1)
+        if eps is None and norm != "linf":
+            raise ValueError(f"norm={norm} needs eps: balls of different norms have different sizes")
+        eps = 8 / 255 if eps is None else eps
         self._model = (model,)  # in a tuple, so that it is no submodule of a metric of torchmetrics
+        self._seen = False
         self.threat = make_threat(norm, eps, num_steps, alpha)
         self.restarts, self.draws, self.seed = restarts, draws, seed
         self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
@@ -105,9 +119,12 @@ class RobustAccuracy(Metric):
         """Attack images (B, C, H, W) float in [0, 1], and count those whose labels (B,) the model still finds.
 
         Raises:
-            ValueError: images are of another shape, type or range.
+            ValueError: images are of another shape, type or range, or, at the first update, the model gives no logits
+                or no gradient, as for `mimir_fast.evaluation.evaluate`.
         """
-        model, samples = self._model[0], _samples_of(images)
+        check_images(images)
+        model, samples = self._look(images), _samples_of(images)
+        labels = torch.as_tensor(labels, device=images.device)
         with strict_fp32(images.device), borrowed(model, "eval") as module, torch.no_grad():
             right = is_correct(module(images), labels)
             attempts = (
@@ -120,6 +137,18 @@ class RobustAccuracy(Metric):
                 right &= is_correct(module(first_to_fool(module, labels, attempts)), labels)
         self.correct = self.correct + right.sum().to(self.correct.device)
         self.total = self.total + len(labels)
+
+    def _look(self, images: Tensor) -> nn.Module:
+        """The model, wrapped if need be; looked at before it is first attacked."""
+        if not self._seen:
+            judged = given_model(
+                self._model[0], device=images.device, channels=images.shape[1], image_size=as_size(images.shape[2:])
+            )
+            with strict_fp32(images.device), borrowed(judged.module, "eval") as module:
+                logits = answer(module, images[:8])
+                inspect_model(module, images[:8], logits.shape[-1] if isinstance(logits, Tensor) else 2)
+            self._model, self._seen = (judged.module,), True
+        return cast(nn.Module, self._model[0])
 
     def compute(self) -> Tensor:
         """0-dimensional float tensor, 0 … 1; NaN before the first update."""

@@ -158,13 +158,22 @@ def validity_verdict(results: Results) -> dict[str, str]:
         return {
             "kind": "bad", "large": "Answers depend on the batch",
             "text": "The model looks at the other images of a batch: the robust accuracy is one of batches of "
-            f"{results.choices['batch_size']}, and may be far lower in others.",
+            f"{results.choices['batch_size']}, and may be another in others.",
+        }  # fmt: skip
+    if not results.choices.get("sanity", {}).get("deterministic", True):
+        said = (
+            f" {len(failed)} of {len(checks)} gradient-masking checks failed ({'; '.join(failed)})." if failed else ""
+        )
+        return {
+            "kind": "bad", "large": "Answers are random",
+            "text": "Every attack judges an image by one fresh answer of the model, so the robust accuracy over "
+            f"{len(results.sections['accuracy']['tried'])} attacks falls by chance alone, and is no bound.{said}",
         }  # fmt: skip
     if failed:
+        lower = " The true robust accuracy may be far lower." if results.robust["correct"] else ""
         return {
             "kind": "bad", "large": "Gradient masking suspected",
-            "text": f"{len(failed)} of {len(checks)} gradient-masking checks failed: {'; '.join(failed)}. The true "
-            "robust accuracy may be far lower.",
+            "text": f"{len(failed)} of {len(checks)} gradient-masking checks failed: {'; '.join(failed)}.{lower}",
         }  # fmt: skip
     passed = f"All {len(checks)} gradient-masking checks passed. " if checks else "No gradient-masking check was run. "
     if worse := [part for part in results.partial if overstated(part)]:
@@ -179,7 +188,8 @@ def validity_verdict(results: Results) -> dict[str, str]:
             f"({counts}): run these on every image before quoting the robust accuracy.",
         }  # fmt: skip
     if found is None:
-        rest = "AutoAttack was not run: the true robust accuracy can only be lower."
+        lower = ": the true robust accuracy can only be lower" if results.robust["correct"] else ""
+        rest = f"AutoAttack was not run{lower}."
     elif not found["whole"]:
         rest = f"Of AutoAttack only {found['title']} ran: the rest may break more."
     elif not whole:

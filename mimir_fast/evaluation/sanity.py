@@ -49,8 +49,9 @@ class Sanity:
             found.append(
                 f"The model is not deterministic: the same images gave logits that differ by "
                 f"{self.largest_difference:.1e} (relative). PGD averages its gradients over draws of the model "
-                "(--eot); attacks that do not overestimate the robustness. AutoAttack's version for such models is "
-                "'rand' (--autoattack_version rand)."
+                "(--eot); other attacks follow the gradient of one draw, and are weaker for it. AutoAttack's version "
+                "for such models is 'rand' (--autoattack_version rand). Every attack judges an image by a fresh "
+                "answer, so the worst case over several attacks falls by chance alone, even at ε = 0."
             )
         if self.batch_difference:
             found.append(
@@ -101,6 +102,8 @@ def inspect_model(model: nn.Module, images: Tensor, num_classes: int, classes_of
             f"the model returned {shape} for {len(images)} images, wanted logits (B, classes); a checkpoint without a "
             "head is no classifier: fine-tune it first (python -m mimir_fast.finetune --init …)"
         )
+    if num_classes < 2:
+        raise ValueError(f"{classes_of} has {num_classes} class, so every answer is right: nothing can be evaluated")
     if first.shape[1] != num_classes:
         raise ValueError(
             f"the model has {first.shape[1]} classes, {classes_of} has {num_classes}: choose the data it was trained "

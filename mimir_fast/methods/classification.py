@@ -110,7 +110,8 @@ class ClassificationMethod(ABC):
     def adversary(self) -> str:
         """The adversary of training in words, for a run's headline; empty where there is none."""
         attack = self.config.attack
-        return f"eps {255 * attack.eps:.3g}/255, {attack.num_steps} steps of {255 * attack.alpha:.3g}/255"
+        steps = f"{attack.num_steps} steps of {255 * attack.alpha:.3g}/255"
+        return f"eps {255 * attack.eps:.3g}/255, {steps}{attack.savings()}"
 
     def perturb(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Adversarial images (B, C, H, W) in [0, 1], by the model in the attack's mode; it is left untouched.

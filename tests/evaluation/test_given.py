@@ -125,3 +125,24 @@ def test_a_collection_of_torchmetrics_keeps_them_apart(small_model: nn.Module, f
     found = collection.compute()
     assert float(found["strong"]) < float(found["weak"]) and not weak.state_dict(), "the model is no part of it"
     assert float(collection(images, labels)["strong"]) < 1
+
+
+@pytest.mark.parametrize("wrong", [{"draws": 0}, {"num_steps": 0}, {"restarts": 0}, {"norm": "l2"}], ids=str)
+def test_a_metric_that_would_not_attack_is_refused(wrong: dict[str, Any], small_model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        RobustAccuracy(small_model, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        (lambda logits: logits.softmax(1), "probabilities"),
+        (lambda logits: logits.detach(), "no gradient"),
+        (lambda logits: logits * torch.nan, "not finite"),
+    ],
+    ids=["probabilities", "detached", "nan"],
+)
+def test_a_metric_looks_at_its_model(answers: Any, said: str, small_model: nn.Module) -> None:
+    metric = RobustAccuracy(lambda x: answers(small_model(x)), eps=EPS)
+    with pytest.raises(ValueError, match=said):
+        metric.update(torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))

@@ -210,6 +210,10 @@ def near_chance(clean: Count, setup: Setup) -> list[str]:
     hardly_more = min(1.5 * chance, chance + 0.1 * (1 - chance))
     if binomial_tail(clean.correct, clean.total, hardly_more) < 0.05:
         return []
+    if clean.accuracy > hardly_more:
+        return [
+            f"{clean.correct} of {clean.total} images are right without attack: too few to tell that from guessing."
+        ]
     return [
         f"The natural accuracy is {100 * clean.accuracy:.1f} %, and guessing gives {100 * chance:.1f} %: before "
         "trusting any number below, check the weights, the order of the classes, the "

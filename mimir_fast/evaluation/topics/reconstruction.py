@@ -221,7 +221,8 @@ def render(numbers: Numbers) -> str:
     ]
     words = (
         f"Error of the masked autoencoder on masked patches of {numbers['num_images']} images, when the visible ones "
-        f"are perturbed; the attack beats noise on {100 * numbers['worse_than_noise']:.0f} % of them."
+        f"are perturbed within L∞, ε = {255 * numbers['parameters']['eps']:.3g}/255; "
+        f"the attack beats noise on {100 * numbers['worse_than_noise']:.0f} % of them."
     )
     kind = "absolute" if numbers["parameters"].get("pixel_loss") == "l1" else "squared"
     return paragraph(words) + table(["visible patches", f"mean {kind} error", "relative"], rows, numbers=(1, 2))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.lp import attack_classifier
 from mimir_fast.evaluation.attacks import make_pgd, threat_of
 from mimir_fast.evaluation.html import paragraph, percent, span, table
+from mimir_fast.evaluation.journal import fingerprint
 from mimir_fast.evaluation.measure import Measurement, Records, Row, save_images, score
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
 
@@ -44,11 +45,12 @@ def check(setup: Setup) -> None:
 
 def measurements(setup: Setup) -> list[Measurement]:
     """PGD-20 on each of the other models, scored by this one; within the ball, so what breaks here is not robust."""
-    return [_attacked_on(setup, spec, number) for number, spec in enumerate(names_of(setup))]
+    return [_attacked_on(setup, spec) for spec in names_of(setup)]
 
 
-def _attacked_on(setup: Setup, spec: str, number: int) -> Measurement:
-    config, name = setup.config, f"transfer_{number}"
+def _attacked_on(setup: Setup, spec: str) -> Measurement:
+    # Named by the model and not by its place, so that others may come and go.
+    config, name = setup.config, f"transfer_{fingerprint(spec)[:8]}"
     threat, keep = threat_of(config, STEPS), setup.keep(name)
 
     def outcome(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:
