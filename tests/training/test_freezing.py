@@ -43,7 +43,7 @@ class TestFreezing:
         assert json.loads((config.folder / "config.json").read_text())["freeze"] == "2"
 
     def test_resumed_is_bit_exact(self, config: FinetuneConfig, tmp_path: Path) -> None:
-        assert_same(stopped_and_resumed(config, tmp_path / "parts"), last(config.folder))
+        assert_same(stopped_and_resumed(config, tmp_path / "parts"), last(finetune(config)))
 
     def test_layers_thaw_in_a_resumed_run(self, config: FinetuneConfig, tmp_path: Path) -> None:
         """With --allow_changes; what has trained goes on, the rest starts its optimiser state and average."""
