@@ -67,7 +67,7 @@ class TestFreezing:
             "--output_dir", str(tmp_path / "two"), "--strategy", "fsdp", "--checkpoint_activations", ranks=2,
         )  # fmt: skip
         assert out.returncode == 0, out.stdout + out.stderr
-        found, whole = last(tmp_path / "two"), last(config.folder)
+        found, whole = last(tmp_path / "two"), last(finetune(config))
         assert found.keys() == whole.keys()
         for name in (n for n in whole if n.startswith("model/")):
             torch.testing.assert_close(found[name], whole[name], rtol=2e-3, atol=2e-4)
