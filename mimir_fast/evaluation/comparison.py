@@ -59,7 +59,7 @@ class Evaluation:
         """The attacks that ran on all images, with their parameters; seeds are left out, they make no attack weaker."""
         return {
             label: {name: value for name, value in parameters.items() if name != "seed"}
-            for label, parameters in self.results.choices.get("faced", {}).items()
+            for label, parameters in self.results.sections["accuracy"]["faced"].items()
         }
 
 

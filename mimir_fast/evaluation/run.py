@@ -293,11 +293,6 @@ def summarize(job: Job) -> Results:
             "batch_difference": job.sanity.batch_difference,
         },
         "precision": job.precision,
-        "faced": {
-            item.label or item.name: item.parameters
-            for item in records.items()
-            if item.in_ball and len(records.rows(item).get("sample", ())) == len(digests)
-        },
     }
     results.images = {
         "source": job.source.name, "split": "test", "count": len(job.indices) - len(skipped),

@@ -110,7 +110,7 @@ def test_one_model_attacked_by_other_steps_is_shown_and_not_tested(folders: dict
 
 def test_attacks_that_one_did_not_face_are_named_and_seeds_make_no_attack(folders: dict[str, Path]) -> None:
     evaluations = both(folders, "long", "short")
-    faced = evaluations[1].results.choices["faced"]
+    faced = evaluations[1].results.sections["accuracy"]["faced"]
     faced["PGD-20"]["seed"] = 7
     assert measures(evaluations) == {"no attack", "worst case"}
     faced["AutoAttack"] = {"version": "rand"}

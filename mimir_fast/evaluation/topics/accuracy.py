@@ -137,11 +137,13 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
             "seconds": records.seconds(item),
         }  # fmt: skip
     clean = Count(rows["natural"]["correct"], rows["natural"]["total"])
+    faced = {item.label or item.name: item.parameters for item in faced_by(records)[0]}
     return {
         "attacks": rows,
         "robust": Count(sum(name == UNBROKEN for name in broken.values()), len(broken)).as_dict(),
         "broken_by": broken,
-        "tried": _labels(faced_by(records)[0]),
+        "faced": faced,
+        "tried": list(faced),
         "partial": on_fewer(records, broken),
         "norm": config.norm,
         "eps_text": config.eps_text,
@@ -180,17 +182,14 @@ def on_fewer(records: Records, broken: dict[str, str]) -> list[dict[str, Any]]:
         left = Count(sum(name == UNBROKEN for name in after.values()), len(after))
         found.append({
             "images": images, **left.as_dict(), "stood": sum(name == UNBROKEN for name in before.values()),
-            "tried": _labels(items), "broken_by": {s: name for s, name in after.items() if name != before[s]},
+            "tried": list(dict.fromkeys(item.label or item.name for item in items)),
+            "broken_by": {s: name for s, name in after.items() if name != before[s]},
         })  # fmt: skip
     return found
 
 
 def _natural(records: Records) -> Measurement:
     return next(item for item in records.items(NAME) if item.name == "natural")
-
-
-def _labels(items: Sequence[Measurement]) -> list[str]:
-    return list(dict.fromkeys(item.label or item.name for item in items))
 
 
 def _also_broken(found: dict[str, str], items: Sequence[Measurement], records: Records) -> dict[str, str]:
