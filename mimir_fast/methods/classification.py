@@ -34,6 +34,13 @@ def default_attack() -> ClassifierAttack:
     return ClassifierAttack(eps=8 / 255, alpha=2 / 255, num_steps=10, random_start=True)
 
 
+OF_AN_ATTACK = (
+    "attack.alpha", "attack.num_steps", "attack.random_start", "attack.every", "attack.visible", "attack.whole_steps",
+    "attack_mode",
+)  # fmt: skip
+"""Options of a search before the training pass, which a method without one does not have."""
+
+
 @dataclass
 class ClassificationConfig(Objective):
     """Options of every fine-tuning method; a method that has more adds them as one field of its own name."""

@@ -17,7 +17,13 @@ from functools import partial
 from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
-from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs, plain_losses
+from mimir_fast.methods.classification import (
+    OF_AN_ATTACK,
+    ClassificationConfig,
+    ClassificationMethod,
+    Inputs,
+    plain_losses,
+)
 from mimir_fast.methods.registry import MethodEntry, Pass, register
 from mimir_fast.ops.linf_step import linf_step
 from mimir_fast.validation import check_number, without
@@ -90,9 +96,6 @@ class Free(ClassificationMethod):
 register(
     MethodEntry(
         "free", "finetune", FreeObjective, Free, "free adversarial training, a batch several times",
-        idle=without(
-            False, "--method free takes its steps of eps from the training passes", "attack.alpha", "attack.num_steps",
-            "attack.random_start", "attack.every", "attack.visible", "attack.whole_steps", "attack_mode",
-        ),
+        idle=without(False, "--method free takes its steps of eps from the training passes", *OF_AN_ATTACK),
     )
 )  # fmt: skip

@@ -5,7 +5,13 @@ loss = CE(f(x), y).
 
 from torch import Tensor, nn
 
-from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod, Inputs, plain_losses
+from mimir_fast.methods.classification import (
+    OF_AN_ATTACK,
+    ClassificationConfig,
+    ClassificationMethod,
+    Inputs,
+    plain_losses,
+)
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.validation import without
 
@@ -27,9 +33,6 @@ class Natural(ClassificationMethod):
 register(
     MethodEntry(
         "natural", "finetune", ClassificationConfig, Natural, "no adversary",
-        idle=without(
-            False, "--method natural attacks in the probe only", "attack.alpha", "attack.num_steps",
-            "attack.random_start", "attack.every", "attack.visible", "attack.whole_steps", "attack_mode",
-        ),
+        idle=without(False, "--method natural attacks in the probe only", *OF_AN_ATTACK),
     )
 )  # fmt: skip
