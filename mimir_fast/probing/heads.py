@@ -7,6 +7,7 @@ front of MAE's linear probe does; the heads that come back contain that.
 Shapes: N images, D numbers a feature, K classes, R learning rates.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,27 +86,28 @@ def train_heads(
     device = device or torch.device("cpu")
     mean, deviation = standardisation(features.values)
     R, K, D = len(rates), num_classes, features.values.shape[1]
-    weight, bias = torch.zeros(R * K, D, device=device), torch.zeros(R * K, device=device)
+    # Class by class, all rates of a class together, images last: the softmax then runs along contiguous numbers.
+    weight, bias = torch.zeros(K * R, D, device=device), torch.zeros(K * R, 1, device=device)
     velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
     batch_size = min(batch_size, len(features))
     steps = epochs * (len(features) // batch_size)
-    step_sizes = torch.tensor(rates, device=device).repeat_interleave(K) * batch_size / 256
+    step_sizes = (torch.tensor(rates, device=device).repeat(K) * batch_size / 256)[:, None]
     generator = torch.Generator().manual_seed(seed)
     step = 0
     for _ in range(epochs):
         order = torch.randperm(len(features), generator=generator)
         for chosen in order.split(batch_size)[: len(features) // batch_size]:
             x = ((features.values[chosen] - mean) / deviation).to(device)
-            logits = F.linear(x, weight, bias).view(len(x), R, K)
-            targets = F.one_hot(features.labels[chosen].to(device), K)
-            grad = ((logits.softmax(dim=2) - targets[:, None]) / len(x)).view(len(x), R * K)
-            velocity.mul_(0.9).addmm_(grad.T, x)
-            bias_velocity.mul_(0.9).add_(grad.sum(dim=0))
-            size = step_sizes * (0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)))).item()
-            weight -= size[:, None] * velocity
+            logits = torch.addmm(bias, weight, x.T).view(K, R, len(x))
+            targets = F.one_hot(features.labels[chosen].to(device), K).T
+            grad = ((logits.softmax(dim=0) - targets[:, None]) / len(x)).view(K * R, len(x))
+            velocity.mul_(0.9).addmm_(grad, x)
+            bias_velocity.mul_(0.9).add_(grad.sum(dim=1, keepdim=True))
+            size = step_sizes * (0.5 * (1 + math.cos(math.pi * step / steps)))
+            weight -= size * velocity
             bias -= size * bias_velocity
             step += 1
-    weight, bias = weight.cpu().view(R, K, D), bias.cpu().view(R, K)
+    weight, bias = weight.cpu().view(K, R, D).transpose(0, 1), bias.cpu().view(K, R).T
     return Heads(*unstandardised(weight, bias, mean, deviation), tuple(rates))
 
 
