@@ -11,6 +11,8 @@ from functools import cache, partial
 import torch
 from torch.utils.benchmark import Timer
 
+from benchmarks.disturbance import undisturbed
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -21,10 +23,12 @@ class Ceilings:
     Attributes:
         copy_gbps: bytes read plus bytes written by a copy, in GB/s.
         tflops: matmul rate by precision.
+        disturbed: the largest share of the time that other work took from one of them.
     """
 
     copy_gbps: float
     tflops: dict[str, float] = field(default_factory=dict)
+    disturbed: float = 0.0
 
     def floor_ms(self, flops: float, bytes_: float, precision: str) -> float:
         """The roofline: no version runs faster."""
@@ -40,13 +44,15 @@ def measure(device: torch.device, *, tiny: bool = False) -> Ceilings:
     side = 256 if tiny else 8192 if cuda else 1536
     source = torch.empty(count, dtype=torch.uint8, device=device).random_(generator=torch.Generator(device))
     target = torch.empty_like(source)
-    copy_s = _seconds(lambda: target.copy_(source))
-    tflops = {}
+    copy_s, copy_lost = undisturbed(lambda: _seconds(lambda: target.copy_(source)))
+    tflops, shares = {}, [copy_lost]
     for name, dtype in DTYPES.items():
         n = side // 2 if name == "fp64" else side
         a, b = (torch.randn(n, n, device=device, generator=torch.Generator(device)).to(dtype) for _ in range(2))
-        tflops[name] = 2 * n**3 / _seconds(partial(torch.mm, a, b)) / 1e12
-    return Ceilings(2 * count / copy_s / 1e9, tflops)
+        product_s, share = undisturbed(partial(_seconds, partial(torch.mm, a, b)))
+        tflops[name] = 2 * n**3 / product_s / 1e12
+        shares.append(share)
+    return Ceilings(2 * count / copy_s / 1e9, tflops, max(shares))
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -13,6 +13,7 @@ from benchmarks import authors, compare, growth, plot, record, table
 from benchmarks import ceilings as machine
 from benchmarks.case import Size, is_ours
 from benchmarks.device_suite import run_suite
+from benchmarks.disturbance import MOST, words
 from benchmarks.questions import QUESTIONS
 from benchmarks.runner import run_question
 from mimir_fast.allocator import keep_large_buffers
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw(done, picture)
     states = Counter(r.status for case in done for r in case)
     print(f"{dict(states)}   records: {output}   picture: {picture}")
+    if disturbed := sum(any(r.disturbed for r in case) for case in done):
+        print(f"{disturbed} of {len(done)} cases were disturbed by other work: no ratios of them; repeat them")
     return max(verdict(done), against(options.compare, done) if options.compare else 0)
 
 
@@ -117,4 +120,5 @@ def describe(ceilings: machine.Ceilings, device: torch.device) -> str:
     where = record.environment_once()
     name = where["gpu"] if device.type == "cuda" else f"{where['cpu']}, {torch.get_num_threads()} threads"
     rates = ", ".join(f"{p} {rate:.3g} TFLOP/s" for p, rate in ceilings.tflops.items())
-    return f"{name}: copy {ceilings.copy_gbps:.3g} GB/s, {rates} (measured now; the roofline of the tables)\n"
+    noted = words(ceilings.disturbed) if ceilings.disturbed > MOST else "measured now; the roofline of the tables"
+    return f"{name}: copy {ceilings.copy_gbps:.3g} GB/s, {rates} ({noted})\n"

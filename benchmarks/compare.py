@@ -59,11 +59,14 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
         old_ms = then.ms["median"]
         if record.status != "ok":
             changes.append(Change(record, old_ms, math.inf, 0.0))
-        elif record.ms:
+        elif record.ms and not (then.disturbed or record.disturbed):
             margin = max(LEAST_MARGIN, spread(then) + spread(record))
             changes.append(Change(record, old_ms, record.ms["median"] / old_ms, margin))
     if not changes:
-        raise ValueError("the two runs have no case in common: give --compare a file of the same cases and sizes")
+        raise ValueError(
+            "the two runs have no case in common that other work did not disturb: give --compare a file of the same "
+            "cases and sizes"
+        )
     return sorted(changes, key=lambda change: -change.ratio)
 
 

@@ -20,6 +20,7 @@ from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ceilings import DTYPES
+from benchmarks.disturbance import undisturbed
 
 SAMPLE_S = 0.03  # a product; a step has some fifty different ones
 
@@ -36,14 +37,16 @@ class Products:
     shapes: Counter[tuple[int, int, int]]
     passes: tuple[int, int, int]
 
-    def tflops(self, precision: str, device: torch.device) -> float:
-        """FLOPs of all of them over the seconds of all of them."""
+    def tflops(self, precision: str, device: torch.device) -> tuple[float, float]:
+        """FLOPs of all of them over the seconds of all of them; and the largest share that other work took of one."""
+        measured = {shape: product_seconds(*shape, precision, device) for shape in self.shapes}
         work_s = [
             (count * times, 2 * m * k * n, one_s)
             for (m, k, n), count in self.shapes.items()
-            for times, one_s in zip(self.passes, product_seconds(m, k, n, precision, device), strict=True)
+            for times, one_s in zip(self.passes, measured[m, k, n][0], strict=True)
         ]
-        return sum(often * flops for often, flops, _ in work_s) / sum(often * s for often, _, s in work_s) / 1e12
+        rate = sum(often * flops for often, flops, _ in work_s) / sum(often * s for often, _, s in work_s) / 1e12
+        return rate, max(share for _, share in measured.values())
 
 
 def forward_shapes(forward: Callable[[], object], batch: int) -> Counter[tuple[int, int, int]]:
@@ -68,11 +71,13 @@ def forward_shapes(forward: Callable[[], object], batch: int) -> Counter[tuple[i
 
 
 @cache
-def product_seconds(m: int, k: int, n: int, precision: str, device: torch.device) -> tuple[float, float, float]:
-    """Of x wᵀ, g w and gᵀ x, medians; measured once a process."""
+def product_seconds(
+    m: int, k: int, n: int, precision: str, device: torch.device
+) -> tuple[tuple[float, float, float], float]:
+    """Of x wᵀ, g w and gᵀ x, medians, and the share that other work took; measured once a process."""
     rng = torch.Generator(device)
     x, w, g = (torch.randn(s, device=device, generator=rng).to(DTYPES[precision]) for s in ((m, k), (n, k), (m, n)))
-    return _seconds(x, w.mT), _seconds(g, w), _seconds(g.mT, x)
+    return undisturbed(lambda: (_seconds(x, w.mT), _seconds(g, w), _seconds(g.mT, x)))
 
 
 def _seconds(a: Tensor, b: Tensor) -> float:

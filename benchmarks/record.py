@@ -26,7 +26,8 @@ class Record:
     Attributes:
         case, impl, params: what was run.
         predicted_ms: the roofline at this machine's measured ceilings, written down before the measurement.
-        ms: median, p20, p80, n, first_median, repeat_median, noise (their relative difference).
+        ms: median, p20, p80, n, first_median, repeat_median, noise (their relative difference), disturbed (the share
+            of the time that other work took in each round; 0 where there were quiet ones).
         err: ref, rel_fro, max_rel, deterministic_bits; of the gate.
         pct_of_measured_ceiling: predicted_ms / median, in per cent.
         peak_mem_mb: extra memory of a call at its peak, in MiB, outputs included.
@@ -63,6 +64,11 @@ class Record:
         """What makes two records of different runs comparable."""
         return self.case, self.impl, json.dumps(self.params, sort_keys=True)
 
+    @property
+    def disturbed(self) -> bool:
+        """Its times mean nothing: other work took the cores meanwhile."""
+        return self.ms.get("disturbed", 0.0) > 0
+
 
 def stamp(record: Record, device: torch.device, ceilings: Ceilings) -> Record:
     """Give a record its birth certificate."""
@@ -79,6 +85,7 @@ def stamp(record: Record, device: torch.device, ceilings: Ceilings) -> Record:
         "threads": torch.get_num_threads(),
         "ceil_copy_gbps": ceilings.copy_gbps,
         **{f"ceil_{name}_tflops": rate for name, rate in ceilings.tflops.items()},
+        "ceil_disturbed": ceilings.disturbed,
     }
     if device.type == "cuda":
         record.hw |= {"sm": torch.cuda.get_device_properties(device).multi_processor_count, **gpu_state()}

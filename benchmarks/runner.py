@@ -17,6 +17,7 @@ import torch
 from benchmarks.apart import Apart
 from benchmarks.case import Case, Run, Size, is_ours
 from benchmarks.ceilings import Ceilings
+from benchmarks.disturbance import MOST, words
 from benchmarks.gate import judge
 from benchmarks.memory import extra_peak_mb
 from benchmarks.questions import cases_of
@@ -175,20 +176,26 @@ def _measure(case: Case, device: torch.device, box_s: float, records: dict[str, 
                 apart = provider.run if isinstance(provider.run, Apart) else None
                 records[name].peak_mem_mb = extra_peak_mb(partial(provider.run, first), device, apart)
     runs: dict[str, Run] = {name: p.run for name, p in providers.items() if records[name].status == "ok"}
-    times = time_providers(runs, sets, box_s)
+    elsewhere = [run.pid for run in runs.values() if isinstance(run, Apart) and run.pid]
+    times = time_providers(runs, sets, box_s, elsewhere)
     for name, ms in times.items():
         record, provider, seconds = records[name], providers[name], ms["median"] / 1e3
         record.ms = ms
         record.tflops, record.gbps = record.flops / seconds / 1e12, case.bytes / seconds / 1e9
         record.items_per_s = case.items / seconds
         record.pct_of_measured_ceiling = 100 * record.predicted_ms / ms["median"]
-        if case.baseline in times:
+        if record.disturbed:
+            record.note = "; ".join(filter(None, [record.note, words(ms["disturbed"])]))
+        elif case.baseline in times:
             record.speedup = times[case.baseline]["median"] / ms["median"]
         if products := provider.products or case.products:
-            rate = products.tflops(provider.precision or case.precision, device)
-            record.extra |= {"TFLOP/s of its products": rate, "% of that rate": 100 * record.tflops / rate}
+            rate, share = products.tflops(provider.precision or case.precision, device)
+            if share <= MOST:
+                record.extra["TFLOP/s of its products"] = rate
+                if not record.disturbed:
+                    record.extra["% of that rate"] = 100 * record.tflops / rate
         if provider.report is not None:
             record.extra |= provider.report()
     for name, (one, other) in case.ratios.items():
-        if one in times and other in times:
+        if one in times and other in times and not records[one].disturbed:
             records[one].extra[name] = times[one]["median"] / times[other]["median"]

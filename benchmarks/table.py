@@ -45,7 +45,7 @@ def row(record: Record) -> tuple[str, ...]:
         record.impl,
         number(ms["median"]),
         f"{number(ms['p20'])}-{number(ms['p80'])}",
-        f"{100 * ms['noise']:.1f}%",
+        "disturbed" if record.disturbed else f"{100 * ms['noise']:.1f}%",
         f"{record.speedup:.2f}x" if record.speedup else "",
         f"{record.pct_of_measured_ceiling:.0f}%" if record.predicted_ms else "",
         rate,

@@ -2,9 +2,10 @@
 
 A round runs all providers forwards and then backwards (A B C C B A), so that a machine that slows down slows all of
 them, and each provider is timed twice: the difference of its two medians is noise, and no smaller difference means
-anything. Inputs rotate among sets that together exceed the last cache. Python's cyclic garbage collector is off while a
-sample is taken, for every provider alike (apart.py does it for those in another process): it walks the whole process's
-objects, which cost 2 % of a bf16 step, and whose call it interrupts is chance.
+anything. A round in which other work took the cores is repeated (disturbance.py). Inputs rotate among sets that
+together exceed the last cache. Python's cyclic garbage collector is off while a sample is taken, for every provider
+alike (apart.py does it for those in another process): it walks the whole process's objects, which cost 2 % of a bf16
+step, and whose call it interrupts is chance.
 """
 
 import time
@@ -18,26 +19,52 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree, benchmark
 
+from benchmarks.disturbance import MOST, lost, usage
+
 CACHE_BYTES = 180 * 2**20  # three times the 60 MB L2 of an H200
 LEAST_SAMPLE_S = 2e-3
 MOST_ROUNDS = 100
 Function = Callable[[Any], object]
+Round = dict[str, list[float]]
 
 
-def time_providers(runs: Mapping[str, Function], sets: Sequence[Any], box_s: float) -> dict[str, dict[str, float]]:
-    """`summary` of each provider, in rounds until the box of `box_s` seconds is used up (one round at least)."""
+def time_providers(
+    runs: Mapping[str, Function], sets: Sequence[Any], box_s: float, processes: Sequence[int] = ()
+) -> dict[str, dict[str, float]]:
+    """`summary` of each provider, in rounds until the box of `box_s` seconds is used up (one round at least).
+
+    Rounds that other work disturbed are repeated, in up to another `box_s` seconds. They count only where there is no
+    other; then `disturbed` is the share of the time that was lost, else 0.
+
+    Args:
+        processes: of providers that compute elsewhere.
+    """
     repeats = {name: _calls_per_sample(run, sets) for name, run in runs.items()}
-    series: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
-    names, turn = list(runs), 0
-    deadline = time.perf_counter() + box_s
-    for round_ in range(MOST_ROUNDS):
-        if round_ >= 1 and time.perf_counter() > deadline:
+    quiet: list[Round] = []
+    disturbed: list[tuple[float, Round]] = []
+    start = time.perf_counter()
+    while len(quiet) + len(disturbed) < MOST_ROUNDS:
+        spent = time.perf_counter() - start
+        if (quiet and spent > box_s) or (disturbed and spent > 2 * box_s):
             break
-        for half, order in enumerate((names, names[::-1])):
-            for name in order:
-                series[name][half].append(_sample(runs[name], sets, turn, repeats[name]))
-                turn += 1
-    return {name: summary(*pair) for name, pair in series.items()}
+        before = usage(processes)
+        found = _round(runs, sets, repeats, len(quiet) + len(disturbed))
+        share = lost(before, usage(processes))
+        quiet.append(found) if share <= MOST else disturbed.append((share, found))
+    rounds = quiet or [found for _, found in disturbed]
+    share = 0.0 if quiet else median(share for share, _ in disturbed)
+    return {
+        name: summary(*([found[name][half] for found in rounds] for half in (0, 1))) | {"disturbed": share}
+        for name in runs
+    }
+
+
+def _round(runs: Mapping[str, Function], sets: Sequence[Any], repeats: Mapping[str, int], number: int) -> Round:
+    """Milliseconds of each provider, forwards and backwards through all of them."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn, name in enumerate([*runs, *reversed(runs)], 2 * len(runs) * number):
+        found[name].append(_sample(runs[name], sets, turn, repeats[name]))
+    return found
 
 
 def summary(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """A case small enough to reason about, and records without a machine."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import disturbance
 from benchmarks.case import Case, Provider
 from benchmarks.record import Record
 
@@ -12,6 +14,13 @@ from benchmarks.record import Record
 def square(x: torch.Tensor) -> tuple[torch.Tensor]:
     """The definition of the tests' op."""
     return (x * x,)
+
+
+@pytest.fixture(autouse=True)
+def nobody_else(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Other tests run beside these, and whether they disturb is chance; test_disturbance.py looks at the real thing."""
+    if request.path.name != "test_disturbance.py":
+        monkeypatch.setattr(disturbance, "PROC", tmp_path / "no-proc")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from benchmarks.training import build_model, masked_flops, some_view
 from mimir_fast.models.masked_model import ModelConfig
 
 CPU = torch.device("cpu")
+TIMES = {1: ((1.0, 2.0, 3.0), 0.0), 2: ((10.0, 20.0, 30.0), 0.25)}
 
 
 def test_products_are_those_of_the_model() -> None:
@@ -27,14 +28,15 @@ def test_products_are_those_of_the_model() -> None:
 
 
 def test_rate_weighs_each_product_by_its_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "product_seconds", lambda m, *_: (1.0, 2.0, 3.0) if m == 1 else (10.0, 20.0, 30.0))
+    monkeypatch.setattr(products, "product_seconds", lambda m, *_: TIMES[m])
     step = Products(Counter({(1, 5, 1): 1, (2, 5, 1): 4}), (2, 2, 1))
     flops, seconds = 5 * 10 + 4 * 5 * 20, (2 * 1 + 2 * 2 + 3) + 4 * (2 * 10 + 2 * 20 + 30)
-    assert step.tflops("fp32", CPU) == pytest.approx(flops / seconds / 1e12)
+    rate, disturbed = step.tflops("fp32", CPU)
+    assert rate == pytest.approx(flops / seconds / 1e12) and disturbed == 0.25
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_seconds_are_of_three_products_and_measured_once(precision: str) -> None:
-    times = product_seconds(8, 4, 16, precision, CPU)
-    assert len(times) == 3 and all(0 < s < 1 for s in times)
-    assert product_seconds(8, 4, 16, precision, CPU) is times
+    found = product_seconds(8, 4, 16, precision, CPU)
+    assert len(found[0]) == 3 and all(0 < s < 1 for s in found[0]) and found[1] == 0.0
+    assert product_seconds(8, 4, 16, precision, CPU) is found
