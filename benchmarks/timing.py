@@ -62,7 +62,7 @@ def time_providers(
 def _round(runs: Mapping[str, Function], sets: Sequence[Any], repeats: Mapping[str, int], number: int) -> Round:
     """Milliseconds of each provider, forwards and backwards through all of them."""
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for turn, name in enumerate([*runs, *reversed(runs)], 2 * len(runs) * number):
+    for turn, name in enumerate([*runs, *reversed(list(runs))], 2 * len(runs) * number):
         found[name].append(_sample(runs[name], sets, turn, repeats[name]))
     return found
 
