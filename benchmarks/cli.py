@@ -12,7 +12,7 @@ import torch
 from benchmarks import authors, compare, growth, plot, record, table
 from benchmarks import ceilings as machine
 from benchmarks.case import Size, is_ours
-from benchmarks.device_suite import run_suite
+from benchmarks.device_suite import PARTS, run_suite
 from benchmarks.disturbance import MOST, words
 from benchmarks.questions import QUESTIONS
 from benchmarks.runner import run_question
@@ -35,9 +35,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--plot", type=Path, metavar="FILE.png", help="where the picture goes; default beside the records")
     add("--draw", type=Path, metavar="OLD.jsonl", help="only draw --plot from records of earlier runs")
     add("--official", type=Path, metavar="PATH", help="the MIMIR authors' code, a checkout, to be timed beside ours")
-    add("--device-suite", action="store_true", help="all gates, then all timings, within --budget")
-    add("--budget", type=float, default=540, help="seconds of the device suite")
+    add(
+        "--device-suite",
+        action="store_true",
+        help="tests and gates, then all timings, within --budget; goes on where --output ends",
+    )
+    add("--part", choices=PARTS, help="only this part of the device suite, 200 s at the most")
+    add("--budget", type=float, default=600, help="seconds of the device suite")
     options = parser.parse_args(arguments)
+    if options.part and not options.device_suite:
+        parser.error("--part names a part of --device-suite")
     unknown = [name for name in options.questions if name not in QUESTIONS]
     if unknown:
         parser.error(f"unknown question {', '.join(unknown)}: wanted some of {', '.join(QUESTIONS)}")
@@ -64,14 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
     output = options.output or Path(f"runs/benchmarks/{device.type}-{options.size}.jsonl")
-    if options.output is None:
+    if options.output is None and not options.device_suite:
         output.unlink(missing_ok=True)  # a name of ours is the newest run, a name of yours collects
     if not cuda:
         keep_large_buffers()  # as a training run does; the rivals in this process profit as well
     ceilings = machine.measure(device, tiny=options.size == "tiny")
     print(describe(ceilings, device), flush=True)
     done = []
-    for records in run(options, device, ceilings):
+    for records in run(options, device, ceilings, output):
         table.print_case(records)
         record.append(output, records)
         done.append(records)
@@ -84,11 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return max(verdict(done), against(options.compare, done) if options.compare else 0)
 
 
-def run(options: argparse.Namespace, device: torch.device, ceilings: machine.Ceilings) -> Iterator[list[record.Record]]:
+def run(
+    options: argparse.Namespace, device: torch.device, ceilings: machine.Ceilings, output: Path
+) -> Iterator[list[record.Record]]:
     """The records of each case that the options ask for."""
     size: Size = "gpu" if device.type == "cuda" and options.size != "tiny" else options.size
     if options.device_suite:
-        yield from run_suite(device, size, ceilings, options.budget)
+        before = record.read(output) if output.is_file() else []
+        parts = [options.part] if options.part else PARTS
+        yield from run_suite(device, size, ceilings, options.budget, parts, before)
         return
     default = [name for name, q in QUESTIONS.items() if (options.size == "full" or q.quick) and not q.named_only]
     for question in options.questions or default:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Literal
 
 from benchmarks.case import Cases
 
@@ -12,30 +13,32 @@ class Question:
 
     Attributes:
         box_s: timing of all providers of one of its cases, at size `quick`.
-        suite_s: its share of the device suite's 540 s, compilation and gates included; 0: not in the suite.
+        suite: the part of the device suite that times it; "": not in the suite.
+        suite_s: its share of that part's 200 s, compilation and gates included.
         suite_box_s: timing of a case in the suite: some hundred samples of a kernel, some ten of a step.
         quick: among what a laptop does in a few minutes.
         named_only: run only when it is asked for by its name.
     """
 
     box_s: float
+    suite: Literal["", "kernels", "steps"] = ""
     suite_s: float = 0
     suite_box_s: float = 1
     quick: bool = False
     named_only: bool = False
 
 
-# In the order in which they run. The shares of the suite add up to 540 s with its tests and the ceilings.
+# In the order in which they run. The shares of each part of the suite add up to 200 s with the ceilings.
 QUESTIONS = {
-    "patches": Question(3, suite_s=60, quick=True),
-    "linf_step": Question(3, suite_s=20, quick=True),
-    "random_masks": Question(2, suite_s=10, quick=True),
-    "attention": Question(3, suite_s=40),
-    "hsic": Question(10, suite_s=80, quick=True),
-    "nhsic": Question(4, suite_s=15, quick=True),
-    "step": Question(20, suite_s=170, suite_box_s=6, quick=True),
-    "finetune_step": Question(20, suite_s=30, suite_box_s=6),
-    "loader": Question(10, suite_s=25, suite_box_s=4, quick=True),
+    "patches": Question(3, suite="kernels", suite_s=60, quick=True),
+    "linf_step": Question(3, suite="kernels", suite_s=15, quick=True),
+    "random_masks": Question(2, suite="kernels", suite_s=10, quick=True),
+    "attention": Question(3, suite="kernels", suite_s=35),
+    "hsic": Question(10, suite="kernels", suite_s=60, quick=True),
+    "nhsic": Question(4, suite="kernels", suite_s=15, quick=True),
+    "step": Question(20, suite="steps", suite_s=130, suite_box_s=6, quick=True),
+    "finetune_step": Question(20, suite="steps", suite_s=30, suite_box_s=6),
+    "loader": Question(10, suite="steps", suite_s=25, suite_box_s=4, quick=True),
     "families": Question(30),
     "autoattack": Question(0),
     "growth": Question(4, named_only=True),

@@ -16,6 +16,8 @@ from mimir_fast.versions import environment, version_of
 
 SCHEMA = 1
 Status = Literal["ok", "skipped", "failed"]
+Key = tuple[str, str, str]
+"""Case, implementation, parameters as JSON."""
 _PACKAGES = ("triton", "timm", "xformers", "torchvision", "torchattacks", "pyautoattack")
 
 
@@ -60,7 +62,7 @@ class Record:
     utc: str = ""
     schema: int = SCHEMA
 
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> Key:
         """What makes two records of different runs comparable."""
         return self.case, self.impl, json.dumps(self.params, sort_keys=True)
 
@@ -133,6 +135,16 @@ def read(path: Path) -> list[Record]:
                 "give a file that `python -m benchmarks --output` wrote"
             ) from error
     return records
+
+
+def finished(records: Iterable[Record], device: torch.device, *, timed: bool) -> set[Key]:
+    """Keys of what succeeded on this device at this commit, without changes; `timed`: with undisturbed times."""
+    commit = environment_once()["commit"]
+    return {
+        r.key() for r in records
+        if r.status == "ok" and r.commit == commit and not r.dirty and r.hw.get("device") == device.type
+        and (not timed or (r.ms and not r.disturbed))
+    }  # fmt: skip
 
 
 def by_case(records: Iterable[Record]) -> list[list[Record]]:

@@ -80,10 +80,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             raise pytest.UsageError(f"MIMIR_FAST_REQUIRE={name}: {states[known[name]]}")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`cuda` tests need a GPU; `slow` ones are asked for by `-m slow`."""
     asked_for = config.getoption("-m") or ""
     for item in items:
+        # Where there is a GPU, these run on it instead of in the interpreter: `-m cuda` must find them.
+        if "triton_device" in getattr(item, "fixturenames", ()) and torch.cuda.is_available():
+            item.add_marker(pytest.mark.cuda)
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if item.get_closest_marker("slow") and "slow" not in asked_for:

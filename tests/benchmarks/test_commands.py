@@ -31,6 +31,10 @@ def test_device_suite_runs_to_its_end(tmp_path):
     assert not [r for r in ours if r["status"] == "failed"]
     assert {r["case"] for r in ours if r["ms"]} >= {"patchify_gather", "linf_step", "random_masks", "hsic_fwd_bwd"}
     assert all("predicted_ms" in r and r["utc"] for r in records)
+    again = benchmarks("--device-suite", "--part", "correctness", "--device", "cpu", "--tiny", "--output", output)
+    assert again.returncode == 0, again.stderr[-2000:]
+    new = [json.loads(line) for line in output.read_text().splitlines()][len(records) :]
+    assert (new == []) is not records[0]["dirty"], "what is there of this commit is not run again"
 
 
 @pytest.mark.slow

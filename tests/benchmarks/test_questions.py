@@ -1,17 +1,20 @@
 """A question from its cases to its records: every size is there, and what fails or is late is a line, not the end."""
 
 import time
+from dataclasses import replace
 from importlib import import_module
 from typing import get_args
 
 import pytest
 import torch
 
-from benchmarks import cli, runner
+from benchmarks import cli, record, runner
 from benchmarks.case import Provider, Size
 from benchmarks.ceilings import Ceilings
+from benchmarks.device_suite import PART_SECONDS
 from benchmarks.questions import QUESTIONS
 from benchmarks.runner import run_question
+from mimir_fast.versions import environment
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_gbps=1.0, tflops={"fp32": 1.0})
@@ -33,6 +36,31 @@ def asked(monkeypatch):
         return list(run_question("some", CPU, "tiny", CEILINGS, **options))
 
     return run
+
+
+def test_what_is_there_is_not_run_again(asked, squares, monkeypatch):
+    monkeypatch.setattr(record, "environment_once", lambda: environment() | {"commit": "c0ffee"})
+    sized = [squares(params={"n": n}) for n in (1, 2)]
+    (first,) = asked(lambda: sized[:1])
+    known = record.finished(first, CPU, timed=True)
+    assert len(known) == 2
+    ((ours, _),) = asked(lambda: sized, known=known)
+    assert ours.params == {"n": 2}
+    for change in (
+        {"dirty": True},
+        {"commit": "another"},
+        {"status": "failed"},
+        {"ms": {}},
+        {"ms": {"disturbed": 0.1}},
+    ):
+        assert not record.finished([replace(r, **change) for r in first], CPU, timed=True)
+    assert record.finished([replace(r, ms={}) for r in first], CPU, timed=False) == known
+
+
+def test_shares_of_a_part_fit_into_it():
+    for part in ("kernels", "steps"):
+        assert sum(q.suite_s for q in QUESTIONS.values() if q.suite == part) <= PART_SECONDS
+    assert all(bool(q.suite) == bool(q.suite_s) for q in QUESTIONS.values())
 
 
 def test_late_case_is_broken_off_and_later_ones_are_passed_over(asked, squares):
