@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import predictions
 from benchmarks.apart import Apart
 from benchmarks.case import Case, Run, Size, is_ours
 from benchmarks.ceilings import Ceilings
@@ -21,7 +22,7 @@ from benchmarks.disturbance import MOST, words
 from benchmarks.gate import judge
 from benchmarks.memory import extra_peak_mb
 from benchmarks.questions import cases_of
-from benchmarks.record import Key, Record, Status, stamp
+from benchmarks.record import Key, Record, Status, environment_once, stamp
 from benchmarks.timing import num_sets, time_providers
 
 OUR_PACKAGES = ("mimir_fast", "mimir_kernels", "benchmarks")
@@ -191,6 +192,9 @@ def _measure(case: Case, device: torch.device, box_s: float, records: dict[str, 
         record.tflops, record.gbps = record.flops / seconds / 1e12, case.bytes / seconds / 1e9
         record.items_per_s = case.items / seconds
         record.pct_of_measured_ceiling = 100 * record.predicted_ms / ms["median"]
+        if is_ours(name) and predictions.device() in str(environment_once()["gpu"]):
+            said = predictions.verdict(case.name, record.predicted_ms, ms["median"])
+            record.note = "; ".join(filter(None, [record.note, said]))
         if record.disturbed:
             record.note = "; ".join(filter(None, [record.note, words(ms["disturbed"])]))
         elif case.baseline in times:
