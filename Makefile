@@ -30,7 +30,7 @@ demo: setup ## pre-train, fine-tune, evaluate, report, about four minutes on two
 	$(BIN)/python -m mimir_fast.reproduce digits_demo $(ARGS)
 
 test: setup ## the tests
-	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
 
 test-processors: setup ## the tests of ops, layers and models as other processors and PyTorch versions run them
 	$(BIN)/python tests/processors.py --torches $(PYTEST_ARGS)

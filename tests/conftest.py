@@ -5,6 +5,7 @@ MIMIR_FAST_REQUIRE=native,triton,dali makes a missing backend an error instead o
 
 import os
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,6 +81,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             raise pytest.UsageError(f"MIMIR_FAST_REQUIRE={name}: {states[known[name]]}")
 
 
+def shared_by(item: pytest.Item) -> list[Sequence[pytest.FixtureDef[object]]]:
+    """The definitions of each fixture of a test, the one in force last."""
+    info = getattr(item, "_fixtureinfo", None)
+    return [] if info is None else [found for found in info.name2fixturedefs.values() if found]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`cuda` tests need a GPU; `slow` ones are asked for by `-m slow`."""
@@ -88,6 +95,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # Where there is a GPU, these run on it instead of in the interpreter: `-m cuda` must find them.
         if "triton_device" in getattr(item, "fixturenames", ()) and torch.cuda.is_available():
             item.add_marker(pytest.mark.cuda)
+        # One worker makes what a whole module shares (Makefile: --dist loadgroup); else every worker makes it.
+        if any(found[-1].scope in ("module", "class") for found in shared_by(item)):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if item.get_closest_marker("slow") and "slow" not in asked_for:

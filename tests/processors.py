@@ -56,7 +56,8 @@ def tests(name: str, python: Path, environment: Environment, *extra: str) -> boo
     with tempfile.TemporaryDirectory(prefix="mimir-fast-leg-") as folder:
         own = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "MIMIR_FAST_CACHE": f"{folder}/mimir_fast"}
         own["MIMIR_FAST_REQUIRE"] = ""  # a leg lacks things on purpose
-        return run(name, [str(python), "-m", "pytest", "-q", "-n", "auto", *FOLDERS, *extra], environment | own)
+        line = [str(python), "-m", "pytest", "-q", "-n", "auto", "--dist", "loadgroup", *FOLDERS, *extra]
+        return run(name, line, environment | own)
 
 
 def run(name: str, line: list[str], environment: Environment) -> bool:

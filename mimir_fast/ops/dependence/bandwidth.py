@@ -5,6 +5,7 @@ The samples are centred first: distances do not change, but ‖x‖² is no long
 Shapes: N samples, flattened to D numbers each.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -21,6 +22,8 @@ BANDWIDTHS = ("paper", "reference", "median")
 # The median of N²/2 distances needs them all at once; beyond this many samples, that of a random subset is taken.
 # Evenly spaced rows may all be of one class, where classes take turns.
 MEDIAN_ROWS = 2048
+# Of a centred panel of all samples, so that it stays in a cache.
+PANEL_BYTES = 8 * 2**20
 # Units in the last place that centring leaves of samples which are all the same.
 ULPS = 8
 
@@ -29,6 +32,38 @@ def centered_rows(x_ND: Tensor, dtype: torch.dtype) -> Tensor:
     """x minus its mean over the samples, contiguous, in `dtype`."""
     x = x_ND.to(dtype)
     return (x - x.mean(dim=0, keepdim=True)).contiguous()
+
+
+class Centered:
+    """x minus its mean over the samples in `dtype`, a panel of its features at a time.
+
+    A copy of all of x would be as large as x, and twice as large as one in 16 bits; small ones are copied once.
+    """
+
+    def __init__(self, x_ND: Tensor, dtype: torch.dtype):
+        self.x, self.dtype = x_ND, dtype
+        small = x_ND.numel() * dtype.itemsize <= PANEL_BYTES
+        self._whole = centered_rows(x_ND, dtype) if small else None
+        # PyTorch casts all of a tensor before it takes a mean in another dtype.
+        means = [] if small else [x_ND[:, panel].to(dtype).mean(dim=0) for panel in self.panels()]
+        self._mean = torch.cat(means) if means else x_ND.new_empty(0)
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    def panels(self) -> Iterator[slice]:
+        """Features, as many at a time as fit into PANEL_BYTES for all samples; multiples of 64."""
+        n, dim = self.x.shape
+        wide = dim if self._whole is not None else max(64, PANEL_BYTES // (n * self.dtype.itemsize) // 64 * 64)
+        for start in range(0, dim, wide):
+            yield slice(start, min(start + wide, dim))
+
+    def part(self, rows: slice, panel: slice) -> Tensor:
+        """(I, P) samples `rows`, features `panel`; a view of a small x, else new."""
+        if self._whole is not None:
+            return self._whole[rows, panel]
+        taken, mean = self.x[rows, panel], self._mean[panel]
+        return taken - mean if taken.dtype == self.dtype else taken.to(self.dtype).sub_(mean)
 
 
 def squared_distances(x_ND: Tensor) -> Tensor:

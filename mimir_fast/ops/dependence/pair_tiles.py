@@ -2,12 +2,13 @@
 
 A tile of X Xᵀ is one call of the BLAS; while it lies in the cache, the rest (distances, expm1, row sums, products) is
 done by C++ (csrc/pair_tiles.cpp) or, without a compiler, on a GPU, or in float64, by PyTorch. Only tiles on and below
-the diagonal are visited: the mirror image of a tile has its column sums as row sums. The order of the tiles depends on
-N alone and sums are float64, so the same input gives the same bits.
-Shapes: N samples, D features, tiles of rows I and columns J.
+the diagonal are visited: the mirror image of a tile has its column sums as row sums. The order of tiles and panels
+depends on N and D alone and sums are float64, so the same input gives the same bits. Samples are centred a panel of
+features at a time, so that no copy of all of them is made.
+Shapes: N samples, D features, tiles of rows I and columns J, panels of P features.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops._dispatch import runs_native
 from mimir_fast.ops._precision import accumulation_dtype
-from mimir_fast.ops.dependence.bandwidth import centered_rows, gamma_of_median, median_floor
+from mimir_fast.ops.dependence.bandwidth import Centered, gamma_of_median, median_floor
 
 # Up to this many samples the two N×N matrices (16 MB each on a CPU, 64 MB on a GPU) are cheaper to keep for the
 # backward pass than to compute again.
@@ -31,10 +32,10 @@ def forward(
     used: those given, or where one is empty that of the median rule, from the Gram matrix of this pass."""
     n, device, dtype = x_ND.shape[0], x_ND.device, accumulation_dtype(x_ND, y_ND)
     kept = [torch.empty((n, n) if keep else (0, 0), dtype=dtype, device=device) for _ in range(2)]
-    kernel_x = TiledKernel(centered_rows(x_ND, dtype), gamma_x, kept[0])
+    kernel_x = TiledKernel(Centered(x_ND, dtype), gamma_x, kept[0])
     # HSIC(x, x), as in CKA, needs one kernel matrix only.
     same = x_ND.is_set_to(y_ND) and gamma_x.is_set_to(gamma_y)
-    kernel_y = kernel_x if same else TiledKernel(centered_rows(y_ND, dtype), gamma_y, kept[1])
+    kernel_y = kernel_x if same else TiledKernel(Centered(y_ND, dtype), gamma_y, kept[1])
     for kernel, samples in ((kernel_x, x_ND), (kernel_y, y_ND)):
         if not kernel.gamma.numel():
             kernel.use_median(median_floor(samples))
@@ -63,24 +64,28 @@ def backward(
     need_y: bool,
 ) -> tuple[Tensor, Tensor]:
     """(∂x, ∂y) of `pair_sums`; (0, D) where not needed. k and l are (N, N), or (0, 0) to be computed again."""
-    n, kept, dtype = x_ND.shape[0], len(k_NN) > 0, accumulation_dtype(x_ND, y_ND)
+    dtype = accumulation_dtype(x_ND, y_ND)
     # With the kernel matrices at hand, an input that needs no gradient is not looked at.
-    x = centered_rows(x_ND, dtype) if need_x or not kept else x_ND
-    y = centered_rows(y_ND, dtype) if need_y or not kept else y_ND
-    to_x = Laplacian(x, gamma_x, grad_r) if need_x else None
-    to_y = Laplacian(y, gamma_y, grad_q) if need_y else None
-    tiles: Iterable[Tile] = [(slice(0, n), slice(0, n))]
-    if not kept:
-        kernel_x, kernel_y = TiledKernel(x, gamma_x), TiledKernel(y, gamma_y)
-        tiles = lower_tiles(n, x_ND.device)
-    for rows, columns in tiles:
-        k = k_NN if kept else kernel_x.tile(rows, columns)
-        l_ = l_NN if kept else kernel_y.tile(rows, columns)
+    kept = len(k_NN) > 0
+    x = Centered(x_ND, dtype) if need_x or not kept else None
+    y = Centered(y_ND, dtype) if need_y or not kept else None
+    to_x = Laplacian(x, gamma_x, grad_r) if need_x and x else None
+    to_y = Laplacian(y, gamma_y, grad_q) if need_y and y else None
+    empty_x, empty_y = (z.new_empty(0, z.shape[1]) for z in (x_ND, y_ND))
+    if kept:
+        return (
+            to_x.of(k_NN, l_NN, grad_s) if to_x else empty_x,
+            to_y.of(l_NN, k_NN, grad_s) if to_y else empty_y,
+        )
+    assert x is not None and y is not None
+    kernel_x, kernel_y = TiledKernel(x, gamma_x), TiledKernel(y, gamma_y)
+    for rows, columns in lower_tiles(len(x), x_ND.device):
+        k, l_ = kernel_x.tile(rows, columns), kernel_y.tile(rows, columns)
         if to_x:
             to_x.add(k, l_, grad_s, rows, columns)
         if to_y:
             to_y.add(l_, k, grad_s, rows, columns)
-    return to_x.result() if to_x else x.new_empty(0, x.shape[1]), to_y.result() if to_y else y.new_empty(0, y.shape[1])
+    return to_x.result() if to_x else empty_x, to_y.result() if to_y else empty_y
 
 
 def kept_rows(device: torch.device) -> int:
@@ -101,72 +106,112 @@ def lower_tiles(n: int, device: torch.device) -> Iterator[Tile]:
 class TiledKernel:
     """The matrix K − 1 of x, of which one tile exists at a time (or all, in `into`), and its row sums so far."""
 
-    def __init__(self, centered_ND: Tensor, gamma: Tensor, into: Tensor | None = None):
-        self.x = centered_ND
-        self.gamma = gamma
-        self._has_gram = False
-        self.norms = self.x.new_empty(len(self.x))
-        self.sums = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
-        self._into = into if into is not None and len(into) else None
-        self._buffer = self.x.new_empty(0)
+    def __init__(self, x: Centered, gamma: Tensor, into: Tensor | None = None):
+        self.x, self.gamma = x, gamma
+        self.norms = x.x.new_empty(len(x), dtype=x.dtype)
+        self.sums = torch.zeros(len(x), dtype=torch.float64, device=x.x.device)
+        self._whole: Tensor | None = None
+        self._buffer = self.norms.new_empty(0)
+        if into is not None and len(into):
+            self._fill(into)
+
+    def _fill(self, gram_NN: Tensor) -> None:
+        """Make all tiles of the Gram matrix at once; `tile` finds them there."""
+        everything = slice(0, len(self.x))
+        for number, panel in enumerate(self.x.panels()):
+            part = self.x.part(everything, panel)
+            for rows, columns in lower_tiles(len(self.x), gram_NN.device):
+                tile = gram_NN[rows, columns]
+                torch.addmm(tile, part[rows], part[columns].mT, beta=min(number, 1), out=tile)
+        self.norms.copy_(gram_NN.diagonal())
+        self._whole = gram_NN
 
     def use_median(self, floor: Tensor) -> None:
-        """Set γ by the median rule: all tiles of the Gram matrix are made at once, and `tile` finds them there."""
+        """Set γ by the median rule, from the whole Gram matrix."""
         n = len(self.x)
-        gram = self.x.new_empty(n, n) if self._into is None else self._into
-        for rows, columns in lower_tiles(n, self.x.device):
-            torch.mm(self.x[rows], self.x[columns].mT, out=gram[rows, columns])
-        self.norms.copy_(gram.diagonal())
-        i, j = torch.tril_indices(n, n, -1, device=gram.device)
-        self.gamma = gamma_of_median((self.norms[i] + self.norms[j]).sub_(gram[i, j], alpha=2).clamp_min_(0), floor)
-        self._into, self._has_gram = gram, True
+        if self._whole is None:
+            self._fill(self.norms.new_empty(n, n))
+        assert self._whole is not None
+        i, j = torch.tril_indices(n, n, -1, device=self.norms.device)
+        d2 = (self.norms[i] + self.norms[j]).sub_(self._whole[i, j], alpha=2)
+        self.gamma = gamma_of_median(d2.clamp_min_(0), floor)
 
     def tile(self, rows: slice, columns: slice, *, sums: bool = False) -> Tensor:
         """k_IJ, overwritten by the next call; `sums` adds its row sums and those of its mirror image to `self.sums`."""
-        shape = (rows.stop - rows.start, columns.stop - columns.start)
-        if self._into is not None:
-            gram = self._into[rows, columns]
-        else:
-            if self._buffer.numel() < shape[0] * shape[1]:
-                self._buffer = self.x.new_empty(shape[0] * shape[1])
-            gram = self._buffer[: shape[0] * shape[1]].view(shape)
+        gram = self._gram(rows, columns) if self._whole is None else self._whole[rows, columns]
         on_diagonal = rows == columns
-        if not self._has_gram:
-            torch.mm(self.x[rows], self.x[columns].mT, out=gram)
-        if on_diagonal and not self._has_gram:
-            # Norms of the same product: a distance of 0 comes out as 0.
-            self.norms[rows] = gram.diagonal()
         row_sums = self.sums[rows] if sums else None
         column_sums = self.sums[columns] if sums and not on_diagonal else None
         kernel_from_gram_(gram, self.norms[rows], self.norms[columns], self.gamma, on_diagonal, row_sums, column_sums)
-        if self._into is not None and not on_diagonal:
-            self._into[columns, rows] = gram.mT
+        if self._whole is not None and not on_diagonal:
+            self._whole[columns, rows] = gram.mT
+        return gram
+
+    def _gram(self, rows: slice, columns: slice) -> Tensor:
+        """A tile of X Xᵀ in the buffer; of the diagonal ones the norms are kept, so that a distance of 0 is 0."""
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        if self._buffer.numel() < shape[0] * shape[1]:
+            self._buffer = self._buffer.new_empty(shape[0] * shape[1])
+        gram = self._buffer[: shape[0] * shape[1]].view(shape)
+        for number, panel in enumerate(self.x.panels()):
+            left = self.x.part(rows, panel)
+            right = left if rows == columns else self.x.part(columns, panel)
+            torch.addmm(gram, left, right.mT, beta=min(number, 1), out=gram)
+        if rows == columns:
+            self.norms[rows] = gram.diagonal()
         return gram
 
 
 class Laplacian:
-    """Collects −4γ Σ_j C_ij (x_i − x_j) from the lower tiles of C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2)."""
+    """−4γ Σ_j C_ij (x_i − x_j) with C_ij = (k_ij + 1)·(g_s·l_ij + (g_r,i + g_r,j)/2), from all of C or lower tiles."""
 
-    def __init__(self, centered_ND: Tensor, gamma: Tensor, grad_r: Tensor):
-        self.x = centered_ND
+    def __init__(self, x: Centered, gamma: Tensor, grad_r: Tensor):
+        self.x = x
         self._gamma = gamma
-        self._half = (grad_r / 2).to(self.x.dtype)
-        self._product = torch.zeros_like(self.x)  # C X
-        self._sums = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)  # C 1
+        self._half = (grad_r / 2).to(x.dtype)
+        self._sums = torch.zeros(len(x), dtype=torch.float64, device=grad_r.device)  # C 1
+        self._product = x.x.new_empty(0, dtype=x.dtype)  # C X
+
+    def of(self, k_NN: Tensor, l_NN: Tensor, grad_s: Tensor) -> Tensor:
+        """(N, D) gradient in the dtype of x, a panel at a time."""
+        weights = pair_weights(k_NN, l_NN, grad_s, self._half, self._half, self._sums, None)
+        return laplacian_product(weights, self._sums, self.x, self._gamma)
 
     def add(self, k: Tensor, l_: Tensor, grad_s: Tensor, rows: slice, columns: slice) -> None:
         """Add the tile of C at (rows, columns) and, off the diagonal, its mirror image."""
+        if not len(self._product):
+            self._product = self._product.new_zeros(self.x.x.shape)
         mirrored = rows != columns
         row_sums, column_sums = self._sums[rows], self._sums[columns] if mirrored else None
         weights = pair_weights(k, l_, grad_s, self._half[rows], self._half[columns], row_sums, column_sums)
-        self._product[rows].addmm_(weights, self.x[columns])
-        if mirrored:
-            self._product[columns].addmm_(weights.mT, self.x[rows])
+        for panel in self.x.panels():
+            self._product[rows, panel].addmm_(weights, self.x.part(columns, panel))
+            if mirrored:
+                self._product[columns, panel].addmm_(weights.mT, self.x.part(rows, panel))
 
     def result(self) -> Tensor:
-        """(N, D) gradient; ends the collection."""
-        sums = self._sums.to(self.x.dtype)[:, None]
-        return self._product.addcmul_(sums, self.x, value=-1).mul_(4 * self._gamma)
+        """(N, D) gradient of the tiles that were added; ends the collection."""
+        for panel in self.x.panels():
+            part = self.x.part(slice(0, len(self.x)), panel)
+            _from_product(self._product[:, panel], self._sums, part, self._gamma)
+        return self._product
+
+
+def laplacian_product(weights_NN: Tensor, sums_N: Tensor, x: Centered, gamma: Tensor) -> Tensor:
+    """−4γ Σ_j W_ij (x_i − x_j), (N, D) in the dtype of x, for symmetric W with these row sums, a panel at a time.
+
+    The gradient of any function of distances has this form.
+    """
+    found = torch.empty_like(x.x, memory_format=torch.contiguous_format)
+    for panel in x.panels():
+        part = x.part(slice(0, len(x)), panel)
+        found[:, panel] = _from_product(weights_NN @ part, sums_N, part, gamma)
+    return found
+
+
+def _from_product(product_NP: Tensor, sums_N: Tensor, part_NP: Tensor, gamma: Tensor) -> Tensor:
+    """The gradient from W X, in place."""
+    return product_NP.addcmul_(sums_N.to(part_NP.dtype)[:, None], part_NP, value=-1).mul_(4 * gamma)
 
 
 def kernel_from_gram_(

@@ -18,8 +18,8 @@ from mimir_fast.ops._checks import check_finite
 from mimir_fast.ops._dispatch import runs_triton, unless_too_large
 from mimir_fast.ops._op import differentiated_again, gradients_of, register_op
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
-from mimir_fast.ops.dependence.bandwidth import centered_rows, squared_distances
-from mimir_fast.ops.dependence.pair_tiles import TiledKernel, lower_tiles
+from mimir_fast.ops.dependence.bandwidth import Centered, squared_distances
+from mimir_fast.ops.dependence.pair_tiles import TiledKernel, laplacian_product, lower_tiles
 
 
 def rbf_minus_one_reference(x_ND: Tensor, gamma: float | Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _matrix_and_sums(x_ND: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     n, dtype = x_ND.shape[0], accumulation_dtype(x_ND)
     k_NN = x_ND.new_empty((n, n), dtype=dtype)
     with full_precision(x_ND.device):
-        kernel = TiledKernel(centered_rows(x_ND, dtype), gamma, into=k_NN)
+        kernel = TiledKernel(Centered(x_ND, dtype), gamma, into=k_NN)
         for rows, columns in lower_tiles(n, x_ND.device):
             kernel.tile(rows, columns, sums=True)
     return k_NN, kernel.sums
@@ -83,7 +83,8 @@ def _rbf_minus_one_backward(grad_NN: Tensor, x_ND: Tensor, gamma: Tensor, k_NN: 
             kernel(weights, center_rows(x_ND), gamma, grad_x, 0)
             return grad_x.to(x_ND.dtype)
     with full_precision(x_ND.device):
-        return (_laplacian_product(weights, centered_rows(x_ND, k_NN.dtype)) * (-4 * gamma)).to(x_ND.dtype)
+        sums_N = weights.sum(dim=1, dtype=torch.float64)
+        return laplacian_product(weights, sums_N, Centered(x_ND, k_NN.dtype), gamma)
 
 
 @_rbf_minus_one_backward.register_fake
@@ -104,8 +105,3 @@ def _backward(ctx: Any, grad_NN: Tensor) -> tuple[Tensor | None, None]:
 
 
 _rbf_minus_one.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def _laplacian_product(weights_NN: Tensor, x_ND: Tensor) -> Tensor:
-    """Σ_j W_ij (x_i − x_j) as (N, D) for symmetric W: the gradient of any function of distances has this form."""
-    return weights_NN.sum(dim=1, keepdim=True) * x_ND - weights_NN @ x_ND
