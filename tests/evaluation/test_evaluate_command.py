@@ -236,7 +236,7 @@ def test_full_suite_end_to_end(environment: Path, command: Command, tmp_path: Pa
     assert right == results.sections["accuracy"]["attacks"]["pgd20"]["correct"]
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("l2", "0.8"), ("l1", "3")])
+@pytest.mark.parametrize(("norm", "eps"), [("l2", "0.6"), ("l1", "1.5")])
 def test_other_norms_end_to_end(environment: Path, tmp_path: Path, norm: str, eps: str) -> None:
     flags = [*FLAGS, "--norm", norm, "--limit", "20", "--output_dir", str(tmp_path / "out")]
     flags[flags.index("--eps") + 1] = eps
@@ -275,13 +275,13 @@ def test_unreadable_files_of_all_shards_reach_the_record(environment: Path, comm
 
 
 def test_a_model_no_better_than_guessing_is_said(environment: Path, tmp_path: Path) -> None:
-    """Its normalisation is wrong: the numbers are of no model anyone trained."""
-    flags = [*FLAGS, "--suite", "table", "--autoattack", "no", "--mean", "1", "--std", "100", "--output_dir",
+    """Its normalisation is wrong, all images look the same to it: it names one class, whichever that is."""
+    flags = [*FLAGS, "--suite", "table", "--autoattack", "no", "--mean", "1", "--std", "100000", "--output_dir",
              str(tmp_path / "out")]  # fmt: skip
     results = evaluate(config_from(flags), log=quiet)
     assert results.clean["accuracy"] < 0.3
     assert any("guessing gives 10.0 %" in note for note in results.notes)
-    assert results.verdicts["robustness"]["kind"] == "bad"
+    assert results.verdicts["robustness"]["kind"] != "good"
 
 
 def test_time_left_is_that_of_the_slowest_process(tmp_path: Path) -> None:
