@@ -100,6 +100,7 @@ REFUSED: list[tuple[Any, str, str]] = [
     (EVALUATED, "data.generated", "takes the test images as they are"),
     (EVALUATED, "surface_biases", "suite quick draws no loss surface"),
     (EVALUATED, "smoothing_draws", "--smoothing names no noise"),
+    (EvaluateConfig("run", suite="corruptions"), "targets", "suite corruptions attacks nothing"),
     (PROBED, "neighbours", "knn is none of the --probes"),
     (PROBED, "eps", "--attack_images is 0"),
     (replace(PROBED, attack_images=8, eps=0.0), "attack_steps", "--eps is 0"),

@@ -7,24 +7,24 @@ from above, and the accuracy at every radius too.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from mimir_fast.attacks.minimal import smallest_perturbation
-from mimir_fast.evaluation.charts import Line, bars, line_chart
+from mimir_fast.evaluation.charts import Line, line_chart
 from mimir_fast.evaluation.html import figure, figures, paragraph, percent, span, table
 from mimir_fast.evaluation.measure import Measurement, Outcome, Records, Row, save_images, score
 from mimir_fast.evaluation.options import NORM_WORDS, Norm
 from mimir_fast.evaluation.statistics import Count, median_interval
 from mimir_fast.evaluation.topic import Column, Numbers, Setup, Topic, options_of, register
+from mimir_fast.evaluation.topics.classes import histogram
 from mimir_fast.validation import check_number
 
 NAME = "minimal"
 STEPS, ROUNDS, PGD_STEPS = 100, 6, 20
-POINTS, BINS = 40, 10
-"""Of the curve, and of the histogram."""
+POINTS = 40
+"""Of the curve."""
 
 
 @dataclass
@@ -63,6 +63,8 @@ def _search(setup: Setup) -> Outcome:
         if keep is not None:
             save_images(keep, x, labels, samples, row["prediction"])
         wrong = row["correct"] == 0
+        # At the border, and where that is beyond ε, no margin of an attack within the ball.
+        del row["margin"]
         return row | {"wrong": wrong.int(), "correct": (~(wrong & (row[norm] <= eps))).int()}
 
     return outcome
@@ -89,16 +91,9 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
         "eps50": sorted(distances)[(total - 1) // 2],
         "eps50_interval": median_interval(distances),
         "eps": along, "accuracy": [c.accuracy for c in counts], "interval": [c.interval for c in counts],
-        "histogram": histogram([d for d in known if d > 0], end),
         "distances": dict(zip(map(str, rows["sample"]), distances, strict=True)),
         "parameters": item.parameters, "seconds": records.seconds(item),
     }  # fmt: skip
-
-
-def histogram(values: Sequence[float], end: float) -> list[tuple[float, float, int]]:
-    """(from, to, how many) of equal bins of (0, end]."""
-    edges = [end * (k / BINS) for k in range(BINS + 1)]
-    return [(a, b, sum(a < v <= b for v in values)) for a, b in pairwise(edges)]
 
 
 def in_words(radius: float | None, norm: Norm) -> str:
@@ -132,14 +127,12 @@ def render(numbers: Numbers) -> str:
     if numbers["unbroken"]:
         inside += f" No perturbation of any size was found for {numbers['unbroken']}: is the gradient masked?"
     along = f"Accuracy along ε from the smallest perturbations of {total} images; the band is a 95 % interval."
-    unit = " · 255" if norm == "linf" else ""
+    shown = [figure(_curves([_line("smallest perturbation", numbers)], numbers, along), along)]
     scale = _scale(norm)
-    counts = [(f"{scale * a:.3g} – {scale * b:.3g}", n, None) for a, b, n in numbers["histogram"]]
-    sizes = f"Sizes of the smallest perturbations of the images that are correct without one ({norm_axis(norm)})."
-    chart = bars(counts, sizes, x_label=f"images, by size{unit}", high=max(1, *(n for _, n, _ in counts)))
-    return paragraph(words) + paragraph(inside) + figures(
-        figure(_curves([_line("smallest perturbation", numbers)], numbers, along), along), figure(chart, sizes)
-    )  # fmt: skip
+    if sizes := [scale * d for d in numbers["distances"].values() if d]:
+        caption = f"Smallest perturbations of the images that are correct without one: {len(sizes)} were found."
+        shown.append(figure(histogram([("images", sizes)], caption, x_label=norm_axis(norm)), caption))
+    return paragraph(words) + paragraph(inside) + figures(*shown)
 
 
 def _scale(norm: Norm) -> int:
