@@ -99,7 +99,7 @@ class Results:
     @property
     def attacked(self) -> bool:
         """Whether an attack ran on all images; else `robust` is without attack, and no robust accuracy."""
-        return bool(self.sections["accuracy"]["tried"])
+        return bool(self.sections["accuracy"].get("tried", True))  # a hub's results.json may not have it
 
     @property
     def partial(self) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Common corruptions: published files in both layouts, generated ones, and what is said when they are missing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from mimir_fast.data import DataConfig
 from mimir_fast.evaluation import comparison, evaluate
+from mimir_fast.evaluation.claim import claims_of, issue
 from mimir_fast.evaluation.corruption_error import (
     CORRUPTIONS,
     SEVERITIES,
@@ -139,6 +141,11 @@ def benchmark(tmp_path: Path) -> tuple[Path, torch.Tensor, torch.Tensor]:
     return root, torch.tensor(images.transpose(0, 3, 1, 2), dtype=torch.uint8), torch.tensor(labels)
 
 
+def as_if_of(source: str, evaluation: comparison.Evaluation) -> comparison.Evaluation:
+    results = evaluation.results
+    return replace(evaluation, results=replace(results, images={**results.images, "source": source}))
+
+
 def test_the_suite_measures_the_whole_benchmark_and_calls_nothing_robust(
     benchmark: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -173,6 +180,13 @@ def test_the_suite_measures_the_whole_benchmark_and_calls_nothing_robust(
     assert dict(zip(head, line, strict=True))["worst case"] == ""
     assert dict(zip(head, line, strict=True))["mean of 15 of 15 corruptions"] == f"{100 * found['mean']:.1f} %"
     assert [d.measure for d in comparison.differences(evaluations)] == ["no attack"]
+    (claim,) = claims_of(as_if_of("cifar10", evaluations[0]))
+    assert claim.path.parts[:3] == ("model_info", "cifar10", "corruptions") and claim.info["eps"] is None
+    assert claim.info["corruptions_acc"] == claim.robust == f"{100 * found['mean']:.2f}"
+    assert "autoattack_acc" not in claim.info
+    assert claim.notes == ["It was evaluated on 12 images, the leaderboard is of 10000."]
+    assert "- **Threat Model**: Common Corruptions\n- **eps**: N/A\n" in issue([claim])
+
     shown = comparison.html(evaluations)
     assert "<h2>Common corruptions</h2>" in shown and "15 of 15 corruptions, severities 1 2 3 4 5" in shown
 
