@@ -7,6 +7,8 @@ Hendrycks & Dietterich, arXiv 1903.12261, §4.2 and Table 1. Both are of ImageNe
 error of AlexNet is published, and their mean error is not normalised.
 """
 
+from collections.abc import Collection
+
 CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
     "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
@@ -53,9 +55,9 @@ def relative_corruption_error(error: Errors, clean: float) -> float | None:
     return 100 * sum(ratios) / len(ratios)
 
 
-def share_of(error: Errors) -> str:
+def share_of(corruptions: Collection[str]) -> str:
     """How many of the benchmark's corruptions a mean is of, in words."""
-    return f"{len(error)} of {len(CORRUPTIONS)} corruptions"
+    return f"{len(corruptions)} of {len(CORRUPTIONS)} corruptions"
 
 
 def mean_of(error: Errors) -> str:

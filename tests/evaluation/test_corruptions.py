@@ -192,6 +192,7 @@ def test_the_suite_measures_the_whole_benchmark_and_calls_nothing_robust(
 
 
 def test_errors_relative_to_alexnet_are_shown_with_what_they_are_of() -> None:
-    numbers = {"mce": 76.7, "relative_mce": 105.04, "mean_error": 0.5, "share": "15 of 15 corruptions"}
+    numbers = {"mce": 76.7, "relative_mce": 105.04, "mean": 0.4, "accuracy": {name: {} for name in CORRUPTIONS}}
     words = errors_in_words(numbers)
     assert words.count("(15 of 15 corruptions)") == 2 and "76.7 %" in words and "105.0 %" in words
+    assert words.endswith("Mean error, not normalised: 60.0 %.")

@@ -291,7 +291,6 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
         "mean": mean,
         "mean_error": 1 - mean,
         "mean_of": mean_of(error),
-        "share": share_of(error),
         "mce": mean_corruption_error(error) if normalised else None,
         "relative_mce": relative_corruption_error(error, 1 - clean) if normalised else None,
     }
@@ -299,13 +298,13 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
 
 def errors_in_words(numbers: Numbers) -> str:
     """The mean error, normalised by AlexNet's where that is defined; always with what it is of."""
+    share, error = share_of(numbers["accuracy"]), percent(1 - numbers["mean"])
     if numbers["mce"] is None:
-        return f"Mean error, not normalised by AlexNet's: {percent(numbers['mean_error'])} ({numbers['share']})."
-    return (
-        f"Mean corruption error (mCE, relative to AlexNet's): {numbers['mce']:.1f} % ({numbers['share']}); relative "
-        f"mCE, of what the error grows by: {numbers['relative_mce']:.1f} % ({numbers['share']}). Mean error, not "
-        f"normalised: {percent(numbers['mean_error'])}."
-    )
+        return f"Mean error, not normalised by AlexNet's: {error} ({share})."
+    words = f"Mean corruption error (mCE, relative to AlexNet's): {numbers['mce']:.1f} % ({share})"
+    if (relative := numbers.get("relative_mce")) is not None:
+        words += f"; relative mCE, of what the error grows by: {relative:.1f} % ({share})"
+    return f"{words}. Mean error, not normalised: {error}."
 
 
 def render(numbers: Numbers) -> str:
@@ -337,15 +336,15 @@ def columns(numbers: Numbers) -> list[Column]:
     if not numbers["accuracy"]:
         return []
     made = " generated" if numbers["kind"] == "generated" else ""
-    label = f"mean of {numbers['share']}{made and ',' + made}"
+    label = f"mean of {share_of(numbers['accuracy'])}{made and ',' + made}"
     return [Column(f"corruptions{made}: {numbers['mean_of']}", label, numbers["mean"])]
 
 
 def compare(models: Sequence[tuple[str, Numbers]]) -> str:
     """A row a model: mean accuracy and mean errors, with what they are of."""
     rows = [
-        [name, numbers["kind"], percent(numbers["mean"]), percent(numbers["mean_error"]),
-         *("" if numbers[key] is None else f"{numbers[key]:.1f} %" for key in ("mce", "relative_mce")),
+        [name, numbers["kind"], percent(numbers["mean"]), percent(1 - numbers["mean"]),
+         *(f"{numbers[key]:.1f} %" if numbers.get(key) is not None else "" for key in ("mce", "relative_mce")),
          numbers["mean_of"]]
         for name, numbers in models
         if numbers["accuracy"]
