@@ -2,7 +2,9 @@
 
 FMN (Pintor et al., arXiv 2102.12827, Algorithm 1) follows the gradient of the margin m(x) = z_y − max_{i≠y} z_i inside
 a ball that shrinks by γ where the image is misclassified, and grows where it is not; before the first success its
-radius is ‖δ‖_p + m / ‖∇m‖_q, the distance to the border if the model were linear (1/p + 1/q = 1).
+radius is ‖δ‖_p + m / ‖∇m‖_q, the distance to the border if the model were linear (1/p + 1/q = 1). The authors choose a
+step length for each data set; here an image's first step is as long, in L2, as the linear model's way to the border, so
+that no image size and no model needs a number of its own.
 
 Then each image is attacked by PGD on the cross entropy in balls between the largest that held and the smallest that did
 not. Both have one radius an image, so the loops here are not those of a fixed ball. Every number is an upper bound of
@@ -25,8 +27,6 @@ Norm = Literal["linf", "l2", "l1"]
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 GAMMA = (0.05, 0.0001)
 """By which part the ball changes in the first and in the last step of FMN; cosine annealing in between."""
-STEP = 1.0
-"""L2 length of FMN's first step for CIFAR's 3 × 32 × 32 numbers; it grows with the square root of their count."""
 
 
 def smallest_perturbation(
@@ -96,8 +96,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 def fmn(best: _Best, num_steps: int) -> None:
     """The minimal-norm attack; `best` keeps the nearest point on the way."""
     images = best.images
-    x, radius = images, torch.full_like(best.size, torch.inf)
-    length = STEP * math.sqrt(images[0].numel() / 3072) if len(images) else STEP
+    x, radius, length = images, torch.full_like(best.size, torch.inf), torch.zeros_like(best.size)
     for step in range(num_steps + 1):
         x = x.detach().requires_grad_()
         with torch.enable_grad():
@@ -110,12 +109,15 @@ def fmn(best: _Best, num_steps: int) -> None:
             return
         turned = (1 + math.cos(math.pi * step / num_steps)) / 2
         gamma = GAMMA[1] + (GAMMA[0] - GAMMA[1]) * turned
-        linear = size_of(x - images, best.norm) + value.detach().abs() / size_of(grad, DUAL[best.norm])
+        linear = value.detach().abs() / size_of(grad, DUAL[best.norm])
+        if step == 0:
+            length = linear.nan_to_num(nan=0.0) * size_of(torch.ones_like(x), "l2" if best.norm == "linf" else "linf")
+        linear = size_of(x - images, best.norm) + linear
         # Beyond the linear model's border by γ: on it, rounding decides.
         grown = torch.where(best.size.isfinite(), radius, linear.nan_to_num(nan=torch.inf)) * (1 + gamma)
         radius = torch.where(wrong, torch.minimum(radius * (1 - gamma), best.size), grown)
-        alpha = length * (0.01 + 0.99 * turned)
-        x = best.within(x - steepest(grad, x, alpha, "l2"), radius)
+        alpha = (length * (0.01 + 0.99 * turned)).view(-1, 1, 1, 1)
+        x = best.within(x - alpha * steepest(grad, x, 1.0, "l2"), radius)
 
 
 def bisect(best: _Best, rounds: int, pgd_steps: int) -> None:

@@ -37,7 +37,7 @@ def test_distances_of_a_linear_model_are_the_closed_form(norm: Norm) -> None:
     x = smallest_perturbation(model, images, labels, norm)
     assert (model(x).argmax(dim=1) != labels).all() and x.min() >= 0 and x.max() <= 1
     ratio = size_of(x - images, norm) / true
-    assert ratio.min() > 1 - 1e-4 and ratio.max() < 1.02
+    assert ratio.min() > 1 - 1e-4 and ratio.max() < 1.03
 
     alone = torch.cat([smallest_perturbation(model, images[i : i + 1], labels[i : i + 1], norm) for i in (0, 5)])
     torch.testing.assert_close(size_of(alone - images[[0, 5]], norm) / true[[0, 5]], ratio[[0, 5]], rtol=0.01, atol=0)

@@ -67,7 +67,7 @@ class AccuracyOptions:
         return (
             without(not self.mi_balanced, "--mi_balanced chooses it", "mi_weight")
             | without(suite in ADAPTIVE_STEPS, f"suite {suite} has no PGD-MI", *options)
-            | without(STEPS[suite], f"suite {suite} attacks nothing", "targets")
+            | without(STEPS[suite], f"suite {suite} attacks nothing", "targets", "restarts", "eot")
         )
 
 
