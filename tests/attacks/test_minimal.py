@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.lp import size_of
 from mimir_fast.attacks.minimal import DUAL, Norm, smallest_perturbation
 from mimir_fast.data import build_loader
+from mimir_fast.layers.borrowing import borrowed
 
 NORMS: list[Norm] = ["linf", "l2", "l1"]
 
@@ -82,9 +83,9 @@ def test_the_median_is_that_of_fab_or_smaller(norm: Norm, small_model: SmallNet)
     right = small_model(images).argmax(dim=1) == labels
     images, labels = images[right], labels[right]
     radius, name = {"linf": (0.3, "Linf"), "l2": (2.0, "L2"), "l1": (12.0, "L1")}[norm]
-    theirs = fab(small_model, norm=name, n_restarts=1, n_iter=100, eps=radius, device="cpu").perturb(
-        images.clone(), labels.clone()
-    )
+    with borrowed(small_model, "eval") as module:  # it calls backward(), which fills the weights' gradients
+        attack = fab(module, norm=name, n_restarts=1, n_iter=100, eps=radius, device="cpu")
+        theirs = attack.perturb(images.clone(), labels.clone())
     ours = smallest_perturbation(small_model, images, labels, norm)
     sizes = []
     for x in (ours, theirs):
