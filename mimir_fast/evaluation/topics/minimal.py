@@ -118,7 +118,7 @@ def render(numbers: Numbers) -> str:
         "misclassified, which is the median of the smallest perturbations found (0 where the image is misclassified "
         f"without one). They are the smaller of FMN's (arXiv 2102.12827, {steps['fmn_steps']} steps) and of "
         f"{steps['rounds']} rounds of bisection with PGD-{steps['pgd_steps']} from two starts. Each was seen to be "
-        "misclassified in fp32, so a distance can be smaller than shown, but not larger."
+        "misclassified in fp32: the true distance is at most that."
     )
     inside = (
         f"At the evaluated ε = {numbers['eps_text']}, {at['correct']} of them are correct ({percent(at['accuracy'])}, "

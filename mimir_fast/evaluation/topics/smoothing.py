@@ -130,8 +130,8 @@ def render(numbers: Numbers) -> str:
         "What is certified here is not the model itself but the smoothed classifier made of it: the class that the "
         "model answers most often where Gaussian noise is added to the image (Cohen et al., arXiv 1902.02918). Who "
         f"uses the model without the noise has no certificate. Each image's class is chosen by {first['select']} draws "
-        f"and certified by {first['draws']} others; no L2 perturbation smaller than its radius changes the class, "
-        f"which is wrong with probability {first['alpha']:g} at most (Clopper and Pearson's bound)."
+        f"and certified by {first['draws']} others: no L2 perturbation smaller than its radius changes the class. Each "
+        f"certificate holds with probability {1 - first['alpha']:g} over the draws (Clopper and Pearson's bound)."
     )
     rows = [
         [f"{sigma}", f"{e['radius']:.4g}", percent(e["accuracy"]), span(e["interval"]), f"{e['correct']}/{e['total']}"]
