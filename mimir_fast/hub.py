@@ -44,6 +44,8 @@ from mimir_fast.validation import without
 LICENSE = "apache-2.0"
 CARD_MARK = "library_name: mimir_fast"
 """Stands in the header of every card of ours."""
+KEPT = ("attacks", "robust", "tried", "norm", "eps_text")
+"""Of the accuracies, those that a card shows or that say what it may show."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -213,7 +215,7 @@ def _without_paths(results: Results) -> dict[str, Any]:
         verdicts=results.verdicts,
         choices={"checkpoint": Path(checkpoint).name},
         images={name: results.images[name] for name in ("source", "split", "count", "classes")},
-        sections={"accuracy": {name: accuracy[name] for name in ("attacks", "robust", "norm", "eps_text")}},
+        sections={"accuracy": {name: accuracy[name] for name in KEPT if name in accuracy}},
         notes=results.notes,
         environment=results.environment,
         rows={"markdown": results.rows["markdown"]},

@@ -126,7 +126,9 @@ def _evaluated(results: Results) -> list[EvalResult]:
     source, ball = results.images["source"], f"L∞ {results.sections['accuracy']['eps_text']}"
     if results.sections["accuracy"]["norm"] != "linf":
         ball = f"{NORM_WORDS[results.sections['accuracy']['norm']]} {results.sections['accuracy']['eps_text']}"
-    shown = (("accuracy", "natural accuracy", results.clean), ("accuracy", f"robust accuracy ({ball})", results.robust))
+    shown = [("accuracy", "natural accuracy", results.clean)]
+    if results.attacked:
+        shown.append(("accuracy", f"robust accuracy ({ball})", results.robust))
     return [
         EvalResult(
             task_type="image-classification", dataset_type=source, dataset_name=source, metric_type=metric,

@@ -44,6 +44,7 @@ class Stream(IntEnum):
     ATTACK_DECODE = 16
     MASKED_NOISE = 17
     MEDIAN_ROWS = 18
+    SMOOTHING = 19
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, rounds: int = 10) -> tuple[Tensor, ...]:

@@ -99,6 +99,8 @@ REFUSED: list[tuple[Any, str, str]] = [
     (EVALUATED, "pretrained_options", "--pretrained names none"),
     (EVALUATED, "data.generated", "takes the test images as they are"),
     (EVALUATED, "surface_biases", "suite quick draws no loss surface"),
+    (EVALUATED, "smoothing_draws", "--smoothing names no noise"),
+    (EvaluateConfig("run", suite="corruptions"), "targets", "suite corruptions attacks nothing"),
     (PROBED, "neighbours", "knn is none of the --probes"),
     (PROBED, "eps", "--attack_images is 0"),
     (replace(PROBED, attack_images=8, eps=0.0), "attack_steps", "--eps is 0"),
@@ -135,6 +137,7 @@ def test_typed_without_its_switch_it_is_refused(config: Any, option: str, words:
         (pretraining(family="convit"), "model.positions"),
         (EvaluateConfig("run", suite="full"), "mi_weight"),
         (EvaluateConfig("run", autoattack="yes"), "autoattack_images"),
+        (EvaluateConfig("run", smoothing=(0.25,)), "smoothing_draws"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

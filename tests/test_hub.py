@@ -35,8 +35,8 @@ def evaluation(checkpoint: str) -> dict[str, Any]:
         "notes": ["Few images."],
         "verdicts": {"robustness": {"text": "It keeps half."}, "validity": {"text": "No sign against it."}},
         "images": {"source": "digits", "split": "test", "count": 100, "classes": 10},
-        "sections": {"accuracy": {"attacks": {"natural": natural}, "robust": counts, "norm": "linf",
-                                  "eps_text": "8/255"}},
+        "sections": {"accuracy": {"attacks": {"natural": natural}, "robust": counts, "tried": ["PGD-20"],
+                                  "norm": "linf", "eps_text": "8/255"}},
         "command": f"evaluate --checkpoint {checkpoint}",
         "rows": {"markdown": f"| model | natural | worst case |\n| - | - | - |\n| {checkpoint} | 90.0 | 61.0 |"},
     }  # fmt: skip

@@ -62,8 +62,12 @@ def size_of(delta: Tensor, norm: str) -> Tensor:
     return torch.linalg.vector_norm(delta.flatten(1), {"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
 
 
-def project(x: Tensor, images: Tensor, eps: float, norm: Literal["l2", "l1"]) -> Tensor:
-    """The point of the ball around `images` and of [0, 1] that x (B, C, H, W) is moved to; the nearest one for L1."""
+def project(x: Tensor, images: Tensor, eps: float | Tensor, norm: Literal["l2", "l1"]) -> Tensor:
+    """The point of the ball around `images` and of [0, 1] that x (B, C, H, W) is moved to; the nearest one for L1.
+
+    Args:
+        eps: radius, or one an image, (B, 1).
+    """
     delta = (x - images).flatten(1)
     if norm == "l2":
         length = delta.norm(dim=1, keepdim=True)

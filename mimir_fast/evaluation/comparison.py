@@ -195,7 +195,7 @@ def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
         if not_paired(first, other):
             continue
         pairs = [("no attack", first.correct, other.correct)]
-        if not not_equally_attacked(first, other):
+        if first.results.attacked and not not_equally_attacked(first, other):
             pairs.append((WORST, first.robust, other.robust))
         found += [d for pair in pairs if (d := Difference.of(pair[0], other.name, *pair[1:]))]
     return found
@@ -221,8 +221,8 @@ def main_table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     lines = [["model", "images", "ball", *labels.values(), WORST, "95 % interval", *more, "checks"]]
     for row, one, fewer in zip(rows, evaluations, partial, strict=True):
         robust = one.results.robust
-        lines.append([one.name, str(robust["total"]), one.results.ball, *(cell(row.get(key)) for key in labels),
-                      percent(robust["accuracy"]), span(robust["interval"]),
+        worst = [percent(robust["accuracy"]), span(robust["interval"])] if one.results.attacked else ["", ""]
+        lines.append([one.name, str(robust["total"]), one.results.ball, *(cell(row.get(key)) for key in labels), *worst,
                       *(["; ".join(fewer)] if more else []), one.results.verdicts["validity"]["large"]])  # fmt: skip
     return lines
 

@@ -43,10 +43,9 @@ def _section(topic: Topic, numbers: Numbers) -> str:
 def _subtitle(results: Results) -> str:
     images, choices = results.images, results.choices
     weights = f", {choices['weights_judged']}" if choices.get("weights_judged") else ""
-    return (
-        f"{images.get('count')} test images of {images.get('source')}, {NORM_WORDS[choices['norm']]} attacks with "
-        f"ε = {choices.get('eps_text')}, suite {choices.get('suite')}{weights}"
-    )
+    unharmed = "accuracy" in results.sections and not (results.attacked or results.partial)
+    ball = "" if unharmed else f"{NORM_WORDS[choices['norm']]} attacks with ε = {choices.get('eps_text')}, "
+    return f"{images.get('count')} test images of {images.get('source')}, {ball}suite {choices.get('suite')}{weights}"
 
 
 def _verdict(name: str, verdict: dict[str, str]) -> str:

@@ -97,6 +97,11 @@ class Results:
         return found
 
     @property
+    def attacked(self) -> bool:
+        """Whether an attack ran on all images; else `robust` is without attack, and no robust accuracy."""
+        return bool(self.sections["accuracy"].get("tried", True))  # a hub's results.json may not have it
+
+    @property
     def partial(self) -> list[dict[str, Any]]:
         """Counts of those images on which more attacks ran, an entry a set: `stood`, correct under the attacks on all
         images, `correct`, under those of the set too, and what these are: `tried`."""
@@ -121,17 +126,22 @@ def robustness_verdict(results: Results) -> dict[str, str]:
     """How much robustness: per image, under all attacks that ran on every image; others with their own number."""
     clean, robust = results.clean, results.robust
     share, chance = robust["accuracy"], 1 / results.images["classes"]
-    text = (
-        f"{robust['correct']} of {robust['total']} images are classified correctly without attack and under every "
-        f"attack that ran on all of them ({listed(results.sections['accuracy']['tried'])}; {results.ball}); 95 % "
-        f"interval {span(robust['interval'])} %. Natural accuracy: {percent(clean['accuracy'])}. "
-    )
+    text = f"No attack ran on every image. Natural accuracy: {percent(clean['accuracy'])}. "
+    if results.attacked:
+        text = (
+            f"{robust['correct']} of {robust['total']} images are classified correctly without attack and under every "
+            f"attack that ran on all of them ({listed(results.sections['accuracy']['tried'])}; {results.ball}); 95 % "
+            f"interval {span(robust['interval'])} %. Natural accuracy: {percent(clean['accuracy'])}. "
+        )
     for part in results.partial:
         text += (
             f"On {part['total']} of the images more attacks ran ({listed(part['tried'])}): {part['correct']} of these "
             f"are correct under them too ({percent(part['accuracy'])}, 95 % interval {span(part['interval'])} %), "
             f"{part['stood']} without them. "
         )
+    if not results.attacked:
+        end = "This says nothing of perturbations that are made to break the model."
+        return {"kind": "unsure", "large": "Not attacked", "text": text + end}
     if share <= chance:
         kind, end = "bad", "The robust accuracy is no better than chance."
     elif robust["interval"][0] <= chance:
@@ -188,7 +198,8 @@ def validity_verdict(results: Results) -> dict[str, str]:
             f"({counts}): run these on every image before quoting the robust accuracy.",
         }  # fmt: skip
     if found is None:
-        lower = ": the true robust accuracy can only be lower" if results.robust["correct"] else ""
+        known = results.attacked and results.robust["correct"]
+        lower = ": the true robust accuracy can only be lower" if known else ""
         rest = f"AutoAttack was not run{lower}."
     elif not found["whole"]:
         rest = f"Of AutoAttack only {found['title']} ran: the rest may break more."
@@ -225,7 +236,8 @@ def table_rows(results: Results) -> dict[str, str]:
             if column.key != "natural":
                 few = f" ({column.total})" if column.total is not None else ""
                 columns.append((column.label + few, column.accuracy))
-    columns.append((WORST, results.robust["accuracy"]))
+    if results.attacked:
+        columns.append((WORST, results.robust["accuracy"]))
     columns += [(f"{WORST} ({part['total']})", part["accuracy"]) for part in results.partial]
     head = ["model", "images", "ball", *(label for label, _ in columns)]
     norm = NORM_WORDS[numbers["norm"]]

@@ -94,6 +94,20 @@ def paired_difference(b: int, c: int, total: int) -> tuple[float, float, float]:
     return (b - c) / total, max(-1.0, p - q - half), min(1.0, p - q + half)
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Order statistics between which the median of the distribution lies with 95 %; ∞ above where they are too few.
+
+    The j-th smallest of n values is above the median where fewer than j of them are below it, and their number is
+    binomial with p = 1/2: no assumption on the distribution (David & Nagaraja, Order Statistics, §7.1).
+
+    Args:
+        values: at least 0 each; ∞ for one that is larger than could be told.
+    """
+    ordered, n = sorted(values), len(values)
+    j = next((j for j in range(n // 2, 0, -1) if binomial_tail(n - j + 1, n, 0.5) <= LEVEL / 2), 0)
+    return (ordered[j - 1], ordered[n - j]) if j else (0.0, math.inf)
+
+
 def discordant(first: Sequence[float], second: Sequence[float]) -> tuple[int, int]:
     """(images only the first has right, images only the second has right)."""
     pairs = [(a > 0, b > 0) for a, b in zip(first, second, strict=True)]

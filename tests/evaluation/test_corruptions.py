@@ -1,5 +1,6 @@
 """Common corruptions: published files in both layouts, generated ones, and what is said when they are missing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +8,20 @@ import pytest
 import torch
 
 from mimir_fast.data import DataConfig
+from mimir_fast.evaluation import comparison, evaluate
+from mimir_fast.evaluation.claim import claims_of, issue
+from mimir_fast.evaluation.corruption_error import (
+    CORRUPTIONS,
+    SEVERITIES,
+    mean_corruption_error,
+    relative_corruption_error,
+)
 from mimir_fast.evaluation.images import EvaluationImages, load_images
 from mimir_fast.evaluation.topics.corruptions import (
-    SEVERITIES,
     MissingCorruptionsError,
+    errors_in_words,
     generate,
     load_published,
-    mean_corruption_error,
     published_levels,
 )
 
@@ -80,7 +88,10 @@ def test_corruptions_of_other_data_are_refused(tmp_path: Path, clean: Evaluation
 
 
 def test_mean_corruption_error_against_the_papers_table() -> None:
-    """Table 1 of arXiv 1903.12261: AlexNet's errors as printed, and ResNet-50's CEs, whose mean is its mCE of 76.7."""
+    """Table 1 of arXiv 1903.12261: AlexNet's errors as printed, and ResNet-50's CEs, whose mean is its mCE of 76.7.
+
+    Its error without corruption is 23.9 %, and its relative mCE 105.0 there.
+    """
     alexnet = {
         "brightness": 56.5, "contrast": 85.3, "defocus_blur": 82.0, "elastic_transform": 64.6, "fog": 81.9,
         "frost": 82.7, "gaussian_noise": 88.6, "glass_blur": 82.6, "impulse_noise": 92.3, "jpeg_compression": 60.7,
@@ -96,8 +107,9 @@ def test_mean_corruption_error_against_the_papers_table() -> None:
         name: {s: ce / 100 * alexnet[name] / 100 + spread[s] for s in SEVERITIES} for name, ce in resnet50.items()
     }  # fmt: skip
     assert mean_corruption_error(error) == pytest.approx(76.7, abs=0.3)
+    assert relative_corruption_error(error, 0.239) == pytest.approx(105.0, abs=0.5)
     del error["fog"]
-    assert mean_corruption_error(error) is None
+    assert mean_corruption_error(error) is None and relative_corruption_error(error, 0.239) is None
 
 
 def test_generated_corruptions_can_be_repeated_and_leave_the_random_state_alone() -> None:
@@ -113,3 +125,74 @@ def test_generated_corruptions_can_be_repeated_and_leave_the_random_state_alone(
         assert torch.equal(one.images[0], corrupted.images[2]), "a function of the sample, not of the batch"
     with pytest.raises(ValueError, match="repeatably"):
         generate(clean, "impulse_noise", 1)
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """CIFAR-10-C in small, 8 × 8 pixels: all corruptions, each severity with more noise; images and labels."""
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (12, 8, 8, 3)), np.arange(12) % 3
+    root = tmp_path / "c"
+    root.mkdir()
+    for name in CORRUPTIONS:
+        noisy = [images + generator.normal(0, 60 * s, images.shape) for s in SEVERITIES]
+        np.save(root / f"{name}.npy", np.concatenate(noisy).clip(0, 255).astype(np.uint8))
+    np.save(root / "labels.npy", np.tile(labels, 5))
+    return root, torch.tensor(images.transpose(0, 3, 1, 2), dtype=torch.uint8), torch.tensor(labels)
+
+
+def as_if_of(source: str, evaluation: comparison.Evaluation) -> comparison.Evaluation:
+    results = evaluation.results
+    return replace(evaluation, results=replace(results, images={**results.images, "source": source}))
+
+
+def test_the_suite_measures_the_whole_benchmark_and_calls_nothing_robust(
+    benchmark: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    root, images, labels = benchmark
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    solution = torch.linalg.lstsq(images.flatten(1).double() / 255, 3 * torch.eye(3).double()[labels]).solution
+    model[1].weight.data.copy_(solution.T)
+    model[1].bias.data.zero_()
+    with pytest.raises(ValueError, match="suite corruptions needs them"):
+        evaluate(model, images, labels, suite="corruptions")
+    results = evaluate(
+        model, images, labels, suite="corruptions", corruptions=str(root), output_dir=str(tmp_path / "out")
+    )  # fmt: skip
+    found = results.sections["corruptions"]
+    right = []
+    for name in CORRUPTIONS:
+        x = torch.tensor(np.load(root / f"{name}.npy").transpose(0, 3, 1, 2)).float() / 255
+        right.append(float((model(x).argmax(dim=1) == labels.repeat(5)).float().mean()))
+        assert found["means"][name] == pytest.approx(right[-1])
+    assert found["mean"] == pytest.approx(sum(right) / 15) and 0 < found["mean"] < results.clean["accuracy"] == 1
+    assert found["mean_error"] == pytest.approx(1 - found["mean"])
+    assert found["mce"] is None and found["relative_mce"] is None, "AlexNet's errors are those on ImageNet-C"
+    assert list(results.sections["accuracy"]["attacks"]) == ["natural"] and "classes" not in results.sections
+    assert results.verdicts["robustness"]["large"] == "Not attacked"
+    assert "worst case" not in results.rows["markdown"] and "mean of 15 of 15 corruptions" in results.rows["markdown"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert "(15 of 15 corruptions, severities 1 2 3 4 5)" in page and "worst case" not in page.partition("<script")[0]
+    assert "Mean error, not normalised by AlexNet" in page
+
+    evaluations = comparison.load([tmp_path / "out", tmp_path / "out"])
+    head, line, _ = comparison.main_table(evaluations)
+    assert dict(zip(head, line, strict=True))["worst case"] == ""
+    assert dict(zip(head, line, strict=True))["mean of 15 of 15 corruptions"] == f"{100 * found['mean']:.1f} %"
+    assert [d.measure for d in comparison.differences(evaluations)] == ["no attack"]
+    (claim,) = claims_of(as_if_of("cifar10", evaluations[0]))
+    assert claim.path.parts[:3] == ("model_info", "cifar10", "corruptions") and claim.info["eps"] is None
+    assert claim.info["corruptions_acc"] == claim.robust == f"{100 * found['mean']:.2f}"
+    assert "autoattack_acc" not in claim.info
+    assert claim.notes == ["It was evaluated on 12 images, the leaderboard is of 10000."]
+    assert "- **Threat Model**: Common Corruptions\n- **eps**: N/A\n" in issue([claim])
+
+    shown = comparison.html(evaluations)
+    assert "<h2>Common corruptions</h2>" in shown and "15 of 15 corruptions, severities 1 2 3 4 5" in shown
+
+
+def test_errors_relative_to_alexnet_are_shown_with_what_they_are_of() -> None:
+    numbers = {"mce": 76.7, "relative_mce": 105.04, "mean": 0.4, "accuracy": {name: {} for name in CORRUPTIONS}}
+    words = errors_in_words(numbers)
+    assert words.count("(15 of 15 corruptions)") == 2 and "76.7 %" in words and "105.0 %" in words
+    assert words.endswith("Mean error, not normalised: 60.0 %.")

@@ -18,11 +18,12 @@ from mimir_fast.attacks.adaptive import has_features
 from mimir_fast.data import DataConfig, build_source
 from mimir_fast.evaluation import evaluate
 from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.corruption_error import CORRUPTIONS, mean_of
 from mimir_fast.evaluation.images import EvaluationImages, choose_indices
 from mimir_fast.evaluation.robustbench_zoo import package_folder
 from mimir_fast.evaluation.topic import Setup
 from mimir_fast.evaluation.topics import accuracy
-from mimir_fast.evaluation.topics.corruptions import CORRUPTIONS, mean_of, published_levels
+from mimir_fast.evaluation.topics.corruptions import published_levels
 from mimir_fast.evaluation.topics.shifts import open_folder
 from mimir_fast.evaluation.wrappers import Normalized
 
@@ -117,10 +118,10 @@ class TestCorruptions:
         images = digits_images.take(torch.tensor(order))
         results = evaluate(small_model, images.images, images.labels, corruptions=str(tmp_path / "c"), **QUICK)
         section = results.sections["corruptions"]
-        assert section["mean_of"] == "1 of the benchmark's 15 corruptions, severities 2 4: not the benchmark's mean"
+        assert section["mean_of"] == "1 of 15 corruptions, severities 2 4: not the benchmark's mean"
         assert section["mean"] == results.clean["accuracy"], "these files are the clean images"
         whole = dict.fromkeys(CORRUPTIONS, dict.fromkeys((1, 2, 3, 4, 5), 0.5))
-        assert mean_of(whole) == "all 15 corruptions, severities 1 2 3 4 5"
+        assert mean_of(whole) == "15 of 15 corruptions, severities 1 2 3 4 5"
         assert "different severities" in mean_of({**whole, "fog": {1: 0.5}})
 
 

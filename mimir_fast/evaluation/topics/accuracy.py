@@ -37,8 +37,8 @@ from mimir_fast.ops.renyi_mi import renyi_mi
 from mimir_fast.validation import check_number, without
 
 NAME = "accuracy"
-STEPS = {"quick": (20,), "paper": (20, 100), "full": (20, 100), "table": (20,)}
-"""Of the PGD attacks, by suite."""
+STEPS = {"quick": (20,), "paper": (20, 100), "full": (20, 100), "table": (20,), "corruptions": ()}
+"""Of the PGD attacks, by suite; where there is none, there is no FGSM either."""
 ADAPTIVE_STEPS = {"paper": 100, "full": 100}
 """Of PGD-MI and PGD-fea."""
 ESTIMATORS = {"nhsic": nhsic, "hsic": hsic, "renyi": renyi_mi}
@@ -64,8 +64,10 @@ class AccuracyOptions:
         """Options that do nothing as the others are."""
         options = "mi_estimator", "mi_weight", "mi_balanced"
         suite = cast(CommonOptions, self).suite  # joined with them in EvaluateConfig
-        return without(not self.mi_balanced, "--mi_balanced chooses it", "mi_weight") | without(
-            suite in ADAPTIVE_STEPS, f"suite {suite} has no PGD-MI", *options
+        return (
+            without(not self.mi_balanced, "--mi_balanced chooses it", "mi_weight")
+            | without(suite in ADAPTIVE_STEPS, f"suite {suite} has no PGD-MI", *options)
+            | without(STEPS[suite], f"suite {suite} attacks nothing", "targets", "restarts", "eot")
         )
 
 
@@ -119,10 +121,10 @@ def make_pgd_features(config: CommonOptions, num_steps: int) -> NamedAttack:
 def measurements(setup: Setup) -> list[Measurement]:
     """Every attack on every image, in the order of the table."""
     config, steps = setup.config, STEPS[setup.config.suite]
-    attacks = [natural(), make_fgsm(config), *(make_pgd(config, k) for k in steps)]
+    attacks = [natural(), *(make_fgsm(config) for _ in steps[:1]), *(make_pgd(config, k) for k in steps)]
     if (adaptive := ADAPTIVE_STEPS.get(config.suite)) and setup.has_features:
         attacks += [make_pgd_mi(config, adaptive), make_pgd_features(config, adaptive)]
-    if targets := options_of(config, AccuracyOptions).targets:
+    if (targets := options_of(config, AccuracyOptions).targets) and steps:
         attacks.append(make_targeted(config, steps[0], targets))
     return [attack.on(keep=setup.keep(attack.name) if attack.in_ball else None) for attack in attacks]
 
@@ -228,16 +230,18 @@ def render(numbers: Numbers) -> str:
         for e in numbers["attacks"].values()
     ]  # fmt: skip
     partial = numbers["partial"]
-    worst = [("worst case", numbers["robust"])]
+    worst = [("worst case", numbers["robust"])] if numbers["tried"] else []
     worst += [(f"worst case of {part['total']} images, more attacks", part) for part in partial]
     for label, e in worst:
         rows.append([label, percent(e["accuracy"]), span(e["interval"]), f"{e['correct']}/{e['total']}", "", ""])
     ball = f"{NORM_WORDS[numbers['norm']]} ball, ε = {numbers['eps_text']}"
     head = ["attack", "accuracy", "95 % interval", "correct", "mean loss", "time"]
-    words = [
-        "The worst case is per image: correct without attack and under each attack within the ball that ran on every "
-        f"image of this report ({'; '.join(numbers['tried'])})."
-    ]
+    words = ["No attack ran on every image."]
+    if numbers["tried"]:
+        words = [
+            "The worst case is per image: correct without attack and under each attack within the ball that ran on "
+            f"every image of this report ({'; '.join(numbers['tried'])})."
+        ]
     words += [
         f"On {part['total']} of the images more attacks ran ({'; '.join(part['tried'])}): {part['stood']} of these are "
         f"correct under the attacks on every image, {part['correct']} under all."

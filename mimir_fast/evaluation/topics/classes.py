@@ -19,8 +19,10 @@ from mimir_fast.evaluation.topics import accuracy
 MOST_CLASSES = 20
 
 
-def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers:
-    """Per-class counts, confusions, how many images each attack broke first, and the margins."""
+def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
+    """Per-class counts, confusions, how many images each attack broke first, and the margins; None without attack."""
+    if not accuracy.faced_by(records)[0]:
+        return None
     broken = accuracy.broken_by(records)
     clean = records.rows(next(item for item in records.items(accuracy.NAME) if item.name == "natural"))
     samples = [str(s) for s in clean["sample"]]

@@ -25,22 +25,22 @@ from mimir_fast.data.sources.folder import FileSource
 from mimir_fast.evaluation.attacks import natural
 from mimir_fast.evaluation.charts import bars
 from mimir_fast.evaluation.content import digest
+from mimir_fast.evaluation.corruption_error import (
+    CORRUPTIONS,
+    SEVERITIES,
+    mean_corruption_error,
+    mean_of,
+    relative_corruption_error,
+    share_of,
+)
 from mimir_fast.evaluation.html import figure, figures, paragraph, percent, table
 from mimir_fast.evaluation.images import EvaluationImages, Fitting, ImageSets, MakeSet, decode_source
 from mimir_fast.evaluation.measure import Measurement, Records
-from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, register
+from mimir_fast.evaluation.topic import Column, Numbers, Setup, Topic, options_of, register
 
-CORRUPTIONS = (
-    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
-    "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
-SEVERITIES: tuple[int, ...] = (1, 2, 3, 4, 5)
+SUITE = "corruptions"
 # The library draws this one from an unseeded generator: its numbers could not be repeated.
 GENERATED = tuple(name for name in CORRUPTIONS if name != "impulse_noise")
-# Top-1 error of AlexNet, the benchmark's yardstick for the mean corruption error (arXiv 1903.12261, Table 1), percent.
-ALEXNET_ERROR = dict(zip(
-    CORRUPTIONS, (88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7), strict=True
-))  # fmt: skip
 WHERE_TO_GET = (
     "CIFAR-10-C is published as doi:10.5281/zenodo.2535967, CIFAR-100-C as doi:10.5281/zenodo.3555552 and ImageNet-C "
     "as doi:10.5281/zenodo.2235448; unpack it and give its folder as --corruptions FOLDER"
@@ -206,27 +206,6 @@ def generate(clean: EvaluationImages, name: str, severity: int, seed: int = 0) -
     return replace(clean, images=corrupted, source=f"{clean.source}/{name}-{severity} (generated)")
 
 
-def mean_corruption_error(error: dict[str, dict[int, float]]) -> float | None:
-    """mCE in percent, relative to AlexNet's (arXiv 1903.12261, §4.2), from all 15 ImageNet-C corruptions; else None.
-
-    Args:
-        error: corruption → severity → top-1 error, 0 … 1.
-    """
-    if set(error) != set(CORRUPTIONS) or any(set(levels) != set(SEVERITIES) for levels in error.values()):
-        return None
-    ratios = [100 * sum(error[name].values()) / len(SEVERITIES) / ALEXNET_ERROR[name] for name in CORRUPTIONS]
-    return 100 * sum(ratios) / len(ratios)
-
-
-def mean_of(error: dict[str, dict[int, float]]) -> str:
-    """What a mean is of, in words: all of the benchmark, or how many of its corruptions at which severities."""
-    levels = {tuple(sorted(found)) for found in error.values()}
-    severities = f"severities {' '.join(map(str, min(levels)))}" if len(levels) == 1 else "different severities"
-    if (len(error), levels) == (len(CORRUPTIONS), {SEVERITIES}):
-        return f"all {len(error)} corruptions, {severities}"
-    return f"{len(error)} of the benchmark's {len(CORRUPTIONS)} corruptions, {severities}: not the benchmark's mean"
-
-
 def corruptions_of(setup: Setup) -> str | None:
     """The folder of published files, `generated`, or None."""
     return options_of(setup.config, CorruptionOptions).corruptions
@@ -242,6 +221,8 @@ def levels_of(asked: str | None) -> dict[str, tuple[int, ...]]:
 def check(setup: Setup) -> None:
     """Make two images of every corruption at every severity before anything is measured."""
     asked = corruptions_of(setup)
+    if asked is None and setup.config.suite == SUITE:
+        raise ValueError(f"suite {SUITE} needs them: {WHERE_TO_GET}, or --corruptions generated")
     if asked == "generated" and find_spec("corrupt_tta") is None:
         raise ImportError(NEEDS_LIBRARY)
     for name, severities in levels_of(asked).items():
@@ -285,7 +266,7 @@ def _images_of(asked: str, name: str, severity: int, seed: int) -> MakeSet:
 
 
 def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
-    """Accuracies, their mean, and the mean corruption error where it is defined."""
+    """Accuracies, their mean, and the mean corruption errors where they are defined."""
     config, accuracy = setup.config, dict[str, dict[str, float]]()
     for item in items:
         levels = accuracy.setdefault(item.parameters["corruption"], {})
@@ -293,21 +274,37 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
     if not accuracy:
         left_out = f"Common corruptions were left out. {WHERE_TO_GET}, or --corruptions generated."
         return {"accuracy": {}, "notes": [left_out]} if config.suite == "full" else None
-    means = {name: sum(levels.values()) / len(levels) for name, levels in accuracy.items()}
-    generated = items[0].parameters["kind"] == "generated"
+    kind = items[0].parameters["kind"]
     error = {name: {int(s): 1 - value for s, value in levels.items()} for name, levels in accuracy.items()}
+    means = {name: sum(levels.values()) / len(levels) for name, levels in accuracy.items()}
+    mean = sum(means.values()) / len(means)
+    clean = next(records.count(item).accuracy for item in records.items() if item.name == "natural")
+    normalised = config.data.source == "imagenet" and kind == "published"
     return {
-        "kind": "generated" if generated else "published",
+        "kind": kind,
         "words": "Made with corrupt-tta, without impulse noise: not comparable with published CIFAR-10-C or ImageNet-C "
         "numbers."
-        if generated
+        if kind == "generated"
         else "Published files.",
         "accuracy": accuracy,
         "means": means,
-        "mean": sum(means.values()) / len(means),
+        "mean": mean,
+        "mean_error": 1 - mean,
         "mean_of": mean_of(error),
-        "mce": mean_corruption_error(error) if config.data.source == "imagenet" and not generated else None,
+        "mce": mean_corruption_error(error) if normalised else None,
+        "relative_mce": relative_corruption_error(error, 1 - clean) if normalised else None,
     }
+
+
+def errors_in_words(numbers: Numbers) -> str:
+    """The mean error, normalised by AlexNet's where that is defined; always with what it is of."""
+    share, error = share_of(numbers["accuracy"]), percent(1 - numbers["mean"])
+    if numbers["mce"] is None:
+        return f"Mean error, not normalised by AlexNet's: {error} ({share})."
+    words = f"Mean corruption error (mCE, relative to AlexNet's): {numbers['mce']:.1f} % ({share})"
+    if (relative := numbers.get("relative_mce")) is not None:
+        words += f"; relative mCE, of what the error grows by: {relative:.1f} % ({share})"
+    return f"{words}. Mean error, not normalised: {error}."
 
 
 def render(numbers: Numbers) -> str:
@@ -320,7 +317,6 @@ def render(numbers: Numbers) -> str:
          percent(numbers["means"][name])]
         for name, levels in numbers["accuracy"].items()
     ]  # fmt: skip
-    mce = "" if numbers["mce"] is None else f" Mean corruption error relative to AlexNet: {numbers['mce']:.1f} %."
     words = "Accuracy under each corruption, mean over severities."
     chart = bars(
         [(name.replace("_", " "), round(100 * v, 1), None) for name, v in numbers["means"].items()], words,
@@ -328,12 +324,36 @@ def render(numbers: Numbers) -> str:
     )  # fmt: skip
     head = ["corruption", *(f"severity {s}" for s in severities), "mean"]
     return (
-        paragraph(f"{numbers['words']} Mean accuracy {percent(numbers['mean'])} ({numbers['mean_of']}).{mce}")
+        paragraph(f"{numbers['words']} Mean accuracy {percent(numbers['mean'])} ({numbers['mean_of']}).")
+        + paragraph(errors_in_words(numbers))
         + figures(figure(chart, words))
         + table(head, rows, numbers=range(1, len(head)))
     )
 
 
-register(
-    Topic("corruptions", "Common corruptions", measurements, summarize, render, 80, CorruptionOptions, check, identity)
-)
+def columns(numbers: Numbers) -> list[Column]:
+    """The mean accuracy; those of other corruptions or severities are other columns of a comparison."""
+    if not numbers["accuracy"]:
+        return []
+    made = " generated" if numbers["kind"] == "generated" else ""
+    label = f"mean of {share_of(numbers['accuracy'])}{made and ',' + made}"
+    return [Column(f"corruptions{made}: {numbers['mean_of']}", label, numbers["mean"])]
+
+
+def compare(models: Sequence[tuple[str, Numbers]]) -> str:
+    """A row a model: mean accuracy and mean errors, with what they are of."""
+    rows = [
+        [name, numbers["kind"], percent(numbers["mean"]), percent(1 - numbers["mean"]),
+         *(f"{numbers[key]:.1f} %" if numbers.get(key) is not None else "" for key in ("mce", "relative_mce")),
+         numbers["mean_of"]]
+        for name, numbers in models
+        if numbers["accuracy"]
+    ]  # fmt: skip
+    head = ["model", "files", "mean accuracy", "mean error", "mCE", "relative mCE", "of"]
+    return table(head, rows, numbers=range(2, 6)) if rows else ""
+
+
+register(Topic(
+    "corruptions", "Common corruptions", measurements, summarize, render, 80, CorruptionOptions, check, identity,
+    columns, compare,
+))  # fmt: skip
