@@ -155,7 +155,7 @@ class Sparsity:
 
 def random_in_ball(
     images: Tensor, eps: float, norm: Literal["l2", "l1"], *, samples: Tensor | None = None, seed: int = 0,
-    step: int = 0, surface: bool = False,
+    step: int | Tensor = 0, surface: bool = False,
 ) -> Tensor:  # fmt: skip
     """Images (B, C, H, W) at uniformly random points of the ball (or of its surface), cut to [0, 1]."""
     if samples is None:
@@ -176,7 +176,8 @@ def random_in_ball(
 
 
 def start_of(
-    images: Tensor, threat: Threat, *, samples: Tensor | None = None, seed: int = 0, step: int = 0
+    images: Tensor, threat: Threat, *, samples: Tensor | None = None, seed: int = 0,
+    step: int | Tensor = 0,
 ) -> Tensor:  # fmt: skip
     """Where an attack of any norm starts."""
     if not threat.random_start:
@@ -212,7 +213,7 @@ def ascent(objective: Objective, images: Tensor, start: Tensor, threat: Threat) 
 
 def attack_classifier(
     model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, *, loss: Loss = cross_entropy,
-    samples: Tensor | None = None, seed: int = 0, step: int = 0, mode: AttackMode = "eval",
+    samples: Tensor | None = None, seed: int = 0, step: int | Tensor = 0, mode: AttackMode = "eval",
 ) -> Tensor:  # fmt: skip
     """PGD of any norm: adversarial images (B, C, H, W). Arguments as for `mimir_fast.attacks.pgd.pgd`."""
     check_images(images, values=mode == "eval" or images.device.type == "cpu")

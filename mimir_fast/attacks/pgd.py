@@ -69,11 +69,14 @@ def check_images(images: Tensor, *, values: bool = True) -> None:
             )
 
 
-def random_start(images: Tensor, eps: float, *, samples: Tensor | None = None, seed: int = 0, step: int = 0) -> Tensor:
+def random_start(
+    images: Tensor, eps: float, *, samples: Tensor | None = None, seed: int = 0, step: int | Tensor = 0
+) -> Tensor:
     """Images (B, C, H, W) uniform in the ball of radius eps, cut to [0, 1].
 
     Args:
         samples: (B,) int64 global indices of the images; None stands for 0 … B−1.
+        step: another one is another start; (B,) int64 gives each image its own.
     """
     if samples is None:
         samples = torch.arange(len(images), device=images.device)

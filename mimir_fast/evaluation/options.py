@@ -9,7 +9,7 @@ from mimir_fast.extensions import Imports
 from mimir_fast.models.normalization import check_statistics
 from mimir_fast.validation import check_finite, check_number
 
-SuiteName = Literal["quick", "paper", "full", "table", "corruptions"]
+SuiteName = Literal["quick", "paper", "full", "table", "corruptions", "strongest"]
 Norm = Literal["linf", "l2", "l1"]
 NORM_WORDS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 NORM_NAMES = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -18,7 +18,7 @@ USUAL_EPS = {"linf": "8/255", "l2": "0.5", "l1": "12"}
 """Radii of RobustBench's CIFAR-10 (L∞, L2) and of Croce & Hein, arXiv 2103.01208 (L1)."""
 
 SUITE_LIMITS: dict[str, int | None] = {
-    "quick": 256, "paper": None, "full": None, "table": None, "corruptions": None
+    "quick": 256, "paper": None, "full": None, "table": None, "corruptions": None, "strongest": None
 }  # fmt: skip
 """Images evaluated when no limit is given; None for the whole test split. What else a suite does is in the topics."""
 
@@ -31,8 +31,9 @@ class CommonOptions:
     """Run folder, .safetensors or .pth file, timm:NAME, hf-hub:ORG/NAME, robustbench:DATA/NORM/NAME, .pt2 or
     TorchScript file, or module:function. The .pt2 file and module:function run code: only from those you trust."""
     suite: SuiteName = "quick"
-    """quick: minutes on a laptop; paper: the papers' attacks and AutoAttack; full: all there is; table: natural, FGSM,
-    PGD-20 and AutoAttack only; corruptions: --corruptions, and no attack."""
+    """quick: minutes on a laptop; paper: the papers' attacks and AutoAttack; full: these and all sections; table:
+    natural, FGSM, PGD-20 and AutoAttack only; corruptions: --corruptions, and no attack; strongest: the strongest
+    attacks, on every image until it is broken."""
     data: DataConfig = field(default_factory=DataConfig)
     weights: Literal["auto", "last", "best", "ema"] = "auto"
     """Of a run folder: its last checkpoint, the best one by its probe, the last one's moving average; auto takes the

@@ -37,7 +37,9 @@ from mimir_fast.ops.renyi_mi import renyi_mi
 from mimir_fast.validation import check_number, without
 
 NAME = "accuracy"
-STEPS = {"quick": (20,), "paper": (20, 100), "full": (20, 100), "table": (20,), "corruptions": ()}
+STEPS = {
+    "quick": (20,), "paper": (20, 100), "full": (20, 100), "table": (20,), "corruptions": (), "strongest": (20,)
+}  # fmt: skip
 """Of the PGD attacks, by suite; where there is none, there is no FGSM either."""
 ADAPTIVE_STEPS = {"paper": 100, "full": 100}
 """Of PGD-MI and PGD-fea."""
@@ -154,14 +156,14 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
     }
 
 
-def faced_by(records: Records) -> tuple[list[Measurement], dict[str, list[Measurement]]]:
-    """The attacks within the ball: those that ran on every image; set of images → those that ran on it alone."""
-    every, few = set(records.rows(_natural(records))["sample"]), dict[str, list[Measurement]]()
+def faced_by(records: Records) -> tuple[list[Measurement], list[list[Measurement]]]:
+    """The attacks within the ball: those that ran on every image; and those on fewer, that ran on the same together."""
+    every, few = set(records.rows(_natural(records))["sample"]), dict[frozenset[int], list[Measurement]]()
     whole = list[Measurement]()
     for item in records.items():
-        if item.in_ball and (samples := records.rows(item).get("sample")):
-            (whole if set(samples) == every else few.setdefault(item.images, [])).append(item)
-    return whole, few
+        if item.in_ball and (samples := frozenset(records.rows(item).get("sample", ()))):
+            (whole if samples == every else few.setdefault(samples, [])).append(item)
+    return whole, list(few.values())
 
 
 def broken_by(records: Records) -> dict[str, str]:
@@ -178,12 +180,12 @@ def on_fewer(records: Records, broken: dict[str, str]) -> list[dict[str, Any]]:
         broken: of every image; see `broken_by`.
     """
     found = []
-    for images, items in faced_by(records)[1].items():
+    for items in faced_by(records)[1]:
         before = {str(sample): broken[str(sample)] for sample in records.rows(items[0])["sample"]}
         after = _also_broken(before, items, records)
         left = Count(sum(name == UNBROKEN for name in after.values()), len(after))
         found.append({
-            "images": images, **left.as_dict(), "stood": sum(name == UNBROKEN for name in before.values()),
+            "images": items[0].images, **left.as_dict(), "stood": sum(name == UNBROKEN for name in before.values()),
             "tried": list(dict.fromkeys(item.label or item.name for item in items)),
             "broken_by": {s: name for s, name in after.items() if name != before[s]},
         })  # fmt: skip

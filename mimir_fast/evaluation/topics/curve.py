@@ -12,13 +12,14 @@ from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
 from mimir_fast.sizes import area
 
 NAME = "curve"
-IMAGES = {"quick": 64, "paper": 200, "full": 500}
+IMAGES = {"quick": 64, "paper": 200, "full": 500, "strongest": 200}
 """On how many images the curve and the masking checks are made, by suite."""
-STEPS = {"quick": 10, "paper": 20, "full": 20}
+STEPS = {"quick": 10, "paper": 20, "full": 20, "strongest": 20}
 """Of PGD."""
-NEAR = {"quick": (0.5, 1.0, 2.0), "paper": (0.25, 0.5, 1.0, 1.5, 2.0), "full": (0.25, 0.5, 1.0, 1.5, 2.0)}
+_NEAR, _FAR = (0.25, 0.5, 1.0, 1.5, 2.0), (8, 16, 32, 64, 128, 255)
+NEAR = {"quick": (0.5, 1.0, 2.0), "paper": _NEAR, "full": _NEAR, "strongest": _NEAR}
 """Radii as multiples of ε."""
-FAR = {"quick": (64, 128, 255), "paper": (8, 16, 32, 64, 128, 255), "full": (8, 16, 32, 64, 128, 255)}
+FAR = {"quick": (64, 128, 255), "paper": _FAR, "full": _FAR, "strongest": _FAR}
 """Radii on to where no model can be right, in 255ths of the largest radius there is."""
 
 

@@ -16,7 +16,7 @@ from mimir_fast.evaluation.html import paragraph
 from mimir_fast.evaluation.measure import Measurement, Records, Row
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
 
-SUITES = ("quick", "paper", "full")
+SUITES = ("quick", "paper", "full", "strongest")
 IMAGES, STEPS = 12, 20
 
 

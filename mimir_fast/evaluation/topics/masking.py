@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.apgd import apgd
-from mimir_fast.attacks.lp import size_of
 from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.evaluation.attacks import NamedAttack, make_fgsm, make_pgd, make_random_noise
 from mimir_fast.evaluation.charts import Line, line_chart
 from mimir_fast.evaluation.finite import finite_mean
 from mimir_fast.evaluation.html import figure, figures
-from mimir_fast.evaluation.measure import Attack, Measurement, Records, Row
-from mimir_fast.evaluation.options import NORM_NAMES, CommonOptions, radius_text
+from mimir_fast.evaluation.measure import Measurement, Records, Row
+from mimir_fast.evaluation.options import CommonOptions, radius_text
+from mimir_fast.evaluation.packaged import packaged_attack
 from mimir_fast.evaluation.statistics import (
     LEVEL,
     ODD_ONE,
@@ -43,9 +43,10 @@ from mimir_fast.layers.borrowing import borrowed
 
 CHECK_STEPS = {
     "quick": (1, 2, 5, 10, 20), "paper": (1, 2, 5, 10, 20, 50), "full": (1, 2, 5, 10, 20, 50, 100),
+    "strongest": (1, 2, 5, 10, 20, 50),
 }  # fmt: skip
 """Of PGD, for "the loss rises with the steps", by suite; the images are those of the curve."""
-QUERIES = {"quick": 300, "paper": 1000, "full": 5000}
+QUERIES = {"quick": 300, "paper": 1000, "full": 5000, "strongest": 1000}
 """Of the black-box attack."""
 MOSTLY = 0.75
 """Share of the images whose loss a step along the gradient raises more than noise does, at least, without masking."""
@@ -251,29 +252,6 @@ def make_square(config: CommonOptions, num_queries: int) -> NamedAttack:
     run = packaged_attack(config, "square", n_queries=num_queries)
     parameters = {"norm": config.norm, "eps": config.eps, "queries": num_queries, "seed": config.seed}
     return NamedAttack("square", f"Square, {num_queries} queries", run, parameters, num_queries / 2)
-
-
-def packaged_attack(config: CommonOptions, name: str, **options: Any) -> Attack:
-    """pyautoattack's `apgd` or `square`, its result pulled back into the ball where it rounds out of it."""
-
-    def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-        try:
-            from pyautoattack.autopgd_base import APGDAttack
-            from pyautoattack.square import SquareAttack
-        except ImportError as error:
-            raise ImportError(f"the {name} attack comes with AutoAttack's package: pip install pyautoattack") from error
-        kind, norm = {"square": SquareAttack, "apgd": APGDAttack}[name], NORM_NAMES[config.norm]
-        attack = kind(model, norm=norm, eps=config.eps, seed=config.seed, device=x.device, verbose=False, **options)
-        devices = [x.device.index or 0] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
-            delta = attack.perturb(x.clone(), y.clone()) - x
-        if config.norm == "linf":
-            return x + delta.clamp(-config.eps, config.eps)
-        # A hair inside, as the others' projections are.
-        factor = (config.eps * (1 - 1e-6) / size_of(delta, config.norm).clamp_min(1e-12)).clamp(max=1)
-        return x + delta * factor.view(-1, 1, 1, 1)
-
-    return run
 
 
 def _zero_gradient(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Row:

@@ -1,0 +1,114 @@
+"""Several attempts one after the other, each on the images that the ones before did not break.
+
+    several targets     one attempt for each of the likeliest wrong classes, and each random start
+    several starts      one attempt for each random start
+
+Multi-targeted attacks: Gowal et al., arXiv 1910.09338; targeted APGD: Croce & Hein, arXiv 2003.01690, §4, of which
+AutoAttack takes nine targets and one start. With two classes there is one target, and it is the untargeted margin.
+
+Where few images are left, several attempts share a pass through the model: as many as fill a batch.
+Shapes: B images, R rows, each an image and an attempt, C channels, H × W pixels, K classes.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.apgd import apgd, targeted_dlr
+from mimir_fast.attacks.losses import Aimed, likeliest_wrong, targeted_margin
+from mimir_fast.attacks.lp import Threat, attack_classifier
+from mimir_fast.attacks.pgd import Loss, is_correct
+from mimir_fast.layers.borrowing import borrowed
+
+Attempt = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(the model, positions of images (R,), numbers of attempts (R,)) → these images attacked (R, C, H, W)."""
+AimedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits (R, K), labels (R,), targets (R,)) → (R,)."""
+
+
+@torch.no_grad()
+def until_broken(
+    model: nn.Module, images: Tensor, labels: Tensor, attempt: Attempt, tries: int, *, rows: int = 1
+) -> Tensor:
+    """Each image (B, C, H, W) as the first attempt that breaks it leaves it, else as one that does not.
+
+    Args:
+        tries: attempts are numbered from 0 to tries − 1.
+        rows: attempts share a call as long as it has no more rows than that.
+    """
+    with borrowed(model, "eval") as module:
+        result, done = images.clone(), 0
+        left = is_correct(module(images), labels).nonzero()[:, 0]
+        while done < tries and len(left):
+            together = max(1, min(tries - done, rows // len(left)))
+            at = left.repeat_interleave(together)
+            numbers = torch.arange(done, done + together, device=images.device).repeat(len(left))
+            x = attempt(module, at, numbers)
+            wrong = ~is_correct(module(x), labels[at]).view(-1, together)
+            first = wrong.int().argmax(dim=1)  # of equal ones the first
+            result[left] = x.view(-1, together, *images.shape[1:])[torch.arange(len(left), device=x.device), first]
+            left, done = left[~wrong.any(dim=1)], done + together
+        return result
+
+
+def apgd_many(
+    model: nn.Module, images: Tensor, labels: Tensor, eps: float, num_steps: int, *, loss: Loss | None = None,
+    num_targets: int = 9, restarts: int = 1, norm: Literal["linf", "l2"] = "linf", samples: Tensor | None = None,
+    seed: int = 0, rows: int = 1,
+) -> Tensor:  # fmt: skip
+    """APGD from several starts, untargeted with a loss, or, with None, at every one of several targets.
+
+    Args:
+        loss: (logits, labels) → (B,); None: the targeted DLR loss at each of the `num_targets` likeliest wrong classes,
+            the targeted margin where there are fewer than four classes, which that loss compares.
+        num_targets: at most K − 1 are there.
+        restarts: random starts, of each target.
+        samples, seed: coordinates of the random starts, see `pgd`.
+        rows: attempts share a pass through the model as long as it has no more images than that.
+    """
+    aims = _Aims(model, images, labels, num_targets, dlr=True) if loss is None else None
+    known = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+
+    def attempt(module: nn.Module, at: Tensor, numbers: Tensor) -> Tensor:
+        return apgd(
+            module, images[at], labels[at], eps, num_steps, loss=aims.of(at, numbers) if aims else loss or "ce",
+            random_start=True, samples=known[at], seed=seed, step=numbers, keep="first", norm=norm,
+        )  # fmt: skip
+
+    return until_broken(model, images, labels, attempt, restarts * (aims.count if aims else 1), rows=rows)
+
+
+def pgd_many(
+    model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, *, loss: Loss | None = None, num_targets: int = 9,
+    restarts: int = 1, samples: Tensor | None = None, seed: int = 0, rows: int = 1,
+) -> Tensor:  # fmt: skip
+    """PGD of any norm, else as `apgd_many`; its targeted loss is the targeted margin."""
+    aims = _Aims(model, images, labels, num_targets, dlr=False) if loss is None else None
+    known = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+
+    def attempt(module: nn.Module, at: Tensor, numbers: Tensor) -> Tensor:
+        chosen = aims.of(at, numbers) if aims else loss
+        assert chosen is not None
+        return attack_classifier(
+            module, images[at], labels[at], threat, loss=chosen, samples=known[at], seed=seed, step=numbers, mode="eval"
+        )
+
+    return until_broken(model, images, labels, attempt, restarts * (aims.count if aims else 1), rows=rows)
+
+
+class _Aims:
+    """A targeted loss at each of the likeliest wrong classes."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, most: int, *, dlr: bool) -> None:
+        with borrowed(model, "eval") as module:
+            logits = module(images)
+        self.targets = likeliest_wrong(logits, labels, most)  # (B, T)
+        self.count = self.targets.shape[1]
+        self.kind: AimedLoss = targeted_dlr if dlr and logits.shape[1] >= 4 else targeted_margin
+
+    def of(self, at: Tensor, numbers: Tensor) -> Aimed:
+        """That of rows: the attempts run through all targets, then through them again."""
+        return Aimed(self.kind, self.targets[at, numbers % self.count])

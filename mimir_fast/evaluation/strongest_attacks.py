@@ -1,0 +1,185 @@
+"""The attacks of the suite `strongest`: gradients with five losses, minimal distances, queries, decisions, surrogates.
+
+All stay within the evaluated ball, and all leave an image alone once it is broken. AutoAttack's four kinds are among
+them, with more targets and starts; so is what finds images where gradients mislead.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mimir_fast.attacks.decision import hop_skip_jump
+from mimir_fast.attacks.losses import margin, probability_margin, scaled_cross_entropy
+from mimir_fast.attacks.momentum import momentum_ensemble
+from mimir_fast.attacks.pgd import Loss, cross_entropy
+from mimir_fast.attacks.until_broken import apgd_many, pgd_many
+from mimir_fast.evaluation.attacks import NamedAttack, make_threat, parameters_of
+from mimir_fast.evaluation.options import CommonOptions
+from mimir_fast.evaluation.packaged import packaged_attack
+
+NAMES = (
+    "apgd-ce", "apgd-margin", "apgd-scaled", "apgd-probability", "pgd-margin", "pgd-targets", "apgd-targets",
+    "fab-targets", "square", "hopskipjump", "mi-ensemble", "pgn-ensemble",
+)  # fmt: skip
+TARGETED, FROM_OTHERS = ("pgd-targets", "apgd-targets", "fab-targets"), ("mi-ensemble", "pgn-ensemble")
+STEPPING = tuple(name for name in NAMES if name not in ("square", "hopskipjump"))
+QUERYING = ("square", "hopskipjump")
+NEIGHBOURS = 5
+"""Of PGN."""
+Models = Callable[[], Sequence[nn.Module]]
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How long the attacks try.
+
+    Attributes:
+        steps: of a gradient attack from one start at one target.
+        targets: likeliest wrong classes that targeted attacks aim at.
+        restarts: random starts of targeted APGD, at each target.
+        queries: of attacks that see no gradient; those that see decisions only have a fifth.
+    """
+
+    steps: int
+    targets: int
+    restarts: int
+    queries: int
+
+    def short(self) -> "Strength":
+        """What tells which attacks are fast: most of what an attack breaks it breaks early."""
+        return Strength(max(1, self.steps // 5), min(3, self.targets), 1, max(1, self.queries // 10))
+
+
+def left_out(norm: str, num_classes: int, surrogates: int) -> dict[str, str]:
+    """{attack: why} of those that are not defined here, or would repeat another one."""
+    found = dict[str, str]()
+    if num_classes == 2:
+        words = "of two classes there is one target, and the untargeted margin is the targeted one"
+        found |= {"pgd-targets": words, **({"apgd-targets": words} if norm != "l1" else {})}
+    if norm == "l1":
+        only = "is of L∞ and L2 balls"
+        found |= {"hopskipjump": f"HopSkipJump {only}"}
+        own = "apgd-margin", "apgd-scaled", "apgd-probability"
+        found |= dict.fromkeys(own, f"APGD with this loss {only}")
+        if num_classes < 4:
+            found["apgd-targets"] = f"the package's targeted loss compares four logits, there are {num_classes} classes"
+    if not surrogates:
+        found |= dict.fromkeys(FROM_OTHERS, "--transfer_from names no other model")
+    return found
+
+
+def strongest_attacks(
+    config: CommonOptions, strength: Strength, num_classes: int, names: Sequence[str], others: Models
+) -> list[NamedAttack]:  # fmt: skip
+    """The attacks of these names.
+
+    Args:
+        others: loads the models that images are made on.
+    """
+    return [_make(name, config, strength, num_classes, others) for name in names]
+
+
+def _make(name: str, config: CommonOptions, strength: Strength, num_classes: int, others: Models) -> NamedAttack:
+    if name in FROM_OTHERS:
+        return _from_others(name, config, strength, others)
+    if name == "hopskipjump":
+        return _decisions(config, strength)
+    if name in ("fab-targets", "square") or (name.startswith("apgd") and config.norm == "l1"):
+        return _packaged(name, config, strength, num_classes)
+    return _gradient(name, config, strength, num_classes)
+
+
+LOSSES: dict[str, tuple[str, Loss | None]] = {
+    "ce": ("cross entropy", cross_entropy),
+    "margin": ("margin", margin),
+    "scaled": ("cross entropy of scaled logits", scaled_cross_entropy),
+    "probability": ("margin of probabilities", probability_margin),
+}
+
+
+def _gradient(name: str, config: CommonOptions, strength: Strength, num_classes: int) -> NamedAttack:
+    """APGD or PGD with a loss, or at several targets."""
+    kind, _, what = name.partition("-")
+    words, loss = LOSSES.get(what, ("", None))
+    count, seed = min(strength.targets, num_classes - 1), config.seed
+    # PGD's steps do not adapt: more of them add little. In L1 it is the only one that is ours.
+    steps = strength.steps if kind == "apgd" or config.norm == "l1" else max(1, strength.steps // 5)
+    restarts = strength.restarts if name == "apgd-targets" else 1
+    threat = make_threat(config.norm, config.eps, steps)
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        how: dict[str, Any] = {
+            "loss": loss, "num_targets": count, "restarts": restarts, "samples": samples, "seed": seed,
+            "rows": config.batch_size,
+        }  # fmt: skip
+        if kind == "pgd":
+            return pgd_many(model, x, y, threat, **how)
+        return apgd_many(model, x, y, config.eps, steps, norm=config.norm, **how)  # type: ignore[arg-type]
+
+    if loss is None:
+        words = "DLR at targets" if kind == "apgd" and num_classes >= 4 else "margin at targets"
+    parameters = {
+        **(parameters_of(threat) if kind == "pgd" else {"norm": config.norm, "eps": config.eps, "num_steps": steps}),
+        "loss": words, "restarts": restarts, "seed": seed, **({} if loss else {"targets": count}),
+    }  # fmt: skip
+    label = f"{kind.upper()}-{steps}, " + (words if loss else f"{count} targets" + _times(restarts))
+    return NamedAttack(name, label, run, parameters, 3.0 * steps * restarts * (1 if loss else count))
+
+
+def _times(restarts: int) -> str:
+    return f" × {restarts} starts" if restarts > 1 else ""
+
+
+def _packaged(name: str, config: CommonOptions, strength: Strength, num_classes: int) -> NamedAttack:
+    """AutoAttack's package: FAB, Square, and, in L1, APGD."""
+    count = min(strength.targets, num_classes - 1)
+    ball: dict[str, Any] = {"norm": config.norm, "eps": config.eps, "seed": config.seed}
+    if name == "square":
+        run = packaged_attack(config, "square", n_queries=strength.queries, resc_schedule=False)
+        parameters = {**ball, "queries": strength.queries}
+        return NamedAttack(name, f"Square, {strength.queries} queries", run, parameters, float(strength.queries))
+    parameters = {**ball, "num_steps": strength.steps}
+    if name == "apgd-ce":
+        run = packaged_attack(config, "apgd", n_iter=strength.steps, n_restarts=5, use_largereps=True)
+        label = f"APGD-{strength.steps}, cross entropy × 5 starts"
+        return NamedAttack(name, label, run, {**parameters, "loss": "ce", "restarts": 5}, 15.0 * strength.steps)
+    parameters["targets"] = count
+    if name == "fab-targets":
+        run = packaged_attack(config, "fab-t", targets=count, n_iter=strength.steps, n_restarts=1)
+        label = f"FAB-{strength.steps}, {count} targets"
+        return NamedAttack(name, label, run, parameters, 5.0 * strength.steps * count)
+    run = packaged_attack(
+        config, "apgd-t", targets=count, n_iter=strength.steps, n_restarts=strength.restarts, use_largereps=True
+    )
+    label = f"APGD-{strength.steps}, {count} targets" + _times(strength.restarts)
+    parameters["restarts"] = strength.restarts
+    return NamedAttack(name, label, run, parameters, 3.0 * strength.steps * strength.restarts * count)
+
+
+def _decisions(config: CommonOptions, strength: Strength) -> NamedAttack:
+    """HopSkipJump."""
+    queries = max(1, strength.queries // 5)
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        return hop_skip_jump(
+            model, x, y, config.eps, norm=config.norm, queries=queries, samples=samples, seed=config.seed  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    parameters = {"norm": config.norm, "eps": config.eps, "queries": queries, "seed": config.seed}
+    return NamedAttack("hopskipjump", f"HopSkipJump, {queries} decisions", run, parameters, float(queries))
+
+
+def _from_others(name: str, config: CommonOptions, strength: Strength, others: Models) -> NamedAttack:
+    """Images made on other models together, and shown to this one."""
+    neighbours = NEIGHBOURS if name.startswith("pgn") else 0
+    steps = max(1, strength.steps // 5)
+    threat = make_threat(config.norm, config.eps, steps)
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        return momentum_ensemble(others(), x, y, threat, neighbours=neighbours, samples=samples, seed=config.seed)
+
+    kind = "PGN" if neighbours else "MI-FGSM"
+    parameters = {**parameters_of(threat), "random_start": False, "neighbours": neighbours, "seed": config.seed}
+    return NamedAttack(name, f"{kind}-{steps} on other models", run, parameters, 6.0 * steps * max(1, neighbours))
