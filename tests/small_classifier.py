@@ -1,6 +1,8 @@
 """A small classifier of real digits, adversarially trained for seconds, so that its robust accuracy lies in between."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from mimir_fast.attacks.pgd import cross_entropy, fast_threat, pgd
 from mimir_fast.data import DataConfig, build_loader
 
 DIGITS = DataConfig(source="digits", image_size=8, channels=1, augment="none", flip=False)
+Net = TypeVar("Net", bound=nn.Module)
 TRAIN_EPS = 16 / 255
 EPS = 40 / 255
 """Where about two in five digits are still classified correctly under attack."""
@@ -35,12 +38,38 @@ class SmallNet(nn.Module):
         return self.forward_head(self.forward_features(images))
 
 
+class SmallTransformer(nn.Module):
+    """Two blocks on sixteen patches."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 2, stride=2)
+        self.positions = nn.Parameter(0.1 * torch.randn(1, 16, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(2 * images - 1).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.blocks(tokens).mean(dim=1))
+
+
+def small_perceptron() -> nn.Sequential:
+    """Two hidden layers."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
 def train_small(num_steps: int = 120) -> SmallNet:
     """FastAT on the training digits."""
+    return trained(SmallNet, num_steps)
+
+
+def trained(build: Callable[[], Net], num_steps: int = 150) -> Net:
+    """The same of any net."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = SmallNet()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3 if isinstance(model, SmallTransformer) else 5e-3)
     batches = iter(build_loader(DIGITS, split="train", batch_size=128, seed=0))
     for step in range(num_steps):
         batch = next(batches)

@@ -163,7 +163,8 @@ def validity_verdict(results: Results) -> dict[str, str]:
     checks = results.sections.get("masking", {}).get("checks", [])
     failed = [check["name"] for check in checks if not check["passed"]]
     found = results.sections.get("autoattack")
-    whole = found is not None and found["whole"] and found["total"] == found["images"]
+    strongest = results.sections.get("strongest", {}).get("complete", False)
+    whole = strongest or (found is not None and found["whole"] and found["total"] == found["images"])
     if results.choices.get("sanity", {}).get("batch_difference"):
         return {
             "kind": "bad", "large": "Answers depend on the batch",
@@ -197,7 +198,9 @@ def validity_verdict(results: Results) -> dict[str, str]:
             "text": f"{passed}But of the images that count as robust, attacks that ran on a part of them break many "
             f"({counts}): run these on every image before quoting the robust accuracy.",
         }  # fmt: skip
-    if found is None:
+    if strongest:
+        rest = "The strongest attacks ran on every image until it was broken."
+    elif found is None:
         known = results.attacked and results.robust["correct"]
         lower = ": the true robust accuracy can only be lower" if known else ""
         rest = f"AutoAttack was not run{lower}."

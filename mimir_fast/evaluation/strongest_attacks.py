@@ -141,8 +141,9 @@ def _packaged(name: str, config: CommonOptions, strength: Strength, num_classes:
         parameters = {**ball, "queries": strength.queries}
         return NamedAttack(name, f"Square, {strength.queries} queries", run, parameters, float(strength.queries))
     parameters = {**ball, "num_steps": strength.steps}
+    large = strength.steps >= 10  # radii that shrink to ε in three parts of the steps
     if name == "apgd-ce":
-        run = packaged_attack(config, "apgd", n_iter=strength.steps, n_restarts=5, use_largereps=True)
+        run = packaged_attack(config, "apgd", n_iter=strength.steps, n_restarts=5, use_largereps=large)
         label = f"APGD-{strength.steps}, cross entropy × 5 starts"
         return NamedAttack(name, label, run, {**parameters, "loss": "ce", "restarts": 5}, 15.0 * strength.steps)
     parameters["targets"] = count
@@ -151,7 +152,7 @@ def _packaged(name: str, config: CommonOptions, strength: Strength, num_classes:
         label = f"FAB-{strength.steps}, {count} targets"
         return NamedAttack(name, label, run, parameters, 5.0 * strength.steps * count)
     run = packaged_attack(
-        config, "apgd-t", targets=count, n_iter=strength.steps, n_restarts=strength.restarts, use_largereps=True
+        config, "apgd-t", targets=count, n_iter=strength.steps, n_restarts=strength.restarts, use_largereps=large
     )
     label = f"APGD-{strength.steps}, {count} targets" + _times(strength.restarts)
     parameters["restarts"] = strength.restarts

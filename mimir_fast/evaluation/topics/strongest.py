@@ -229,8 +229,8 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
     faced_all = sum(min(s.reached.get(name, 0) for name in order) for s in shards)
     numbers: Numbers = {
         **Count(sum(name == UNBROKEN for name in images), len(images)).as_dict(), "attacks": rows, "whole": whole,
-        "faced_all": faced_all, "budget": budget, "left_out": missing(setup),
-        "pilot_seconds": sum(row["pilot"]["seconds"] for row in rows),
+        "complete": whole and _complete(setup, order), "faced_all": faced_all, "budget": budget,
+        "left_out": missing(setup), "pilot_seconds": sum(row["pilot"]["seconds"] for row in rows),
     }  # fmt: skip
     if not whole:
         unfinished = [row["label"] for row in rows if row["reached"] < len(images)]
@@ -239,6 +239,14 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
             f"{len(images)} images faced all. Not on every image, and so counted apart: {'; '.join(unfinished)}."
         ]
     return numbers
+
+
+def _complete(setup: Setup, names: Sequence[str]) -> bool:
+    """Whether all attacks that are defined here ran, and tried as long as they do where nothing else is asked for."""
+    mine, usual = options_of(setup.config, StrongestOptions), StrongestOptions()
+    lengths = [f"strongest_{name}" for name in ("steps", "targets", "restarts", "queries")]
+    shorter = any(getattr(mine, name) < getattr(usual, name) for name in lengths)
+    return not shorter and set(names) >= set(NAMES) - left_out(setup.config.norm, setup.num_classes, 0).keys()
 
 
 def render(numbers: Numbers) -> str:
@@ -275,8 +283,9 @@ def _rate(pilot: dict[str, Any]) -> str:
 
 
 def columns(numbers: Numbers) -> list[Column]:
-    """The accuracy under all of them, where all of them ran."""
-    return [Column(NAME, "strongest attacks", numbers["accuracy"])] if numbers["whole"] else []
+    """The accuracy under all of them, where all ran; in comparisons only where none was left out by name."""
+    key = NAME if numbers["complete"] else ""
+    return [Column(key, "strongest attacks", numbers["accuracy"])] if numbers["whole"] else []
 
 
 register(

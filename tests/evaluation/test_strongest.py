@@ -1,0 +1,358 @@
+"""The suite `strongest`: its order, its progress through kills and time limits, and what counts for the headline."""
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import command_environment, run_module, start_module
+from planted_defences import before
+from small_classifier import EPS, SmallNet, SmallTransformer, small_perceptron, trained
+from torch import Tensor, nn
+
+from mimir_fast.attacks.pgd import is_correct
+from mimir_fast.evaluate import config_from
+from mimir_fast.evaluation import evaluate
+from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.images import EvaluationImages
+from mimir_fast.evaluation.measure import ShardRun
+from mimir_fast.evaluation.report import render
+from mimir_fast.evaluation.results import Results
+from mimir_fast.evaluation.run import evaluate as evaluate_options
+from mimir_fast.evaluation.sequence import Progress, fastest_first, run_in_sequence, taken
+from mimir_fast.evaluation.strongest_attacks import NAMES
+from mimir_fast.validation import refuse_idle
+
+CPU, TESTS = torch.device("cpu"), Path(__file__).parents[1]
+SHORT: dict[str, Any] = {
+    "strongest_steps": 1, "strongest_targets": 2, "strongest_restarts": 1, "strongest_queries": 20
+}  # fmt: skip
+
+
+def test_the_order_is_by_breaks_a_second_of_what_is_left() -> None:
+    pilot = {"slow": [0, 1, 2, 3], "fast": [0, 1], "other": [3], "none": [], "again": [0]}
+    seconds = {"slow": 8.0, "fast": 1.0, "other": 1.0, "none": 0.5, "again": 1.0}
+    # After fast (2 a second) and other (1) only slow breaks one more; then those that break most a second of any.
+    assert fastest_first(pilot, seconds) == ["fast", "other", "slow", "again", "none"]
+
+
+def breaks(numbers: set[int], seen: list[tuple[str, list[int]]], name: str) -> Callable[..., Tensor]:
+    """An attack that turns the images of some samples black, and tells which it was given."""
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        seen.append((name, samples.tolist()))
+        hit = torch.tensor([int(s) in numbers for s in samples])
+        return torch.where(hit.view(-1, 1, 1, 1), torch.zeros_like(x), x)
+
+    return attack
+
+
+class Bright(nn.Module):
+    """Class 1 where there is any light, else class 0."""
+
+    lives = 10**9
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.lives -= 1
+        if self.lives < 0:
+            raise KeyboardInterrupt
+        return torch.stack([torch.full((len(x),), 1e-3), x.flatten(1).sum(1)], dim=1)
+
+
+COUNT = 24
+LIT = EvaluationImages(
+    torch.full((COUNT, 1, 2, 2), 200, dtype=torch.uint8), torch.ones(COUNT, dtype=torch.long), torch.arange(COUNT),
+    ("dark", "light"), "lit", {},
+)  # fmt: skip
+BROKEN = {"few": {0, 1}, "many": set(range(10)), "late": {20, 21}}
+
+
+def in_sequence(
+    folder: Path, model: nn.Module | None = None, budget: float | None = None, inside: Any = None, order: Any = None
+) -> tuple[Progress, list[tuple[str, list[int]]]]:  # fmt: skip
+    seen: list[tuple[str, list[int]]] = []
+    attacks = {name: breaks(numbers, seen, name) for name, numbers in BROKEN.items()}
+    if order is not None:
+        (folder / "order.json").write_text(json.dumps(order))
+    found = run_in_sequence(
+        model or Bright(), LIT, attacks, ShardRun(4, CPU, folder / "state.json"), short=attacks, identity="these",
+        inside=inside or (lambda x, images: torch.ones(len(x), dtype=torch.bool)), budget=budget,
+        order_file=folder / "order.json",
+    )  # fmt: skip
+    return found, seen
+
+
+def by_sample(progress: Progress) -> dict[int, str]:
+    return dict(zip(taken(COUNT, 0).tolist(), progress.broken_by, strict=True))
+
+
+def test_every_image_is_attacked_until_it_is_broken(tmp_path: Path) -> None:
+    found, seen = in_sequence(tmp_path, order=["many", "few", "late"])
+    assert found.order == ["many", "few", "late"] and not found.pilot, "the order was there: no pilot"
+    wanted = {s: "many" if s < 10 else "late" if s in (20, 21) else "none" for s in range(COUNT)}
+    assert by_sample(found) == wanted
+    assert found.faced == {"many": 24, "few": 14, "late": 14} and set(found.reached.values()) == {COUNT}
+    given = {name: [s for n, part in seen if n == name for s in part] for name in BROKEN}
+    assert sorted(given["many"]) == list(range(24)) and sorted(given["late"]) == list(range(10, 24))
+
+
+def test_killed_anywhere_it_ends_with_the_same_numbers_and_in_the_same_order(tmp_path: Path) -> None:
+    whole, _ = in_sequence(tmp_path)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    orders, starts = list[Any](), 0
+    while True:
+        starts += 1
+        model = Bright()
+        model.lives = 9 if starts == 1 else 3
+        try:
+            found, _ = in_sequence(folder, model)
+            break
+        except KeyboardInterrupt:
+            saved = json.loads((folder / "state.json").read_text())
+            orders.append(saved["order"])
+    assert starts > 4 and by_sample(found) == by_sample(whole)
+    known = [order for order in orders if order]
+    assert (
+        all(order == found.order for order in known) and json.loads((folder / "order.json").read_text()) == found.order
+    )
+
+
+def test_what_lies_outside_of_the_ball_breaks_nothing(tmp_path: Path) -> None:
+    nowhere, _ = in_sequence(tmp_path, inside=lambda x, images: (x == images).flatten(1).all(dim=1))
+    assert set(nowhere.broken_by) == {"none"}
+
+
+def test_when_time_is_up_it_stops_and_a_larger_budget_goes_on(tmp_path: Path) -> None:
+    none, seen = in_sequence(tmp_path, budget=1e-9, order=["many", "few", "late"])
+    assert (none.reached == {} and not seen) or none.faced == {"many": 4}
+    some, _ = in_sequence(tmp_path, budget=1e-9)
+    assert some.faced == none.faced, "what was spent counts for all starts together"
+    rest, _ = in_sequence(tmp_path, budget=1e9)
+    assert rest.faced == {"many": 24, "few": 14, "late": 14}
+
+
+@pytest.fixture
+def environment(small_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words of the command: the small model, eight digits, attacks of one step."""
+    torch.save(small_model.state_dict(), tmp_path / "weights.pt")
+    monkeypatch.setenv("SMALL_NET", str(tmp_path / "weights.pt"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])))
+    assert command_environment()["SMALL_NET"]
+    return [
+        "--checkpoint", "small_classifier:small_net", "--data.source", "digits", "--data.image_size", "8",
+        "--data.channels", "1", "--eps", "40/255", "--limit", "8", "--batch_size", "4", "--suite", "strongest",
+        "--transfer_from", "small_classifier:small_net",
+        *(word for name, value in SHORT.items() for word in (f"--{name}", str(value))),
+    ]  # fmt: skip
+
+
+def test_the_command_killed_at_work_and_resumed(environment: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("pyautoattack")
+    process = start_module(tmp_path, "mimir_fast.evaluate", *environment, "--output_dir", "out")
+    state, order = (tmp_path / "out/progress" / name for name in ("strongest.0of1.json", "strongest.order.json"))
+    while not order.exists():  # killed in the sequence, once the order is known
+        assert process.poll() is None, process.said()
+        time.sleep(0.02)
+    process.kill()
+    known = json.loads(order.read_text())
+    results = evaluate_options(
+        config_from([*environment, "--output_dir", str(tmp_path / "out")]), log=lambda line: None
+    )
+    assert json.loads(order.read_text()) == known == json.loads(state.read_text())["order"]
+    numbers = results.sections["strongest"]
+    assert [row["name"] for row in numbers["attacks"]] == known and set(known) == set(NAMES)
+    assert numbers["whole"] and not numbers["complete"], "attacks of one step are not the strongest"
+    assert numbers["faced_all"] == numbers["total"] == 8 and numbers["left_out"] == {}
+    tried = results.sections["accuracy"]["faced"]
+    assert {row["label"] for row in numbers["attacks"]} <= set(tried)
+    assert tried["APGD-1, 2 targets"]["targets"] == 2 and results.robust["correct"] <= numbers["correct"]
+    assert {"recolor", "patch", "elastic"} <= set(results.sections["unforeseen"])
+    assert "recolor" not in results.sections["accuracy"]["broken_by"].values()
+    page = (tmp_path / "out/report.html").read_text()
+    assert "HopSkipJump, 4 decisions" in page and page == render(results)
+
+
+@pytest.mark.slow
+def test_two_processes_attack_in_one_order(environment: list[str], tmp_path: Path) -> None:
+    """And break what one breaks, but for packages that draw by batches."""
+    pytest.importorskip("pyautoattack")
+    found = []
+    for ranks in (1, 2):
+        done = run_module(tmp_path, "mimir_fast.evaluate", *environment, "--output_dir", f"out{ranks}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        found.append(Results.read(tmp_path / f"out{ranks}/results.json"))
+    one, two = found
+    assert two.choices["num_shards"] == 2 and two.sections["strongest"]["whole"]
+    assert abs(two.sections["strongest"]["correct"] - one.sections["strongest"]["correct"]) <= 1
+    states = [json.loads((tmp_path / f"out2/progress/strongest.{k}of2.json").read_text()) for k in range(2)]
+    assert [len(state["broken_by"]) for state in states] == [4, 4]
+
+
+def test_attacks_that_time_did_not_suffice_for_count_apart(
+    small_model, digits_images: EvaluationImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the images they reached; and the same call with more time finishes them."""
+    few = digits_images.evenly(32)
+    asked: dict[str, Any] = {
+        "suite": "table", "autoattack": "no", "strongest": "yes", "eps": EPS, "batch_size": 8, "classes": None,
+        "strongest_attacks": ("pgd-margin", "apgd-margin", "pgd-targets"), "strongest_steps": 10,
+        "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    ticks = iter(range(10**6))
+    with monkeypatch.context() as patch:  # each batch takes one second
+        patch.setattr("mimir_fast.evaluation.sequence.time.perf_counter", lambda: float(next(ticks)))
+        part = evaluate(small_model, few.images, few.labels, strongest_budget=10 / 60, **asked)
+    numbers = part.sections["strongest"]
+    assert (not numbers["whole"] and 0 < numbers["faced_all"] < 32) or numbers["attacks"][-1]["reached"] == 0
+    reached = {row["label"]: row["reached"] for row in numbers["attacks"]}
+    assert sorted(reached.values()) != [32, 32, 32]
+    faced = part.sections["accuracy"]["faced"]
+    assert {label for label, count in reached.items() if count == 32} == set(reached) & set(faced)
+    between = [label for label, count in reached.items() if 0 < count < 32]
+    assert between and [entry["tried"] for entry in part.partial] == [between]
+    assert part.partial[0]["total"] == reached[between[0]]
+    assert any("Time was up (0.166667 minutes)" in note for note in part.notes)
+    assert f"{numbers['faced_all']} of 32 images faced all" in render(part)
+    whole = evaluate(small_model, few.images, few.labels, **asked)
+    assert whole.sections["strongest"]["whole"] and whole.partial == []
+    assert whole.robust["correct"] <= min(part.robust["correct"], whole.sections["strongest"]["correct"])
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_of_two_or_three_classes_it_says_what_is_left_out(
+    digits_images: EvaluationImages, num_classes: int
+) -> None:  # fmt: skip
+    pytest.importorskip("pyautoattack")
+    model, images = SmallNet(num_classes=num_classes).eval(), digits_images.evenly(8).images
+    with torch.no_grad():
+        labels = model(images.float() / 255).argmax(1)
+    results = evaluate(
+        model,
+        images,
+        labels,
+        suite="table",
+        autoattack="no",
+        strongest="yes",
+        eps=0.9,
+        **{**SHORT, "strongest_steps": 20},
+    )
+    numbers = results.sections["strongest"]
+    left = {"pgd-targets", "apgd-targets"} if num_classes == 2 else set()
+    assert set(numbers["left_out"]) == left | {"mi-ensemble", "pgn-ensemble"}
+    assert numbers["whole"] and numbers["correct"] == 0
+    assert ("of two classes there is one target" in render(results)) == (num_classes == 2)
+    named = {row["name"]: row["parameters"] for row in numbers["attacks"]}
+    if num_classes == 3:
+        assert named["apgd-targets"]["loss"] == "margin at targets" and named["apgd-targets"]["targets"] == 2
+
+
+def test_decisions_lower_the_headline_of_a_defence_without_gradients(
+    small_model, digits_images: EvaluationImages
+) -> None:
+    few = digits_images.evenly(16)
+    model = before(lambda x: (4 * x).round() / 4)(copy.deepcopy(small_model)).eval()
+    results = evaluate(
+        model, few.images, few.labels, suite="table", autoattack="no", strongest="yes", eps=EPS,
+        strongest_attacks=("pgd-margin", "apgd-margin", "hopskipjump"), strongest_steps=20,
+    )  # fmt: skip
+    found = {row["name"]: row["broken"] for row in results.sections["strongest"]["attacks"]}
+    assert found["hopskipjump"] > found["pgd-margin"] + found["apgd-margin"]
+    assert results.robust["correct"] <= results.sections["strongest"]["correct"]
+
+
+def test_l2_and_l1(small_model, digits_images: EvaluationImages) -> None:
+    pytest.importorskip("pyautoattack")
+    few = digits_images.evenly(8)
+    for norm, eps in (("l2", 0.8), ("l1", 2.0)):
+        results = evaluate(
+            small_model, few.images, few.labels, suite="table", autoattack="no", strongest="yes", norm=norm, eps=eps,
+            **SHORT,
+        )  # fmt: skip
+        numbers = results.sections["strongest"]
+        assert numbers["whole"] and ("hopskipjump" in numbers["left_out"]) == (norm == "l1")
+
+
+class TestOptions:
+    @pytest.mark.parametrize("option", ["budget", "attacks", "steps", "targets", "restarts", "queries"])
+    def test_do_nothing_where_these_attacks_do_not_run(self, option: str) -> None:
+        with pytest.raises(ValueError, match="the strongest attacks do not run"):
+            refuse_idle(EvaluateConfig("run"), [f"--strongest_{option}", "9"])
+        refuse_idle(EvaluateConfig("run", suite="strongest"), [f"--strongest_{option}", "9"])
+
+    @pytest.mark.parametrize(
+        ("attack", "option"),
+        [("square", "steps"), ("square", "targets"), ("pgd-targets", "restarts"), ("pgd-margin", "queries")],
+    )
+    def test_do_nothing_where_no_attack_has_them(self, attack: str, option: str) -> None:
+        config = EvaluateConfig("run", suite="strongest", strongest_attacks=(attack,))
+        with pytest.raises(ValueError, match="--strongest_attacks has no"):
+            refuse_idle(config, [f"--strongest_{option}", "9"])
+
+    @pytest.mark.parametrize(
+        ("wrong", "words"),
+        [
+            ({"strongest_attacks": ("pgd",)}, "none of apgd-ce"), ({"strongest_budget": 0.0}, "minutes"),
+            ({"strongest_steps": 0}, "strongest_steps=0"),
+        ],
+    )  # fmt: skip
+    def test_bad_ones_are_refused(self, wrong: dict[str, Any], words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            EvaluateConfig("run", **wrong)
+
+    def test_an_attack_that_is_not_defined_is_refused_by_name(self, small_model, digits_images) -> None:
+        few = digits_images.evenly(4)
+        for name, norm, words in (("mi-ensemble", "linf", "names no other model"), ("hopskipjump", "l1", "L∞ and L2")):
+            with pytest.raises(ValueError, match=f"--strongest_attacks {name}: .*{words}"):
+                evaluate(
+                    small_model,
+                    few.images,
+                    few.labels,
+                    suite="strongest",
+                    norm=norm,
+                    eps=0.2,
+                    strongest_attacks=(name,),
+                )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("l2", 0.5)])
+@pytest.mark.parametrize("build", [SmallNet, small_perceptron, SmallTransformer])
+def test_never_weaker_than_other_packages_together(
+    build: Callable[[], nn.Module], norm: str, eps: float, digits_images: EvaluationImages
+) -> None:
+    """AutoAttack's package and torchattacks' strongest, in sum: whatever image they break, the suite breaks."""
+    pyautoattack, torchattacks = pytest.importorskip("pyautoattack"), pytest.importorskip("torchattacks")
+    model, few = trained(build), digits_images.evenly(100)
+    x, y = few.images.float() / 255, few.labels
+    results = evaluate(
+        model, few.images, y, suite="table", autoattack="no", strongest="yes", norm=norm, eps=eps, output_dir=None
+    )
+    stands = torch.tensor([name == "none" for name in results.sections["accuracy"]["broken_by"].values()])
+    with torch.random.fork_rng([]):
+        package = {"linf": "Linf", "l2": "L2"}[norm]
+        found = [
+            pyautoattack.AutoAttack(model, eps=eps, norm=package, version="standard", seed=0)
+            .run_standard_evaluation(x.clone(), y.clone(), batch_size=100)[0]
+        ]  # fmt: skip
+        if norm == "linf":
+            rivals: list[Any] = [
+                torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=100), torchattacks.MIFGSM(model, eps=eps),
+                torchattacks.Jitter(model, eps=eps, alpha=eps / 4, steps=100),
+                torchattacks.APGDT(model, eps=eps, n_classes=10),
+            ]  # fmt: skip
+        else:
+            rivals = [
+                torchattacks.PGDL2(model, eps=eps, alpha=eps / 5, steps=100),
+                torchattacks.APGDT(model, norm="L2", eps=eps, n_classes=10),
+            ]
+        found += [attack(x.clone(), y.clone()) for attack in rivals]
+    with torch.no_grad():
+        theirs = torch.stack([is_correct(model(attacked), y) for attacked in found]).all(0)
+    assert 5 < int(stands.sum()) < 90, "the test needs a robust accuracy in between"
+    assert not (stands & ~theirs).any(), f"{int((stands & ~theirs).sum())} images that only others break"
