@@ -109,6 +109,11 @@ class Measurement:
         """Measure a shard, or what is left of it."""
         return measure(self.outcome, model, shard, how)
 
+    def said(self, record: Journal) -> str:
+        """What was found, for the log: the accuracy where there is one."""
+        right = record.values.get("correct")
+        return f"{100 * sum(right) / len(right):.2f} % ({sum(right)}/{len(right)})" if right else ""
+
 
 def clean(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor) -> Tensor:
     """The attack that does nothing."""

@@ -245,9 +245,7 @@ def _run_item(job: Job, item: Measurement, number: int, clock: TimeLeft, log: Lo
     how = ShardRun(config.batch_size, job.device, job.records.path(item, number), settings, tick, log)
     record = item.run(job.model.module, images, how)
     clock.finished()
-    right = record.values.get("correct")
-    share = f"{100 * sum(right) / len(right):.2f} % ({sum(right)}/{len(right)})" if right else ""
-    log(f"{item.file:>24}  {share:<24} {record.seconds:7.1f} s")
+    log(f"{item.file:>24}  {item.said(record):<24} {record.seconds:7.1f} s")
     return images.skipped
 
 

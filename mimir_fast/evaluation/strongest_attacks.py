@@ -20,10 +20,16 @@ from mimir_fast.evaluation.options import CommonOptions
 from mimir_fast.evaluation.packaged import packaged_attack
 
 NAMES = (
-    "apgd-ce", "apgd-margin", "apgd-scaled", "apgd-probability", "pgd-margin", "pgd-targets", "apgd-targets",
-    "fab-targets", "square", "hopskipjump", "mi-ensemble", "pgn-ensemble",
+    "apgd-ce", "apgd-margin", "apgd-scaled", "apgd-probability", "pgd-margin", "pgd-targets", "pgd-restarts",
+    "apgd-targets", "fab-targets", "square", "hopskipjump", "mi-ensemble", "pgn-ensemble",
 )  # fmt: skip
-TARGETED, FROM_OTHERS = ("pgd-targets", "apgd-targets", "fab-targets"), ("mi-ensemble", "pgn-ensemble")
+TARGETED = ("pgd-targets", "pgd-restarts", "apgd-targets", "fab-targets")
+FROM_OTHERS = ("mi-ensemble", "pgn-ensemble")
+RESTARTS = {"apgd-probability": 1.0, "pgd-restarts": 2.0, "apgd-targets": 0.2}
+"""Starts of those that have several, as a multiple of what is asked for. On digits more starts break most where they
+are cheap: of an untargeted loss, or of few steps at few targets."""
+FEW_TARGETS = 3
+"""Of pgd-restarts."""
 STEPPING = tuple(name for name in NAMES if name not in ("square", "hopskipjump"))
 QUERYING = ("square", "hopskipjump")
 NEIGHBOURS = 5
@@ -38,7 +44,7 @@ class Strength:
     Attributes:
         steps: of a gradient attack from one start at one target.
         targets: likeliest wrong classes that targeted attacks aim at.
-        restarts: random starts of targeted APGD, at each target.
+        restarts: random starts of APGD with the margin of probabilities; see RESTARTS.
         queries: of attacks that see no gradient; those that see decisions only have a fifth.
     """
 
@@ -57,7 +63,7 @@ def left_out(norm: str, num_classes: int, surrogates: int) -> dict[str, str]:
     found = dict[str, str]()
     if num_classes == 2:
         words = "of two classes there is one target, and the untargeted margin is the targeted one"
-        found |= {"pgd-targets": words, **({"apgd-targets": words} if norm != "l1" else {})}
+        found |= dict.fromkeys(("pgd-targets", "apgd-targets"), words)
     if norm == "l1":
         only = "is of L∞ and L2 balls"
         found |= {"hopskipjump": f"HopSkipJump {only}"}
@@ -103,10 +109,11 @@ def _gradient(name: str, config: CommonOptions, strength: Strength, num_classes:
     """APGD or PGD with a loss, or at several targets."""
     kind, _, what = name.partition("-")
     words, loss = LOSSES.get(what, ("", None))
-    count, seed = min(strength.targets, num_classes - 1), config.seed
+    count = min(FEW_TARGETS if name == "pgd-restarts" else num_classes, strength.targets, num_classes - 1)
+    seed = config.seed + NAMES.index(name)  # starts of its own
     # PGD's steps do not adapt: more of them add little. In L1 it is the only one that is ours.
     steps = strength.steps if kind == "apgd" or config.norm == "l1" else max(1, strength.steps // 5)
-    restarts = strength.restarts if name == "apgd-targets" else 1
+    restarts = starts(name, strength)
     threat = make_threat(config.norm, config.eps, steps)
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
@@ -124,8 +131,13 @@ def _gradient(name: str, config: CommonOptions, strength: Strength, num_classes:
         **(parameters_of(threat) if kind == "pgd" else {"norm": config.norm, "eps": config.eps, "num_steps": steps}),
         "loss": words, "restarts": restarts, "seed": seed, **({} if loss else {"targets": count}),
     }  # fmt: skip
-    label = f"{kind.upper()}-{steps}, " + (words if loss else f"{count} targets" + _times(restarts))
+    label = f"{kind.upper()}-{steps}, {words if loss else f'{count} targets'}{_times(restarts)}"
     return NamedAttack(name, label, run, parameters, 3.0 * steps * restarts * (1 if loss else count))
+
+
+def starts(name: str, strength: Strength) -> int:
+    """How many random starts an attack has, of each target."""
+    return max(1, round(RESTARTS[name] * strength.restarts)) if name in RESTARTS else 1
 
 
 def _times(restarts: int) -> str:
@@ -151,12 +163,13 @@ def _packaged(name: str, config: CommonOptions, strength: Strength, num_classes:
         run = packaged_attack(config, "fab-t", targets=count, n_iter=strength.steps, n_restarts=1)
         label = f"FAB-{strength.steps}, {count} targets"
         return NamedAttack(name, label, run, parameters, 5.0 * strength.steps * count)
+    restarts = starts(name, strength)
     run = packaged_attack(
-        config, "apgd-t", targets=count, n_iter=strength.steps, n_restarts=strength.restarts, use_largereps=large
+        config, "apgd-t", targets=count, n_iter=strength.steps, n_restarts=restarts, use_largereps=large
     )
-    label = f"APGD-{strength.steps}, {count} targets" + _times(strength.restarts)
-    parameters["restarts"] = strength.restarts
-    return NamedAttack(name, label, run, parameters, 3.0 * strength.steps * strength.restarts * count)
+    label = f"APGD-{strength.steps}, {count} targets" + _times(restarts)
+    parameters["restarts"] = restarts
+    return NamedAttack(name, label, run, parameters, 3.0 * strength.steps * restarts * count)
 
 
 def _decisions(config: CommonOptions, strength: Strength) -> NamedAttack:

@@ -211,7 +211,7 @@ def test_full_suite_end_to_end(environment: Path, command: Command, tmp_path: Pa
         "--autoattack_images", "3", "--pretrained", "mae.safetensors", "--shifts", "shifted", "--targets", "2",
         "--restarts", "2", "--transfer_from", "small_classifier:small_net", "--save_adversarial", "--mi_balanced",
         "--autoattack_attacks", "apgd-ce", "fab-t", "--minimal", "3", "--smoothing", "0.1", "--smoothing_images", "2",
-        "--smoothing_draws", "50",
+        "--smoothing_draws", "50", "--strongest", "yes", "--strongest_attacks", "pgd-margin",
     ]  # fmt: skip
     done = command("mimir_fast.evaluate", *flags)
     assert done.returncode == 0, done.stderr

@@ -26,6 +26,7 @@ from mimir_fast.evaluation.strongest_attacks import (
     FROM_OTHERS,
     NAMES,
     QUERYING,
+    RESTARTS,
     STEPPING,
     TARGETED,
     Strength,
@@ -49,14 +50,14 @@ class StrongestOptions:
     """Minutes these attacks may take, on each process; left out: until all have tried. What is missing is done by the
     same command with a larger one. Attacks that did not reach every image are counted apart."""
     strongest_attacks: tuple[str, ...] = ()
-    """Only these of them: apgd-ce apgd-margin apgd-scaled apgd-probability pgd-margin pgd-targets apgd-targets
-    fab-targets square hopskipjump mi-ensemble pgn-ensemble; the last two need transfer_from."""
+    """Only these of them: apgd-ce apgd-margin apgd-scaled apgd-probability pgd-margin pgd-targets pgd-restarts
+    apgd-targets fab-targets square hopskipjump mi-ensemble pgn-ensemble; the last two need transfer_from."""
     strongest_steps: int = 100
     """Gradient steps from one start at one target; PGD, also on other models, takes a fifth of them."""
     strongest_targets: int = 9
     """Likeliest wrong classes that targeted attacks aim at; there are as many as the model has classes, but one."""
-    strongest_restarts: int = 2
-    """Random starts of targeted APGD, at each target."""
+    strongest_restarts: int = 5
+    """Random starts of apgd-probability; pgd-restarts has twice as many at each target, apgd-targets a fifth."""
     strongest_queries: int = 5000
     """Images that Square may show to the model for each image; HopSkipJump has a fifth."""
 
@@ -74,7 +75,7 @@ class StrongestOptions:
         found = without(wanted(cast(CommonOptions, self)), "the strongest attacks do not run", *names)
         chosen = set(self.strongest_attacks or NAMES)
         for option, users in (
-            ("steps", STEPPING), ("targets", TARGETED), ("restarts", ("apgd-targets",)), ("queries", QUERYING)
+            ("steps", STEPPING), ("targets", TARGETED), ("restarts", tuple(RESTARTS)), ("queries", QUERYING)
         ):  # fmt: skip
             found |= without(
                 chosen & set(users), f"--strongest_attacks has no {' or '.join(users)}", f"strongest_{option}"
@@ -134,6 +135,11 @@ class InSequence(Measurement):
             seconds = progress.seconds.get(self.attack, 0.0) - journal.seconds
             journal.append({"sample": samples[start:stop], "correct": right}, seconds)
         return journal
+
+    def said(self, record: Journal) -> str:
+        """For the log; most of the images it was spared, so there is no accuracy."""
+        right = record.values.get("correct", [])
+        return f"breaks {right.count(0)} of those left"
 
     def _shared(self, how: ShardRun) -> ShardRun:
         """The run of all attacks on the same shard."""
