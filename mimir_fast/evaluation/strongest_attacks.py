@@ -14,6 +14,7 @@ from mimir_fast.attacks.decision import hop_skip_jump
 from mimir_fast.attacks.losses import margin, probability_margin, scaled_cross_entropy
 from mimir_fast.attacks.momentum import momentum_ensemble
 from mimir_fast.attacks.pgd import Loss, cross_entropy
+from mimir_fast.attacks.rays import rays
 from mimir_fast.attacks.until_broken import apgd_many, pgd_many
 from mimir_fast.evaluation.attacks import NamedAttack, make_threat, parameters_of
 from mimir_fast.evaluation.options import CommonOptions
@@ -21,7 +22,7 @@ from mimir_fast.evaluation.packaged import packaged_attack
 
 NAMES = (
     "apgd-ce", "apgd-margin", "apgd-scaled", "apgd-probability", "pgd-margin", "pgd-targets", "pgd-restarts",
-    "apgd-targets", "fab-targets", "square", "hopskipjump", "mi-ensemble", "pgn-ensemble",
+    "apgd-targets", "fab-targets", "square", "rays", "hopskipjump", "mi-ensemble", "pgn-ensemble",
 )  # fmt: skip
 TARGETED = ("pgd-targets", "pgd-restarts", "apgd-targets", "fab-targets")
 FROM_OTHERS = ("mi-ensemble", "pgn-ensemble")
@@ -30,8 +31,8 @@ RESTARTS = {"apgd-probability": 1.0, "pgd-restarts": 2.0, "apgd-targets": 0.2}
 are cheap: of an untargeted loss, or of few steps at few targets."""
 FEW_TARGETS = 3
 """Of pgd-restarts."""
-STEPPING = tuple(name for name in NAMES if name not in ("square", "hopskipjump"))
-QUERYING = ("square", "hopskipjump")
+QUERYING = ("square", "rays", "hopskipjump")
+STEPPING = tuple(name for name in NAMES if name not in QUERYING)
 NEIGHBOURS = 5
 """Of PGN."""
 Models = Callable[[], Sequence[nn.Module]]
@@ -64,6 +65,8 @@ def left_out(norm: str, num_classes: int, surrogates: int) -> dict[str, str]:
     if num_classes == 2:
         words = "of two classes there is one target, and the untargeted margin is the targeted one"
         found |= dict.fromkeys(("pgd-targets", "apgd-targets"), words)
+    found |= {"rays": "RayS searches the corners of an L∞ ball"} if norm != "linf" else {}
+    found |= {"hopskipjump": "RayS breaks more by decisions in L∞, with fewer questions"} if norm == "linf" else {}
     if norm == "l1":
         only = "is of L∞ and L2 balls"
         found |= {"hopskipjump": f"HopSkipJump {only}"}
@@ -90,8 +93,8 @@ def strongest_attacks(
 def _make(name: str, config: CommonOptions, strength: Strength, num_classes: int, others: Models) -> NamedAttack:
     if name in FROM_OTHERS:
         return _from_others(name, config, strength, others)
-    if name == "hopskipjump":
-        return _decisions(config, strength)
+    if name in ("rays", "hopskipjump"):
+        return _decisions(name, config, strength)
     if name in ("fab-targets", "square") or (name.startswith("apgd") and config.norm == "l1"):
         return _packaged(name, config, strength, num_classes)
     return _gradient(name, config, strength, num_classes)
@@ -172,17 +175,20 @@ def _packaged(name: str, config: CommonOptions, strength: Strength, num_classes:
     return NamedAttack(name, label, run, parameters, 3.0 * strength.steps * restarts * count)
 
 
-def _decisions(config: CommonOptions, strength: Strength) -> NamedAttack:
-    """HopSkipJump."""
+def _decisions(name: str, config: CommonOptions, strength: Strength) -> NamedAttack:
+    """What sees the predicted class only."""
     queries = max(1, strength.queries // 5)
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        if name == "rays":
+            return rays(model, x, y, config.eps, queries=queries)
         return hop_skip_jump(
             model, x, y, config.eps, norm=config.norm, queries=queries, samples=samples, seed=config.seed  # type: ignore[arg-type]
         )  # fmt: skip
 
     parameters = {"norm": config.norm, "eps": config.eps, "queries": queries, "seed": config.seed}
-    return NamedAttack("hopskipjump", f"HopSkipJump, {queries} decisions", run, parameters, float(queries))
+    label = f"{'RayS' if name == 'rays' else 'HopSkipJump'}, {queries} decisions"
+    return NamedAttack(name, label, run, parameters, float(queries))
 
 
 def _from_others(name: str, config: CommonOptions, strength: Strength, others: Models) -> NamedAttack:

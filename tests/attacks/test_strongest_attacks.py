@@ -23,6 +23,7 @@ from mimir_fast.attacks.lp import size_of
 from mimir_fast.attacks.momentum import momentum_ensemble
 from mimir_fast.attacks.patch import patch, patch_masks
 from mimir_fast.attacks.pgd import cross_entropy, is_correct
+from mimir_fast.attacks.rays import rays
 from mimir_fast.attacks.recolor import recolor, recolored
 from mimir_fast.attacks.until_broken import apgd_many, pgd_many, until_broken
 from mimir_fast.evaluation.attacks import make_threat
@@ -47,6 +48,8 @@ def in_ball(norm: Any, eps: float) -> dict[str, Run]:
             "APGD, targets": lambda m, x, y, **k: apgd_many(m, x, y, eps, 8, num_targets=3, norm=norm, rows=40, **k),
             "HopSkipJump": lambda m, x, y, **k: hop_skip_jump(m, x, y, eps, norm=norm, queries=300, **k),
         }
+    if norm == "linf":
+        found["RayS"] = lambda m, x, y, **k: rays(m, x, y, eps, queries=200)
     return found
 
 
@@ -172,6 +175,8 @@ def test_more_targets_starts_and_queries_break_no_fewer(small_model, digits) -> 
     assert start <= broken(apgd_many(small_model, images, labels, EPS, 5, loss=margin, restarts=4))
     few, many = (broken(hop_skip_jump(small_model, images, labels, EPS, queries=q)) for q in (100, 1500))
     assert few < many
+    few, many = (broken(rays(small_model, images, labels, EPS, queries=q)) for q in (30, 500))
+    assert few < many
     assert len(many) <= len(broken(apgd_many(small_model, images, labels, EPS, 30))), "decisions tell less than slopes"
 
 
@@ -207,10 +212,12 @@ def test_decisions_break_what_gradients_cannot_see(small_model, digits) -> None:
     model = before(lambda x: (4 * x).round() / 4)(copy.deepcopy(small_model)).eval()
     start = right(model, images, labels).sum()
     masked = pgd_many(model, images, labels, make_threat("linf", EPS, 20), loss=margin)
-    decided = hop_skip_jump(model, images, labels, EPS, queries=2000)
     assert right(model, masked, labels).sum() > 0.8 * start
-    assert right(model, decided, labels).sum() < 0.85 * right(model, masked, labels).sum()
-    assert (decided - images).abs().max() <= EPS
+    hops = hop_skip_jump(model, images, labels, EPS, queries=2000)
+    corners = rays(model, images, labels, EPS, queries=500)
+    for decided, part in ((hops, 0.85), (corners, 0.7)):
+        assert right(model, decided, labels).sum() < part * right(model, masked, labels).sum()
+        assert (decided - images).abs().max() <= EPS
 
 
 def test_momentum_transfers_to_a_model_it_has_not_seen(small_model, digits) -> None:

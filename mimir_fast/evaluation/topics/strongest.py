@@ -51,7 +51,7 @@ class StrongestOptions:
     same command with a larger one. Attacks that did not reach every image are counted apart."""
     strongest_attacks: tuple[str, ...] = ()
     """Only these of them: apgd-ce apgd-margin apgd-scaled apgd-probability pgd-margin pgd-targets pgd-restarts
-    apgd-targets fab-targets square hopskipjump mi-ensemble pgn-ensemble; the last two need transfer_from."""
+    apgd-targets fab-targets square rays hopskipjump mi-ensemble pgn-ensemble; the last two need transfer_from."""
     strongest_steps: int = 100
     """Gradient steps from one start at one target; PGD, also on other models, takes a fifth of them."""
     strongest_targets: int = 9
@@ -59,7 +59,7 @@ class StrongestOptions:
     strongest_restarts: int = 5
     """Random starts of apgd-probability; pgd-restarts has twice as many at each target, apgd-targets a fifth."""
     strongest_queries: int = 5000
-    """Images that Square may show to the model for each image; HopSkipJump has a fifth."""
+    """Images that Square may show to the model for each image; RayS and HopSkipJump have a fifth."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "targets", "restarts", "queries"):
