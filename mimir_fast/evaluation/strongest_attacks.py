@@ -1,7 +1,7 @@
-"""The attacks of the suite `strongest`: gradients with five losses, minimal distances, queries, decisions, surrogates.
+"""The attacks of the suite `strongest`: gradients of several losses, minimal distances, queries, decisions, surrogates.
 
-All stay within the evaluated ball, and all leave an image alone once it is broken. AutoAttack's four kinds are among
-them, with more targets and starts; so is what finds images where gradients mislead.
+All stay within the evaluated ball. AutoAttack's four kinds are among them; so is what finds images where gradients
+mislead.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,23 +59,28 @@ class Strength:
         return Strength(max(1, self.steps // 5), min(3, self.targets), 1, max(1, self.queries // 10))
 
 
-def left_out(norm: str, num_classes: int, surrogates: int) -> dict[str, str]:
-    """{attack: why} of those that are not defined here, or would repeat another one."""
+def undefined(norm: str, num_classes: int, surrogates: int) -> dict[str, str]:
+    """{attack: why} of those that are not defined here."""
     found = dict[str, str]()
-    if num_classes == 2:
-        words = "of two classes there is one target, and the untargeted margin is the targeted one"
-        found |= dict.fromkeys(("pgd-targets", "apgd-targets"), words)
-    found |= {"rays": "RayS searches the corners of an L∞ ball"} if norm != "linf" else {}
-    found |= {"hopskipjump": "RayS breaks more by decisions in L∞, with fewer questions"} if norm == "linf" else {}
+    if norm != "linf":
+        found["rays"] = "RayS searches the corners of an L∞ ball"
     if norm == "l1":
-        only = "is of L∞ and L2 balls"
-        found |= {"hopskipjump": f"HopSkipJump {only}"}
+        found["hopskipjump"] = "HopSkipJump is of L∞ and L2 balls"
         own = "apgd-margin", "apgd-scaled", "apgd-probability"
-        found |= dict.fromkeys(own, f"APGD with this loss {only}")
+        found |= dict.fromkeys(own, "APGD with this loss is of L∞ and L2 balls")
         if num_classes < 4:
             found["apgd-targets"] = f"the package's targeted loss compares four logits, there are {num_classes} classes"
     if not surrogates:
         found |= dict.fromkeys(FROM_OTHERS, "--transfer_from names no other model")
+    return found
+
+
+def needless(norm: str, num_classes: int) -> dict[str, str]:
+    """{attack: why} of those that run only where they are asked for by name, because another one does what they do."""
+    found = {"hopskipjump": "by decisions RayS breaks more in L∞, with fewer questions"} if norm == "linf" else {}
+    if num_classes == 2:
+        words = "of two classes there is one target, and the untargeted margin is the targeted one"
+        found |= dict.fromkeys(("pgd-targets", "pgd-restarts", "apgd-targets"), words)
     return found
 
 

@@ -30,8 +30,9 @@ from mimir_fast.evaluation.strongest_attacks import (
     STEPPING,
     TARGETED,
     Strength,
-    left_out,
+    needless,
     strongest_attacks,
+    undefined,
 )
 from mimir_fast.evaluation.topic import Column, Numbers, Setup, Topic, options_of, register
 from mimir_fast.evaluation.topics import transfer
@@ -91,9 +92,11 @@ def wanted(config: CommonOptions) -> bool:
 
 def missing(setup: Setup) -> dict[str, str]:
     """{attack: why} of those that could be asked for and do not run."""
-    asked = options_of(setup.config, StrongestOptions).strongest_attacks or NAMES
-    found = left_out(setup.config.norm, setup.num_classes, len(transfer.names_of(setup)))
-    return {name: why for name, why in found.items() if name in asked}
+    norm, asked = setup.config.norm, options_of(setup.config, StrongestOptions).strongest_attacks
+    found = undefined(norm, setup.num_classes, len(transfer.names_of(setup)))
+    if asked:
+        return {name: why for name, why in found.items() if name in asked}
+    return needless(norm, setup.num_classes) | found
 
 
 def check(setup: Setup) -> None:
@@ -232,7 +235,8 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
     images = [name for s in shards for name in s.broken_by]
     budget = options_of(setup.config, StrongestOptions).strongest_budget
     whole = all(row["reached"] == len(images) for row in rows)
-    faced_all = sum(min(s.reached.get(name, 0) for name in order) for s in shards)
+    standing = [number >= min(s.reached.get(name, 0) for name in order) for s in shards for number in s.standing()]
+    faced_all = len(images) - sum(standing)
     numbers: Numbers = {
         **Count(sum(name == UNBROKEN for name in images), len(images)).as_dict(), "attacks": rows, "whole": whole,
         "complete": whole and _complete(setup, order), "faced_all": faced_all, "budget": budget,
@@ -242,7 +246,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
         unfinished = [row["label"] for row in rows if row["reached"] < len(images)]
         numbers["notes"] = [
             f"Time was up ({budget:g} minutes) before the strongest attacks had tried every image: {faced_all} of "
-            f"{len(images)} images faced all. Not on every image, and so counted apart: {'; '.join(unfinished)}."
+            f"{len(images)} are broken or faced all. Not on every image, and so counted apart: {'; '.join(unfinished)}."
         ]
     return numbers
 
@@ -252,7 +256,10 @@ def _complete(setup: Setup, names: Sequence[str]) -> bool:
     mine, usual = options_of(setup.config, StrongestOptions), StrongestOptions()
     lengths = [f"strongest_{name}" for name in ("steps", "targets", "restarts", "queries")]
     shorter = any(getattr(mine, name) < getattr(usual, name) for name in lengths)
-    return not shorter and set(names) >= set(NAMES) - left_out(setup.config.norm, setup.num_classes, 0).keys()
+    norm, classes = setup.config.norm, setup.num_classes
+    return (
+        not shorter and set(names) >= set(NAMES) - undefined(norm, classes, 0).keys() - needless(norm, classes).keys()
+    )
 
 
 def render(numbers: Numbers) -> str:
@@ -272,9 +279,9 @@ def render(numbers: Numbers) -> str:
     under = f"Correct under all of them: {percent(numbers['accuracy'])} (95 % interval {interval})."
     if not numbers["whole"]:
         under = (
-            f"Time was up after {numbers['budget']:g} minutes: {numbers['faced_all']} of {total} images faced all of "
-            "these attacks. Those that reached every image count for the robust accuracy, the others on the images "
-            "that they reached."
+            f"Time was up after {numbers['budget']:g} minutes: {numbers['faced_all']} of {total} images are broken or "
+            "faced all of these attacks. Those that reached every image count for the robust accuracy, the others apart, "
+            "on the images that they reached."
         )
     out = dict[str, list[str]]()
     for name, why in numbers["left_out"].items():
