@@ -22,7 +22,7 @@ from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.evaluation.measure import ShardRun
 from mimir_fast.evaluation.report import render
-from mimir_fast.evaluation.results import Results
+from mimir_fast.evaluation.results import Results, validity_verdict
 from mimir_fast.evaluation.run import evaluate as evaluate_options
 from mimir_fast.evaluation.sequence import Progress, fastest_first, run_in_sequence, taken
 from mimir_fast.evaluation.strongest_attacks import NAMES
@@ -221,6 +221,14 @@ def test_attacks_that_time_did_not_suffice_for_count_apart(
     rest = evaluate(small_model, few.images, few.labels, **asked)
     assert rest.sections["strongest"]["whole"] and rest.partial == []
     assert rest.robust["correct"] <= min(part.robust["correct"], rest.sections["strongest"]["correct"])
+    # Three of ten steps are not all of them; only these may be called the strongest.
+    assert not rest.sections["strongest"]["complete"] and "The strongest attacks ran" not in words_of(rest)
+    rest.sections["strongest"]["complete"] = True
+    assert words_of(rest).endswith("The strongest attacks ran on every image until it was broken.")
+
+
+def words_of(results: Results) -> str:
+    return validity_verdict(results)["text"]
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])

@@ -280,7 +280,7 @@ def render(numbers: Numbers) -> str:
     if not numbers["whole"]:
         under = (
             f"Time was up after {numbers['budget']:g} minutes: {numbers['faced_all']} of {total} images are broken or "
-            "faced all of these attacks. Those that reached every image count for the robust accuracy, the others apart, "
+            "faced all of these. Attacks that reached every image count for the robust accuracy, the others apart, "
             "on the images that they reached."
         )
     out = dict[str, list[str]]()
