@@ -12,22 +12,20 @@ al., arXiv 2303.01870): no random start, the model in eval mode, the point of hi
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.lp import project, random_in_ball, steepest
-from mimir_fast.attacks.pgd import Loss, check_images, cross_entropy, image_bounds, is_correct
+from mimir_fast.attacks.apgd_rows import ApgdRows, Ball, L2Ball, LinfBall
+from mimir_fast.attacks.lp import random_in_ball
+from mimir_fast.attacks.pgd import Loss, check_images, cross_entropy, image_bounds
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.layers.borrowing import AttackMode, borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
 
 ApgdLoss = Literal["ce", "dlr", "targeted-dlr"]
-MOMENTUM = 0.75
-RHO = 0.75
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
@@ -100,56 +98,30 @@ def apgd(
         raise ValueError(f"norm={norm!r}, wanted 'linf' or 'l2'; for L1 use AutoAttack's own APGD (pyautoattack)")
     # Says what is wrong with a bad eps or num_steps; an L2 ball may be larger than 1.
     LinfThreat(eps=eps if norm == "linf" else min(eps, 1.0), alpha=0.0, num_steps=num_steps)
-    ball: Ball = _LinfBall(images.detach(), eps) if norm == "linf" else _L2Ball(images.detach(), eps)
     check_images(images, values=images.device.type == "cpu")
     if keep == "adversarial" and labels.ndim != 1:
         raise ValueError(f"keep='adversarial' needs hard labels (B,), got labels of shape {tuple(labels.shape)}")
     images = images.detach()
-    start = images
-    if random_start:
-        start = (
-            _surface_start(images, eps, samples=samples, seed=seed, step=step)
-            if norm == "linf"
-            else random_in_ball(images, eps, "l2", samples=samples, seed=seed, step=step, surface=True)
-        )
+    start = surface_start(images, eps, norm, samples=samples, seed=seed, step=step) if random_start else images
     with borrowed(model, mode) as module:
         loss_of = _loss_function(loss, module, images, labels, targets)
         if num_steps == 0 or len(images) == 0:
             return start
-        return _search(module, labels, start, ball, num_steps, loss_of, keep)
+        return _search(ApgdRows(module, labels, start, ball_of(images, eps, norm), num_steps, loss_of), keep)
 
 
-class _LinfBall:
-    """Signed steps, and the box around the images that is the ball."""
-
-    def __init__(self, images: Tensor, eps: float) -> None:
-        self.eps, (self.low, self.high) = eps, image_bounds(images, eps)
-
-    def step(self, x: Tensor, grad: Tensor, eta: Tensor) -> Tensor:
-        return x + eta * grad.sign()
-
-    def project(self, x: Tensor) -> Tensor:
-        return x.clamp(self.low, self.high)
+def ball_of(images: Tensor, eps: float, norm: Literal["linf", "l2"]) -> Ball:
+    """The ball of radius eps around the images."""
+    return LinfBall(images, eps) if norm == "linf" else L2Ball(images, eps)
 
 
-class _L2Ball:
-    """Steps of length η."""
-
-    def __init__(self, images: Tensor, eps: float) -> None:
-        self.eps, self.images = eps, images
-
-    def step(self, x: Tensor, grad: Tensor, eta: Tensor) -> Tensor:
-        return x + eta * steepest(grad, x, 1.0, "l2")
-
-    def project(self, x: Tensor) -> Tensor:
-        return project(x, self.images, self.eps, "l2")
-
-
-Ball = _LinfBall | _L2Ball
-
-
-def _surface_start(images: Tensor, eps: float, *, samples: Tensor | None, seed: int, step: int) -> Tensor:
-    """Uniform noise, scaled so that its largest element is eps, cut to [0, 1]."""
+def surface_start(
+    images: Tensor, eps: float, norm: Literal["linf", "l2"], *, samples: Tensor | None, seed: int, step: int | Tensor
+) -> Tensor:  # fmt: skip
+    """Random points (B, C, H, W) that touch the ball's surface, cut to [0, 1]; L∞: the largest element of uniform noise
+    is scaled to eps. `step` may be one a sample, (B,)."""
+    if norm == "l2":
+        return random_in_ball(images, eps, "l2", samples=samples, seed=seed, step=step, surface=True)
     if samples is None:
         samples = torch.arange(len(images), device=images.device)
     num = images[0].numel() if len(images) else 1
@@ -178,78 +150,13 @@ def _loss_function(
     raise ValueError(f"loss={loss!r}, wanted 'ce', 'dlr', 'targeted-dlr' or a function (logits, labels) -> (B,)")
 
 
-@dataclass
-class Schedule:
-    """When progress is judged: after 22 % of the steps, then at intervals shorter by 3 % each, but 6 % at least."""
-
-    interval: int
-    decrease: int
-    smallest: int
-
-    @classmethod
-    def of(cls, num_steps: int) -> "Schedule":
-        """The authors' rounding: each number is cut to an integer, and 1 at least."""
-        return cls(max(int(0.22 * num_steps), 1), max(int(0.03 * num_steps), 1), max(int(0.06 * num_steps), 1))
-
-    def shorten(self) -> None:
-        """Make the next interval shorter."""
-        self.interval = max(self.interval - self.decrease, self.smallest)
-
-
-def _search(
-    module: nn.Module, labels: Tensor, start: Tensor, ball: Ball, num_steps: int, loss_of: Loss, keep: str
-) -> Tensor:  # fmt: skip
-    column = (-1, 1, 1, 1)
-    x, x_before = start, start
-    value, grad, wrong = _evaluate(module, x, labels, loss_of, gradient=True)
-    best, best_value, best_grad = x, value, grad
-    fooled, found = x, wrong
-    eta = torch.full((len(start), 1, 1, 1), 2 * ball.eps, device=start.device, dtype=start.dtype)
-    schedule, since_check = Schedule.of(num_steps), 0
-    rises = torch.zeros_like(value)
-    best_at_check, was_halved = value, torch.ones_like(value, dtype=torch.bool)
-    value_before = torch.zeros_like(value)  # the authors' record of losses starts with the first step, from 0
-
-    for i in range(num_steps):
-        momentum = MOMENTUM if i > 0 else 1.0
-        z = ball.project(ball.step(x, grad, eta))
-        x, x_before = ball.project(x + momentum * (z - x) + (1 - momentum) * (x - x_before)), x
-
-        # The last point is only looked at: nobody will step from it.
-        value, grad, wrong = _evaluate(module, x, labels, loss_of, gradient=i + 1 < num_steps)
-        fooled = torch.where(wrong.view(column), x, fooled)
-        found = found | wrong
-        better = value > best_value
-        best = torch.where(better.view(column), x, best)
-        best_grad = torch.where(better.view(column), grad, best_grad)
-        best_value = torch.where(better, value, best_value)
-        rises += value > value_before
-        value_before = value
-
-        since_check += 1
-        if since_check == schedule.interval:
-            oscillates = rises <= RHO * since_check
-            stuck = ~was_halved & (best_at_check >= best_value)
-            halve = oscillates | stuck
-            eta = torch.where(halve.view(column), eta / 2, eta)
-            x = torch.where(halve.view(column), best, x)
-            grad = torch.where(halve.view(column), best_grad, grad)
-            was_halved, best_at_check = halve, best_value
-            rises, since_check = torch.zeros_like(rises), 0
-            schedule.shorten()
+def _search(search: ApgdRows, keep: str) -> Tensor:
+    """All steps on all rows; the point of highest loss, or the last misclassified one where there was any."""
+    fooled, found = search.x, torch.zeros(len(search.x), dtype=torch.bool, device=search.x.device)
+    while not search.finished():
+        wrong, x = search.step()
+        if keep == "adversarial":
+            fooled, found = torch.where(wrong.view(-1, 1, 1, 1), x, fooled), found | wrong
     if keep == "adversarial":
-        return torch.where(found.view(column), fooled, best)
-    return best
-
-
-def _evaluate(
-    module: nn.Module, x: Tensor, labels: Tensor, loss_of: Loss, *, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (B,), its gradient to x or zeros, misclassified (B,) bool) at x."""
-    x = x.detach().requires_grad_(gradient)
-    with torch.set_grad_enabled(gradient):
-        logits = module(x)
-        value = loss_of(logits, labels)
-    grad = torch.autograd.grad(value.sum(), x)[0] if gradient else torch.zeros_like(x)
-    truth = labels if labels.ndim == 1 else labels.argmax(dim=1)
-    return value.detach(), grad, ~is_correct(logits.detach(), truth)
+        return torch.where(found.view(-1, 1, 1, 1), fooled, search.best)
+    return search.best

@@ -155,7 +155,7 @@ class Sparsity:
 
 def random_in_ball(
     images: Tensor, eps: float, norm: Literal["l2", "l1"], *, samples: Tensor | None = None, seed: int = 0,
-    step: int = 0, surface: bool = False,
+    step: int | Tensor = 0, surface: bool = False,
 ) -> Tensor:  # fmt: skip
     """Images (B, C, H, W) at uniformly random points of the ball (or of its surface), cut to [0, 1]."""
     if samples is None:

@@ -56,9 +56,10 @@ class Evaluation:
 
     @property
     def faced(self) -> dict[str, dict[str, Any]]:
-        """The attacks that ran on all images, with their parameters; seeds are left out, they make no attack weaker."""
+        """The attacks that ran on all images, with their parameters; without seeds, and by whose code AutoAttack ran:
+        they make no attack weaker."""
         return {
-            label: {name: value for name, value in parameters.items() if name != "seed"}
+            label: {name: value for name, value in parameters.items() if name not in ("seed", "by")}
             for label, parameters in self.results.sections["accuracy"]["faced"].items()
         }
 

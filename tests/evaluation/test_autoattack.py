@@ -57,16 +57,16 @@ def test_killed_and_resumed_equals_a_direct_call(
     state, positions = tmp_path / "autoattack.json", []
     for most in lives:
         with pytest.raises(KeyboardInterrupt):
-            run_autoattack(Mortal(most), few, EPS, batch_size=5, device=CPU, state=state, attacks=names)
+            run_autoattack(Mortal(most), few, EPS, batch_size=5, device=CPU, state=state, attacks=names, exact=True)
         saved = json.loads(state.read_text())
         positions.append((saved["attack"], saved["batch"]))
     assert positions == sorted(set(positions)), "each start went further than the one before"
-    progress = run_autoattack(Mortal(10**9), few, EPS, batch_size=5, device=CPU, state=state, attacks=names)
+    progress = run_autoattack(Mortal(10**9), few, EPS, batch_size=5, device=CPU, state=state, attacks=names, exact=True)
     assert [name == "none" for name in progress.broken_by] == stands
     assert progress.after[names[-1]] == sum(stands)
     assert list(progress.after) == ["clean", *names]
 
-    finished = run_autoattack(Mortal(20), few, EPS, batch_size=5, device=CPU, state=state, attacks=names)
+    finished = run_autoattack(Mortal(20), few, EPS, batch_size=5, device=CPU, state=state, attacks=names, exact=True)
     assert finished.broken_by == progress.broken_by, "a finished evaluation is read, not repeated"
 
 
@@ -184,5 +184,5 @@ def test_other_norms_equal_a_direct_call(small_model, few: EvaluationImages, nor
         x_adv, _ = direct.run_standard_evaluation(few.images.float() / 255, few.labels, batch_size=6)
     with torch.no_grad():
         stands = (small_model(x_adv).argmax(1) == few.labels).tolist()
-    progress = run_autoattack(small_model, few, eps, batch_size=6, device=CPU, attacks=names, norm=norm)
+    progress = run_autoattack(small_model, few, eps, batch_size=6, device=CPU, attacks=names, norm=norm, exact=True)
     assert [name == "none" for name in progress.broken_by] == stands and 0 < sum(stands) < 12
