@@ -5,6 +5,7 @@ iterate. At 2/255 the papers step by 1/255, and so do the suites that repeat the
 configuration, and the radius where it is not the configuration's.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -143,11 +144,12 @@ def make_pgd(
     draws = config.eot or 1
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-        starts = (
-            attack_averaged(model, x, y, threat, draws=draws, samples=samples, seed=config.seed, step=start)
-            for start in range(restarts)
-        )
-        return first_to_fool(model, y, starts)
+        def attempt(rows: Tensor, start: int) -> Tensor:
+            return attack_averaged(
+                model, x[rows], y[rows], threat, draws=draws, samples=samples[rows], seed=config.seed, step=start
+            )
+
+        return first_to_fool(model, x, y, attempt, restarts)
 
     label = f"PGD-{num_steps}" + (f", {restarts} starts" if restarts > 1 else "") + draws_words(draws)
     parameters = {**parameters_of(threat), "loss": "ce", "restarts": restarts, "seed": config.seed, **draws_said(draws)}
@@ -156,15 +158,23 @@ def make_pgd(
 
 
 @torch.no_grad()
-def first_to_fool(model: nn.Module, labels: Tensor, attempts: Any) -> Tensor:
-    """Of several attacked versions of each image (B, C, H, W), the first that is misclassified, else the last."""
-    chosen, done = None, torch.zeros_like(labels, dtype=torch.bool)
-    for x in attempts:
-        chosen = x if chosen is None else torch.where(done.view(-1, 1, 1, 1), chosen, x)
-        done = done | ~is_correct(model(chosen), labels)
-        if bool(done.all()):
+def first_to_fool(
+    model: nn.Module, images: Tensor, labels: Tensor, attempt: Callable[[Tensor, int], Tensor], attempts: int
+) -> Tensor:
+    """Of several attacked versions of each image (B, C, H, W), the first that is misclassified, else the last.
+
+    An image that is broken is not attacked again.
+
+    Args:
+        attempt: (rows (R,) int64 of the images that still stand, number of the attempt) → (R, C, H, W).
+    """
+    chosen, standing = images.clone(), torch.arange(len(images), device=images.device)
+    for number in range(attempts):
+        if len(standing) == 0:
             break
-    assert chosen is not None
+        x = attempt(standing, number)
+        chosen[standing] = x
+        standing = standing[is_correct(model(x), labels[standing])]
     return chosen
 
 

@@ -5,7 +5,7 @@ oneDNN, which PyTorch brings for convolutions, uses all of it: on an AMD Zen 5 a
 precision is the same (fp32 inputs, fp32 sums), the order of the sums is not, so last bits differ.
 
 Inside `fast_products`, our own layers (`_fp32.py`) ask for it, and every other model's `F.linear` is caught on its way.
-Only weights that want no gradient are taken: those of a model on loan to an attack.
+Only weights that get no gradient are taken: those of a model on loan to an attack.
 
 Shapes: X (M, K), W (N, K) as a linear layer has it.
 """
@@ -68,7 +68,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         active()
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
-        and not weight.requires_grad
+        and not (weight.requires_grad and torch.is_grad_enabled())
         and x.numel() * weight.shape[0] >= LARGE_PRODUCT
     )
 
@@ -118,13 +118,15 @@ class _Linear(TorchFunctionMode):
 
 
 def _plain(args: Sequence[Any]) -> bool:
-    """Whether nothing but ordinary tensors is multiplied, and nobody has asked for another precision."""
-    x, weight, *bias = args
+    """Whether nothing but ordinary tensors is multiplied, the bias gets no gradient, and fp32 is what was asked for."""
+    x, weight, *rest = args
+    bias = rest[0] if rest else None
     return (
         type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
-        and (not bias or bias[0] is None or (type(bias[0]) in (Tensor, nn.Parameter) and not bias[0].requires_grad))
         and weight.ndim == 2
+        and (bias is None or type(bias) in (Tensor, nn.Parameter))
+        and not (bias is not None and bias.requires_grad and torch.is_grad_enabled())
         and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.compiler.is_compiling()

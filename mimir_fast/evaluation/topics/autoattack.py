@@ -16,7 +16,6 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -44,7 +43,6 @@ from mimir_fast.evaluation.statistics import LEVEL, binomial_tail, odd_p
 from mimir_fast.evaluation.topic import Column, Numbers, Setup, Topic, options_of, register
 from mimir_fast.evaluation.waves import Waves, has_waves
 from mimir_fast.layers.borrowing import borrowed
-from mimir_fast.layers.products import fast_products
 from mimir_fast.validation import check_number, without
 
 NAME = "autoattack"
@@ -210,8 +208,7 @@ def run_autoattack(
     identity = fingerprint([settings, norm, eps, batch_size, seed, version, len(shard), by, *part])
     progress = _load(state, identity)
     # Borrowed, the parameters are frozen: FAB calls backward(), which would fill their `.grad`.
-    products = nullcontext() if exact else fast_products(model)
-    with borrowed(model, "eval") as module, strict_fp32(device), products, torch.no_grad():
+    with borrowed(model, "eval") as module, strict_fp32(device, None if exact else model), torch.no_grad():
         warnings: list[str] = []
         attack = _package(module, eps, device, seed, version, norm, warnings)
         names = list(ATTACKS[version])
