@@ -113,15 +113,16 @@ def attack_averaged(
 
 
 def make_fgsm(config: CommonOptions) -> NamedAttack:
-    """One step of size ε from the clean image."""
+    """One step of size ε from the clean image: FGSM, in L2 and L1 balls FGM."""
     threat = replace(make_threat(config.norm, config.eps, 1, config.eps), random_start=False)
     draws = config.eot or 1
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
         return attack_averaged(model, x, y, threat, draws=draws)
 
-    label = ("FGSM" if config.norm == "linf" else "one step") + draws_words(draws)
-    return NamedAttack("fgsm", label, run, {**parameters_of(threat), **draws_said(draws)}, cost=3 * draws)
+    name = "fgsm" if config.norm == "linf" else "fgm"  # the fast gradient method: no sign is taken
+    label = name.upper() + draws_words(draws)
+    return NamedAttack(name, label, run, {**parameters_of(threat), **draws_said(draws)}, cost=3 * draws)
 
 
 def draws_words(draws: int) -> str:

@@ -19,6 +19,7 @@ from mimir_fast.evaluation.options import NORM_NAMES
 from mimir_fast.evaluation.results import WORST, Results
 from mimir_fast.evaluation.statistics import mcnemar_two_sided, paired_difference
 from mimir_fast.evaluation.topic import Column, all_topics
+from mimir_fast.validation import counted
 
 S = TypeVar("S")
 
@@ -151,7 +152,9 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
             continue
         mine, theirs = set(first.correct), set(other.correct)
         if mine != theirs:
-            found.append(f"{other.name} and {first.name} share {len(mine & theirs)} images; only these are compared.")
+            found.append(
+                f"{other.name} and {first.name} share {counted(len(mine & theirs), 'image')}; nothing else is compared."
+            )
         if reason := not_equally_attacked(first, other):
             found.append(
                 f"{other.name} and {first.name} {reason}: their robust accuracies are not equally strict, and are "

@@ -43,6 +43,7 @@ from mimir_fast.evaluation.sanity import Sanity, inspect_model
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, all_topics
 from mimir_fast.models.facts import Asked
 from mimir_fast.training.distributed import World, start_world, stop_world
+from mimir_fast.validation import counted
 
 Log = Callable[[str], None]
 EOT_DRAWS = 10
@@ -128,7 +129,7 @@ def evaluate_in(world: World, config: EvaluateConfig, log: Log, given: Given | N
     job = prepare(config, world, given)
     words = f", {job.model.weights}" if job.model.weights else ""
     log(
-        f"{job.model.kind} {config.checkpoint}{words}: {len(job.indices)} images of {job.source.name}, "
+        f"{job.model.kind} {config.checkpoint}{words}: {counted(len(job.indices), 'image')} of {job.source.name}, "
         f"{config.norm}, ε = {config.eps_text}"
     )
     for note in job.notes:
@@ -337,7 +338,9 @@ def not_finite(records: Records) -> list[str]:
     for item in records.items():
         predictions = records.rows(item).get("prediction", [])
         if count := predictions.count(NO_CLASS):
-            found[item.label or item.name] = f"{item.label or item.name}: {count} of {len(predictions)} images"
+            found[item.label or item.name] = (
+                f"{item.label or item.name}: {count} of {counted(len(predictions), 'image')}"
+            )
     if not found:
         return []
     return [

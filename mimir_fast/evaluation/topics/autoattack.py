@@ -334,16 +334,24 @@ def _prepared(attack: Any, name: str) -> Callable[[Tensor, Tensor], Tensor]:
 def _package(
     module: nn.Module, eps: float, device: torch.device, seed: int, version: Version, norm: Norm, warnings: list[str]
 ) -> Any:
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError as error:
-        raise ImportError(
-            "AutoAttack comes from its authors' package: pip install pyautoattack (the name `autoattack` is not theirs)"
-        ) from error
+    require_package()
+    from pyautoattack import AutoAttack
+
     attack = AutoAttack(module, eps=eps, norm=NORM_NAMES[norm], version=version, device=device, seed=seed)
     logger = _listening(warnings)
     attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = logger
     return attack
+
+
+def require_package() -> None:
+    """Refuse to begin without pyautoattack (ImportError)."""
+    try:
+        import pyautoattack  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "AutoAttack needs its authors' package: pip install pyautoattack (the name `autoattack` is not theirs), or "
+            "leave it out with --autoattack no"
+        ) from error
 
 
 def _listening(warnings: list[str]) -> logging.Logger:
@@ -422,8 +430,9 @@ class AutoAttack(Measurement):
 
 
 def check(setup: Setup) -> None:
-    """Refuse data of too few classes before anything is measured."""
+    """Refuse data of too few classes, and a missing package, before anything is measured."""
     if wanted(setup.config):
+        require_package()
         options = options_of(setup.config, AutoAttackOptions)
         require_classes(setup.num_classes, options.chosen_attacks(setup.num_classes))
 
