@@ -160,7 +160,7 @@ class TestBeforeAnythingIsMeasured:
             (tmp_path / name).mkdir(parents=True)
             (tmp_path / name / "x.png").write_bytes(b"no image")
         self.refused(digits_images, "shift: 1 image, and none is readable", shifts=(str(tmp_path / "shift"),))
-        self.refused(digits_images, "has 1 images, memory asks for", corruptions=str(tmp_path / "c"))
+        self.refused(digits_images, "has 1 image, memory asks for", corruptions=str(tmp_path / "c"))
         (tmp_path / "c10").mkdir()
         np.save(tmp_path / "c10" / "labels.npy", np.zeros(1500, np.int64))
         np.save(tmp_path / "c10" / "snow.npy", np.zeros((1500, 8, 8, 3), np.uint8))

@@ -174,8 +174,8 @@ def render(numbers: Numbers) -> str:
         words.append(
             "Lower bound of I(x+δ, z): Proposition 3.2 (Fano's inequality), with x_re decoded from z alone. It is "
             f"computed from {counted(numbers['count'], 'image')}, with the plug-in estimate of the entropy H(F(x+δ)). "
-            "Upper bound: Proposition 3.3, under the assumption that nothing is lost between the attacked image, its code, "
-            "and the two classes."
+            "Upper bound: Proposition 3.3, under the assumption that nothing is lost between the attacked image, its "
+            "code, and the two classes."
         )
         if numbers.get("norm_pix_loss"):
             words.append(

@@ -203,9 +203,10 @@ def render(numbers: Numbers) -> str:
         if name == "surface_inputs":
             steps = [255 * s for s in steps]
             words = (
-                f"Mean loss around {counted(count, 'image')}: along the signs of the gradient and along random signs, in "
-                f"grey levels (up to {radius_text(found['parameters']['radius'], 'linf')}). {middle:.3g} in the middle, "
-                f"{grid[-1][len(steps) // 2]:.3g} at the right edge, {grid[len(steps) // 2][-1]:.3g} at the upper one."
+                f"Mean loss around {counted(count, 'image')}: along the signs of the gradient and along random signs, "
+                f"in grey levels (up to {radius_text(found['parameters']['radius'], 'linf')}). {middle:.3g} in the "
+                f"middle, {grid[-1][len(steps) // 2]:.3g} at the right edge, {grid[len(steps) // 2][-1]:.3g} at the "
+                "upper one."
             )
             labels = ("gradient signs (grey levels)", "random signs (grey levels)")
         else:
