@@ -83,7 +83,8 @@ def test_the_papers_step_at_two_levels(few: EvaluationImages) -> None:
         evaluate(train_small(20), few.images, few.labels, limit=2, suite=suite, autoattack="no", eps=2 / 255)
         for suite in ("paper", "table")
     ]  # fmt: skip
-    steps = [r.sections["accuracy"]["faced"]["PGD-20"]["alpha"] for r in found]
+    steps = [r.sections["accuracy"]["attacks"]["pgd20"]["parameters"]["alpha"] for r in found]
+    assert steps[0] == found[0].sections["accuracy"]["faced"]["PGD-20"]["alpha"]
     assert steps == pytest.approx([1 / 255, 0.5 / 255])
 
 

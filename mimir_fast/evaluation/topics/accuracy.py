@@ -139,7 +139,12 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
             "seconds": records.seconds(item),
         }  # fmt: skip
     clean = Count(rows["natural"]["correct"], rows["natural"]["total"])
-    faced = {item.label or item.name: item.parameters for item in faced_by(records)[0]}
+    faced = dict[str, Any]()
+    for item in faced_by(records)[0]:
+        label = item.label or item.name
+        # On few images other topics' attacks run on all of them too, under the same label with steps of their own.
+        label = label if faced.get(label, item.parameters) == item.parameters else f"{label} ({item.name})"
+        faced[label] = item.parameters
     return {
         "attacks": rows,
         "robust": Count(sum(name == UNBROKEN for name in broken.values()), len(broken)).as_dict(),
