@@ -87,6 +87,15 @@ class ApgdRows:
         told_gradient: told the loss's gradient (R, C, H, W) at the start.
     """
 
+    grad: Tensor
+    eta: Tensor
+    best_grad: Tensor
+    best_value: Tensor
+    best_at_check: Tensor
+    rises: Tensor
+    was_halved: Tensor
+    value_before: Tensor
+
     def __init__(
         self, module: nn.Module, labels: Tensor, start: Tensor, ball: Ball, num_steps: int, loss: Callable[..., Tensor],
         targets: Tensor | None = None, *, told_gradient: Callable[[Tensor], None] = lambda gradient: None,

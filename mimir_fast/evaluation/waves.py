@@ -11,7 +11,7 @@ functions of (seed, sample, part) and differ from its: results are equal in law,
 Shapes: R rows, C channels, H × W pixels, K classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -108,12 +108,12 @@ class Waves:
                 most=SQUARE_ROWS * self.batch_size,
             )  # fmt: skip
         if self.name == "fab-t":
-            targets = self._targets(images, parts)
-            return FabRows(self.module, images, labels, targets, self.eps, package.fab.n_iter, norm)
+            aims = self._targets(images, parts)
+            return FabRows(self.module, images, labels, aims, self.eps, package.fab.n_iter, norm)
         start = surface_start(
             images, self.eps, norm, samples=samples, seed=self.seed, step=parts + FIRST_START[self.name]
         )  # fmt: skip
-        loss = {"apgd-ce": cross_entropy, "apgd-dlr": dlr, "apgd-t": targeted_dlr}[self.name]
+        losses: dict[str, Callable[..., Tensor]] = {"apgd-ce": cross_entropy, "apgd-dlr": dlr, "apgd-t": targeted_dlr}
         targets = self._targets(images, parts) if self.name == "apgd-t" else None
 
         def check(gradient: Tensor) -> None:
@@ -122,8 +122,8 @@ class Waves:
                 checks.check_zero_gradients(gradient[parts == parts.min()], logger=package.logger)
 
         return ApgdRows(
-            self.module, labels, start, ball_of(images, self.eps, norm), package.apgd.n_iter, loss, targets,
-            told_gradient=check,
+            self.module, labels, start, ball_of(images, self.eps, norm), package.apgd.n_iter, losses[self.name],
+            targets, told_gradient=check,
         )  # fmt: skip
 
     def _targets(self, images: Tensor, parts: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class _Linear(TorchFunctionMode):
     ) -> Any:
         if func is F.linear and not kwargs and _plain(args) and takes(args[0], args[1]):
             x, weight, bias = args if len(args) == 3 else (*args, None)
-            return _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+            return _Product.apply(x, weight, bias)
         return func(*args, **(kwargs or {}))
 
 
