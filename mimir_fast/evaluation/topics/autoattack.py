@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -38,7 +38,15 @@ from mimir_fast.evaluation.measure import (
     scored,
     strict_fp32,
 )  # fmt: skip
-from mimir_fast.evaluation.options import NORM_NAMES, CommonOptions, Norm
+from mimir_fast.evaluation.options import CommonOptions, Norm
+from mimir_fast.evaluation.package import (
+    batches,
+    check_model,
+    listening,
+    package_of,
+    prepared,
+    require_package,
+)  # fmt: skip
 from mimir_fast.evaluation.statistics import LEVEL, binomial_tail, odd_p
 from mimir_fast.evaluation.topic import Column, Numbers, Setup, Topic, options_of, register
 from mimir_fast.evaluation.waves import Waves, has_waves
@@ -210,7 +218,7 @@ def run_autoattack(
     # Borrowed, the parameters are frozen: FAB calls backward(), which would fill their `.grad`.
     with borrowed(model, "eval") as module, strict_fp32(device, None if exact else model), torch.no_grad():
         warnings: list[str] = []
-        attack = _package(module, eps, device, seed, version, norm, warnings)
+        attack = package_of(module, eps, device, seed, version, norm, warnings)
         names = list(ATTACKS[version])
         if len(shard):
             x, _, _ = next(shard.batches(1, device))
@@ -225,7 +233,7 @@ def run_autoattack(
             progress.after, progress.attack = {"clean": 0}, len(names)
         elif not progress.broken_by:
             x, y, _ = next(shard.batches(batch_size, device))
-            _check(attack, x, y)
+            check_model(attack, x, y)
             for x, y, _ in shard.batches(batch_size, device):
                 correct = is_correct(module(x), y).tolist()
                 progress.broken_by += [UNBROKEN if right else "clean" for right in correct]
@@ -237,14 +245,14 @@ def run_autoattack(
             started = time.perf_counter() - progress.seconds.get(name, 0.0)
             done = progress.batch
             if not exact and has_waves(name, norm, version):
-                _prepared(attack, name)
+                prepared(attack, name)
                 waves = Waves(module, attack, name, norm, eps, seed, batch_size, device)
                 standing = set(progress.remaining())
                 total = waves.parts * len(progress.entered)
                 runs = waves.run(shard, progress.entered, standing, done)
             else:
                 standing, total = set(), -(-len(progress.entered) // batch_size)
-                runs = _batches(_prepared(attack, name), shard, progress.entered, batch_size, device, done)
+                runs = batches(prepared(attack, name), shard, progress.entered, batch_size, device, done)
             for progress.batch, rows, adversarial in runs:
                 if len(rows):
                     y = shard.labels[rows].to(device)
@@ -267,18 +275,6 @@ def run_autoattack(
     return progress
 
 
-def _batches(
-    perturb: Callable[[Tensor, Tensor], Tensor], shard: EvaluationImages, entered: list[int], batch_size: int,
-    device: torch.device, first: int,
-) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
-    """The package's attack on its batches from `first` on: (batches that are done, positions, where they are)."""
-    for number in range(first, -(-len(entered) // batch_size)):
-        rows = torch.tensor(entered[number * batch_size : (number + 1) * batch_size])
-        x = shard.images[rows].to(device).float() / 255
-        # A copy goes in: the package reshapes a lone label in place.
-        yield number + 1, rows, perturb(x, shard.labels[rows].to(device).clone())
-
-
 def square_warning(after: dict[str, int], total: int) -> list[str]:
     """The package's last check: Square, which sees no gradient, must not find what the gradient attacks missed.
 
@@ -294,7 +290,7 @@ def square_warning(after: dict[str, int], total: int) -> list[str]:
     found, counts = list[str](), list(after.values())
     taken = counts[-2] - counts[-1] if len(counts) > 2 and list(after)[-1] == "square" else 0
     if taken > 1 and binomial_tail(taken, total, SQUARE_FINDS) < LEVEL:
-        checks.check_square_sr({name: count / total for name, count in after.items()}, logger=_listening(found))
+        checks.check_square_sr({name: count / total for name, count in after.items()}, logger=listening(found))
     return found
 
 
@@ -313,56 +309,6 @@ def share_done(names: Sequence[str], progress: Progress, inside: float) -> float
     return (done + inside * here) / max(done + here + after, 1)
 
 
-def _prepared(attack: Any, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The package's attack object behind a name, set as its own loop sets it."""
-    if name in ("apgd-ce", "apgd-dlr"):
-        attack.apgd.loss = name.removeprefix("apgd-")
-        chosen = attack.apgd
-    elif name == "apgd-t":
-        chosen = attack.apgd_targeted
-    elif name in ("fab", "fab-t"):
-        attack.fab.targeted = name == "fab-t"
-        if attack.fab.targeted:
-            attack.fab.n_restarts = 1
-        chosen = attack.fab
-    else:
-        chosen = attack.square
-    chosen.seed = attack.get_seed()
-    return chosen.perturb
-
-
-def _package(
-    module: nn.Module, eps: float, device: torch.device, seed: int, version: Version, norm: Norm, warnings: list[str]
-) -> Any:
-    require_package()
-    from pyautoattack import AutoAttack
-
-    attack = AutoAttack(module, eps=eps, norm=NORM_NAMES[norm], version=version, device=device, seed=seed)
-    logger = _listening(warnings)
-    attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = logger
-    return attack
-
-
-def require_package() -> None:
-    """Refuse to begin without pyautoattack (ImportError)."""
-    try:
-        import pyautoattack  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "AutoAttack needs its authors' package: pip install pyautoattack (the name `autoattack` is not theirs), or "
-            "leave it out with --autoattack no"
-        ) from error
-
-
-def _listening(warnings: list[str]) -> logging.Logger:
-    """A logger of our own that collects the package's warnings: they belong into the report."""
-    logger = logging.Logger("pyautoattack", logging.WARNING)
-    handler = logging.Handler()
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    return logger
-
-
 def _fit_classes(attack: Any, num_classes: int, version: Version, asked: Sequence[str] | None) -> list[str]:
     """The attacks that run; fewer than ten classes have fewer than nine wrong ones: the package would index beyond."""
     known = dict.fromkeys((*ATTACKS[version], *attacks_of(version, num_classes)))
@@ -373,16 +319,6 @@ def _fit_classes(attack: Any, num_classes: int, version: Version, asked: Sequenc
     attack.apgd_targeted.n_target_classes = min(attack.apgd_targeted.n_target_classes, num_classes - 1)
     attack.fab.n_target_classes = min(attack.fab.n_target_classes, num_classes - 1)
     return names
-
-
-def _check(attack: Any, x: Tensor, y: Tensor) -> None:
-    """The package's own checks of the model; what they find goes to the log."""
-    from pyautoattack import checks
-
-    checks.check_range_output(attack.get_logits, x, logger=attack.logger)
-    if attack.version != "rand":
-        checks.check_randomized(attack.get_logits, x, y, bs=len(x), logger=attack.logger)
-    checks.check_dynamic(attack.model, x, False, logger=attack.logger)
 
 
 def _load(state: Path | None, identity: str) -> Progress:
