@@ -36,13 +36,23 @@ def data_of(checkpoint: str) -> DataConfig:
     for folder in (Path(checkpoint), *Path(checkpoint).parents[:2]):
         recorded = folder / "config.json"
         if recorded.is_file():
-            saved: dict[str, Any] = json.loads(recorded.read_text()).get("data", {})
+            saved = _data_in(recorded)
             known = {f.name for f in fields(DataConfig)} - {"limit", "generated", "hold_out"}
             values: dict[str, Any] = {
                 name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known
             }
             return DataConfig(**values)
     return DataConfig()
+
+
+def _data_in(recorded: Path) -> dict[str, Any]:
+    """What a config.json says of the data; nothing where it is somebody else's file."""
+    try:
+        config = json.loads(recorded.read_text())
+    except ValueError:
+        return {}
+    saved = config.get("data") if isinstance(config, dict) else None
+    return saved if isinstance(saved, dict) else {}
 
 
 def config_from(args: Sequence[str]) -> EvaluateConfig:

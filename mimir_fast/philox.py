@@ -45,6 +45,7 @@ class Stream(IntEnum):
     MASKED_NOISE = 17
     MEDIAN_ROWS = 18
     SMOOTHING = 19
+    SQUARE = 20
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, rounds: int = 10) -> tuple[Tensor, ...]:

@@ -53,6 +53,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "."
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number and what it is of, `1 image` or `2 images`; `many` where it takes more than an s: 2 lines name."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def without(switch: Any, why: str, *options: str) -> dict[str, str]:
     """{option: why} where the switch is off: what a dataclass returns from `idle`, by which options do nothing now.
 

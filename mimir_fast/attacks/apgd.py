@@ -17,16 +17,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.apgd_search import Ball, Keep, L2Ball, LinfBall, search
+from mimir_fast.attacks.apgd_rows import ApgdRows, Ball, L2Ball, LinfBall
 from mimir_fast.attacks.losses import Aimed, likeliest_wrong
 from mimir_fast.attacks.lp import random_in_ball
 from mimir_fast.attacks.pgd import Loss, check_images, cross_entropy, image_bounds
+from mimir_fast.attacks.rows import run_rows
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.layers.borrowing import AttackMode, borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
 
 ApgdLoss = Literal["ce", "dlr", "targeted-dlr"]
+Keep = Literal["best_loss", "adversarial", "first"]
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
@@ -100,27 +102,30 @@ def apgd(
         raise ValueError(f"norm={norm!r}, wanted 'linf' or 'l2'; for L1 use AutoAttack's own APGD (pyautoattack)")
     # Says what is wrong with a bad eps or num_steps; an L2 ball may be larger than 1.
     LinfThreat(eps=eps if norm == "linf" else min(eps, 1.0), alpha=0.0, num_steps=num_steps)
-    ball: Ball = LinfBall(images.detach(), eps) if norm == "linf" else L2Ball(images.detach(), eps)
     check_images(images, values=images.device.type == "cpu")
     if keep != "best_loss" and labels.ndim != 1:
         raise ValueError(f"keep={keep!r} needs hard labels (B,), got labels of shape {tuple(labels.shape)}")
     images = images.detach()
-    start = images
-    if random_start:
-        start = (
-            _surface_start(images, eps, samples=samples, seed=seed, step=step)
-            if norm == "linf"
-            else random_in_ball(images, eps, "l2", samples=samples, seed=seed, step=step, surface=True)
-        )
+    start = surface_start(images, eps, norm, samples=samples, seed=seed, step=step) if random_start else images
     with borrowed(model, mode) as module:
         loss_of = _loss_function(loss, module, images, labels, targets)
         if num_steps == 0 or len(images) == 0:
             return start
-        return search(module, labels, start, ball, num_steps, loss_of, keep)
+        return _search(ApgdRows(module, labels, start, ball_of(images, eps, norm), num_steps, loss_of), keep)
 
 
-def _surface_start(images: Tensor, eps: float, *, samples: Tensor | None, seed: int, step: int | Tensor) -> Tensor:
-    """Uniform noise, scaled so that its largest element is eps, cut to [0, 1]."""
+def ball_of(images: Tensor, eps: float, norm: Literal["linf", "l2"]) -> Ball:
+    """The ball of radius eps around the images."""
+    return LinfBall(images, eps) if norm == "linf" else L2Ball(images, eps)
+
+
+def surface_start(
+    images: Tensor, eps: float, norm: Literal["linf", "l2"], *, samples: Tensor | None, seed: int, step: int | Tensor
+) -> Tensor:  # fmt: skip
+    """Random points (B, C, H, W) that touch the ball's surface, cut to [0, 1]; L∞: the largest element of uniform noise
+    is scaled to eps. `step` may be one a sample, (B,)."""
+    if norm == "l2":
+        return random_in_ball(images, eps, "l2", samples=samples, seed=seed, step=step, surface=True)
     if samples is None:
         samples = torch.arange(len(images), device=images.device)
     num = images[0].numel() if len(images) else 1
@@ -145,3 +150,22 @@ def _loss_function(
                 targets = likeliest_wrong(module(images), labels, 1)[:, 0]
         return Aimed(targeted_dlr, targets)
     raise ValueError(f"loss={loss!r}, wanted 'ce', 'dlr', 'targeted-dlr' or a function (logits, labels) -> (B,)")
+
+
+def _search(search: ApgdRows, keep: Keep) -> Tensor:
+    """The point of each image that is kept after all steps; see `apgd`."""
+    if keep == "first":
+        result, everyone = torch.empty_like(search.x), torch.arange(len(search.x), device=search.x.device)
+        broken, where = run_rows(search, everyone)
+        if len(broken):
+            result[broken] = where
+        result[everyone[~torch.isin(everyone, broken)]] = search.best
+        return result
+    fooled, found = search.x, torch.zeros(len(search.x), dtype=torch.bool, device=search.x.device)
+    while not search.finished():
+        wrong, x = search.step()
+        if keep == "adversarial":
+            fooled, found = torch.where(wrong.view(-1, 1, 1, 1), x, fooled), found | wrong
+    if keep == "adversarial":
+        return torch.where(found.view(-1, 1, 1, 1), fooled, search.best)
+    return search.best

@@ -38,7 +38,7 @@ from mimir_fast.data.shard_files import Job, ShardNote, checksum, read_note, wri
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource, MissingDataError
 from mimir_fast.extensions import Imports, load_extensions
-from mimir_fast.validation import check_number
+from mimir_fast.validation import check_number, counted
 
 _PARTIAL = re.compile(r"\.(\.?(train|test))\b.*\.\d+\.partial")  # as `write_whole` names it
 _ADVICE = "run the command that wrote it again; it goes on where it was"
@@ -145,7 +145,7 @@ def _prepare_split(config: PrepareConfig, source: ImageSource, split: str) -> Ma
         manifest.shards.append(Shard(note.file, len(note), note.bytes, note.crc32))
         manifest.skipped |= note.skipped
     if manifest.num_images == 0:
-        raise ValueError(f"none of the {len(source)} files of {config.source} ({split}) can be read as an image")
+        raise ValueError(f"of {counted(len(source), 'file')} of {config.source} ({split}) none can be read as an image")
     if config.format == "raw":
         _write_table(out / f"{split}.npz", notes)
     manifest.write(out / f"{split}.json")
@@ -272,8 +272,8 @@ def main() -> None:
         raise SystemExit(bool(faults))
     for split, manifest in prepare(config).items():
         print(
-            f"{split}: {manifest.num_images} images in {len(manifest.shards)} shards, "
-            f"{len(manifest.skipped)} files left out"
+            f"{split}: {counted(manifest.num_images, 'image')} in {counted(len(manifest.shards), 'shard')}, "
+            f"{counted(len(manifest.skipped), 'file')} left out"
             + (f" ({config.out}/{split}.json lists them)" if manifest.skipped else "")
         )
     print(f"next: --data.source {config.format} --data.root {config.out}")

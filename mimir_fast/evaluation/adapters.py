@@ -269,7 +269,7 @@ def _ours(
     spec: str, num_classes: int | None, weights: Choice, asked: Statistics | None, part: str, image_size: Size | None,
     told: Asked,
 ) -> JudgedModel:  # fmt: skip
-    from mimir_fast.checkpoints.reading import resolve_checkpoint
+    from mimir_fast.checkpoints.reading import WeightsError, resolve_checkpoint
     from mimir_fast.models.classifier import classifier_of, unseen_of
     from mimir_fast.models.opening import find_file
     from mimir_fast.models.weight_files import WeightsChoice, read_weights
@@ -279,7 +279,13 @@ def _ours(
     if path.is_dir() and ((path / "meta.json").exists() or find_file(path) is None):
         path = resolve_checkpoint(path, "last" if weights == "ema" else weights)
         words = f"{path.name} checkpoint" + {"model": ", trained weights", "ema": ", moving average"}.get(kind, "")
-    read = read_weights(path, kind, part, told)
+    try:
+        read = read_weights(path, kind, part, told)
+    except WeightsError as error:
+        if path.is_file() and "holds no vision transformer" in str(error):
+            hint = f"Weights of any other model of timm's are given with its name, as timm:NAME@{spec}"
+            raise WeightsError(f"{error}. {hint}") from error
+        raise
     module, report = classifier_of(read, num_classes=num_classes, statistics=asked, image_size=image_size)
     notes = [*report.notes, *([note] if (note := choice_note(read.normalization, asked)) else [])]
     inside = _inside(module.normalizer.statistics)

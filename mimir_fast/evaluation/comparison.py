@@ -19,6 +19,7 @@ from mimir_fast.evaluation.options import NORM_NAMES
 from mimir_fast.evaluation.results import WORST, Results
 from mimir_fast.evaluation.statistics import mcnemar_two_sided, paired_difference
 from mimir_fast.evaluation.topic import Column, all_topics
+from mimir_fast.validation import counted
 
 S = TypeVar("S")
 
@@ -56,9 +57,10 @@ class Evaluation:
 
     @property
     def faced(self) -> dict[str, dict[str, Any]]:
-        """The attacks that ran on all images, with their parameters; seeds are left out, they make no attack weaker."""
+        """The attacks that ran on all images, with their parameters; without seeds, and by whose code AutoAttack ran:
+        they make no attack weaker."""
         return {
-            label: {name: value for name, value in parameters.items() if name != "seed"}
+            label: {name: value for name, value in parameters.items() if name not in ("seed", "by")}
             for label, parameters in self.results.sections["accuracy"]["faced"].items()
         }
 
@@ -150,7 +152,9 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
             continue
         mine, theirs = set(first.correct), set(other.correct)
         if mine != theirs:
-            found.append(f"{other.name} and {first.name} share {len(mine & theirs)} images; only these are compared.")
+            found.append(
+                f"{other.name} and {first.name} share {counted(len(mine & theirs), 'image')}; nothing else is compared."
+            )
         if reason := not_equally_attacked(first, other):
             found.append(
                 f"{other.name} and {first.name} {reason}: their robust accuracies are not equally strict, and are "

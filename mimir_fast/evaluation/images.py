@@ -21,7 +21,7 @@ from torch import Tensor
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.sources.base import ArraySource, ImageSource, subset
 from mimir_fast.sizes import Size, height_width, said, typed
-from mimir_fast.validation import check_number
+from mimir_fast.validation import check_number, counted
 
 
 @dataclass
@@ -102,7 +102,8 @@ def choose_indices(source: ImageSource, limit: int | None, index_file: str | Non
         raise ValueError(f"{path} asks for image {max(numbers)}, but {source.name} has {len(source)} (0 is the first)")
     first = {number: at for at, number in reversed(list(enumerate(numbers)))}
     if twice := [line for at, line in enumerate(lines) if first[numbers[at]] != at]:
-        raise ValueError(f"{path}: {len(twice)} lines name an image that a line before them names, such as {twice[0]}")
+        lines_name = counted(len(twice), "line names", "lines name")
+        raise ValueError(f"{path}: {lines_name} an image that a line before names, such as {twice[0]}")
     return np.sort(np.asarray(numbers, dtype=np.int64))
 
 
@@ -260,7 +261,7 @@ def load_from(
     known: dict[int, str] = {}
     pixels, bad = decode_source(chosen, config, fitting, known if digests else None)
     if len(bad) == len(chosen):
-        raise ValueError(f"none of the {len(bad)} images of {source.name} is readable, such as {bad[0]}")
+        raise ValueError(f"{source.name}: {counted(len(bad), 'image')}, and none is readable, such as {bad[0]}")
     images = EvaluationImages(
         to_channels(torch.from_numpy(pixels), config.channels),
         torch.from_numpy(chosen.labels),

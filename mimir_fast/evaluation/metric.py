@@ -125,16 +125,18 @@ class RobustAccuracy(Metric):
         check_images(images)
         model, samples = self._look(images), _samples_of(images)
         labels = torch.as_tensor(labels, device=images.device)
-        with strict_fp32(images.device), borrowed(model, "eval") as module, torch.no_grad():
+        with strict_fp32(images.device, model), borrowed(model, "eval") as module, torch.no_grad():
             right = is_correct(module(images), labels)
-            attempts = (
-                attack_averaged(
-                    model, images, labels, self.threat, draws=self.draws, samples=samples, seed=self.seed, step=start
-                )
-                for start in range(self.restarts if self.threat.eps > 0 else 0)
-            )
+
+            def attempt(rows: Tensor, start: int) -> Tensor:
+                return attack_averaged(
+                    model, images[rows], labels[rows], self.threat, draws=self.draws, samples=samples[rows],
+                    seed=self.seed, step=start,
+                )  # fmt: skip
+
             if self.threat.eps > 0:
-                right &= is_correct(module(first_to_fool(module, labels, attempts)), labels)
+                attacked = first_to_fool(module, images, labels, attempt, self.restarts)
+                right &= is_correct(module(attacked), labels)
         self.correct = self.correct + right.sum().to(self.correct.device)
         self.total = self.total + len(labels)
 

@@ -143,7 +143,7 @@ class CommonOptions:
 def radius_text(radius: float, norm: Norm) -> str:
     """A radius as papers write it: 8/255 for L∞, 0.5 for the others."""
     levels = radius * 255
-    grain = 1 if levels > 16 else 4  # 0.5/255 is a radius in use, 76.5/255 is 0.3
-    if norm == "linf" and abs(grain * levels - round(grain * levels)) < 1e-6:
-        return f"{round(grain * levels) / grain:g}/255"
+    for grain in (1,) if levels > 16 else (4, 10):  # 0.5/255 and 0.3/255 are radii in use, 76.5/255 is 0.3
+        if norm == "linf" and abs(grain * levels - round(grain * levels)) < 1e-6:
+            return f"{round(grain * levels) / grain:g}/255"
     return f"{radius:.4g}"

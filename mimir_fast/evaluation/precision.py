@@ -1,7 +1,8 @@
 """In which precision a model computes, seen while it computes: a wrapper may bring an autocast of its own.
 
 Seen are the floating types of all results on the way, and at each of them whether the libraries may round the inputs of
-fp32 products (TF32 on CUDA, bf16 in oneDNN). Shapes: B images, C channels, H × W pixels.
+fp32 products (TF32 on CUDA, bf16 in oneDNN). A tensor that is only cast to fewer digits counts when something is
+computed from it: a model may answer in fp16 and compute in fp32. Shapes: B images, C channels, H × W pixels.
 """
 
 import sys
@@ -55,14 +56,19 @@ class _Watch(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.seen, self.device = Precision(), device
+        self.cast: dict[int, Tensor] = {}  # by their ids, which are theirs as long as they are held here
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.seen.dtypes |= {
-            leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        }
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        of_cast = [leaf for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.cast]
+        if func is torch.ops.aten._to_copy.default or (of_cast and func.is_view):
+            self.cast |= {id(leaf): leaf for leaf in results if leaf.dtype.itemsize < 4}
+            of_cast = [] if func.is_view else of_cast
+            results = [leaf for leaf in results if id(leaf) not in self.cast]
+        self.seen.dtypes |= {leaf.dtype for leaf in (*results, *of_cast)}
         self.seen.rounded |= allowed_roundings(self.device)
         return result
 

@@ -26,6 +26,7 @@ from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource
 from mimir_fast.evaluation.adapters import JudgedModel, load_model
+from mimir_fast.evaluation.attacks import step_note
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.content import digest
 from mimir_fast.evaluation.finite import finite
@@ -43,6 +44,7 @@ from mimir_fast.evaluation.sanity import Sanity, inspect_model
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, all_topics
 from mimir_fast.models.facts import Asked
 from mimir_fast.training.distributed import World, start_world, stop_world
+from mimir_fast.validation import counted
 
 Log = Callable[[str], None]
 EOT_DRAWS = 10
@@ -128,7 +130,7 @@ def evaluate_in(world: World, config: EvaluateConfig, log: Log, given: Given | N
     job = prepare(config, world, given)
     words = f", {job.model.weights}" if job.model.weights else ""
     log(
-        f"{job.model.kind} {config.checkpoint}{words}: {len(job.indices)} images of {job.source.name}, "
+        f"{job.model.kind} {config.checkpoint}{words}: {counted(len(job.indices), 'image')} of {job.source.name}, "
         f"{config.norm}, ε = {config.eps_text}"
     )
     for note in job.notes:
@@ -180,7 +182,7 @@ def prepare(config: EvaluateConfig, world: World, given: Given | None = None) ->
     sanity, known = inspect(model)
     with strict_fp32(world.device):
         precision = measured_precision(model.module, x)
-    notes = [*model.notes, *sanity.notes(), *filter(None, [precision.note()])]
+    notes = [*model.notes, *sanity.notes(), *filter(None, [precision.note(), step_note(config)])]
     others: dict[str, Any] = {}
     if not sanity.deterministic and config.eot is None:
         config = replace(config, eot=EOT_DRAWS)
@@ -335,7 +337,9 @@ def not_finite(records: Records) -> list[str]:
     for item in records.items():
         predictions = records.rows(item).get("prediction", [])
         if count := predictions.count(NO_CLASS):
-            found[item.label or item.name] = f"{item.label or item.name}: {count} of {len(predictions)} images"
+            found[item.label or item.name] = (
+                f"{item.label or item.name}: {count} of {counted(len(predictions), 'image')}"
+            )
     if not found:
         return []
     return [

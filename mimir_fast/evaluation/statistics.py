@@ -35,7 +35,9 @@ class Count:
         n, p, z = self.total, self.accuracy, 1.959964
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+        # Where all are alike an end is exactly 0 or 1, which the formula meets but for rounding.
+        low = 0.0 if self.correct == 0 else max(0.0, middle - half)
+        return low, 1.0 if self.correct == n else min(1.0, middle + half)
 
     def as_dict(self) -> dict[str, Any]:
         """`correct`, `total`, `accuracy` and `interval`, for results.json."""

@@ -19,6 +19,7 @@ from mimir_fast.models.normalization import Statistics, from_file, pair
 from mimir_fast.models.opening import open_file
 from mimir_fast.models.parts import choose, find_parts, other_names
 from mimir_fast.sizes import as_size
+from mimir_fast.validation import counted
 
 
 def made_for_timm(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,14 +99,15 @@ def _misfits(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
             f"it has no classification head ({missing[-1]}), so it is a pre-trained encoder: fine-tune it first"
         )
     elif missing:
-        words.append(f"{len(missing)} tensors are missing ({', '.join(missing[:3])})")
+        words.append(f"{counted(len(missing), 'tensor is', 'tensors are')} missing ({', '.join(missing[:3])})")
     if others and all(n.startswith(heads) for n in others):
-        words.append(f"it has {len(tensors[others[0]])} classes, wanted {len(own[others[0]])} as the data has")
+        classes = counted(len(tensors[others[0]]), "class", "classes")
+        words.append(f"it has {classes}, wanted {len(own[others[0]])} as the data has")
     elif others:
         n = others[0]
         words.append(
             f"{n} is {tuple(tensors[n].shape)} there, {tuple(own[n].shape)} in the model ({len(others)} in all)"
         )
     if unknown:
-        words.append(f"{len(unknown)} are unknown ({', '.join(unknown[:3])})")
+        words.append(f"{counted(len(unknown), 'is', 'are')} unknown ({', '.join(unknown[:3])})")
     return "; ".join(words)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
+from mimir_fast.layers import products
 from mimir_fast.layers.definitions import Grads, Kept, MlpWeights, Norm, plain_float32
 
 NAME = "fp32"
@@ -47,7 +48,7 @@ def linear_forward(
     if norm is not None:
         rows, statistics = _normalised(rows, norm)
     if residual is None:
-        out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        out = _product(rows, weight, bias)
     else:
         out = _add_product(_with_bias(_rows(residual), bias), rows, weight)
     return out.view(*x.shape[:-1], -1), (statistics,)
@@ -66,7 +67,7 @@ def linear_backward(
     if needs[4]:
         grads[4] = grad_MN.sum(0)
     if any(needs[:3]):
-        to_rows = torch.mm(grad_MN, weight)
+        to_rows = _product(grad_MN, weight.t())
         if norm is not None and statistics is not None:
             along_MK = None if along is None else _rows(along)
             grads[1:3] = _through_norm(to_rows, x_MK, norm, statistics, along_MK, any(needs[1:3]))
@@ -79,9 +80,9 @@ def mlp_forward(x: Tensor, norm: Norm, weights: MlpWeights, *, residual: bool, k
     rows, w = _rows(x), weights
     normed, statistics = _normalised(rows, norm)
     out = _with_bias(rows, w.bias2) if residual else w.bias2.repeat(len(rows), 1)
-    hidden = torch.mm(normed, w.weight1.t()) if keep else None
+    hidden = _product(normed, w.weight1) if keep else None
     for piece in _pieces(len(rows), len(w.weight1)):
-        before = torch.mm(normed[piece], w.weight1.t()) if hidden is None else hidden[piece]
+        before = _product(normed[piece], w.weight1) if hidden is None else hidden[piece]
         activated = before if hidden is None else _passing(before.shape)
         _native.run("fp32_gelu", before, w.bias1, activated, *before.shape)
         _add_product(out[piece], activated, w.weight2)
@@ -104,7 +105,7 @@ def mlp_backward(
     to_x = torch.empty_like(x_MK) if any(needs[:3]) else None
     for piece in _pieces(*hidden_MH.shape):
         hidden, grad_piece = hidden_MH[piece], grad_MK[piece]
-        to_hidden = torch.mm(grad_piece, weight2, out=_passing(hidden.shape))
+        to_hidden = _product(grad_piece, weight2.t(), out=_passing(hidden.shape))
         activated = _passing(hidden.shape) if wants else None
         sums_piece = None if sums is None else sums[piece.start // _BLOCK :]
         _native.run("fp32_gelu_backward", hidden, bias1, to_hidden, activated, sums_piece, *hidden.shape)
@@ -112,7 +113,7 @@ def mlp_backward(
             _add_product(to_weight2, grad_piece.t(), activated.t(), first=piece.start == 0)
             _add_product(to_weight1, to_hidden.t(), normed[piece].t(), first=piece.start == 0)
         if to_x is not None:
-            torch.mm(to_hidden, weight1, out=to_x[piece])
+            _product(to_hidden, weight1.t(), out=to_x[piece])
     if sums is not None:
         grads[3:6] = [to_weight1, sums.sum(0), to_weight2]
     if needs[6]:
@@ -150,8 +151,21 @@ def _with_bias(residual_MN: Tensor, bias: Tensor | None) -> Tensor:
     return residual_MN.clone() if bias is None else residual_MN + bias
 
 
+def _product(x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """X·Wᵀ + b, into `out` where it is given."""
+    if products.takes(x_MK, weight_NK):
+        result = products.product(x_MK, weight_NK, bias)
+        return result if out is None else out.copy_(result)
+    if bias is not None:
+        return torch.addmm(bias, x_MK, weight_NK.t(), out=out)
+    return torch.mm(x_MK, weight_NK.t(), out=out)
+
+
 def _add_product(out_MN: Tensor, x_MK: Tensor, weight_NK: Tensor, *, first: bool = False) -> Tensor:
     """In place; `first`: whatever stands there does not count. Not `addmm_`, which FlopCounterMode does not count."""
+    if products.takes(x_MK, weight_NK):
+        result = products.product(x_MK, weight_NK)
+        return out_MN.copy_(result) if first else out_MN.add_(result)
     return torch.addmm(out_MN, x_MK, weight_NK.t(), beta=0 if first else 1, out=out_MN)
 
 

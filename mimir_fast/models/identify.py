@@ -29,6 +29,7 @@ from mimir_fast.models.normalization import Normalizer
 from mimir_fast.models.options import option_texts, typed_options
 from mimir_fast.models.weight_files import Weights, WeightsError
 from mimir_fast.sizes import Size, said, shown, typed
+from mimir_fast.validation import counted
 
 # Part of a tensor's name → what to do about it.
 _HINTS = {
@@ -245,7 +246,7 @@ def outline(tensors: Mapping[str, Tensor]) -> str:
     depth = 1 + max((int(n.split(".")[1]) for n in tensors if re.match(r"blocks\.\d+\.", n)), default=-1)
     first = tensors.get("patch_embed.proj.weight")
     if first is None or first.ndim != 4 or not depth:
-        return f"{len(tensors)} tensors"
+        return counted(len(tensors), "tensor")
     return f"width {first.shape[0]}, depth {depth}, patch {first.shape[-1]}, {first.shape[1]} channels"
 
 

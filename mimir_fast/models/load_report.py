@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mimir_fast.checkpoints.durable import write_text
+from mimir_fast.validation import counted
 
 FILE_NAME = "weights.json"
 FIXED = " (in all of ours)"
@@ -60,7 +61,10 @@ class LoadReport:
 
     def __str__(self) -> str:
         layout = f" (layout: {self.layout})" if self.layout else ""
-        lines = [f"initialised from {self.origin}{layout}", f"  loaded   {len(self.loaded)} tensors"]
+        lines = [
+            f"initialised from {self.origin}{layout}",
+            f"  loaded   {counted(len(self.loaded), 'tensor')}",
+        ]
         if self.resized:
             lines.append(f"  resized  {', '.join(self.resized)}")
         lines += [f"  skipped  {summary(names)}: {reason}" for reason, names in self.by_reason().items()]

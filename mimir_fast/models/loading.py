@@ -48,6 +48,7 @@ from mimir_fast.models.options import option_texts
 from mimir_fast.models.patch_resize import with_patches_of
 from mimir_fast.models.weight_files import Weights, WeightsChoice, WeightsError, read_weights
 from mimir_fast.sizes import Size, area, divided, height_width
+from mimir_fast.validation import counted
 
 __all__ = ["LoadReport", "fill", "infer_architecture", "initialize", "inspect_weights", "resize_positions"]
 
@@ -147,12 +148,11 @@ def fill(
     _check_complete(report.fresh, ready, weights, whole=whole)
     # Tensors of the state dict share the model's memory.
     bad = [name for name, tensor in ready.items() if not _copy(own[name], tensor)]
-    if bad and not whole:
-        raise WeightsError(
-            f"{weights.origin}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do): training cannot start from it"
-        )
     if bad:
-        report.notes.append(f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do): so will what it computes")
+        said = f"{bad[0]} holds NaN or infinity ({counted(len(bad), 'tensor does', 'tensors do')})"
+        if not whole:
+            raise WeightsError(f"{weights.origin}: {said}: training cannot start from it")
+        report.notes.append(f"{said}: so will what it computes")
     if architecture is not None:
         report.notes += overridden(weights, architecture)
     if not is_run(weights):
@@ -193,7 +193,9 @@ def inspect_weights(weights: Weights) -> tuple[Architecture, LoadReport]:
     report.fresh = [n for n in own if n not in weights.tensors and not _is_optional_bias(n, weights.tensors)]
     _check_complete(report.fresh, {}, weights, whole=True)
     bad = [name for name in report.loaded if not _is_finite(weights.tensors[name])]
-    report.notes += [f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" for _ in bad[:1]]
+    report.notes += [
+        f"{bad[0]} holds NaN or infinity ({counted(len(bad), 'tensor does', 'tensors do')})" for _ in bad[:1]
+    ]
     report.notes += overridden(weights, architecture)
     if not is_run(weights):
         pool = None if num_classes is None else pool_of(weights, architecture)
@@ -240,7 +242,9 @@ def _unfit_heads(
             continue
         reason = "trained on features of another pooling, so it starts fresh" if norms else ""
         if len(theirs) != len(ours):
-            reason = f"the head had {len(theirs)} classes, the model has {len(ours)}: it starts fresh"
+            reason = (
+                f"the head had {counted(len(theirs), 'class', 'classes')}, the model has {len(ours)}: it starts fresh"
+            )
         if reason:
             reasons |= {name: reason for name in tensors if name.startswith(head)}
     return reasons

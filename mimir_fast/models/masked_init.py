@@ -17,6 +17,7 @@ from mimir_fast.models.loading import LoadReport, initialize
 from mimir_fast.models.masked_loading import objective_of
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
+from mimir_fast.validation import counted
 
 _PARTS = {"decoder": "decoder_pred.weight", "head": "head.weight"}
 
@@ -41,7 +42,9 @@ def initialize_masked(
     copied = _copies(weights.tensors, own)
     report = initialize(model, replace(weights, tensors=weights.tensors | copied))
     if copied:
-        report.notes.append(f"{len(copied)} tensors for adversarial images are not in these weights: copied from clean")
+        report.notes.append(
+            f"{counted(len(copied), 'tensor')} for adversarial images, not in these weights: copied from clean"
+        )
     for name, tensor in _PARTS.items():
         if tensor not in own:
             continue

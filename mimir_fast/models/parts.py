@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mimir_fast.checkpoints.reading import WeightsError
 from mimir_fast.models.beside import harmless, is_statistic
-from mimir_fast.validation import nearest
+from mimir_fast.validation import counted, nearest
 
 WeightsChoice = Literal["auto", "model", "ema"]
 
@@ -231,7 +231,7 @@ def _outline(content: Any) -> str:
     if found is not None:
         keys, tensors, _ = found
         where = f"under {'.'.join(keys)} " if keys else ""
-        return f"{where}it has {len(tensors)} tensors, such as {', '.join(list(tensors)[:4])}"
+        return f"{where}it has {counted(len(tensors), 'tensor')}, such as {', '.join(list(tensors)[:4])}"
     if isinstance(content, dict):
         return f"it has no tensors at all, only {', '.join(map(str, list(content)[:6])) or 'an empty dict'}"
     return f"it has no named tensors, it is a {type(content).__name__}"

@@ -17,6 +17,7 @@ from mimir_fast.data.config import DataConfig
 from mimir_fast.data.sources.base import ImageSource
 from mimir_fast.evaluation.images import EvaluationImages, Fitting, load_from
 from mimir_fast.sizes import height_width
+from mimir_fast.validation import counted
 from mimir_fast.world import World
 
 DECODED_AT_ONCE = 1024
@@ -60,9 +61,8 @@ def decoded(
             images = coming.result()
             if images.skipped:
                 where, reason = next(iter(images.skipped.items()))
-                raise ValueError(
-                    f"{len(images.skipped)} images of {source.name} are unreadable, such as {where}: {reason}"
-                )
+                are = counted(len(images.skipped), "image is", "images are")
+                raise ValueError(f"{source.name}: {are} unreadable, such as {where}: {reason}")
             if piece is not None:
                 coming = ahead.submit(load_from, source, config, piece, fitting)
             yield images

@@ -293,7 +293,7 @@ def test_the_shard_index_is_kept_and_follows_the_file(shards, monkeypatch):
 
 
 def test_bad_shards_are_refused(shards):
-    with pytest.raises(MissingDataError, match=r"1 of 3 shards are missing.*train-02"):
+    with pytest.raises(MissingDataError, match=r"missing are 1 of 3 shards.*train-02"):
         build_source(DataConfig(source="webdataset", root=str(shards / "train-{00..02}.tar")), "train")
     with pytest.raises(ValueError, match="test split was asked for"):
         build_source(DataConfig(source="webdataset", root=str(shards / "train-{00..01}.tar")), "test")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.checkpoints.reading import WeightsError
 from mimir_fast.evaluate import config_from
 from mimir_fast.evaluation import evaluate
 from mimir_fast.evaluation.adapters import FromProbabilities, JudgedModel, Normalized, load_model
@@ -64,6 +65,17 @@ def test_timm_models_get_their_normalisation_inside() -> None:
     assert wanted.shape == (2, 7)
     torch.testing.assert_close(judged.module(images), wanted)
     torch.testing.assert_close(judged.module.forward_head(judged.module.forward_features(images)), wanted)
+
+
+def test_weights_of_another_model_of_timm_are_told_how_to_be_named(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    path = tmp_path / "r18.safetensors"
+    save_file(timm.create_model("resnet18", num_classes=10).state_dict(), path)
+    with pytest.raises(WeightsError, match=f"timm:NAME@{path}"):
+        load(str(path), channels=3)
+    assert isinstance(load(f"timm:resnet18@{path}", channels=3), nn.Module)
 
 
 def test_timm_without_network_judges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

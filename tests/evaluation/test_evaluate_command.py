@@ -18,6 +18,7 @@ from file_state import file_state
 from safetensors.torch import load_file
 from small_classifier import DIGITS, EPS, small_net, train_small
 
+from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluate import config_from
 from mimir_fast.evaluation import topics
 from mimir_fast.evaluation.config import EvaluateConfig
@@ -167,7 +168,8 @@ def test_two_processes_count_as_one(finished: Path, environment: Path, command: 
 def test_paper_suite_end_to_end(environment: Path, command: Command, tmp_path: Path) -> None:
     """AutoAttack, PGD-100, the adaptive attacks; AutoAttack's accuracy is a direct call's, image by image."""
     pyautoattack = pytest.importorskip("pyautoattack")
-    flags = [*FLAGS[:-4], "--limit", "10", "--batch_size", "10", "--suite", "paper", "--output_dir", "out"]
+    flags = [*FLAGS[:-4], "--limit", "10", "--batch_size", "10", "--suite", "paper", "--autoattack_exact",
+             "--output_dir", "out"]  # fmt: skip
     done = command("mimir_fast.evaluate", *flags)
     assert done.returncode == 0, done.stderr
     results = Results.read(tmp_path / "out" / "results.json")
@@ -345,8 +347,16 @@ def test_run_folder_brings_its_own_data(tmp_path: Path) -> None:
     assert config.folder == tmp_path / "evaluation" / "quick-linf-8_255"
 
 
+@pytest.mark.parametrize("content", ["[1, 2]", '{"data": "text"}', '{"data": null}', "no JSON {", "3"])
+def test_somebody_elses_config_beside_a_file_says_nothing_of_the_data(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert config_from(["--checkpoint", str(tmp_path / "weights.pth")]).data == DataConfig()
+
+
 def test_default_folders_and_eps_text() -> None:
     assert EvaluateConfig("timm:resnet18").folder == Path("runs/evaluation/timm_resnet18/quick-linf-8_255")
     assert EvaluateConfig("a.pth", eps=4 / 255).eps_text == "4/255"
     assert EvaluateConfig("a.pth", eps=0.5 / 255).eps_text == "0.5/255"
+    assert EvaluateConfig("a.pth", eps=0.3 / 255).eps_text == "0.3/255"
+    assert EvaluateConfig("a.pth", eps=2.25 / 255).eps_text == "2.25/255"
     assert EvaluateConfig("a.pth", eps=0.3).eps_text == "0.3"

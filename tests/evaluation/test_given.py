@@ -1,6 +1,7 @@
 """From Python: evaluate a model and images in memory, and robust accuracy as a metric; both leave the model alone."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,46 @@ def test_a_model_in_memory_is_evaluated_as_a_checkpoint_is(few: EvaluationImages
     assert json.loads((tmp_path / "out" / "results.json").read_text())["images"]["count"] == 30
     with pytest.raises(ValueError, match="memory"):
         evaluate(model, few.images.flip(0), few.labels.flip(0), output_dir=str(tmp_path / "out"), **QUICK)
+
+
+def test_one_step_in_an_l2_ball_is_called_fgm(few: EvaluationImages) -> None:
+    lines: list[str] = []
+    options: dict[str, Any] = {**QUICK, "norm": "l2", "eps": 0.5}
+    results = evaluate(train_small(20), few.images, few.labels, limit=4, log=lines.append, **options)
+    attacks = results.sections["accuracy"]["attacks"]
+    assert attacks["fgm"]["label"] == "FGM" and "fgsm" not in attacks
+    assert not any("fgsm" in line.lower() for line in lines) and any("FGM" in line for line in lines)
+
+
+def test_short_l1_steps_are_weaker_and_said_so(few: EvaluationImages) -> None:
+    model, options = train_small(60), {**QUICK, "norm": "l1", "eps": 1.5}
+    usual, short = (
+        evaluate(model, few.images, few.labels, limit=30, **options, **more) for more in ({}, {"alpha": 0.15})
+    )  # fmt: skip
+    correct = [r.sections["accuracy"]["attacks"]["pgd20"]["correct"] for r in (usual, short)]
+    assert correct[0] < correct[1]
+    assert [sum("--alpha" in note for note in r.notes) for r in (usual, short)] == [0, 1]
+
+
+def test_the_papers_step_at_two_levels(few: EvaluationImages) -> None:
+    """At 2/255 the suites that repeat the papers' attacks step by 1/255, the others by ε/4."""
+    found = [
+        evaluate(train_small(20), few.images, few.labels, limit=2, suite=suite, autoattack="no", eps=2 / 255)
+        for suite in ("paper", "table")
+    ]  # fmt: skip
+    steps = [r.sections["accuracy"]["attacks"]["pgd20"]["parameters"]["alpha"] for r in found]
+    assert steps[0] == found[0].sections["accuracy"]["faced"]["PGD-20"]["alpha"]
+    assert steps == pytest.approx([1 / 255, 0.5 / 255])
+
+
+def test_autoattack_without_its_package_is_refused_at_once(
+    few: EvaluationImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    lines: list[str] = []
+    with pytest.raises(ImportError, match=r"pip install pyautoattack.*--autoattack no"):
+        evaluate(train_small(2), few.images, few.labels, log=lines.append, suite="table", eps=EPS)
+    assert not lines
 
 
 def test_any_callable_and_its_normalisation(few: EvaluationImages) -> None:

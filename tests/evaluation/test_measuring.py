@@ -160,6 +160,12 @@ def test_wilson_intervals_are_sound_at_the_ends() -> None:
         assert Count(correct, total).interval == pytest.approx(((-b - root) / (2 * a), (-b + root) / (2 * a)), abs=1e-9)
 
 
+@pytest.mark.parametrize("total", range(1, 200, 7))
+def test_wilson_ends_are_exact_where_all_are_alike(total: int) -> None:
+    assert Count(total, total).interval[1] == 1.0 and Count(0, total).interval[0] == 0.0
+    assert Count(total, total).interval[0] < 1 and Count(0, total).interval[1] > 0
+
+
 def test_few_images_are_the_same_for_any_number_of_shards() -> None:
     source = build_source(DIGITS, "test")
     indices = choose_indices(source, 50, None)

@@ -64,7 +64,7 @@ class TestIndexFiles:
             ("0001.png", r"0001\.png, which 3 images of folder end in \(.*a/0001\.png, .*CLASS/FILE"),
             ("d/0001.png", r"d/0001\.png, which folder lacks \(.*a/0001\.png"),
             ("a/0009.png", "lacks$"),
-            ("a/0000.png", "1 lines name an image that a line before them names"),
+            ("a/0000.png", "1 line names an image that a line before names"),
         ],
     )
     def test_what_is_not_one_image_is_refused(self, config: DataConfig, tmp_path: Path, line: str, words: str) -> None:
@@ -159,8 +159,8 @@ class TestBeforeAnythingIsMeasured:
         for name in ("shift/1", "c/fog/1/0"):
             (tmp_path / name).mkdir(parents=True)
             (tmp_path / name / "x.png").write_bytes(b"no image")
-        self.refused(digits_images, "none of the 1 images of shift is readable", shifts=(str(tmp_path / "shift"),))
-        self.refused(digits_images, "has 1 images, memory asks for", corruptions=str(tmp_path / "c"))
+        self.refused(digits_images, "shift: 1 image, and none is readable", shifts=(str(tmp_path / "shift"),))
+        self.refused(digits_images, "has 1 image, memory asks for", corruptions=str(tmp_path / "c"))
         (tmp_path / "c10").mkdir()
         np.save(tmp_path / "c10" / "labels.npy", np.zeros(1500, np.int64))
         np.save(tmp_path / "c10" / "snow.npy", np.zeros((1500, 8, 8, 3), np.uint8))

@@ -54,15 +54,41 @@ def compiled_inside() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [SmallNet, lambda: torch.compile(SmallNet(), backend="eager"),
-                                  lambda: torch.jit.script(SmallNet().eval())])  # fmt: skip
+class Answering(SmallNet):
+    """Casts its answer, a slice of it, and may do something with it."""
+
+    def __init__(self, dtype: torch.dtype, then: Any) -> None:
+        super().__init__()
+        self.dtype, self.then = dtype, then
+
+    def forward(self, images: Tensor) -> Tensor:
+        answer: Tensor = self.then(super().forward(images).to(self.dtype)[:, :9])
+        return answer
+
+
+def answering(dtype: torch.dtype, then: Any = lambda x: x) -> nn.Module:
+    return Answering(dtype, then)
+
+
+def rounding_inside() -> nn.Module:
+    """The images lose digits on their way in."""
+    model = SmallNet()
+    model.register_forward_pre_hook(lambda _, args: (args[0].bfloat16().float(),))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make", [SmallNet, lambda: torch.compile(SmallNet(), backend="eager"),
+             lambda: torch.jit.script(SmallNet().eval()), lambda: answering(torch.float16)],
+)  # fmt: skip
 def test_what_is_fp32_is_called_so(make: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert seen(make()) == TRUE
 
 
 @pytest.mark.parametrize(
-    "make", [Autocast, compiled_inside, lambda: torch.compile(Autocast(), backend="eager"),
+    "make", [Autocast, lambda: answering(torch.bfloat16, lambda x: x.float()), rounding_inside, compiled_inside,
+             lambda: torch.compile(Autocast(), backend="eager"),
              lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).bfloat16().forward],
 )  # fmt: skip
 def test_what_is_not_is_not(make: Any) -> None:

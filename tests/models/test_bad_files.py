@@ -134,7 +134,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "a whole module": (pickled(torch.nn.Linear(2, 2)), r"wants to create torch.nn.modules.linear.Linear"),
     "a plain pickle of a class": (pickle.dumps({"a": Stranger()}), r"wants to create .*Stranger"),
     "a defaultdict": (pickled({"a": collections.defaultdict(dict)}), "wants to create collections.defaultdict"),
-    "another network": (pickled({"conv1.weight": torch.zeros(2, 2)}), "no vision transformer: it has 1 tensors"),
+    "another network": (pickled({"conv1.weight": torch.zeros(2, 2)}), "no vision transformer: it has 1 tensor, such"),
     "renamed layers": (pickled(renamed("blocks.", "layers_")), "no encoder of ours"),
     "renamed attention": (pickled(renamed(".attn.qkv.", ".attn.to_qkv.")), "no encoder of ours"),
     "a layer missing": (pickled(changed(blocks__1__mlp__fc1__weight=None)), r"blocks\.1\.mlp\.fc1\.weight"),

@@ -17,6 +17,7 @@ from mimir_fast.data.decode import MAX_FILE_BYTES
 from mimir_fast.data.index import fingerprint_of, kept_index
 from mimir_fast.data.registry import register
 from mimir_fast.data.sources.base import EncodedSource, MissingDataError
+from mimir_fast.validation import counted
 
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "webp", "bmp")
 _LABEL_KEYS = ("label", "cls", "class", "target")  # in a .json member
@@ -98,7 +99,9 @@ def find_shards(root: str | None, split: str) -> list[Path]:
     shards = [Path(url).expanduser() for url in expand_urls(root)]
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing:
-        raise MissingDataError(f"{len(missing)} of {len(shards)} shards are missing, first {missing[0]}: {_ADVICE}")
+        raise MissingDataError(
+            f"missing are {len(missing)} of {counted(len(shards), 'shard')}, first {missing[0]}: {_ADVICE}"
+        )
     return shards
 
 

@@ -82,14 +82,14 @@ def make_targeted(config: CommonOptions, num_steps: int, targets: int) -> NamedA
             logits = model(x).float().scatter(1, y[:, None], -torch.inf)
         count = min(targets, logits.shape[1] - 1)
         order = logits.topk(count, dim=1).indices
-        aimed = (
-            attack_averaged(
-                model, x, y, threat, draws=config.eot or 1, loss=aimed_at(order[:, k]), samples=samples,
-                seed=config.seed, step=k,
-            )
-            for k in range(count)
-        )  # fmt: skip
-        return first_to_fool(model, y, aimed)
+
+        def attempt(rows: Tensor, k: int) -> Tensor:
+            return attack_averaged(
+                model, x[rows], y[rows], threat, draws=config.eot or 1, loss=aimed_at(order[rows, k]),
+                samples=samples[rows], seed=config.seed, step=k,
+            )  # fmt: skip
+
+        return first_to_fool(model, x, y, attempt, count)
 
     parameters = {**parameters_of(threat), "loss": "logit of target − logit of label", "targets": targets,
                   "seed": config.seed, **draws_said(config.eot or 1)}  # fmt: skip
@@ -141,7 +141,12 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
             "seconds": records.seconds(item),
         }  # fmt: skip
     clean = Count(rows["natural"]["correct"], rows["natural"]["total"])
-    faced = {item.label or item.name: item.parameters for item in faced_by(records)[0]}
+    faced = dict[str, Any]()
+    for item in faced_by(records)[0]:
+        label = item.label or item.name
+        # On few images other topics' attacks run on all of them too, under the same label with steps of their own.
+        label = label if faced.get(label, item.parameters) == item.parameters else f"{label} ({item.name})"
+        faced[label] = item.parameters
     return {
         "attacks": rows,
         "robust": Count(sum(name == UNBROKEN for name in broken.values()), len(broken)).as_dict(),

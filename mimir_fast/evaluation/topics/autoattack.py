@@ -1,9 +1,12 @@
-"""AutoAttack by its authors' own package, with progress on disk after every batch.
+"""AutoAttack, with progress on disk after every batch.
 
 The four attacks of *standard* run one after the other, each on the images that the ones before did not break (Croce &
-Hein, arXiv 2003.01690). The attacks are `pyautoattack`'s objects with its settings and its batches; only the loop
-around them is ours, because the package saves nothing within an attack, and an attack on 10,000 images takes hours. So
-the numbers equal those of a direct call with the same images, batch size and seed, also after a kill.
+Hein, arXiv 2003.01690). The settings are those of its authors' package, `pyautoattack`. The attacks of L∞ balls, and of
+L2 balls but for Square, are ours: an image leaves when it is broken, and the rest are packed into full batches
+(`evaluation/waves.py`). Their numbers equal the package's in law. With `--autoattack_exact` all attacks are the
+package's objects on the package's batches, and the numbers equal those of a direct call with the same images, batch
+size and seed, image by image. Either way the loop around them is ours, because the package saves nothing within an
+attack, and an attack on 10,000 images takes hours; a kill changes nothing.
 
 Shapes: N images, C channels, H × W pixels.
 """
@@ -35,9 +38,18 @@ from mimir_fast.evaluation.measure import (
     scored,
     strict_fp32,
 )  # fmt: skip
-from mimir_fast.evaluation.options import NORM_NAMES, CommonOptions, Norm
+from mimir_fast.evaluation.options import CommonOptions, Norm
+from mimir_fast.evaluation.package import (
+    batches,
+    check_model,
+    listening,
+    package_of,
+    prepared,
+    require_package,
+)  # fmt: skip
 from mimir_fast.evaluation.statistics import LEVEL, binomial_tail, odd_p
 from mimir_fast.evaluation.topic import Column, Numbers, Setup, Topic, options_of, register
+from mimir_fast.evaluation.waves import Waves, has_waves
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.validation import check_number, without
 
@@ -56,8 +68,12 @@ FEW_CLASSES: dict[int, dict[Version, tuple[str, ...]]] = {
 }  # fmt: skip
 """A version's attacks as far as they are defined: the DLR loss compares three logits, its targeted form four. Of two
 classes FAB has one target, whether it is targeted or not."""
-PASSES = {"apgd-t": 2700, "fab-t": 5000, "fab": 3000, "square": 5000}
-"""Passes through the model of an attack on an image that it does not break, roughly; of the others 300."""
+PASSES = {"apgd-ce": 300, "apgd-dlr": 300, "apgd-t": 2700, "fab-t": 3600, "fab": 12000, "square": 5000}
+"""Passes through the model of an attack on an image that it does not break, roughly; a gradient is two more."""
+BY = {
+    "pyautoattack": "by its authors' package",
+    "mimir_fast": "with the settings of its authors' package, broken images leave at once",
+}
 SQUARE_FINDS = 0.002
 """Share of the images beyond which the package warns that Square found what gradients missed."""
 _LOG = logging.getLogger(__name__)
@@ -75,6 +91,9 @@ class AutoAttackOptions:
     """Run AutoAttack on that many of the images, evenly spaced; left out: on all."""
     autoattack_attacks: tuple[str, ...] = ()
     """Only these of its attacks, such as apgd-ce apgd-t; the result is then not called AutoAttack."""
+    autoattack_exact: bool = False
+    """Run the authors' package, image by image as a direct call does; else broken images leave at once and the others
+    fill the batches, which is faster, and equal in law."""
 
     def __post_init__(self) -> None:
         if self.autoattack_images is not None:
@@ -90,6 +109,7 @@ class AutoAttackOptions:
             "autoattack_version",
             "autoattack_images",
             "autoattack_attacks",
+            "autoattack_exact",
         )
 
     def chosen_attacks(self, num_classes: int) -> tuple[str, ...]:
@@ -140,7 +160,7 @@ class Progress:
         broken_by: an image → the attack that broke it, `clean` for misclassified ones, `none` where none has.
         entered: the images not broken when the attack in progress began: its batches are cut from them.
         attack: number of the attack in progress.
-        batch: its next batch.
+        batch: its next batch, or its next job where it runs in waves (`waves.Waves.run`).
         after: accuracy count after each finished stage, `clean` first.
         seconds: an attack → time spent.
         warnings: what the package's own checks found.
@@ -163,7 +183,7 @@ class Progress:
 def run_autoattack(
     model: nn.Module, shard: EvaluationImages, eps: float, *, batch_size: int, device: torch.device,
     state: Path | None = None, seed: int = 0, version: Version = "standard", attacks: Sequence[str] | None = None,
-    norm: Norm = "linf", settings: Any = None, log: Callable[[str], None] = _LOG.info,
+    norm: Norm = "linf", settings: Any = None, exact: bool = False, log: Callable[[str], None] = _LOG.info,
     tick: Callable[[float], None] = lambda share: None,
     keep: Callable[[Tensor, Tensor, Tensor, str], None] | None = None,
 ) -> Progress:  # fmt: skip
@@ -180,6 +200,7 @@ def run_autoattack(
             caller must not call it AutoAttack's accuracy.
         norm: of the ball.
         settings: JSON-able, whatever else the numbers depend on (checkpoint, data).
+        exact: all attacks by the package, on its batches; otherwise the faster ones, equal in law.
         log: told one line an attack.
         tick: told after each batch which part of the work is done, 0 … 1.
         keep: given (images, labels, samples, attack) of what was broken, a batch at a time.
@@ -191,12 +212,13 @@ def run_autoattack(
             another evaluation.
     """
     part = [] if attacks is None else [list(attacks)]
-    identity = fingerprint([settings, norm, eps, batch_size, seed, version, len(shard), *part])
+    by = "pyautoattack" if exact else "mimir_fast"
+    identity = fingerprint([settings, norm, eps, batch_size, seed, version, len(shard), by, *part])
     progress = _load(state, identity)
     # Borrowed, the parameters are frozen: FAB calls backward(), which would fill their `.grad`.
-    with borrowed(model, "eval") as module, strict_fp32(device), torch.no_grad():
+    with borrowed(model, "eval") as module, strict_fp32(device, None if exact else model), torch.no_grad():
         warnings: list[str] = []
-        attack = _package(module, eps, device, seed, version, norm, warnings)
+        attack = package_of(module, eps, device, seed, version, norm, warnings)
         names = list(ATTACKS[version])
         if len(shard):
             x, _, _ = next(shard.batches(1, device))
@@ -211,7 +233,7 @@ def run_autoattack(
             progress.after, progress.attack = {"clean": 0}, len(names)
         elif not progress.broken_by:
             x, y, _ = next(shard.batches(batch_size, device))
-            _check(attack, x, y)
+            check_model(attack, x, y)
             for x, y, _ in shard.batches(batch_size, device):
                 correct = is_correct(module(x), y).tolist()
                 progress.broken_by += [UNBROKEN if right else "clean" for right in correct]
@@ -221,22 +243,28 @@ def run_autoattack(
         while progress.attack < len(names) and progress.remaining():
             name = names[progress.attack]
             started = time.perf_counter() - progress.seconds.get(name, 0.0)
-            perturb = _prepared(attack, name)
-            for first in range(progress.batch * batch_size, len(progress.entered), batch_size):
-                rows = torch.tensor(progress.entered[first : first + batch_size])
-                x = shard.images[rows].to(device).float() / 255
-                y = shard.labels[rows].to(device)
-                # A copy goes in: the package reshapes a lone label in place.
-                adversarial = perturb(x.clone(), y.clone())
-                wrong = ~is_correct(attack.get_logits(adversarial), y)
-                for row in rows[wrong.cpu()].tolist():
-                    progress.broken_by[row] = name
-                if keep is not None and bool(wrong.any()):
-                    keep(adversarial[wrong], y[wrong], shard.samples[rows][wrong.cpu()], name)
-                progress.batch += 1
+            done = progress.batch
+            if not exact and has_waves(name, norm, version):
+                prepared(attack, name)
+                waves = Waves(module, attack, name, norm, eps, seed, batch_size, device)
+                standing = set(progress.remaining())
+                total = waves.parts * len(progress.entered)
+                runs = waves.run(shard, progress.entered, standing, done)
+            else:
+                standing, total = set(), -(-len(progress.entered) // batch_size)
+                runs = batches(prepared(attack, name), shard, progress.entered, batch_size, device, done)
+            for progress.batch, rows, adversarial in runs:
+                if len(rows):
+                    y = shard.labels[rows].to(device)
+                    wrong = ~is_correct(module(adversarial), y)
+                    for row in rows[wrong.cpu()].tolist():
+                        progress.broken_by[row] = name
+                        standing.discard(row)
+                    if keep is not None and bool(wrong.any()):
+                        keep(adversarial[wrong], y[wrong], shard.samples[rows][wrong.cpu()], name)
                 progress.seconds[name] = time.perf_counter() - started
                 save()
-                tick(_share_done(names, progress, batch_size))
+                tick(share_done(names, progress, progress.batch / total))
             progress.after[name] = len(progress.remaining())
             log(f"AutoAttack {name}: {len(progress.remaining())} of {len(shard)} left, {progress.seconds[name]:.0f} s")
             progress.attack, progress.batch, progress.entered = progress.attack + 1, 0, progress.remaining()
@@ -262,59 +290,23 @@ def square_warning(after: dict[str, int], total: int) -> list[str]:
     found, counts = list[str](), list(after.values())
     taken = counts[-2] - counts[-1] if len(counts) > 2 and list(after)[-1] == "square" else 0
     if taken > 1 and binomial_tail(taken, total, SQUARE_FINDS) < LEVEL:
-        checks.check_square_sr({name: count / total for name, count in after.items()}, logger=_listening(found))
+        checks.check_square_sr({name: count / total for name, count in after.items()}, logger=listening(found))
     return found
 
 
-def _share_done(names: Sequence[str], progress: Progress, batch_size: int) -> float:
-    """Part of the work that is done, weighing the attacks by what they cost on images that they do not break."""
-    weights = [PASSES.get(name, 300) for name in names]
-    batches = max(1, -(-len(progress.entered) // batch_size))
-    inside = progress.batch / batches if progress.attack < len(names) else 0.0
-    done = sum(weights[: progress.attack]) + (weights[progress.attack] * inside if inside else 0.0)
-    return min(1.0, done / sum(weights))
+def share_done(names: Sequence[str], progress: Progress, inside: float) -> float:
+    """Part of the work that is done, in passes through the model times images.
 
+    Later attacks are taken to face the images that stand now.
 
-def _prepared(attack: Any, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The package's attack object behind a name, set as its own loop sets it."""
-    if name in ("apgd-ce", "apgd-dlr"):
-        attack.apgd.loss = name.removeprefix("apgd-")
-        chosen = attack.apgd
-    elif name == "apgd-t":
-        chosen = attack.apgd_targeted
-    elif name in ("fab", "fab-t"):
-        attack.fab.targeted = name == "fab-t"
-        if attack.fab.targeted:
-            attack.fab.n_restarts = 1
-        chosen = attack.fab
-    else:
-        chosen = attack.square
-    chosen.seed = attack.get_seed()
-    return chosen.perturb
-
-
-def _package(
-    module: nn.Module, eps: float, device: torch.device, seed: int, version: Version, norm: Norm, warnings: list[str]
-) -> Any:
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError as error:
-        raise ImportError(
-            "AutoAttack comes from its authors' package: pip install pyautoattack (the name `autoattack` is not theirs)"
-        ) from error
-    attack = AutoAttack(module, eps=eps, norm=NORM_NAMES[norm], version=version, device=device, seed=seed)
-    logger = _listening(warnings)
-    attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = logger
-    return attack
-
-
-def _listening(warnings: list[str]) -> logging.Logger:
-    """A logger of our own that collects the package's warnings: they belong into the report."""
-    logger = logging.Logger("pyautoattack", logging.WARNING)
-    handler = logging.Handler()
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    return logger
+    Args:
+        inside: the part of the attack in progress that is done.
+    """
+    faced = list(progress.after.values())[: progress.attack]
+    done = sum(PASSES[name] * count for name, count in zip(names, faced, strict=False))
+    here = PASSES[names[progress.attack]] * len(progress.entered)
+    after = sum(PASSES[name] for name in names[progress.attack + 1 :]) * len(progress.remaining())
+    return (done + inside * here) / max(done + here + after, 1)
 
 
 def _fit_classes(attack: Any, num_classes: int, version: Version, asked: Sequence[str] | None) -> list[str]:
@@ -327,16 +319,6 @@ def _fit_classes(attack: Any, num_classes: int, version: Version, asked: Sequenc
     attack.apgd_targeted.n_target_classes = min(attack.apgd_targeted.n_target_classes, num_classes - 1)
     attack.fab.n_target_classes = min(attack.fab.n_target_classes, num_classes - 1)
     return names
-
-
-def _check(attack: Any, x: Tensor, y: Tensor) -> None:
-    """The package's own checks of the model; what they find goes to the log."""
-    from pyautoattack import checks
-
-    checks.check_range_output(attack.get_logits, x, logger=attack.logger)
-    if attack.version != "rand":
-        checks.check_randomized(attack.get_logits, x, y, bs=len(x), logger=attack.logger)
-    checks.check_dynamic(attack.model, x, False, logger=attack.logger)
 
 
 def _load(state: Path | None, identity: str) -> Progress:
@@ -371,8 +353,9 @@ class AutoAttack(Measurement):
         progress = run_autoattack(
             model, shard, config.eps, batch_size=how.batch_size, device=how.device,
             state=how.path and how.path.with_suffix(".json"), seed=config.seed, version=options.autoattack_version,
-            attacks=options.autoattack_attacks or None, norm=config.norm, settings=how.settings, log=how.log,
-            tick=lambda share: how.tick(share * len(shard)), keep=keep if config.save_adversarial else None,
+            attacks=options.autoattack_attacks or None, norm=config.norm, settings=how.settings,
+            exact=options.autoattack_exact, log=how.log, tick=lambda share: how.tick(share * len(shard)),
+            keep=keep if config.save_adversarial else None,
         )  # fmt: skip
         journal = Journal(how.path, how.settings)
         if journal.num_images < len(shard):
@@ -383,8 +366,9 @@ class AutoAttack(Measurement):
 
 
 def check(setup: Setup) -> None:
-    """Refuse data of too few classes before anything is measured."""
+    """Refuse data of too few classes, and a missing package, before anything is measured."""
     if wanted(setup.config):
+        require_package()
         options = options_of(setup.config, AutoAttackOptions)
         require_classes(setup.num_classes, options.chosen_attacks(setup.num_classes))
 
@@ -398,9 +382,9 @@ def measurements(setup: Setup) -> list[Measurement]:
     images = setup.subset(few) if few is not None and few < setup.num_images else "all"
     parameters = {
         "norm": config.norm, "eps": config.eps, "version": options.autoattack_version, "attacks": list(names),
-        "seed": config.seed,
+        "seed": config.seed, "by": "pyautoattack" if options.autoattack_exact else "mimir_fast",
     }  # fmt: skip
-    cost = 0.5 * sum(PASSES.get(name, 300) for name in names)  # about half of the images are broken on the way
+    cost = 0.5 * sum(PASSES[name] for name in names)  # about half of the images are broken on the way
     return [
         AutoAttack(
             NAME, scored(clean), parameters, images, options.title(setup.num_classes), cost, in_ball=True, setup=setup
@@ -463,8 +447,8 @@ def render(numbers: Numbers) -> str:
         for name, count in numbers["after"].items()
     ]  # fmt: skip
     words = (
-        f"{numbers['title']}, version {numbers['version']}, fp32, by its authors' package; each attack runs on "
-        f"the images that the ones before did not break. Robust accuracy: {percent(numbers['accuracy'])} "
+        f"{numbers['title']}, version {numbers['version']}, fp32, {BY[numbers['parameters']['by']]}; each attack runs "
+        f"on the images that the ones before did not break. Robust accuracy: {percent(numbers['accuracy'])} "
         f"(95 % interval {span(numbers['interval'])})."
     )
     attacks = tuple(numbers["parameters"]["attacks"])

@@ -15,6 +15,7 @@ from mimir_fast.evaluation.measure import UNBROKEN, Measurement, Records
 from mimir_fast.evaluation.statistics import Count
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
 from mimir_fast.evaluation.topics import accuracy
+from mimir_fast.validation import counted
 
 MOST_CLASSES = 20
 
@@ -136,8 +137,8 @@ def histogram(
             x, y = plane.x(a), plane.y(count)
             body.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{plane.x(b) - x - 0.6:.1f}" height="{plane.y(0) - y:.1f}" '
-                f'fill="{SERIES[number]}" opacity=".6"><title>{escape(label)}: {count} images from {a:.3g} to '
-                f"{b:.3g}</title></rect>"
+                f'fill="{SERIES[number]}" opacity=".6"><title>{escape(label)}: {counted(count, "image")} from '
+                f"{a:.3g} to {b:.3g}</title></rect>"
             )
         y = 316 + 20 * number
         body.append(f'<rect x="{LEFT + 3}" y="{y - 10}" width="11" height="11" fill="{SERIES[number]}" opacity=".6"/>')

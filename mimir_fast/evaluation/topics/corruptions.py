@@ -37,6 +37,7 @@ from mimir_fast.evaluation.html import figure, figures, paragraph, percent, tabl
 from mimir_fast.evaluation.images import EvaluationImages, Fitting, ImageSets, MakeSet, decode_source
 from mimir_fast.evaluation.measure import Measurement, Records
 from mimir_fast.evaluation.topic import Column, Numbers, Setup, Topic, options_of, register
+from mimir_fast.validation import counted
 
 SUITE = "corruptions"
 # The library draws this one from an unseeded generator: its numbers could not be repeated.
@@ -145,7 +146,7 @@ def _from_arrays(root: Path, name: str, severity: int, clean: EvaluationImages) 
         raise ValueError(f"{path} is damaged: {pixels.dtype} {pixels.shape} for {len(labels)} labels. {WHERE_TO_GET}")
     rows = (severity - 1) * (len(pixels) // len(SEVERITIES)) + clean.samples.numpy()
     if rows.max() >= severity * (len(pixels) // len(SEVERITIES)):
-        raise ValueError(f"{path} has {len(pixels) // len(SEVERITIES)} images, {clean.source} asks for more")
+        raise ValueError(f"{path} has {counted(len(pixels) // len(SEVERITIES), 'image')}, {clean.source} asks for more")
     images = torch.from_numpy(np.ascontiguousarray(pixels[rows].transpose(0, 3, 1, 2)))
     if images.shape[2:] != clean.images.shape[2:]:
         sizes = " × ".join(map(str, images.shape[2:])), " × ".join(map(str, clean.images.shape[2:]))
@@ -163,11 +164,11 @@ def _from_folders(
     classes, paths, owners = _listing(folder)
     chosen = clean.samples.tolist()
     if max(chosen) >= len(paths):
-        raise ValueError(f"{folder} has {len(paths)} images, {clean.source} asks for number {max(chosen)}")
+        raise ValueError(f"{folder} has {counted(len(paths), 'image')}, {clean.source} asks for number {max(chosen)}")
     source = FileSource(name, folder, [paths[i] for i in chosen], [owners[i] for i in chosen], list(classes))
     pixels, bad = decode_source(source, config, fitting)
     if bad:
-        raise ValueError(f"{folder}: {len(bad)} images cannot be read, such as {next(iter(bad.values()))}")
+        raise ValueError(f"{folder}: {counted(len(bad), 'image')} cannot be read, such as {next(iter(bad.values()))}")
     return torch.from_numpy(pixels), torch.from_numpy(source.labels)
 
 

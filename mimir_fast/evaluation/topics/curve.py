@@ -10,6 +10,7 @@ from mimir_fast.evaluation.measure import Measurement, Records
 from mimir_fast.evaluation.options import NORM_WORDS, CommonOptions, radius_text
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
 from mimir_fast.sizes import area
+from mimir_fast.validation import counted
 
 NAME = "curve"
 IMAGES = {"quick": 64, "paper": 200, "full": 500, "strongest": 200}
@@ -107,7 +108,7 @@ def render(numbers: Numbers) -> str:
 
     near = [row for row in columns if row[0] <= 2.5 * numbers["judged"]]
     values = "; ".join(f"{percent(a)} at {label}" for _, label, a, _, _ in near)
-    words = f"Accuracy on {numbers['count']} images around the evaluated ε; the band is a 95 % interval."
+    words = f"Accuracy on {counted(numbers['count'], 'image')} around the evaluated ε; the band is a 95 % interval."
     shown = [figure(chart(near, f"{words} Under PGD: {values}."), words)]
     if len(near) < len(columns):
         far = f"The same to the largest ε there is, where accuracy is {percent(columns[-1][2])}."
@@ -115,7 +116,7 @@ def render(numbers: Numbers) -> str:
     rows = [[label, percent(a), span(i), percent(n)] for _, label, a, i, n in columns]
     return figures(*shown) + table(
         ["ε", "under PGD", "95 % interval", "under random noise"], rows, numbers=(1, 2, 3),
-        caption=f"Accuracy along ε, {numbers['count']} images",
+        caption=f"Accuracy along ε, {counted(numbers['count'], 'image')}",
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
 from mimir_fast.evaluation.topics import curve
 from mimir_fast.evaluation.topics.reconstruction import autoencoder_of, pretrained_of, reconstruct
 from mimir_fast.ops.renyi_mi import renyi_mi
-from mimir_fast.validation import check_number
+from mimir_fast.validation import check_number, counted
 
 SUITES, STEPS = ("full",), 20
 
@@ -173,9 +173,9 @@ def render(numbers: Numbers) -> str:
     if bounded:
         words.append(
             "Lower bound of I(x+δ, z): Proposition 3.2 (Fano's inequality), with x_re decoded from z alone. It is "
-            f"computed from {numbers['count']} images, with the plug-in estimate of the entropy H(F(x+δ)). Upper "
-            "bound: Proposition 3.3, under the assumption that nothing is lost between the attacked image, its code, "
-            "and the two classes."
+            f"computed from {counted(numbers['count'], 'image')}, with the plug-in estimate of the entropy H(F(x+δ)). "
+            "Upper bound: Proposition 3.3, under the assumption that nothing is lost between the attacked image, its "
+            "code, and the two classes."
         )
         if numbers.get("norm_pix_loss"):
             words.append(
@@ -195,7 +195,7 @@ def render(numbers: Numbers) -> str:
         Line(name, [(unit * p["eps"], p[key]) for p in points if key in p])
         for name, key in (("lower bound", "lower"), ("upper bound, approximately", "upper"), ("estimate", "renyi_bits"))
     ]
-    caption = f"Bits against ε, {numbers['count']} images."
+    caption = f"Bits against ε, {counted(numbers['count'], 'image')}."
     ticks = [(unit * p["eps"], f"{unit * p['eps']:.4g}") for p in points]
     axis = "ε · 255" if unit == 255 else "ε"
     chart = line_chart(lines, caption, x_label=axis, y_label="bits", x_ticks=ticks, x_from=0.0)

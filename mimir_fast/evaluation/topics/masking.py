@@ -40,6 +40,7 @@ from mimir_fast.evaluation.statistics import (
 from mimir_fast.evaluation.topic import Numbers, Setup, Topic, register
 from mimir_fast.evaluation.topics import autoattack, curve
 from mimir_fast.layers.borrowing import borrowed
+from mimir_fast.validation import counted
 
 CHECK_STEPS = {
     "quick": (1, 2, 5, 10, 20), "paper": (1, 2, 5, 10, 20, 50), "full": (1, 2, 5, 10, 20, 50, 100),
@@ -142,7 +143,7 @@ def black_box_never_beats_white_box(white: Tensor, black: Tensor) -> Verdict:
     new = odd_p(only_black, len(white))
     stronger = mcnemar(only_black, only_white)
     passed = new >= LEVEL and stronger >= LEVEL
-    words = "no image" if only_black == 0 else f"{only_black} of {len(white)} images"
+    words = "no image" if only_black == 0 else f"{only_black} of {counted(len(white), 'image')}"
     end = (
         "that is MORE than chance allows where gradients can be followed"
         if not passed
@@ -180,9 +181,11 @@ def unbounded_attack_succeeds(correct: dict[float, Tensor], labels: dict[float, 
     if rises:
         words = f"Accuracy RISES on the way: {'; '.join(rises)}"
     elif not passed:
-        words = f"Accuracy does NOT reach zero as ε grows: {never} of {count} images stand at every ε"
+        words = f"Accuracy does NOT reach zero as ε grows: {never} of {counted(count, 'image')} never fell"
     else:
-        words = "Accuracy falls to zero as ε grows" + (f", but for {never} of {count} images" if never else "")
+        words = "Accuracy falls to zero as ε grows" + (
+            f", but for {never} of {counted(count, 'image')}" if never else ""
+        )
     numbers = {"accuracy": accuracy, "standing": never, "rises": rises}
     return Verdict("unbounded attack succeeds", passed, f"{words} ({listing}).", numbers)
 
@@ -214,7 +217,7 @@ def gradients_exist(zero_gradient: Tensor) -> Verdict:
     count = int(zero_gradient.sum())
     p = odd_p(count, len(zero_gradient))
     passed = p >= LEVEL
-    sentence = f"{count} of {len(zero_gradient)} images have a gradient that is zero or not finite" + (
+    sentence = f"The gradient is zero or not finite on {count} of {counted(len(zero_gradient), 'image')}" + (
         "." if passed or not count else f": attacks that follow it stand still there ({_p(p)})."
     )
     share = count / max(1, len(zero_gradient))
@@ -320,7 +323,7 @@ def render(numbers: Numbers) -> str:
     )
     table = (
         f'<div class="frame" tabindex="0" role="region" aria-label="Gradient-masking checks"><table><caption>On '
-        f"{numbers['count']} images; paired tests at 5 %.</caption><thead><tr>"
+        f"{counted(numbers['count'], 'image')}; paired tests at 5 %.</caption><thead><tr>"
         f'<th scope="col">result</th><th scope="col">check</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
     points = [(float(k), v) for k, v in numbers["mean_loss"].items() if v is not None]

@@ -27,7 +27,7 @@ from mimir_fast.models.normalization import Statistics, check_statistics, choice
 from mimir_fast.models.weight_files import Weights, WeightsError, read_weights
 from mimir_fast.ops.patches import gather_patches, patchify, unpatchify
 from mimir_fast.sizes import Size
-from mimir_fast.validation import without
+from mimir_fast.validation import counted, without
 
 STEPS, IMAGES = 20, 256
 TYPICAL = 0.5, 0.25
@@ -220,8 +220,8 @@ def render(numbers: Numbers) -> str:
         for name, label in (("clean", "clean"), ("random", "random noise"), ("attacked", "attacked"))
     ]
     words = (
-        f"Error of the masked autoencoder on masked patches of {numbers['num_images']} images, when the visible ones "
-        f"are perturbed within L∞, ε = {255 * numbers['parameters']['eps']:.3g}/255; "
+        f"Error of the masked autoencoder on masked patches of {counted(numbers['num_images'], 'image')}, when "
+        f"the visible ones are perturbed within L∞, ε = {255 * numbers['parameters']['eps']:.3g}/255; "
         f"the attack beats noise on {100 * numbers['worse_than_noise']:.0f} % of them."
     )
     kind = "absolute" if numbers["parameters"].get("pixel_loss") == "l1" else "squared"

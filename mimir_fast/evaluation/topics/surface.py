@@ -30,7 +30,7 @@ from mimir_fast.evaluation.topic import Numbers, Setup, Topic, options_of, regis
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream, normal
-from mimir_fast.validation import without
+from mimir_fast.validation import counted, without
 
 POINTS = {"full": 15}
 """Side of the grids, by suite."""
@@ -203,9 +203,10 @@ def render(numbers: Numbers) -> str:
         if name == "surface_inputs":
             steps = [255 * s for s in steps]
             words = (
-                f"Mean loss around {count} images: along the signs of the gradient and along random signs, in grey "
-                f"levels (up to {radius_text(found['parameters']['radius'], 'linf')}). {middle:.3g} in the middle, "
-                f"{grid[-1][len(steps) // 2]:.3g} at the right edge, {grid[len(steps) // 2][-1]:.3g} at the upper one."
+                f"Mean loss around {counted(count, 'image')}: along the signs of the gradient and along random signs, "
+                f"in grey levels (up to {radius_text(found['parameters']['radius'], 'linf')}). {middle:.3g} in the "
+                f"middle, {grid[-1][len(steps) // 2]:.3g} at the right edge, {grid[len(steps) // 2][-1]:.3g} at the "
+                "upper one."
             )
             labels = ("gradient signs (grey levels)", "random signs (grey levels)")
         else:

@@ -9,6 +9,7 @@ from mimir_fast.exporting.formats import Format, register
 from mimir_fast.exporting.original import Original
 from mimir_fast.models.identify import record_of
 from mimir_fast.models.weight_files import read_weights
+from mimir_fast.validation import counted
 from mimir_fast.versions import python_command
 
 
@@ -25,7 +26,8 @@ def write(original: Original, path: Path) -> float:
         n for n, t in weights.tensors.items() if n not in back or not torch.equal(t.nan_to_num(), back[n].nan_to_num())
     ]
     if changed:
-        raise ValueError(f"{len(changed)} tensors are read back as others: {', '.join(changed[:3])}")
+        others = counted(len(changed), "tensor is read back as another", "tensors are read back as others")
+        raise ValueError(f"{others}: {', '.join(changed[:3])}")
     return 0.0
 
 
