@@ -90,10 +90,11 @@ MIMIR_BF16_INLINE void amx_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K
 }
 
 // kRows × 16·kVectors of C, all in registers: each loaded vector of B is used kRows times, each pair of A kVectors times.
-// Two products start a cycle (Zen 5) and each takes some six, so twelve sums have to be on their way; two vectors a pair
-// leave loads enough room beside the products, which one vector a pair does not.
+// Two products start a cycle (Zen 5) and each takes six or so, hence twelve sums or more; as many loads do, so that one
+// vector a pair, which needs more loads than products, is a tenth slower. A function of its own: inside another one, GCC
+// may keep sums in memory.
 template <int kRows, int kVectors>
-MIMIR_BF16_INLINE void avx512_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K, bool add) {
+MIMIR_BF16 __attribute__((noinline)) void avx512_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K, bool add) {
     __m512 sums[kRows][kVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
@@ -125,7 +126,7 @@ struct Nothing {
     MIMIR_BF16_INLINE void operator()(std::int64_t) const {}
 };
 
-constexpr std::int64_t kBlockRows = 8;  // of AVX-512's widest block, which is 32 columns wide
+constexpr std::int64_t kBlockRows = 8;  // of a block that is two vectors wide
 
 MIMIR_BF16_INLINE void avx512_multiply(std::int64_t M, std::int64_t N, std::int64_t K, MatrixA a, MatrixB b, MatrixC c,
                                        bool add) {
