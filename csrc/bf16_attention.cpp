@@ -7,8 +7,7 @@
 // Heads are independent and each is one thread's, so the number of threads does not change a bit of the result.
 //
 // Legend as in fp32_attention.cpp: B images, T queries, S keys, H heads of E numbers. Padded with zeros: T and S
-// to multiples of 32, E to kDepth = 32 as an inner dimension and to 16 as an outer one. C queries at a time. Without
-// tiles products take only the first `keys_used` keys.
+// to multiples of 32, E to kDepth = 32 as an inner dimension and to 16 as an outer one. C queries at a time.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -38,7 +37,9 @@ using Tokens = HeadTokens<std::uint16_t>;
 struct Problem : Heads<std::uint16_t> {
     bool amx;
 
+    // Of the padding, what products have to go through: tiles are whole.
     std::int64_t keys_used() const { return padded(S, amx ? 32 : 16); }
+    std::int64_t depth_used() const { return amx ? padded(E, kDepth) : E; }
 };
 
 // Tokens of head h → (rows, depth), zeros around.
@@ -155,7 +156,7 @@ MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t
             prefetch(p.v, head + 1, p.H, p.S, false);
         }
         for (std::int64_t t = 0; t < p.T; t += C) {
-            multiply(p.amx, keys_used, C, depth, {keys, depth}, {queries + t, T}, {scores, C}, false);
+            multiply(p.amx, keys_used, C, p.depth_used(), {keys, depth}, {queries + t, T}, {scores, C}, false);
             softmax(scores, p.S, keys_used, scale, probabilities, sums, lse);
             multiply(p.amx, E, C, keys_used, {reinterpret_cast<std::uint16_t*>(values), S}, {probabilities, C}, {out, C}, false);
             for (int half = 0; half < 32; half += 16) {
@@ -265,9 +266,10 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
             for (std::int64_t c = 0; c < width; c += 32) {
                 for (std::int64_t j = 0; j < keys_used; j += kKeys) {
                     const std::int64_t count = std::min(kKeys, keys_used - j);
-                    multiply(p.amx, count, 32, depth, {keys + j * depth, depth}, {queries + t + c, T}, {scores, 32}, false);
-                    multiply(p.amx, count, 32, depth, {values + j * depth, depth}, {grads + t + c, T}, {products, 32},
-                             false);
+                    multiply(p.amx, count, 32, p.depth_used(), {keys + j * depth, depth}, {queries + t + c, T},
+                             {scores, 32}, false);
+                    multiply(p.amx, count, 32, p.depth_used(), {values + j * depth, depth}, {grads + t + c, T},
+                             {products, 32}, false);
                     const Operands to = {probabilities + j * C + c, ds + j * C + c, ds_pairs + j / 2 * C + c, C};
                     differentiate(scores, products, count, p.S - j, scale, lse + t + c, along + t + c, to);
                 }

@@ -2,7 +2,7 @@
 //
 // Both units take the same layout: A row by row, B with two rows interleaved, so that one 32-bit lane of B holds the
 // two numbers that meet a pair of A. Legend: A (M, K), B as (K/2, N) pairs, C (M, N) float32; M and N multiples of 16,
-// K of 32, all aligned to 64 bytes a row.
+// K of 32 (without tiles of 2), all aligned to 64 bytes a row.
 #pragma once
 
 #include "functions.h"

@@ -1,4 +1,5 @@
-"""Kernels of a transformer's linear layers in bfloat16 on the CPU: what bf16 autocast computes, by AMX tiles.
+"""Kernels of a transformer's linear layers in bfloat16 on the CPU: what bf16 autocast computes, by AMX
+tiles or AVX-512's bf16 products.
 
 Operands are rounded to bfloat16, sums are float32, as are normalisation, GELU and residual sums (csrc/bf16_layers.cpp).
 Gradients of weights are not rounded to bfloat16 on their way. Weights are packed for the matrix unit first; while a
@@ -18,7 +19,7 @@ from mimir_fast import _native
 from mimir_fast.layers.definitions import Grads, Kept, MlpWeights, Norm, plain_float32
 
 NAME = "bf16"
-# Asked once. Without AMX a library's products are as good; tests set it to `avx512` to run the other kernel.
+# Asked once; tests set it to `avx512` to run the other kernel.
 UNIT = _native.run("bf16_unit") if _native.has("bf16_mlp") else ""
 PANEL = 32
 _NO_NORM = (None, None, 0.0)
@@ -26,9 +27,9 @@ _WIDE = (torch.float32, torch.bfloat16)
 
 
 def takes(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:
-    """See Kernels: bf16 autocast is on, on a CPU with AMX, and parameters are float32."""
+    """See Kernels: bf16 autocast is on, on a CPU with bf16 products, and parameters are float32."""
     return (
-        UNIT != ""
+        bool(UNIT)
         and x.device.type == "cpu"
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
