@@ -37,9 +37,11 @@ using Tokens = HeadTokens<std::uint16_t>;
 struct Problem : Heads<std::uint16_t> {
     bool amx;
 
-    // Of the padding, what products have to go through: tiles are whole.
+    // What products go through: all the padding only where tiles have to be whole. Keys, and the numbers of a head as
+    // inner and as outer dimension.
     std::int64_t keys_used() const { return padded(S, amx ? 32 : 16); }
     std::int64_t depth_used() const { return amx ? padded(E, kDepth) : E; }
+    std::int64_t numbers_used() const { return amx ? padded(E, 16) : E; }
 };
 
 // Tokens of head h → (rows, depth), zeros around.
@@ -158,10 +160,11 @@ MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t
         for (std::int64_t t = 0; t < p.T; t += C) {
             multiply(p.amx, keys_used, C, p.depth_used(), {keys, depth}, {queries + t, T}, {scores, C}, false);
             softmax(scores, p.S, keys_used, scale, probabilities, sums, lse);
-            multiply(p.amx, E, C, keys_used, {reinterpret_cast<std::uint16_t*>(values), S}, {probabilities, C}, {out, C}, false);
+            multiply(p.amx, p.numbers_used(), C, keys_used, {reinterpret_cast<std::uint16_t*>(values), S},
+                     {probabilities, C}, {out, C}, false);
             for (int half = 0; half < 32; half += 16) {
                 const __m512 share = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_loadu_ps(sums + half));
-                for (std::int64_t e = 0; e < E; ++e) {
+                for (std::int64_t e = 0; e < p.numbers_used(); ++e) {
                     float* x = out + e * C + half;
                     _mm512_storeu_ps(x, _mm512_mul_ps(_mm512_loadu_ps(x), share));
                 }
@@ -277,7 +280,8 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
             const bool add = t > 0;
             multiply(p.amx, keys_used, E, width, {probabilities, C}, {grad_pairs + t / 2 * E, E}, {dv, E}, add);
             multiply(p.amx, keys_used, E, width, {ds, C}, {query_pairs + t / 2 * E, E}, {dk, E}, add);
-            multiply(p.amx, E, width, keys_used, {reinterpret_cast<std::uint16_t*>(turned_keys), S}, {ds_pairs, C}, {dq, C}, false);
+            multiply(p.amx, p.numbers_used(), width, keys_used, {reinterpret_cast<std::uint16_t*>(turned_keys), S},
+                     {ds_pairs, C}, {dq, C}, false);
             transpose(reinterpret_cast<std::uint32_t*>(dq), E, C, reinterpret_cast<std::uint32_t*>(turned));
             write(turned, E, scale, p.dq, b, t, std::min(C, p.T - t), h);
         }

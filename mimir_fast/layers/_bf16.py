@@ -1,9 +1,8 @@
-"""Kernels of a transformer's linear layers in bfloat16 on the CPU: what bf16 autocast computes, by AMX
-tiles or AVX-512's bf16 products.
+"""Kernels of a transformer's linear layers in bfloat16 on the CPU, by AMX tiles or AVX-512's bf16 products.
 
-Operands are rounded to bfloat16, sums are float32, as are normalisation, GELU and residual sums (csrc/bf16_layers.cpp).
-Gradients of weights are not rounded to bfloat16 on their way. Weights are packed for the matrix unit first; while a
-model is borrowed (`borrowing.py`) once for all calls.
+They compute what bf16 autocast does: operands are rounded to bfloat16, sums are float32, as are normalisation, GELU and
+residual sums (csrc/bf16_layers.cpp). Gradients of weights are not rounded to bfloat16 on their way. Weights are packed
+first; while a model is borrowed (`borrowing.py`) once for all calls.
 The interface is `Kernels` of definitions.py. Shapes: x (…, K), M rows of it, outputs and residuals (…, N), weights
 (N, K); of the mlp: W₁ (H, K), W₂ (K, H).
 """
