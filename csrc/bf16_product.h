@@ -24,6 +24,11 @@ MIMIR_BF16_INLINE __mmask16 lanes(std::int64_t count) {
     return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
+// The same of 32.
+MIMIR_BF16_INLINE __mmask32 wide_lanes(std::int64_t count) {
+    return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : static_cast<__mmask32>((1u << count) - 1);
+}
+
 // A matrix in memory as PyTorch has it: dense rows of float32 (`wide`) or bfloat16.
 struct Matrix {
     char* data;
