@@ -80,8 +80,9 @@ MIMIR_BF16_INLINE void avx512_panel_product(MatrixA a, std::int64_t rows, const 
                                             MatrixC c, const Finish& finish) {
     for (std::int64_t row = 0; row < rows; row += kBlockRows) {
         for (std::int64_t r = row; r < row + kBlockRows; ++r) prepare(finish, r, 0);
-        avx512_block<kBlockRows, 2>({a.data + row * a.stride, a.stride}, {panel, kPanel}, {c.data + row * c.stride, c.stride},
-                                    depth, false);
+        const MatrixA a_m = {a.data + row * a.stride, a.stride};
+        const MatrixC c_m = {c.data + row * c.stride, c.stride};
+        avx512_block<kBlockRows, 2>(a_m, {panel, kPanel}, c_m, depth, false);
         for (std::int64_t r = row; r < row + kBlockRows; ++r) finish(r);
     }
 }
