@@ -36,6 +36,12 @@ using Tokens = HeadTokens<std::uint16_t>;
 
 struct Problem : Heads<std::uint16_t> {
     bool amx;
+
+    // What products go through: all the padding only where tiles have to be whole. Keys, and the numbers of a head as
+    // inner and as outer dimension.
+    std::int64_t keys_used() const { return padded(S, amx ? 32 : 16); }
+    std::int64_t depth_used() const { return amx ? padded(E, kDepth) : E; }
+    std::int64_t numbers_used() const { return amx ? padded(E, 16) : E; }
 };
 
 // Tokens of head h → (rows, depth), zeros around.
@@ -125,6 +131,7 @@ MIMIR_BF16_INLINE void softmax(const float* scores, std::int64_t S, std::int64_t
 MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t end) {
     const std::int64_t T = padded(p.T, 32), S = padded(p.S, 32), depth = padded(p.E, kDepth), E = padded(p.E, 16);
     constexpr std::int64_t C = kForwardQueries;
+    const std::int64_t keys_used = p.keys_used();
     const float scale = p.scale();
     Scratch<Use::own> scratch(2 * (2 * T * depth + 3 * S * depth + S * E) + 4 * (S * C + S / 2 * C + 2 * E * C) + 1024);
     auto* rows = scratch.take<std::uint16_t>(std::max(T, S) * depth);  // of q, then of v
@@ -151,12 +158,13 @@ MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t
             prefetch(p.v, head + 1, p.H, p.S, false);
         }
         for (std::int64_t t = 0; t < p.T; t += C) {
-            multiply(p.amx, S, C, depth, {keys, depth}, {queries + t, T}, {scores, C}, false);
-            softmax(scores, p.S, S, scale, probabilities, sums, lse);
-            multiply(p.amx, E, C, S, {reinterpret_cast<std::uint16_t*>(values), S}, {probabilities, C}, {out, C}, false);
+            multiply(p.amx, keys_used, C, p.depth_used(), {keys, depth}, {queries + t, T}, {scores, C}, false);
+            softmax(scores, p.S, keys_used, scale, probabilities, sums, lse);
+            multiply(p.amx, p.numbers_used(), C, keys_used, {reinterpret_cast<std::uint16_t*>(values), S},
+                     {probabilities, C}, {out, C}, false);
             for (int half = 0; half < 32; half += 16) {
                 const __m512 share = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_loadu_ps(sums + half));
-                for (std::int64_t e = 0; e < E; ++e) {
+                for (std::int64_t e = 0; e < p.numbers_used(); ++e) {
                     float* x = out + e * C + half;
                     _mm512_storeu_ps(x, _mm512_mul_ps(_mm512_loadu_ps(x), share));
                 }
@@ -214,6 +222,7 @@ MIMIR_BF16_INLINE float inner_product(const std::uint16_t* a, const std::uint16_
 MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_t end) {
     const std::int64_t T = padded(p.T, 32), S = padded(p.S, 32), C = std::min(kBackwardQueries, T);
     const std::int64_t depth = padded(p.E, kDepth), E = padded(p.E, 16);
+    const std::int64_t keys_used = p.keys_used();
     const float scale = p.scale();
     Scratch<Use::own> scratch(2 * (5 * T + 4 * S) * depth + 2 * 3 * S * C + 4 * (2 * S * E + 2 * E * C + 2 * kKeys * 32 + 2 * T) + 4096);
     auto* rows = scratch.take<std::uint16_t>(T * depth);  // of q, then of grad
@@ -258,19 +267,21 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
         for (std::int64_t t = 0; t < p.T; t += C) {
             const std::int64_t width = std::min(C, T - t);
             for (std::int64_t c = 0; c < width; c += 32) {
-                for (std::int64_t j = 0; j < S; j += kKeys) {
-                    const std::int64_t count = std::min(kKeys, S - j);
-                    multiply(p.amx, count, 32, depth, {keys + j * depth, depth}, {queries + t + c, T}, {scores, 32}, false);
-                    multiply(p.amx, count, 32, depth, {values + j * depth, depth}, {grads + t + c, T}, {products, 32},
-                             false);
+                for (std::int64_t j = 0; j < keys_used; j += kKeys) {
+                    const std::int64_t count = std::min(kKeys, keys_used - j);
+                    multiply(p.amx, count, 32, p.depth_used(), {keys + j * depth, depth}, {queries + t + c, T},
+                             {scores, 32}, false);
+                    multiply(p.amx, count, 32, p.depth_used(), {values + j * depth, depth}, {grads + t + c, T},
+                             {products, 32}, false);
                     const Operands to = {probabilities + j * C + c, ds + j * C + c, ds_pairs + j / 2 * C + c, C};
                     differentiate(scores, products, count, p.S - j, scale, lse + t + c, along + t + c, to);
                 }
             }
             const bool add = t > 0;
-            multiply(p.amx, S, E, width, {probabilities, C}, {grad_pairs + t / 2 * E, E}, {dv, E}, add);
-            multiply(p.amx, S, E, width, {ds, C}, {query_pairs + t / 2 * E, E}, {dk, E}, add);
-            multiply(p.amx, E, width, S, {reinterpret_cast<std::uint16_t*>(turned_keys), S}, {ds_pairs, C}, {dq, C}, false);
+            multiply(p.amx, keys_used, E, width, {probabilities, C}, {grad_pairs + t / 2 * E, E}, {dv, E}, add);
+            multiply(p.amx, keys_used, E, width, {ds, C}, {query_pairs + t / 2 * E, E}, {dk, E}, add);
+            multiply(p.amx, p.numbers_used(), width, keys_used, {reinterpret_cast<std::uint16_t*>(turned_keys), S},
+                     {ds_pairs, C}, {dq, C}, false);
             transpose(reinterpret_cast<std::uint32_t*>(dq), E, C, reinterpret_cast<std::uint32_t*>(turned));
             write(turned, E, scale, p.dq, b, t, std::min(C, p.T - t), h);
         }

@@ -212,7 +212,7 @@ MIMIR_BF16 void mlp_rows(const Mlp& p, std::int64_t begin, std::int64_t end) {
         const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
         stage(p.x, row, count, rows, p.norm, p.statistics, false, a, stride);
         for (std::int64_t n = 0; n < p.H; n += kPanel) {
-            const __mmask32 inside = p.H - n >= kPanel ? 0xffffffffu : (1u << (p.H - n)) - 1;
+            const __mmask32 inside = wide_lanes(p.H - n);
             const __m512 b0 = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), p.bias1 + n);
             const __m512 b1 = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside >> 16), p.bias1 + n + 16);
             const auto activate = [&](std::int64_t r) MIMIR_BF16_LAMBDA {

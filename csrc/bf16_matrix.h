@@ -2,7 +2,7 @@
 //
 // Both units take the same layout: A row by row, B with two rows interleaved, so that one 32-bit lane of B holds the
 // two numbers that meet a pair of A. Legend: A (M, K), B as (K/2, N) pairs, C (M, N) float32; M and N multiples of 16,
-// K of 32, all aligned to 64 bytes a row.
+// K of 32 (without tiles of 2), all aligned to 64 bytes a row.
 #pragma once
 
 #include "functions.h"
@@ -89,39 +89,68 @@ MIMIR_BF16_INLINE void amx_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K
     if (kRows > 1 && kColumns > 1) _tile_stored(3, c.data + 16 * c.stride + 16, stride);
 }
 
-// 16 rows of C in 16 vector registers.
-MIMIR_BF16_INLINE void avx512_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K, bool add) {
-    __m512 sums[16];
+// kRows × 16·kVectors of C, all in registers: each loaded vector of B is used kRows times, each pair of A kVectors times.
+// Two products start a cycle (Zen 5) and each takes six or so, hence twelve sums or more; as many loads do, so that one
+// vector a pair, which needs more loads than products, is a tenth slower. A function of its own: inside another one, GCC
+// may keep sums in memory.
+template <int kRows, int kVectors>
+MIMIR_BF16 __attribute__((noinline)) void avx512_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K, bool add) {
+    __m512 sums[kRows][kVectors];
 #pragma GCC unroll 16
-    for (int m = 0; m < 16; ++m) sums[m] = add ? _mm512_loadu_ps(c.data + m * c.stride) : _mm512_setzero_ps();
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; ++n) {
+            sums[m][n] = add ? _mm512_loadu_ps(c.data + m * c.stride + 16 * n) : _mm512_setzero_ps();
+        }
+    }
     for (std::int64_t k = 0; k < K / 2; ++k) {
-        const __m512bh pairs = (__m512bh)_mm512_loadu_si512(b.data + k * b.stride);
+        __m512bh pairs[kVectors];
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; ++n) pairs[n] = (__m512bh)_mm512_loadu_si512(b.data + k * b.stride + 16 * n);
 #pragma GCC unroll 16
-        for (int m = 0; m < 16; ++m) {
+        for (int m = 0; m < kRows; ++m) {
             const auto* row = reinterpret_cast<const std::int32_t*>(a.data + m * a.stride);
-            sums[m] = _mm512_dpbf16_ps(sums[m], (__m512bh)_mm512_set1_epi32(row[k]), pairs);
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(row[k]);
+#pragma GCC unroll 2
+            for (int n = 0; n < kVectors; ++n) sums[m][n] = _mm512_dpbf16_ps(sums[m][n], pair, pairs[n]);
         }
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < 16; ++m) _mm512_storeu_ps(c.data + m * c.stride, sums[m]);
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; ++n) _mm512_storeu_ps(c.data + m * c.stride + 16 * n, sums[m][n]);
+    }
 }
 
 struct Nothing {
     MIMIR_BF16_INLINE void operator()(std::int64_t) const {}
 };
 
-// C = A·B, or C += A·B.
-MIMIR_BF16_INLINE void multiply(bool amx, std::int64_t M, std::int64_t N, std::int64_t K, MatrixA a, MatrixB b, MatrixC c,
-                                bool add) {
-    const std::int64_t step = amx ? 32 : 16;
-    for (std::int64_t m = 0; m < M; m += step) {
-        for (std::int64_t n = 0; n < N; n += step) {
+constexpr std::int64_t kBlockRows = 8;  // of a block that is two vectors wide
+
+MIMIR_BF16_INLINE void avx512_multiply(std::int64_t M, std::int64_t N, std::int64_t K, MatrixA a, MatrixB b, MatrixC c,
+                                       bool add) {
+    for (std::int64_t n = 0; n < N; n += 32) {
+        const bool wide = n + 16 < N;
+        for (std::int64_t m = 0; m < M; m += wide ? kBlockRows : 16) {
             const MatrixA a_m = {a.data + m * a.stride, a.stride};
             const MatrixB b_n = {b.data + n, b.stride};
             const MatrixC c_mn = {c.data + m * c.stride + n, c.stride};
-            if (!amx) {
-                avx512_block(a_m, b_n, c_mn, K, add);
-            } else if (m + 16 < M) {
+            wide ? avx512_block<kBlockRows, 2>(a_m, b_n, c_mn, K, add) : avx512_block<16, 1>(a_m, b_n, c_mn, K, add);
+        }
+    }
+}
+
+// C = A·B, or C += A·B.
+MIMIR_BF16_INLINE void multiply(bool amx, std::int64_t M, std::int64_t N, std::int64_t K, MatrixA a, MatrixB b, MatrixC c,
+                                bool add) {
+    if (!amx) return avx512_multiply(M, N, K, a, b, c, add);
+    for (std::int64_t m = 0; m < M; m += 32) {
+        for (std::int64_t n = 0; n < N; n += 32) {
+            const MatrixA a_m = {a.data + m * a.stride, a.stride};
+            const MatrixB b_n = {b.data + n, b.stride};
+            const MatrixC c_mn = {c.data + m * c.stride + n, c.stride};
+            if (m + 16 < M) {
                 n + 16 < N ? amx_block<2, 2>(a_m, b_n, c_mn, K, add, Nothing())
                            : amx_block<2, 1>(a_m, b_n, c_mn, K, add, Nothing());
             } else {

@@ -24,6 +24,11 @@ MIMIR_BF16_INLINE __mmask16 lanes(std::int64_t count) {
     return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
+// The same of 32.
+MIMIR_BF16_INLINE __mmask32 wide_lanes(std::int64_t count) {
+    return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : static_cast<__mmask32>((1u << count) - 1);
+}
+
 // A matrix in memory as PyTorch has it: dense rows of float32 (`wide`) or bfloat16.
 struct Matrix {
     char* data;
@@ -68,15 +73,30 @@ MIMIR_BF16_INLINE auto prepare(const Finish& finish, std::int64_t row, int) -> d
 template <typename Finish>
 MIMIR_BF16_INLINE void prepare(const Finish&, std::int64_t, long) {}
 
+// `panel_product` without tiles. Sums stay in registers all the way down, since the panel comes from the second-level
+// cache as fast as it is used; rows are finished block by block, while they lie in the first-level cache.
+template <typename Finish>
+MIMIR_BF16_INLINE void avx512_panel_product(MatrixA a, std::int64_t rows, const std::uint32_t* panel, std::int64_t depth,
+                                            MatrixC c, const Finish& finish) {
+    for (std::int64_t row = 0; row < rows; row += kBlockRows) {
+        for (std::int64_t r = row; r < row + kBlockRows; ++r) prepare(finish, r, 0);
+        const MatrixA a_m = {a.data + row * a.stride, a.stride};
+        const MatrixC c_m = {c.data + row * c.stride, c.stride};
+        avx512_block<kBlockRows, 2>(a_m, {panel, kPanel}, c_m, depth, false);
+        for (std::int64_t r = row; r < row + kBlockRows; ++r) finish(r);
+    }
+}
+
 // One panel: rows (a multiple of 32) of A (depth long, a multiple of 32) times a panel of B → C. `finish(row)` is called
 // for each row of C that is complete, for 32 of them while the tiles multiply the next 32; `finish.prepare(row)` 32 rows
 // ahead of that, so that what it will touch is on its way from memory.
 template <typename Finish>
 MIMIR_BF16_INLINE void panel_product(bool amx, MatrixA a, std::int64_t rows, const std::uint32_t* panel,
                                      std::int64_t depth, MatrixC c, const Finish& finish) {
+    if (!amx) return avx512_panel_product(a, rows, panel, depth, c, finish);
     std::int64_t k = 0;
     for (; k + kInner < depth; k += kInner) {
-        multiply(amx, rows, kPanel, kInner, {a.data + k, a.stride}, {panel + k / 2 * kPanel, kPanel}, c, k > 0);
+        multiply(true, rows, kPanel, kInner, {a.data + k, a.stride}, {panel + k / 2 * kPanel, kPanel}, c, k > 0);
     }
     const std::int64_t inner = depth - k, each = (kPanel * 32 + inner - 1) / inner;  // rows finished a step
     std::int64_t next = 0, ahead = 0;
@@ -84,10 +104,6 @@ MIMIR_BF16_INLINE void panel_product(bool amx, MatrixA a, std::int64_t rows, con
         const MatrixA a_m = {a.data + row * a.stride + k, a.stride};
         const MatrixB b = {panel + k / 2 * kPanel, kPanel};
         const MatrixC c_m = {c.data + row * c.stride, c.stride};
-        if (!amx) {
-            multiply(false, kPanel, kPanel, inner, a_m, b, c_m, k > 0);
-            continue;
-        }
         amx_block<2, 2>(a_m, b, c_m, inner, k > 0, [&](std::int64_t) MIMIR_BF16_LAMBDA {
             for (const std::int64_t last = std::min(next + each, row); next < last; ++next) finish(next);
             for (const std::int64_t last = std::min(ahead + each, row + kPanel); ahead < last; ++ahead) {

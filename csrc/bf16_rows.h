@@ -54,6 +54,13 @@ MIMIR_BF16_INLINE void stage(const Matrix& x, std::int64_t row, std::int64_t cou
             for (std::int64_t k = 0; k < stride; k += 16) put(out + k, _mm512_setzero_ps());
             continue;
         }
+        if (!x.wide && norm.gamma == nullptr) {  // as they are
+            const auto* from = reinterpret_cast<const std::uint16_t*>(x.data) + (row + r) * K;
+            for (std::int64_t k = 0; k < stride; k += 32) {
+                _mm512_storeu_si512(out + k, _mm512_maskz_loadu_epi16(wide_lanes(K - k), from + k));
+            }
+            continue;
+        }
         float* s = statistics + 2 * (row + r);
         if (norm.gamma != nullptr && !known) moments(x, row + r, norm.eps, s, s + 1);
         for (std::int64_t k = 0; k < stride; k += 16) {

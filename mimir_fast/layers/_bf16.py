@@ -1,8 +1,8 @@
-"""Kernels of a transformer's linear layers in bfloat16 on the CPU: what bf16 autocast computes, by AMX tiles.
+"""Kernels of a transformer's linear layers in bfloat16 on the CPU, by AMX tiles or AVX-512's bf16 products.
 
-Operands are rounded to bfloat16, sums are float32, as are normalisation, GELU and residual sums (csrc/bf16_layers.cpp).
-Gradients of weights are not rounded to bfloat16 on their way. Weights are packed for the matrix unit first; while a
-model is borrowed (`borrowing.py`) once for all calls.
+They compute what bf16 autocast does: operands are rounded to bfloat16, sums are float32, as are normalisation, GELU and
+residual sums (csrc/bf16_layers.cpp). Gradients of weights are not rounded to bfloat16 on their way. Weights are packed
+first; while a model is borrowed (`borrowing.py`) once for all calls.
 The interface is `Kernels` of definitions.py. Shapes: x (…, K), M rows of it, outputs and residuals (…, N), weights
 (N, K); of the mlp: W₁ (H, K), W₂ (K, H).
 """
@@ -18,7 +18,7 @@ from mimir_fast import _native
 from mimir_fast.layers.definitions import Grads, Kept, MlpWeights, Norm, plain_float32
 
 NAME = "bf16"
-# Asked once. Without AMX a library's products are as good; tests set it to `avx512` to run the other kernel.
+# Asked once; tests set it to `avx512` to run the other kernel.
 UNIT = _native.run("bf16_unit") if _native.has("bf16_mlp") else ""
 PANEL = 32
 _NO_NORM = (None, None, 0.0)
@@ -26,9 +26,9 @@ _WIDE = (torch.float32, torch.bfloat16)
 
 
 def takes(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:
-    """See Kernels: bf16 autocast is on, on a CPU with AMX, and parameters are float32."""
+    """See Kernels: bf16 autocast is on, on a CPU with bf16 products, and parameters are float32."""
     return (
-        UNIT == "amx"
+        bool(UNIT)
         and x.device.type == "cpu"
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16

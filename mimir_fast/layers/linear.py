@@ -1,6 +1,6 @@
 """Linear layers together with the norm in front of them and the residual sum behind: the form in which they are fast.
 
-On a CPU one op each, in bf16 under autocast where there are matrix units, and in float32; elsewhere, and wherever a
+On a CPU one op each, in bf16 under autocast where the CPU multiplies bf16, and in float32; elsewhere, and wherever a
 module is more than its parameters (`inspection.py`), module after module. The only file that knows which kernels exist.
 Shapes: x (…, K), outputs and residuals (…, N).
 """

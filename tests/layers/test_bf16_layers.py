@@ -257,8 +257,6 @@ def test_a_block_gives_what_is_wanted_and_no_more(unit: str) -> None:
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_block_takes_it_under_autocast_and_only_there(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if UNIT != "amx":
-        pytest.skip("used where there is AMX")
     torch.manual_seed(0)
     layer, x = Block(64, 4), torch.randn(2, 9, 64)
     ids = torch.tensor([[1, 4, 5], [0, 2, 8]]) if asked else None
