@@ -1,9 +1,10 @@
 """Kernels of a transformer's linear layers in float32 on the CPU.
 
-The products are the BLAS's; what stands around them takes one pass over memory each (csrc/fp32_layers.cpp). A residual
-with the bias lies in the result before the product is added to it, and the first bias of an mlp is added on the way
-into GELU. For the backward pass the rows' statistics and the hidden layer before GELU are kept, nothing that can be had
-from them and x in one pass; gradients that nobody wants are not computed.
+The products are a library's (MKL, or oneDNN where that is faster); what stands around them takes one pass over memory
+each (csrc/fp32_layers.cpp). A residual with the bias lies in the result before the product is added to it, and the
+first bias of an mlp is added on the way into GELU. For the backward pass the rows' statistics and the hidden layer
+before GELU are kept, nothing that can be had from them and x in one pass; gradients that nobody wants are not
+computed.
 The interface is `Kernels` of definitions.py. Shapes: x (…, K), r and y (…, N), W (N, K); of the mlp: W₁ (H, K),
 W₂ (K, H). M rows in all.
 """
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mimir_fast import _native
-from mimir_fast.layers import products
 from mimir_fast.layers.definitions import Grads, Kept, MlpWeights, Norm, plain_float32
+from mimir_fast.ops import _products
 
 NAME = "fp32"
 _NATIVE = _native.has("fp32_gelu")
@@ -63,7 +64,7 @@ def linear_backward(
     grad_MN, x_MK, (statistics,) = _rows(grad), _rows(x), kept
     if needs[3]:
         rows = x_MK if norm is None else _normalised(x_MK, norm, statistics)[0]
-        grads[3] = torch.mm(grad_MN.t(), rows)
+        grads[3] = _product(grad_MN.t(), rows.t())
     if needs[4]:
         grads[4] = grad_MN.sum(0)
     if any(needs[:3]):
@@ -153,8 +154,8 @@ def _with_bias(residual_MN: Tensor, bias: Tensor | None) -> Tensor:
 
 def _product(x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """X·Wᵀ + b, into `out` where it is given."""
-    if products.takes(x_MK, weight_NK):
-        result = products.product(x_MK, weight_NK, bias)
+    if _products.takes(x_MK, weight_NK):
+        result = _products.product(x_MK, weight_NK, bias)
         return result if out is None else out.copy_(result)
     if bias is not None:
         return torch.addmm(bias, x_MK, weight_NK.t(), out=out)
@@ -163,8 +164,8 @@ def _product(x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None = None, out: T
 
 def _add_product(out_MN: Tensor, x_MK: Tensor, weight_NK: Tensor, *, first: bool = False) -> Tensor:
     """In place; `first`: whatever stands there does not count. Not `addmm_`, which FlopCounterMode does not count."""
-    if products.takes(x_MK, weight_NK):
-        result = products.product(x_MK, weight_NK)
+    if _products.takes(x_MK, weight_NK):
+        result = _products.product(x_MK, weight_NK)
         return out_MN.copy_(result) if first else out_MN.add_(result)
     return torch.addmm(out_MN, x_MK, weight_NK.t(), beta=0 if first else 1, out=out_MN)
 
