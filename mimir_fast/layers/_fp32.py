@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mimir_fast import _native
 from mimir_fast.layers.definitions import Grads, Kept, MlpWeights, Norm, plain_float32
-from mimir_fast.ops import _products
+from mimir_fast.ops._products import multiply, multiply_add
 
 NAME = "fp32"
 _NATIVE = _native.has("fp32_gelu")
@@ -49,9 +49,9 @@ def linear_forward(
     if norm is not None:
         rows, statistics = _normalised(rows, norm)
     if residual is None:
-        out = _product(rows, weight, bias)
+        out = multiply(rows, weight, bias)
     else:
-        out = _add_product(_with_bias(_rows(residual), bias), rows, weight)
+        out = multiply_add(_with_bias(_rows(residual), bias), rows, weight)
     return out.view(*x.shape[:-1], -1), (statistics,)
 
 
@@ -64,11 +64,11 @@ def linear_backward(
     grad_MN, x_MK, (statistics,) = _rows(grad), _rows(x), kept
     if needs[3]:
         rows = x_MK if norm is None else _normalised(x_MK, norm, statistics)[0]
-        grads[3] = _product(grad_MN.t(), rows.t())
+        grads[3] = multiply(grad_MN.t(), rows.t())
     if needs[4]:
         grads[4] = grad_MN.sum(0)
     if any(needs[:3]):
-        to_rows = _product(grad_MN, weight.t())
+        to_rows = multiply(grad_MN, weight.t())
         if norm is not None and statistics is not None:
             along_MK = None if along is None else _rows(along)
             grads[1:3] = _through_norm(to_rows, x_MK, norm, statistics, along_MK, any(needs[1:3]))
@@ -81,12 +81,12 @@ def mlp_forward(x: Tensor, norm: Norm, weights: MlpWeights, *, residual: bool, k
     rows, w = _rows(x), weights
     normed, statistics = _normalised(rows, norm)
     out = _with_bias(rows, w.bias2) if residual else w.bias2.repeat(len(rows), 1)
-    hidden = _product(normed, w.weight1) if keep else None
+    hidden = multiply(normed, w.weight1) if keep else None
     for piece in _pieces(len(rows), len(w.weight1)):
-        before = _product(normed[piece], w.weight1) if hidden is None else hidden[piece]
+        before = multiply(normed[piece], w.weight1) if hidden is None else hidden[piece]
         activated = before if hidden is None else _passing(before.shape)
         _native.run("fp32_gelu", before, w.bias1, activated, *before.shape)
-        _add_product(out[piece], activated, w.weight2)
+        multiply_add(out[piece], activated, w.weight2)
     return out.view(x.shape), (hidden, statistics)
 
 
@@ -106,15 +106,15 @@ def mlp_backward(
     to_x = torch.empty_like(x_MK) if any(needs[:3]) else None
     for piece in _pieces(*hidden_MH.shape):
         hidden, grad_piece = hidden_MH[piece], grad_MK[piece]
-        to_hidden = _product(grad_piece, weight2.t(), out=_passing(hidden.shape))
+        to_hidden = multiply(grad_piece, weight2.t(), out=_passing(hidden.shape))
         activated = _passing(hidden.shape) if wants else None
         sums_piece = None if sums is None else sums[piece.start // _BLOCK :]
         _native.run("fp32_gelu_backward", hidden, bias1, to_hidden, activated, sums_piece, *hidden.shape)
         if normed is not None and activated is not None and to_weight1 is not None and to_weight2 is not None:
-            _add_product(to_weight2, grad_piece.t(), activated.t(), first=piece.start == 0)
-            _add_product(to_weight1, to_hidden.t(), normed[piece].t(), first=piece.start == 0)
+            multiply_add(to_weight2, grad_piece.t(), activated.t(), first=piece.start == 0)
+            multiply_add(to_weight1, to_hidden.t(), normed[piece].t(), first=piece.start == 0)
         if to_x is not None:
-            _product(to_hidden, weight1.t(), out=to_x[piece])
+            multiply(to_hidden, weight1.t(), out=to_x[piece])
     if sums is not None:
         grads[3:6] = [to_weight1, sums.sum(0), to_weight2]
     if needs[6]:
@@ -150,24 +150,6 @@ def _pieces(rows: int, hidden: int) -> list[slice]:
 
 def _with_bias(residual_MN: Tensor, bias: Tensor | None) -> Tensor:
     return residual_MN.clone() if bias is None else residual_MN + bias
-
-
-def _product(x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """X·Wᵀ + b, into `out` where it is given."""
-    if _products.takes(x_MK, weight_NK):
-        result = _products.product(x_MK, weight_NK, bias)
-        return result if out is None else out.copy_(result)
-    if bias is not None:
-        return torch.addmm(bias, x_MK, weight_NK.t(), out=out)
-    return torch.mm(x_MK, weight_NK.t(), out=out)
-
-
-def _add_product(out_MN: Tensor, x_MK: Tensor, weight_NK: Tensor, *, first: bool = False) -> Tensor:
-    """In place; `first`: whatever stands there does not count. Not `addmm_`, which FlopCounterMode does not count."""
-    if _products.takes(x_MK, weight_NK):
-        result = _products.product(x_MK, weight_NK)
-        return out_MN.copy_(result) if first else out_MN.add_(result)
-    return torch.addmm(out_MN, x_MK, weight_NK.t(), beta=0 if first else 1, out=out_MN)
 
 
 def _normalised(x_MK: Tensor, norm: Norm, statistics_M2: Tensor | None = None) -> tuple[Tensor, Tensor]:

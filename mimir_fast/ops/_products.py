@@ -51,3 +51,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·Wᵀ + b in fp32 by oneDNN, (…, N); x (…, K), b (N,). Has no gradient."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + b (M, N) by the faster library, into `out` where it is given."""
+    if takes(x, weight):
+        result = product(x, weight, bias)
+        return result if out is None else out.copy_(result)
+    if bias is not None:
+        return torch.addmm(bias, x, weight.t(), out=out)
+    return torch.mm(x, weight.t(), out=out)
+
+
+def multiply_add(out: Tensor, x: Tensor, weight: Tensor, *, first: bool = False) -> Tensor:
+    """`out` (M, N) += x·Wᵀ; `first`: whatever stands there does not count."""
+    if takes(x, weight):
+        result = product(x, weight)
+        return out.copy_(result) if first else out.add_(result)
+    # Not `addmm_`, which FlopCounterMode does not count.
+    return torch.addmm(out, x, weight.t(), beta=0 if first else 1, out=out)

@@ -16,6 +16,7 @@ from torch import Tensor
 from mimir_fast import _native
 from mimir_fast.ops._dispatch import runs_native
 from mimir_fast.ops._precision import accumulation_dtype
+from mimir_fast.ops._products import multiply, multiply_add
 from mimir_fast.ops.dependence.bandwidth import Centered, gamma_of_median, median_floor
 
 # Up to this many samples the two N×N matrices (16 MB each on a CPU, 64 MB on a GPU) are cheaper to keep for the
@@ -122,7 +123,7 @@ class TiledKernel:
             part = self.x.part(everything, panel)
             for rows, columns in lower_tiles(len(self.x), gram_NN.device):
                 tile = gram_NN[rows, columns]
-                torch.addmm(tile, part[rows], part[columns].mT, beta=min(number, 1), out=tile)
+                multiply_add(tile, part[rows], part[columns], first=number == 0)
         self.norms.copy_(gram_NN.diagonal())
         self._whole = gram_NN
 
@@ -156,7 +157,7 @@ class TiledKernel:
         for number, panel in enumerate(self.x.panels()):
             left = self.x.part(rows, panel)
             right = left if rows == columns else self.x.part(columns, panel)
-            torch.addmm(gram, left, right.mT, beta=min(number, 1), out=gram)
+            multiply_add(gram, left, right, first=number == 0)
         if rows == columns:
             self.norms[rows] = gram.diagonal()
         return gram
@@ -185,9 +186,9 @@ class Laplacian:
         row_sums, column_sums = self._sums[rows], self._sums[columns] if mirrored else None
         weights = pair_weights(k, l_, grad_s, self._half[rows], self._half[columns], row_sums, column_sums)
         for panel in self.x.panels():
-            self._product[rows, panel].addmm_(weights, self.x.part(columns, panel))
+            multiply_add(self._product[rows, panel], weights, self.x.part(columns, panel).mT)
             if mirrored:
-                self._product[columns, panel].addmm_(weights.mT, self.x.part(rows, panel))
+                multiply_add(self._product[columns, panel], weights.mT, self.x.part(rows, panel).mT)
 
     def result(self) -> Tensor:
         """(N, D) gradient of the tiles that were added; ends the collection."""
@@ -205,7 +206,7 @@ def laplacian_product(weights_NN: Tensor, sums_N: Tensor, x: Centered, gamma: Te
     found = torch.empty_like(x.x, memory_format=torch.contiguous_format)
     for panel in x.panels():
         part = x.part(slice(0, len(x)), panel)
-        found[:, panel] = _from_product(weights_NN @ part, sums_N, part, gamma)
+        found[:, panel] = _from_product(multiply(weights_NN, part.mT), sums_N, part, gamma)
     return found
 
 
