@@ -41,7 +41,7 @@ class RunConfig:
     checkpoint_activations: bool = False
     """Compute each block's activations again in the backward pass: a third more work for much less memory."""
     precision: Precision = "auto"
-    """auto: bf16 autocast on CUDA, and on CPUs whose bf16 products are twice as fast. MI and losses are fp32 always."""
+    """auto: bf16 autocast on CUDA, and on CPUs that multiply bf16 1.5 times as fast. MI and losses are fp32 always."""
     compile: bool = False
     """torch.compile: the whole model in one process, each layer for itself with ddp and fsdp."""
     clip_grad: float | None = None
