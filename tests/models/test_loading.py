@@ -97,7 +97,7 @@ class TestInitialize:
         report = initialize(model, tmp_path / "timm.safetensors")
         assert_encoder_equal(model, source)
         assert set(report.skipped) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
-        assert "the head had 1000 classes, the model has 10: it starts fresh" in str(report)
+        assert "the head had 1,000 classes, the model has 10: it starts fresh" in str(report)
 
     def test_positions_are_resized_to_the_grid(self, tmp_path: Path) -> None:
         source, model = autoencoder(), classifier(image_size=64)

@@ -84,7 +84,7 @@ def test_norms_for_adversarial_images_start_as_the_clean_ones(run: Path, tensors
     found, said = task(run, recipe="digits/aemim_vit_nano")
     assert torch.equal(found["blocks.2.norm1.weight_adversarial"], tensors["blocks.2.norm1.weight"])
     assert torch.equal(found["cls_token_adversarial"], tensors["cls_token"])
-    assert "19 tensors for adversarial images are not in these weights: copied from clean" in said
+    assert "19 tensors for adversarial images, not in these weights: copied from clean" in said
 
 
 def test_a_linear_decoder_and_a_head(run: Path, tmp_path: Path) -> None:
