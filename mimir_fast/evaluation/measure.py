@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from mimir_fast.evaluation.finite import finite_mean
 from mimir_fast.evaluation.images import EvaluationImages, MakeSet
 from mimir_fast.evaluation.journal import Journal, Row, read_journal
 from mimir_fast.evaluation.statistics import Count
-from mimir_fast.layers.products import fast_products
 from mimir_fast.ops._precision import no_autocast
 
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -36,12 +35,8 @@ UNBROKEN = "none"
 
 
 @contextmanager
-def strict_fp32(device: torch.device, model: nn.Module | None = None) -> Iterator[None]:
-    """fp32 matmuls and convolutions without TF32, bf16 or autocast; the settings come back on leaving.
-
-    Args:
-        model: its large products go to the faster library, see `layers/products.py`.
-    """
+def strict_fp32(device: torch.device) -> Iterator[None]:
+    """fp32 matmuls and convolutions without TF32, bf16 or autocast; the settings come back on leaving."""
     cuda, cudnn, onednn = (getattr(torch.backends, name) for name in ("cuda", "cudnn", "mkldnn"))
     products = [cuda.matmul, cudnn.conv, cudnn.rnn, onednn.matmul, onednn.conv, onednn.rnn]
     before = [partial(setattr, each, "fp32_precision", each.fp32_precision) for each in products]
@@ -55,7 +50,7 @@ def strict_fp32(device: torch.device, model: nn.Module | None = None) -> Iterato
         cudnn.allow_tf32 = False
         for each in products:
             each.fp32_precision = "ieee"
-        with no_autocast(device), fast_products(model) if model is not None else nullcontext():
+        with no_autocast(device):
             yield
     finally:
         for restore in before:
@@ -187,7 +182,7 @@ def save_images(folder: Path, x: Tensor, labels: Tensor, samples: Tensor, predic
 def measure(outcome: Outcome, model: nn.Module, shard: EvaluationImages, how: ShardRun) -> Journal:
     """The rows of a shard, in fp32; goes on where the journal ends."""
     record = Journal(how.path, how.settings)
-    with strict_fp32(how.device, model):
+    with strict_fp32(how.device):
         for images, labels, samples in shard.batches(how.batch_size, how.device, start=record.num_images):
             started = time.perf_counter()
             row = outcome(model, images, labels, samples)

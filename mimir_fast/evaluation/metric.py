@@ -125,7 +125,7 @@ class RobustAccuracy(Metric):
         check_images(images)
         model, samples = self._look(images), _samples_of(images)
         labels = torch.as_tensor(labels, device=images.device)
-        with strict_fp32(images.device, model), borrowed(model, "eval") as module, torch.no_grad():
+        with strict_fp32(images.device), borrowed(model, "eval") as module, torch.no_grad():
             right = is_correct(module(images), labels)
 
             def attempt(rows: Tensor, start: int) -> Tensor:

@@ -148,6 +148,8 @@ def robustness_verdict(results: Results) -> dict[str, str]:
         kind, end = "unsure", "So few images do not tell the robust accuracy from chance."
     elif share < clean["accuracy"] / 2:
         kind, end = "unsure", "More than half of the natural accuracy is lost under attack."
+    elif robust["interval"][0] < clean["accuracy"] / 2:
+        kind, end = "unsure", "So few images do not show whether half of the natural accuracy is kept under attack."
     else:
         kind, end = "good", "At least half of the natural accuracy is kept under attack."
     return {"kind": kind, "large": f"{100 * share:.1f} % robust accuracy", "text": text + end}
@@ -179,6 +181,11 @@ def validity_verdict(results: Results) -> dict[str, str]:
             "kind": "bad", "large": "Answers are random",
             "text": "Every attack judges an image by one fresh answer of the model, so the robust accuracy over "
             f"{len(results.sections['accuracy']['tried'])} attacks falls by chance alone, and is no bound.{said}",
+        }  # fmt: skip
+    if not results.clean["correct"]:
+        return {
+            "kind": "unsure", "large": "Nothing to attack",
+            "text": "No image is classified correctly without attack, so no check and no attack had anything to do.",
         }  # fmt: skip
     if failed:
         lower = " The true robust accuracy may be far lower." if results.robust["correct"] else ""

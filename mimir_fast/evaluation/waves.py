@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.apgd import ball_of, dlr, surface_start, targeted_dlr
 from mimir_fast.attacks.apgd_rows import ApgdRows
 from mimir_fast.attacks.fab import FabRows
-from mimir_fast.attacks.losses import Aimed
+from mimir_fast.attacks.losses import Aimed, likeliest_wrong
 from mimir_fast.attacks.pgd import Loss, cross_entropy
 from mimir_fast.attacks.rows import Rows, run_rows
 from mimir_fast.attacks.square import SquareRows
@@ -109,13 +109,13 @@ class Waves:
                 most=SQUARE_ROWS * self.batch_size,
             )  # fmt: skip
         if self.name == "fab-t":
-            aims = self._targets(images, parts)
+            aims = self._targets(images, labels, parts)
             return FabRows(self.module, images, labels, aims, self.eps, package.fab.n_iter, norm)
         start = surface_start(
             images, self.eps, norm, samples=samples, seed=self.seed, step=parts + FIRST_START[self.name]
         )  # fmt: skip
         loss: Loss = {"apgd-ce": cross_entropy, "apgd-dlr": dlr}.get(self.name) or Aimed(
-            targeted_dlr, self._targets(images, parts)
+            targeted_dlr, self._targets(images, labels, parts)
         )
 
         def check(gradient: Tensor) -> None:
@@ -128,7 +128,7 @@ class Waves:
             told_gradient=check,
         )  # fmt: skip
 
-    def _targets(self, images: Tensor, parts: Tensor) -> Tensor:
-        """(R,) the classes behind the likeliest one, of an image that is classified correctly: the true one."""
-        order = self.module(images).argsort(dim=1, descending=True)
-        return order.gather(1, parts[:, None] + 1)[:, 0]
+    def _targets(self, images: Tensor, labels: Tensor, parts: Tensor) -> Tensor:
+        """(R,) of the wrong classes, likeliest first, that of the part."""
+        targets = likeliest_wrong(self.module(images), labels, self.parts)
+        return targets.gather(1, parts[:, None])[:, 0]

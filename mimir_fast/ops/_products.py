@@ -9,10 +9,12 @@ Shapes: X (M, K), W (N, K) as a linear layer has it.
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_ONEDNN: Any = torch.backends.mkldnn
 LARGE_PRODUCT = 2**22
 """Multiplications of a product that gains."""
 
@@ -33,8 +35,8 @@ def helps() -> bool:
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether x·Wᵀ, x (…, K), is a product that gains; never of one that has to be differentiated, or is looked at.
 
-    What looks at operations, as FLOP counters do, knows PyTorch's own products. A lower precision that the user allows
-    (`torch.set_float32_matmul_precision`) is PyTorch's business.
+    What looks at operations, as FLOP counters do, knows PyTorch's own products. A lower precision that is allowed at
+    this moment (`torch.set_float32_matmul_precision`, see `full_precision`) is PyTorch's business.
     """
     return (
         helps()
@@ -43,7 +45,8 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         and x.numel() * weight.shape[0] >= LARGE_PRODUCT
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch.get_float32_matmul_precision() == "highest"
+        and bool(_ONEDNN.enabled)
+        and _ONEDNN.matmul.fp32_precision not in ("tf32", "bf16")
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_classifier import SmallNet
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.threat_model import LinfThreat
@@ -340,3 +341,45 @@ def test_a_random_model_is_attacked_through_its_randomness(digits_images: Evalua
 def test_unfit_models_are_refused(model: nn.Module, num_classes: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         inspect_model(model.eval(), IMAGES, num_classes)
+
+
+class Recomputed(nn.Module):
+    """A layer that is computed again in the backward pass, one mapped by torch.func, one that asks for a gradient."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.wide = inner, nn.Linear(64, 4096)
+        self.square = nn.Linear(4096, 64)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return x + 0.1 * self.square(torch.relu(self.wide(x)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(self.plain(images.flatten(1)).view_as(images))
+
+
+class Checkpointed(Recomputed):
+    def forward(self, images: Tensor) -> Tensor:
+        x = checkpoint(self.plain, images.flatten(1), use_reentrant=False)
+        return self.inner(x.view_as(images))
+
+
+class Mapped(Recomputed):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(torch.func.vmap(self.plain)(images.flatten(1)).view_as(images))
+
+
+@pytest.mark.parametrize("kind", [Checkpointed, Mapped])
+def test_a_models_own_way_to_compute_is_left_to_it(kind: type[Recomputed], small_model, digits_images) -> None:
+    """Whatever an evaluation does to be fast, the gradient is that of the model."""
+    torch.manual_seed(0)
+    twin = Recomputed(small_model)
+    model = kind(small_model)
+    model.load_state_dict(twin.state_dict())
+    numbers = [
+        evaluate(each, digits_images.images[:32].float() / 255, digits_images.labels[:32], suite="quick", eps=20 / 255)
+        for each in (twin, model)
+    ]
+    assert numbers[0].robust == numbers[1].robust
+    attacks = [found.sections["accuracy"]["attacks"] for found in numbers]
+    assert {k: v["correct"] for k, v in attacks[0].items()} == {k: v["correct"] for k, v in attacks[1].items()}

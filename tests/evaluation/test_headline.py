@@ -89,6 +89,22 @@ def test_many_more_broken_on_some_images_make_the_number_bad(tmp_path: Path) -> 
     assert verdict["kind"] == "bad" and "4 of 20, of 20 that faced STRONG" in verdict["text"]
 
 
+@pytest.mark.parametrize(("lost", "kind", "words"), [
+    (10, "good", "At least half"), (45, "unsure", "So few images do not show whether half"),
+    (60, "unsure", "More than half"), (95, "bad", "no better than chance"),
+])  # fmt: skip
+def test_what_the_interval_leaves_open_is_not_called_good(tmp_path: Path, lost: int, kind: str, words: str) -> None:
+    found = results_of(records_of(tmp_path, ("natural", EVERY, set()), ("pgd20", EVERY, set(range(lost)))))
+    assert found.verdicts["robustness"]["kind"] == kind and words in found.verdicts["robustness"]["text"]
+
+
+def test_where_nothing_is_right_nothing_was_checked(tmp_path: Path) -> None:
+    found = results_of(records_of(tmp_path, ("natural", EVERY, set(EVERY)), ("pgd20", EVERY, set(EVERY))))
+    found.sections["masking"] = {"checks": [{"name": "a check", "passed": True}]}
+    assert conclude(found).verdicts["validity"]["kind"] == "unsure"
+    assert found.verdicts["validity"]["large"] == "Nothing to attack"
+
+
 def test_an_attack_on_every_image_is_in_it_however_it_is_named(tmp_path: Path) -> None:
     results = results_of(records_of(tmp_path, ("natural", EVERY, {0}), ("pgd20", EVERY, {1}), ("check", EVERY, {2})))
     assert results.robust["correct"] == 97 and results.partial == []

@@ -13,6 +13,7 @@ from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import load_images
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.smoothing import certified_radius, gaussian_noise, lower_bound, smoothed_answer
+from mimir_fast.evaluation.topic import Setup
 from mimir_fast.evaluation.topics import smoothing
 
 stats = pytest.importorskip("scipy.stats")
@@ -147,6 +148,13 @@ def test_the_topic_certifies_resumes_and_says_what_is_certified(small_model: Sma
     assert rows == [["smoothing 0.1 100 0.01 0.05", 6], ["smoothing 0.3 100 0.01 0.05", 6]]
     shown = smoothing.compare([("first", found), ("other", again)])
     assert "other, σ = 0.3 (6 images)" in shown and "not of the models themselves" in shown
+
+
+def test_noises_that_are_nearly_equal_have_files_of_their_own(small_model: SmallNet) -> None:
+    config = EvaluateConfig("m", "table", DIGITS, eps=EPS, autoattack="no", smoothing=(0.25, 0.2500000001))
+    setup = Setup(config, 9, tuple("0123456789"), False, True, lambda spec: small_model)
+    first, second = smoothing.measurements(setup)
+    assert first.file != second.file and first.label != second.label
 
 
 @pytest.mark.parametrize(

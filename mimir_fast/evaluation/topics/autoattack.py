@@ -216,7 +216,7 @@ def run_autoattack(
     identity = fingerprint([settings, norm, eps, batch_size, seed, version, len(shard), by, *part])
     progress = _load(state, identity)
     # Borrowed, the parameters are frozen: FAB calls backward(), which would fill their `.grad`.
-    with borrowed(model, "eval") as module, strict_fp32(device, None if exact else model), torch.no_grad():
+    with borrowed(model, "eval") as module, strict_fp32(device), torch.no_grad():
         warnings: list[str] = []
         attack = package_of(module, eps, device, seed, version, norm, warnings)
         names = list(ATTACKS[version])

@@ -76,8 +76,8 @@ def measurements(setup: Setup) -> list[Measurement]:
     for sigma in dict.fromkeys(options.smoothing):
         given = {"select": options.smoothing_select, "draws": options.smoothing_draws, "seed": config.seed}
         found.append(Smoothed(
-            f"smoothing_{sigma:g}", _answers(sigma, config.batch_size, given), {"sigma": sigma, **given}, images,
-            f"smoothed, σ = {sigma:g}", cost=float(given["select"] + given["draws"]),
+            f"smoothing_{sigma}", _answers(sigma, config.batch_size, given), {"sigma": sigma, **given}, images,
+            f"smoothed, σ = {sigma}", cost=float(given["select"] + given["draws"]),
         ))  # fmt: skip
     return found
 
@@ -96,7 +96,7 @@ def _answers(sigma: float, batch_size: int, given: dict[str, int]) -> Outcome:
 def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
     """Certified accuracies of each noise."""
     options = options_of(setup.config, SmoothingOptions)
-    return {f"{item.parameters['sigma']:g}": _certified(item, records, setup, options) for item in items} or None
+    return {str(item.parameters["sigma"]): _certified(item, records, setup, options) for item in items} or None
 
 
 def _certified(item: Measurement, records: Records, setup: Setup, options: SmoothingOptions) -> dict[str, Any]:
