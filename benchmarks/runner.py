@@ -48,7 +48,7 @@ def run_question(
     until = time.monotonic() + seconds
     try:
         for case in cases_of(question)(device, size):
-            if only in (None, *case.labels) and not _is_known(case, known, gates_only):
+            if only in (None, *case.labels) and not _is_known(case, ceilings, known, gates_only):
                 left = until - time.monotonic()
                 yield _whatever_happens(case, device, ceilings, left, box_s=box_s, gates_only=gates_only)
     except Exception as error:  # the question's own set-up
@@ -57,9 +57,9 @@ def run_question(
         yield [stamp(record, device, ceilings)]
 
 
-def _is_known(case: Case, known: Collection[Key], gates_only: bool) -> bool:
+def _is_known(case: Case, ceilings: Ceilings, known: Collection[Key], gates_only: bool) -> bool:
     """Whether every record that the case would make is there; of ours only, where no other is made."""
-    records = _blanks(case, Ceilings(1.0, {"fp32": 1.0})).values()
+    records = _blanks(case, ceilings).values()
     return all(r.key() in known for r in records if r.status == "ok" and (is_ours(r.impl) or not gates_only))
 
 

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.attacks.losses import targeted_margin
 from mimir_fast.attacks.pgd import is_correct
 from mimir_fast.attacks.rows import select_all
 
@@ -55,8 +56,7 @@ class FabRows:
         self.left -= 1
         x, count = self.x.detach().requires_grad_(), len(self.x)
         with torch.enable_grad():
-            logits = self.module(x)
-            ahead = (logits.gather(1, self.targets[:, None]) - logits.gather(1, self.labels[:, None]))[:, 0]
+            ahead = targeted_margin(self.module(x), self.labels, self.targets)
             (grad,) = torch.autograd.grad(ahead.sum(), x)
         with torch.no_grad():
             x, w, start = self.x.flatten(1), grad.flatten(1), self.images.flatten(1)

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.attacks.losses import margin
 from mimir_fast.attacks.lp import LpThreat, Sparsity, project, size_of, steepest
 from mimir_fast.attacks.pgd import check_images, cross_entropy, is_correct
 from mimir_fast.layers.borrowing import AttackMode, borrowed
@@ -87,12 +88,6 @@ class _Best:
         return project(x, self.images, radius[:, None], self.norm)
 
 
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) logit of the true class less the largest other: negative where an image is misclassified."""
-    logits, column = logits.float(), labels[:, None]
-    return logits.gather(1, column)[:, 0] - logits.scatter(1, column, -torch.inf).amax(dim=1)
-
-
 def fmn(best: _Best, num_steps: int) -> None:
     """The minimal-norm attack; `best` keeps the nearest point on the way."""
     images = best.images
@@ -101,7 +96,7 @@ def fmn(best: _Best, num_steps: int) -> None:
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             logits = best.module(x)
-            value = margin(logits, best.labels)
+            value = -margin(logits, best.labels)
             (grad,) = torch.autograd.grad(value.sum(), x)
         x, grad = x.detach(), grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         wrong = best.look_at(x, logits)

@@ -19,6 +19,7 @@ import time
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.attacks.losses import margin
 from mimir_fast.attacks.pgd import image_bounds
 from mimir_fast.attacks.rows import select_all
 from mimir_fast.ops.random_uniform import random_uniform
@@ -86,8 +87,8 @@ class SquareRows:
         queries = self.asked[owners] + torch.arange(at_once, device=rows.device).repeat(len(rows))
         if at_once == 1:
             new = self._squares(self.x, self.samples, queries, self.low, self.high)
-            margin = self._margins(new, self.labels)
-            kept = ((margin < self.margin) | (margin <= 0)) & (queries < self.num_queries)
+            found = self._margins(new, self.labels)
+            kept = ((found < self.margin) | (found <= 0)) & (queries < self.num_queries)
             used: Tensor | int = 1
         else:
             new = self._squares(self.x[owners], self.samples[owners], queries, self.low[owners], self.high[owners])
@@ -96,10 +97,10 @@ class SquareRows:
                 -1, at_once
             )
             first, kept = better.int().argmax(dim=1), better.any(dim=1)
-            new, margin = new.view(-1, at_once, *new.shape[1:])[rows, first], margins[rows, first]
+            new, found = new.view(-1, at_once, *new.shape[1:])[rows, first], margins[rows, first]
             used = torch.where(kept, first + 1, at_once)
         self.x = torch.where(kept.view(-1, 1, 1, 1), new, self.x)
-        self.margin = torch.where(kept, margin, self.margin)
+        self.margin = torch.where(kept, found, self.margin)
         self.asked = (self.asked + used).clamp(max=self.num_queries)
         self.pace.note(self.asked)
 
@@ -120,9 +121,7 @@ class SquareRows:
 
     def _margins(self, x: Tensor, labels: Tensor) -> Tensor:
         """(R,) logit of the true class less the largest other one."""
-        logits = self.module(x).float()
-        others = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
-        return logits.gather(1, labels[:, None])[:, 0] - others
+        return -margin(self.module(x), labels)
 
 
 class Pace:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.attacks.losses import margin
 from mimir_fast.attacks.pgd import NO_CLASS, cross_entropy, predicted
 from mimir_fast.evaluation.finite import finite_mean
 from mimir_fast.evaluation.images import EvaluationImages, MakeSet
@@ -135,15 +136,13 @@ def score(model: nn.Module, x: Tensor, images: Tensor, labels: Tensor) -> Row:
     if logits.ndim != 2 or len(logits) != len(images):
         raise ValueError(f"the model returned {tuple(logits.shape)} for {len(images)} images, wanted (B, classes)")
     logits, delta = logits.float(), (x - images).flatten(1)
-    true = logits.gather(1, labels[:, None])
-    others = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
     prediction = predicted(logits)
     return {
         "label": labels,
         "correct": (prediction == labels).int(),
         "loss": cross_entropy(logits, labels),
         "prediction": prediction,
-        "margin": (true[:, 0] - others).masked_fill(prediction == NO_CLASS, -torch.inf).clamp(-1e30, 1e30),
+        "margin": (-margin(logits, labels)).masked_fill(prediction == NO_CLASS, -torch.inf).clamp(-1e30, 1e30),
         "linf": delta.abs().amax(dim=1),
         "l2": delta.norm(dim=1),
         "l1": delta.abs().sum(dim=1),

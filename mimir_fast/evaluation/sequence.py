@@ -14,7 +14,7 @@ Shapes: N images of a shard, B of a batch, C channels, H × W pixels.
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import is_correct
 from mimir_fast.checkpoints.durable import write_text
+from mimir_fast.evaluation.attack_progress import AttackProgress
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.evaluation.journal import OtherMeasurementError
 from mimir_fast.evaluation.measure import UNBROKEN, Attack, ShardRun, strict_fp32
 from mimir_fast.layers.borrowing import borrowed
 
@@ -32,6 +32,8 @@ PILOT, PART = 32, 8
 CLEAN = "clean"
 """Stands in place of an attack's name where the model is wrong without one."""
 
+OTHER = "other attacks, or of the same ones with other settings"
+
 Inside = Callable[[Tensor, Tensor], Tensor]
 """(attacked (B, C, H, W), clean) → (B,) bool: whether each is an image that the adversary may make."""
 Found = Callable[[Tensor, Tensor, Tensor, str], None]
@@ -39,55 +41,22 @@ Found = Callable[[Tensor, Tensor, Tensor, str], None]
 
 
 @dataclass
-class Progress:
-    """What is known so far; everything needed to go on. Images are numbered in the order they are taken.
+class Progress(AttackProgress):
+    """Images are numbered in the order they are taken.
 
     Attributes:
-        fingerprint: of what the numbers depend on.
-        broken_by: an image → the attack that broke it first, `clean` where none was needed, `none` where none has.
         pilot: an attack → the images that its short form breaks.
         pilot_seconds: an attack → time spent on that.
         order: of the attacks; [] until the pilot is done.
-        entered: the images not broken when the attack in progress began: its batches are cut from them.
-        attack: number of the attack in progress.
-        batch: its next batch.
         reached: an attack → how many images it has passed: it has attacked those of them that stood.
         faced: an attack → how many it has attacked.
-        seconds: an attack → time spent.
     """
 
-    fingerprint: str
-    broken_by: list[str] = field(default_factory=list)
     pilot: dict[str, list[int]] = field(default_factory=dict)
     pilot_seconds: dict[str, float] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
-    entered: list[int] = field(default_factory=list)
-    attack: int = 0
-    batch: int = 0
     reached: dict[str, int] = field(default_factory=dict)
     faced: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, state: Path | None, identity: str) -> "Progress":
-        """That of a file, or of the beginning.
-
-        Raises:
-            OtherMeasurementError: it is that of another evaluation.
-        """
-        if state is None or not state.exists():
-            return cls(identity)
-        found = cls(**json.loads(state.read_text()))
-        if found.fingerprint != identity:
-            raise OtherMeasurementError(
-                f"{state} is the progress of other attacks, or of the same ones with other settings; give another "
-                "--output_dir, or --overwrite to start anew"
-            )
-        return found
-
-    def standing(self) -> list[int]:
-        """The images that no attack has broken."""
-        return [i for i, name in enumerate(self.broken_by) if name == UNBROKEN]
 
     @property
     def spent(self) -> float:
@@ -140,7 +109,7 @@ def run_in_sequence(
     Raises:
         OtherMeasurementError: the file is the progress of another evaluation.
     """
-    progress = Progress.load(how.path, identity)
+    progress = Progress.load(how.path, identity, OTHER)
     with borrowed(model, "eval") as module, strict_fp32(how.device), torch.no_grad():
         run = _Run(module, shard, attacks, short, how, inside, budget, found, progress, taken(len(shard), seed))
         if len(progress.broken_by) < len(shard):
@@ -172,8 +141,7 @@ class _Run:
     places: Tensor
 
     def save(self) -> None:
-        if self.how.path is not None:
-            write_text(self.how.path, json.dumps(asdict(self.progress)))
+        self.progress.save(self.how.path)
 
     def over(self) -> bool:
         """Whether time is up."""
@@ -247,7 +215,7 @@ class _Run:
         while progress.attack < len(progress.order):
             name = progress.order[progress.attack]
             if progress.batch == 0:
-                progress.entered = progress.standing()
+                progress.entered = progress.remaining()
             entered = progress.entered
             for first in range(progress.batch * size, len(entered), size):
                 if self.over():
@@ -259,7 +227,7 @@ class _Run:
                 self.how.tick(self._share_done() * total)
             progress.reached[name] = total
             self.how.log(
-                f"{name}: {progress.broken_by.count(name)} broken, {len(progress.standing())} of {total} left, "
+                f"{name}: {progress.broken_by.count(name)} broken, {len(progress.remaining())} of {total} left, "
                 f"{progress.seconds.get(name, 0.0):.0f} s"
             )
             progress.attack, progress.batch, progress.entered = progress.attack + 1, 0, []

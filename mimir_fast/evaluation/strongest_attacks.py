@@ -18,7 +18,7 @@ from mimir_fast.attacks.rays import rays
 from mimir_fast.attacks.until_broken import apgd_many, pgd_many
 from mimir_fast.evaluation.attacks import NamedAttack, make_threat, parameters_of
 from mimir_fast.evaluation.options import CommonOptions
-from mimir_fast.evaluation.packaged import packaged_attack
+from mimir_fast.evaluation.package import packaged_attack
 
 NAMES = (
     "apgd-ce", "apgd-margin", "apgd-scaled", "apgd-probability", "pgd-margin", "pgd-targets", "pgd-restarts",

@@ -2,8 +2,10 @@
 early; both also after a kill; nothing of the model changes."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.evaluation.topics.autoattack import attacks_of, run_autoattack, square_warning
+from mimir_fast.evaluation.topics.autoattack import Progress, attacks_of, run_autoattack, square_warning
 
 pyautoattack = pytest.importorskip("pyautoattack")
 CPU = torch.device("cpu")
@@ -42,16 +44,8 @@ def test_killed_and_resumed_equals_a_direct_call(
         stands = (small_model(x_adv).argmax(1) == few.labels).tolist()
     assert 0 < sum(stands) < 12, "the test needs a robust accuracy in between"
 
-    state, positions = tmp_path / "autoattack.json", []
-    for most in lives:
-        with pytest.raises(KeyboardInterrupt):
-            run_autoattack(
-                Mortal(small_model, most), few, EPS, batch_size=5, device=CPU, state=state, attacks=names, exact=True
-            )
-        saved = json.loads(state.read_text())
-        positions.append((saved["attack"], saved["batch"]))
-    assert positions == sorted(set(positions)), "each start went further than the one before"
-    progress = run_autoattack(small_model, few, EPS, batch_size=5, device=CPU, state=state, attacks=names, exact=True)
+    state = tmp_path / "autoattack.json"
+    progress = killed_and_resumed(small_model, few, lives, state, batch_size=5, attacks=names, exact=True)
     assert [name == "none" for name in progress.broken_by] == stands
     assert progress.after[names[-1]] == sum(stands)
     assert list(progress.after) == ["clean", *names]
@@ -76,6 +70,20 @@ class Mortal(nn.Module):
         return self.net(x)
 
 
+def killed_and_resumed(
+    model: nn.Module, shard: EvaluationImages, lives: Sequence[int], state: Path, **options: Any
+) -> Progress:
+    """The progress of a start that goes on where others were killed, each after so many passes of the model."""
+    positions = []
+    for most in lives:
+        with pytest.raises(KeyboardInterrupt):
+            run_autoattack(Mortal(model, most), shard, EPS, device=CPU, state=state, **options)
+        saved = json.loads(state.read_text())
+        positions.append((saved["attack"], saved["batch"]))
+    assert positions == sorted(set(positions)), "each start went further than the one before"
+    return run_autoattack(model, shard, EPS, device=CPU, state=state, **options)
+
+
 def test_images_that_leave_early_get_the_packages_verdicts(small_model, digits_images, tmp_path: Path) -> None:
     """All gradient attacks of *standard*, killed three times, against the package's own loop on 60 digits."""
     names, some = ("apgd-ce", "apgd-t", "fab-t"), digits_images.evenly(60)
@@ -85,7 +93,7 @@ def test_images_that_leave_early_get_the_packages_verdicts(small_model, digits_i
         x_adv, _ = direct.run_standard_evaluation(some.images.float() / 255, some.labels, batch_size=16)
     with torch.no_grad():
         stands = (small_model(x_adv).argmax(1) == some.labels).tolist()
-    state, positions, kept = tmp_path / "s.json", list[tuple[int, int]](), list[int]()
+    kept = list[int]()
 
     def keep(x, labels, samples, attack) -> None:
         with torch.no_grad():
@@ -94,15 +102,8 @@ def test_images_that_leave_early_get_the_packages_verdicts(small_model, digits_i
         assert x.shape == clean.shape and x.min() >= 0 and x.max() <= 1
         kept.extend(samples.tolist())
 
-    for lives in (150, 700, 1500):
-        with pytest.raises(KeyboardInterrupt):
-            run_autoattack(
-                Mortal(small_model, lives), some, EPS, batch_size=16, device=CPU, state=state, attacks=names, keep=keep
-            )
-        saved = json.loads(state.read_text())
-        positions.append((saved["attack"], saved["batch"]))
-    assert positions == sorted(set(positions)), "each start went further than the one before"
-    progress = run_autoattack(small_model, some, EPS, batch_size=16, device=CPU, state=state, attacks=names, keep=keep)
+    state = tmp_path / "s.json"
+    progress = killed_and_resumed(small_model, some, (150, 700, 1500), state, batch_size=16, attacks=names, keep=keep)
     whole = run_autoattack(small_model, some, EPS, batch_size=16, device=CPU, attacks=names)
     assert progress.broken_by == whole.broken_by and progress.after == whole.after
     ours = [name == "none" for name in progress.broken_by]

@@ -11,12 +11,11 @@ attack, and an attack on 10,000 images takes hours; a kill changes nothing.
 Shapes: N images, C channels, H × W pixels.
 """
 
-import json
 import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import is_correct, predicted
-from mimir_fast.checkpoints.durable import write_text
+from mimir_fast.evaluation.attack_progress import AttackProgress
 from mimir_fast.evaluation.html import paragraph, percent, span, table
 from mimir_fast.evaluation.images import EvaluationImages
-from mimir_fast.evaluation.journal import Journal, OtherMeasurementError, fingerprint
+from mimir_fast.evaluation.journal import Journal, fingerprint
 from mimir_fast.evaluation.measure import (
     UNBROKEN,
     Measurement,
@@ -76,6 +75,7 @@ BY = {
 }
 SQUARE_FINDS = 0.002
 """Share of the images beyond which the package warns that Square found what gradients missed."""
+OTHER = "another evaluation (other model, images, eps, batch size, seed or version)"
 _LOG = logging.getLogger(__name__)
 
 
@@ -152,32 +152,16 @@ def require_classes(count: int, attacks: Sequence[str]) -> None:
 
 
 @dataclass
-class Progress:
-    """What is known so far; everything needed to go on.
+class Progress(AttackProgress):
+    """`batch` counts jobs where an attack runs in waves (`waves.Waves.run`).
 
     Attributes:
-        fingerprint: of the settings the numbers depend on.
-        broken_by: an image → the attack that broke it, `clean` for misclassified ones, `none` where none has.
-        entered: the images not broken when the attack in progress began: its batches are cut from them.
-        attack: number of the attack in progress.
-        batch: its next batch, or its next job where it runs in waves (`waves.Waves.run`).
         after: accuracy count after each finished stage, `clean` first.
-        seconds: an attack → time spent.
         warnings: what the package's own checks found.
     """
 
-    fingerprint: str
-    broken_by: list[str] = field(default_factory=list)
-    entered: list[int] = field(default_factory=list)
-    attack: int = 0
-    batch: int = 0
     after: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-
-    def remaining(self) -> list[int]:
-        """Positions of the images that no attack has broken so far."""
-        return [i for i, name in enumerate(self.broken_by) if name == UNBROKEN]
 
 
 def run_autoattack(
@@ -214,7 +198,7 @@ def run_autoattack(
     part = [] if attacks is None else [list(attacks)]
     by = "pyautoattack" if exact else "mimir_fast"
     identity = fingerprint([settings, norm, eps, batch_size, seed, version, len(shard), by, *part])
-    progress = _load(state, identity)
+    progress = Progress.load(state, identity, OTHER)
     # Borrowed, the parameters are frozen: FAB calls backward(), which would fill their `.grad`.
     with borrowed(model, "eval") as module, strict_fp32(device), torch.no_grad():
         warnings: list[str] = []
@@ -226,8 +210,7 @@ def run_autoattack(
 
         def save() -> None:
             progress.warnings = sorted({*progress.warnings, *warnings})
-            if state is not None:
-                write_text(state, json.dumps(asdict(progress)))
+            progress.save(state)
 
         if len(shard) == 0:
             progress.after, progress.attack = {"clean": 0}, len(names)
@@ -319,18 +302,6 @@ def _fit_classes(attack: Any, num_classes: int, version: Version, asked: Sequenc
     attack.apgd_targeted.n_target_classes = min(attack.apgd_targeted.n_target_classes, num_classes - 1)
     attack.fab.n_target_classes = min(attack.fab.n_target_classes, num_classes - 1)
     return names
-
-
-def _load(state: Path | None, identity: str) -> Progress:
-    if state is None or not state.exists():
-        return Progress(identity)
-    saved = json.loads(state.read_text())
-    if saved["fingerprint"] != identity:
-        raise OtherMeasurementError(
-            f"{state} is the progress of another evaluation (other model, images, eps, batch size, seed or version); "
-            "give another --output_dir, or --overwrite to start anew"
-        )
-    return Progress(**saved)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from mimir_fast.evaluation.finite import finite_mean
 from mimir_fast.evaluation.html import figure, figures
 from mimir_fast.evaluation.measure import Measurement, Records, Row
 from mimir_fast.evaluation.options import CommonOptions, radius_text
-from mimir_fast.evaluation.packaged import packaged_attack
+from mimir_fast.evaluation.package import packaged_attack
 from mimir_fast.evaluation.statistics import (
     LEVEL,
     ODD_ONE,

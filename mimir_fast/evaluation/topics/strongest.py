@@ -235,7 +235,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
     images = [name for s in shards for name in s.broken_by]
     budget = options_of(setup.config, StrongestOptions).strongest_budget
     whole = all(row["reached"] == len(images) for row in rows)
-    standing = [number >= min(s.reached.get(name, 0) for name in order) for s in shards for number in s.standing()]
+    standing = [number >= min(s.reached.get(name, 0) for name in order) for s in shards for number in s.remaining()]
     faced_all = len(images) - sum(standing)
     numbers: Numbers = {
         **Count(sum(name == UNBROKEN for name in images), len(images)).as_dict(), "attacks": rows, "whole": whole,
