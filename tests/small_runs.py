@@ -27,7 +27,7 @@ def small(family: str, init: Path, folder: Path, *extra: str) -> FinetuneConfig:
 
 def last(run: Path) -> dict[str, Tensor]:
     """All tensors of its newest checkpoint."""
-    return read_tensors(checkpoints_of(run)[-1], prefix="")
+    return read_tensors(checkpoints_of(run)[-1], "")
 
 
 def pretrained(family: str, folder: Path) -> Path:

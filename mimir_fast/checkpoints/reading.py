@@ -1,19 +1,24 @@
 """What is in a checkpoint, whether it is whole, and which one of a run to take."""
 
+import errno
 import json
 import re
+import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from mimir_fast.checkpoints.durable import crc32
+from mimir_fast.checkpoints.checksums import block_checksums, crc32, is_intact
 
 FORMAT = "mimir_fast.checkpoint"
-VERSION = 2  # 1 had sizes only
+VERSION = 3  # 2 had one checksum a file and none of meta.json, 1 sizes only
+
+T = TypeVar("T")
 
 # Without a process group dcp warns, also in its thread, that it works in a single process: as it was asked to.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -31,55 +36,87 @@ class DamagedCheckpoint(CheckpointError):
     """A checkpoint that is not what was written: cut, changed or incomplete. An older one may be whole."""
 
 
+class UnreadableCheckpoint(CheckpointError):
+    """The storage does not give it now; whether it is whole, nobody knows."""
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The meta data of a checkpoint, after checking that all its files are there in full.
+    """The meta data of a checkpoint, after checking that they are as written and that all files are there in full.
 
     Raises:
         CheckpointError: not a checkpoint of ours.
-        DamagedCheckpoint: truncated, or files are missing.
+        DamagedCheckpoint: changed or truncated, or files are missing.
+        UnreadableCheckpoint: the storage fails, also when asked again.
     """
     path = folder / "meta.json"
-    if not path.is_file():
+    if _patiently(path, lambda: _size(path)) is None:
         raise CheckpointError(f"{folder} is not a mimir_fast checkpoint: it has no meta.json")
+    content = _patiently(path, path.read_bytes)
     try:
-        meta = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+        meta = json.loads(content)
+    except ValueError as error:
         raise DamagedCheckpoint(f"{path} is damaged ({error}): use an older checkpoint") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise CheckpointError(f"{folder} is not a mimir_fast checkpoint: its meta.json is not of ours")
-    if meta["version"] > VERSION:
-        raise CheckpointError(f"{folder} was written by a newer mimir_fast (format {meta['version']}): upgrade")
+    version = meta.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise CheckpointError(f"{folder} was written by a newer mimir_fast (format {version}): upgrade")
+    if (version not in (1, 2) or "crc32" in meta) and not is_intact(meta):
+        raise DamagedCheckpoint(f"{path} was changed after it was written: use an older checkpoint of the same run")
+    if not isinstance(meta.get("files"), dict):
+        raise DamagedCheckpoint(f"{path} names no files: use an older checkpoint of the same run")
     for name, (size, _) in described_files(meta).items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        found = _patiently(folder / name, partial(_size, folder / name))
         if found != size:
             state = "missing" if found is None else f"truncated ({found} of {size} bytes)"
             raise DamagedCheckpoint(f"{folder / name} is {state}: use an older checkpoint of the same run")
     return meta
 
 
-def described_files(meta: dict[str, Any]) -> dict[str, tuple[int, str | None]]:
-    """Name → (size in bytes, CRC-32 or None where an old version wrote none)."""
+def described_files(meta: dict[str, Any]) -> dict[str, tuple[int, str | list[str] | None]]:
+    """Name → (size in bytes, CRC-32 of each block; older versions wrote one of the whole file, or None)."""
     files = meta["files"].items()
     return {n: (f, None) if isinstance(f, int) else (f["size"], f["crc32"]) for n, f in files}
 
 
 def verify(folder: Path, share: slice = slice(None)) -> None:
-    """Compare every byte with the checksums; `share` takes a part of the files, so that ranks can divide the work.
+    """Compare every byte with the checksums (two cores read 7 GB/s); `share` takes a part of the files, so that ranks
+    can divide the work.
 
     Raises:
         CheckpointError: as `read_meta`.
         DamagedCheckpoint: other content than was written.
+        UnreadableCheckpoint: the storage fails, also when asked again.
     """
-    for name, (_, checksum) in sorted(described_files(read_meta(folder)).items())[share]:
-        try:
-            found = crc32(folder / name)
-        except OSError as error:
-            raise DamagedCheckpoint(f"{folder / name} cannot be read ({error}): use an older checkpoint") from error
-        if checksum is not None and found != checksum:
+    for name, (_, written) in sorted(described_files(read_meta(folder)).items())[share]:
+        if written is None:
+            continue
+        path = folder / name
+        read = partial(block_checksums, threads=8) if isinstance(written, list) else crc32
+        found = _patiently(path, partial(read, path))
+        if found != written:
             raise DamagedCheckpoint(
-                f"{folder / name} was changed after it was written (CRC-32 {found}, written was {checksum}): "
-                "use an older checkpoint of the same run"
+                f"{path} was changed after it was written (its CRC-32 is another): use an older checkpoint of the same "
+                "run"
             )
+
+
+def _patiently(path: Path, read: Callable[[], T]) -> T:
+    """What `read` returns. Storage that fails for a moment (a stale NFS handle, a mount) is asked again."""
+    pauses = [0.5, 2.0, 5.0]
+    while True:
+        try:
+            return read()
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(f"{path} is missing: use an older checkpoint of the same run") from error
+        except OSError as error:
+            if not pauses or error.errno in (errno.EACCES, errno.EPERM):
+                raise UnreadableCheckpoint(f"{path} cannot be read ({error.strerror or error})") from error
+            time.sleep(pauses.pop(0))
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def saved_tensors(folder: Path) -> dict[str, Any]:
@@ -106,17 +143,22 @@ def saved_tensors(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_tensors(folder: Path, prefix: str = "model/") -> dict[str, Tensor]:
-    """Whole CPU tensors of a checkpoint whose names start with `prefix`, without it; works outside of any run.
+def read_tensors(folder: Path, *prefixes: str) -> dict[str, Tensor]:
+    """Whole CPU tensors of a checkpoint, after comparing every byte with the checksums; works outside of any run.
+
+    Args:
+        prefixes: only those whose names start so, without it (default "model/"); a later prefix wins.
 
     Raises:
         CheckpointError: not a checkpoint of ours, or damaged.
     """
-    read_meta(folder)
-    found = {n: info for n, info in saved_tensors(folder).items() if n.startswith(prefix)}
-    tensors = {n: torch.empty(info.size, dtype=info.properties.dtype) for n, info in found.items()}
+    verify(folder)
+    saved = saved_tensors(folder)
+    found = {prefix: [name for name in saved if name.startswith(prefix)] for prefix in prefixes or ("model/",)}
+    wanted = sorted({name for names in found.values() for name in names})
+    tensors = {n: torch.empty(saved[n].size, dtype=saved[n].properties.dtype) for n in wanted}
     _read_into(folder, tensors, no_dist=True)
-    return {n.removeprefix(prefix): t for n, t in tensors.items()}
+    return {name.removeprefix(prefix): tensors[name] for prefix, names in found.items() for name in names}
 
 
 def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimir_fast.checkpoints.durable import PARTIAL, crc32, move, remove, sync
+from mimir_fast.checkpoints.checksums import block_checksums, seal
+from mimir_fast.checkpoints.durable import PARTIAL, move, remove, sync
 from mimir_fast.checkpoints.reading import FORMAT, VERSION, root_cause
 from mimir_fast.world import FailedElsewhere, World
 
@@ -102,14 +103,13 @@ class Saver:
             own = sorted(partial.glob(f"shard-{self.world.rank + 1:05d}-*.safetensors"))
             for path in own:
                 sync(path)
-            return {path.name: {"size": path.stat().st_size, "crc32": crc32(path)} for path in own}
+            return {path.name: {"size": path.stat().st_size, "crc32": block_checksums(path)} for path in own}
 
         def commit() -> None:
             files = {name: info for described in descriptions for name, info in described.items()}
             _check_shared(partial, files)
-            (partial / "meta.json").write_text(
-                json.dumps({"format": FORMAT, "version": VERSION, **meta, "files": files}, indent=1)
-            )
+            described = seal({"format": FORMAT, "version": VERSION, **meta, "files": files})
+            (partial / "meta.json").write_text(json.dumps(described, indent=1))
             sync(partial / "meta.json")
             sync(partial)
             if folder.exists():

@@ -179,7 +179,7 @@ def _read_checkpoint(folder: Path, which: WeightsChoice, part: str) -> Weights:
         raise WeightsError(f"{folder} holds no moving average: leave that choice of weights out")
     use_ema = has_ema and which != "model"
     # The average covers what was trained; fixed tensors are with the weights.
-    tensors = read_tensors(folder, "model/") | (read_tensors(folder, "ema/") if use_ema else {})
+    tensors = read_tensors(folder, "model/", *["ema/"] * use_ema)
     tensors = merge_lora(tensors, meta.get("config"))
     origin = f"{folder} ({'moving average' if use_ema else 'weights'} of step {meta.get('step', '?')})"
     config = meta.get("config")

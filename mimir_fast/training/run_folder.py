@@ -22,6 +22,7 @@ from mimir_fast.checkpoints.durable import move, point, remove, write_text
 from mimir_fast.checkpoints.reading import (
     CheckpointError,
     DamagedCheckpoint,
+    UnreadableCheckpoint,
     checkpoints_of,
     read_meta,
     step_of,
@@ -142,23 +143,24 @@ class RunFolder:
     def choose(self) -> Path | None:
         """The newest whole checkpoint, the same on all ranks, or None in a new run; damaged newer ones are put aside.
 
-        Every byte is read and compared with its checksum, files shared out over the ranks. Collective.
+        Every byte is read and compared with its checksum, files shared out over the ranks. One that the storage does
+        not give is passed over and stays where it is. Collective.
 
         Raises:
             CheckpointError: there are checkpoints and none of them is whole.
         """
         names = self.world.on_main(self._candidates)
-        damaged: list[tuple[str, str]] = []
+        problems: dict[str, CheckpointError] = {}
         for name in reversed(names):
             problem = self._problem(name)
             if problem is None:
-                self.world.on_main(lambda: self._put_aside(damaged))
+                self.world.on_main(lambda: self._pass_over(problems))
                 return self.checkpoints / name
-            damaged.append((name, problem))
-        if damaged:
+            problems[name] = problem
+        if problems:
             raise CheckpointError(
-                f"none of the {len(damaged)} checkpoints in {self.checkpoints} is whole; the newest: {damaged[0][1]}. "
-                "Copy a whole one back there, or --overwrite to start anew"
+                f"none of the {len(names)} checkpoints in {self.checkpoints} can be used; the newest: "
+                f"{problems[names[-1]]}. Copy a whole one back there, or --overwrite to start anew"
             )
         return None
 
@@ -298,23 +300,26 @@ class RunFolder:
             return config
         return {}
 
-    def _problem(self, name: str) -> str | None:
+    def _problem(self, name: str) -> CheckpointError | None:
         """What is wrong with a checkpoint; every rank reads its share of the files, all learn it."""
 
-        def look() -> str | None:
+        def look() -> CheckpointError | None:
             folder = self.checkpoints / name
-            if not (folder / "meta.json").is_file():
-                return f"{folder} has lost its meta.json"
+            if not folder.joinpath("meta.json").exists():
+                return DamagedCheckpoint(f"{folder} has lost its meta.json")
             try:
                 verify(folder, slice(self.world.rank, None, self.world.size))
-            except DamagedCheckpoint as error:
-                return str(error)
+            except (DamagedCheckpoint, UnreadableCheckpoint) as error:
+                return error
             return None
 
         return next((problem for problem in self.world.together(look) if problem is not None), None)
 
-    def _put_aside(self, damaged: list[tuple[str, str]]) -> None:
-        for name, problem in damaged:
+    def _pass_over(self, problems: dict[str, CheckpointError]) -> None:
+        for name, problem in problems.items():
+            if isinstance(problem, UnreadableCheckpoint):
+                self.notes.append(f"WARNING: {problem}. It stays where it is; going on from the one before it")
+                continue
             aside = self.checkpoints / f"{name}.damaged"
             remove(aside)
             move(self.checkpoints / name, aside)

@@ -1,7 +1,10 @@
 """Checkpoints: what was written comes back, what was damaged is noticed, and training need not wait for the disk."""
 
+import errno
 import json
+import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +14,12 @@ from safetensors import safe_open
 from small_models import masked_vit
 from torch import Tensor
 
+from mimir_fast.checkpoints import checksums
 from mimir_fast.checkpoints.durable import point, write_text
 from mimir_fast.checkpoints.reading import (
     CheckpointError,
     DamagedCheckpoint,
+    UnreadableCheckpoint,
     load_checkpoint,
     read_meta,
     read_tensors,
@@ -84,8 +89,9 @@ class TestCheckpoint:
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
         read_meta(saved)  # sizes say nothing
-        with pytest.raises(DamagedCheckpoint, match=r"changed after it was written .* use an older checkpoint"):
-            verify(saved)
+        for read in (verify, read_tensors):
+            with pytest.raises(DamagedCheckpoint, match=r"changed after it was written .* use an older checkpoint"):
+                read(saved)
 
     def test_a_cut_description_is_noticed(self, saved: Path) -> None:
         text = (saved / "meta.json").read_text()
@@ -94,12 +100,48 @@ class TestCheckpoint:
             with pytest.raises(DamagedCheckpoint, match="use an older checkpoint"):
                 verify(saved)
 
-    def test_checkpoints_of_version_1_are_read(self, saved: Path) -> None:
+    @pytest.mark.parametrize(("key", "value"), [("step", 2), ("version", 2), ("position", {"epoch": 1}), ("new", None)])
+    def test_a_changed_description_is_noticed(self, saved: Path, key: str, value: object) -> None:
+        """A step of another number would repeat samples, and nothing else would tell."""
         meta = json.loads((saved / "meta.json").read_text())
-        files = {name: info["size"] for name, info in meta["files"].items()}
-        (saved / "meta.json").write_text(json.dumps(meta | {"version": 1, "files": files}))
+        (saved / "meta.json").write_text(json.dumps(meta | {key: value}))
+        with pytest.raises(DamagedCheckpoint, match=r"meta.json was changed after it was written"):
+            read_meta(saved)
+        (saved / "meta.json").write_text(json.dumps(dict(reversed(meta.items()))))  # order and layout are no content
+        assert read_meta(saved)["step"] == 1
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_checkpoints_of_older_versions_are_read(self, saved: Path, version: int) -> None:
+        meta = json.loads((saved / "meta.json").read_text())
+        del meta["crc32"]
+        for name, info in meta["files"].items():
+            old = {"size": info["size"], "crc32": f"{zlib.crc32((saved / name).read_bytes()):08x}"}
+            meta["files"][name] = info["size"] if version == 1 else old
+        (saved / "meta.json").write_text(json.dumps(meta | {"version": version}))
         verify(saved)
         assert read_tensors(saved)
+        (saved / "meta.json").write_text(json.dumps({**meta, "version": version, "files": None}))
+        with pytest.raises(DamagedCheckpoint, match="names no files"):
+            verify(saved)
+
+    def test_storage_that_fails_for_a_moment_is_asked_again(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pauses: list[float] = []
+        monkeypatch.setattr("time.sleep", pauses.append)
+        failing = iter([True, False, True])
+        read = checksums.crc32
+
+        def stale(*args: Any) -> str:
+            if next(failing, False):
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return read(*args)
+
+        monkeypatch.setattr(checksums, "crc32", stale)
+        verify(saved)
+        assert len(pauses) == 1
+        failing = iter([True] * 10)
+        with pytest.raises(UnreadableCheckpoint, match=r"safetensors cannot be read \(Stale file handle\)"):
+            verify(saved)
+        assert len(pauses) == 4
 
     def test_the_half_that_another_host_wrote_is_missed(self, tmp_path: Path) -> None:
         """What two hosts left that did not share a folder: each half loads as if it were whole, without this check."""
@@ -119,6 +161,15 @@ class TestCheckpoint:
         save_file({"model/w": torch.ones(2, 3)}, file, metadata={"DCP_SHARDING_INFO": json.dumps(second)})
         with pytest.raises(DamagedCheckpoint, match="holds 12 of the 18 numbers of model/w"):
             read_tensors(folder)
+
+
+def test_blocks_together_cover_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "BLOCK", 1000)
+    content = bytes(range(256)) * 14  # the last block is not full
+    (tmp_path / "file").write_bytes(content)
+    wanted = [f"{zlib.crc32(content[start : start + 1000]):08x}" for start in range(0, len(content), 1000)]
+    assert checksums.block_checksums(tmp_path / "file") == checksums.block_checksums(tmp_path / "file", 3) == wanted
+    assert checksums.crc32(tmp_path / "file") == f"{zlib.crc32(content):08x}"
 
 
 class TestSaver:

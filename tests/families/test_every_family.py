@@ -160,7 +160,7 @@ def test_resume_is_bit_exact(family: str, tmp_path: Path) -> None:
     parts = config_of(family, output_dir=str(tmp_path / "parts"))
     pretrain(replace(parts, run=replace(parts.run, stop_after=1)))
     pretrain(parts)
-    wanted, found = (read_tensors(checkpoints_of(run)[-1], prefix="") for run in (whole, tmp_path / "parts"))
+    wanted, found = (read_tensors(checkpoints_of(run)[-1], "") for run in (whole, tmp_path / "parts"))
     assert set(wanted) == set(found)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     model, objective = load_masked_model(whole)

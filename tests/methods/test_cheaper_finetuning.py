@@ -178,7 +178,7 @@ def free_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors_of(run: Path) -> dict[str, Tensor]:
-    return read_tensors(checkpoints_of(run)[-1], prefix="")
+    return read_tensors(checkpoints_of(run)[-1], "")
 
 
 @pytest.mark.parametrize(("options", "saved"), [(VISIBLE, [2, 4, 5]), (FREE, [3, 5])], ids=["visible", "free"])

@@ -183,7 +183,7 @@ def test_a_run_with_all_savings_resumes_to_the_bit(tmp_path: Path) -> None:
     parts = [*line, "--output_dir", str(tmp_path / "parts")]
     for _ in range(2):
         pretrain(config_from([*parts, "--stop_after", "2"]))
-    wanted, found = (read_tensors(checkpoints_of(run)[-1], prefix="") for run in (whole, tmp_path / "parts"))
+    wanted, found = (read_tensors(checkpoints_of(run)[-1], "") for run in (whole, tmp_path / "parts"))
     assert set(wanted) == set(found) and all(torch.equal(wanted[name], found[name]) for name in wanted)
     agreement = ["sign_agreement" in text for text in (whole / "metrics.jsonl").read_text().splitlines()]
     assert agreement == [True, False, False, False]

@@ -88,7 +88,7 @@ def test_interrupted_and_resumed_is_bit_exact(whole_run: Path, pretrained: Path,
     assert len(losses(run)) == 3
     finetune(config)
     assert losses(run) == losses(whole_run)
-    wanted, found = (read_tensors(checkpoints_of(r)[-1], prefix="") for r in (whole_run, run))
+    wanted, found = (read_tensors(checkpoints_of(r)[-1], "") for r in (whole_run, run))
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[n], found[n]) for n in wanted)
 
 

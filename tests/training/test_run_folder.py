@@ -1,5 +1,6 @@
 """A run's folder: one start at a time, nothing deleted that must stay, and a whole checkpoint to go on from."""
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 from commands import command_environment
 
+from mimir_fast.checkpoints import checksums
 from mimir_fast.checkpoints.reading import CheckpointError, checkpoints_of, read_meta
 from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.pretrain import config_from
@@ -315,6 +317,25 @@ class TestChoice:
         assert folder.choose() == tmp_path / "checkpoints" / "step-00000001"
         assert names(tmp_path) == ["step-00000001", "step-00000002.damaged", "step-00000003.damaged"]
         assert len(folder.notes) == 2 and all("Put aside as" in note for note in folder.notes)
+
+    def test_what_the_storage_does_not_give_is_passed_over_and_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = opened(tmp_path)
+        older, newer = save(tmp_path, 1), save(tmp_path, 2)
+        read = checksums.crc32
+
+        def broken(path: Path, *args: int) -> str:
+            if path.parent == newer:
+                raise OSError(errno.EIO, "Input/output error")
+            return read(path, *args)
+
+        monkeypatch.setattr(checksums, "crc32", broken)
+        monkeypatch.setattr("time.sleep", lambda _: None)
+        assert folder.choose() == older
+        assert names(tmp_path) == [older.name, newer.name]
+        assert "Input/output error). It stays where it is; going on from the one before it" in folder.notes[0]
+        folder.close()
 
     def test_with_none_whole_nothing_is_touched(self, tmp_path: Path) -> None:
         """Starting anew by itself would lose what a person might still repair."""

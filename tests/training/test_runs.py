@@ -36,7 +36,7 @@ def losses(run: Path) -> list[float]:
 
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
-    return read_tensors(checkpoints_of(run)[-1], prefix="")
+    return read_tensors(checkpoints_of(run)[-1], "")
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ class TestWhatIsSaved:
             pretrain(config)
         assert [p.name for p in checkpoints_of(run)] == ["step-00000003"]
         pretrain(config)
-        wanted, found = (read_tensors(checkpoints_of(r)[-1], prefix="") for r in (whole_run, run))
+        wanted, found = (read_tensors(checkpoints_of(r)[-1], "") for r in (whole_run, run))
         assert all(torch.equal(wanted[name], found[name]) for name in wanted) and losses(run) == losses(whole_run)
 
     def test_minutes(self, tmp_path: Path) -> None:
