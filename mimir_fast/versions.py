@@ -29,6 +29,13 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def software() -> dict[str, str | None]:
+    """Python, this code and the packages that a result depends on, by name, with their versions."""
+    computing = [package for package in PACKAGES if package not in ("tensorboard", "pyautoattack")]
+    versions = {f"the version of {package}": version_of(package) for package in computing}
+    return {"the version of Python": platform.python_version(), "the commit": commit(), **versions}
+
+
 def environment() -> dict[str, Any]:
     """Plain values that say where a number was made."""
     return {

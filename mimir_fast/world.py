@@ -86,6 +86,21 @@ class World:
         """
         return self.together(fn if self.is_main else _nothing)[0]
 
+    def agree(self, values: dict[str, Any]) -> None:
+        """Compare what must be the same on all ranks. Collective.
+
+        Raises:
+            RunFailed: it is not; names the first value that differs, and on which ranks of which hosts.
+        """
+        (first, wanted), *others = self.together(lambda: (self.name, values))
+        for name, found in others:
+            for key in sorted(wanted.keys() | found.keys()):
+                if found.get(key) != wanted.get(key):
+                    raise RunFailed(
+                        f"{key} is {wanted.get(key)!r} on {first}, and {found.get(key)!r} on {name}: start all ranks "
+                        "with the same command line, code and data"
+                    )
+
     def separate(self) -> "World":
         """The same processes with a gloo group of their own, for a thread whose collectives cross the main one's."""
         return World(self.rank, self.size, self.device, dist.new_group(backend="gloo") if self.size > 1 else None)

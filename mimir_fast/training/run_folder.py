@@ -31,7 +31,7 @@ from mimir_fast.checkpoints.reading import (
 from mimir_fast.training.health import TrainingDiverged
 from mimir_fast.training.lock import Lock, launch_id, restarts
 from mimir_fast.training.ownership import MARK, delete_leftovers, delete_run, read_json, refuse_strangers_folder
-from mimir_fast.versions import environment
+from mimir_fast.versions import environment, software
 from mimir_fast.world import World
 
 # What may differ between the parts of one run: it changes where and how fast, not what is computed.
@@ -46,6 +46,10 @@ FREE_TO_CHANGE = frozenset(
         "data.max_bad_files", "model.head_std",
     }
 )  # fmt: skip
+
+
+# What may be another on each host.
+_OF_A_HOST = frozenset({"run.device", "data.root", "data.num_workers", "data.hw_decoder_load"})
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -114,12 +118,15 @@ class RunFolder:
         """Take the folder for `config`; collective.
 
         Raises:
+            RunFailed: ranks were started with other options or versions.
             FileExistsError: the folder holds another run, or files that are none of ours.
             FolderInUse: another process works in it.
             TrainingDiverged: it ended so, and nothing was changed since.
             OSError: it cannot be written, or the hosts do not share it.
         """
         self._wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+        same = {f"--{name}": value for name, value in flatten(self._wanted).items() if name not in _OF_A_HOST}
+        self.world.agree(same | software())
         free = FREE_TO_CHANGE | {f"objective.{name}" for name in config.objective.free_to_change}
         nonce = self.world.on_main(lambda: self._take(defaults_of(config), free, resume, overwrite, allow_changes))
         try:

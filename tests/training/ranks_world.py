@@ -66,6 +66,13 @@ private = RunFolder(folder / f"host{rank}" / "run", world)
 found["not shared"] = said(lambda: private.open(config_from([]), resume=True, overwrite=False, allow_changes=False))
 private.close()
 
+# Another command line on one rank.
+mixed = RunFolder(folder / "mixed", world)
+line = ["--lr", "0.001" if rank == 0 else "0.005", "--data.num_workers", str(rank)]
+found["mixed"] = said(lambda: mixed.open(config_from(line), resume=True, overwrite=False, allow_changes=False))
+mixed.close()
+found["mixed folder"] = mixed.path.exists()
+
 # One rank is told to stop in step 3; both stop after the same step.
 agreement, step, stopping = Agreement(world, 0), 0, False
 while not stopping and step < 10 * MAX_STEPS:

@@ -45,6 +45,13 @@ def test_folders_that_hosts_do_not_share_are_refused_at_the_start(ranks: list[di
     assert "FailedElsewhere: rank 1" in ranks[0]["not shared"]
 
 
+def test_ranks_with_other_options_do_not_train_together(ranks: list[dict[str, Any]]) -> None:
+    """Each would follow its own learning rate, and a checkpoint be a mix. What is a host's own may differ."""
+    for found in ranks:
+        assert "--optim.lr is 0.001 on rank 0 (pid " in found["mixed"] and "and 0.005 on rank 1 (pid" in found["mixed"]
+        assert not found["mixed folder"]
+
+
 def test_a_signal_on_one_rank_stops_all_after_the_same_step(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["stopped at"] == ranks[1]["stopped at"] >= 3
     assert ranks[0]["asked"] < ranks[0]["stopped at"]  # not an all-reduce a step
