@@ -5,6 +5,7 @@ Recipe first, then preset, then flags, each overriding the one before. Floats ma
 """
 
 import inspect
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -109,6 +110,10 @@ def exit_on_error(main: Callable[[], None]) -> None:
         with suppress(OSError):
             print(f"error: {error}", file=sys.stderr)
         leave_at_once(2)
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            print("interrupted", file=sys.stderr)
+        leave_at_once(128 + signal.SIGINT)
     except Exception:
         traceback.print_exc()
         leave_at_once(1)

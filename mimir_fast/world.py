@@ -7,6 +7,7 @@ rank leaves the rest in a collective until its timeout.
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 # Building an index or the first compilation can take long on one rank while the others wait; `watchdog` is stricter.
 PATIENCE = timedelta(minutes=60)
+_JOINING = timedelta(minutes=10)  # torchrun has gathered the hosts before: what is left is starting Python
+_NOTICE = 30.0  # seconds
 
 
 class RunFailed(RuntimeError):
@@ -127,9 +130,32 @@ def start_world(device: str = "auto") -> World:
     if size > 1 and not dist.is_initialized():
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder: what `watchdog` writes on a hang
         # CPU tensors go through gloo also on GPU machines: agreeing on a signal must not wait for the GPU.
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        _join("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", rank, size)
     return World(rank, size, local)
+
+
+def _join(backend: str, rank: int, size: int) -> None:
+    """Meet the other processes and form the default group; says after a while for whom it waits.
+
+    Raises:
+        RunFailed: they did not come.
+    """
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    waits = f"rank {rank} waits at {where} for the others of {size} processes (WORLD_SIZE={size})"
+    notice = threading.Timer(_NOTICE, lambda: print(f"{waits} …", file=sys.stderr, flush=True))
+    notice.daemon = True
+    notice.start()
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=_JOINING))
+        store.set_timeout(PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    except dist.DistError as error:
+        raise RunFailed(
+            f"{waits}, and not all came within {_JOINING}: {str(error).splitlines()[0]}. Start each of them (torchrun "
+            "does), or unset RANK and WORLD_SIZE for one process"
+        ) from error
+    finally:
+        notice.cancel()
 
 
 def refuse_strangers() -> None:

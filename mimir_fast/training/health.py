@@ -119,15 +119,20 @@ class StepGuard:
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT, SIGHUP and SIGUSR1 into a flag the loop looks at; a second SIGINT is immediate.
+    """Turns the signals of schedulers and terminals into a flag the loop looks at; a second SIGINT is immediate.
 
-    Before `training` is set there is nothing to save, so the process leaves at once, with 0 like after saving.
+    LSF and submitit warn by SIGUSR2, a limit of processor time by SIGXCPU. Before `training` is set there is nothing to
+    save, so the process leaves at once, with 0 like after saving.
+
+    Made when the process group stands: Python's handlers wait for a C++ call to return, and joining may take long.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self.training = False
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        numbers = (
+            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+        )  # fmt: skip
         self._before = {s: signal.signal(s, self._handle) for s in numbers}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

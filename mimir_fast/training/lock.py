@@ -1,9 +1,7 @@
-"""One start at a time in a run folder, and which launch a start belongs to.
+"""One start at a time in a run folder.
 
 A POSIX record lock on `.lock`: the kernel (or the NFS server) lets go of it when the process ends, however it ends, and
-forked data workers do not inherit it. The file says who holds it. A requeued job and a restarted worker are the same
-launch, going on; MIMIR_FAST_LAUNCH_ID, when set, names it, and the templates in launch/ set it where the scheduler has
-no such name.
+forked data workers do not inherit it. The file says who holds it.
 """
 
 import errno
@@ -16,21 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_IDS = ("MIMIR_FAST_LAUNCH_ID", "SLURM_JOB_ID", "SKYPILOT_TASK_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID")
-
-
-def launch_id() -> str | None:
-    """A name that survives restarts and requeueing of this launch; None when nobody gave it one."""
-    for variable in _IDS:
-        value = os.environ.get(variable, "")
-        if value and value != "none":  # torchrun's word for a run without --rdzv_id
-            return f"{variable}={value}"
-    return None
-
-
-def restarts() -> int:
-    """How often torchrun has restarted the workers of this launch."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+from mimir_fast.training.launch import launch_id, restarts
 
 
 class FolderInUse(OSError):
@@ -65,7 +49,7 @@ class Lock:
         while not self._try(descriptor):
             holder = _read(descriptor)
             ours = holder.get("launch") is not None and holder.get("launch") == launch_id()
-            if not ours or time.monotonic() > deadline:
+            if not (ours or restarts()) or time.monotonic() > deadline:
                 os.close(descriptor)
                 raise FolderInUse(
                     f"{self.path.parent} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}, "

@@ -3,7 +3,7 @@
 `open` only looks, and takes the lock; `choose` finds the checkpoint to go on from; `begin`, when data, model and task
 have been built, writes. A command line that fails before leaves the folder as it was.
 
-config.json        the resolved configuration     environment.json   versions, machine, commit, processes
+config.json        the resolved configuration     environment.json   versions, machine, commit, processes of each start
 metrics.jsonl      one line a logged step         checkpoints/       step-…/, best -> the best of them
 .lock              who works here                 diverged.json      why it must not simply be started again
 """
@@ -29,7 +29,8 @@ from mimir_fast.checkpoints.reading import (
     verify,
 )
 from mimir_fast.training.health import TrainingDiverged
-from mimir_fast.training.lock import Lock, launch_id, restarts
+from mimir_fast.training.launch import agent, goes_on, launch_id
+from mimir_fast.training.lock import Lock
 from mimir_fast.training.ownership import MARK, delete_leftovers, delete_run, read_json, refuse_strangers_folder
 from mimir_fast.versions import environment, software
 from mimir_fast.world import World
@@ -47,6 +48,8 @@ FREE_TO_CHANGE = frozenset(
     }
 )  # fmt: skip
 
+
+_MAX_STARTS = 100  # that environment.json remembers
 
 # What may be another on each host.
 _OF_A_HOST = frozenset({"run.device", "data.root", "data.num_workers", "data.hw_decoder_load"})
@@ -107,6 +110,8 @@ class RunFolder:
         self._overwrites = self._begun = False
         self._wanted: dict[str, Any] = {}
         self._processes: list[str] = []
+        self._agents: list[str] = []
+        self._about: dict[str, Any] = {}
         self._first_bad: int | None = None  # where the run diverged before
 
     @property
@@ -127,6 +132,7 @@ class RunFolder:
         self._wanted = json.loads(json.dumps(dataclasses.asdict(config)))
         same = {f"--{name}": value for name, value in flatten(self._wanted).items() if name not in _OF_A_HOST}
         self.world.agree(same | software())
+        self._agents = sorted({name for name in self.world.together(agent) if name is not None})
         free = FREE_TO_CHANGE | {f"objective.{name}" for name in config.objective.free_to_change}
         nonce = self.world.on_main(lambda: self._take(defaults_of(config), free, resume, overwrite, allow_changes))
         try:
@@ -142,6 +148,12 @@ class RunFolder:
             derived: what options and ranks come to; stands in config.json and is not compared when the run goes on.
         """
         self.world.on_main(lambda: self._begin({"derived": derived} if derived else {}))
+
+    def end(self, how: str) -> None:
+        """Note how the start that began ends; a start that does not come here ended abnormally. On the main rank."""
+        self._about["ended"] = how
+        with suppress(OSError):  # a full disk: what was trained is saved
+            write_text(self.path / "environment.json", json.dumps(self._about, indent=1) + "\n")
 
     def close(self) -> None:
         """Let others in. A folder that was made for a start which never began goes."""
@@ -217,21 +229,25 @@ class RunFolder:
         self._lock.acquire()
         if self._lock.warning:
             self.notes.append(f"WARNING: {self._lock.warning}")
-        own = self._is_of_this_launch()
-        if overwrite and own:
-            self.notes.append(f"--overwrite: {self.path} was made by this launch ({launch_id()}); going on with it")
+        own = goes_on(read_json(self.path / "environment.json"), self._agents)
         self._overwrites = overwrite and not own
+        fix = "choose another --output_dir, or --overwrite to start anew there"
+        if overwrite and own:
+            self.notes.append(f"--overwrite: {self.path} was made by this launch ({self._launch}); going on with it")
+            fix = (
+                f"this launch ({self._launch}) made it and has not finished, so --overwrite keeps it. Choose another "
+                "--output_dir, or delete the folder"
+            )
         if not self._overwrites:
-            self._check_former(defaults, free, own or resume, allow_changes)
+            self._check_former(defaults, free, own or resume, allow_changes, fix)
         nonce = f".seen-{uuid.uuid4().hex}"
         (self.path / nonce).touch()
         return nonce
 
     def _check_former(
-        self, defaults: dict[str, Any], free: frozenset[str], resume: bool, allow_changes: bool
+        self, defaults: dict[str, Any], free: frozenset[str], resume: bool, allow_changes: bool, fix: str
     ) -> None:  # fmt: skip
         """Refuse to go on with another configuration, or with what would diverge again."""
-        fix = "choose another --output_dir, or --overwrite to start anew there"
         # A start that failed before its first checkpoint has nothing to lose.
         begun = bool(checkpoints_of(self.path))
         changed = differences(self._recorded_config(), self._wanted, defaults, free) if begun else []
@@ -275,8 +291,13 @@ class RunFolder:
         self._begun = True
         write_text(self.path / "config.json", json.dumps(MARK | self._wanted | derived, indent=1) + "\n")
         remove(self.path / "diverged.json")
-        about = {**environment(), "launch": launch_id(), "processes": self._processes}
-        write_text(self.path / "environment.json", json.dumps(about, indent=1) + "\n")
+        former = read_json(self.path / "environment.json")
+        earlier = [*former.pop("earlier", []), former][-_MAX_STARTS:] if former else []
+        self._about = {
+            **environment(), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "launch": launch_id(),
+            "agents": self._agents, "processes": self._processes, "earlier": earlier,
+        }  # fmt: skip
+        write_text(self.path / "environment.json", json.dumps(self._about, indent=1) + "\n")
 
     def _find(self, nonce: str) -> str:
         """Prove that this host sees what rank 0 wrote a moment ago."""
@@ -289,9 +310,9 @@ class RunFolder:
             "pieces. Put --output_dir on storage that all hosts share (NFS, Lustre, …)"
         )
 
-    def _is_of_this_launch(self) -> bool:
-        recorded = read_json(self.path / "environment.json").get("launch")
-        return restarts() > 0 or (recorded is not None and recorded == launch_id())
+    @property
+    def _launch(self) -> str:
+        return launch_id() or "restarted by torchrun"
 
     def _recorded_config(self) -> dict[str, Any]:
         """config.json, or the newest checkpoint's copy of it where that was cut."""

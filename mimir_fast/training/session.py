@@ -12,6 +12,7 @@ from mimir_fast.layers.attention import attention_backend
 from mimir_fast.methods.registry import Objective
 from mimir_fast.models.freezing import count_parameters
 from mimir_fast.training.health import StopSignal
+from mimir_fast.training.launch import FINISHED, INTERRUPTED
 from mimir_fast.training.loggers import (
     JsonLines,
     Logger,
@@ -69,11 +70,9 @@ def run_session(config: Any, build_task: BuildTask) -> Path:
         config: a dataclass that is a SessionConfig; written into the folder and the checkpoints.
         build_task: (world, the checkpoint that is gone on from or None) → the task with its model, on each process.
     """
-    stop = StopSignal()
-    folder: RunFolder | None = None
+    world = start_world(config.run.device)
+    stop, folder = StopSignal(), RunFolder(config.folder, world)
     try:
-        world = start_world(config.run.device)
-        folder = RunFolder(config.folder, world)
         if config.run.dry_run:
             rehearse(build_trainer(config, folder, build_task, None), stop)
         else:
@@ -81,8 +80,7 @@ def run_session(config: Any, build_task: BuildTask) -> Path:
         stop_world()  # not after a failure: others may be waiting in a collective for this process
     finally:
         stop.restore()
-        if folder is not None:
-            folder.close()
+        folder.close()
     return config.folder
 
 
@@ -90,9 +88,9 @@ def _run(config: Any, folder: RunFolder, build_task: BuildTask, stop: StopSignal
     run, world = config.run, folder.world
     if run.wandb:
         world.on_main(lambda: bool(import_wandb()))
-    folder.open(config, resume=run.resume, overwrite=run.overwrite, allow_changes=run.allow_changes)
     watchdog = Watchdog(world, folder.path / "hangs", run.hang_minutes)
     try:
+        folder.open(config, resume=run.resume, overwrite=run.overwrite, allow_changes=run.allow_changes)
         checkpoint = folder.choose()
         trainer = build_trainer(config, folder, build_task, checkpoint)
         folder.begin(config.objective.derived(*batches(trainer)))
@@ -109,6 +107,8 @@ def _run(config: Any, folder: RunFolder, build_task: BuildTask, stop: StopSignal
             with profiled(run.profile, folder.path / "profile", world) as after_step:
                 finished = trainer.train(stop, watchdog, after_step)
             if world.is_main:
+                if finished or stop.received == "SIGINT":
+                    folder.end(FINISHED if finished else INTERRUPTED)
                 logger.say(closing_words(trainer, finished))
         finally:
             logger.close()

@@ -247,19 +247,49 @@ class TestOverwrite:
         opened(tmp_path, "--seed", "2", overwrite=True)
         assert not checkpoints_of(tmp_path)
 
-    @pytest.mark.parametrize(
-        ("variable", "value"),
-        [("SLURM_JOB_ID", "77"), ("TORCHELASTIC_RESTART_COUNT", "1"), ("MIMIR_FAST_LAUNCH_ID", "run-5")],
-    )
-    def test_a_requeued_or_restarted_launch_keeps_its_own(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+    @pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "MIMIR_FAST_LAUNCH_ID"])
+    @pytest.mark.parametrize("ended", [None, "finished", "interrupted"])
+    def test_a_requeued_launch_keeps_its_own_until_it_has_ended(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, ended: str | None
     ) -> None:
-        monkeypatch.setenv(variable, value)
+        """In an interactive job a person types the same command again and means it."""
+        monkeypatch.setenv(variable, "77")
+        first = opened(tmp_path)
+        save(tmp_path, 1)
+        if ended:
+            first.end(ended)
+        first.close()
+        folder = opened(tmp_path, overwrite=True)
+        assert bool(checkpoints_of(tmp_path)) == (not ended)
+        assert ("made by this launch" in "".join(folder.notes)) == (not ended)
+
+    def test_its_own_is_kept_from_another_configuration_with_advice_that_works(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
         opened(tmp_path).close()
         save(tmp_path, 1)
-        folder = opened(tmp_path, overwrite=True)
+        with pytest.raises(FileExistsError, match=r"so --overwrite keeps it. Choose .* or delete the folder"):
+            opened(tmp_path, "--seed", "5", overwrite=True)
+
+    def test_restarted_workers_know_their_torchrun(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A restart count alone, or an id that somebody gives every job, would make anybody's folder theirs."""
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "the same for all")
+        opened(tmp_path).close()
+        save(tmp_path, 1)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        opened(tmp_path, overwrite=True).close()
         assert names(tmp_path) == ["step-00000001"]
-        assert "made by this launch" in folder.notes[0]
+        monkeypatch.setattr("os.getppid", lambda: 1)
+        opened(tmp_path, overwrite=True).close()
+        assert not checkpoints_of(tmp_path)
+
+    def test_every_start_is_remembered(self, tmp_path: Path) -> None:
+        for _ in range(3):
+            opened(tmp_path).close()
+        recorded = json.loads((tmp_path / "environment.json").read_text())
+        assert [set(start) >= {"commit", "started", "launch"} for start in recorded["earlier"]] == [True, True]
+        assert not any("earlier" in start for start in recorded["earlier"])
 
     def test_what_no_run_writes_stays_and_is_named(self, tmp_path: Path) -> None:
         """Notes beside the run and in its folders, and what lies behind symbolic links."""

@@ -1,15 +1,20 @@
 """Two real ranks: results and failures are shared, stops are agreed on, saves and FSDP's gathering are collective."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import command_environment
 
-from mimir_fast import _native
+from mimir_fast import _native, world
+from mimir_fast.pretrain import config_from
+from mimir_fast.training.session import run_session
 from mimir_fast.world import refuse_strangers
 
 
@@ -24,6 +29,39 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     found = [json.loads(text.split("RESULT ", 1)[1]) for text in out.stdout.splitlines() if "RESULT " in text]
     assert len(found) == 2, out.stdout + out.stderr
     return sorted(found, key=lambda result: result["rank"])
+
+
+@pytest.fixture
+def lonely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two processes; nobody starts the other."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(world, "_NOTICE", 0.2)
+    monkeypatch.setattr(world, "_JOINING", timedelta(seconds=1))
+
+
+@pytest.mark.usefixtures("lonely")
+def test_a_process_whose_peers_do_not_come_says_so_and_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(world.RunFailed, match=r"not all came within 0:00:01.*or unset RANK and WORLD_SIZE"):
+        world.start_world("cpu")
+    assert "rank 0 waits at 127.0.0.1:" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("lonely")
+def test_a_process_that_waits_for_its_peers_obeys_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler of Python's would run when the wait is over."""
+    monkeypatch.setattr(world, "_JOINING", timedelta(minutes=10))
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        sys.stderr = os.fdopen(writing, "w")
+        try:
+            run_session(config_from(["--output_dir", "/nonexistent"]), lambda *_: pytest.fail("not reached"))
+        finally:
+            os._exit(1)
+    assert b"waits at" in os.read(reading, 1000)
+    os.kill(child, signal.SIGTERM)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
 
 
 def test_results_are_everybodys(ranks: list[dict[str, Any]]) -> None:
