@@ -74,9 +74,20 @@ class Trainer:
         self._meter = Meter(run.batch_size, world.size, loader)
 
     def restore(self, checkpoint: Path, meta: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Collective."""
-        load_training(checkpoint, self.task.model, self.optimizer, self.ema)
-        set_group_steps(self.optimizer, meta.get("group_steps", []))
+        """Go on from a checkpoint; another optimizer than its own starts without state. Collective.
+
+        Raises:
+            ValueError: it is beyond the steps of this run.
+        """
+        if meta["step"] > self.total_steps:
+            raise ValueError(
+                f"{checkpoint} is at step {meta['step']}, and this run has {self.total_steps}: give more --max_steps "
+                "(or --epochs), or another --output_dir"
+            )
+        same = meta["config"]["optim"]["optimizer"] == self.optim.optimizer
+        load_training(checkpoint, self.task.model, self.optimizer if same else None, self.ema)
+        if same:
+            set_group_steps(self.optimizer, meta.get("group_steps", []))
         self.loader.load_state_dict(meta["loader"])
         self._position, self.step = self.loader.state_dict(), meta["step"]
         self.guard.skipped, self.guard.in_a_row = meta["skipped"], meta.get("skipped_in_a_row", 0)

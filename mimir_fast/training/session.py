@@ -192,6 +192,9 @@ def surroundings(config: SessionConfig, trainer: Trainer) -> str:
 def resumed(trainer: Trainer, meta: dict[str, Any]) -> str:
     """Where it goes on, and what is not as it was."""
     text = f"resumed at step {trainer.step} of {trainer.total_steps}"
+    former = meta["config"]["optim"]["optimizer"]
+    if former != trainer.optim.optimizer:
+        text += f"; {trainer.optim.optimizer} starts without the state of {former}"
     before, size = meta["world_size"], trainer.world.size
     old, new = meta.get("micro_batch"), trainer.micro_batch
     if before != size:

@@ -11,21 +11,26 @@ from mimir_fast.models.file_names import parameters_by_file_name, to_files
 from mimir_fast.training.ema import Ema
 
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, Tensor]:
+def training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, ema: Ema | None
+) -> dict[str, Tensor]:  # fmt: skip
     """Every tensor of a training state by its checkpoint name."""
     tensors = {f"model/{name}": t.detach() for name, t in to_files(model, model.state_dict()).items()}
     if ema is not None:
         tensors |= {f"ema/{name}": t for name, t in ema.state_dict().items()}
+    state = {} if optimizer is None else optimizer.state
     for name, parameter in parameters_by_file_name(model):
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
     return tensors
 
 
 @torch.no_grad()
-def load_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
-    """Fill a training state from a checkpoint. Collective.
+def load_training(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, ema: Ema | None
+) -> None:  # fmt: skip
+    """Fill a training state from a checkpoint, without an optimizer only the weights. Collective.
 
     What had no moving average when it was saved starts from what was saved: what did not train then (--freeze, no EMA),
     and the running statistics of older checkpoints.
@@ -33,7 +38,8 @@ def load_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     Raises:
         CheckpointError: it is of another architecture.
     """
-    make_room_for_optimizer(folder, model, optimizer)
+    if optimizer is not None:
+        make_room_for_optimizer(folder, model, optimizer)
     tensors, saved = training_tensors(model, optimizer, ema), saved_tensors(folder)
     late = [name for name in tensors if name.startswith("ema/") and name not in saved]
     load_checkpoint(folder, {name: tensor for name, tensor in tensors.items() if name not in late})

@@ -187,6 +187,24 @@ class TestACommandLineThatFails:
         assert read_meta(checkpoints_of(run)[-1])["step"] == 2
 
 
+@pytest.mark.parametrize(("before", "now"), [("sgd", "adamw"), ("adamw", "sgd")])
+def test_another_optimizer_starts_without_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str, now: str
+) -> None:
+    """State of one is a KeyError in the other, or lies in its checkpoints for ever."""
+    run = pretrain(small(tmp_path, "--stop_after", "2", "--optimizer", before))
+    pretrain(small(tmp_path, "--optimizer", now, "--allow_changes"))
+    assert f"{now} starts without the state of {before}" in capsys.readouterr().out
+    kinds = {name.rpartition("/")[2] for name in read_tensors(checkpoints_of(run)[-1], "optimizer/")}
+    assert kinds == ({"exp_avg", "exp_avg_sq", "step"} if now == "adamw" else {"momentum_buffer"})
+
+
+def test_fewer_steps_than_were_made_are_refused(tmp_path: Path) -> None:
+    pretrain(small(tmp_path, "--stop_after", "2"))
+    with pytest.raises(ValueError, match=r"is at step 2, and this run has 1: give more --max_steps"):
+        pretrain(small(tmp_path, "--max_steps", "1", "--allow_changes"))
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain(small(tmp_path / "run", "--dry_run"))
     said = capsys.readouterr().out
