@@ -94,13 +94,15 @@ class JsonLines(Logger):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; one cut short by a kill is left out."""
+    """The lines of a metrics.jsonl that are as they were written; one cut short by a kill or damaged is left out."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except ValueError:  # no JSON, or no UTF-8
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 

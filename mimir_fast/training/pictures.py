@@ -41,7 +41,7 @@ def save_curves(metrics: Path, output: Path, names: tuple[str, ...]) -> bool:
     lines = read_lines(metrics)
     series = {}
     for name in names:
-        points = [(line["step"] + 1, line[name]) for line in lines if line.get(name) is not None]
+        points = [(line["step"] + 1, line[name]) for line in lines if isinstance(line.get(name), (int, float))]
         if len(points) > 1:
             series[name] = points
     if not series:

@@ -24,6 +24,7 @@ from mimir_fast.training.loggers import (
     import_wandb,
     read_lines,
 )
+from mimir_fast.training.pictures import save_curves
 
 
 class TestJsonLines:
@@ -34,6 +35,18 @@ class TestJsonLines:
             logger.scalars(step, {"loss": float(step)})
         logger.close()
         path.write_text(path.read_text() + '{"step": 4, "lo')  # killed in the middle of a line
+        JsonLines(path, 2).close()
+        assert [line["step"] for line in read_lines(path)] == [0, 1]
+
+    @pytest.mark.parametrize("damage", [b"\xff\xfe", b'{"loss": 1.0}', b"[3]", b'"step"', b'{"step": "x"}'])
+    def test_a_damaged_line_is_left_out(self, tmp_path: Path, damage: bytes) -> None:
+        """It made every later end of the run a failure, or switched the log off."""
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(
+            b'{"step": 0, "loss": 2.0}\n' + damage + b'\n{"step": 1, "loss": "?"}\n{"step": 2, "loss": 1}\n'
+        )
+        assert [line["step"] for line in read_lines(path)] == [0, 1, 2]
+        assert save_curves(path, tmp_path / "curves.png", ("loss",))
         JsonLines(path, 2).close()
         assert [line["step"] for line in read_lines(path)] == [0, 1]
 
