@@ -94,7 +94,13 @@ class AotMetrics:
 
 
 def compile_case(case: AotCase, capability: int) -> AotMetrics:
-    """Compile `case` for sm_`capability` and read its machine code. No GPU is needed; Triton's cache is used.
+    """Compile `case` for sm_`capability` and read its machine code. Raises what `compile_kernel` raises."""
+    compiled = compile_kernel(case, capability)
+    return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared, len(_LOSES_NAN.findall(compiled.asm["ptx"])))
+
+
+def compile_kernel(case: AotCase, capability: int) -> Any:
+    """Triton's compiled kernel of `case` for sm_`capability`. No GPU is needed; Triton's cache is used.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set.
@@ -117,12 +123,11 @@ def compile_case(case: AotCase, capability: int) -> AotMetrics:
     signature = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in kernel.arg_names}
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in set(case.divisible_by_16)]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=dict(case.constexprs), attrs=attrs),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options},
     )
-    return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared, len(_LOSES_NAN.findall(compiled.asm["ptx"])))
 
 
 def broken_promises(case: AotCase, capability: int, metrics: AotMetrics) -> list[str]:
@@ -186,7 +191,12 @@ def _read_cubin(cubin: bytes, dynamic_shared: int, loses_nan: int) -> AotMetrics
     return metrics
 
 
-def _disassemble(cubin: bytes, dynamic_shared: int, loses_nan: int) -> AotMetrics:
+def listing_of(cubin: bytes) -> tuple[str, Counter[str]]:
+    """What cuobjdump prints of a kernel, and how often each SASS opcode stands in it, modifiers included.
+
+    Raises:
+        NotImplementedError: this Triton's cuobjdump does not know the architecture.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -197,9 +207,12 @@ def _disassemble(cubin: bytes, dynamic_shared: int, loses_nan: int) -> AotMetric
         run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise NotImplementedError(f"{tool} cannot read this: {run.stderr.strip()}")
-    listing = run.stdout
+    return run.stdout, Counter(match[1] for match in _SASS_LINE.finditer(run.stdout))
+
+
+def _disassemble(cubin: bytes, dynamic_shared: int, loses_nan: int) -> AotMetrics:
+    listing, opcodes = listing_of(cubin)
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", listing)}
-    opcodes = Counter(match[1] for match in _SASS_LINE.finditer(listing))
 
     def count(pattern: re.Pattern[str]) -> int:
         return sum(number for opcode, number in opcodes.items() if pattern.match(opcode))

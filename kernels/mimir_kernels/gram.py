@@ -4,7 +4,7 @@ Shapes: N samples, D features, tiles of BLOCK×BLOCK pairs, BLOCK_D features a s
 n_i = ‖x_i‖², g_ij = x_i·x_j.
 
 **Precision.** The distance d²_ij = n_i + n_j − 2·g_ij subtracts numbers of its own size, and the estimators subtract
-again; so Gram entries should be good to about 1e-6. Rows are mean-centred, which removes the worst. The rest:
+again; so Gram entries should be good to about 1e-6. Rows are moved to their middle, which removes the worst. The rest:
 
 - *Operands.* An fp32 number is hi + lo, two bf16 numbers, to 2⁻¹⁷. The product is hi·hi + hi·lo + lo·hi: three at
   bf16's rate. (TF32 would be one product at half the rate, but Hopper's wgmma reads fp32 from shared memory and drops
@@ -42,6 +42,7 @@ from mimir_kernels.interpret import INTERPRETED
 # the time of some 500 features of the product (a prediction; benchmarks/hsic.py would show it wrong).
 PART_COST = 512
 PART_MINIMUM = 1024
+SHIFT_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def triangular_index(t):
 def _center_rows_kernel(
     x_ptr, stride_n, mean_ptr, hi_ptr, lo_ptr, norms_ptr, num_features, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr
 ):  # fmt: skip
-    """One row: subtract the mean, write the halves, and sum the squares of the whole on the way."""
+    """One row: subtract the middle, write the halves, and sum the squares of the whole on the way."""
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for d in range(0, num_features, BLOCK_D):
@@ -178,25 +179,35 @@ def _center_rows_kernel(
 
 
 class CenteredRows(NamedTuple):
-    """Samples minus their mean as hi + lo, (N, D) bf16 contiguous each, and their squared norms, (N,) fp32."""
+    """Samples minus their middle as hi + lo, (N, D) bf16 contiguous each, and their squared norms, (N,) fp32."""
 
     hi_ND: Tensor
     lo_ND: Tensor
     norms_N: Tensor
 
 
+def middle(x_ND: Tensor) -> Tensor:
+    """(D,) fp32 among the samples: the median of some SHIFT_ROWS rows, feature by feature.
+
+    Distances are the same from anywhere, and rounding nearly so as from the mean, for which all rows would be read; and
+    a row that lies far off does not draw the middle away from the others, as it does a mean.
+    """
+    rows = x_ND[:: max(1, len(x_ND) // SHIFT_ROWS)]
+    return rows.sort(dim=0).values[len(rows) // 2].float()
+
+
 def center_rows(x_ND: Tensor, mean_D: Tensor | None = None) -> CenteredRows:
-    """Centre samples (N, D) of fp32, bf16 or fp16 and any strides. Traffic beside the mean: one read, one write.
+    """Centre samples (N, D) of fp32, bf16 or fp16 and any strides. Traffic: one read, one write.
 
     Args:
-        mean_D: (D,) fp32, of more samples than these.
+        mean_D: (D,) fp32, what to subtract instead of their `middle`.
     """
     num_rows, num_features = x_ND.shape
     x = x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
     hi = torch.empty((num_rows, num_features), dtype=torch.bfloat16, device=x.device)
     lo = torch.empty_like(hi)
     norms = torch.empty(num_rows, device=x.device)
-    mean = x.mean(dim=0, dtype=torch.float32) if mean_D is None else mean_D
+    mean = middle(x) if mean_D is None else mean_D
     _center_rows_kernel[(num_rows,)](
         x, x.stride(0), mean, hi, lo, norms, num_features, BLOCK_D=4096, INTERPRET=INTERPRETED, num_warps=8
     )

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_kernels.aot import AotCase
-from mimir_kernels.patches import patch_blocks, patch_grid, pixel_offsets, read_patches
+from mimir_kernels.patches import offset_type, patch_blocks, patch_grid, patch_pixels, read_patches
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def _masked_loss_kernel(
     share,
     C: tl.constexpr,
     PATCH: tl.constexpr,
+    OFFSET: tl.constexpr,
     NORM: tl.constexpr,
     ABSOLUTE: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -44,10 +45,11 @@ def _masked_loss_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     element = tl.arange(0, BLOCK_P)
     inside = (row < R)[:, None] & (element < P)[None, :]
-    offsets, known = pixel_offsets(
-        row, element, row < R, ids_ptr, M, num_patches, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
-    )
-    x = read_patches(images_ptr, offsets, inside, known, eps, P, NORM)
+    pixels_ptr, readable = patch_pixels(
+        images_ptr, ids_ptr, row, element, inside, R, M, num_patches, columns, stride_b, stride_c, stride_h, stride_w,
+        C, PATCH, OFFSET,
+    )  # fmt: skip
+    x = read_patches(pixels_ptr, inside, readable, eps, P, NORM)
     places = row.to(tl.int64)[:, None] * P + element[None, :]
     difference = tl.load(prediction_ptr + places, mask=inside, other=0.0).to(tl.float32) - x
     error = tl.abs(difference) if ABSOLUTE else difference * difference
@@ -74,14 +76,16 @@ def masked_loss(
     Images uint8 or float in any layout, the others contiguous.
     """
     (B, M), C, P = ids_BM.shape, images_BCHW.shape[1], prediction_BMP.shape[2]
-    block_r, block_p = patch_blocks(P)
+    block_r, block_p, num_warps = patch_blocks(P, prediction_BMP.itemsize)
     errors = torch.empty(B * M, dtype=torch.float32, device=prediction_BMP.device)
     if prediction_BMP.numel():
         sizes = (B * M, M, *patch_grid(images_BCHW, patch_size), *images_BCHW.stride())
         with torch.cuda.device_of(errors):
             _masked_loss_kernel[(triton.cdiv(B * M, block_r),)](
                 *(prediction_BMP, images_BCHW, ids_BM, errors, gradient_BMP, *sizes, eps, share),
-                *(C, patch_size, norm, absolute, gradient_BMP.numel() > 0, block_r, block_p),
+                *(C, patch_size, offset_type(images_BCHW, patch_size), norm, absolute, gradient_BMP.numel() > 0),
+                *(block_r, block_p),
+                num_warps=num_warps,
             )
     return errors
 
@@ -91,15 +95,16 @@ def aot_cases() -> list[AotCase]:
     sizes = dict.fromkeys(("R", "M", "num_patches", "columns", "stride_b", "stride_c", "stride_h"), "i32")
 
     def case(name: str, dtype: str, norm: bool, absolute: bool) -> AotCase:
-        block_r, block_p = patch_blocks(768)
+        block_r, block_p, num_warps = patch_blocks(768, 2 if dtype == "bf16" else 4)
         pointers = {"prediction_ptr": f"*{dtype}", "images_ptr": "*u8", "ids_ptr": "*i64", "errors_ptr": "*fp32"}
-        shape = {"C": 3, "PATCH": 16, "BLOCK_R": block_r, "BLOCK_P": block_p}
+        shape = {"C": 3, "PATCH": 16, "OFFSET": tl.int32, "BLOCK_R": block_r, "BLOCK_P": block_p}
         return AotCase(
             f"masked_loss.{name}",
             _masked_loss_kernel,
             pointers | {"gradient_ptr": f"*{dtype}"} | sizes | {"eps": "fp32", "share": "fp32"},
             {"stride_w": 1, "NORM": norm, "ABSOLUTE": absolute, "GRADIENT": True} | shape,
             ("stride_b", "stride_c", "stride_h"),
+            num_warps,
             vector_loads=True,
         )
 

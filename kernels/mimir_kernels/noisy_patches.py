@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_kernels.aot import AotCase
-from mimir_kernels.patches import byte_over_255, patch_grid
+from mimir_kernels.patches import byte_over_255, first_pixels, offset_type, patch_grid, pixel_offsets
 from mimir_kernels.philox import random_bits, to_uniform
 
 BLOCK = 1024
@@ -38,21 +38,20 @@ def _noisy_patches_kernel(
     eps,
     C: tl.constexpr,
     PATCH: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     P: tl.constexpr = PATCH * PATCH * C
-    program = tl.program_id(0)
-    b, first = program // pieces, (program % pieces) * BLOCK
+    b, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
+    first = piece * BLOCK
     number = first + tl.arange(0, BLOCK)
     inside = number < K * P
-    id = tl.load(ids_ptr + b.to(tl.int64) * K + number // P, mask=inside, other=-1)
-    known = (id >= 0) & (id < num_patches)
-    element = number % P
-    y, x, c = element // (C * PATCH), element // C % PATCH, element % C
-    place = tl.where(known, id, 0).to(tl.int32)  # a division of int64 takes some hundred instructions
-    row, column = (place // columns * PATCH + y).to(tl.int64), (place % columns * PATCH + x).to(tl.int64)
-    pixel = b.to(tl.int64) * stride_b + row * stride_h + column * stride_w + c.to(tl.int64) * stride_c
-    value = tl.load(images_ptr + pixel, mask=known, other=0).to(tl.float32)  # nobody's memory is read for a wrong id
+    patch = (number.to(tl.uint32) // P).to(tl.int32)
+    id = tl.load(ids_ptr + b.to(tl.int64) * K + patch, mask=inside, other=-1)
+    corner, known = first_pixels(b, id, num_patches, columns, stride_b, stride_h, stride_w, PATCH)
+    pixel = pixel_offsets(number - patch * P, stride_c, stride_h, stride_w, C, PATCH, OFFSET)
+    # Nobody's memory is read for a wrong id.
+    value = tl.load(images_ptr + corner + pixel, mask=known, other=0).to(tl.float32)
     if images_ptr.dtype.element_ty == tl.uint8:
         value = byte_over_255(value)
     sample, step = tl.load(samples_ptr + b), tl.load(steps_ptr + b)
@@ -86,7 +85,7 @@ def noisy_patches(
         with torch.cuda.device_of(clean_BKP):
             _noisy_patches_kernel[(B * pieces,)](
                 *(images_BCHW, ids_BK, samples_B, steps_B, clean_BKP, noisy_BKP, *sizes, seed, stream, eps),
-                *(C, patch_size, BLOCK),
+                *(C, patch_size, offset_type(images_BCHW, patch_size), BLOCK),
                 enable_fp_fusion=False,  # the definition rounds the noise before it adds it
             )
 
@@ -101,7 +100,7 @@ def aot_cases() -> list[AotCase]:
             "noisy_patches.16_uint8",
             _noisy_patches_kernel,
             counter | results | sizes | {"seed": "i64", "stream": "i32", "eps": "fp32"},
-            {"stride_w": 1, "C": 3, "PATCH": 16, "BLOCK": BLOCK},
+            {"stride_w": 1, "C": 3, "PATCH": 16, "OFFSET": tl.int32, "BLOCK": BLOCK},
             ("stride_b", "stride_c", "stride_h"),
             options={"enable_fp_fusion": False},
         )

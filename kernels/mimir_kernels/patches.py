@@ -17,11 +17,42 @@ TILE = 1024
 
 
 @triton.jit
-def pixel_offsets(
+def quotient(n, DIVISOR: tl.constexpr, LIMIT: tl.constexpr):
+    """n // DIVISOR for int32 0 ≤ n < LIMIT. LLVM would divide such small numbers in 16 bits, and pack and unpack."""
+    if (DIVISOR & (DIVISOR - 1)) == 0 or DIVISOR * LIMIT > 2**17:
+        return n // DIVISOR
+    return (n * (2**17 // DIVISOR + 1)) >> 17
+
+
+@triton.jit
+def pixel_offsets(element, stride_c, stride_h, stride_w, C: tl.constexpr, PATCH: tl.constexpr, OFFSET: tl.constexpr):
+    """From a patch's first pixel to its numbers, as the integers that `offset_type` chose."""
+    pixel = quotient(element, C, PATCH * PATCH * C)
+    c = element - pixel * C
+    y = quotient(pixel, PATCH, PATCH * PATCH)
+    x = pixel - y * PATCH
+    return y.to(OFFSET) * stride_h + x.to(OFFSET) * stride_w + c.to(OFFSET) * stride_c
+
+
+@triton.jit
+def first_pixels(image, id, num_patches, columns, stride_b, stride_h, stride_w, PATCH: tl.constexpr):
+    """Where these patches of these images begin, int64, and which of them exist."""
+    known = (id >= 0) & (id < num_patches)
+    # Divisions of int64 take some hundred instructions, and signs another ten.
+    place, across = tl.where(known, id, 0).to(tl.uint32), tl.cast(columns, tl.uint32)
+    row = place // across
+    down, right = row.to(tl.int64) * stride_h, (place - row * across).to(tl.int64) * stride_w
+    return image.to(tl.int64) * stride_b + (down + right) * PATCH, known
+
+
+@triton.jit
+def patch_pixels(
+    images_ptr,
+    ids_ptr,
     row,
     element,
-    inside_row,
-    ids_ptr,
+    inside,
+    R,
     K,
     num_patches,
     columns,
@@ -31,16 +62,14 @@ def pixel_offsets(
     stride_w,
     C: tl.constexpr,
     PATCH: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
-    """Where the numbers of these patches lie in the image: int64 (BLOCK_R, BLOCK_P), and which patches exist there."""
-    id = tl.load(ids_ptr + row, mask=inside_row, other=-1)
-    known = (id >= 0) & (id < num_patches)
-    place = tl.where(known, id, 0).to(tl.int32)  # a division of int64 takes some hundred instructions
-    down, right = (place // columns).to(tl.int64) * stride_h, (place % columns).to(tl.int64) * stride_w
-    corner = (row // K).to(tl.int64) * stride_b + (down + right) * PATCH
-    y, x, c = element // (C * PATCH), element // C % PATCH, element % C
-    pixel = y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w + c.to(tl.int64) * stride_c
-    return corner[:, None] + pixel[None, :], known[:, None]
+    """Pointers to the numbers of these patches (BLOCK_R, BLOCK_P), and which of them exist: not those of a wrong id."""
+    id = tl.load(ids_ptr + row, mask=row < R, other=-1)
+    image = row.to(tl.uint32) // tl.cast(K, tl.uint32)
+    first, known = first_pixels(image, id, num_patches, columns, stride_b, stride_h, stride_w, PATCH)
+    pixel = pixel_offsets(element, stride_c, stride_h, stride_w, C, PATCH, OFFSET)
+    return (images_ptr + first)[:, None] + pixel[None, :], inside & known[:, None]
 
 
 @triton.jit
@@ -50,10 +79,10 @@ def byte_over_255(x):
 
 
 @triton.jit
-def read_patches(images_ptr, offsets, inside, known, eps, P: tl.constexpr, NORM: tl.constexpr):
+def read_patches(pixels_ptr, inside, readable, eps, P: tl.constexpr, NORM: tl.constexpr):
     """(BLOCK_R, BLOCK_P) float32 pixels, bytes as [0, 1], patches normalised with NORM; zeros for a wrong id."""
-    x = tl.load(images_ptr + offsets, mask=inside & known, other=0).to(tl.float32)  # nobody's memory is read for that
-    if images_ptr.dtype.element_ty == tl.uint8:
+    x = tl.load(pixels_ptr, mask=readable, other=0).to(tl.float32)  # nobody's memory is read for a wrong id
+    if pixels_ptr.dtype.element_ty == tl.uint8:
         x = byte_over_255(x)
     if NORM:
         mean = tl.sum(x, axis=1) / P
@@ -79,6 +108,7 @@ def _patchify_gather_kernel(
     eps,
     C: tl.constexpr,
     PATCH: tl.constexpr,
+    OFFSET: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -87,10 +117,11 @@ def _patchify_gather_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     element = tl.arange(0, BLOCK_P)
     inside = (row < R)[:, None] & (element < P)[None, :]
-    offsets, known = pixel_offsets(
-        row, element, row < R, ids_ptr, K, num_patches, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
-    )
-    x = read_patches(images_ptr, offsets, inside, known, eps, P, NORM)
+    pixels_ptr, readable = patch_pixels(
+        images_ptr, ids_ptr, row, element, inside, R, K, num_patches, columns, stride_b, stride_c, stride_h, stride_w,
+        C, PATCH, OFFSET,
+    )  # fmt: skip
+    x = read_patches(pixels_ptr, inside, readable, eps, P, NORM)
     tl.store(out_ptr + row.to(tl.int64)[:, None] * P + element[None, :], x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -109,6 +140,7 @@ def _unpatchify_visible_kernel(
     stride_w,
     C: tl.constexpr,
     PATCH: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -116,17 +148,33 @@ def _unpatchify_visible_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     element = tl.arange(0, BLOCK_P)
     inside = (row < R)[:, None] & (element < P)[None, :]
-    offsets, known = pixel_offsets(
-        row, element, row < R, ids_ptr, K, num_patches, columns, stride_b, stride_c, stride_h, stride_w, C, PATCH
-    )
+    pixels_ptr, writable = patch_pixels(
+        images_ptr, ids_ptr, row, element, inside, R, K, num_patches, columns, stride_b, stride_c, stride_h, stride_w,
+        C, PATCH, OFFSET,
+    )  # fmt: skip
     x = tl.load(patches_ptr + row.to(tl.int64)[:, None] * P + element[None, :], mask=inside)
-    tl.store(images_ptr + offsets, x, mask=inside & known)
+    tl.store(pixels_ptr, x, mask=writable)
 
 
-def patch_blocks(P: int) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_P) of a tile: how many patches at once, and P rounded up to a power of two."""
+def patch_blocks(P: int, itemsize: int) -> tuple[int, int, int]:
+    """(BLOCK_R, BLOCK_P, num_warps) of a tile: patches at once, P rounded up to a power of two, warps.
+
+    A thread moves 16 bytes of contiguous memory at a time. Where a round of all threads divides P, what P was rounded
+    up by is whole rounds, which the compiler leaves out; elsewhere up to half of the threads idle.
+
+    Args:
+        itemsize: bytes of one of the contiguous numbers.
+    """
     block_p = triton.next_power_of_2(P)
-    return max(TILE // block_p, 1), block_p
+    num_warps = next((warps for warps in (4, 2, 1) if P % (warps * 32 * 16 // itemsize) == 0), 4)
+    return max(TILE // block_p, 1), block_p, num_warps
+
+
+def offset_type(images_BCHW: Tensor, patch_size: int) -> tl.dtype:
+    """In which integers the numbers of one patch can be told apart: an int64 costs two instructions for each of one."""
+    _, stride_c, stride_h, stride_w = images_BCHW.stride()
+    last = (patch_size - 1) * (stride_h + stride_w) + (images_BCHW.shape[1] - 1) * stride_c
+    return tl.int32 if last < 2**31 else tl.int64
 
 
 def patch_grid(images_BCHW: Tensor, patch_size: int) -> tuple[int, int]:
@@ -140,24 +188,28 @@ def patchify_gather(
 ) -> None:
     """Launch: images uint8 or float in any layout, ids and out contiguous."""
     (B, K), C, P = ids_BK.shape, images_BCHW.shape[1], out_BKP.shape[2]
-    block_r, block_p = patch_blocks(P)
+    block_r, block_p, num_warps = patch_blocks(P, out_BKP.itemsize)
     if out_BKP.numel():
         sizes = (B * K, K, *patch_grid(images_BCHW, patch_size), *images_BCHW.stride())
         with torch.cuda.device_of(out_BKP):
             _patchify_gather_kernel[(triton.cdiv(B * K, block_r),)](
-                *(images_BCHW, ids_BK, out_BKP, *sizes, eps, C, patch_size, norm, block_r, block_p)
+                *(images_BCHW, ids_BK, out_BKP, *sizes, eps, C, patch_size, offset_type(images_BCHW, patch_size)),
+                *(norm, block_r, block_p),
+                num_warps=num_warps,
             )
 
 
 def unpatchify_visible(patches_BKP: Tensor, ids_BK: Tensor, images_BCHW: Tensor, patch_size: int) -> None:
     """Launch: the patches go to their places in `images_BCHW`, which the caller has filled with zeros."""
     (B, K), C, P = ids_BK.shape, images_BCHW.shape[1], patches_BKP.shape[2]
-    block_r, block_p = patch_blocks(P)
+    block_r, block_p, num_warps = patch_blocks(P, patches_BKP.itemsize)
     if patches_BKP.numel():
         sizes = (B * K, K, *patch_grid(images_BCHW, patch_size), *images_BCHW.stride())
         with torch.cuda.device_of(images_BCHW):
             _unpatchify_visible_kernel[(triton.cdiv(B * K, block_r),)](
-                *(patches_BKP, ids_BK, images_BCHW, *sizes, C, patch_size, block_r, block_p)
+                *(patches_BKP, ids_BK, images_BCHW, *sizes, C, patch_size, offset_type(images_BCHW, patch_size)),
+                *(block_r, block_p),
+                num_warps=num_warps,
             )
 
 
@@ -166,22 +218,25 @@ def aot_cases() -> list[AotCase]:
     sizes = dict.fromkeys(("R", "K", "num_patches", "columns", "stride_b", "stride_c", "stride_h"), "i32")
 
     def gather(name: str, pixel: str, out: str, patch: int, norm: bool) -> AotCase:
-        block_r, block_p = patch_blocks(patch * patch * 3)
+        block_r, block_p, num_warps = patch_blocks(patch * patch * 3, 2 if out == "bf16" else 4)
+        shape = {"C": 3, "PATCH": patch, "OFFSET": tl.int32, "BLOCK_R": block_r, "BLOCK_P": block_p}
         return AotCase(
             f"patches.{name}",
             _patchify_gather_kernel,
             {"images_ptr": f"*{pixel}", "ids_ptr": "*i64", "out_ptr": f"*{out}", **sizes, "eps": "fp32"},
-            {"stride_w": 1, "C": 3, "PATCH": patch, "NORM": norm, "BLOCK_R": block_r, "BLOCK_P": block_p},
+            {"stride_w": 1, "NORM": norm} | shape,
             ("stride_b", "stride_c", "stride_h"),
+            num_warps,
         )
 
-    block_r, block_p = patch_blocks(768)
+    block_r, block_p, num_warps = patch_blocks(768, 4)
     scatter = AotCase(
         "patches.unpatchify_16_fp32",
         _unpatchify_visible_kernel,
         {"patches_ptr": "*fp32", "ids_ptr": "*i64", "images_ptr": "*fp32", **sizes},
-        {"stride_w": 1, "C": 3, "PATCH": 16, "BLOCK_R": block_r, "BLOCK_P": block_p},
+        {"stride_w": 1, "C": 3, "PATCH": 16, "OFFSET": tl.int32, "BLOCK_R": block_r, "BLOCK_P": block_p},
         ("stride_b", "stride_c", "stride_h"),
+        num_warps,
         vector_loads=True,
     )
     return [

@@ -248,9 +248,22 @@ def test_gradient_by_the_tiles_of_each_generation(capability, splits, triton_dev
 def test_halves_of_a_number_carry_seventeen_bits(triton_device):
     x = samples(20, 300, 0, triton_device) * 100
     halves = gram.center_rows(x)
-    centred = x.double() - x.double().mean(0)
+    centred = x.double() - gram.middle(x).double()
     assert relative_error(halves.hi_ND.double() + halves.lo_ND.double(), centred) < 2**-17
     assert relative_error(halves.norms_N, centred.square().sum(1)) < 1e-6
+
+
+def test_the_middle_reads_few_rows():
+    """A third of a deviation from the mean at most; exact for a constant, of which CKA makes an exact zero."""
+    x = samples(200, 50, 0, torch.device("cpu")) + 100
+    poisoned = x.clone()
+    poisoned[1::2] = torch.nan  # two hundred rows are read in steps of twelve
+    assert torch.equal(gram.middle(poisoned), gram.middle(x))
+    assert (gram.middle(x) - x.mean(0)).square().mean() < 2 / gram.SHIFT_ROWS
+    assert torch.equal(gram.middle(torch.full((37, 3), 0.1)), torch.full((3,), 0.1))
+    before = gram.middle(x)
+    x[0] = 1e6  # one of those that are read
+    assert (gram.middle(x) - before).abs().max() < 1
 
 
 @pytest.mark.parametrize(
