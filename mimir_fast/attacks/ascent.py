@@ -39,11 +39,14 @@ def ascend(
         before_step: changes the input ahead of each step (ARD + PRM erases part of the perturbation).
     """
     x = start.detach()
+    ours: Tensor | None = None  # where steps are written: `start` is the caller's, and may be `clean` itself
     for step in range(threat.num_steps):
         if before_step is not None:
             x = before_step(step, x)
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(objective(x).sum(), x)
-        x = linf_step(x.detach(), grad, clean, alpha=threat.alpha, eps=threat.eps)
+        x, ours = x.detach(), torch.empty_like(x) if ours is None else ours
+        with torch.no_grad():
+            x = linf_step(x, grad, clean, alpha=threat.alpha, eps=threat.eps, out=ours)
     return x

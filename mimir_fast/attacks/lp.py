@@ -13,7 +13,6 @@ functions of (seed, step, sample), as everywhere here.
 Shapes: B images, C channels, H × W pixels, D = C·H·W.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -221,13 +220,3 @@ def attack_classifier(
     start = start_of(images, threat, samples=samples, seed=seed, step=step)
     with borrowed(model, mode) as module:
         return ascent(lambda x: loss(module(x), labels), images, start, threat)
-
-
-def aimed_at(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss z_t − z_y, (B,): rises as the target class t (B,) int64 wins over the true one."""
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        logits = logits.float()
-        return (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
-
-    return loss

@@ -6,7 +6,7 @@
 Multi-targeted attacks: Gowal et al., arXiv 1910.09338; targeted APGD: Croce & Hein, arXiv 2003.01690, §4, of which
 AutoAttack takes nine targets and one start. With two classes there is one target, and it is the untargeted margin.
 
-Where few images are left, several attempts share a pass through the model: as many as fill a batch.
+Where few images are left, or small ones, several attempts share a pass through the model.
 Shapes: B images, R rows, each an image and an attempt, C channels, H × W pixels, K classes.
 """
 
@@ -28,35 +28,58 @@ AimedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits (R, K), labels (R,), targets (R,)) → (R,)."""
 
 
+SMALL_PASS = 2**15
+"""Numbers of the images of a pass that several attempts share: with fewer, calls cost more than the work in them; with
+many more, what a small model computes leaves the processor's cache. 512 digits of 8 × 8, ten images of 32 × 32."""
+
+
 @torch.no_grad()
-def until_broken(
-    model: nn.Module, images: Tensor, labels: Tensor, attempt: Attempt, tries: int, *, rows: int = 1
-) -> Tensor:
-    """Each image (B, C, H, W) as the first attempt that breaks it leaves it, else as one that does not.
+def first_to_fool(
+    model: nn.Module, images: Tensor, labels: Tensor, attempt: Callable[[Tensor, Tensor], Tensor], tries: int, *,
+    rows: int = 0,
+) -> Tensor:  # fmt: skip
+    """Each image (B, C, H, W) as the first attempt leaves it that makes it misclassified, else as the last one does.
 
     Args:
+        attempt: (positions of images (R,), numbers of attempts (R,)) → these images attacked (R, C, H, W).
         tries: attempts are numbered from 0 to tries − 1.
-        rows: attempts share a call as long as it has no more rows than that.
+        rows: attempts share a call as long as it has no more rows than that, or than there are images; after the first
+            call also as long as SMALL_PASS holds.
     """
+    result, done = images.clone(), 0
+    left, most = torch.arange(len(images), device=images.device), max(rows, len(images))
+    while done < tries and len(left):
+        together = max(1, min(tries - done, most // len(left)))
+        at = left.repeat_interleave(together)
+        numbers = torch.arange(done, done + together, device=images.device).repeat(len(left))
+        x = attempt(at, numbers)
+        wrong = ~is_correct(model(x), labels[at]).view(-1, together)
+        broken = wrong.any(dim=1)
+        kept = torch.where(broken, wrong.int().argmax(dim=1), together - 1)  # argmax: of equal ones the first
+        result[left] = x.view(-1, together, *images.shape[1:])[torch.arange(len(left), device=x.device), kept]
+        left, done = left[~broken], done + together
+        most = max(most, SMALL_PASS // images[0].numel())
+    return result
+
+
+@torch.no_grad()
+def until_broken(
+    model: nn.Module, images: Tensor, labels: Tensor, attempt: Attempt, tries: int, *, rows: int = 0
+) -> Tensor:
+    """`first_to_fool` on the images (B, C, H, W) that are not misclassified as they are, the model in eval mode."""
     with borrowed(model, "eval") as module:
-        result, done = images.clone(), 0
-        left = is_correct(module(images), labels).nonzero()[:, 0]
-        while done < tries and len(left):
-            together = max(1, min(tries - done, rows // len(left)))
-            at = left.repeat_interleave(together)
-            numbers = torch.arange(done, done + together, device=images.device).repeat(len(left))
-            x = attempt(module, at, numbers)
-            wrong = ~is_correct(module(x), labels[at]).view(-1, together)
-            first = wrong.int().argmax(dim=1)  # of equal ones the first
-            result[left] = x.view(-1, together, *images.shape[1:])[torch.arange(len(left), device=x.device), first]
-            left, done = left[~wrong.any(dim=1)], done + together
+        result, right = images.clone(), is_correct(module(images), labels).nonzero()[:, 0]
+        result[right] = first_to_fool(
+            module, images[right], labels[right], lambda at, numbers: attempt(module, right[at], numbers), tries,
+            rows=rows,
+        )  # fmt: skip
         return result
 
 
 def apgd_many(
     model: nn.Module, images: Tensor, labels: Tensor, eps: float, num_steps: int, *, loss: Loss | None = None,
     num_targets: int = 9, restarts: int = 1, norm: Literal["linf", "l2"] = "linf", samples: Tensor | None = None,
-    seed: int = 0, rows: int = 1,
+    seed: int = 0, rows: int = 0,
 ) -> Tensor:  # fmt: skip
     """APGD from several starts, untargeted with a loss, or, with None, at every one of several targets.
 
@@ -66,7 +89,7 @@ def apgd_many(
         num_targets: at most K − 1 are there.
         restarts: random starts, of each target.
         samples, seed: coordinates of the random starts, see `pgd`.
-        rows: attempts share a pass through the model as long as it has no more images than that.
+        rows: see `first_to_fool`.
     """
     aims = _Aims(model, images, labels, num_targets, dlr=True) if loss is None else None
     known = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
@@ -82,7 +105,7 @@ def apgd_many(
 
 def pgd_many(
     model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, *, loss: Loss | None = None, num_targets: int = 9,
-    restarts: int = 1, samples: Tensor | None = None, seed: int = 0, rows: int = 1,
+    restarts: int = 1, samples: Tensor | None = None, seed: int = 0, rows: int = 0,
 ) -> Tensor:  # fmt: skip
     """PGD of any norm, else as `apgd_many`; its targeted loss is the targeted margin."""
     aims = _Aims(model, images, labels, num_targets, dlr=False) if loss is None else None

@@ -5,7 +5,6 @@ iterate. At 2/255 the papers step by 1/255, and so do the suites that repeat the
 configuration, and the radius where it is not the configuration's.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import LpThreat, Threat, ascent, attack_classifier, random_in_ball, start_of
-from mimir_fast.attacks.pgd import Loss, check_images, cross_entropy, is_correct, random_start
+from mimir_fast.attacks.pgd import Loss, check_images, cross_entropy, random_start
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.attacks.until_broken import first_to_fool
 from mimir_fast.evaluation.measure import Attack, Measurement, clean, scored
 from mimir_fast.evaluation.options import CommonOptions, Norm
 from mimir_fast.layers.borrowing import borrowed
@@ -103,7 +103,7 @@ def natural() -> NamedAttack:
 
 def attack_averaged(
     model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, *, draws: int, loss: Loss = cross_entropy,
-    samples: Tensor | None = None, seed: int = 0, step: int = 0,
+    samples: Tensor | None = None, seed: int = 0, step: int | Tensor = 0,
 ) -> Tensor:  # fmt: skip
     """`attack_classifier` on the mean loss over `draws` passes of a random model (Athalye et al., arXiv 1707.07397).
 
@@ -159,9 +159,9 @@ def make_pgd(
     draws = config.eot or 1
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-        def attempt(rows: Tensor, start: int) -> Tensor:
+        def attempt(rows: Tensor, starts: Tensor) -> Tensor:
             return attack_averaged(
-                model, x[rows], y[rows], threat, draws=draws, samples=samples[rows], seed=config.seed, step=start
+                model, x[rows], y[rows], threat, draws=draws, samples=samples[rows], seed=config.seed, step=starts
             )
 
         return first_to_fool(model, x, y, attempt, restarts)
@@ -170,27 +170,6 @@ def make_pgd(
     parameters = {**parameters_of(threat), "loss": "ce", "restarts": restarts, "seed": config.seed, **draws_said(draws)}
     inside = radius <= config.eps * (1 + 1e-9)
     return NamedAttack(f"pgd{num_steps}", label, run, parameters, 3.0 * num_steps * restarts * draws, inside)
-
-
-@torch.no_grad()
-def first_to_fool(
-    model: nn.Module, images: Tensor, labels: Tensor, attempt: Callable[[Tensor, int], Tensor], attempts: int
-) -> Tensor:
-    """Of several attacked versions of each image (B, C, H, W), the first that is misclassified, else the last.
-
-    An image that is broken is not attacked again.
-
-    Args:
-        attempt: (rows (R,) int64 of the images that still stand, number of the attempt) → (R, C, H, W).
-    """
-    chosen, standing = images.clone(), torch.arange(len(images), device=images.device)
-    for number in range(attempts):
-        if len(standing) == 0:
-            break
-        x = attempt(standing, number)
-        chosen[standing] = x
-        standing = standing[is_correct(model(x), labels[standing])]
-    return chosen
 
 
 def make_random_noise(config: CommonOptions, eps: float | None = None) -> NamedAttack:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import check_images, is_correct
+from mimir_fast.attacks.until_broken import first_to_fool
 from mimir_fast.evaluation.adapters import given_model
-from mimir_fast.evaluation.attacks import attack_averaged, first_to_fool, make_threat
+from mimir_fast.evaluation.attacks import attack_averaged, make_threat
 from mimir_fast.evaluation.measure import strict_fp32
 from mimir_fast.evaluation.options import Norm
 from mimir_fast.evaluation.sanity import answer, inspect_model
@@ -128,10 +129,10 @@ class RobustAccuracy(Metric):
         with strict_fp32(images.device), borrowed(model, "eval") as module, torch.no_grad():
             right = is_correct(module(images), labels)
 
-            def attempt(rows: Tensor, start: int) -> Tensor:
+            def attempt(rows: Tensor, starts: Tensor) -> Tensor:
                 return attack_averaged(
                     model, images[rows], labels[rows], self.threat, draws=self.draws, samples=samples[rows],
-                    seed=self.seed, step=start,
+                    seed=self.seed, step=starts,
                 )  # fmt: skip
 
             if self.threat.eps > 0:

@@ -180,17 +180,25 @@ def test_more_targets_starts_and_queries_break_no_fewer(small_model, digits) -> 
     assert len(many) <= len(broken(apgd_many(small_model, images, labels, EPS, 30))), "decisions tell less than slopes"
 
 
-def test_attempts_in_one_pass_are_those_one_after_the_other(small_model, digits) -> None:
+def test_attempts_in_one_pass_are_those_one_after_the_other(small_model, digits, monkeypatch) -> None:
+    """As many as asked for, or, after the first call, as make a pass of small images worth its calls."""
     images, labels = digits
     threat = make_threat("linf", EPS, 10)
-    alone, together = (pgd_many(small_model, images, labels, threat, num_targets=4, rows=r) for r in (1, 200))
-    assert torch.equal(right(small_model, alone, labels), right(small_model, together, labels))
     numbers: list[list[int]] = []
 
     def attempt(module: nn.Module, at: Tensor, tries: Tensor) -> Tensor:
         numbers.append(sorted(set(tries.tolist())))
         return images[at]
 
+    until_broken(small_model, images, labels, attempt, 20)
+    assert numbers == [[0], list(range(1, 17)), [17, 18, 19]], "512 images of 8 × 8, 32 of which are attacked"
+    together = pgd_many(small_model, images, labels, threat, num_targets=4)
+    monkeypatch.setattr("mimir_fast.attacks.until_broken.SMALL_PASS", 0)
+    alone, asked = (pgd_many(small_model, images, labels, threat, num_targets=4, rows=r) for r in (0, 200))
+    stands = right(small_model, alone, labels)
+    assert torch.equal(right(small_model, together, labels), stands)
+    assert torch.equal(right(small_model, asked, labels), stands)
+    numbers.clear()
     until_broken(small_model, images, labels, attempt, 5, rows=2 * 32)
     assert numbers == [[0, 1], [2, 3], [4]]
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.adaptive import pgd_features, pgd_mi
-from mimir_fast.attacks.lp import aimed_at
+from mimir_fast.attacks.losses import Aimed, likeliest_wrong, targeted_margin
+from mimir_fast.attacks.until_broken import first_to_fool
 from mimir_fast.evaluation.attacks import (
     NamedAttack,
     attack_averaged,
     draws_said,
-    first_to_fool,
     make_fgsm,
     make_pgd,
     natural,
@@ -79,17 +79,16 @@ def make_targeted(config: CommonOptions, num_steps: int, targets: int) -> NamedA
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
         with torch.no_grad():
-            logits = model(x).float().scatter(1, y[:, None], -torch.inf)
-        count = min(targets, logits.shape[1] - 1)
-        order = logits.topk(count, dim=1).indices
+            wrong = likeliest_wrong(model(x), y, targets)
 
-        def attempt(rows: Tensor, k: int) -> Tensor:
+        def attempt(rows: Tensor, numbers: Tensor) -> Tensor:
             return attack_averaged(
-                model, x[rows], y[rows], threat, draws=config.eot or 1, loss=aimed_at(order[rows, k]),
-                samples=samples[rows], seed=config.seed, step=k,
+                model, x[rows], y[rows], threat, draws=config.eot or 1,
+                loss=Aimed(targeted_margin, wrong[rows, numbers]), samples=samples[rows], seed=config.seed,
+                step=numbers,
             )  # fmt: skip
 
-        return first_to_fool(model, x, y, attempt, count)
+        return first_to_fool(model, x, y, attempt, wrong.shape[1])
 
     parameters = {**parameters_of(threat), "loss": "logit of target − logit of label", "targets": targets,
                   "seed": config.seed, **draws_said(config.eot or 1)}  # fmt: skip
