@@ -26,7 +26,6 @@ from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource
 from mimir_fast.evaluation.adapters import JudgedModel, load_model
-from mimir_fast.evaluation.attacks import step_note
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.content import digest
 from mimir_fast.evaluation.finite import finite
@@ -182,7 +181,7 @@ def prepare(config: EvaluateConfig, world: World, given: Given | None = None) ->
     sanity, known = inspect(model)
     with strict_fp32(world.device):
         precision = measured_precision(model.module, x)
-    notes = [*model.notes, *sanity.notes(), *filter(None, [precision.note(), step_note(config)])]
+    notes = [*model.notes, *sanity.notes(), *filter(None, [precision.note()])]
     others: dict[str, Any] = {}
     if not sanity.deterministic and config.eot is None:
         config = replace(config, eot=EOT_DRAWS)
