@@ -38,7 +38,7 @@ class LpThreat:
     eps: float = 0.5
     """Radius: 0.5 (L2) and 12 (L1) are usual on CIFAR-10."""
     alpha: float = 0.125
-    """Length of a step, in the ball's own norm; L1: of the longest ones, some become as short as a tenth of eps."""
+    """Length of a step, in the ball's own norm; L1: of the first one, those after it adapt, eps at most."""
     num_steps: int = 20
     """Steps."""
     random_start: bool = True
@@ -124,7 +124,8 @@ class Sparsity:
 
     def __init__(self, threat: LpThreat, images: Tensor, start: Tensor) -> None:
         self.images, self.size = images, images[0].numel() if len(images) else 1
-        self.longest, self.shortest = threat.alpha, min(threat.alpha, threat.eps / 10)
+        # Whatever step is given is the first one only: bounded by a short one, the search would not leave its start.
+        self.longest, self.shortest = max(threat.alpha, threat.eps), min(threat.alpha, threat.eps / 10)
         self.every, self.taken = max(1, threat.num_steps // self.LOOKS), 0
         self.sparser = min(3.0, 1.5 ** max(1.0, self.LOOKS * self.every / max(1, threat.num_steps)))
         count = self._pixels(start)

@@ -4,17 +4,20 @@
     PGN       ∇L is the mean, over N random neighbours x' of x, of  (1 − δ)·∇L(x') + δ·∇L(x' − α·∇L(x')/‖∇L(x')‖₁)
                                                                      Ge et al., arXiv 2306.05225, Algorithm 1
 
-L is the cross entropy of the models' mean logits. In L2 and L1 balls the step is the steepest one along g.
+L is the cross entropy of the models' mean logits; of many models, such as LGV's, each gradient is of the next few. In
+L2 and L1 balls the step is the steepest one along g.
 
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.attacks.lgv import visits
 from mimir_fast.attacks.lp import Threat, project, steepest
 from mimir_fast.attacks.pgd import check_images, cross_entropy, image_bounds
 from mimir_fast.attacks.threat_model import LinfThreat
@@ -27,18 +30,20 @@ _STEP = 4 << 20  # of the random numbers: apart from those of other attacks
 
 def momentum_ensemble(
     models: Sequence[nn.Module], images: Tensor, labels: Tensor, threat: Threat, *, decay: float = 1.0,
-    neighbours: int = 0, reach: float = 3.0, balance: float = 0.5, samples: Tensor | None = None, seed: int = 0,
+    together: int | None = None, neighbours: int = 0, reach: float = 3.0, balance: float = 0.5,
+    samples: Tensor | None = None, seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """Images (B, C, H, W) in the threat's ball that the models together misclassify; another one may, too.
 
     Args:
         models: one or more that take images in [0, 1] and return logits of the same classes; left untouched.
         threat: eps, alpha and num_steps; the start is the clean image.
-        decay: μ.
+        decay: μ; 0 forgets, which is I-FGSM.
+        together: models of a gradient, the next ones in the order of `lgv.visits`; None: all of them. LGV takes one.
         neighbours: N of PGN; 0 for MI-FGSM.
         reach: PGN's neighbours differ from x by up to `reach`·eps a pixel; L2 and L1: by as much on average.
         balance: PGN's δ.
-        samples, seed: coordinates of the random neighbours, see `pgd`.
+        samples, seed: coordinates of the random neighbours, see `pgd`; the seed is that of the order, too.
     Raises:
         ValueError: no models, or images are not float (B, C, H, W) in [0, 1].
     """
@@ -50,11 +55,14 @@ def momentum_ensemble(
     wide = reach * _a_pixel(threat, images[0].numel() if len(images) else 1)
     with ExitStack() as stack:
         modules = [stack.enter_context(borrowed(model, "eval")) for model in models]
+        few = len(models) if together is None else min(together, len(models))
+        order = visits(len(models), seed) if few < len(models) else range(len(models))
+        turns = cycle([modules[number] for number in order])
 
         def slope(x: Tensor) -> Tensor:
             x = x.detach().requires_grad_()
             with torch.enable_grad():
-                logits = torch.stack([module(x).float() for module in modules]).mean(dim=0)
+                logits = torch.stack([module(x).float() for module in islice(turns, few)]).mean(dim=0)
                 (grad,) = torch.autograd.grad(cross_entropy(logits, labels).sum(), x)
             return grad
 

@@ -76,20 +76,6 @@ def threat_of(config: CommonOptions, num_steps: int) -> Threat:
     return make_threat(config.norm, config.eps, num_steps, alpha)
 
 
-LONG_L1_STEP = 0.5
-"""Of ε; from a quarter on, PGD-20 in an L1 ball breaks fewer images, at an eighth six times as many stand."""
-
-
-def step_note(config: CommonOptions) -> str | None:
-    """What the reader must know of a step that was asked for; None where it is long enough."""
-    if config.norm != "l1" or config.alpha is None or config.alpha >= LONG_L1_STEP * config.eps:
-        return None
-    return (
-        f"The L1 attacks step by {config.alpha:g} at most (--alpha), {config.alpha / config.eps:.2g} of ε: steps of "
-        "less than half of ε make PGD in an L1 ball weaker, and robustness is overestimated; left out, the step is ε."
-    )
-
-
 def parameters_of(threat: Threat) -> dict[str, Any]:
     """What a reader must know to repeat a search; `sparsity`: by which rule L1 steps choose their pixels."""
     sparse = {"sparsity": "adaptive"} if isinstance(threat, LpThreat) and threat.norm == "l1" else {}

@@ -13,7 +13,7 @@ from mimir_fast.evaluation.identity import changes
 from mimir_fast.evaluation.options import CommonOptions
 from mimir_fast.models.load_report import FILE_NAME
 
-WRITTEN = ("progress", "adversarial", "results.json", "report.html", FILE_NAME)
+WRITTEN = ("progress", "adversarial", "surrogates", "results.json", "report.html", FILE_NAME)
 """All that an evaluation writes into its folder."""
 
 

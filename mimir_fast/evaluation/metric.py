@@ -23,7 +23,7 @@ from mimir_fast.evaluation.adapters import given_model
 from mimir_fast.evaluation.attacks import attack_averaged, make_threat
 from mimir_fast.evaluation.measure import strict_fp32
 from mimir_fast.evaluation.options import Norm
-from mimir_fast.evaluation.sanity import answer, inspect_model
+from mimir_fast.evaluation.sanity import inspect_model
 from mimir_fast.evaluation.statistics import Count
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.sizes import as_size
@@ -148,8 +148,7 @@ class RobustAccuracy(Metric):
                 self._model[0], device=images.device, channels=images.shape[1], image_size=as_size(images.shape[2:])
             )
             with strict_fp32(images.device), borrowed(judged.module, "eval") as module:
-                logits = answer(module, images[:8])
-                inspect_model(module, images[:8], logits.shape[-1] if isinstance(logits, Tensor) else 2)
+                inspect_model(module, images[:8])
             self._model, self._seen = (judged.module,), True
         return cast(nn.Module, self._model[0])
 

@@ -53,7 +53,7 @@ class CommonOptions:
     """Radius of the ball in units of images in [0, 1]: 8/255, not 8. L2 and L1 balls have radii such as 0.5 and 12."""
     alpha: float | None = None
     """Step size of PGD; left out: ε/4 (2/255 at 8/255, as the papers have it; 1/255 at 2/255 in the suites
-    paper and full). L1: of the first steps, ε."""
+    paper and full). L1: of the first step, ε; the others adapt, as in APGD-L1."""
     restarts: int = 1
     """Random starts of each PGD; an image counts as correct if none of them breaks it."""
     eot: int | None = None

@@ -21,12 +21,12 @@ import torch
 from torch import nn
 
 from mimir_fast.attacks.adaptive import has_features
+from mimir_fast.attacks.perceptual import layers_with_places
 from mimir_fast.attacks.pgd import NO_CLASS
 from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource
 from mimir_fast.evaluation.adapters import JudgedModel, load_model
-from mimir_fast.evaluation.attacks import step_note
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.content import digest
 from mimir_fast.evaluation.finite import finite
@@ -182,7 +182,8 @@ def prepare(config: EvaluateConfig, world: World, given: Given | None = None) ->
     sanity, known = inspect(model)
     with strict_fp32(world.device):
         precision = measured_precision(model.module, x)
-    notes = [*model.notes, *sanity.notes(), *filter(None, [precision.note(), step_note(config)])]
+    notes = [*model.notes, *sanity.notes(), *filter(None, [precision.note()])]
+    notes += one_sided(source.labels, indices)
     others: dict[str, Any] = {}
     if not sanity.deterministic and config.eot is None:
         config = replace(config, eot=EOT_DRAWS)
@@ -196,7 +197,8 @@ def prepare(config: EvaluateConfig, world: World, given: Given | None = None) ->
 
     features, topics = has_features(model.module), all_topics()
     trial = ImageSets(source, config.data, np.unique(indices[[0, -1]]), 1, fitting)
-    setup = Setup(config, len(indices), source.classes, features, not model.opaque, load_other, trial)
+    places = bool(layers_with_places(model.module, x[:2]))
+    setup = Setup(config, len(indices), source.classes, features, not model.opaque, load_other, trial, places)
     for topic in topics:
         topic.check(setup)
     identity = {"checkpoint": model.name, **known, "precision": str(precision)}
@@ -215,6 +217,17 @@ def prepare(config: EvaluateConfig, world: World, given: Given | None = None) ->
         config, model, setup, source, indices, identity, sets, topics, records, world.device, notes, command, sanity,
         str(precision),
     )  # fmt: skip
+
+
+def one_sided(labels: np.ndarray, indices: np.ndarray) -> list[str]:
+    """A note where the chosen images miss classes of a split (N,) that as many drawn at random would hardly miss."""
+    classes, chosen = np.unique(labels), np.unique(labels[indices])
+    if len(chosen) == len(classes) or len(indices) < 5 * len(classes):
+        return []
+    return [
+        f"The {len(indices)} evaluated images are of {len(chosen)} of the {len(classes)} classes: --limit takes evenly "
+        "spaced ones, and classes that take turns fall between them. Give another --limit, or an --index_file."
+    ]
 
 
 def run_shard(job: Job, number: int, clock: TimeLeft, log: Log) -> None:

@@ -86,12 +86,14 @@ def answer(model: nn.Module, images: Tensor) -> Any:
 
 
 @torch.no_grad()
-def inspect_model(model: nn.Module, images: Tensor, num_classes: int, classes_of: str = "the data") -> Sanity:
+def inspect_model(
+    model: nn.Module, images: Tensor, num_classes: int | None = None, classes_of: str = "the data"
+) -> Sanity:  # fmt: skip
     """Run the model twice on a few images, a few times on half of them, and once on these beside others.
 
     Args:
         images: (B, C, H, W) float in [0, 1].
-        num_classes: of the data.
+        num_classes: of the data; None: as many as the model answers with.
     Raises:
         ValueError: outputs are not (B, K), not finite, K is not `num_classes`, or they are probabilities.
     """
@@ -102,6 +104,7 @@ def inspect_model(model: nn.Module, images: Tensor, num_classes: int, classes_of
             f"the model returned {shape} for {len(images)} images, wanted logits (B, classes); a checkpoint without a "
             "head is no classifier: fine-tune it first (python -m mimir_fast.finetune --init …)"
         )
+    num_classes = first.shape[1] if num_classes is None else num_classes
     if num_classes < 2:
         raise ValueError(f"{classes_of} has {num_classes} class, so every answer is right: nothing can be evaluated")
     if first.shape[1] != num_classes:

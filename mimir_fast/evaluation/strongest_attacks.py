@@ -22,10 +22,12 @@ from mimir_fast.evaluation.package import packaged_attack
 
 NAMES = (
     "apgd-ce", "apgd-margin", "apgd-scaled", "apgd-probability", "pgd-margin", "pgd-targets", "pgd-restarts",
-    "apgd-targets", "fab-targets", "square", "rays", "hopskipjump", "mi-ensemble", "pgn-ensemble",
+    "apgd-targets", "fab-targets", "square", "rays", "hopskipjump", "mi-ensemble", "pgn-ensemble", "mi-lgv", "pgn-lgv",
 )  # fmt: skip
 TARGETED = ("pgd-targets", "pgd-restarts", "apgd-targets", "fab-targets")
-FROM_OTHERS = ("mi-ensemble", "pgn-ensemble")
+FROM_OTHERS = ("mi-ensemble", "pgn-ensemble", "mi-lgv", "pgn-lgv")
+AROUND_OTHERS = ("mi-lgv", "pgn-lgv")
+"""On the models that LGV collects around the others, one after the other."""
 RESTARTS = {"apgd-probability": 1.0, "pgd-restarts": 2.0, "apgd-targets": 0.2}
 """Starts of those that have several, as a multiple of what is asked for. On digits more starts break most where they
 are cheap: of an untargeted loss, or of few steps at few targets."""
@@ -35,7 +37,8 @@ QUERYING = ("square", "rays", "hopskipjump")
 STEPPING = tuple(name for name in NAMES if name not in QUERYING)
 NEIGHBOURS = 5
 """Of PGN."""
-Models = Callable[[], Sequence[nn.Module]]
+Models = Callable[[str], Sequence[nn.Module]]
+"""An attack's name → the models that its images are made on."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,13 @@ class Strength:
         return Strength(max(1, self.steps // 5), min(3, self.targets), 1, max(1, self.queries // 10))
 
 
-def undefined(norm: str, num_classes: int, surrogates: int) -> dict[str, str]:
-    """{attack: why} of those that are not defined here."""
+def undefined(norm: str, num_classes: int, *, others: bool, around: bool) -> dict[str, str]:
+    """{attack: why} of those that are not defined here.
+
+    Args:
+        others: there are other models.
+        around: LGV collects models around these.
+    """
     found = dict[str, str]()
     if norm != "linf":
         found["rays"] = "RayS searches the corners of an L∞ ball"
@@ -70,7 +78,9 @@ def undefined(norm: str, num_classes: int, surrogates: int) -> dict[str, str]:
         found |= dict.fromkeys(own, "APGD with this loss is of L∞ and L2 balls")
         if num_classes < 4:
             found["apgd-targets"] = f"the package's targeted loss compares four logits, there are {num_classes} classes"
-    if not surrogates:
+    if not around:
+        found |= dict.fromkeys(AROUND_OTHERS, "--transfer_lgv collects no models around others")
+    if not others:
         found |= dict.fromkeys(FROM_OTHERS, "--transfer_from names no other model")
     return found
 
@@ -197,14 +207,20 @@ def _decisions(name: str, config: CommonOptions, strength: Strength) -> NamedAtt
 
 
 def _from_others(name: str, config: CommonOptions, strength: Strength, others: Models) -> NamedAttack:
-    """Images made on other models together, and shown to this one."""
+    """Images made on other models together, or on those around them in turn, and shown to this one."""
     neighbours = NEIGHBOURS if name.startswith("pgn") else 0
-    steps = max(1, strength.steps // 5)
+    around = name in AROUND_OTHERS
+    # In turn they need steps enough to meet most of them, and a step costs one.
+    steps = max(1, strength.steps // (2 if around and not neighbours else 5))
     threat = make_threat(config.norm, config.eps, steps)
 
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-        return momentum_ensemble(others(), x, y, threat, neighbours=neighbours, samples=samples, seed=config.seed)
+        return momentum_ensemble(
+            others(name), x, y, threat, together=1 if around else None, neighbours=neighbours, samples=samples,
+            seed=config.seed,
+        )  # fmt: skip
 
     kind = "PGN" if neighbours else "MI-FGSM"
     parameters = {**parameters_of(threat), "random_start": False, "neighbours": neighbours, "seed": config.seed}
-    return NamedAttack(name, f"{kind}-{steps} on other models", run, parameters, 6.0 * steps * max(1, neighbours))
+    label = f"{kind}-{steps} on {'models around other ones' if around else 'other models'}"
+    return NamedAttack(name, label, run, parameters, 6.0 * steps * max(1, neighbours))

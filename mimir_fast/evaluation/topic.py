@@ -36,6 +36,7 @@ class Setup:
         load_model: loads another classifier, named as for --checkpoint, and looks at its answers to a few images. What
             is loaded in a topic's `check` is part of what the evaluation depends on.
         trial: two of the evaluated images, on which `Topic.check` tries what it was given; None: nothing is tried.
+        has_places: some of the model's layers can be looked at, and their outputs are maps or tokens.
     """
 
     config: CommonOptions
@@ -45,6 +46,7 @@ class Setup:
     has_weights: bool
     load_model: Callable[[str], nn.Module]
     trial: ImageSets | None = None
+    has_places: bool = False
     _loaded: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property

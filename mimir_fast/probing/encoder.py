@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.adapters import is_program, load_model
 from mimir_fast.evaluation.wrappers import unwrapped
+from mimir_fast.layers.outputs import layers_of
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.facts import Asked
 from mimir_fast.models.families import fields_of
@@ -23,7 +24,6 @@ from mimir_fast.models.loading import initialize
 from mimir_fast.models.normalization import Statistics, choice_note, words
 from mimir_fast.models.normalization import fields_of as statistics_fields
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
-from mimir_fast.probing.layers import layers_of
 from mimir_fast.probing.shown import Pool, shown_by
 from mimir_fast.sizes import height_width, said, typed
 

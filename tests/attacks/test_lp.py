@@ -122,6 +122,9 @@ def test_sparse_l1_steps_are_about_as_strong_as_apgd_l1(small_model, digits_imag
     wanted = left(small_model, theirs, labels)
     assert 20 < wanted < 60, "the test needs a robust accuracy in between"
     assert counts[2] <= wanted + 4 and counts[2] < counts[1] < counts[0] < 80
+    # A short first step is no weaker attack: the others adapt.
+    short = attack_classifier(small_model, images, labels, make_threat("l1", eps, 20, eps / 20))
+    assert left(small_model, short, labels) <= counts[2] + 4
 
 
 def nets() -> dict[str, tuple[nn.Module, int, float]]:

@@ -22,6 +22,7 @@ from mimir_fast.attacks.losses import (
 from mimir_fast.attacks.lp import size_of
 from mimir_fast.attacks.momentum import momentum_ensemble
 from mimir_fast.attacks.patch import patch, patch_masks
+from mimir_fast.attacks.perceptual import layers_with_places, perceptual
 from mimir_fast.attacks.pgd import cross_entropy, is_correct
 from mimir_fast.attacks.rays import rays
 from mimir_fast.attacks.recolor import recolor, recolored
@@ -57,6 +58,9 @@ def elsewhere() -> dict[str, Run]:
     """Those of no ball."""
     return {
         "ReColor": lambda m, x, y, **k: recolor(m, x, y, change=0.2, num_steps=6, **k),
+        "perceptual": lambda m, x, y, **k: perceptual(
+            m, x, y, layers=layers_with_places(m, x[:2]), bound=0.5, num_steps=6, **k
+        ),
         "patch": lambda m, x, y, **k: patch(m, x, y, side=3, num_steps=6, places=2, **k),
     }
 

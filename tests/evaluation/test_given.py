@@ -67,16 +67,6 @@ def test_one_step_in_an_l2_ball_is_called_fgm(few: EvaluationImages) -> None:
     assert not any("fgsm" in line.lower() for line in lines) and any("FGM" in line for line in lines)
 
 
-def test_short_l1_steps_are_weaker_and_said_so(few: EvaluationImages) -> None:
-    model, options = train_small(60), {**QUICK, "norm": "l1", "eps": 1.5}
-    usual, short = (
-        evaluate(model, few.images, few.labels, limit=30, **options, **more) for more in ({}, {"alpha": 0.15})
-    )  # fmt: skip
-    correct = [r.sections["accuracy"]["attacks"]["pgd20"]["correct"] for r in (usual, short)]
-    assert correct[0] < correct[1]
-    assert [sum("--alpha" in note for note in r.notes) for r in (usual, short)] == [0, 1]
-
-
 def test_the_papers_step_at_two_levels(few: EvaluationImages) -> None:
     """At 2/255 the suites that repeat the papers' attacks step by 1/255, the others by ε/4."""
     found = [
@@ -187,3 +177,11 @@ def test_a_metric_looks_at_its_model(answers: Any, said: str, small_model: nn.Mo
     metric = RobustAccuracy(lambda x: answers(small_model(x)), eps=EPS)
     with pytest.raises(ValueError, match=said):
         metric.update(torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
+
+
+def test_classes_that_take_turns_are_said_to_be_missing(few: EvaluationImages) -> None:
+    """Every second of images whose two classes alternate is of one class."""
+    model, alternating = SmallNet(num_classes=2).eval(), torch.arange(len(few)) % 2
+    for limit, said in ((len(few) // 2, 1), (len(few), 0)):
+        results = evaluate(model, few.images, alternating, limit=limit, **QUICK)
+        assert sum("1 of the 2 classes" in note for note in results.notes) == said, limit

@@ -145,6 +145,10 @@ class TestBeforeAnythingIsMeasured:
             "^--transfer_from small_classifier:SmallNet7: ",
             transfer_from=("small_classifier:SmallNet7",),
         )
+        net = ("small_classifier:SmallNet",)
+        self.refused(
+            digits_images, "^--transfer_lgv needs training images: .*memory", transfer_from=net, transfer_lgv=1
+        )
 
     def test_the_masked_autoencoder(self, digits_images: EvaluationImages, tmp_path: Path) -> None:
         from mimir_fast.models.masked_model import ModelConfig, build_masked_model

@@ -25,7 +25,7 @@ from mimir_fast.evaluation.report import render
 from mimir_fast.evaluation.results import Results, validity_verdict
 from mimir_fast.evaluation.run import evaluate as evaluate_options
 from mimir_fast.evaluation.sequence import Progress, fastest_first, run_in_sequence, taken
-from mimir_fast.evaluation.strongest_attacks import NAMES
+from mimir_fast.evaluation.strongest_attacks import FROM_OTHERS, NAMES
 from mimir_fast.validation import refuse_idle
 
 CPU, TESTS = torch.device("cpu"), Path(__file__).parents[1]
@@ -147,19 +147,27 @@ def environment(small_model: nn.Module, tmp_path: Path, monkeypatch: pytest.Monk
     return [
         "--checkpoint", "small_classifier:small_net", "--data.source", "digits", "--data.image_size", "8",
         "--data.channels", "1", "--eps", "40/255", "--limit", "8", "--batch_size", "4", "--suite", "strongest",
-        "--transfer_from", "small_classifier:small_net",
+        "--transfer_from", "small_classifier:small_net", "--transfer_lgv", "1",
         *(word for name, value in SHORT.items() for word in (f"--{name}", str(value))),
     ]  # fmt: skip
 
 
-def test_the_command_killed_at_work_and_resumed(environment: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("pyautoattack")
-    process = start_module(tmp_path, "mimir_fast.evaluate", *environment, "--output_dir", "out")
-    state, order = (tmp_path / "out/progress" / name for name in ("strongest.0of1.json", "strongest.order.json"))
-    while not order.exists():  # killed in the sequence, once the order is known
+def killed_when(moment: Callable[[], bool], folder: Path, words: list[str]) -> None:
+    """The command, killed by SIGKILL at a moment of its work."""
+    process = start_module(folder, "mimir_fast.evaluate", *words)
+    while not moment():
         assert process.poll() is None, process.said()
         time.sleep(0.02)
     process.kill()
+
+
+def test_the_command_killed_at_work_and_resumed(environment: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("pyautoattack")
+    state, order = (tmp_path / "out/progress" / name for name in ("strongest.0of1.json", "strongest.order.json"))
+    # In the sequence, once the order is known.
+    killed_when(order.exists, tmp_path, [*environment, "--output_dir", "out"])
+    surrogates = sorted((tmp_path / "out/surrogates").rglob("*.safetensors"))
+    written = [file.stat().st_mtime_ns for file in surrogates]
     known = json.loads(order.read_text())
     results = evaluate_options(
         config_from([*environment, "--output_dir", str(tmp_path / "out")]), log=lambda line: None
@@ -176,6 +184,42 @@ def test_the_command_killed_at_work_and_resumed(environment: list[str], tmp_path
     assert "recolor" not in results.sections["accuracy"]["broken_by"].values()
     page = (tmp_path / "out/report.html").read_text()
     assert "RayS, 4 decisions" in page and page == render(results)
+    # The four models around the other one are those of the first start; its own section attacks them, too.
+    assert len(written) == 4 and written == [file.stat().st_mtime_ns for file in surrogates]
+    around = {row["name"]: row["parameters"] for row in numbers["attacks"]}["pgn-lgv"]
+    assert around["lgv"]["models"] == 4 and around["from"] == ["small_classifier:small_net"]
+    shown = results.sections["transfer"]
+    assert list(shown) == ["small_classifier:small_net", "small_classifier:small_net (LGV)"]
+    assert "LGV-50 on 4 models around small_classifier:small_net" in page
+    assert shown["small_classifier:small_net (LGV)"]["correct"] < results.clean["correct"]
+
+
+@pytest.mark.slow
+def test_kills_change_no_verdict(environment: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the sequence and of AutoAttack beside it: killed three times by SIGKILL, against a start that is not."""
+    pytest.importorskip("pyautoattack")
+    words = [*environment, "--autoattack", "yes", "--limit", "24", "--strongest_steps", "5"]
+
+    def progress(folder: str, topic: str) -> dict[str, Any]:
+        file = tmp_path / folder / "progress" / f"{topic}.0of1.json"
+        return json.loads(file.read_text()) if file.exists() else {"attack": -1, "batch": 0}
+
+    for moment in (
+        lambda: progress("out", "strongest")["attack"] == 2,
+        lambda: progress("out", "strongest")["attack"] >= 9 and progress("out", "strongest")["batch"] >= 1,
+        lambda: progress("out", "autoattack")["attack"] >= 1 and progress("out", "autoattack")["batch"] >= 1,
+    ):
+        killed_when(moment, tmp_path, [*words, "--output_dir", "out"])
+    killed = evaluate_options(config_from([*words, "--output_dir", str(tmp_path / "out")]), log=lambda line: None)
+    # The order is that of a clock.
+    order = progress("out", "strongest")["order"]
+    monkeypatch.setattr("mimir_fast.evaluation.sequence.fastest_first", lambda *pilot: order)
+    whole = evaluate_options(config_from([*words, "--output_dir", str(tmp_path / "whole")]), log=lambda line: None)
+    for topic in ("strongest", "autoattack"):
+        one, other = (progress(folder, topic)["broken_by"] for folder in ("out", "whole"))
+        assert one == other and 0 < one.count("none") < 24, topic
+    assert killed.sections["accuracy"]["broken_by"] == whole.sections["accuracy"]["broken_by"]
+    assert killed.robust == whole.robust
 
 
 @pytest.mark.slow
@@ -251,7 +295,7 @@ def test_of_two_or_three_classes_it_says_what_is_left_out(
     )
     numbers = results.sections["strongest"]
     left = {"pgd-targets", "pgd-restarts", "apgd-targets"} if num_classes == 2 else set()
-    assert set(numbers["left_out"]) == left | {"mi-ensemble", "pgn-ensemble", "hopskipjump"}
+    assert set(numbers["left_out"]) == left | {*FROM_OTHERS, "hopskipjump"}
     assert numbers["whole"] and numbers["correct"] == 0
     assert ("of two classes there is one target" in render(results)) == (num_classes == 2)
     named = {row["name"]: row["parameters"] for row in numbers["attacks"]}
@@ -314,7 +358,10 @@ class TestOptions:
 
     def test_an_attack_that_is_not_defined_is_refused_by_name(self, small_model, digits_images) -> None:
         few = digits_images.evenly(4)
-        for name, norm, words in (("mi-ensemble", "linf", "names no other model"), ("hopskipjump", "l1", "L∞ and L2")):
+        for name, norm, words in (
+            ("mi-ensemble", "linf", "names no other model"), ("pgn-lgv", "linf", "names no other model"),
+            ("hopskipjump", "l1", "L∞ and L2"),
+        ):  # fmt: skip
             with pytest.raises(ValueError, match=f"--strongest_attacks {name}: .*{words}"):
                 evaluate(
                     small_model,

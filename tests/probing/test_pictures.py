@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.images import EvaluationImages
+from mimir_fast.layers.outputs import layers_of, outputs_of
 from mimir_fast.models.blocks import Attention
 from mimir_fast.models.class_attention import ClassAttention
 from mimir_fast.models.families.cait import TalkingHeads
@@ -20,7 +21,6 @@ from mimir_fast.models.file_names import to_files
 from mimir_fast.ops.cka import cka
 from mimir_fast.probing.attention_maps import looks_of, weights_of
 from mimir_fast.probing.encoder import FrozenEncoder, open_encoder
-from mimir_fast.probing.layers import layers_of, outputs_of
 from mimir_fast.probing.picture import Mean, View, all_pictures, grid_of
 from mimir_fast.probing.pictures import distance
 from mimir_fast.probing.pictures.components import principal

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import size_of
 from mimir_fast.attacks.pgd import predicted
@@ -23,6 +23,7 @@ from mimir_fast.evaluation.options import CommonOptions
 from mimir_fast.evaluation.sequence import Progress, run_in_sequence, taken
 from mimir_fast.evaluation.statistics import Count
 from mimir_fast.evaluation.strongest_attacks import (
+    AROUND_OTHERS,
     FROM_OTHERS,
     NAMES,
     QUERYING,
@@ -52,7 +53,8 @@ class StrongestOptions:
     same command with a larger one. Attacks that did not reach every image are counted apart."""
     strongest_attacks: tuple[str, ...] = ()
     """Only these of them: apgd-ce apgd-margin apgd-scaled apgd-probability pgd-margin pgd-targets pgd-restarts
-    apgd-targets fab-targets square rays hopskipjump mi-ensemble pgn-ensemble; the last two need transfer_from."""
+    apgd-targets fab-targets square rays hopskipjump mi-ensemble pgn-ensemble mi-lgv pgn-lgv; the last four need
+    transfer_from, of which two transfer_lgv."""
     strongest_steps: int = 100
     """Gradient steps from one start at one target; PGD, also on other models, takes a fifth of them."""
     strongest_targets: int = 9
@@ -93,7 +95,8 @@ def wanted(config: CommonOptions) -> bool:
 def missing(setup: Setup) -> dict[str, str]:
     """{attack: why} of those that could be asked for and do not run."""
     norm, asked = setup.config.norm, options_of(setup.config, StrongestOptions).strongest_attacks
-    found = undefined(norm, setup.num_classes, len(transfer.names_of(setup)))
+    others, around = bool(transfer.names_of(setup)), bool(transfer.lgv_parameters(setup))
+    found = undefined(norm, setup.num_classes, others=others, around=around)
     if asked:
         return {name: why for name, why in found.items() if name in asked}
     return needless(norm, setup.num_classes) | found
@@ -155,6 +158,8 @@ def run_sequence(setup: Setup, model: Any, shard: EvaluationImages, how: ShardRu
     """All attacks on a shard, or what is left of them; `how.path` is the file of their progress."""
     config, options = setup.config, options_of(setup.config, StrongestOptions)
     attacks, short = ({attack.name: attack for attack in found} for found in (chosen(setup), chosen(setup, short=True)))
+    for name in attacks.keys() & set(AROUND_OTHERS):
+        _others(setup, name)  # before any clock runs: collecting is no time of the attack
 
     def inside(x: Tensor, images: Tensor) -> Tensor:
         near = size_of(x - images, config.norm) <= config.eps * (1 + 1e-5)
@@ -183,15 +188,24 @@ def chosen(setup: Setup, *, short: bool = False) -> list[NamedAttack]:
     )
     strength = strength.short() if short else strength
     names = [name for name in options.strongest_attacks or NAMES if name not in missing(setup)]
-    specs = transfer.names_of(setup)
     found = strongest_attacks(
         setup.config, strength, setup.num_classes, list(dict.fromkeys(names)),
-        lambda: [transfer.other_model(setup, spec) for spec in specs],
+        lambda name: _others(setup, name),
     )  # fmt: skip
-    return [
-        replace(attack, parameters={**attack.parameters, "from": list(specs)}) if attack.name in FROM_OTHERS else attack
-        for attack in found
-    ]
+
+    def sources(name: str) -> dict[str, Any]:
+        around = {"lgv": transfer.lgv_parameters(setup)} if name in AROUND_OTHERS else {}
+        return {"from": list(transfer.names_of(setup)), **around} if name in FROM_OTHERS else {}
+
+    return [replace(attack, parameters=attack.parameters | sources(attack.name)) for attack in found]
+
+
+def _others(setup: Setup, name: str) -> list[nn.Module]:
+    """The models that an attack makes its images on."""
+    specs = transfer.names_of(setup)
+    if name in AROUND_OTHERS:
+        return [model for spec in specs for model in transfer.collected(setup, spec)]
+    return [transfer.other_model(setup, spec) for spec in specs]
 
 
 def measurements(setup: Setup) -> list[Measurement]:
@@ -257,9 +271,8 @@ def _complete(setup: Setup, names: Sequence[str]) -> bool:
     lengths = [f"strongest_{name}" for name in ("steps", "targets", "restarts", "queries")]
     shorter = any(getattr(mine, name) < getattr(usual, name) for name in lengths)
     norm, classes = setup.config.norm, setup.num_classes
-    return (
-        not shorter and set(names) >= set(NAMES) - undefined(norm, classes, 0).keys() - needless(norm, classes).keys()
-    )
+    spared = undefined(norm, classes, others=False, around=False) | needless(norm, classes)
+    return not shorter and set(names) >= set(NAMES) - spared.keys()
 
 
 def render(numbers: Numbers) -> str:

@@ -1,4 +1,4 @@
-"""Attacks of other kinds than the evaluated ball: other norms, bending, turning, JPEG, colours, a patch."""
+"""Attacks of other kinds than the evaluated ball: other norms, bending, turning, JPEG, colours, a patch, features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import attack_classifier
 from mimir_fast.attacks.patch import patch
+from mimir_fast.attacks.perceptual import layers_with_places, perceptual
 from mimir_fast.attacks.recolor import recolor
 from mimir_fast.attacks.unforeseen import elastic, jpeg, turn
 from mimir_fast.evaluation.attacks import NamedAttack, make_threat, parameters_of
@@ -23,6 +24,8 @@ COLOURS = 0.06
 """Largest change of a colour, as Laidlaw & Feizi have it."""
 PATCH, PLACES = 0.2, 3
 """Side of the patch as a part of the image's, and how many places it is tried at."""
+FEATURES, ROUNDS = 0.5, 5
+"""Largest distance of features, as Laidlaw et al. have it, and rounds of the attack."""
 
 
 @dataclass
@@ -31,11 +34,12 @@ class UnforeseenOptions:
 
     unforeseen: Literal["suite", "yes", "no"] = "suite"
     """Attacks of other kinds: other norms, elastic deformation, rotation and shift, changes of JPEG coefficients and of
-    colours, a patch."""
+    colours, a patch, and images that look alike to the model's own layers."""
 
 
-def attacks(config: CommonOptions) -> list[NamedAttack]:
-    """All kinds; sizes are for 32 × 32 pixels and scale with the side of a square of as many."""
+def attacks(config: CommonOptions, has_places: bool) -> list[NamedAttack]:
+    """All kinds, the perceptual one where the model's layers have places; sizes are for 32 × 32 pixels and scale with
+    the side of a square of as many."""
     scale, seed = area(config.data.image_size) ** 0.5 / 32, config.seed
     volume = scale * (config.data.channels / 3) ** 0.5
     radii: dict[Norm, float] = {"linf": 8 / 255, "l2": 0.5 * volume, "l1": 12 * volume**2}
@@ -58,6 +62,12 @@ def attacks(config: CommonOptions) -> list[NamedAttack]:
     def stick(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
         return patch(model, x, y, side=side, num_steps=STEPS, places=PLACES, samples=samples, seed=seed)
 
+    def resemble(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        layers = layers_with_places(model, x[:2])
+        return perceptual(
+            model, x, y, layers=layers, bound=FEATURES, num_steps=STEPS, rounds=ROUNDS, samples=samples, seed=seed
+        )  # fmt: skip
+
     found += [
         NamedAttack("elastic", f"elastic, {1.5 * scale:g} pixels", bend,
                     {"pixels": 1.5 * scale, "grid": 8, "num_steps": STEPS, "seed": seed}, 3.0 * STEPS, False),
@@ -70,6 +80,11 @@ def attacks(config: CommonOptions) -> list[NamedAttack]:
         NamedAttack("patch", f"a patch of {side} × {side} pixels", stick,
                     {"side": side, "num_steps": STEPS, "places": PLACES, "seed": seed}, 3.0 * STEPS * PLACES, False),
     ]  # fmt: skip
+    if has_places:
+        found.append(NamedAttack(
+            "perceptual", f"features of its own layers changed by up to {FEATURES:g}", resemble,
+            {"bound": FEATURES, "num_steps": STEPS, "rounds": ROUNDS, "seed": seed}, 4.0 * STEPS * ROUNDS, False,
+        ))  # fmt: skip
     return found
 
 
@@ -90,7 +105,7 @@ def measurements(setup: Setup) -> list[Measurement]:
     config, asked = setup.config, options_of(setup.config, UnforeseenOptions).unforeseen
     if asked == "no" or (asked == "suite" and config.suite not in SUITES):
         return []
-    return [attack.on(keep=setup.keep(attack.name)) for attack in attacks(config)]
+    return [attack.on(keep=setup.keep(attack.name)) for attack in attacks(config, setup.has_places)]
 
 
 def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> Numbers | None:
@@ -109,6 +124,8 @@ def render(numbers: Numbers) -> str:
         "are written after Kang et al., arXiv 1908.08016, and not calibrated as theirs are: compare models by them, "
         "and not with published scores."
     )
+    if "perceptual" not in numbers:
+        words += " The perceptual attack was left out: the model shows no layers whose outputs have places."
     return paragraph(words) + table(["attack", "accuracy", "95 % interval"], rows, numbers=(1, 2))
 
 

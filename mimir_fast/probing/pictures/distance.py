@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mimir_fast.evaluation.charts import Line, line_chart
 from mimir_fast.evaluation.html import figure, figures, paragraph
-from mimir_fast.probing.layers import outputs_of
+from mimir_fast.layers.outputs import outputs_of
 from mimir_fast.probing.picture import PICTURES, Mean, Numbers, Picture, View
 
 AXES = {"relative_l2": "relative L2 distance", "cosine": "cosine"}

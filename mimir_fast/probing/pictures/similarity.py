@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mimir_fast.evaluation.charts import heat_map
 from mimir_fast.evaluation.html import figure, paragraph
+from mimir_fast.layers.outputs import outputs_of
 from mimir_fast.ops.hsic import check_estimator, hsic_from_sums
 from mimir_fast.probing.encoder import FrozenEncoder
-from mimir_fast.probing.layers import outputs_of
 from mimir_fast.probing.picture import PICTURES, Numbers, Picture, View
 
 AT_ONCE = 128

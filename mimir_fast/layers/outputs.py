@@ -1,4 +1,4 @@
-"""The layers of a frozen encoder by name, and what comes out of them.
+"""The layers of a model by name, and what comes out of them.
 
 Layers are modules that are called, so forward hooks see their outputs, of ours and of anybody's models.
 """
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Of a model that is not ours: those in timm's `feature_info`, else the longest list of modules, else none."""
-    modules, known = dict(model.named_modules()), getattr(model, "feature_info", None) or ()
-    named = [entry.get("module", "") for entry in known if isinstance(entry, Mapping)]
-    if found := {name: modules[name] for name in named if name in modules}:
-        return found
+    """Of a model that is not ours, perhaps in a wrapper: those in timm's `feature_info`, else the longest list of
+    modules, else none."""
+    modules = dict(model.named_modules())
+    for prefix, part in modules.items():
+        known = getattr(part, "feature_info", None) or ()
+        named = [f"{prefix}.{entry.get('module', '')}".lstrip(".") for entry in known if isinstance(entry, Mapping)]
+        if found := {name: modules[name] for name in named if name in modules}:
+            return found
     lists = [(name, part) for name, part in modules.items() if isinstance(part, (nn.ModuleList, nn.Sequential))]
     name, longest = max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
     return {f"{name}.{index}": layer for index, layer in enumerate(longest)}
