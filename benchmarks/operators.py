@@ -192,7 +192,7 @@ def record(loss_of: Callable[[], Tensor]) -> Recorder:
         stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         recorder = stack.enter_context(Recorder())
         stack.enter_context(Autocast())
-        loss_of().backward()  # type: ignore[no-untyped-call]
+        loss_of().backward()
     return recorder
 
 
