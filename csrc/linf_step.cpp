@@ -1,4 +1,4 @@
-// x_adv <- clamp(project(x_adv + alpha * sign(grad))): one read of three tensors, one write, instead of seven passes.
+// x_adv <- project(clamp(x_adv + alpha * sign(grad))): one read of three tensors, one write, instead of seven passes.
 //
 // Equal to mimir_fast.ops.linf_step.linf_step_reference bit for bit, NaNs included (-ffp-contract=off keeps it so).
 #include "functions.h"
@@ -18,10 +18,10 @@ MIMIR_INLINE float updated(float x_adv, float grad, float x, float eps, const St
     const float lower = x - eps, upper = x + eps;
     float y = x_adv + step.alpha * sign;
     // Written so that a NaN in y fails the comparison and stays; torch.maximum and clamp hand NaNs on as well.
-    y = y < lower ? lower : y;
-    y = y > upper ? upper : y;
     y = y < step.low ? step.low : y;
     y = y > step.high ? step.high : y;
+    y = y < lower ? lower : y;
+    y = y > upper ? upper : y;
     return lower == lower ? y : lower;  // a NaN in x or eps
 }
 

@@ -21,9 +21,13 @@ MIMIR_INLINE void uniform_start(const PhiloxStream& where, std::int64_t begin, s
         const std::int64_t count = std::min<std::int64_t>(PHILOX_WORDS, end - first), offset = first - begin;
         for (std::int64_t i = 0; i < count; ++i) {
             const float noise = (2.0f * uniform_from_bits(words[i]) - 1.0f) * ball.eps;
-            float y = x[offset + i] + noise;
+            const float clean = x[offset + i], lower = clean - ball.eps, upper = clean + ball.eps;
+            float y = clean + noise;
             y = y < ball.low ? ball.low : y;  // a NaN stays
-            out[offset + i] = y > ball.high ? ball.high : y;
+            y = y > ball.high ? ball.high : y;
+            // Of use only where `clean` is outside of the range, which may then move it by eps at most.
+            y = y < lower ? lower : y;
+            out[offset + i] = y > upper ? upper : y;
         }
     }
 }

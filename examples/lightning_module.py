@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mimir_fast import hsic, linf_step
+from mimir_fast import gradient_share, hsic, linf_step
 
 try:
     from lightning import LightningModule, Trainer, seed_everything
@@ -27,9 +27,9 @@ Batch = tuple[Tensor, Tensor]
 class RobustDigits(LightningModule):
     """Images (B, 1, 8, 8) in [0, 1] to logits (B, 10)."""
 
-    def __init__(self, eps: float = 0.15, weight: float = 0.1) -> None:
+    def __init__(self, eps: float = 0.15, weight: float = 1.0) -> None:
         super().__init__()
-        self.eps, self.weight = eps, weight
+        self.eps, self.weight, self.share = eps, weight, 0.0
         self.features = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, stride=2), nn.ReLU(), nn.Flatten()
         )
@@ -49,8 +49,11 @@ class RobustDigits(LightningModule):
         images, labels = batch
         adversarial = self.fgsm(images, labels)
         features = self.features(adversarial)
-        penalty = hsic(adversarial, features, bandwidth="median")
-        return F.cross_entropy(self.head(features), labels) + self.weight * penalty
+        loss = F.cross_entropy(self.head(features), labels)
+        penalty = self.weight * hsic(adversarial, features, bandwidth="median")
+        if batch_index == 0:  # once an epoch: does the penalty steer at all?
+            self.share = float(gradient_share(penalty, loss, self.parameters()))
+        return loss + penalty
 
     def validation_step(self, batch: Batch, batch_index: int) -> dict[str, float]:
         images, labels = batch
@@ -92,6 +95,7 @@ def main(num_epochs: int = 8) -> dict[str, float]:
                 optimizer.step()
         with torch.no_grad():
             found = model.eval().validation_step(next(iter(test)), 0)
+    print(f"the penalty's gradient is {model.share:.3f} of the cross-entropy's")
     print(f"natural {100 * found['natural']:.1f} %, under FGSM {100 * found['robust']:.1f} %")
     return dict(found)
 

@@ -53,8 +53,8 @@ def main(num_steps: int = 300, batch_size: int = 128, gamma: float = 0.1) -> dic
     before = nearest_neighbour_accuracy(backbone, train, test)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=2e-3)
     # On the unit sphere squared distances are at most 4; the identity is one-hot, so its kernel has two values.
-    dependence = HSICLoss(bandwidth="paper", sigma_x=0.5, sigma_y=0.5, estimator="unbiased")
-    size = HSICLoss(bandwidth="paper", sigma_x=0.5, sigma_y=0.5, estimator="biased")
+    dependence = HSICLoss(bandwidth="paper", sigma=0.5, estimator="unbiased")
+    size = HSICLoss(bandwidth="paper", sigma=0.5, estimator="biased")
     identity = torch.eye(batch_size).repeat(2, 1)
 
     backbone.train()

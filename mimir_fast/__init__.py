@@ -16,10 +16,16 @@ _HOME = {
     "nhsic": "mimir_fast.ops.nhsic",
     "renyi_mi": "mimir_fast.ops.renyi_mi",
     "cka": "mimir_fast.ops.cka",
+    "MinibatchCKA": "mimir_fast.metrics",
+    "gradient_share": "mimir_fast.losses",
     "gather_batch": "mimir_fast.ops.global_batch",
     "global_hsic": "mimir_fast.ops.global_hsic",
     "HSICLoss": "mimir_fast.losses",
+    "NHSICLoss": "mimir_fast.losses",
+    "CKALoss": "mimir_fast.losses",
+    "RenyiMI": "mimir_fast.losses",
     "MutualInformationPenalty": "mimir_fast.losses",
+    "PGD": "mimir_fast.attacks.pgd",
     "linf_step": "mimir_fast.ops.linf_step",
     "random_start_linf": "mimir_fast.ops.random_uniform",
     "random_masks": "mimir_fast.ops.random_masks",
@@ -32,8 +38,14 @@ _HOME = {
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
+    from mimir_fast.attacks.pgd import PGD as PGD
+    from mimir_fast.losses import CKALoss as CKALoss
     from mimir_fast.losses import HSICLoss as HSICLoss
     from mimir_fast.losses import MutualInformationPenalty as MutualInformationPenalty
+    from mimir_fast.losses import NHSICLoss as NHSICLoss
+    from mimir_fast.losses import RenyiMI as RenyiMI
+    from mimir_fast.losses import gradient_share as gradient_share
+    from mimir_fast.metrics import MinibatchCKA as MinibatchCKA
     from mimir_fast.ops.cka import cka as cka
     from mimir_fast.ops.global_batch import gather_batch as gather_batch
     from mimir_fast.ops.global_hsic import global_hsic as global_hsic

@@ -1,16 +1,19 @@
 """The dependence estimators as modules, for a training loop or a `nn.ModuleDict` of losses.
 
-Both are stateless: no parameters, no buffers; moving, saving and compiling them is free. Where a function will do, use
-`hsic`, `nhsic`, `renyi_mi` or `cka`.
-Shapes: N samples; x (N, …), z (N, …).
+All are stateless: no parameters, no buffers; moving, saving and compiling them is free. Where a function will do, use
+`hsic`, `nhsic`, `renyi_mi` or `cka`. Each returns the dependence itself: a loss makes it small, its negative large.
+Shapes: N samples; x (N, …), y (N, …).
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from mimir_fast.ops._checks import check_choice, check_positive
-from mimir_fast.ops.dependence.bandwidth import BANDWIDTHS, Bandwidth
+from mimir_fast.ops.cka import KERNELS, Kernel, cka
+from mimir_fast.ops.dependence.bandwidth import BANDWIDTHS, Bandwidth, Sigma, widths
 from mimir_fast.ops.global_batch import gather_batch
 from mimir_fast.ops.global_hsic import global_hsic
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic
@@ -20,62 +23,160 @@ from mimir_fast.ops.renyi_mi import renyi_mi
 Information = Literal["hsic", "nhsic", "renyi"]
 
 
-class HSICLoss(nn.Module):
-    """Dependence of two batches, to be made small (or, negated, large). The options are those of `hsic`.
+def gradient_share(penalty: Tensor, loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    r"""How much a penalty steers: the norm of its gradient over that of the loss's.
+
+    $$\lVert \nabla_\theta\, \mathrm{penalty} \rVert_2 \;/\; \lVert \nabla_\theta\, \mathrm{loss} \rVert_2$$
+
+    A share of 1e-8 does nothing, whatever the penalty measures; one above 1 drowns the loss. Values do not tell, as
+    each estimator has a scale of its own. Look at the first step and at a later one: it costs two backward passes.
+
+    Args:
+        penalty, loss: scalars of one forward pass, the penalty with its weight. Their graph is kept.
+        parameters: those that train; what neither of the two reaches counts as zero.
+    Returns:
+        float64 scalar; inf where the loss does not reach the parameters.
+    Raises:
+        RuntimeError: one of them has no graph.
+
+    Example:
+        >>> float(gradient_share(0.1 * hsic(x, features), cross_entropy, model.parameters()))
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    return _gradient_norm(penalty, trained) / _gradient_norm(loss, trained)
+
+
+def _gradient_norm(value: Tensor, parameters: list[Tensor]) -> Tensor:
+    gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients if g is not None]
+    return torch.stack(norms).norm() if norms else value.new_zeros((), dtype=torch.float64)
+
+
+class _Dependence(nn.Module):
+    """An estimator with its options, checked when built."""
+
+    def __init__(self, estimate: Callable[..., Tensor], options: dict[str, Any], global_batch: bool):
+        super().__init__()
+        self.estimate, self.options, self.global_batch = estimate, options, global_batch
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Scalar, differentiable to x (N, …) and y (N, …)."""
+        if self.global_batch:
+            x, y = gather_batch(x), gather_batch(y)
+        return self.estimate(x, y, **self.options)
+
+    def extra_repr(self) -> str:
+        said = self.options | {"global_batch": self.global_batch}
+        return ", ".join(f"{name}={value!r}" for name, value in said.items())
+
+
+class HSICLoss(_Dependence):
+    r"""$\mathrm{HSIC}_b(x, y) = \tfrac{1}{N^2}\,\mathrm{tr}(KHLH)$. The options are those of `hsic`.
 
     Args:
         global_batch: estimate over the samples of all ranks (`global_hsic`) instead of this rank's.
 
     Example:
         >>> penalty = HSICLoss(bandwidth="median", estimator="unbiased")
-        >>> loss = cross_entropy + 0.1 * penalty(features, domain)
+        >>> loss = cross_entropy + penalty(features, domain)
     """
 
     def __init__(
         self,
         *,
-        sigma_x: float = 5.0,
-        sigma_y: float = 5.0,
+        sigma: Sigma = 5.0,
         bandwidth: Bandwidth = "reference",
         estimator: Estimator = "biased",
         normalizer: Normalizer = "n2",
         global_batch: bool = False,
     ):
-        super().__init__()
-        check_positive("sigma_x", sigma_x)
-        check_positive("sigma_y", sigma_y)
+        widths(sigma)
         check_choice("bandwidth", bandwidth, BANDWIDTHS)
         check_estimator(estimator, normalizer)
-        self.sigma_x, self.sigma_y, self.bandwidth = sigma_x, sigma_y, bandwidth
-        self.estimator, self.normalizer, self.global_batch = estimator, normalizer, global_batch
+        options = {"sigma": sigma, "bandwidth": bandwidth, "estimator": estimator, "normalizer": normalizer}
+        super().__init__(global_hsic if global_batch else hsic, options, global_batch)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Scalar, differentiable to x (N, …) and y (N, …)."""
-        options: dict[str, Any] = {"sigma_x": self.sigma_x, "sigma_y": self.sigma_y, "bandwidth": self.bandwidth}
-        estimate = global_hsic if self.global_batch else hsic
-        return estimate(x, y, **options, estimator=self.estimator, normalizer=self.normalizer)
+        return self.estimate(x, y, **self.options)  # `global_hsic` gathers by itself, and less
 
-    def extra_repr(self) -> str:
-        return (
-            f"sigma_x={self.sigma_x}, sigma_y={self.sigma_y}, bandwidth={self.bandwidth!r}, "
-            f"estimator={self.estimator!r}, normalizer={self.normalizer!r}, global_batch={self.global_batch}"
-        )
+
+class NHSICLoss(_Dependence):
+    r"""$\mathrm{nHSIC}(x, y) = \mathrm{tr}(R_x R_y)$, $R = \bar K(\bar K + \epsilon N I)^{-1}$, as `nhsic` has it.
+
+    Args:
+        sigma, eps: those of `nhsic`.
+        global_batch: estimate over the samples of all ranks.
+    """
+
+    def __init__(self, *, sigma: Sigma = 5.0, eps: float = 1e-5, global_batch: bool = False):
+        widths(sigma)
+        check_positive("eps", eps)
+        super().__init__(nhsic, {"sigma": sigma, "eps": eps}, global_batch)
+
+
+class CKALoss(_Dependence):
+    r"""$\mathrm{CKA}(x, y) = \mathrm{HSIC}(x, y) / \sqrt{\mathrm{HSIC}(x, x)\,\mathrm{HSIC}(y, y)}$, as `cka` has it.
+
+    Its negative makes representations alike, as a student's and a teacher's.
+
+    Args:
+        kernel, sigma, bandwidth, estimator: those of `cka`.
+        global_batch: estimate over the samples of all ranks.
+
+    Example:
+        >>> loss = cross_entropy + (1 - CKALoss(kernel="linear")(student_features, teacher_features))
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel: Kernel = "rbf",
+        sigma: Sigma = 5.0,
+        bandwidth: Bandwidth = "reference",
+        estimator: Estimator = "biased",
+        global_batch: bool = False,
+    ):
+        check_choice("kernel", kernel, KERNELS)
+        widths(sigma)
+        check_choice("bandwidth", bandwidth, BANDWIDTHS)
+        check_estimator(estimator)
+        options = {"kernel": kernel, "sigma": sigma, "bandwidth": bandwidth, "estimator": estimator}
+        super().__init__(cka, options, global_batch)
+
+
+class RenyiMI(_Dependence):
+    r"""$I_\alpha(x; y) = S_\alpha(A) + S_\alpha(B) - S_\alpha(A \circ B)$ in bits, as `renyi_mi` has it.
+
+    Args:
+        alpha, sigma, bandwidth: those of `renyi_mi`.
+        global_batch: estimate over the samples of all ranks.
+    """
+
+    def __init__(
+        self, *, alpha: float = 2.0, sigma: Sigma = 5.0, bandwidth: Bandwidth = "median", global_batch: bool = False
+    ):
+        check_positive("alpha", alpha)
+        widths(sigma)
+        check_choice("bandwidth", bandwidth, BANDWIDTHS)
+        super().__init__(renyi_mi, {"alpha": alpha, "sigma": sigma, "bandwidth": bandwidth}, global_batch)
 
 
 class MutualInformationPenalty(nn.Module):
-    """MIMIR's regulariser λ·I(x, z) of images x and latents z (arXiv 2312.04960, Algorithm 1).
+    r"""MIMIR's regulariser $\lambda\, I(x, z)$ of images x and latents z (arXiv 2312.04960, Algorithm 1).
 
     Args:
         estimator: `hsic` (the paper), `nhsic` (the authors' code) or `renyi` (the paper's appendix F). λ does not carry
             over from one to another: their values differ by orders of magnitude.
-        weight: λ ≥ 0.
-        sigma: width of both kernels, > 0; not used by `median`.
-        bandwidth: `reference`, `paper` or `median`; `nhsic` is defined with `reference` only.
+        weight: λ ≥ 0. The paper's 1e-5 hardly moves anything: docs/which-estimator.md has measured shares.
+        sigma: width of both kernels, > 0, or (σ of x, σ of z); not used by `median`.
+        bandwidth: `reference`, `paper` or `median`; `nhsic` is defined with `reference` only. None takes the default of
+            the estimator: `median` for `renyi`, `reference` elsewhere.
         alpha: order of `renyi`, > 0.
         global_batch: estimate over the samples of all ranks.
 
     Example:
-        >>> penalty = MutualInformationPenalty(estimator="hsic", weight=1e-5)
+        >>> penalty = MutualInformationPenalty(estimator="hsic", bandwidth="median", weight=1.0)
         >>> loss = reconstruction + penalty(adversarial_images, latents)
     """
 
@@ -84,39 +185,34 @@ class MutualInformationPenalty(nn.Module):
         *,
         estimator: Information = "hsic",
         weight: float = 1e-5,
-        sigma: float = 5.0,
+        sigma: Sigma = 5.0,
         bandwidth: Bandwidth | None = None,
         alpha: float = 2.0,
         global_batch: bool = False,
     ):
         super().__init__()
         check_choice("estimator", estimator, get_args(Information))
-        check_positive("sigma", sigma)
         check_positive("alpha", alpha)
         if not weight >= 0:
             raise ValueError(f"weight must be >= 0, got {weight}")
-        if bandwidth is None:
-            # Of the Rényi information only the median rule keeps off the ends of the scale: see ops/renyi_mi.py.
-            bandwidth = "median" if estimator == "renyi" else "reference"
-        check_choice("bandwidth", bandwidth, BANDWIDTHS)
-        if estimator == "nhsic" and bandwidth != "reference":
+        if estimator == "nhsic" and bandwidth not in (None, "reference"):
             raise ValueError(f"nhsic is defined with bandwidth='reference', got {bandwidth!r}: use that, or 'hsic'")
-        self.estimator, self.weight, self.sigma = estimator, weight, sigma
-        self.bandwidth, self.alpha, self.global_batch = bandwidth, alpha, global_batch
+        self.estimator, self.weight = estimator, weight
+        self.information: _Dependence
+        if estimator == "nhsic":
+            self.information = NHSICLoss(sigma=sigma, global_batch=global_batch)
+        elif estimator == "hsic":
+            self.information = HSICLoss(sigma=sigma, bandwidth=bandwidth or "reference", global_batch=global_batch)
+        else:
+            # Of the Rényi information only the median rule keeps off the ends of the scale: see ops/renyi_mi.py.
+            self.information = RenyiMI(
+                alpha=alpha, sigma=sigma, bandwidth=bandwidth or "median", global_batch=global_batch
+            )
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """λ·I(x, z), a scalar differentiable to both; detach x (N, …) to train the encoder of z (N, …) only."""
-        if self.estimator == "hsic":
-            estimate = global_hsic if self.global_batch else hsic
-            return self.weight * estimate(x, z, sigma_x=self.sigma, sigma_y=self.sigma, bandwidth=self.bandwidth)
-        if self.global_batch:
-            x, z = gather_batch(x), gather_batch(z)
-        if self.estimator == "nhsic":
-            return self.weight * nhsic(x, z, sigma=self.sigma)
-        return self.weight * renyi_mi(x, z, alpha=self.alpha, sigma=self.sigma, bandwidth=self.bandwidth)
+        value: Tensor = self.information(x, z)
+        return self.weight * value
 
     def extra_repr(self) -> str:
-        return (
-            f"estimator={self.estimator!r}, weight={self.weight}, sigma={self.sigma}, bandwidth={self.bandwidth!r}, "
-            f"alpha={self.alpha}, global_batch={self.global_batch}"
-        )
+        return f"estimator={self.estimator!r}, weight={self.weight}"

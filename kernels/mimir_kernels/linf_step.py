@@ -28,6 +28,20 @@ def _not_above(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def within(y, x, radius, low, high, dtype: tl.constexpr):
+    """y cut to [low, high] and then to the ball around x, all fp32 that hold numbers of `dtype`; NaNs stay."""
+    lower, upper = x - radius, x + radius
+    if dtype != tl.float32:
+        lower, upper = -_not_above(-lower, dtype), _not_above(upper, dtype)
+    # Written so that a NaN in y stays; torch.maximum and clamp hand NaNs on as well.
+    y = tl.where(y < low, low, y)
+    y = tl.where(y > high, high, y)
+    y = tl.where(y < lower, lower, y)
+    y = tl.where(y > upper, upper, y)
+    return tl.where(lower == lower, y, lower)  # a NaN in x or in the radius
+
+
+@triton.jit
 def _linf_step_kernel(
     x_adv_ptr,
     grad_ptr,
@@ -59,16 +73,7 @@ def _linf_step_kernel(
         radius = eps
     # torch.sign: 0 for a NaN as for a zero.
     move = tl.where(grad > 0, alpha, tl.where(grad < 0, -alpha, 0.0)).to(dtype).to(tl.float32)
-    lower, upper = x - radius, x + radius
-    if dtype != tl.float32:
-        lower, upper = -_not_above(-lower, dtype), _not_above(upper, dtype)
-    y = (x_adv + move).to(dtype).to(tl.float32)
-    # Written so that a NaN in y stays; torch.maximum and clamp hand NaNs on as well.
-    y = tl.where(y < lower, lower, y)
-    y = tl.where(y > upper, upper, y)
-    y = tl.where(y < low, low, y)
-    y = tl.where(y > high, high, y)
-    y = tl.where(lower == lower, y, lower)  # a NaN in x or in the radius
+    y = within((x_adv + move).to(dtype).to(tl.float32), x, radius, low, high, dtype)
     tl.store(out_ptr + offsets, y.to(dtype), mask=inside)
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_kernels.aot import AotCase
+from mimir_kernels.linf_step import within
 from mimir_kernels.patches import byte_over_255, first_pixels, offset_type, patch_grid, pixel_offsets
 from mimir_kernels.philox import random_bits, to_uniform
 
@@ -57,9 +58,7 @@ def _noisy_patches_kernel(
     sample, step = tl.load(samples_ptr + b), tl.load(steps_ptr + b)
     noise = (2 * to_uniform(random_bits(seed, sample, step, stream, first, BLOCK)) - 1) * eps
     dtype = clean_ptr.dtype.element_ty
-    noisy = (value + noise.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-    noisy = tl.where(noisy < 0.0, 0.0, noisy)  # a NaN stays
-    noisy = tl.where(noisy > 1.0, 1.0, noisy)
+    noisy = within((value + noise.to(dtype).to(tl.float32)).to(dtype).to(tl.float32), value, eps, 0.0, 1.0, dtype)
     offsets = b.to(tl.int64) * K * P + number
     tl.store(clean_ptr + offsets, value.to(dtype), mask=inside)
     tl.store(noisy_ptr + offsets, noisy.to(dtype), mask=inside)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_kernels.aot import AotCase
+from mimir_kernels.linf_step import within
 from mimir_kernels.philox import random_bits, to_uniform
 
 BLOCK = 1024
@@ -39,9 +40,7 @@ def _random_start_linf_kernel(
     offsets = row.to(tl.int64) * num + columns
     dtype = out_ptr.dtype.element_ty
     x = tl.load(x_ptr + offsets, mask=columns < num).to(tl.float32)
-    y = (x + noise.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-    y = tl.where(y < low, low, y)  # a NaN stays
-    y = tl.where(y > high, high, y)
+    y = within((x + noise.to(dtype).to(tl.float32)).to(dtype).to(tl.float32), x, eps, low, high, dtype)
     tl.store(out_ptr + offsets, y.to(dtype), mask=columns < num)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.ascent import BeforeStep, Objective, ascend
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.layers.borrowing import AttackMode, borrowed
+from mimir_fast.ops._checks import check_tensors
 from mimir_fast.ops.ball import ball_bounds
 from mimir_fast.ops.random_uniform import random_start_linf
 
@@ -55,6 +56,7 @@ def image_bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def check_images(images: Tensor, *, values: bool = True) -> None:
     """Raises ValueError unless `images` is a float (B, C, H, W) tensor, finite and (where `values`) within [0, 1]."""
+    check_tensors(images=images)
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(
             f"an attack wants float images (B, C, H, W) in [0, 1], got {images.dtype} {tuple(images.shape)}; "
@@ -133,6 +135,49 @@ def pgd(
             start = random_start(images, threat.eps, samples=samples, seed=seed, step=step)
     with borrowed(model, mode) as module:
         return linf_ascent(lambda x: loss(module(x), labels), images, start, threat)
+
+
+class PGD:
+    """`pgd` as an object: `PGD(model)(images, labels)`, as torchattacks has it, and with its names and defaults.
+
+    The model is attacked in eval mode and left as it was. Each call has another random start, a function of (seed,
+    number of the call, place in the batch).
+
+    Args:
+        model: takes images in [0, 1] (normalisation inside), returns logits (B, K).
+        eps: radius of the L∞ ball, 8/255, not 8; kept exactly, where torchattacks' images may leave it by a rounding.
+        alpha: step size.
+        steps: how many.
+        random_start: start uniformly in the ball, otherwise at the clean image.
+        seed: of the random starts.
+    Raises:
+        ValueError: eps or alpha outside of [0, 1], steps < 0; when called, as `pgd`.
+
+    Example:
+        >>> attack = PGD(model, eps=8 / 255, alpha=2 / 255, steps=10)
+        >>> adversarial = attack(images, labels)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        random_start: bool = True,
+        *,
+        seed: int = 0,
+    ):
+        self.model, self.seed, self.calls = model, seed, 0
+        self.threat = LinfThreat(eps=eps, alpha=alpha, num_steps=steps, random_start=random_start)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial images (B, C, H, W) for (B,) int64 labels, detached."""
+        self.calls += 1
+        return pgd(self.model, images, labels, self.threat, seed=self.seed, step=self.calls - 1, mode="eval")
+
+    def __repr__(self) -> str:
+        return f"PGD({type(self.model).__name__}, {self.threat}, seed={self.seed})"
 
 
 def fast_threat(eps: float) -> LinfThreat:

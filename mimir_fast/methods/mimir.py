@@ -46,7 +46,7 @@ class MimirConfig(AdvMaeConfig):
         return {"penalty_images": images}
 
     def check_batches(self, micro_batch: int, accum_iter: int, ranks: int) -> str:
-        """Says on how many images the penalty is estimated, on which its strength depends; at least two."""
+        """Says what `mi` in the log is, and on how many images it is estimated, on which its strength depends (≥ 2)."""
         images = self.derived(micro_batch, accum_iter, ranks).get("penalty_images")
         if images is None:
             return ""
@@ -57,7 +57,8 @@ class MimirConfig(AdvMaeConfig):
                 "or --mi.scope global"
             )
         whole = self.mi.accumulated or accum_iter == 1
-        return f"penalty estimated on {images} images" + ("" if whole else " (--mi.accumulated: on all of a step)")
+        hint = "" if whole else " (--mi.accumulated: on all of a step)"
+        return f"penalty: {self.mi.weight:g} times mi, estimated on {images} images{hint}"
 
 
 def apply_preset(config: Any, preset: str) -> Any:

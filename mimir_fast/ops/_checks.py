@@ -27,22 +27,49 @@ def values_are_checked(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("MIMIR_FAST_DEBUG", "0") == "1"
 
 
+def check_tensors(**values: object) -> None:
+    """Raises TypeError for what is no tensor: an array, a number, a list."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            kind = type(value)
+            make = "torch.from_numpy" if kind.__module__ == "numpy" and kind.__name__ == "ndarray" else "torch.tensor"
+            raise TypeError(f"{name} must be a torch.Tensor, got {_type_name(kind)}: use {make}({name})")
+
+
+def _type_name(kind: type) -> str:
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
 def check_same_device(**tensors: Tensor) -> None:
     """Raises ValueError if the tensors lie on different devices."""
+    check_tensors(**tensors)
     if len({tensor.device for tensor in tensors.values()}) > 1:
         where = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"all tensors must be on one device, got {where}: move them with .to(device)")
 
 
 def check_floating(**tensors: Tensor) -> None:
-    """Raises TypeError for a tensor of integers or booleans."""
+    """Raises TypeError for what is no tensor, and for one of integers, booleans or complex numbers."""
+    check_tensors(**tensors)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}: use {name}.float() (images: / 255)")
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}: {_as_floating(name, tensor)}")
+
+
+def _as_floating(name: str, tensor: Tensor) -> str:
+    """What to type, by what integers usually are: bytes are pixels, a column of long integers is labels."""
+    if tensor.dtype == torch.uint8:
+        return f"images are {name}.float() / 255"
+    if tensor.dtype.is_complex:
+        return f"use torch.view_as_real({name})"
+    if tensor.dtype == torch.int64 and tensor.ndim == 1:
+        return f"class labels are torch.nn.functional.one_hot({name}).float()"
+    return f"use {name}.float()"
 
 
 def check_same_shape(**tensors: Tensor) -> None:
     """Raises ValueError if the shapes differ."""
+    check_tensors(**tensors)
     first, *others = tensors.values()
     if any(tensor.shape != first.shape for tensor in others):
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
@@ -50,7 +77,8 @@ def check_same_shape(**tensors: Tensor) -> None:
 
 
 def check_index_dtype(name: str, ids: Tensor) -> None:
-    """Raises TypeError unless the ids are int64, the only dtype the ops index with."""
+    """Raises TypeError unless the ids are an int64 tensor, the only dtype the ops index with."""
+    check_tensors(**{name: ids})
     if ids.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {ids.dtype}: use {name}.long()")
 
@@ -85,8 +113,13 @@ def check_ids(name: str, ids_BK: Tensor, num_patches: int) -> None:
         raise ValueError(f"{name} must be distinct, got a patch twice among the {K} of one image")
 
 
-def check_eps(eps: float | Tensor, shape: torch.Size) -> None:
-    """Raises ValueError unless 0 ≤ eps ≤ 1 and a tensor of radii broadcasts against `shape`."""
+def check_eps(eps: float | Tensor, shape: torch.Size, clamp: tuple[float, float]) -> None:
+    """Raises unless 0 ≤ eps ≤ the width of `clamp`, the data's range, and radii of a tensor broadcast against `shape`.
+
+    Raises:
+        TypeError: neither a number nor a tensor.    ValueError: another size.
+    """
+    width = clamp[1] - clamp[0]
     if isinstance(eps, Tensor):
         sizes = zip(reversed(eps.shape), reversed(shape), strict=False)
         if eps.ndim > len(shape) or any(size not in (1, full) for size, full in sizes):
@@ -94,17 +127,33 @@ def check_eps(eps: float | Tensor, shape: torch.Size) -> None:
                 f"eps must broadcast against {tuple(shape)}, got {tuple(eps.shape)}: "
                 f"one radius per channel of (B, C, H, W) is (C, 1, 1)"
             )
-        bad = values_are_checked(eps) and not bool(((eps >= 0) & (eps <= 1)).all())
+        bad = values_are_checked(eps) and not bool(((eps >= 0) & (eps <= width)).all())
+    elif isinstance(eps, (int, float)):
+        bad = not 0 <= eps <= width
     else:
-        bad = not 0 <= eps <= 1
+        raise TypeError(f"eps must be a number or a torch.Tensor of radii, got {_type_name(type(eps))}")
     if bad:
-        raise ValueError(f"eps must be in [0, 1], in units of the data range, got {eps}: write 8/255, not 8")
+        hint = "write 8/255, not 8" if width == 1 else f"clamp is [{clamp[0]:g}, {clamp[1]:g}]"
+        raise ValueError(f"eps must be in [0, {width:g}], in the units of the data, got {eps}: {hint}")
 
 
 def check_range(clamp: tuple[float, float]) -> None:
     """Raises ValueError unless clamp is (low, high) with low ≤ high."""
-    if len(clamp) != 2 or not clamp[0] <= clamp[1]:
+    if not isinstance(clamp, (tuple, list)) or len(clamp) != 2 or not clamp[0] <= clamp[1]:
         raise ValueError(f"clamp must be (low, high) with low <= high, got {clamp}")
+
+
+def check_in_range(name: str, x: Tensor, low: float, high: float) -> None:
+    """Raises ValueError if a number of x lies outside of [low, high]; a NaN is let through (`values_are_checked`)."""
+    if not x.numel() or not values_are_checked(x):
+        return
+    smallest, largest = x.detach().aminmax()
+    if smallest < low or largest > high:  # aminmax hands on NaN, which is neither
+        raise ValueError(
+            f"{name} must lie in clamp, [{low:g}, {high:g}], got numbers from {smallest:g} to {largest:g}: put the "
+            "normalisation of images into the model (mimir_fast.evaluation.adapters.Normalized), or give clamp the "
+            "range of your data"
+        )
 
 
 def as_samples(x: Tensor, y: Tensor, *, minimum: int = 2) -> tuple[Tensor, Tensor]:
@@ -116,10 +165,8 @@ def as_samples(x: Tensor, y: Tensor, *, minimum: int = 2) -> tuple[Tensor, Tenso
         TypeError: not floating-point tensors.
         ValueError: different numbers of samples or devices, too few samples, no features.
     """
+    check_floating(x=x, y=y)
     for name, t in (("x", x), ("y", y)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor (N, ...), got {type(t).__name__}")
-        check_floating(**{name: t})
         if t.dim() == 0:
             raise ValueError(f"{name} must be (N, ...), got a scalar")
         if t.shape[0] and not t[0].numel():

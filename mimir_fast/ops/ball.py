@@ -1,7 +1,22 @@
-"""The numbers of a dtype within eps of x. `x + eps` rounds, and may land outside of the ball; these bounds do not."""
+"""The ends of an L∞ ball as numbers of x's dtype: `x + eps` rounds, and may land outside; `ball_bounds` do not."""
 
 import torch
 from torch import Tensor
+
+
+def ball_of(x: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
+    """x ± eps as the kernels have it: in 16 bits, where a rounding is up to half a grey level, rounded towards x."""
+    return ball_bounds(x, eps, exact=torch.float32) if x.element_size() == 2 else (x - eps, x + eps)
+
+
+def within(y: Tensor, x: Tensor, eps: float | Tensor, low: float, high: float) -> Tensor:
+    """y cut to the range [low, high] and then to the ball around x.
+
+    Both contain x, so that their order would not matter. The ball comes last because of an x that is outside of the
+    range: it moves by eps at most, even where nobody looks at it.
+    """
+    lower, upper = ball_of(x, eps)
+    return torch.minimum(torch.maximum(y.clamp(low, high), lower), upper)
 
 
 def ball_bounds(x: Tensor, eps: float | Tensor, *, exact: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mimir_fast.ops._checks import check_tensors
+
 
 def group_size(group: dist.ProcessGroup | None = None) -> int:
     """Number of ranks in `group` (default: all); 1 when torch.distributed is not initialised."""
@@ -54,6 +56,7 @@ def gather_batch(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     Example:
         >>> loss = reconstruction + 1e-5 * hsic(gather_batch(images), gather_batch(latents))
     """
+    check_tensors(x=x)
     if group_size(group) == 1:
         return x
     if x.dim() == 0:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mimir_fast.ops._checks import as_samples, check_finite
 from mimir_fast.ops._dispatch import runs_triton
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
-from mimir_fast.ops.dependence.bandwidth import Bandwidth, gamma
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, Sigma, gamma, widths
 from mimir_fast.ops.dependence.pair_tiles import inner_product, kernel_from_gram_, pair_weights
 from mimir_fast.ops.global_batch import all_gather, group_size
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic, hsic_from_sums
@@ -27,13 +27,17 @@ def global_hsic(
     y: Tensor,
     *,
     group: dist.ProcessGroup | None = None,
-    sigma_x: float = 5.0,
-    sigma_y: float = 5.0,
+    sigma: Sigma = 5.0,
     bandwidth: Bandwidth = "reference",
     estimator: Estimator = "biased",
     normalizer: Normalizer = "n2",
 ) -> Tensor:
-    """`hsic` of the samples of all ranks, at 1/R of its work on each.
+    r"""`hsic` of the samples of all ranks, at 1/R of its work on each.
+
+    $$\mathrm{tr}(KHLH) = \sum_{ij} k_{ij} l_{ij} - \frac{2}{N} \sum_i r_i q_i + \frac{1}{N^2} \sum_i r_i \sum_j q_j,
+    \qquad r_i = \sum_j k_{ij}, \; q_i = \sum_j l_{ij}$$
+
+    of which each rank makes its own rows.
 
     The same value on every rank. As for `gather_batch`, the gradient is that of this rank's samples times R, right for
     gradients of parameters that are averaged over the ranks, as DDP and FSDP do. Extra memory: the N gathered samples,
@@ -50,8 +54,8 @@ def global_hsic(
     """
     num_ranks = group_size(group)
     if num_ranks == 1:
-        widths: dict[str, Any] = {"sigma_x": sigma_x, "sigma_y": sigma_y, "bandwidth": bandwidth}
-        return hsic(x, y, **widths, estimator=estimator, normalizer=normalizer)
+        return hsic(x, y, sigma=sigma, bandwidth=bandwidth, estimator=estimator, normalizer=normalizer)
+    sigma_x, sigma_y = widths(sigma)
     x_nD, y_nD = as_samples(x, y, minimum=-(-check_estimator(estimator, normalizer) // num_ranks))
     with torch.no_grad():
         x_ND, y_ND = all_gather(x_nD, group), all_gather(y_nD, group)

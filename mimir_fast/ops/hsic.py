@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mimir_fast.ops._checks import as_samples, check_choice
 from mimir_fast.ops._precision import accumulation_dtype
-from mimir_fast.ops.dependence.bandwidth import Bandwidth, gamma, gamma_or_later
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, Sigma, gamma, gamma_or_later, widths
 from mimir_fast.ops.dependence.pair_sums import pair_sums, pair_sums_reference
 
 Estimator = Literal["biased", "unbiased"]
@@ -49,14 +49,14 @@ def hsic_reference(
     x: Tensor,
     y: Tensor,
     *,
-    sigma_x: float = 5.0,
-    sigma_y: float = 5.0,
+    sigma: Sigma = 5.0,
     bandwidth: Bandwidth = "reference",
     estimator: Estimator = "biased",
     normalizer: Normalizer = "n2",
 ) -> Tensor:
     """The definition of `hsic`, from N×N matrices, in the dtype of the inputs."""
     x_ND, y_ND = as_samples(x, y, minimum=check_estimator(estimator, normalizer))
+    sigma_x, sigma_y = widths(sigma)
     gamma_x, gamma_y = gamma(x_ND, sigma_x, bandwidth), gamma(y_ND, sigma_y, bandwidth)
     value = hsic_from_sums(*pair_sums_reference(x_ND, y_ND, gamma_x, gamma_y), estimator, normalizer)
     return value.to(x.dtype)
@@ -66,13 +66,20 @@ def hsic(
     x: Tensor,
     y: Tensor,
     *,
-    sigma_x: float = 5.0,
-    sigma_y: float = 5.0,
+    sigma: Sigma = 5.0,
     bandwidth: Bandwidth = "reference",
     estimator: Estimator = "biased",
     normalizer: Normalizer = "n2",
 ) -> Tensor:
-    """Scalar dependence of x (N, …) and y (N, …); zero in the limit if and only if they are independent.
+    r"""Scalar dependence of x (N, …) and y (N, …); zero in the limit if and only if they are independent.
+
+    $$\mathrm{HSIC}_b = \frac{\mathrm{tr}(KHLH)}{c}, \qquad
+    \mathrm{HSIC}_u = \frac{1}{N(N-3)}\left[\mathrm{tr}(\tilde K \tilde L)
+    + \frac{\mathbf 1^\top \tilde K \mathbf 1\; \mathbf 1^\top \tilde L \mathbf 1}{(N-1)(N-2)}
+    - \frac{2\,\mathbf 1^\top \tilde K \tilde L \mathbf 1}{N-2}\right]$$
+
+    with $K_{ij} = e^{-\gamma_x \lVert x_i - x_j \rVert^2}$, L likewise, $H = I - \tfrac1N \mathbf 1 \mathbf 1^\top$,
+    and $\tilde K$, $\tilde L$ the kernels with a zero diagonal.
 
     O(N) memory beside the inputs and their gradients, forward and backward (up to 2048 samples on a CPU, the two
     kernel matrices are kept instead of computed twice).
@@ -82,9 +89,9 @@ def hsic(
 
     Args:
         x, y: any floating dtype, N samples in the first dimension, the rest is flattened. Row i of both is sample i.
-        sigma_x, sigma_y: kernel widths, > 0; not used by `median`.
-        bandwidth: `paper` exp(−d²/(2σ²)), `reference` exp(−d²/(2σ²D)) as in the authors' code, `median` heuristic
-            (on the device, no gradient through it).
+        sigma: width of both kernels, > 0, or (σ of x, σ of y); not used by `median`.
+        bandwidth: γ is $1/(2\sigma^2)$ for `paper`, $1/(2\sigma^2 D)$ for `reference` (the authors' code), and
+            $1/(2\,\mathrm{median}_{i<j} d_{ij}^2)$ for `median` (on the device, no gradient through it).
         estimator: `biased` (V-statistic, N ≥ 2) or `unbiased` (Song et al. 2012, Eq. 5, N ≥ 4; may be negative).
         normalizer: of the biased estimator, 1/N² (MIMIR) or 1/(N−1)² (Gretton).
     Returns:
@@ -95,9 +102,10 @@ def hsic(
             MIMIR_FAST_DEBUG=1, as looking makes the host wait).
 
     Example:
-        >>> loss = reconstruction + 1e-5 * hsic(images, latents)
+        >>> loss = cross_entropy + hsic(images, features, bandwidth="median")
     """
     x_ND, y_ND = as_samples(x, y, minimum=check_estimator(estimator, normalizer))
+    sigma_x, sigma_y = widths(sigma)
     gamma_x, gamma_y = gamma_or_later(x_ND, sigma_x, bandwidth), gamma_or_later(y_ND, sigma_y, bandwidth)
     value = hsic_from_sums(*pair_sums(x_ND, y_ND, gamma_x, gamma_y), estimator, normalizer)
     return value.to(accumulation_dtype(x, y))

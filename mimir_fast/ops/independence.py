@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mimir_fast.ops._checks import as_samples, check_positive
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
-from mimir_fast.ops.dependence.bandwidth import Bandwidth, gamma
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, Sigma, gamma, widths
 from mimir_fast.ops.dependence.low_rank import rbf_factor
 from mimir_fast.ops.dependence.pair_tiles import inner_product
 from mimir_fast.ops.dependence.rbf import rbf_minus_one
@@ -59,13 +59,13 @@ class IndependenceTest(NamedTuple):
 
 def hsic_test_reference(
     x: Tensor, y: Tensor, *, num_permutations: int = 1000, seed: int = 0, bandwidth: Bandwidth = "median",
-    sigma_x: float = 5.0, sigma_y: float = 5.0, estimator: Estimator = "biased", normalizer: Normalizer = "n2",
+    sigma: Sigma = 5.0, estimator: Estimator = "biased", normalizer: Normalizer = "n2",
 ) -> IndependenceTest:  # fmt: skip
     """The definition of `hsic_test`: `hsic_reference` once for each permutation, in float64."""
     x_ND, y_ND = (z.double() for z in as_samples(x, y, minimum=MINIMUM_SAMPLES))
     batches = permutations(len(x_ND), num_permutations, seed, num_permutations, x.device)
     return _result(torch.stack([
-        hsic_reference(x_ND, y_ND[permutation], sigma_x=sigma_x, sigma_y=sigma_y, bandwidth=bandwidth,
+        hsic_reference(x_ND, y_ND[permutation], sigma=sigma, bandwidth=bandwidth,
                        estimator=estimator, normalizer=normalizer)
         for perms_PN in batches for permutation in perms_PN
     ]))  # fmt: skip
@@ -74,9 +74,11 @@ def hsic_test_reference(
 @torch.no_grad()
 def hsic_test(
     x: Tensor, y: Tensor, *, num_permutations: int = 1000, seed: int = 0, bandwidth: Bandwidth = "median",
-    sigma_x: float = 5.0, sigma_y: float = 5.0, estimator: Estimator = "biased", normalizer: Normalizer = "n2",
+    sigma: Sigma = 5.0, estimator: Estimator = "biased", normalizer: Normalizer = "n2",
 ) -> IndependenceTest:  # fmt: skip
-    """HSIC of x (N, …) and y (N, …) with the p-value of independence, by permutations.
+    r"""HSIC of x (N, …) and y (N, …) with the p-value of independence, by P permutations π of y.
+
+    $$p = \frac{1 + \#\{\pi : \mathrm{HSIC}(x, y_\pi) \ge \mathrm{HSIC}(x, y)\}}{1 + P}$$
 
     Memory beside the inputs: O(N·R) where both kernel matrices have low rank R ≤ 4√N (to six digits: one to three
     features, or labels), and up to four N×N matrices (float32; float64 for float64 inputs) otherwise.
@@ -88,7 +90,7 @@ def hsic_test(
         num_permutations: p is a multiple of 1/(1 + num_permutations).
         seed: the permutations are a function of it and of N, the same on every device.
         bandwidth: `median` heuristic (Gretton et al.), or as in `hsic`.
-        sigma_x, sigma_y, estimator, normalizer: as in `hsic`. The p-value does not depend on `normalizer`.
+        sigma, estimator, normalizer: as in `hsic`. The p-value does not depend on `normalizer`.
     Returns:
         (statistic, p_value, null); a constant input has statistic 0 and p-value 1. No gradient: to train, use `hsic`.
     Raises:
@@ -107,6 +109,7 @@ def hsic_test(
     n, values = len(x_ND), []
     with full_precision(x.device):
         dtype = accumulation_dtype(x, y)
+        sigma_x, sigma_y = widths(sigma)
         kernel_x = CentredKernel(x_ND, gamma(x_ND, sigma_x, bandwidth), dtype)
         kernel_y = CentredKernel(y_ND, gamma(y_ND, sigma_y, bandwidth), dtype)
         r_N, q_N = kernel_x.sums, kernel_y.sums

@@ -1,6 +1,6 @@
 """One signed-gradient step inside an L∞ ball: the FGSM/PGD update.
 
-    x_adv ← clamp(x + clip(x_adv + alpha·sign(grad) − x, −eps, eps), low, high)
+    x_adv ← x + clip(clamp(x_adv + alpha·sign(grad), low, high) − x, −eps, eps)
 
 Element-wise, so it is the same in image space (B, C, H, W) and in patch space (B, K, P). Seven passes over memory in
 eager PyTorch, one here.
@@ -15,21 +15,14 @@ from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
 from mimir_fast.ops._op import register_op
 from mimir_fast.ops._precision import accumulation_dtype
-from mimir_fast.ops.ball import ball_bounds
+from mimir_fast.ops.ball import ball_of, within
 
 
 def linf_step_reference(
     x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float | Tensor, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
     """The definition; every kernel is tested against it."""
-    moved = x_adv + alpha * grad.sign().to(x_adv.dtype)
-    lower, upper = _ball(x, eps)
-    return torch.minimum(torch.maximum(moved, lower), upper).clamp(low, high)
-
-
-def _ball(x: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
-    """x ± eps; in 16 bits, where a rounding is up to half a grey level, rounded towards x."""
-    return ball_bounds(x, eps, exact=torch.float32) if x.element_size() == 2 else (x - eps, x + eps)
+    return within(x_adv + alpha * grad.sign().to(x_adv.dtype), x, eps, low, high)
 
 
 def linf_step(
@@ -42,7 +35,10 @@ def linf_step(
     clamp: tuple[float, float] = (0.0, 1.0),
     out: Tensor | None = None,
 ) -> Tensor:
-    """The next iterate of an L∞ attack.
+    r"""The next iterate of an L∞ attack.
+
+    $$x_{adv} \leftarrow \Pi_{[low,\,high] \,\cap\, \{\lVert \cdot - x \rVert_\infty \le \epsilon\}}
+    \left(x_{adv} + \alpha\, \mathrm{sign}(\nabla)\right)$$
 
     Differentiable in x_adv and x as the formula is (the sign has no slope); alpha and eps are constants.
 
@@ -50,23 +46,26 @@ def linf_step(
         x_adv: the current iterate, any shape, float.
         grad: gradient of the loss to be maximised, same shape. Its sign is 0 where it is 0 or NaN.
         x: the clean input, same shape, in `clamp`.
-        alpha: step size in units of x (8/255, not 8).
-        eps: radius of the ball, 0 ≤ eps ≤ 1, or a tensor of radii that broadcasts against x: (C, 1, 1) gives one per
-            channel of an image, (P,) one per number of a patch.
+        alpha: step size in units of x (8/255, not 8, where images are in [0, 1]).
+        eps: radius of the ball in the same units, from 0 to the width of `clamp`, or a tensor of radii that broadcasts
+            against x: (C, 1, 1) gives one per channel of an image, (P,) one per number of a patch.
         clamp: range of the data.
         out: where to write, without a gradient; `out=x_adv` works in place.
     Returns:
         a tensor of x_adv's shape and dtype with values in `clamp` and ‖·−x‖∞ ≤ eps: exactly in float16 and bfloat16,
-        up to the rounding of x ± eps (3e-8) in float32.
+        up to the rounding of x ± eps, half a unit in the last place, in float32 (3e-8 for images in [0, 1]) and
+        float64 (6e-17).
     Raises:
-        ValueError: shapes or devices differ, alpha < 0, eps outside [0, 1], an empty `clamp`.
-        TypeError: an integer dtype.
+        ValueError: shapes or devices differ, alpha < 0, eps negative or wider than `clamp`, an empty `clamp`; x outside
+            of `clamp` (on CUDA only under MIMIR_FAST_DEBUG=1, as looking makes the host wait: there the ball comes
+            before the range, and x moves by eps at most).
+        TypeError: no tensors, an integer dtype, more than one dtype.
     """
     _checks.check_same_shape(x_adv=x_adv, grad=grad, x=x, **({} if out is None else {"out": out}))
     _checks.check_same_device(x_adv=x_adv, grad=grad, x=x, **({} if out is None else {"out": out}))
     _checks.check_floating(x_adv=x_adv, grad=grad, x=x)
-    _checks.check_eps(eps, x.shape)
     _checks.check_range(clamp)
+    _checks.check_eps(eps, x.shape, clamp)
     if not alpha >= 0:
         raise ValueError(f"alpha must be >= 0 (the step ascends the loss), got {alpha}: negate grad to descend")
     if x_adv.dtype != x.dtype:
@@ -138,6 +137,7 @@ def _linf_step_out(
     out: Tensor,
 ) -> None:
     """One step written to `out`: the C++ or the Triton kernel; the definition for dtypes they do not know."""
+    _checks.check_in_range("x", x, low, high)
     if out.numel() == 0:
         return
     native = runs_native("linf_step", out, grad) and out.ndim > 0
@@ -189,7 +189,7 @@ def _backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
     x_adv, grad, x, radii = ctx.saved_tensors
     alpha, eps, low, high = ctx.numbers
     radius = eps if radii is None else radii
-    moved, (lower, upper) = x_adv + alpha * grad.sign().to(x.dtype), _ball(x, radius)
+    moved, (lower, upper) = x_adv + alpha * grad.sign().to(x.dtype), ball_of(x, radius)
     raised = torch.maximum(moved, lower)
     share_of_moved = _share(raised, upper) * _share(lower, moved)
     in_range = torch.minimum(raised, upper)

@@ -16,7 +16,7 @@ from torch import Tensor
 from mimir_fast.ops._checks import as_samples, check_positive
 from mimir_fast.ops._op import differentiated_again, gradients_of, register_op
 from mimir_fast.ops._precision import accumulation_dtype
-from mimir_fast.ops.dependence.bandwidth import gamma
+from mimir_fast.ops.dependence.bandwidth import Sigma, gamma, widths
 from mimir_fast.ops.dependence.rbf import rbf_minus_one, rbf_minus_one_reference
 
 
@@ -25,10 +25,12 @@ def center(k_NN: Tensor) -> Tensor:
     return k_NN - k_NN.mean(0, keepdim=True) - k_NN.mean(1, keepdim=True) + k_NN.mean()
 
 
-def nhsic_reference(x: Tensor, y: Tensor, *, sigma: float = 5.0, eps: float = 1e-5) -> Tensor:
+def nhsic_reference(x: Tensor, y: Tensor, *, sigma: Sigma = 5.0, eps: float = 1e-5) -> Tensor:
     """The definition of `nhsic`, with general solves, in the dtype of the inputs."""
     x_ND, y_ND = as_samples(x, y)
-    k, l_ = (rbf_minus_one_reference(z, gamma(z, sigma, "reference")) for z in (x_ND, y_ND))
+    sigma_x, sigma_y = widths(sigma)
+    k = rbf_minus_one_reference(x_ND, gamma(x_ND, sigma_x, "reference"))
+    l_ = rbf_minus_one_reference(y_ND, gamma(y_ND, sigma_y, "reference"))
     return _nhsic_from_kernels_reference(k, l_, eps)
 
 
@@ -40,15 +42,17 @@ def _nhsic_from_kernels_reference(k_NN: Tensor, l_NN: Tensor, eps: float) -> Ten
     return (r_x * r_y.mT).sum()
 
 
-def nhsic(x: Tensor, y: Tensor, *, sigma: float = 5.0, eps: float = 1e-5) -> Tensor:
-    """Scalar in [0, N − 1] for x (N, …) and y (N, …), bandwidth exp(−d²/(2σ²D)), regularisation eps·N.
+def nhsic(x: Tensor, y: Tensor, *, sigma: Sigma = 5.0, eps: float = 1e-5) -> Tensor:
+    r"""Scalar in [0, N − 1] for x (N, …) and y (N, …), bandwidth exp(−d²/(2σ²D)), regularisation eps·N.
+
+    $$\mathrm{nHSIC} = \mathrm{tr}(R_x R_y), \qquad R = \bar K (\bar K + \epsilon N I)^{-1}, \quad \bar K = HKH$$
 
     O(N³) time and N×N memory; the N×N algebra is in float64 (their smallest eigenvalue is eps·N beside values up to N),
     the distances in float32. Nothing waits for the device.
 
     Args:
         x, y: any floating dtype, N ≥ 2 samples in the first dimension, the rest is flattened.
-        sigma: kernel width, > 0 (the authors' 5).
+        sigma: width of both kernels, > 0 (the authors' 5), or (σ of x, σ of y).
         eps: regularisation, > 0 (the authors' 1e-5). It has to stand above the rounding of the kernels, about 1e-7 in
             float32: below, K̄ + eps·N·I may have negative eigenvalues and no Cholesky factor.
     Returns:
@@ -61,7 +65,9 @@ def nhsic(x: Tensor, y: Tensor, *, sigma: float = 5.0, eps: float = 1e-5) -> Ten
     """
     x_ND, y_ND = as_samples(x, y)
     check_positive("eps", eps)
-    k, l_ = (rbf_minus_one(z, gamma(z, sigma, "reference")) for z in (x_ND, y_ND))
+    sigma_x, sigma_y = widths(sigma)
+    k = rbf_minus_one(x_ND, gamma(x_ND, sigma_x, "reference"))
+    l_ = rbf_minus_one(y_ND, gamma(y_ND, sigma_y, "reference"))
     value, _, _ = _nhsic_from_kernels(k.double(), l_.double(), eps)
     return value.to(accumulation_dtype(x, y))
 

@@ -13,6 +13,7 @@ from mimir_fast import _native, philox
 from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
 from mimir_fast.ops._op import register_op
+from mimir_fast.ops.ball import within
 from mimir_fast.ops.patches import check_images, patchify_gather_reference
 from mimir_fast.philox import Stream, signed_seed, steps_of
 
@@ -31,7 +32,7 @@ def noisy_patches_reference(
     clean = patchify_gather_reference(images_BCHW, ids_BK, patch_size)
     numbers = philox.uniform(seed, stream, step, samples_B, clean.shape[1] * clean.shape[2])
     noise = (2 * numbers - 1).mul_(eps).view(clean.shape)
-    return clean, (clean + noise.to(clean.dtype)).clamp_(0, 1)
+    return clean, within(clean + noise.to(clean.dtype), clean, eps, 0, 1)
 
 
 def noisy_patches(
@@ -54,14 +55,14 @@ def noisy_patches(
         step: one number or a (B,) tensor; another step is another noise.
         eps: radius of the noise, 0 ≤ eps ≤ 1.
     Raises:
-        ValueError: sizes or devices do not fit, eps out of range, ids out of range or repeated (on CUDA: with
-            MIMIR_FAST_DEBUG=1).
+        ValueError: sizes or devices do not fit, eps out of range, ids out of range or repeated or pixels outside of
+            [0, 1] (on CUDA: with MIMIR_FAST_DEBUG=1).
         TypeError: wrong dtypes.
     """
     check_images(images_BCHW, ids_BK, patch_size)
     _checks.check_index_dtype("samples_B", samples_B)
     _checks.check_same_device(images=images_BCHW, samples_B=samples_B)
-    _checks.check_eps(eps, images_BCHW.shape)
+    _checks.check_eps(eps, images_BCHW.shape, (0.0, 1.0))
     if samples_B.shape != images_BCHW.shape[:1]:
         raise ValueError(f"samples_B must be ({len(images_BCHW)},), one for each image, got {tuple(samples_B.shape)}")
     steps = steps_of(step, samples_B)
@@ -98,6 +99,8 @@ def _noisy_patches(
     ids, samples, steps = ids_BK.contiguous(), samples_B.contiguous(), steps_B.contiguous()
     clean, noisy = _empty_pair(images_BCHW, ids, patch_size)
     is_uint8 = images_BCHW.dtype == torch.uint8
+    if not is_uint8:
+        _checks.check_in_range("images", images_BCHW, 0, 1)
     if runs_triton(images_BCHW):
         from mimir_kernels import noisy_patches as kernels
 

@@ -102,6 +102,7 @@ def unpatchify_visible(patches_BKP: Tensor, ids_BK: Tensor, patch_size: int, hei
         ValueError: sizes or devices do not fit, ids out of range or repeated (on CUDA: with MIMIR_FAST_DEBUG=1).
         TypeError: ids are not int64.
     """
+    _checks.check_tensors(patches=patches_BKP, ids=ids_BK)
     if patches_BKP.ndim != 3 or patches_BKP.shape[:2] != ids_BK.shape or patches_BKP.shape[2] % patch_size**2:
         raise ValueError(
             f"patches must be (B, K, P) with ids (B, K) and P a multiple of {patch_size}², "
@@ -169,6 +170,7 @@ def check_targets(images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, norm_pix
 
 def check_images(images_BCHW: Tensor, ids_BK: Tensor, patch_size: int) -> None:
     """Raises ValueError or TypeError unless these are images in such patches, and int64 ids (B, K) of theirs."""
+    _checks.check_tensors(images=images_BCHW)
     if images_BCHW.ndim != 4:
         raise ValueError(f"images must be (B, C, H, W), got {tuple(images_BCHW.shape)}")
     if images_BCHW.dtype != torch.uint8 and not images_BCHW.is_floating_point():

@@ -50,6 +50,7 @@ def add_positions(
         ValueError: shapes or devices do not fit, ids out of range or repeated (on CUDA: with MIMIR_FAST_DEBUG=1).
         TypeError: an integer dtype, or ids that are not int64.
     """
+    _checks.check_tensors(tokens=tokens_BKD, positions=positions_RD)
     if tokens_BKD.ndim != 3:
         raise ValueError(f"tokens must be (B, K, D), got {tuple(tokens_BKD.shape)}")
     dtype, D = tokens_BKD.dtype, tokens_BKD.shape[2]

@@ -13,6 +13,7 @@ from mimir_fast import _native, philox
 from mimir_fast.ops import _checks
 from mimir_fast.ops._dispatch import runs_native, runs_triton
 from mimir_fast.ops._op import register_op
+from mimir_fast.ops.ball import within
 from mimir_fast.philox import Stream, signed_seed, steps_of
 
 
@@ -44,7 +45,7 @@ def random_start_linf_reference(
     """The definition; every kernel is tested against it."""
     numbers = philox.uniform(seed, stream, step, samples_B, x[0].numel() if len(x) else 0)
     noise = (2 * numbers - 1).view(x.shape) * eps
-    return (x + noise.to(x.dtype)).clamp(low, high)
+    return within(x + noise.to(x.dtype), x, eps, low, high)
 
 
 def random_start_linf(
@@ -62,27 +63,32 @@ def random_start_linf(
     Differentiable in x: the noise is constant, the clamp stops what it cuts.
 
     Args:
-        x: (B, …) float, the clean images or patches.
+        x: (B, …) float, the clean images or patches, in `clamp`.
         samples_B: (B,) int64 global sample indices.
         step: one number or a (B,) tensor; another step is another start.
-        eps: radius, 0 ≤ eps ≤ 1, or a tensor of radii that broadcasts against x.
+        eps: radius, from 0 to the width of `clamp`, or a tensor of radii that broadcasts against x.
+        clamp: range of the data.
     Returns:
-        a contiguous tensor of x's shape and dtype.
+        a contiguous tensor of x's shape and dtype, in the ball as exactly as that of `linf_step`.
     Raises:
-        ValueError: eps or clamp out of range, len(samples_B) ≠ B, different devices.    TypeError: wrong dtypes.
+        ValueError: eps or clamp out of range, len(samples_B) ≠ B, different devices; x outside of `clamp` (on CUDA as
+            for `linf_step`).
+        TypeError: no tensors, wrong dtypes.
     """
     _check_samples(samples_B)
     _checks.check_floating(x=x)
     _checks.check_same_device(x=x, samples_B=samples_B)
-    _checks.check_eps(eps, x.shape)
     _checks.check_range(clamp)
+    _checks.check_eps(eps, x.shape, clamp)
     if len(x) != len(samples_B):
         raise ValueError(f"samples_B must have one index for each of the {len(x)} rows of x, got {len(samples_B)}")
     low, high = float(clamp[0]), float(clamp[1])
     steps = steps_of(step, samples_B)
     if isinstance(eps, Tensor):
+        _checks.check_in_range("x", x, low, high)
         noise = 2 * random_uniform(seed, stream, steps, samples_B, x[0].numel() if len(x) else 0) - 1
-        return (x + (noise.view(x.shape) * eps.detach()).to(x.dtype)).clamp(low, high)
+        radii = eps.detach()
+        return within(x + (noise.view(x.shape) * radii).to(x.dtype), x, radii, low, high)
     return _random_start_linf(x, samples_B, steps, signed_seed(seed), int(stream), float(eps), low, high)
 
 
@@ -125,6 +131,7 @@ def _definition(
 def _random_start_linf(
     x: Tensor, samples_B: Tensor, steps_B: Tensor, seed: int, stream: int, eps: float, low: float, high: float
 ) -> Tensor:
+    _checks.check_in_range("x", x, low, high)
     x = x.contiguous()
     samples, steps = samples_B.contiguous(), steps_B.contiguous()
     if runs_triton(x):

@@ -20,31 +20,37 @@ from torch import Tensor
 
 from mimir_fast.ops._checks import as_samples, check_positive
 from mimir_fast.ops._precision import accumulation_dtype
-from mimir_fast.ops.dependence.bandwidth import Bandwidth, gamma
+from mimir_fast.ops.dependence.bandwidth import Bandwidth, Sigma, gamma, widths
 from mimir_fast.ops.dependence.pair_sums import pair_sums
 from mimir_fast.ops.dependence.rbf import rbf_minus_one, rbf_minus_one_reference
 
 
 def renyi_mi_reference(
-    x: Tensor, y: Tensor, *, alpha: float = 2.0, sigma: float = 5.0, bandwidth: Bandwidth = "median"
+    x: Tensor, y: Tensor, *, alpha: float = 2.0, sigma: Sigma = 5.0, bandwidth: Bandwidth = "median"
 ) -> Tensor:
     """The definition of `renyi_mi`, from eigenvalues for every order, in the dtype of the inputs."""
-    k, l_ = (1 + rbf_minus_one_reference(z, gamma(z, sigma, bandwidth)) for z in as_samples(x, y))
+    x_ND, y_ND = as_samples(x, y)
+    sigma_x, sigma_y = widths(sigma)
+    k = 1 + rbf_minus_one_reference(x_ND, gamma(x_ND, sigma_x, bandwidth))
+    l_ = 1 + rbf_minus_one_reference(y_ND, gamma(y_ND, sigma_y, bandwidth))
     n = k.shape[0]
     s_x, s_y, s_xy = (_entropy_of_spectrum(torch.linalg.eigvalsh(matrix / n), alpha) for matrix in (k, l_, k * l_))
     return s_x + s_y - s_xy
 
 
 def renyi_mi(
-    x: Tensor, y: Tensor, *, alpha: float = 2.0, sigma: float = 5.0, bandwidth: Bandwidth = "median"
+    x: Tensor, y: Tensor, *, alpha: float = 2.0, sigma: Sigma = 5.0, bandwidth: Bandwidth = "median"
 ) -> Tensor:
-    """Information in bits that x (N, …) and y (N, …) share; at most log2 N.
+    r"""Information in bits that x (N, …) and y (N, …) share; at most log2 N.
+
+    $$I_\alpha = S_\alpha(A) + S_\alpha(B) - S_\alpha(N\, A \circ B), \qquad
+    S_\alpha(A) = \frac{\log_2 \mathrm{tr}\, A^\alpha}{1 - \alpha}, \quad A = K/N, \; B = L/N$$
 
     Args:
         x, y: any floating dtype, N ≥ 2 samples in the first dimension, the rest is flattened.
         alpha: order, > 0. 2 is one pass over the pairs in O(N) memory; other integers take matrix products, the rest
             eigenvalues (N×N float64, O(N³)); 1 is the von Neumann entropy. The authors' code has 1.01.
-        sigma: kernel width of `paper` and `reference`, not used by `median`.
+        sigma: width of both kernels, > 0, or (σ of x, σ of y); not used by `median`.
         bandwidth: as for `hsic`. Here `median` is the default: see above.
     Returns:
         scalar, float32 (float64 if an input is), differentiable to both inputs.
@@ -55,7 +61,8 @@ def renyi_mi(
     """
     x_ND, y_ND = as_samples(x, y)
     check_positive("alpha", alpha)
-    gamma_x, gamma_y = gamma(x_ND, sigma, bandwidth), gamma(y_ND, sigma, bandwidth)
+    sigma_x, sigma_y = widths(sigma)
+    gamma_x, gamma_y = gamma(x_ND, sigma_x, bandwidth), gamma(y_ND, sigma_y, bandwidth)
     n = x_ND.shape[0]
     if alpha == 2:
         s, r, q = pair_sums(x_ND, y_ND, 2 * gamma_x, 2 * gamma_y)

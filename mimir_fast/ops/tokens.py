@@ -46,6 +46,7 @@ def gather_patches(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
         ValueError: batch sizes or devices differ, ids out of range or repeated (on CUDA: with MIMIR_FAST_DEBUG=1).
         TypeError: ids are not int64.
     """
+    _checks.check_tensors(x=x_BND)
     if x_BND.ndim != 3:
         raise ValueError(f"x must be (B, N, D), got {tuple(x_BND.shape)}")
     _checks.check_ids_of("ids", ids_BK, x_BND)
@@ -59,6 +60,7 @@ def place_patches(visible_BKD: Tensor, ids_BK: Tensor, num_patches: int) -> Tens
         ValueError: shapes or devices do not fit, ids out of range or repeated (on CUDA: with MIMIR_FAST_DEBUG=1).
         TypeError: ids are not int64.
     """
+    _checks.check_tensors(visible=visible_BKD, ids=ids_BK)
     if visible_BKD.ndim != 3 or visible_BKD.shape[:2] != ids_BK.shape:
         raise ValueError(
             f"visible must be (B, K, D) with ids (B, K), got {tuple(visible_BKD.shape)} and {tuple(ids_BK.shape)}"
@@ -76,6 +78,7 @@ def scatter_patches(visible_BKD: Tensor, ids_keep_BK: Tensor, mask_token_D: Tens
         ValueError: shapes or devices do not fit, ids out of range or repeated (on CUDA: with MIMIR_FAST_DEBUG=1).
         TypeError: an integer dtype, or ids that are not int64.
     """
+    _checks.check_tensors(visible=visible_BKD, ids_keep=ids_keep_BK, mask_token=mask_token_D, pos_embed=pos_embed_ND)
     if visible_BKD.ndim != 3 or visible_BKD.shape[:2] != ids_keep_BK.shape:
         raise ValueError(
             f"visible must be (B, K, D) with ids_keep (B, K), "

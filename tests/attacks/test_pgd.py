@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_classifier import EPS, SmallNet
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import fast_threat, fgsm, image_bounds, linf_ascent, pgd, random_start
+from mimir_fast.attacks.pgd import PGD, fast_threat, fgsm, image_bounds, linf_ascent, pgd, random_start
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.evaluation.images import EvaluationImages
 
@@ -26,24 +26,41 @@ def right(model: nn.Module, images: Tensor, labels: Tensor) -> int:
 
 @pytest.mark.parametrize("num_steps", [1, 20, 100])
 def test_equals_torchattacks_without_random_start(small_model: nn.Module, digits, num_steps: int) -> None:
-    PGD = pytest.importorskip("torchattacks").PGD
+    torchattacks = pytest.importorskip("torchattacks")
     images, labels = digits
     alpha = EPS / 4 if num_steps > 1 else EPS
-    theirs = PGD(small_model, eps=EPS, alpha=alpha, steps=num_steps, random_start=False)(images, labels)
+    options = {"eps": EPS, "alpha": alpha, "steps": num_steps, "random_start": False}
+    theirs = torchattacks.PGD(small_model, **options)(images, labels)
     ours = pgd(small_model, images, labels, LinfThreat(EPS, alpha, num_steps, random_start=False), mode="eval")
+    assert torch.equal(PGD(small_model, **options)(images, labels), ours)
     # The same algorithm: only where a gradient is zero up to rounding may a sign, and then a pixel, differ.
     assert ((ours - theirs).abs() > 1e-5).float().mean() < 2e-3
     assert abs(right(small_model, ours, labels) - right(small_model, theirs, labels)) <= 1
 
 
+def test_an_attack_as_an_object(small_model: nn.Module, digits) -> None:
+    """Each call starts elsewhere, as each call of torchattacks does; another object of the seed repeats them."""
+    images, labels = (part[:8] for part in digits)
+    attack, again = PGD(small_model, steps=2), PGD(small_model, steps=2)
+    calls = [attack(images, labels) for _ in range(2)]
+    assert not torch.equal(*calls)
+    assert all(torch.equal(call, again(images, labels)) for call in calls)
+    assert not torch.equal(PGD(small_model, steps=2, seed=1)(images, labels), calls[0])
+    assert "eps=0.031" in repr(attack) and "num_steps=2" in repr(attack)
+    with pytest.raises(ValueError, match="type 8/255"):
+        PGD(small_model, eps=8)
+    with pytest.raises(TypeError, match=r"images must be a torch\.Tensor, got numpy\.ndarray"):
+        attack(images.numpy(), labels)
+
+
 def test_random_starts_agree_with_torchattacks_within_their_noise(small_model: nn.Module, digits) -> None:
-    PGD = pytest.importorskip("torchattacks").PGD
+    torchattacks = pytest.importorskip("torchattacks")
     images, labels = digits
     theirs = []
     with torch.random.fork_rng([]):
         for seed in range(4):
             torch.manual_seed(seed)
-            theirs.append(right(small_model, PGD(small_model, EPS, EPS / 4, 20)(images, labels), labels))
+            theirs.append(right(small_model, torchattacks.PGD(small_model, EPS, EPS / 4, 20)(images, labels), labels))
     threat = LinfThreat(EPS, EPS / 4, 20)
     ours = [right(small_model, pgd(small_model, images, labels, threat, seed=seed), labels) for seed in range(4)]
     assert min(ours) > 30 and max(ours) < 270, "the test needs a robust accuracy in between"

@@ -40,7 +40,7 @@ def operands(device: torch.device) -> dict[str, Tensor]:
 
 
 CALLS: dict[str, Call] = {
-    "hsic": lambda t: mimir_fast.hsic(t["x"], t["z"], sigma_x=1.0, sigma_y=1.0),
+    "hsic": lambda t: mimir_fast.hsic(t["x"], t["z"], sigma=1.0),
     "nhsic": lambda t: mimir_fast.nhsic(t["x"], t["z"], sigma=1.0, eps=1e-2),
     "renyi_mi": lambda t: mimir_fast.renyi_mi(t["x"], t["z"]),
     "gather_patches": lambda t: mimir_fast.gather_patches(t["tokens"], t["ids"]),

@@ -22,6 +22,37 @@ def test_rbf_is_a_ratio_of_hsics(estimator: str, bandwidth: str) -> None:
     torch.testing.assert_close(cka(x, y, **options), expected, rtol=1e-10, atol=0)
 
 
+def test_the_default_width_is_nearly_linear() -> None:
+    """As its docstring says; others' packages take the median."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 64, generator=g)
+    y = x[:, :16].square() + torch.randn(256, 16, generator=g)
+    assert abs(float(cka(x, y) - cka(x, y, kernel="linear"))) < 0.02
+    assert abs(float(cka(x, y, bandwidth="median") - cka(x, y, kernel="linear"))) > 0.05
+
+
+def kornblith(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """CKA as Kornblith et al.'s colab has it, with its median over all N² distances; and the ratio of the medians."""
+    grams, medians = [], []
+    for z in (x.flatten(1), y.flatten(1)):
+        d2 = torch.cdist(z, z).square().fill_diagonal_(0)
+        medians.append(torch.quantile(d2, 0.5))
+        h = torch.eye(len(z), dtype=z.dtype) - 1 / len(z)
+        grams.append(h @ torch.exp(-d2 / (2 * medians[-1])) @ h)
+    others = [d2[d2 > 0] for d2 in [torch.cdist(x.flatten(1), x.flatten(1)).square()]]
+    return float((grams[0] * grams[1]).sum() / (grams[0].norm() * grams[1].norm())), float(
+        medians[0] / others[0].median()
+    )
+
+
+def test_others_count_the_diagonal_in_their_median() -> None:
+    """What the docstring says of their width, and that nothing else differs."""
+    for n, narrower, near in ((8, (0.97, 0.99), 0.01), (512, (0.998, 0.9995), 1e-4)):
+        theirs, ratio = kornblith(*samples(n))
+        assert narrower[0] < ratio <= narrower[1]
+        assert abs(float(cka(*samples(n), bandwidth="median")) - theirs) < near
+
+
 @pytest.mark.parametrize("n", [5, 40])  # fewer samples than features, and more
 def test_linear_is_the_gram_formula(n: int) -> None:
     x, y = samples(n)
@@ -103,7 +134,7 @@ def test_gradients(kernel: str, estimator: str) -> None:
     x, y = (t.flatten(1)[:, :3].clone().requires_grad_() for t in samples(6))
 
     def value(x: Tensor, y: Tensor) -> Tensor:
-        return cka(x, y, kernel=kernel, estimator=estimator, sigma_x=1.0)
+        return cka(x, y, kernel=kernel, estimator=estimator, sigma=(1.0, 5.0))
 
     assert torch.autograd.gradcheck(value, (x, y))
     assert torch.autograd.gradgradcheck(value, (x, y))

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mimir_fast.metrics import MinibatchCKA
 from mimir_fast.ops import global_hsic as row_blocks
 from mimir_fast.ops.dependence.bandwidth import gamma
 from mimir_fast.ops.dependence.pair_sums import pair_sums_reference
@@ -51,9 +52,9 @@ def train_step(rank: int, penalty: str, **options: str) -> dict[str, torch.Tenso
     x, z = (t[rank * LOCAL : (rank + 1) * LOCAL] for t in data())
     model = DistributedDataParallel(encoder())
     if penalty == "gathered":
-        loss = hsic(gather_batch(x), gather_batch(model(z)), sigma_y=0.5, **options)
+        loss = hsic(gather_batch(x), gather_batch(model(z)), sigma=(5.0, 0.5), **options)
     else:
-        loss = global_hsic(x, model(z), sigma_y=0.5, **options)
+        loss = global_hsic(x, model(z), sigma=(5.0, 0.5), **options)
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.module.named_parameters()}}
 
@@ -89,6 +90,13 @@ def centred_panels(rank: int) -> dict[str, torch.Tensor]:
     return {"numbers": torch.tensor(largest.numbers)}
 
 
+def streamed(rank: int) -> dict[str, torch.Tensor]:
+    """A rank's own CKA, and that of all."""
+    metric = MinibatchCKA()
+    own = metric(*(t[rank * LOCAL : (rank + 1) * LOCAL] for t in data()))
+    return {"own": own, "all": metric.compute()}
+
+
 OPTIONS: dict[str, dict[str, str]] = {
     "biased": {},
     "unbiased": {"estimator": "unbiased"},
@@ -98,7 +106,16 @@ OPTIONS: dict[str, dict[str, str]] = {
 JOBS = {
     f"{p}-{name}": partial(train_step, penalty=p, **OPTIONS[name]) for p in ("gathered", "rows") for name in OPTIONS
 }
-JOBS |= {"both_gradients": both_gradients, "centred_panels": centred_panels}
+JOBS |= {"both_gradients": both_gradients, "centred_panels": centred_panels, "streamed": streamed}
+
+
+def test_a_streamed_metric_counts_the_batches_of_all_ranks(tmp_path: Path) -> None:
+    metric, (x, y) = MinibatchCKA(), data()
+    for a, b in zip(x.split(LOCAL), y.split(LOCAL), strict=True):
+        metric.update(a, b)
+    ranks = run_ranks("streamed", tmp_path)
+    assert all(torch.equal(rank["all"], metric.compute()) for rank in ranks)
+    assert not torch.equal(ranks[0]["own"], ranks[1]["own"])
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -106,7 +123,7 @@ JOBS |= {"both_gradients": both_gradients, "centred_panels": centred_panels}
 def test_two_ranks_equal_one_process(penalty: str, options: str, tmp_path: Path) -> None:
     x, z = data()
     model = encoder()
-    loss = hsic(x, model(z), sigma_y=0.5, **OPTIONS[options])
+    loss = hsic(x, model(z), sigma=(5.0, 0.5), **OPTIONS[options])
     loss.backward()
     for result in run_ranks(f"{penalty}-{options}", tmp_path):
         torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-5, atol=0)
@@ -143,7 +160,7 @@ def test_row_blocks_on_tensor_cores(options: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(row_blocks, "runs_triton", lambda *given: True)
     x, z = data()
     model = encoder()
-    loss = hsic(x, model(z), sigma_y=0.5, **OPTIONS[options])
+    loss = hsic(x, model(z), sigma=(5.0, 0.5), **OPTIONS[options])
     loss.backward()
     for result in run_ranks(f"rows-{options}", tmp_path):
         torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-3 if options == "unbiased" else 1e-4, atol=0)

@@ -17,7 +17,7 @@ from mimir_fast.ops.hsic import hsic_reference
 
 OPTIONS = [
     {},
-    {"sigma_x": 0.5, "sigma_y": 2.0},
+    {"sigma": (0.5, 2.0)},
     {"bandwidth": "paper"},
     {"bandwidth": "median"},
     {"estimator": "unbiased"},
@@ -261,7 +261,7 @@ class TestRefuses:
     @pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan])
     def test_width_that_is_not_positive(self, sigma: float) -> None:
         with pytest.raises(ValueError, match="sigma must be > 0"):
-            hsic(torch.rand(4, 3), torch.rand(4, 3), sigma_y=sigma)
+            hsic(torch.rand(4, 3), torch.rand(4, 3), sigma=(5.0, sigma))
 
     @pytest.mark.parametrize("option", ["bandwidth", "estimator", "normalizer"])
     def test_unknown_options(self, option: str) -> None:

@@ -56,7 +56,7 @@ def test_a_factor_too_thick_for_products_beside_a_matrix() -> None:
 
 def test_the_statistic_is_hsic_and_may_have_its_options() -> None:
     x, y = normal(50, 3, 1), normal(50, 2, 2)
-    options = {"bandwidth": "paper", "sigma_x": 1.5, "sigma_y": 0.7, "normalizer": "(n-1)^2"}
+    options = {"bandwidth": "paper", "sigma": (1.5, 0.7), "normalizer": "(n-1)^2"}
     value = hsic_test(x, y, num_permutations=5, **options).statistic  # type: ignore[arg-type]
     torch.testing.assert_close(value.float(), hsic(x, y, **options), rtol=1e-5, atol=0)  # type: ignore[arg-type]
 
@@ -66,7 +66,7 @@ def test_the_statistic_is_hsic_and_may_have_its_options() -> None:
 def test_agrees_with_hyppo(case: dict[str, object], estimator: str) -> None:
     """Its statistic is CKA, or the root of it; its p-value is of other permutations."""
     x, y = (torch.tensor(case[name], dtype=torch.float64) for name in ("x", "y"))
-    options = {"bandwidth": "paper", "sigma_x": case["sigma"], "sigma_y": case["sigma"], "estimator": estimator}
+    options = {"bandwidth": "paper", "sigma": case["sigma"], "estimator": estimator}
     theirs = case[estimator]
     power = 2 if estimator == "biased" else 1
     assert float(cka(x, y, **options)) == pytest.approx(theirs["statistic"] ** power, rel=1e-9)  # type: ignore[arg-type,index]
@@ -178,7 +178,7 @@ def test_other_shapes_and_no_gradient() -> None:
         ((torch.rand(9, 2), torch.rand(9, 2)), {"num_permutations": 0}, "num_permutations must be > 0, got 0"),
         ((torch.rand(9, 2), torch.rand(9, 2)), {"bandwidth": "mean"}, "bandwidth must be one of"),
         ((torch.rand(9, 2), torch.rand(9, 2)), {"estimator": "best"}, "estimator must be one of"),
-        ((torch.rand(9, 2), torch.rand(9, 2)), {"bandwidth": "paper", "sigma_y": 0.0}, "sigma must be > 0"),
+        ((torch.rand(9, 2), torch.rand(9, 2)), {"bandwidth": "paper", "sigma": (5.0, 0.0)}, "sigma must be > 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -1,7 +1,9 @@
 """The L∞ step against its definition: equal bit for bit on every path."""
 
 import math
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -58,6 +60,34 @@ def test_hands_on_nan_and_inf(operand, device):
     tensors = [tensor.to(device) for tensor in operands((4, 40))]
     tensors[operand][0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     assert_same(linf_step(*tensors, **STEP), linf_step_reference(*tensors, **STEP))
+
+
+def test_an_image_outside_of_the_range_is_refused(device):
+    """It was moved into the range, however far: normalised images by 3.15 at eps = 0."""
+    _, grad, x = (tensor.to(device) for tensor in operands((3, 40)))
+    normalised = (x - 0.5) / 0.1
+    moved = linf_step_reference(normalised, grad, normalised, 0.0, 0.0)
+    assert_same(moved, normalised)  # nobody looks here, as on a GPU: by eps at most
+    for clamp, alpha in (((-6.0, 6.0), 0.01), ((0.0, 1.0), 0.0)):
+        context = pytest.raises(
+            ValueError, match=r"x must lie in clamp, \[0, 1\], got numbers from -4.* to 4.*Normalized"
+        )
+        with context if clamp == (0.0, 1.0) and device.type == "cpu" else nullcontext():
+            linf_step(normalised, grad, normalised, alpha=alpha, eps=0.0, clamp=clamp)
+
+
+def test_compiled_steps_look_at_the_images_too():
+    x = torch.full((2, 5), 1.5)
+    compiled = torch.compile(lambda x: linf_step(x, x, x, **STEP), fullgraph=True)
+    with pytest.raises(ValueError, match="x must lie in clamp"):
+        compiled(x)
+
+
+def test_eps_is_measured_on_the_data(device):
+    """Images in [0, 255] have radii of up to 255."""
+    x = torch.full((4,), 100.0, device=device)
+    moved = linf_step(x, torch.ones_like(x), x, alpha=20.0, eps=8.0, clamp=(0.0, 255.0))
+    assert moved.tolist() == [108.0] * 4
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "mixed", "transposed", "strided"])
@@ -180,6 +210,11 @@ def test_eps_pattern_reads_memory_order():
         ({"eps": torch.tensor(8.0)}, ValueError, "8/255, not 8"),
         ({"eps": torch.full((7,), 0.1)}, ValueError, "eps must broadcast"),
         ({"alpha": -0.1}, ValueError, "alpha must be >= 0"),
+        ({"eps": 0.6, "clamp": (0.2, 0.7)}, ValueError, r"eps must be in \[0, 0.5\], .* clamp is \[0.2, 0.7\]"),
+        ({"eps": "8/255"}, TypeError, "eps must be a number or a torch.Tensor of radii, got str"),
+        ({"x": np.zeros((2, 4))}, TypeError, r"x must be a torch.Tensor, got numpy.ndarray: use torch.from_numpy\(x\)"),
+        ({"grad": 0.5}, TypeError, r"grad must be a torch.Tensor, got float: use torch.tensor\(grad\)"),
+        ({"clamp": 1.0}, ValueError, r"clamp must be \(low, high\)"),
         ({"clamp": (1.0, 0.0)}, ValueError, "low <= high"),
         ({"x": torch.zeros(2, 3)}, ValueError, "shapes must be equal"),
         ({"x": torch.zeros(2, 4, dtype=torch.uint8)}, TypeError, r"x must be floating point, got torch.uint8"),

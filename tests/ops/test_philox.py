@@ -1,5 +1,6 @@
 """Counter-based random numbers: the generator itself, and the faster ways to the same bits."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,6 +89,27 @@ def test_random_start_fills_the_ball_and_stays_in_range():
     assert abs((start - x)[inner].mean()) < 2e-3
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_random_start_does_not_leave_the_ball(dtype, per_channel, device):
+    """In 16 bits x + noise is rounded by up to half a grey level."""
+    x = torch.rand(4, 3, 32, 32, dtype=torch.float64).to(device, dtype)
+    eps = torch.tensor([8.0, 4.0, 1.0], device=device).view(3, 1, 1) / 255 if per_channel else 8 / 255
+    start = random_start_linf(x, SAMPLES.to(device), seed=1, step=0, eps=eps)
+    rounding = {torch.float32: 3e-8, torch.float64: 6e-17}.get(dtype, 0.0)
+    excess = (start.double() - x.double()).abs() - torch.as_tensor(eps, dtype=torch.float64, device=device)
+    assert -0.002 < excess.max() <= rounding
+
+
+def test_random_start_refuses_images_outside_of_the_range():
+    x = 4 * torch.rand(4, 3, 8, 8) - 2
+    for eps in (0.0, torch.zeros(3, 1, 1)):
+        with pytest.raises(ValueError, match=r"x must lie in clamp, \[0, 1\], got numbers from -1.9.* to 1.9"):
+            random_start_linf(x, SAMPLES, seed=1, step=0, eps=eps)
+    assert torch.equal(random_start_linf_reference(x, SAMPLES, 1, 0, 0.0), x)
+    assert random_start_linf(x, SAMPLES, seed=1, step=0, eps=2.0, clamp=(-2.0, 2.0)).abs().max() <= 2
+
+
 def test_random_start_with_a_radius_per_channel_and_layout(device):
     x, samples = torch.rand(4, 3, 8, 8, device=device), SAMPLES.to(device)
     eps = torch.tensor([0.0, 0.05, 0.1], device=device).reshape(3, 1, 1)
@@ -157,6 +179,12 @@ def test_compiles_without_graph_break(device):
     ("change", "error", "message"),
     [
         ({"samples_B": torch.zeros(4)}, TypeError, "samples_B must be int64"),
+        (
+            {"samples_B": np.arange(4)},
+            TypeError,
+            "samples_B must be a torch.Tensor, got numpy.ndarray: use torch.from_",
+        ),
+        ({"samples_B": 3}, TypeError, "samples_B must be a torch.Tensor, got int: use torch.tensor"),
         ({"samples_B": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, r"must be \(B,\)"),
         ({"samples_B": torch.zeros(3, dtype=torch.int64)}, ValueError, "one index for each of the 4"),
         ({"samples_B": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "one device"),

@@ -18,6 +18,8 @@ from mimir_fast.philox import Stream, random_bits
 
 Bandwidth = Literal["paper", "reference", "median"]
 BANDWIDTHS = ("paper", "reference", "median")
+Sigma = float | tuple[float, float]
+"""The width of both kernels, or (that of x, that of y)."""
 
 # The median of N²/2 distances needs them all at once; beyond this many samples, that of a random subset is taken.
 # Evenly spaced rows may all be of one class, where classes take turns.
@@ -26,6 +28,20 @@ MEDIAN_ROWS = 2048
 PANEL_BYTES = 8 * 2**20
 # Units in the last place that centring leaves of samples which are all the same.
 ULPS = 8
+
+
+def widths(sigma: Sigma) -> tuple[float, float]:
+    """σ of x and σ of y.
+
+    Raises:
+        ValueError: not two, or one is not > 0.
+    """
+    pair = sigma if isinstance(sigma, (tuple, list)) else (sigma, sigma)
+    if len(pair) != 2:
+        raise ValueError(f"sigma must be a number, or one for x and one for y, got {sigma}")
+    for width in pair:
+        check_positive("sigma", width)
+    return pair[0], pair[1]
 
 
 def centered_rows(x_ND: Tensor, dtype: torch.dtype) -> Tensor:
