@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import tyro
 from torch.distributed.elastic.multiprocessing.errors import record
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from mimir_fast._tyro import tyro
 from mimir_fast.completion import SHELLS, script
 from mimir_fast.validation import refuse_idle
 from mimir_fast.versions import COMPLETION_HINT, called_as
@@ -49,10 +48,10 @@ def parse_float(text: str) -> float:
     return float(numerator) / float(denominator) if slash else float(text)
 
 
-def _float_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+def _float_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
     if info.type is not float:
         return None
-    return PrimitiveConstructorSpec(
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="FLOAT",
         instance_from_str=lambda args: parse_float(args[0]),
@@ -67,7 +66,7 @@ def parse(config_type: type[T], args: Sequence[str] | None = None, *, default: T
     Raises:
         ValueError: an option was typed that does nothing as the others are (`idle`, see validation.py).
     """
-    registry = ConstructorRegistry()
+    registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_float_rule)
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     words = list(sys.argv[1:] if args is None else args)

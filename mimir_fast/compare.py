@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from mimir_fast._tyro import tyro
 from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.cli import parse, run
 from mimir_fast.evaluation import comparison as evaluations

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from mimir_fast._tyro import tyro
 from mimir_fast.checkpoints.durable import PARTIAL, move, remove, sync
 from mimir_fast.cli import parse, run
 from mimir_fast.exporting.compare import BATCHES, TOLERANCE

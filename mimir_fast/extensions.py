@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from tyro.constructors import PrimitiveConstructorSpec
+from mimir_fast._tyro import tyro
 
 Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import", metavar="MODULE"), tyro.conf.UseAppendAction]
 """The type of the option `--import`, which may be given several times."""
 
 
-class RegisteredName(PrimitiveConstructorSpec[str]):
+class RegisteredName(tyro.constructors.PrimitiveConstructorSpec[str]):
     """For `Annotated[str, RegisteredName(names)]`: an option whose choices are looked up when a parser is built.
 
     Args:
@@ -30,7 +29,7 @@ class RegisteredName(PrimitiveConstructorSpec[str]):
     names: Callable[[], Iterable[str]]
 
     def __init__(self, names: Callable[[], Iterable[str]]) -> None:
-        plain = PrimitiveConstructorSpec(
+        plain = tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar="",
             instance_from_str=lambda args: args[0],

@@ -20,23 +20,6 @@ BIBTEX = """@article{xu2023mimir,
   year    = {2023}
 }"""
 
-# Of a saved configuration, what a reader needs: no folders, no files.
-_PUBLIC = {
-    "recipe": None, "method": None, "preset": None, "model": None, "objective": None, "optim": None,
-    "data": ("source", "image_size", "channels", "augment", "crop_padding", "flip", "generated_ratio"),
-    "run": ("epochs", "max_steps", "warmup_epochs", "batch_size", "accum_iter", "seed", "precision", "ema_decay"),
-}  # fmt: skip
-
-
-def public_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run's configuration that tells nothing of the machine it ran on."""
-    found = {}
-    for name, parts in _PUBLIC.items():
-        if name in config:
-            value = config[name]
-            found[name] = value if parts is None else {part: value[part] for part in parts if part in value}
-    return found
-
 
 def card(
     kind: str,
@@ -46,6 +29,7 @@ def card(
     results: Results | None,
     repo_id: str,
     license: str,
+    timm: dict[str, Any],
 ) -> ModelCard:
     """The card.
 
@@ -56,6 +40,7 @@ def card(
         config: the run's configuration, or as much of it as is known.
         results: of an evaluation; None for none.
         repo_id: `user/name`, or the folder's name.
+        timm: what timm reads of config.json, {} where it cannot build the model.
     """
     data = ModelCardData(
         library_name="mimir_fast", license=license, tags=["adversarial-robustness", "vision-transformer", "mimir"],
@@ -70,15 +55,35 @@ def card(
     ]
     if kind == "classifier":
         parts.append("## Robustness\n\n" + _robustness(results))
-    parts.append(f"## Loading\n\n```python\nfrom mimir_fast.hub import {class_name}\n\n"
-                 f'model = {class_name}.from_pretrained("{repo_id}")\n```')  # fmt: skip
-    command = "evaluate --checkpoint" if kind == "classifier" else "finetune --init"
-    parts.append(
-        f"or, for the commands, `mimir-fast {command} model.safetensors`; `mimir-fast export model.safetensors "
-        "--output timm.safetensors` writes the weights for timm."
-    )
+    parts.append(_loading(kind, class_name, repo_id, timm))
     parts.append(f"## Citation\n\n```bibtex\n{BIBTEX}\n```")
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+INSTALL = "pip install '.[train]'"
+"""In a checkout: the package is on no index."""
+
+
+def _loading(kind: str, class_name: str, repo_id: str, timm: dict[str, Any]) -> str:
+    text = "## Loading\n\n"
+    if timm:
+        mean, std = (timm["pretrained_cfg"][name] for name in ("mean", "std"))
+        text += (
+            f"With timm (`pip install timm`), or transformers and timm; both take images normalised by mean {mean} and "
+            f"std {std}:\n\n```python\nimport timm\n\n"
+            f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()  # a folder: "local-dir:PATH"\n'
+            "```\n\n```python\nfrom transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"
+            f'model = AutoModelForImageClassification.from_pretrained("{repo_id}")\n'
+            f'processor = AutoImageProcessor.from_pretrained("{repo_id}")\n```\n\n'
+        )
+    command = "evaluate --checkpoint" if kind == "classifier" else "finetune --init"
+    export = "" if timm else "; `mimir-fast export model.safetensors --output timm.safetensors` writes them for timm"
+    return text + (
+        f"With mimir_fast, which is on no package index (`{INSTALL}` in a checkout of it, or its wheel):\n\n"
+        f"```python\nfrom mimir_fast.hub import {class_name}\n\n"
+        f'model = {class_name}.from_pretrained("{repo_id}")\n```\n\n'
+        f"or, for the commands, `mimir-fast {command} model.safetensors`{export}."
+    )
 
 
 def _training(config: dict[str, Any]) -> str:

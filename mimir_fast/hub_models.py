@@ -1,45 +1,35 @@
-"""Models on the Hugging Face Hub: put there from a run, taken from there, with a model card.
+"""Models with the methods of the Hugging Face Hub: from a run, to and from a folder or a repository.
 
-python -m mimir_fast.hub runs/digits/pgd_vit_nano --output hub/robust_digits     # look at it first
-python -m mimir_fast.hub runs/digits/pgd_vit_nano --repo_id you/robust_digits    # after `hf auth login`
-
-    from mimir_fast.hub import HubClassifier
-    model = HubClassifier.from_pretrained("you/robust_digits")    # or a local folder; a Classifier in eval mode
-
-A folder holds model.safetensors (which --init and --checkpoint of our commands take as it is), config.json (without any
-path of the machine it was trained on) and README.md, the card.
+A folder holds model.safetensors (which --init and --checkpoint of our commands take as it is), config.json (by which
+timm and transformers build a classifier; without any path of the machine it was trained on) and README.md, the card.
 """
 
 import json
-import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-import tyro
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from torch import nn
 
-from mimir_fast.cli import parse, run
-from mimir_fast.evaluation.comparison import find_results
-from mimir_fast.evaluation.results import Results
-from mimir_fast.extensions import Imports, load_extensions
-from mimir_fast.hub_card import card, public_config
-from mimir_fast.models.asking import SourceOptions
+from mimir_fast.exporting.timm_hub import timm_config
+from mimir_fast.hub_config import public_config
 from mimir_fast.models.classifier import Classifier, classifier_of
 from mimir_fast.models.facts import Asked
-from mimir_fast.models.families import describe
+from mimir_fast.models.families import Architecture, describe
 from mimir_fast.models.file_names import to_files
 from mimir_fast.models.identify import infer_architecture, record_of
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.masked_loading import masked_model_of
 from mimir_fast.models.masked_model import MaskedModel
-from mimir_fast.models.normalization import Statistics, choice_note, to_metadata
+from mimir_fast.models.normalization import Statistics, to_metadata
 from mimir_fast.models.weight_files import Weights, WeightsChoice, read_weights
 from mimir_fast.sizes import said
 from mimir_fast.training.ownership import is_run
-from mimir_fast.validation import without
+
+# What reads evaluations and parses command lines is imported where it is needed: loading a model needs neither.
+if TYPE_CHECKING:
+    from mimir_fast.evaluation.results import Results
 
 LICENSE = "apache-2.0"
 CARD_MARK = "library_name: mimir_fast"
@@ -57,14 +47,16 @@ class _OnTheHub(ModelHubMixin):
         results: of an evaluation, for the card; may be set by hand.
         outline: the architecture in words.
         statistics: the (mean, std) inside the model, None where the weights did not say.
+        architecture: of the encoder.
         report: what became of the file of weights.
     """
 
     kind: ClassVar[str]
     run_config: dict[str, Any]
-    results: Results | None
+    results: "Results | None"
     outline: str
     statistics: Statistics | None
+    architecture: Architecture
     report: LoadReport
 
     @classmethod
@@ -85,10 +77,10 @@ class _OnTheHub(ModelHubMixin):
             WeightsError: unreadable, or a model of another kind.
             FileNotFoundError, ValueError: `results` is named and is no evaluation of ours.
         """
-        return cls.of_weights(read_weights(source, which, part, asked), statistics, _results_of(source, results))
+        return cls.of_weights(read_weights(source, which, part, asked), statistics, results_of(source, results))
 
     @classmethod
-    def of_weights(cls, weights: Weights, statistics: Statistics | None, results: Results | None) -> Self:
+    def of_weights(cls, weights: Weights, statistics: Statistics | None, results: "Results | None") -> Self:
         """The same of weights that have been read, and the results of an evaluation for the card.
 
         Raises:
@@ -104,6 +96,7 @@ class _OnTheHub(ModelHubMixin):
             f"{describe(architecture)}, patch {architecture.patch_size}, images of {said(architecture.image_size)}"
         )
         known = weights.normalization or statistics
+        model.architecture = architecture
         model.statistics = known and weights.statistics(architecture.channels, statistics)
         model.results = results
         return model
@@ -117,13 +110,22 @@ class _OnTheHub(ModelHubMixin):
 
         assert isinstance(self, nn.Module)
         tensors = {name: tensor.contiguous() for name, tensor in to_files(self, self.state_dict()).items()}
-        metadata = {"format": "mimir_fast", "config": json.dumps(self.run_config)}
+        metadata = {"format": "pt", "made_by": "mimir_fast", "config": json.dumps(self.run_config)}
         if self.statistics is not None:
             metadata |= to_metadata(self.statistics)
         save_file(tensors, save_directory / SAFETENSORS_SINGLE_FILE, metadata=metadata)
-        (save_directory / CONFIG_NAME).write_text(json.dumps(self.run_config, indent=1) + "\n")
+        config = self.timm_config() | {"mimir_fast": self.run_config}
+        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
         if self.results is not None:
             (save_directory / "results.json").write_text(json.dumps(_without_paths(self.results), indent=1) + "\n")
+
+    def timm_config(self) -> dict[str, Any]:
+        """The part of config.json by which timm and transformers load the folder; {} where they cannot."""
+        if self.kind != HubClassifier.kind:
+            return {}
+        assert isinstance(self, nn.Module)
+        augment = (self.run_config.get("data") or {}).get("augment")
+        return timm_config(to_files(self, self.state_dict()), self.architecture, self.statistics, augment)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
@@ -136,7 +138,10 @@ class _OnTheHub(ModelHubMixin):
 
     def generate_model_card(self, *args: Any, repo_id: str = "model", license: str = LICENSE, **_: Any) -> ModelCard:
         """The card of this model; `repo_id` and `license` may come in `model_card_kwargs`."""
-        return card(self.kind, type(self).__name__, self.outline, self.run_config, self.results, repo_id, license)
+        from mimir_fast.hub_card import card
+
+        names = self.kind, type(self).__name__, self.outline
+        return card(*names, self.run_config, self.results, repo_id, license, self.timm_config())
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Write model.safetensors, config.json and README.md into a folder; see huggingface_hub's ModelHubMixin.
@@ -196,19 +201,25 @@ def _beside(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _results_of(source: str | Path, named: str | Path | None) -> Results | None:
+def results_of(source: str | Path, named: str | Path | None) -> "Results | None":
+    """Those named, else the newest of a run's folder; None for none."""
+    if named is None and not Path(source).is_dir():
+        return None
+    from mimir_fast.evaluation.comparison import find_results
+    from mimir_fast.evaluation.results import Results
+
     if named is not None:
         return Results.read(find_results(Path(named)))
-    if not Path(source).is_dir():
-        return None
     try:
         return Results.read(find_results(Path(source)))
     except (OSError, ValueError):  # never evaluated, or by an older version
         return None
 
 
-def _without_paths(results: Results) -> dict[str, Any]:
+def _without_paths(results: "Results") -> dict[str, Any]:
     """What the card shows of it, and where it was made; not where the checkpoint and the data lay."""
+    from mimir_fast.evaluation.results import Results
+
     checkpoint = str(results.choices.get("checkpoint", ""))
     accuracy = results.sections["accuracy"]
     public = Results(
@@ -222,67 +233,3 @@ def _without_paths(results: Results) -> dict[str, Any]:
     )
     found: dict[str, Any] = json.loads(json.dumps(public.as_dict()).replace(checkpoint, Path(checkpoint).name))
     return found
-
-
-@dataclass
-class HubConfig(SourceOptions):
-    """Put a run's model on the Hugging Face Hub, or into a folder as it would be there, with a model card."""
-
-    source: Annotated[str, tyro.conf.Positional]
-    """A run folder, a checkpoint folder, or any file --init takes."""
-    output: str = ""
-    """The folder to write; empty writes none."""
-    repo_id: str = ""
-    """user/name on the Hub, to upload to; needs `hf auth login`. Empty uploads nothing."""
-    private: bool = False
-    """Make a repository that does not exist yet a private one."""
-    results: str | None = None
-    """results.json of an evaluation for the card; left out: the run's newest."""
-    license: str = LICENSE
-    """Of the weights, as the Hub writes it."""
-    imports: Imports = ()
-    """Module that registers the family of the weights; a run's own are imported unasked."""
-
-    def __post_init__(self) -> None:
-        if not self.output and not self.repo_id:
-            raise ValueError("name a folder (--output hub/NAME) or a repository (--repo_id you/NAME)")
-        super().__post_init__()
-
-    def idle(self) -> dict[str, str]:
-        """Options that do nothing as the others are."""
-        return without(self.repo_id, "--repo_id is empty", "private")
-
-
-def publish(config: HubConfig) -> None:
-    """Write the folder, upload, or both.
-
-    Raises:
-        WeightsError: the source cannot be read.    OSError: the folder cannot be written, the Hub not be reached.
-    """
-    kind: type[HubClassifier] | type[HubMaskedModel]
-    weights = config.read(config.source)
-    _, num_classes = infer_architecture(weights)
-    kind = HubMaskedModel if "decoder_pred.weight" in weights.tensors or num_classes is None else HubClassifier
-    model = kind.of_weights(weights, config.statistics, _results_of(config.source, config.results))
-    print(model.report)
-    if note := choice_note(weights.normalization, config.statistics):
-        print(note)
-    words = {"license": config.license} | ({"repo_id": config.repo_id} if config.repo_id else {})
-    if config.output:
-        model.save_pretrained(config.output, model_card_kwargs=words)
-        named = model.report.origin.replace(config.source, Path(config.source).name)  # no path of this machine
-        replace(model.report, origin=named).save(Path(config.output))
-        print(f"{config.output}: {', '.join(sorted(path.name for path in Path(config.output).iterdir()))}")
-        print(f'use: mimir_fast.hub.{kind.__name__}.from_pretrained("{config.output}")')
-    if config.repo_id:
-        print(model.push_to_hub(config.repo_id, private=config.private or None, model_card_kwargs=words))
-
-
-def main() -> None:
-    """The command: publish what the line names."""
-    load_extensions(sys.argv[1:])
-    publish(parse(HubConfig, sys.argv[1:], prog="python -m mimir_fast.hub"))
-
-
-if __name__ == "__main__":
-    run(main)

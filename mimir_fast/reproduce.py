@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
+from mimir_fast._tyro import tyro
 from mimir_fast.cli import parse, run
 from mimir_fast.reproduction.ablation import Ablation, read_results, run_ablation
 from mimir_fast.reproduction.demo import run_demo

@@ -11,7 +11,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mimir_fast"
 
-LEAVES = {"philox", "versions", "validation", "world", "extensions", "registry", "sizes"}
+LEAVES = {"_tyro", "philox", "versions", "validation", "world", "extensions", "registry", "sizes"}
 
 
 class Room(NamedTuple):

@@ -76,6 +76,18 @@ def test_without_the_extras_it_says_what_to_install() -> None:
     assert out.returncode == 2 and out.stderr == "error: compare needs tyro: pip install 'mimir-fast[train]'\n"
 
 
+@pytest.mark.parametrize("module", ["pretrain", "export", "recipes"])
+def test_a_module_without_the_extras_says_it_in_one_line(module: str) -> None:
+    """As `python -m mimir_fast.pretrain` after `pip install .`, which brings torch only."""
+    code = "import sys, runpy; sys.modules['tyro'] = None; sys.argv = ['-m']; "
+    code += f"runpy.run_module('mimir_fast.{module}', run_name='__main__', alter_sys=True)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert out.returncode == 2 and out.stdout == ""
+    assert (
+        out.stderr.startswith("error: commands need tyro, and what else `pip install") and out.stderr.count("\n") == 1
+    )
+
+
 @pytest.mark.parametrize("name", command.COMMANDS)
 def test_every_module_knows_print_completion(name: str) -> None:
     source = (ROOT / (command.COMMANDS[name].module.replace(".", "/") + ".py")).read_text()

@@ -11,7 +11,6 @@ import tyro
 from mimir_fast import finetune, pretrain
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.export import ExportConfig
-from mimir_fast.hub import HubConfig
 from mimir_fast.methods.mixing import MixingConfig
 from mimir_fast.methods.registry import all_methods
 from mimir_fast.models.classifier import ClassifierConfig
@@ -19,6 +18,7 @@ from mimir_fast.models.families import all_families
 from mimir_fast.models.masked_model import ModelConfig, build_masked_model
 from mimir_fast.ops.patches import patchify_gather
 from mimir_fast.probing.config import ProbingConfig
+from mimir_fast.publish import HubConfig
 from mimir_fast.recipes import find_recipe
 from mimir_fast.training.finetuning import FinetuneConfig
 from mimir_fast.training.pretraining import PretrainConfig, with_method

@@ -1,22 +1,26 @@
 """The Hub, without a network: folders as they would lie there, its cache, and what an upload would carry."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import command_environment
 from file_state import file_state
 from safetensors.torch import load, load_file, save_file
 
 from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.evaluation.results import FORMAT, VERSION
 from mimir_fast.export import ExportConfig, export
-from mimir_fast.hub import HubClassifier, HubConfig, HubMaskedModel, publish
+from mimir_fast.hub import HubClassifier, HubMaskedModel
 from mimir_fast.models.classifier import Classifier, ClassifierConfig, build_classifier, load_classifier
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, View, build_masked_model
 from mimir_fast.models.weight_files import WeightsError
 from mimir_fast.ops.patches import patchify
+from mimir_fast.publish import HubConfig, publish
 
 CONFIG = {
     "recipe": "digits/pgd_vit_tiny", "method": "pgd", "init": "/home/me/runs/mimir", "model": {"normalization": "half"},
@@ -85,6 +89,36 @@ def test_a_classifier_comes_back(finetuned: tuple[Path, Classifier], tmp_path: P
         assert (tmp_path / "again" / "robust" / name).read_text() == (tmp_path / "robust" / name).read_text()
 
 
+def test_timm_and_transformers_load_the_folder(finetuned: tuple[Path, Classifier], tmp_path: Path) -> None:
+    """Without this package: timm builds it from config.json, transformers from the same through timm."""
+    timm, transformers = (pytest.importorskip(name) for name in ("timm", "transformers"))
+    HubClassifier.from_run(finetuned[0]).save_pretrained(tmp_path / "robust")
+    images = torch.rand(2, 3, 32, 32)
+    model = timm.create_model(f"local-dir:{tmp_path / 'robust'}", pretrained=True).eval()
+    data = timm.data.resolve_model_data_config(model)
+    assert data["input_size"] == (3, 32, 32) and data["mean"] == data["std"] == [0.5, 0.5, 0.5]
+    with torch.no_grad():
+        expected = finetuned[1](images)
+        torch.testing.assert_close(model((images - 0.5) / 0.5), expected, rtol=1e-4, atol=1e-5)
+        theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "robust").eval()
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "robust")
+        pixels = processor(list(images), return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(theirs(pixels).logits, expected, rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "robust" / "config.json").read_text())["mimir_fast"]["recipe"] == CONFIG["recipe"]
+
+
+def test_a_model_is_loaded_without_a_parser_of_command_lines(
+    finetuned: tuple[Path, Classifier], tmp_path: Path
+) -> None:
+    HubClassifier.from_run(finetuned[0]).save_pretrained(tmp_path / "robust")
+    (tmp_path / "robust" / "results.json").unlink()
+    code = (
+        "import sys; sys.modules['tyro'] = None\nfrom mimir_fast.hub import HubClassifier\n"
+        f"HubClassifier.from_pretrained({str(tmp_path / 'robust')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=command_environment())
+
+
 def test_a_masked_model_comes_back(pretrained: tuple[Path, MaskedModel], tmp_path: Path) -> None:
     run, model = pretrained
     publish(HubConfig(str(run), output=str(tmp_path / "masked")))
@@ -104,7 +138,8 @@ def test_the_card_says_what_is_known(finetuned: tuple[Path, Classifier], tmp_pat
     assert card.data.library_name == "mimir_fast" and card.data.license == "apache-2.0"
     assert [r.metric_value for r in card.data.eval_results] == [90.0, 61.0]
     for words in ("ViT-nano", "ε = 8/255, α = 2/255, 10 steps", "| 90.0 | 61.0 |", "It keeps half.", "Few images.",
-                  'HubClassifier.from_pretrained("robust")', "arXiv:2312.04960"):  # fmt: skip
+                  'HubClassifier.from_pretrained("robust")', "arXiv:2312.04960",
+                  "pip install '.[train]'", "hf-hub:robust"):  # fmt: skip
         assert words in card.text
 
 

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import tyro
 
+from mimir_fast._tyro import tyro
 from mimir_fast.cli import parse, run
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.index import write_whole

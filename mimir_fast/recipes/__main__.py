@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
-
+from mimir_fast._tyro import tyro
 from mimir_fast.cli import parse, run
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.recipes import all_recipes

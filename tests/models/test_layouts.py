@@ -9,7 +9,6 @@ import torch
 from weight_cases import CASES, IMAGE, NEEDS_TRANSFORMERS, Written, transformers, vit
 
 from mimir_fast.export import ExportConfig, export
-from mimir_fast.hub import HubConfig, publish
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier, classifier_of, load_classifier
 from mimir_fast.models.facts import Asked, Facts
 from mimir_fast.models.families import build_encoder, find_family
@@ -20,6 +19,7 @@ from mimir_fast.models.normalization import Normalizer
 from mimir_fast.models.options import option_texts
 from mimir_fast.models.weight_files import Weights, WeightsError, read_weights
 from mimir_fast.ops.patches import patchify
+from mimir_fast.publish import HubConfig, publish
 
 DOCS = Path(__file__).parents[2] / "docs" / "weights.md"
 COLUMNS = ("pre-train", "fine-tune", "evaluate", "export to timm")

@@ -108,9 +108,10 @@ def test_a_user_says_it(tmp_path: Path) -> None:
 def test_evaluate_probe_and_hub_take_it(tmp_path: Path) -> None:
     from mimir_fast.evaluate import config_from
     from mimir_fast.evaluation.adapters import load_model
-    from mimir_fast.hub import HubClassifier, HubConfig, publish
+    from mimir_fast.hub import HubClassifier
     from mimir_fast.probe import config_from as probe_config
     from mimir_fast.probing.encoder import open_encoder
+    from mimir_fast.publish import HubConfig, publish
 
     model, path = of_timm(**ODD), tmp_path / "bare.safetensors"
     save_file(model.state_dict(), path)

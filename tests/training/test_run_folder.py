@@ -133,7 +133,7 @@ class TestOpening:
 
     def test_a_folder_of_the_hub_is_no_run(self, tmp_path: Path) -> None:
         """Its config.json has the keys of a run's, without those that speak of a machine."""
-        from mimir_fast.hub_card import public_config
+        from mimir_fast.hub_config import public_config
 
         opened(tmp_path / "run").close()
         recorded = json.loads((tmp_path / "run" / "config.json").read_text())

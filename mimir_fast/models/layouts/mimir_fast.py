@@ -30,7 +30,8 @@ def config_of(metadata: dict[str, str]) -> dict[str, object] | None:
     Raises:
         ValueError: the header says that it is ours and holds none.
     """
-    if metadata.get("format") != "mimir_fast":
+    # Of a folder for the Hub `format` is "pt", as transformers opens no other.
+    if "mimir_fast" not in (metadata.get("format"), metadata.get("made_by")):
         return None
     try:
         config = json.loads(metadata["config"])
