@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 52, 14, 14, 46
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 52, 14, 34, 46
 SERIES = ("var(--series-1)", "var(--series-2)", "var(--series-3)", "var(--series-4)", "var(--series-5)")
 RAMP = ("#1b1f5e", "#2c4a8c", "#2d7597", "#3f9e8a", "#7fc26a", "#d7e04a")
 SHAPES = ("circle", "square", "triangle", "diamond", "circle")
@@ -74,14 +74,10 @@ class Plane:
             f'<text x="{self.x(v):.1f}" y="{bottom + 18}" text-anchor="middle">{escape(text)}</text>'
             for v, text in x_ticks
         ]
-        middle = (TOP + bottom) / 2
         parts.append(
             f'<text x="{(LEFT + right) / 2}" y="{self.height - 8}" text-anchor="middle">{escape(x_label)}</text>'
         )
-        parts.append(
-            f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
-            f"{escape(y_label)}</text>"
-        )
+        parts.append(f'<text x="0" y="14">{escape(y_label)}</text>')  # above the ticks, however wide they are
         return "".join(parts)
 
 
@@ -223,7 +219,7 @@ def heat_map(
     """
     flat = sorted(v for row in grid for v in row)
     low, high = span or (flat[0], flat[int(0.95 * (len(flat) - 1))])
-    side, height, left, top = 300.0, 372, 64.0, 10.0
+    side, height, left, top = 300.0, 392, 64.0, 30.0
     across, down = side / len(x_names), side / len(y_names)
     body = []
     for i, row in enumerate(grid):
@@ -242,10 +238,7 @@ def heat_map(
         place = top + side - (index + 0.5) * down + 5
         body.append(f'<text x="{left - 6}" y="{place:.1f}" text-anchor="end">{escape(y_names[index])}</text>')
     body.append(f'<text x="{left + side / 2}" y="{top + side + 40}" text-anchor="middle">{escape(x_label)}</text>')
-    body.append(
-        f'<text x="16" y="{top + side / 2}" text-anchor="middle" transform="rotate(-90 16 {top + side / 2})">'
-        f"{escape(y_label)}</text>"
-    )
+    body.append(f'<text x="0" y="14">{escape(y_label)}</text>')
     for index in range(40):
         y = top + side - (index + 1) * side / 40
         body.append(

@@ -59,6 +59,9 @@ class Mae:
 
     token_order: TokenOrder = "sorted"
 
+    change = "adversarial"
+    """What its pictures call a perturbed image."""
+
     def __init__(self, config: MaeConfig) -> None:
         self.config = config
 
@@ -120,7 +123,8 @@ class Mae:
     def rows(self, step: MaskedStep) -> dict[str, Tensor]:
         """Input, what it was perturbed to, what the encoder sees, the reconstruction."""
         patches, view = patchify(step.batch.images, step.bare.patch_size), View(step.visible, step.mask.keep)
-        return step.pictures(view, patches, norm_pix=self.config.norm_pix_loss, perturbed_BNP=step.whole)
+        norm_pix = self.config.norm_pix_loss
+        return step.pictures(view, patches, norm_pix=norm_pix, perturbed_BNP=step.whole, change=self.change)
 
 
 register(MethodEntry("mae", "pretrain", MaeConfig, Mae, "MAE on clean images"))

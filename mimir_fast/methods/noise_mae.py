@@ -28,6 +28,7 @@ class NoiseMae(Mae):
     """Reconstruct the clean masked patches from noisy visible ones."""
 
     config: NoiseMaeConfig
+    change = "noisy"
 
     def perturb(self, step: MaskedStep) -> None:
         """Fill in the noisy visible patches."""

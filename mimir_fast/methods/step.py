@@ -73,14 +73,23 @@ class MaskedStep:
         )
 
     def pictures(
-        self, view: View, patches_BNP: Tensor, *, norm_pix: bool, perturbed_BNP: Tensor | None = None
+        self,
+        view: View,
+        patches_BNP: Tensor,
+        *,
+        norm_pix: bool,
+        perturbed_BNP: Tensor | None = None,
+        change: str = "adversarial",
     ) -> dict[str, Tensor]:
-        """{"input", "perturbed" where that differs, "masked", "reconstruction"}: (B, C, H, W) each, in [0, 1].
+        """{"input", `change` and "difference" where they differ, "visible", "reconstruction"}: (B, C, H, W), in [0, 1].
+
+        The difference is magnified to full range, grey where there is none; of what is visible, the rest is grey.
 
         Args:
             view: of the image, perturbed or not.
             patches_BNP: the image itself; a normalised prediction gets mean and deviation of its patches back.
             perturbed_BNP: the whole perturbed image; None where only visible patches were perturbed.
+            change: what a perturbed image is called.
         """
         prediction = self.model(view._replace(masked=None)).prediction.float()
         if norm_pix:
@@ -91,7 +100,9 @@ class MaskedStep:
             return patches.scatter(1, view.keep.unsqueeze(-1).expand_as(view.patches), view.patches)
 
         perturbed = completed(patches_BNP) if perturbed_BNP is None else perturbed_BNP
-        rows = {"input": patches_BNP} | ({} if torch.equal(perturbed, patches_BNP) else {"perturbed": perturbed})
-        rows |= {"masked": completed(torch.full_like(patches_BNP, 0.5)), "reconstruction": completed(prediction)}
+        rows, difference = {"input": patches_BNP}, perturbed - patches_BNP
+        if difference.any():
+            rows |= {change: perturbed, "difference": 0.5 + 0.5 * difference / difference.abs().max()}
+        rows |= {"visible": completed(torch.full_like(patches_BNP, 0.5)), "reconstruction": completed(prediction)}
         height = self.batch.images.shape[2]
         return {name: unpatchify(row, self.bare.patch_size, height) for name, row in rows.items()}

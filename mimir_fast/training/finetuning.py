@@ -8,12 +8,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
+from mimir_fast.attacks.pgd import predicted
 from mimir_fast.data import Batch, DataConfig, build_loader, build_source
 from mimir_fast.data.loaders import Loader
 from mimir_fast.data.sources.base import hold_out
 from mimir_fast.extensions import Imports, RegisteredName
+from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod
 from mimir_fast.methods.probe import ProbeConfig, probe
 from mimir_fast.methods.registry import DEFAULT, Pass, all_methods, convert, find_method, passes_of
@@ -174,8 +176,10 @@ class Finetuning:
         return self._alarm
 
     def pictures(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, np.ndarray]:
-        """Clean images, what the training attack makes of them, and the difference, magnified to full range."""
-        return {"attack": grid(self.method.preview(model, batch.first(8), seed=seed, step=step))}
+        """Images, what the training attack makes of them, and the difference; the predicted class under each."""
+        rows = self.method.preview(model, batch.first(8), seed=seed, step=step)
+        shown = [name for name in ("input", "adversarial") if name in rows]
+        return {"attack": grid(rows, {name: _predictions(model, rows[name], batch.labels) for name in shown})}
 
     def describe(self, num_samples: int) -> str:
         """What is trained on what, and what the weights came from."""
@@ -244,3 +248,11 @@ def finetune(config: FinetuneConfig) -> Path:
     """Run fine-tuning to its end (or to a signal) and return the run's folder."""
     config = replace(config, model=config.model.resolved())  # the run remembers what `auto` was
     return run_session(config, lambda world, checkpoint: Finetuning(config, world, resumed=checkpoint is not None))
+
+
+def _predictions(model: nn.Module, images: Tensor, labels: Tensor) -> list[str]:
+    """The class that is seen in each image (B, C, H, W); behind it, where that is wrong, the right one."""
+    with torch.no_grad(), borrowed(model, "eval") as module:
+        found = predicted(module(images)).tolist()
+    pairs = zip(found, labels[: len(found)].tolist(), strict=True)
+    return [f"{seen}" if seen == label else f"{seen}, not {label}" for seen, label in pairs]

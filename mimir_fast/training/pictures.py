@@ -3,6 +3,7 @@
 Shapes: B images, C channels, H height, W width.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,15 @@ from torch import Tensor
 from mimir_fast.training.loggers import read_lines
 
 
-def grid(rows: dict[str, Tensor], *, scale_to: int = 96) -> np.ndarray:
-    """uint8 (H, W, 3) picture: one labelled row for each entry of (B, C, H, W) images in [0, 1]."""
+def grid(
+    rows: dict[str, Tensor], captions: Mapping[str, Sequence[str]] | None = None, *, scale_to: int = 96
+) -> np.ndarray:
+    """uint8 (H, W, 3) picture: one labelled row for each entry of (B, C, H, W) images in [0, 1].
+
+    Args:
+        captions: row → a word under each of its images.
+        scale_to: pixels of an image's longer side, which is brought up to it.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=13)
@@ -21,10 +29,15 @@ def grid(rows: dict[str, Tensor], *, scale_to: int = 96) -> np.ndarray:
     count, _, high, wide = next(iter(rows.values())).shape
     # As large as they are, or the longer side brought up to scale_to.
     height, width = (max(scale_to * side // max(high, wide), side) for side in (high, wide))
-    canvas = Image.new("RGB", (label_width + count * (width + gap), len(rows) * (height + gap) + gap), "white")
-    draw = ImageDraw.Draw(canvas)
-    for r, (name, images) in enumerate(rows.items()):
-        top = gap + r * (height + gap)
+    captions, line = captions or {}, 18
+    total = gap + len(rows) * (height + gap) + sum(line for name in rows if name in captions)
+    canvas = Image.new("RGB", (label_width + count * (width + gap), total), "white")
+    draw, below = ImageDraw.Draw(canvas), gap
+    for name, images in rows.items():
+        top, below = below, below + height + gap + (line if name in captions else 0)
+        for c, word in enumerate(captions.get(name, ())):
+            place = label_width + c * (width + gap) + width / 2, top + height + line / 2
+            draw.text(place, word, fill="black", font=font, anchor="mm")
         draw.text((6, top + height / 2), name, fill="black", font=font, anchor="lm")
         pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
         for c, image in enumerate(pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels):

@@ -13,6 +13,7 @@ from conftest import BROWSERS, axe_core
 from small_classifier import DIGITS, EPS
 
 from mimir_fast.evaluation import results as results_module
+from mimir_fast.evaluation.charts import LEFT, Line, line_chart
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.report import render
 from mimir_fast.evaluation.results import Results
@@ -129,3 +130,14 @@ def test_two_verdicts_never_mix(results: Results) -> None:
     whole = copy.deepcopy(results)
     whole.sections["autoattack"] = {"whole": True, "title": "AutoAttack", "total": 24, "images": 24}
     assert results_module.validity_verdict(whole)["kind"] == "good"
+
+
+def test_the_name_of_an_axis_stands_above_its_ticks() -> None:
+    """Beside them, turned by a quarter, it ran into numbers of five digits."""
+    chart = line_chart([Line("loss", [(0, -0.00251), (1, 0.00249)])], "words", x_label="step", y_label="cross-entropy")
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)', chart)
+    ticks = [(float(y), text) for x, y, text in found if x == str(LEFT - 6)]
+    (name,) = [float(y) for _, y, text in found if text == "cross-entropy"]
+    assert len(ticks) >= 3 and "rotate" not in chart
+    assert name <= min(y for y, _ in ticks) - 14
+    assert max(len(text) for _, text in ticks) * 7.5 < LEFT, "ticks fit beside the axis"

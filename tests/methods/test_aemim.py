@@ -115,7 +115,7 @@ def test_on_simmim(batch: Batch) -> None:
 
 def test_preview_shows_both_streams(model: MaskedModel, batch: Batch) -> None:
     rows = Aemim(AemimConfig()).preview(model, batch, seed=0, step=0)
-    assert list(rows) == ["input", "masked", "reconstruction", "adversarial", "adv. reconstr."]
+    assert list(rows) == ["input", "visible", "reconstruction", "adversarial", "adv. reconstr."]
     assert all(row.shape == (6, 3, 16, 16) for row in rows.values())
     assert (rows["adversarial"] - rows["input"]).abs().max() <= EPS + 1e-6
 

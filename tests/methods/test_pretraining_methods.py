@@ -12,6 +12,7 @@ from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.methods.mae import Mae, MaeConfig
 from mimir_fast.methods.mimir import Mimir, MimirConfig, apply_preset
 from mimir_fast.methods.mutual_information import MutualInformationConfig
+from mimir_fast.methods.noise_mae import NoiseMae, NoiseMaeConfig
 from mimir_fast.models.masked_model import MaskedModel, ModelConfig, View, build_masked_model
 from mimir_fast.ops.hsic import hsic
 from mimir_fast.ops.masked_loss import Kind
@@ -105,7 +106,7 @@ def test_pooled_tokens_are_those_of_all_visible_patches(family: str, batch: Batc
     method.forward(step)
     patches = step.latent[:, model.encoder.num_prefix :]
     assert patches.shape[1] == 1
-    expected = hsic(method.image_side(step).flatten(1), patches.mean(1), sigma_x=5.0, sigma_y=5.0)
+    expected = hsic(method.image_side(step).flatten(1), patches.mean(1), sigma=5.0)
     torch.testing.assert_close(method.losses(step)["mi"][1], expected)
 
 
@@ -254,11 +255,15 @@ def test_bad_values_name_the_fix(make, message: str) -> None:  # type: ignore[no
 
 
 def test_a_preview_shows_a_perturbation_where_there_is_one(model: MaskedModel, batch: Batch) -> None:
-    rows = [method.preview(model, batch, seed=0, step=0) for method in (Mae(MaeConfig()), AdvMae(AdvMaeConfig()))]
-    assert [list(row) for row in rows] == [
-        ["input", "masked", "reconstruction"], ["input", "perturbed", "masked", "reconstruction"],
-    ]  # fmt: skip
-    assert (rows[1]["perturbed"] - rows[1]["input"]).abs().max() > 0
+    methods = Mae(MaeConfig()), NoiseMae(NoiseMaeConfig()), AdvMae(AdvMaeConfig())
+    for method, change in zip(methods, ("", "noisy", "adversarial"), strict=True):
+        rows = method.preview(model, batch, seed=0, step=0)
+        changed = [change, "difference"] if change else []
+        assert list(rows) == ["input", *changed, "visible", "reconstruction"]
+        if change:
+            difference = rows[change] - rows["input"]
+            assert torch.equal((rows["difference"] > 0.5), difference > 0)
+            assert max(rows["difference"].max(), 1 - rows["difference"].min()) == 1, "magnified to full range"
 
 
 @pytest.mark.parametrize("estimator", ["hsic", "nhsic", "renyi"])
@@ -290,10 +295,13 @@ def test_what_a_run_says_of_the_penaltys_images() -> None:
     def said(micro: int, accum: int, ranks: int, **options: object) -> str:
         return MimirConfig(mi=MutualInformationConfig(**options)).check_batches(micro, accum, ranks)
 
-    assert said(128, 1, 8) == "penalty estimated on 128 images"
-    assert said(8, 16, 1) == "penalty estimated on 8 images (--mi.accumulated: on all of a step)"
-    assert said(8, 16, 2, accumulated=True) == "penalty estimated on 128 images"
-    assert said(8, 16, 2, accumulated=True, scope="global") == "penalty estimated on 256 images"
+    assert said(128, 1, 8) == "penalty: 1e-05 times mi, estimated on 128 images"
+    assert said(8, 16, 1) == "penalty: 1e-05 times mi, estimated on 8 images (--mi.accumulated: on all of a step)"
+    assert said(8, 16, 2, accumulated=True) == "penalty: 1e-05 times mi, estimated on 128 images"
+    assert said(8, 16, 2, scope="global", weight=2.0) == (
+        "penalty: 2 times mi, estimated on 16 images (--mi.accumulated: on all of a step)"
+    )
+    assert said(8, 16, 2, accumulated=True, scope="global") == "penalty: 1e-05 times mi, estimated on 256 images"
     assert said(1, 4, 1, estimator="none") == said(1, 4, 1, weight=0.0) == ""
     with pytest.raises(ValueError, match=r"--accum_iter, --mi\.accumulated, or --mi\.scope global"):
         said(1, 4, 1)

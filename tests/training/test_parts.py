@@ -170,7 +170,12 @@ class TestCommandLine:
 
 
 def test_pictures(tmp_path: Path) -> None:
-    picture = grid({"input": torch.rand(3, 3, 8, 8), "masked": torch.rand(3, 3, 8, 8)})
+    rows = {"input": torch.rand(3, 3, 8, 8), "visible": torch.rand(3, 3, 8, 8)}
+    captioned = grid(rows, {"input": ["3", "3, not 8", ""]})
+    picture = grid(rows)
+    assert captioned.shape == (picture.shape[0] + 18, *picture.shape[1:])
+    strip = captioned[4 + 96 : 4 + 96 + 18, 118:]
+    assert (strip[:, :196] < 128).any() and (strip[:, 200:] == 255).all(), "words under two of three images"
     assert picture.ndim == 3 and picture.std() > 0
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps({"step": s, "loss": 1 / (s + 1)}) + "\n" for s in range(5)))
