@@ -62,6 +62,7 @@ def _without_arguments(args: Words) -> None:
         raise ValueError("takes no arguments")
 
 
+PENALTY_WEIGHT = "mimir_fast.reproduction.penalty_weight"
 _PARSERS: dict[str, Callable[[Words], Any]] = {
     **{f"mimir_fast.{name}": _config_from(f"mimir_fast.{name}")
        for name in ("pretrain", "finetune", "evaluate", "probe", "compare", "reproduce")},
@@ -71,6 +72,7 @@ _PARSERS: dict[str, Callable[[Words], Any]] = {
     "mimir_fast.recipes": _main("mimir_fast.recipes.__main__"),
     "mimir_fast.recipes.__main__": _main("mimir_fast.recipes.__main__"),
     "mimir_fast.info": _without_arguments,
+    PENALTY_WEIGHT: lambda args: import_module(PENALTY_WEIGHT).parse(args),
     "benchmarks": lambda args: import_module("benchmarks.cli").parse(args),
     "benchmarks.plan": lambda args: import_module("benchmarks.plan").parse(args),
     "mimir_kernels.aot": lambda args: argparse.ArgumentParser().parse_args([a for a in args if a != "--update"]),

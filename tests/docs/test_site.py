@@ -18,7 +18,7 @@ from mimir_fast.training.finetuning import Finetuning
 from mimir_fast.training.pretraining import Pretraining
 from mimir_fast.world import World
 
-MOST_LINES_OF_THE_README = 150
+MOST_LINES_OF_THE_README = 130
 
 
 @pytest.fixture(scope="module")
