@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from torch import nn
 
+from mimir_fast.checkpoints.tensor_files import save_tensors
 from mimir_fast.cli import parse, run
 from mimir_fast.evaluation.comparison import find_results
 from mimir_fast.evaluation.results import Results
@@ -113,14 +114,11 @@ class _OnTheHub(ModelHubMixin):
         raise NotImplementedError
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save_file
-
         assert isinstance(self, nn.Module)
-        tensors = {name: tensor.contiguous() for name, tensor in to_files(self, self.state_dict()).items()}
         metadata = {"format": "mimir_fast", "config": json.dumps(self.run_config)}
         if self.statistics is not None:
             metadata |= to_metadata(self.statistics)
-        save_file(tensors, save_directory / SAFETENSORS_SINGLE_FILE, metadata=metadata)
+        save_tensors(to_files(self, self.state_dict()), save_directory / SAFETENSORS_SINGLE_FILE, metadata)
         (save_directory / CONFIG_NAME).write_text(json.dumps(self.run_config, indent=1) + "\n")
         if self.results is not None:
             (save_directory / "results.json").write_text(json.dumps(_without_paths(self.results), indent=1) + "\n")
