@@ -19,7 +19,6 @@ from mimir_fast.training.loggers import (
     Loggers,
     Pictures,
     TensorBoard,
-    Terminal,
     WeightsAndBiases,
     import_wandb,
 )
@@ -32,6 +31,7 @@ from mimir_fast.training.rehearsal import rehearse
 from mimir_fast.training.run_config import RunConfig
 from mimir_fast.training.run_folder import RunFolder
 from mimir_fast.training.task import Task
+from mimir_fast.training.terminal import Terminal
 from mimir_fast.training.watchdog import Watchdog
 from mimir_fast.versions import python_command
 from mimir_fast.world import World, start_world, stop_world
