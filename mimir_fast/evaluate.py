@@ -10,12 +10,8 @@ python -m mimir_fast.evaluate --help
 Several reports side by side: python -m mimir_fast.compare.
 """
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
 from mimir_fast.cli import parse, peek, run
 from mimir_fast.data.config import DataConfig
@@ -23,6 +19,7 @@ from mimir_fast.evaluation.adapters import timm_settings
 from mimir_fast.evaluation.config import EvaluateConfig, config_type
 from mimir_fast.evaluation.run import evaluate
 from mimir_fast.extensions import load_extensions
+from mimir_fast.training.saved_run import data_of as data_of_run
 
 
 def data_of(checkpoint: str) -> DataConfig:
@@ -33,26 +30,7 @@ def data_of(checkpoint: str) -> DataConfig:
         return DataConfig(image_size=size) if size else DataConfig()
     if checkpoint.startswith("robustbench:imagenet/"):
         return DataConfig(image_size=224)
-    for folder in (Path(checkpoint), *Path(checkpoint).parents[:2]):
-        recorded = folder / "config.json"
-        if recorded.is_file():
-            saved = _data_in(recorded)
-            known = {f.name for f in fields(DataConfig)} - {"limit", "generated", "hold_out"}
-            values: dict[str, Any] = {
-                name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known
-            }
-            return DataConfig(**values)
-    return DataConfig()
-
-
-def _data_in(recorded: Path) -> dict[str, Any]:
-    """What a config.json says of the data; nothing where it is somebody else's file."""
-    try:
-        config = json.loads(recorded.read_text())
-    except ValueError:
-        return {}
-    saved = config.get("data") if isinstance(config, dict) else None
-    return saved if isinstance(saved, dict) else {}
+    return data_of_run(checkpoint)
 
 
 def config_from(args: Sequence[str]) -> EvaluateConfig:

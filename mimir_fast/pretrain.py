@@ -12,6 +12,7 @@ from dataclasses import replace
 from mimir_fast.cli import parse, peek, run
 from mimir_fast.extensions import load_extensions
 from mimir_fast.recipes import find_recipe
+from mimir_fast.recipes.following import after_pretraining
 from mimir_fast.training.pretraining import PretrainConfig, pretrain, with_method, with_preset
 
 
@@ -29,7 +30,8 @@ def config_from(args: Sequence[str]) -> PretrainConfig:
 
 def main() -> None:
     """The command: pre-train as the line says."""
-    pretrain(config_from(sys.argv[1:]))
+    config = config_from(sys.argv[1:])
+    pretrain(config, after_pretraining(config))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import fcntl
 import multiprocessing
 import os
 import re
+import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -276,7 +277,7 @@ def main() -> None:
             f"{counted(len(manifest.skipped), 'file')} left out"
             + (f" ({config.out}/{split}.json lists them)" if manifest.skipped else "")
         )
-    print(f"next: --data.source {config.format} --data.root {config.out}")
+    print(f"next: --data.source {config.format} --data.root {shlex.quote(str(config.out))}")
 
 
 if __name__ == "__main__":

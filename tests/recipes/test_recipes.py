@@ -41,16 +41,6 @@ def test_every_recipe_is_what_its_name_says(recipe: Recipe) -> None:
     assert rest.startswith(f"{config.method}_{config.model.family}_{config.model.encoder}")
 
 
-def test_every_pretraining_recipe_has_a_next_command() -> None:
-    """What a run says to type next (`pgd_FAMILY_SIZE` of the same data) exists."""
-    for command, name in RECIPES:
-        if command == "pretrain":
-            config = pretraining(name)
-            group, model = name.partition("/")[0], config.model
-            tuned = finetuning(f"{group}/pgd_{model.family}_{model.encoder}")
-            assert tuned.data.image_size == config.data.image_size
-
-
 def test_unknown_names_suggest_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean cifar10/mimir_vit_base_official"):
         pretraining("cifar/mimir_vit_base_oficial")

@@ -71,12 +71,13 @@ def test_a_run_ends_with_the_command_to_type(tmp_path: Path) -> None:
 
     def train() -> None:
         torch.set_num_threads(1)
-        pretrain(config_from([
+        config = config_from([
             "--recipe", "digits/mimir_vit_nano", "--data.limit", "32", "--batch_size", "16", "--max_steps", "3",
             "--device", "cpu", "--precision", "fp32", "--log_every", "2", "--output_dir", str(tmp_path / "run"),
-        ]))  # fmt: skip
+        ])  # fmt: skip
+        pretrain(config, ["mimir_fast.finetune", "--init", "a run"])
 
     rows = [row for row in run_in_terminal(80, train) if row]
     said = "\n".join(rows)
-    assert "done: 3 steps" in said and "next: " in "".join(rows[-3:]), said
+    assert "done: 3 steps" in said and "mimir_fast.finetune --init 'a run'" in "".join(rows[-3:]), said
     assert not [row for row in rows if row.startswith("step ")], said

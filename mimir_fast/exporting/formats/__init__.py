@@ -3,6 +3,7 @@
 To add one, write a file in this folder that calls `register(Format(…))`; nothing else has to change.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -54,7 +55,8 @@ def program_use(original: Original, path: Path, python: str) -> str:
     """How a program is used: in Python, and, if it classifies, in our evaluation."""
     if original.num_classes is None:
         return python
-    return f"{python}\n     {python_command()} -m mimir_fast.evaluate --checkpoint {path} --data.source …"
+    evaluate = shlex.join([python_command(), "-m", "mimir_fast.evaluate", "--checkpoint", str(path)])
+    return f"{python}\n     {evaluate} --data.source …"
 
 
 FORMATS: Registry[Format] = Registry("format", __name__)

@@ -1,6 +1,7 @@
 """One safetensors file of ours: all weights, decoder and adapters too, and the configuration."""
 
 import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -32,9 +33,8 @@ def write(original: Original, path: Path) -> float:
 
 def use(original: Original, path: Path) -> str:
     """The commands that take it."""
-    if original.num_classes is not None:
-        return f"{python_command()} -m mimir_fast.evaluate --checkpoint {path}"
-    return f"{python_command()} -m mimir_fast.finetune --init {path}"
+    words = ["finetune", "--init"] if original.num_classes is None else ["evaluate", "--checkpoint"]
+    return shlex.join([python_command(), "-m", f"mimir_fast.{words[0]}", words[1], str(path)])
 
 
 register(Format("safetensors", ".safetensors", write, use))
