@@ -39,7 +39,7 @@ from mimir_fast.data.shard_files import Job, ShardNote, checksum, read_note, wri
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource, MissingDataError
 from mimir_fast.extensions import Imports, load_extensions
-from mimir_fast.validation import check_number, counted
+from mimir_fast.validation import check_number, counted, without
 
 _PARTIAL = re.compile(r"\.(\.?(train|test))\b.*\.\d+\.partial")  # as `write_whole` names it
 _ADVICE = "run the command that wrote it again; it goes on where it was"
@@ -85,6 +85,10 @@ class PrepareConfig:
             )
         if unknown := set(self.splits) - {"train", "test"}:
             raise ValueError(f"splits must be train and test, got {', '.join(sorted(unknown))}")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.format == "raw", "--format is not raw", "channels")
 
     @property
     def side(self) -> int | None:
