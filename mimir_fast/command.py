@@ -58,7 +58,9 @@ def main() -> None:
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("mimir_fast"):
                 raise
-            print(f"error: {name} needs {error.name}: pip install 'mimir-fast[train]'", file=sys.stderr)
+            from mimir_fast.versions import install_command
+
+            print(f"error: {name} needs {error.name}: {install_command('train')}", file=sys.stderr)
             raise SystemExit(2) from error
         if name == "info":  # it says what is missing, so it may not need it
             module.main()

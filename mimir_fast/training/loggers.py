@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mimir_fast.checkpoints.durable import write_text
+from mimir_fast.versions import install_command
 from mimir_fast.world import drop_unread
 
 
@@ -158,7 +159,7 @@ def import_wandb() -> Any:
     try:
         import wandb  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
-        raise ImportError("--wandb needs Weights & Biases: pip install 'mimir-fast[wandb]', or leave it out") from error
+        raise ImportError(f"--wandb needs Weights & Biases: {install_command('wandb')}, or leave it out") from error
     return wandb
 
 

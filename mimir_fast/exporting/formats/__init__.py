@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mimir_fast.exporting.original import Original
 from mimir_fast.registry import Registry
-from mimir_fast.versions import python_command
+from mimir_fast.versions import install_command, python_command
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ class Format:
         """Raises ImportError, saying what to type, where a package is missing."""
         missing = [name for name in self.needs if find_spec(name) is None]
         if missing:
-            raise ImportError(
-                f"--format {self.name} needs {', '.join(missing)}: pip install 'mimir-fast[{self.extra}]'"
-            )
+            raise ImportError(f"--format {self.name} needs {', '.join(missing)}: {install_command(self.extra)}")
 
 
 def program_use(original: Original, path: Path, python: str) -> str:
