@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mimir_fast.cli import parse, peek, run
+from mimir_fast.config_file import with_config_files
 from mimir_fast.extensions import load_extensions
 from mimir_fast.methods.registry import DEFAULT
 from mimir_fast.recipes import find_recipe
@@ -18,12 +19,21 @@ from mimir_fast.recipes.following import after_finetuning, starting_from
 from mimir_fast.training.finetuning import FinetuneConfig, finetune
 from mimir_fast.training.saved_run import find_saved_run
 
+COMMON = (
+    "recipe", "method", "init", "output_dir", "data.source", "data.root", "data.image_size", "data.limit",
+    "model.family", "model.encoder", "model.patch_size", "attack.eps", "attack.alpha", "attack.num_steps", "epochs",
+    "max_steps", "batch_size", "micro_batch", "blr", "layer_decay", "precision", "device", "save_every", "overwrite",
+    "dry_run",
+)  # fmt: skip
+"""What --help shows, of those that the method has."""
+
 
 def config_from(args: Sequence[str]) -> FinetuneConfig:
-    """Recipe, then method, then flags; the options are those of the method.
+    """Recipe, then method, then --config, then flags; the options are those of the method.
 
     Without a recipe the images and the encoder are those of the run behind --init.
     """
+    typed, args = args, with_config_files(args)
     named, method = peek(args, "--recipe"), peek(args, "--method")
     recipe = named or FinetuneConfig.recipe
     imports = load_extensions(args, f"runs/{recipe}")
@@ -32,7 +42,7 @@ def config_from(args: Sequence[str]) -> FinetuneConfig:
     default = replace(start, imports=imports)
     if method is not None:
         default = replace(default, method=method)
-    return parse(FinetuneConfig, args, default=default, prog="python -m mimir_fast.finetune")
+    return parse(FinetuneConfig, typed, default=default, prog="python -m mimir_fast.finetune", common=COMMON)
 
 
 def main() -> None:
