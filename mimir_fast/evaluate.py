@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from mimir_fast.callable_modules import make_callable
 from mimir_fast.cli import parse, peek, run
 from mimir_fast.config_file import with_config_files
 from mimir_fast.data.config import DataConfig
@@ -62,6 +63,8 @@ def main() -> None:
         command = shlex.join([python_command(), "-m", "mimir_fast.compare", str(config.folder)])
         print(f"next: {command} … (the folder of another evaluation)", flush=True)
 
+
+make_callable(__name__)  # mimir_fast.evaluate(…) is that of api.py
 
 if __name__ == "__main__":
     run(main)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mimir_fast.callable_modules import make_callable
 from mimir_fast.cli import parse, peek, run
 from mimir_fast.config_file import with_config_files
 from mimir_fast.extensions import load_extensions
@@ -50,6 +51,8 @@ def main() -> None:
     config = config_from(sys.argv[1:])
     finetune(config, after_finetuning(config))
 
+
+make_callable(__name__)  # mimir_fast.finetune(…) is that of api.py
 
 if __name__ == "__main__":
     run(main)

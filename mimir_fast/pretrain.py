@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mimir_fast.callable_modules import make_callable
 from mimir_fast.cli import parse, peek, run
 from mimir_fast.config_file import with_config_files
 from mimir_fast.extensions import load_extensions
@@ -42,6 +43,8 @@ def main() -> None:
     config = config_from(sys.argv[1:])
     pretrain(config, after_pretraining(config))
 
+
+make_callable(__name__)  # mimir_fast.pretrain(…) is that of api.py
 
 if __name__ == "__main__":
     run(main)

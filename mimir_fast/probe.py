@@ -9,6 +9,7 @@ python -m mimir_fast.probe --help
 import sys
 from collections.abc import Sequence
 
+from mimir_fast.callable_modules import make_callable
 from mimir_fast.cli import parse, peek, run
 from mimir_fast.config_file import with_config_files
 from mimir_fast.evaluate import data_of
@@ -61,6 +62,8 @@ def main() -> None:
     """The command: probe what the line names."""
     probe(config_from(sys.argv[1:]))
 
+
+make_callable(__name__)  # mimir_fast.probe(…) is that of api.py
 
 if __name__ == "__main__":
     run(main)
