@@ -8,8 +8,11 @@ The commands are functions too: `mimir_fast.pretrain(data="digits")`, `finetune`
 `mimir_fast.load("RUN").predict("x.png")`.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from mimir_fast.waiting import spare_busy_cores
 
 __version__ = "0.1.0"
 
@@ -55,6 +58,10 @@ if TYPE_CHECKING:
     from mimir_fast.ops.tokens import gather_patches as gather_patches
     from mimir_fast.ops.tokens import scatter_patches as scatter_patches
     from mimir_fast.predicting import load as load
+
+
+if sys.argv[:1] == ["-m"]:  # `python -m mimir_fast.COMMAND` is looking for its module
+    spare_busy_cores()
 
 
 def __getattr__(name: str) -> Any:
