@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mimir_fast.extensions import import_extension, saved_imports
+
 FLAG = "--config"
 _UNNAMED = ("objective", "optim", "run")  # parts of a run's configuration whose options are typed without a prefix
 _OF_A_RUN = ("format", "derived")  # what config.json says beside options
@@ -41,6 +43,7 @@ def read_options(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: another suffix, or no table of names.
         OSError: it cannot be read.
+        ImportError: a run asks for a module that is not there, or that came with it.
     """
     path = path / "config.json" if path.is_dir() else path
     text, suffix = path.read_text(), path.suffix.lower()
@@ -59,6 +62,9 @@ def read_options(path: Path) -> dict[str, Any]:
         raise ValueError(f"{FLAG} {path}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{FLAG} {path}: wanted names of options and their values")
+    if path.name == "config.json":  # of a run, perhaps a stranger's: no module is imported that came with it
+        for name in saved_imports(str(path)):
+            import_extension(name, str(path))
     return {name: value for name, value in found.items() if name not in _OF_A_RUN}
 
 

@@ -102,6 +102,20 @@ def test_what_is_no_file_of_options(tmp_path: Path) -> None:
         with_config_files(["--config"])
 
 
+def test_no_module_that_came_with_a_run_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "came_with_it" / "run"
+    run.mkdir(parents=True)
+    (run.parent / "__init__.py").write_text("raise SystemExit('code of a stranger')")
+    config = {"format": "mimir_fast.run", "imports": ["came_with_it"], "seed": 3}
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ImportError, match="which came with it: --import came_with_it if you trust it"):
+        pretrain.config_from(["--config", str(run)])
+    (run / "config.json").write_text(json.dumps(config | {"imports": []}))
+    assert pretrain.config_from(["--config", str(run)]).run.seed == 3
+
+
 def test_an_option_that_waits_is_taken_from_a_file_and_refused_where_it_is_typed(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("mi: {sigma: 3, estimator: none}")
     assert pretrain.config_from(["--config", str(tmp_path / "a.yaml")]).objective.mi.sigma == 3

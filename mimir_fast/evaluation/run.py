@@ -11,7 +11,7 @@ processes there are. All processes must see the same folder: the main one waits 
 import json
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ EOT_DRAWS = 10
 RESULT = "accuracy"
 """The topic without which there is nothing to report."""
 FEW = 2
-"""Measurements of another topic that have a line each on the screen."""
+"""Measurements of another topic that have a line each on the screen; more have one together."""
 
 
 @dataclass
@@ -240,13 +240,15 @@ def run_shard(job: Job, number: int, clock: TimeLeft, log: Log) -> None:
     skipped, failed = dict[str, str](), dict[str, str]()
     for topic, items in job.records.plan.items():
         try:
-            records = []
+            each, seconds = topic == RESULT or len(items) <= FEW, 0.0
             for item in items:
                 record, unreadable = _run_item(job, item, number, clock, log)
-                records.append(record)
                 skipped |= unreadable
-            for line in said(topic, items, records):
-                log(line)
+                seconds += record.seconds
+                if each:
+                    log(f"{item.file:>24}  {item.said(record):<24} {record.seconds:7.1f} s")
+            if not each:
+                log(f"{topic:>24}  {counted(len(items), 'measurement'):<24} {seconds:7.1f} s")
         except OtherMeasurementError:
             raise
         except Exception as error:
@@ -257,17 +259,6 @@ def run_shard(job: Job, number: int, clock: TimeLeft, log: Log) -> None:
     whole = job.sets.shard("all", number)
     done = {"plan": job.plan_mark, "skipped": skipped, "failed": failed, "digests": whole.digests}
     write_text(job.done(number), json.dumps(done) + "\n")
-
-
-def said(topic: str, items: Sequence[Measurement], records: Sequence[Journal]) -> list[str]:
-    """A topic's measurements on the screen: those of the main one each, those of another that has many in one line."""
-    if topic == RESULT or len(items) <= FEW:
-        return [
-            f"{item.file:>24}  {item.said(record):<24} {record.seconds:7.1f} s"
-            for item, record in zip(items, records, strict=True)
-        ]
-    seconds = sum(record.seconds for record in records)
-    return [f"{topic:>24}  {counted(len(items), 'measurement'):<24} {seconds:7.1f} s"]
 
 
 def _run_item(
