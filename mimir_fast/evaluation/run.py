@@ -246,7 +246,7 @@ def run_shard(job: Job, number: int, clock: TimeLeft, log: Log) -> None:
                 skipped |= unreadable
                 seconds += record.seconds
                 if each:
-                    log(f"{item.file:>24}  {item.said(record):<24} {record.seconds:7.1f} s")
+                    log(f"{item.name:>24}  {item.said(record):<24} {record.seconds:7.1f} s")
             if not each:
                 log(f"{topic:>24}  {counted(len(items), 'measurement'):<24} {seconds:7.1f} s")
         except OtherMeasurementError:

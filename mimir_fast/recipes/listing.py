@@ -18,12 +18,13 @@ def published(recipe: Recipe) -> str:
 
 
 def overview(recipes: list[Recipe]) -> str:
-    """How the recipes' names are put together: for each command one line a data set and encoder family."""
+    """How the recipes' names are put together: for each command one line a data set and encoder family, and how many
+    recipes it has."""
     lines = []
     for command in dict.fromkeys(recipe.command for recipe in recipes):
         lines.append(f"python -m mimir_fast.{command} --recipe DATA/METHOD_FAMILY_SIZE[_VARIANT]")
         configs = [(recipe, recipe.build()) for recipe in recipes if recipe.command == command]
-        table = [("data", "family", "recipes", "methods", "sizes")]
+        table = [("data", "family", "n", "sizes", "methods")]
         for (data, family), group in itertools.groupby(
             sorted(configs, key=lambda pair: _place(*pair)), key=lambda pair: _place(*pair)
         ):
@@ -31,9 +32,9 @@ def overview(recipes: list[Recipe]) -> str:
             methods, sizes = (dict.fromkeys(names) for names in (
                 (config.method for config in found), (config.model.encoder for config in found)
             ))  # fmt: skip
-            table.append((data, family, str(len(found)), " ".join(methods), " ".join(sizes)))
+            table.append((data, family, str(len(found)), " ".join(sizes), " ".join(methods)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table] + [""]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table] + [""]
     return "\n".join([
         *lines, "python -m mimir_fast.recipes list WORD    those with WORD in their names, with published numbers",
         "python -m mimir_fast.recipes list all     every one",

@@ -190,7 +190,7 @@ def test_a_variant_differs_from_its_base_in_what_it_names() -> None:
 
 def test_the_list_fits_a_hundred_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    main([])
+    main(["list", "all"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     first = {line.split()[0] for line in lines if line.strip()}
