@@ -19,7 +19,7 @@ FROM python:3.12-slim-bookworm
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libgomp1 && rm -rf /var/lib/apt/lists/*
 COPY --from=build /wheels /wheels
-RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[all]" && rm -rf /wheels
+RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[all,xformers]" && rm -rf /wheels
 # No compiled graphs (TORCHINDUCTOR_CACHE_DIR) in the image: one processor's may compute wrong numbers on another.
 RUN useradd --create-home --uid 1000 mimir && mkdir /work && chown mimir /work
 USER 1000

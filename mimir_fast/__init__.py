@@ -3,10 +3,16 @@
 `import mimir_fast` is cheap and needs only torch; the public names load on first use:
 
     from mimir_fast import hsic, nhsic, renyi_mi, linf_step
+
+The commands are functions too: `mimir_fast.pretrain(data="digits")`, `finetune`, `evaluate`, `probe` (see api.py), and
+`mimir_fast.load("RUN").predict("x.png")`.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from mimir_fast.waiting import spare_busy_cores
 
 __version__ = "0.1.0"
 
@@ -35,6 +41,8 @@ _HOME = {
     "gather_patches": "mimir_fast.ops.tokens",
     "scatter_patches": "mimir_fast.ops.tokens",
 }
+# What needs more than torch: commands, modules that can be called, and what asks a finished run.
+_COMMANDS = ("evaluate", "finetune", "pretrain", "probe")
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
@@ -61,13 +69,22 @@ if TYPE_CHECKING:
     from mimir_fast.ops.renyi_mi import renyi_mi as renyi_mi
     from mimir_fast.ops.tokens import gather_patches as gather_patches
     from mimir_fast.ops.tokens import scatter_patches as scatter_patches
+    from mimir_fast.predicting import load as load
+
+
+if sys.argv[:1] == ["-m"]:  # `python -m mimir_fast.COMMAND` is looking for its module
+    spare_busy_cores()
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name in _COMMANDS:
+        return import_module(f"mimir_fast.{name}")
+    if name == "load":
+        return import_module("mimir_fast.predicting").load
     raise AttributeError(f"module 'mimir_fast' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_COMMANDS, "load"])

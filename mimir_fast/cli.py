@@ -16,11 +16,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from mimir_fast._tyro import tyro
 from mimir_fast.completion import SHELLS, script
+from mimir_fast.config_file import with_config_files
+from mimir_fast.short_help import short_help
 from mimir_fast.validation import refuse_idle
 from mimir_fast.versions import COMPLETION_HINT, called_as
 from mimir_fast.world import RunFailed, drop_unread, leave_at_once
 
 T = TypeVar("T")
+CONFIG_HINT = "--config FILE reads options from a .yaml, .toml or .json file, or a run's config.json; flags go first."
 
 
 def run(main: Callable[[], None]) -> None:
@@ -60,9 +63,14 @@ def _float_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.
     )
 
 
-def parse(config_type: type[T], args: Sequence[str] | None = None, *, default: T | None = None, prog: str = "") -> T:
+def parse(
+    config_type: type[T], args: Sequence[str] | None = None, *, default: T | None = None, prog: str = "",
+    common: Sequence[str] = (),
+) -> T:  # fmt: skip
     """The config of a command line; a bad value ends the program with one clear line.
 
+    Args:
+        common: the options of the first screen of --help; --help_all shows every one.
     Raises:
         ValueError: an option was typed that does nothing as the others are (`idle`, see validation.py).
     """
@@ -70,6 +78,11 @@ def parse(config_type: type[T], args: Sequence[str] | None = None, *, default: T
     registry.primitive_rule(_float_rule)
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     words = list(sys.argv[1:] if args is None else args)
+    if common and default is not None and {"-h", "--help"} & set(words):
+        print(short_help(default, common, called_as(prog), _description(config_type)))
+        raise SystemExit(0)
+    words = ["--help" if word == "--help_all" else word for word in words]
+    typed, words = words, with_config_files(words)
     config: T = tyro.cli(
         config_type,
         args=words,
@@ -79,23 +92,23 @@ def parse(config_type: type[T], args: Sequence[str] | None = None, *, default: T
         use_underscores=True,
         **keywords,
     )
-    refuse_idle(config, words)
+    refuse_idle(config, typed)  # what a file says was right where it comes from, and may wait
     return config
 
 
 def _description(config_type: Any) -> str:
-    """What --help says first: the docstring, and how a shell completes."""
+    """What --help says first: the docstring, files of options, and how a shell completes."""
     said = (inspect.getdoc(config_type) or "") if isinstance(config_type, type) else ""
-    return f"{said}\n\n{COMPLETION_HINT}".strip()
+    return f"{said}\n\n{CONFIG_HINT}\n\n{COMPLETION_HINT}".strip()
 
 
 def peek(args: Sequence[str], flag: str) -> str | None:
-    """The value of `--flag VALUE` or `--flag=VALUE` before the real parsing; None when it is not there."""
-    for index, arg in enumerate(args):
-        if arg == flag and index + 1 < len(args):
+    """The value of the last `--flag VALUE` or `--flag=VALUE` before the real parsing; None when it is not there."""
+    for index in reversed(range(len(args))):
+        if args[index] == flag and index + 1 < len(args):
             return args[index + 1]
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1]
+        if args[index].startswith(flag + "="):
+            return args[index].split("=", 1)[1]
     return None
 
 

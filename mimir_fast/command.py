@@ -13,6 +13,7 @@ from importlib import import_module
 
 import mimir_fast
 from mimir_fast.completion import COMMANDS
+from mimir_fast.waiting import spare_busy_cores
 
 
 def usage() -> str:
@@ -37,6 +38,7 @@ Several GPUs: torchrun --nproc_per_node 8 -m mimir_fast.pretrain …"""
 
 def main() -> None:
     """The console script: hand the line over to the command that it names."""
+    spare_busy_cores()
     name, rest = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if name in ("-h", "--help"):
         print(usage())
@@ -58,7 +60,9 @@ def main() -> None:
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("mimir_fast"):
                 raise
-            print(f"error: {name} needs {error.name}: pip install 'mimir-fast[train]'", file=sys.stderr)
+            from mimir_fast.versions import install_command
+
+            print(f"error: {name} needs {error.name}: {install_command('train')}", file=sys.stderr)
             raise SystemExit(2) from error
         if name == "info":  # it says what is missing, so it may not need it
             module.main()

@@ -34,6 +34,7 @@ COMMANDS = {
     "finetune": Command("mimir_fast.finetune", "fine-tune it into a robust classifier", "config_from"),
     "evaluate": Command("mimir_fast.evaluate", "attack any classifier and write a report", "EvaluateConfig"),
     "probe": Command("mimir_fast.probe", "nearest neighbours and linear probes of a frozen encoder", "ProbingConfig"),
+    "predict": Command("mimir_fast.predict", "ask a classifier for single images, clean and attacked", "PredictConfig"),
     "compare": Command("mimir_fast.compare", "finished evaluations side by side", "CompareConfig"),
     "export": Command("mimir_fast.export", "take a model to timm, transformers, ONNX, torch.export, TorchScript",
                       "ExportConfig"),

@@ -10,19 +10,20 @@ python -m mimir_fast.evaluate --help
 Several reports side by side: python -m mimir_fast.compare.
 """
 
-import json
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
+from mimir_fast.callable_modules import make_callable
 from mimir_fast.cli import parse, peek, run
+from mimir_fast.config_file import with_config_files
 from mimir_fast.data.config import DataConfig
 from mimir_fast.evaluation.adapters import timm_settings
 from mimir_fast.evaluation.config import EvaluateConfig, config_type
 from mimir_fast.evaluation.run import evaluate
 from mimir_fast.extensions import load_extensions
+from mimir_fast.training.saved_run import data_of as data_of_run
+from mimir_fast.versions import python_command
 
 
 def data_of(checkpoint: str) -> DataConfig:
@@ -33,40 +34,37 @@ def data_of(checkpoint: str) -> DataConfig:
         return DataConfig(image_size=size) if size else DataConfig()
     if checkpoint.startswith("robustbench:imagenet/"):
         return DataConfig(image_size=224)
-    for folder in (Path(checkpoint), *Path(checkpoint).parents[:2]):
-        recorded = folder / "config.json"
-        if recorded.is_file():
-            saved = _data_in(recorded)
-            known = {f.name for f in fields(DataConfig)} - {"limit", "generated", "hold_out"}
-            values: dict[str, Any] = {
-                name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known
-            }
-            return DataConfig(**values)
-    return DataConfig()
+    return data_of_run(checkpoint)
 
 
-def _data_in(recorded: Path) -> dict[str, Any]:
-    """What a config.json says of the data; nothing where it is somebody else's file."""
-    try:
-        config = json.loads(recorded.read_text())
-    except ValueError:
-        return {}
-    saved = config.get("data") if isinstance(config, dict) else None
-    return saved if isinstance(saved, dict) else {}
+COMMON = (
+    "checkpoint", "suite", "norm", "eps", "limit", "data.source", "data.root", "data.image_size", "output_dir",
+    "batch_size", "restarts", "targets", "autoattack", "autoattack_images", "corruptions", "shifts", "transfer_from",
+    "smoothing", "minimal", "strongest", "weights", "mean", "std", "device", "overwrite",
+)  # fmt: skip
+"""What --help shows."""
 
 
 def config_from(args: Sequence[str]) -> EvaluateConfig:
-    """The run's own data, then flags; the options are those of every registered topic."""
+    """The run's own data, then --config, then flags; the options are those of every registered topic."""
+    typed, args = args, with_config_files(args)
     imports = load_extensions(args)
     checkpoint, kind = peek(args, "--checkpoint"), config_type()
     default = kind(checkpoint, data=data_of(checkpoint), imports=imports) if checkpoint else None
-    return parse(kind, args, default=default, prog="python -m mimir_fast.evaluate")
+    if default is None and {"-h", "--help"} & set(args):
+        default = kind("")
+    return parse(kind, typed, default=default, prog="python -m mimir_fast.evaluate", common=COMMON)
 
 
 def main() -> None:
-    """The command: evaluate what the line names."""
-    evaluate(config_from(sys.argv[1:]))
+    """The command: evaluate what the line names, and say what to compare it with."""
+    config = config_from(sys.argv[1:])
+    if evaluate(config).sections:  # of the main process
+        command = shlex.join([python_command(), "-m", "mimir_fast.compare", str(config.folder)])
+        print(f"next: {command} … (the folder of another evaluation)", flush=True)
 
+
+make_callable(__name__)  # mimir_fast.evaluate(…) is that of api.py
 
 if __name__ == "__main__":
     run(main)

@@ -82,9 +82,7 @@ def import_extension(name: str, run: str = "") -> None:
     """
     if not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(f"--import {name}: wanted the name of a module, as in `import my_method`, without .py")
-    folder = os.getcwd()  # a console script has no working folder on its path, `python -m` has
-    if folder not in sys.path and "" not in sys.path:
-        sys.path.append(folder)
+    folder = search_working_folder()
     if run and _lies_around(name.partition(".")[0], Path(run)):
         raise ImportError(f"{run} asks for module {name!r}, which came with it: --import {name} if you trust it")
     try:
@@ -98,6 +96,17 @@ def import_extension(name: str, run: str = "") -> None:
         raise ImportError(
             f"--import {name}: {error}; looked for in {folder}, PYTHONPATH and the installed packages"
         ) from error
+
+
+def search_working_folder() -> str:
+    """Let Python find modules in the working folder, after all others; its path.
+
+    `python -m` does so by itself, a console script such as mimir-fast does not.
+    """
+    folder = os.getcwd()
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.append(folder)
+    return folder
 
 
 def _lies_around(package: str, run: Path) -> bool:

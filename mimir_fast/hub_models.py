@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from torch import nn
 
+from mimir_fast.checkpoints.tensor_files import save_tensors
 from mimir_fast.exporting.timm_hub import timm_config
 from mimir_fast.hub_config import public_config
 from mimir_fast.models.classifier import Classifier, classifier_of
@@ -106,14 +107,11 @@ class _OnTheHub(ModelHubMixin):
         raise NotImplementedError
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save_file
-
         assert isinstance(self, nn.Module)
-        tensors = {name: tensor.contiguous() for name, tensor in to_files(self, self.state_dict()).items()}
         metadata = {"format": "pt", "made_by": "mimir_fast", "config": json.dumps(self.run_config)}
         if self.statistics is not None:
             metadata |= to_metadata(self.statistics)
-        save_file(tensors, save_directory / SAFETENSORS_SINGLE_FILE, metadata=metadata)
+        save_tensors(to_files(self, self.state_dict()), save_directory / SAFETENSORS_SINGLE_FILE, metadata)
         config = self.timm_config() | {"mimir_fast": self.run_config}
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
         if self.results is not None:

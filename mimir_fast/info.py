@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import mimir_fast
 from mimir_fast.completion import SHELLS, script
-from mimir_fast.versions import PACKAGES, called_as, version_of
+from mimir_fast.versions import PACKAGES, called_as, dali_package, version_of
 
 
 def backends() -> dict[str, str]:
@@ -57,7 +57,7 @@ def _triton(cuda: bool) -> str:
 
 def _dali(cuda: bool) -> str:
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        return "no: pip install nvidia-dali-cuda130 (the PyPI package `nvidia-dali` is a placeholder)"
+        return f"no: pip install {dali_package()} (the PyPI package `nvidia-dali` is a placeholder)"
     try:
         importlib.import_module("nvidia.dali.fn")
     except ImportError as error:
@@ -84,13 +84,13 @@ def clashes() -> Iterator[str]:
             "install torch's default build (it runs on CPU too)"
         )
     if version_of("nvidia-dali") and not (version_of("nvidia-dali-cuda130") or version_of("nvidia-dali-cuda120")):
-        yield "`nvidia-dali` is a placeholder package: pip install nvidia-dali-cuda130"
+        yield f"`nvidia-dali` is a placeholder package: pip install {dali_package()}"
     if version_of("apex") and _apex() != "yes":
         yield "the installed `apex` is not NVIDIA's: pip uninstall apex"
     if version_of("robustbench"):
         yield f"robustbench pins an old timm; timm {version_of('timm')} is what is tested here"
     if version_of("autoattack"):
-        yield "`autoattack` is not the maintained package of its authors: pip install pyautoattack"
+        yield "`autoattack` is not the maintained package of its authors: pip install 'pyautoattack<0.3'"
 
 
 def main() -> None:

@@ -9,7 +9,9 @@ python -m mimir_fast.probe --help
 import sys
 from collections.abc import Sequence
 
+from mimir_fast.callable_modules import make_callable
 from mimir_fast.cli import parse, peek, run
+from mimir_fast.config_file import with_config_files
 from mimir_fast.evaluate import data_of
 from mimir_fast.extensions import load_extensions
 from mimir_fast.models.facts import Asked
@@ -22,10 +24,11 @@ from mimir_fast.world import start_world, stop_world
 
 
 def config_from(args: Sequence[str]) -> ProbingConfig:
-    """The run's own data, then flags."""
+    """The run's own data, then --config, then flags."""
+    typed, args = args, with_config_files(args)
     imports, checkpoint = load_extensions(args), peek(args, "--checkpoint")
     default = ProbingConfig(checkpoint, data=data_of(checkpoint), imports=imports) if checkpoint else None
-    return parse(ProbingConfig, args, default=default, prog="python -m mimir_fast.probe")
+    return parse(ProbingConfig, typed, default=default, prog="python -m mimir_fast.probe")
 
 
 def probe(config: ProbingConfig) -> list[Outcome]:
@@ -59,6 +62,8 @@ def main() -> None:
     """The command: probe what the line names."""
     probe(config_from(sys.argv[1:]))
 
+
+make_callable(__name__)  # mimir_fast.probe(…) is that of api.py
 
 if __name__ == "__main__":
     run(main)

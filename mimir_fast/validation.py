@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 
@@ -79,10 +79,13 @@ def idle_options(config: Any, prefix: str = "") -> dict[str, str]:
     for field in fields(config):
         value = getattr(config, field.name)
         if is_dataclass(value):
-            # Annotated[…, tyro.conf.arg(name="")]: its options are typed without a prefix.
-            bare = any(getattr(note, "name", None) == "" for note in getattr(field.type, "__metadata__", ()))
-            found |= idle_options(value, prefix if bare else f"{prefix}{field.name}.")
+            found |= idle_options(value, prefix if is_bare(field) else f"{prefix}{field.name}.")
     return found
+
+
+def is_bare(field: Field[Any]) -> bool:
+    """Annotated[…, tyro.conf.arg(name="")]: a dataclass inside another whose options are typed without a prefix."""
+    return any(getattr(note, "name", None) == "" for note in getattr(field.type, "__metadata__", ()))
 
 
 def refuse_idle(config: Any, args: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,11 @@ PACKAGES = (
 COMPLETION_HINT = "--print_completion bash|zsh prints what a shell needs to complete mimir-fast."
 
 
+def dali_package() -> str:
+    """NVIDIA's DALI for the CUDA of this torch; the package `nvidia-dali` is an empty placeholder."""
+    return f"nvidia-dali-cuda{'120' if (torch.version.cuda or '').startswith('12.') else '130'}"
+
+
 def version_of(package: str) -> str | None:
     """The installed version of a distribution; None when it is absent."""
     try:
@@ -36,6 +43,28 @@ def software() -> dict[str, str | None]:
     return {"the version of Python": platform.python_version(), "the commit": commit(), **versions}
 
 
+def install_command(extra: str) -> str:
+    """What to type for the packages of an extra of ours, without asking an index for a package of our name: anybody may
+    register that there."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / "pyproject.toml").is_file():  # a checkout, which knows its extras
+        return f"pip install -e {shlex.quote(f'{root}[{extra}]')}"
+    found = _requirements(extra)
+    return shlex.join(["pip", "install", *found]) if found else f"pip install '.[{extra}]' in its source folder"
+
+
+def _requirements(extra: str) -> list[str]:
+    """The requirements of an extra as the installed package has them, those of the extras it names included."""
+    found: list[str] = []
+    for line in metadata.requires("mimir-fast") or []:
+        requirement, _, marker = line.partition(";")
+        if not re.search(rf"extra == ['\"]{re.escape(extra)}['\"]", marker):
+            continue
+        own = re.fullmatch(r"mimir-fast\[(.*)\]", requirement.strip())
+        found += [name for part in own[1].split(",") for name in _requirements(part)] if own else [requirement.strip()]
+    return found
+
+
 def environment() -> dict[str, Any]:
     """Plain values that say where a number was made."""
     return {
@@ -45,6 +74,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": commit(),
     }

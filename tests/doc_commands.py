@@ -66,6 +66,7 @@ PENALTY_WEIGHT = "mimir_fast.reproduction.penalty_weight"
 _PARSERS: dict[str, Callable[[Words], Any]] = {
     **{f"mimir_fast.{name}": _config_from(f"mimir_fast.{name}")
        for name in ("pretrain", "finetune", "evaluate", "probe", "compare", "reproduce")},
+    "mimir_fast.predict": _dataclass("mimir_fast.predict", "PredictConfig"),
     "mimir_fast.hub": _dataclass("mimir_fast.publish", "HubConfig"),
     "mimir_fast.export": _dataclass("mimir_fast.export", "ExportConfig"),
     "mimir_fast.data.prepare": _dataclass("mimir_fast.data.prepare", "PrepareConfig"),

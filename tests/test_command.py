@@ -11,6 +11,7 @@ import pytest
 from mimir_fast import command
 from mimir_fast.cli import run
 from mimir_fast.completion import command_lines, script
+from mimir_fast.versions import install_command
 
 ROOT = Path(__file__).parents[1]
 # What takes a tenth of a second or more to import, and no --help needs.
@@ -73,7 +74,7 @@ def test_without_the_extras_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['tyro'] = None; sys.argv = ['mimir-fast', 'compare']; "
     code += "from mimir_fast.command import main; main()"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert out.returncode == 2 and out.stderr == "error: compare needs tyro: pip install 'mimir-fast[train]'\n"
+    assert out.returncode == 2 and out.stderr == f"error: compare needs tyro: {install_command('train')}\n"
 
 
 @pytest.mark.parametrize("module", ["pretrain", "export", "recipes"])

@@ -9,6 +9,7 @@ import torch
 import tyro
 
 from mimir_fast import finetune, pretrain
+from mimir_fast.data.prepare import PrepareConfig
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.export import ExportConfig
 from mimir_fast.methods.mixing import MixingConfig
@@ -81,6 +82,12 @@ REFUSED: list[tuple[Any, str, str]] = [
     (replace(finetuning(), model=ClassifierConfig(family="swin", encoder="nano", patch_size=2)),
      "model.train_pos_embed", "no position embedding"),
     (pretraining(), "init_part", "--init is empty"),
+    (pretraining(), "data.root", "--data.source is digits, which reads no files"),
+    (finetuning(), "data.root", "--data.source is digits, which reads no files"),
+    (EVALUATED, "data.root", "--data.source is digits, which reads no files"),
+    (PROBED, "data.loader", "takes the images as they are"),
+    (EVALUATED, "data.resident_gib", "takes the test images as they are"),
+    (PrepareConfig("images", "shards", "webdataset"), "channels", "--format is not raw"),
     (pretraining(), "data.crop_scale", "--data.augment is not resized_crop"),
     (pretraining(), "mi.alpha", "--mi.estimator is not renyi"),
     (pretraining(), "momentum", "--optimizer is not sgd"),
@@ -132,6 +139,7 @@ def test_typed_without_its_switch_it_is_refused(config: Any, option: str, words:
         (replace(pretraining(), data=replace(pretraining().data, **RESIZED)), "data.crop_scale"),
         (replace(pretraining(), data=replace(pretraining().data, **GENERATED)), "data.generated_ratio"),
         (finetuning("natural"), "attack.eps"),  # the probe's
+        (replace(pretraining(), data=replace(pretraining().data, source="fashion_mnist")), "data.root"),
         (finetuning("trades"), "attack.alpha"),
         (pretraining(family="xcit"), "model.positions"),
         (pretraining(family="convit"), "model.positions"),
@@ -163,12 +171,16 @@ def reachable() -> Iterator[Any]:
     yield with_mi(estimator="none")
     yield from (finetuning(method) for method in all_methods("finetune"))
     yield from (EVALUATED, PROBED, ExportConfig("run", "a.safetensors", "safetensors"), HubConfig("run", "folder"))
+    yield PrepareConfig("images", "shards", "webdataset")
 
 
 def test_every_declared_option_exists() -> None:
+    declared = set()
     for config in reachable():
         names = {name for path in flatten(config) for name in (path, path.partition(".")[2])}
         assert set(idle_options(config)) <= names
+        declared |= {(type(config), option) for option in idle_options(config)}
+    assert len({option for _, option in declared}) >= 60 and len(declared) >= 100
 
 
 def test_positions_make_another_encoder_where_a_family_says_so() -> None:

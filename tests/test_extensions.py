@@ -47,7 +47,7 @@ def test_a_run_goes_on_without_being_told_again(folder: Path) -> None:
 
 
 def test_help_shows_what_was_registered(folder: Path) -> None:
-    out = run_module(folder, "mimir_fast.finetune", "--import=mine", "--method=warm", "--help")
+    out = run_module(folder, "mimir_fast.finetune", "--import=mine", "--method=warm", "--help_all")
     assert "trades,warm}" in out.stdout.replace("\n", "") and "--temperature FLOAT" in out.stdout
 
 

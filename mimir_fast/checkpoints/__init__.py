@@ -7,8 +7,9 @@ is whole.
 
 Tensor names: `model/<parameter>`, `ema/<parameter>`, `optimizer/<parameter>/<state>`.
 
-    checksums of files and of meta.json
-    durable   writing that a kill or a power cut cannot leave half done
-    reading   what is in a checkpoint, whether it is whole, which one of a run
-    saving    writing one, beside training if wanted
+    checksums     of files and of meta.json
+    durable       writing that a kill or a power cut cannot leave half done
+    reading       what is in a checkpoint, whether it is whole, which one of a run
+    saving        writing one, beside training if wanted
+    tensor_files  a safetensors file under the mode that the umask gives
 """

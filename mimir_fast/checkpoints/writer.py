@@ -8,12 +8,13 @@ without the lock. The files are the same.
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+from mimir_fast.checkpoints.tensor_files import save_tensors
 
 
 class Writer(HuggingFaceStorageWriter):
@@ -39,7 +40,7 @@ class Writer(HuggingFaceStorageWriter):
         if tensors:
             header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
             name = f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
-            save_file(tensors, self._folder / name, metadata=header)
+            save_tensors(tensors, self._folder / name, header)
         written: Future[list[WriteResult]] = Future()
         written.set_result([WriteResult(i.index, tensors[i.index.fqn].nbytes, None) for i in plan.items])
         return written

@@ -6,7 +6,7 @@ Plain Python on purpose: importing it loads neither numpy nor an image library; 
 from dataclasses import dataclass
 from typing import Literal
 
-from mimir_fast.data.registry import SOURCES
+from mimir_fast.data.registry import SOURCES, reads_root
 from mimir_fast.sizes import Size, as_size
 from mimir_fast.validation import check_finite, without
 
@@ -110,14 +110,16 @@ class DataConfig:
             raise ValueError(f"hw_decoder_load must lie in [0, 1], got {self.hw_decoder_load}")
 
     def idle_without_training(self, why: str) -> dict[str, str]:
-        """Options of training that do nothing in a command that does not train."""
+        """Options of training and its loaders that do nothing in a command that does not train."""
         names = ("augment", "flip", "crop_padding", "crop_scale", "crop_ratio", "shuffle_block", "hold_out",
-                 "generated", "generated_ratio")  # fmt: skip
+                 "generated", "generated_ratio", "loader", "read_threads", "resident_gib",
+                 "hw_decoder_load")  # fmt: skip
         return {f"data.{name}": why for name in names}
 
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""
         return {
+            **without(reads_root(self.source), f"--{{}}source is {self.source}, which reads no files", "root"),
             **without(self.augment == "pad_crop", "--{}augment is not pad_crop", "crop_padding"),
             **without(self.augment == "resized_crop", "--{}augment is not resized_crop", "crop_scale", "crop_ratio"),
             **without(self.generated, "--{}generated names no file", "generated_ratio"),

@@ -18,6 +18,7 @@ import fcntl
 import multiprocessing
 import os
 import re
+import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -38,7 +39,7 @@ from mimir_fast.data.shard_files import Job, ShardNote, checksum, read_note, wri
 from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import ImageSource, MissingDataError
 from mimir_fast.extensions import Imports, load_extensions
-from mimir_fast.validation import check_number, counted
+from mimir_fast.validation import check_number, counted, without
 
 _PARTIAL = re.compile(r"\.(\.?(train|test))\b.*\.\d+\.partial")  # as `write_whole` names it
 _ADVICE = "run the command that wrote it again; it goes on where it was"
@@ -84,6 +85,10 @@ class PrepareConfig:
             )
         if unknown := set(self.splits) - {"train", "test"}:
             raise ValueError(f"splits must be train and test, got {', '.join(sorted(unknown))}")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing as the others are."""
+        return without(self.format == "raw", "--format is not raw", "channels")
 
     @property
     def side(self) -> int | None:
@@ -276,7 +281,7 @@ def main() -> None:
             f"{counted(len(manifest.skipped), 'file')} left out"
             + (f" ({config.out}/{split}.json lists them)" if manifest.skipped else "")
         )
-    print(f"next: --data.source {config.format} --data.root {config.out}")
+    print(f"next: --data.source {config.format} --data.root {shlex.quote(str(config.out))}")
 
 
 if __name__ == "__main__":

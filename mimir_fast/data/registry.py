@@ -18,10 +18,23 @@ Builder = Callable[["DataConfig", str], "ImageSource"]
 SOURCES: Registry[Builder] = Registry("data source", f"{__name__.rpartition('.')[0]}.sources")
 
 
-def register(name: str, build: Builder) -> None:
+_WITHOUT_ROOT: set[str] = set()
+
+
+def register(name: str, build: Builder, *, root: bool = True) -> None:
     """Add a source, for `--data.source NAME`.
 
+    Args:
+        root: it reads files that lie under `--data.root`; that option is refused where it does nothing.
     Raises:
         ValueError: the name is taken.
     """
     SOURCES.add(name, build)
+    if not root:
+        _WITHOUT_ROOT.add(name)
+
+
+def reads_root(name: str) -> bool:
+    """True where the source of that name reads files under `--data.root`."""
+    SOURCES.find(name)  # its file says so when it registers itself
+    return name not in _WITHOUT_ROOT

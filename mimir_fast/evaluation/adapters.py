@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import inspect
 import logging
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -29,10 +30,12 @@ from mimir_fast.evaluation.door import at_the_door
 from mimir_fast.evaluation.robustbench_zoo import fetch
 from mimir_fast.evaluation.timm_files import fill, made_for_timm
 from mimir_fast.evaluation.wrappers import FromProbabilities, Normalized, Opaque
+from mimir_fast.extensions import search_working_folder
 from mimir_fast.models.facts import Asked
 from mimir_fast.models.load_report import LoadReport
 from mimir_fast.models.normalization import Statistics, choice_note, name_of, pair
 from mimir_fast.models.opening import weights_only
+from mimir_fast.models.timm_names import check_timm_name
 from mimir_fast.sizes import Size, height_width, shown
 
 KINDS = (
@@ -313,12 +316,10 @@ def _hub_settings(spec: str) -> Any:
 
 
 def _timm(spec: str, num_classes: int | None, channels: int, image_size: Size | None, part: str) -> JudgedModel:
-    import timm
 
     name, _, weights = spec.removeprefix("timm:").partition("@")
-    if spec.startswith("timm:") and not timm.is_model(name.split(".")[0]):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-        raise ValueError(f"timm has no model {name!r}; near it: {near or 'none, see timm.list_models()'}")
+    if spec.startswith("timm:"):
+        check_timm_name(name)
     if part and weights in ("", "random"):
         raise ValueError(f"--part {part} chooses among the encoders of a file: leave it out with {spec}")
     said: Statistics | None = None
@@ -384,15 +385,26 @@ def _other_size(image_size: Size | None, made_for: dict[str, Any]) -> list[str]:
 def _function(spec: str) -> JudgedModel:
     module_name, _, function_name = spec.partition(":")
     _runs_code(spec, f"{module_name} is imported and {function_name}() called")
+    search_working_folder()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"--checkpoint {spec}: cannot import {module_name} ({error}); run from its folder or set PYTHONPATH"
+            f"--checkpoint {spec}: cannot import {module_name} ({error}); looked for in {os.getcwd()}, PYTHONPATH and "
+            "the installed packages"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"--checkpoint {spec}: {module_name} has no function {function_name!r} that returns a model")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"--checkpoint {spec}: {function_name}() is called without arguments ({error}): name a function that needs "
+            f"none, such as def build(): return {function_name}(…)"
+        ) from error
+    except ValueError:  # made in C, whose arguments nobody knows
+        pass
     model = function()
     if not callable(model):
         raise ValueError(f"--checkpoint {spec}: {function_name}() returned {type(model).__name__}, wanted a module")

@@ -6,6 +6,7 @@ everything comes from results.json.
 """
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ def find_results(path: Path) -> Path:
     found = found or list(path.glob("probing/results.json"))
     if not found:
         raise FileNotFoundError(
-            f"{path} holds no results.json: evaluate it first (python -m mimir_fast.evaluate --checkpoint {path})"
+            f"{path} holds no results.json: evaluate it first (python -m mimir_fast.evaluate --checkpoint "
+            f"{shlex.quote(str(path))})"
         )
     return found[-1]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.losses import margin
 from mimir_fast.attacks.pgd import NO_CLASS, cross_entropy, predicted
+from mimir_fast.checkpoints.tensor_files import save_tensors
 from mimir_fast.evaluation.finite import finite_mean
 from mimir_fast.evaluation.images import EvaluationImages, MakeSet
 from mimir_fast.evaluation.journal import Journal, Row, read_journal
@@ -168,13 +169,11 @@ def scored(attack: Attack, keep: Path | None = None) -> Outcome:
 
 def save_images(folder: Path, x: Tensor, labels: Tensor, samples: Tensor, prediction: Tensor) -> None:
     """Attacked images (B, C, H, W) fp32 with `labels`, `samples` and `predictions`, in one step; named by sample."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{int(samples[0]):08d}.safetensors"
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     tensors = {"images": x, "labels": labels, "samples": samples, "predictions": prediction}
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside)
+    save_tensors({name: t.cpu() for name, t in tensors.items()}, aside)
     aside.replace(path)
 
 

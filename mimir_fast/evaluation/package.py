@@ -23,8 +23,8 @@ def require_package() -> None:
         import pyautoattack  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "AutoAttack needs its authors' package: pip install pyautoattack (the name `autoattack` is not theirs), or "
-            "leave it out with --autoattack no"
+            "AutoAttack needs its authors' package: pip install 'pyautoattack<0.3' (the name `autoattack` is not "
+            "theirs), or leave it out with --autoattack no"
         ) from error
 
 
@@ -104,7 +104,9 @@ def packaged_attack(config: CommonOptions, name: str, *, targets: int | None = N
             from pyautoattack.fab_pt import FABAttack_PT
             from pyautoattack.square import SquareAttack
         except ImportError as error:
-            raise ImportError(f"the {name} attack comes with AutoAttack's package: pip install pyautoattack") from error
+            raise ImportError(
+                f"the {name} attack comes with AutoAttack's package: pip install 'pyautoattack<0.3'"
+            ) from error
         kinds = {"square": SquareAttack, "apgd": APGDAttack, "apgd-t": APGDAttack_targeted, "fab-t": FABAttack_PT}
         attack = kinds[name](
             model, norm=NORM_NAMES[config.norm], eps=config.eps, seed=config.seed, device=x.device, verbose=False,

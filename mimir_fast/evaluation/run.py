@@ -33,7 +33,7 @@ from mimir_fast.evaluation.finite import finite
 from mimir_fast.evaluation.folder import open_folder
 from mimir_fast.evaluation.identity import FIRST, identity_of, identity_of_model
 from mimir_fast.evaluation.images import Fitting, ImageSets, choose_indices, fitting_for, load_from
-from mimir_fast.evaluation.journal import OtherMeasurementError, fingerprint
+from mimir_fast.evaluation.journal import Journal, OtherMeasurementError, fingerprint
 from mimir_fast.evaluation.measure import Measurement, Records, ShardRun, strict_fp32
 from mimir_fast.evaluation.options import SUITE_LIMITS
 from mimir_fast.evaluation.precision import measured_precision
@@ -51,6 +51,8 @@ EOT_DRAWS = 10
 """Of a random model that a gradient of PGD is the mean of."""
 RESULT = "accuracy"
 """The topic without which there is nothing to report."""
+FEW = 2
+"""Measurements of another topic that have a line each on the screen; more have one together."""
 
 
 @dataclass
@@ -149,7 +151,7 @@ def evaluate_in(world: World, config: EvaluateConfig, log: Log, given: Given | N
     results.write(config.folder / "results.json")
     write_text(config.folder / "report.html", render(results))
     lines = [f"{v['large']}. {v['text']}" for v in results.verdicts.values()]
-    log("\n".join(["", *lines, *results.notes, f"{config.folder / 'report.html'}"]))
+    log("\n".join(["", *lines, *results.notes, f"report: {config.folder / 'report.html'}"]))
     return results
 
 
@@ -238,8 +240,15 @@ def run_shard(job: Job, number: int, clock: TimeLeft, log: Log) -> None:
     skipped, failed = dict[str, str](), dict[str, str]()
     for topic, items in job.records.plan.items():
         try:
+            each, seconds = topic == RESULT or len(items) <= FEW, 0.0
             for item in items:
-                skipped |= _run_item(job, item, number, clock, log)
+                record, unreadable = _run_item(job, item, number, clock, log)
+                skipped |= unreadable
+                seconds += record.seconds
+                if each:
+                    log(f"{item.name:>24}  {item.said(record):<24} {record.seconds:7.1f} s")
+            if not each:
+                log(f"{topic:>24}  {counted(len(items), 'measurement'):<24} {seconds:7.1f} s")
         except OtherMeasurementError:
             raise
         except Exception as error:
@@ -252,16 +261,17 @@ def run_shard(job: Job, number: int, clock: TimeLeft, log: Log) -> None:
     write_text(job.done(number), json.dumps(done) + "\n")
 
 
-def _run_item(job: Job, item: Measurement, number: int, clock: TimeLeft, log: Log) -> dict[str, str]:
-    """One measurement of one shard; returns its unreadable files."""
+def _run_item(
+    job: Job, item: Measurement, number: int, clock: TimeLeft, log: Log
+) -> tuple[Journal, dict[str, str]]:  # fmt: skip
+    """One measurement of one shard: its rows, and its unreadable files."""
     config, images = job.config, job.sets.shard(item.images, number, item.make_set)
     settings = {**job.identity, "images": item.images, "batch_size": config.batch_size, "attack": item.parameters}
     tick = clock.ticker(item, len(images), log)
     how = ShardRun(config.batch_size, job.device, job.records.path(item, number), settings, tick, log)
     record = item.run(job.model.module, images, how)
     clock.finished()
-    log(f"{item.file:>24}  {item.said(record):<24} {record.seconds:7.1f} s")
-    return images.skipped
+    return record, images.skipped
 
 
 def wait_for_shards(job: Job, log: Log, every: float = 0.2) -> None:

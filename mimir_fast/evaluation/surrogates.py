@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lgv import collect
+from mimir_fast.checkpoints.tensor_files import save_tensors
 from mimir_fast.data.build import build_loader
 from mimir_fast.data.config import DataConfig
 
@@ -47,11 +48,9 @@ def lgv_models(
 
 
 def _write(model: nn.Module, file: Path) -> None:
-    from safetensors.torch import save_file
-
     aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
     # Cloned: shared weights have several names, which the format does not know.
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in _state(model)}, aside)
+    save_tensors({name: tensor.detach().cpu().clone() for name, tensor in _state(model)}, aside)
     aside.replace(file)
 
 

@@ -11,6 +11,7 @@ Shapes: B images, C channels, H x W pixels, T = prefix + N tokens, D width, L la
 V patches that are looked at.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -289,9 +290,10 @@ def classifier_of(
         others |= {name: f" ({why})" for name, why in weights.left_out.items() if why.startswith(HEAD)}
         listed = ", ".join(name + why for name, why in list(others.items())[:3])
         what = f"which {listed} is not" if others else "it is a pre-trained encoder"
+        path = shlex.quote(weights.origin.partition(" (")[0])
         raise WeightsError(
             f"{weights.origin} has no classification head of one linear layer (head.weight), {what}: fine-tune it "
-            f"first with python -m mimir_fast.finetune --recipe … --init {weights.origin.partition(' (')[0]}"
+            f"first with python -m mimir_fast.finetune --recipe … --init {path}"
         )
     if num_classes is not None and num_classes != found_classes:
         raise WeightsError(

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.freezing import freeze_statistics
 from mimir_fast.validation import check_number, without
+from mimir_fast.versions import install_command
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass
 class LoraConfig:
-    """Updates of low rank in place of the encoder's own weights; needs pip install 'mimir-fast[lora]'."""
+    """Updates of low rank in place of the encoder's own weights; needs PEFT."""
 
     rank: int = 0
     """Rank of the updates; the encoder is frozen, the head trains. 0 trains the weights themselves."""
@@ -57,7 +58,7 @@ def add_lora(model: nn.Module, encoder: Encoder, config: LoraConfig) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ImportError(f"--lora.rank needs PEFT ({error}): pip install 'mimir-fast[lora]'") from error
+        raise ImportError(f"--lora.rank needs PEFT ({error}): {install_command('lora')}") from error
     # PEFT freezes what it is given, but for its own.
     peft.inject_adapter_in_model(
         peft.LoraConfig(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=names), encoder

@@ -32,6 +32,7 @@ from mimir_fast.models.lora import merge_lora
 from mimir_fast.models.normalization import Statistics, check_statistics, from_file, is_none, none_of
 from mimir_fast.models.opening import find_file, open_file, weights_only
 from mimir_fast.models.parts import WeightsChoice, choose, find_parts, other_names
+from mimir_fast.models.timm_names import check_timm_name
 
 __all__ = ["Weights", "WeightsChoice", "WeightsError", "read_weights"]
 
@@ -189,10 +190,11 @@ def _read_checkpoint(folder: Path, which: WeightsChoice, part: str) -> Weights:
 def _read_timm(name: str) -> Weights:
     import timm
 
+    check_timm_name(name)
     try:
         with weights_only():
             model: Any = timm.create_model(name, pretrained=True)
-    except Exception as error:  # unknown name, no weights of that name, no network: timm and its hub raise many types
+    except Exception as error:  # no weights of that name, no network: timm and its hub raise many types
         raise WeightsError(
             f"timm:{name} cannot be had ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
             "list names with timm.list_pretrained('vit_*'), or give a downloaded .safetensors file"

@@ -1,6 +1,7 @@
 """The recipes, what the papers got from them, and what of the papers is implemented.
 
-python -m mimir_fast.recipes list [WORD]     recipes (whose name contains WORD), with published numbers beside them
+python -m mimir_fast.recipes list            data sets, families, methods and sizes that have recipes
+python -m mimir_fast.recipes list WORD       recipes whose name contains WORD, with published numbers beside them
 python -m mimir_fast.recipes published       every row of the papers' tables (docs/published.md)
 python -m mimir_fast.recipes table           what is implemented (docs/systems.md)
 """
@@ -14,7 +15,7 @@ from mimir_fast._tyro import tyro
 from mimir_fast.cli import parse, run
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.recipes import all_recipes
-from mimir_fast.recipes.listing import print_list
+from mimir_fast.recipes.listing import overview, print_list
 from mimir_fast.recipes.pages import published_page, systems_page
 
 
@@ -23,10 +24,10 @@ class RecipesConfig:
     """The recipes, what the papers got from them, and what of the papers is implemented."""
 
     what: Annotated[Literal["list", "published", "table"], tyro.conf.Positional] = "list"
-    """list: recipes, with published numbers beside them; published: every row of the papers' tables
+    """list: recipes, and with a WORD the published numbers beside them; published: every row of the papers' tables
     (docs/published.md); table: what is implemented (docs/systems.md)."""
     word: Annotated[str, tyro.conf.Positional] = ""
-    """Of `list`: only recipes whose name contains it."""
+    """Of `list`: show each recipe whose name contains it, or `all`; left out, one line a data set and family."""
     imports: Imports = ()
     """Module that registers recipes or methods of your own."""
 
@@ -39,8 +40,10 @@ def main(args: Sequence[str] | None = None) -> None:
         print(published_page(), end="")
     elif chosen.what == "table":
         print(systems_page(), end="")
+    elif not chosen.word:
+        print(overview(all_recipes()))
     else:
-        print_list([recipe for recipe in all_recipes() if chosen.word in recipe.name])
+        print_list([recipe for recipe in all_recipes() if chosen.word == "all" or chosen.word in recipe.name])
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ class FinetuneConfig:
     method: Annotated[str, RegisteredName(lambda: all_methods("finetune"))] = DEFAULT["finetune"]
     """How it is trained; the method's own options follow below."""
     init: str = ""
-    """A pre-training run, checkpoint, .safetensors or .pth file, or timm:NAME; empty trains from scratch."""
+    """A pre-training run, checkpoint, .safetensors or .pth file, or timm:NAME; empty trains from scratch. Where no
+    --recipe is named, a run brings its images and its encoder, and the result goes to RUN-METHOD."""
     init_weights: WeightsChoice = "auto"
     """Of a checkpoint or file: its trained weights, their moving average, or the average where there is one."""
     init_part: str = ""
@@ -198,11 +199,6 @@ class Finetuning:
             return f"{head}\n{self.init_report}"
         return head + ("" if config.init else ", from scratch (no --init)")
 
-    def next_command(self, run: Path) -> str:
-        """The evaluation, against the adversary of training."""
-        eps = f"{255 * self.config.objective.attack.eps:.4g}/255"
-        return f"mimir_fast.evaluate --checkpoint {run} --suite quick --eps {eps}"
-
 
 def build_method(config: FinetuneConfig) -> ClassificationMethod:
     """The method of a configuration.
@@ -244,10 +240,18 @@ def probe_data(config: FinetuneConfig, world: World) -> tuple[Loader | None, int
     return loader, train.num_classes
 
 
-def finetune(config: FinetuneConfig) -> Path:
-    """Run fine-tuning to its end (or to a signal) and return the run's folder."""
+def finetune(config: FinetuneConfig, then: Sequence[str] = ()) -> Path:
+    """Run fine-tuning to its end (or to a signal) and return the run's folder.
+
+    Args:
+        then: as of `pretrain`.
+    """
     config = replace(config, model=config.model.resolved())  # the run remembers what `auto` was
-    return run_session(config, lambda world, checkpoint: Finetuning(config, world, resumed=checkpoint is not None))
+
+    def build(world: World, checkpoint: Path | None) -> Finetuning:
+        return Finetuning(config, world, resumed=checkpoint is not None)
+
+    return run_session(config, build, then)
 
 
 def _predictions(model: nn.Module, images: Tensor, labels: Tensor) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimir_fast.checkpoints.tensor_files import save_tensors
 from mimir_fast.data.batch import Batch
 from mimir_fast.world import RunFailed, leave_at_once
 
@@ -100,19 +101,18 @@ class StepGuard:
     def _save(self, step: int, batches: list[Batch]) -> str:
         """Where the batch is; a disk that takes no more must not end what a skipped step did not."""
         from safetensors import SafetensorError
-        from safetensors.torch import save_file
 
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         path = self.folder / f"step-{step:08d}-rank{rank}.safetensors"
         tensors = {}
         for index, batch in enumerate(batches):
             for name in ("images", "labels", "samples", "epochs"):
-                tensors[f"{index}/{name}"] = getattr(batch, name).cpu().contiguous()
+                tensors[f"{index}/{name}"] = getattr(batch, name).cpu()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if len(list(self.folder.glob(f"*-rank{rank}.safetensors"))) >= MAX_SAVED_BATCHES:
                 return f"not saved: {self.folder} has {MAX_SAVED_BATCHES} already"
-            save_file(tensors, path)
+            save_tensors(tensors, path)
         except (OSError, SafetensorError) as error:
             return f"not saved ({error})"
         return str(path)

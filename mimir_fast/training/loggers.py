@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: terminal, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Where a run's numbers and pictures go: metrics.jsonl, TensorBoard, Weights & Biases; terminal.py: the screen."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mimir_fast.checkpoints.durable import write_text
+from mimir_fast.versions import install_command
 from mimir_fast.world import drop_unread
 
 
@@ -158,7 +159,7 @@ def import_wandb() -> Any:
     try:
         import wandb  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
-        raise ImportError("--wandb needs Weights & Biases: pip install 'mimir-fast[wandb]', or leave it out") from error
+        raise ImportError(f"--wandb needs Weights & Biases: {install_command('wandb')}, or leave it out") from error
     return wandb
 
 
@@ -173,64 +174,3 @@ class Pictures(Logger):
 
         self.folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image_HWC).save(self.folder / f"{name}-{step:08d}.png")
-
-
-class Terminal(Logger):
-    """A live bar on a terminal, plain lines otherwise."""
-
-    def __init__(self, total_steps: int, first_step: int) -> None:
-        self.total_steps = total_steps
-        self._bar: Any = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=24),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
-            )
-            self._task = self._bar.add_task("", total=total_steps, completed=first_step, numbers="")
-            self._bar.start()
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        numbers = "  ".join(describe(name, value) for name, value in values.items() if name != "eta_s")
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step + 1, numbers=numbers)
-        else:
-            eta = f"  eta {duration(values['eta_s'])}" if "eta_s" in values else ""
-            print(f"step {step + 1}/{self.total_steps}  {numbers}{eta}", flush=True)
-
-    def say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def describe(name: str, value: float) -> str:
-    """`name value` in the digits a person needs."""
-    if name == "data_wait":
-        return f"data-wait {value:.1%}"
-    if name == "images_per_s":
-        return f"{value:,.0f} images/s"
-    if name == "memory_gib":
-        return f"{value:.2f} GiB"
-    if name == "lr" or (value and abs(value) < 1e-3):
-        return f"{name} {value:.2e}"
-    return f"{name} {value:.4f}" if not float(value).is_integer() else f"{name} {value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """`1 h 02 min`, `3 min 05 s` or `12 s`."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

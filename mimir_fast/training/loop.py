@@ -109,7 +109,7 @@ class Trainer:
                     micro = [next(batches) for _ in range(self.accum_iter)]
                 self._meter.add(self.train_step(micro))
                 watchdog.beat(self.step)
-                if self.step % self.run.log_every == 0 or self.step == last:
+                if self.step == 1 or self.step % self.run.log_every == 0 or self.step == last:
                     self._log()
                 if self._ends_epoch():
                     self._evaluate(watchdog)
@@ -239,7 +239,8 @@ class Trainer:
         self.skipped_files = int(values.get("skipped_files", 0))
         values["lr"] = self.optimizer.param_groups[-1]["lr"]
         values["epoch"] = self.step * self.run.batch_size / self.loader.epoch_length
-        values["eta_s"] = (self.total_steps - self.step) * self.run.batch_size / max(values["images_per_s"], 1e-9)
+        if self.step > 1:  # the first step compiles and allocates, it says nothing of the others
+            values["eta_s"] = (self.total_steps - self.step) * self.run.batch_size / max(values["images_per_s"], 1e-9)
         if self.guard.skipped:
             values["skipped_steps"] = self.guard.skipped
         self.logger.scalars(self.step - 1, values)

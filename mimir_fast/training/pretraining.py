@@ -219,18 +219,6 @@ class Pretraining:
         head += f", {frozen_part(config.freeze)}" if config.freeze else ""
         return head if self.init_report is None else f"{head}\n{self.init_report}"
 
-    def next_command(self, run: Path) -> str:
-        """Fine-tuning by the recipe of this data set and encoder; another encoder than the recipe's is spelled out."""
-        group, _, name = self.config.recipe.partition("/")
-        model, method = self.config.model, DEFAULT["finetune"]
-        if f"_{model.family}_{model.encoder}_" in f"{name}_":
-            return f"mimir_fast.finetune --recipe {group}/{method}_{model.family}_{model.encoder} --init {run}"
-        return (
-            f"mimir_fast.finetune --method {method} --data.source {self.config.data.source} "
-            f"--model.family {model.family} --model.encoder {model.encoder} --model.patch_size {model.patch_size} "
-            f"--init {run}"
-        )
-
 
 def count_classes(config: PretrainConfig) -> int:
     """Classes of the training split.
@@ -244,6 +232,10 @@ def count_classes(config: PretrainConfig) -> int:
     return source.num_classes
 
 
-def pretrain(config: PretrainConfig) -> Path:
-    """Run pre-training to its end (or to a signal) and return the run's folder."""
-    return run_session(config, lambda world, checkpoint: Pretraining(config, resumed=checkpoint is not None))
+def pretrain(config: PretrainConfig, then: Sequence[str] = ()) -> Path:
+    """Run pre-training to its end (or to a signal) and return the run's folder.
+
+    Args:
+        then: the words after `python -m` of the command that the run proposes in the end; none for no proposal.
+    """
+    return run_session(config, lambda world, checkpoint: Pretraining(config, resumed=checkpoint is not None), then)

@@ -4,10 +4,10 @@ import time
 from itertools import islice
 
 from mimir_fast.training.health import StopSignal
-from mimir_fast.training.loggers import duration
 from mimir_fast.training.loop import Trainer
 from mimir_fast.training.meter import memory_bytes
 from mimir_fast.training.state import training_tensors
+from mimir_fast.training.terminal import duration
 
 STEPS = 3  # the first compiles and allocates; the fastest of the others counts
 

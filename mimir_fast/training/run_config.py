@@ -49,7 +49,7 @@ class RunConfig:
     ema_decay: float = 0.0
     """Moving average of the weights; 0 is off."""
     log_every: int = 10
-    """Steps between log lines."""
+    """Steps between log lines; the first step has one always."""
     picture_every: int = 0
     """Steps between pictures; 0 is only at the end."""
     save_every: int = 200

@@ -1,7 +1,8 @@
 """One start of a run, from processes to closing words: what all tasks have in common around the loop."""
 
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,6 @@ from mimir_fast.training.loggers import (
     Loggers,
     Pictures,
     TensorBoard,
-    Terminal,
     WeightsAndBiases,
     import_wandb,
 )
@@ -32,6 +32,7 @@ from mimir_fast.training.rehearsal import rehearse
 from mimir_fast.training.run_config import RunConfig
 from mimir_fast.training.run_folder import RunFolder
 from mimir_fast.training.task import Task
+from mimir_fast.training.terminal import Terminal
 from mimir_fast.training.watchdog import Watchdog
 from mimir_fast.versions import python_command
 from mimir_fast.world import World, start_world, stop_world
@@ -63,12 +64,13 @@ class SessionConfig(Protocol):
         ...
 
 
-def run_session(config: Any, build_task: BuildTask) -> Path:
+def run_session(config: Any, build_task: BuildTask, then: Sequence[str] = ()) -> Path:
     """Run a task to its end (or to a signal) and return the run's folder.
 
     Args:
         config: a dataclass that is a SessionConfig; written into the folder and the checkpoints.
         build_task: (world, the checkpoint that is gone on from or None) → the task with its model, on each process.
+        then: the words after `python -m` of the command to propose in the end.
     """
     world = start_world(config.run.device)
     stop, folder = StopSignal(), RunFolder(config.folder, world)
@@ -76,7 +78,7 @@ def run_session(config: Any, build_task: BuildTask) -> Path:
         if config.run.dry_run:
             rehearse(build_trainer(config, folder, build_task, None), stop)
         else:
-            _run(config, folder, build_task, stop)
+            _run(config, folder, build_task, stop, then)
         stop_world()  # not after a failure: others may be waiting in a collective for this process
     finally:
         stop.restore()
@@ -84,7 +86,9 @@ def run_session(config: Any, build_task: BuildTask) -> Path:
     return config.folder
 
 
-def _run(config: Any, folder: RunFolder, build_task: BuildTask, stop: StopSignal) -> None:
+def _run(
+    config: Any, folder: RunFolder, build_task: BuildTask, stop: StopSignal, then: Sequence[str]
+) -> None:  # fmt: skip
     run, world = config.run, folder.world
     if run.wandb:
         world.on_main(lambda: bool(import_wandb()))
@@ -109,7 +113,7 @@ def _run(config: Any, folder: RunFolder, build_task: BuildTask, stop: StopSignal
             if world.is_main:
                 if finished or stop.received == "SIGINT":
                     folder.end(FINISHED if finished else INTERRUPTED)
-                logger.say(closing_words(trainer, finished))
+                logger.say(closing_words(trainer, finished, then))
         finally:
             logger.close()
             trainer.loader.close()
@@ -208,7 +212,7 @@ def resumed(trainer: Trainer, meta: dict[str, Any]) -> str:
     return text
 
 
-def closing_words(trainer: Trainer, finished: bool) -> str:
+def closing_words(trainer: Trainer, finished: bool, then: Sequence[str]) -> str:
     """Where everything is and what to type next."""
     folder, task = trainer.folder.path, trainer.task
     if not finished:
@@ -231,4 +235,6 @@ def closing_words(trainer: Trainer, finished: bool) -> str:
     if trainer.skipped_files:
         example = next(iter(trainer.loader.skipped), "see the ranks' warnings")
         lines.append(f"  {trainer.skipped_files} unreadable files were passed over, such as {example}")
-    return "\n".join([*lines, f"next: {python_command()} -m {task.next_command(folder)}"])
+    if then:
+        lines.append(f"next: {shlex.join([python_command(), '-m', *then])}")
+    return "\n".join(lines)

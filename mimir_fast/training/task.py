@@ -1,7 +1,6 @@
 """What the loop needs to know of the thing it trains."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,8 +48,4 @@ class Task(Protocol):
 
     def describe(self, num_samples: int) -> str:
         """What is trained on what, for the head of the output."""
-        ...
-
-    def next_command(self, run: Path) -> str:
-        """What to type after the run, from the module's name on."""
         ...

@@ -1,6 +1,7 @@
 """The site builds without a warning, and the tutorial types what the commands propose."""
 
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -8,15 +9,12 @@ from pathlib import Path
 
 import doc_commands as known
 import pytest
-import torch
 from commands import command_environment
 from doc_blocks import ROOT, blocks_of, prose_of
 
 from mimir_fast.finetune import config_from as finetune_config
 from mimir_fast.pretrain import config_from as pretrain_config
-from mimir_fast.training.finetuning import Finetuning
-from mimir_fast.training.pretraining import Pretraining
-from mimir_fast.world import World
+from mimir_fast.recipes.following import after_finetuning, after_pretraining
 
 MOST_LINES_OF_THE_README = 130
 
@@ -51,12 +49,9 @@ def test_the_tutorial_types_what_is_proposed() -> None:
     module, args = known.module_of(known.make_command("pretrain")) or ("", [])
     assert typed[0] == "make pretrain" and module == "mimir_fast.pretrain"
     pretraining = pretrain_config(args)
-    proposed = f"python -m {Pretraining(pretraining).next_command(pretraining.folder)}"
-    assert proposed in typed
-    finetuning = finetune_config(proposed.split()[3:])
-    finetuning.init = ""  # nothing was trained here
-    task = Finetuning(finetuning, World(0, 1, torch.device("cpu")))
-    assert f"python -m {task.next_command(finetuning.folder)}" in typed
+    proposed = after_pretraining(pretraining)
+    assert shlex.join(["python", "-m", *proposed]) in typed
+    assert shlex.join(["python", "-m", *after_finetuning(finetune_config(proposed[1:]))]) in typed
 
 
 def test_the_readme_is_short() -> None:

@@ -1,5 +1,6 @@
 """Every kind of model can be judged, and what does not fit is refused with the fix."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from mimir_fast.evaluation.adapters import FromProbabilities, JudgedModel, Norma
 from mimir_fast.evaluation.attacks import attack_averaged, make_threat
 from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.evaluation.sanity import inspect_model
+from mimir_fast.models.weight_files import read_weights
 
 CPU = torch.device("cpu")
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -51,6 +53,37 @@ def test_module_function(small_model, tmp_path: Path, monkeypatch: pytest.Monkey
         load("small_classifier:nothing")
     with pytest.raises(ImportError, match="PYTHONPATH"):
         load("no_such_module_at_all:function")
+
+
+OWN = """
+import torch
+def build(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+def sized(width, *, depth): return build()
+def optional(width=3): return build()
+"""
+
+
+def test_a_module_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a console script has no working folder, that of `python -m` has."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    (tmp_path / "own_models.py").write_text(OWN)
+    for name in ("build", "optional"):
+        assert load(f"own_models:{name}")(IMAGES).shape == (4, 10)
+    with pytest.raises(ValueError, match=r"sized\(\) is called without arguments \(missing a .*'width'\)"):
+        load("own_models:sized")
+    with pytest.raises(ImportError, match=f"looked for in {tmp_path}, PYTHONPATH"):
+        load("no_such_models:build")
+
+
+def test_a_misspelt_model_of_timm() -> None:
+    for spec in ("timm:vit_tny", "timm:vit_tny@random", "timm:vit_tny.augreg_in21k"):
+        with pytest.raises(ValueError, match=r"'vit_tny'; did you mean vit_tiny_patch\w+, vit_tiny\w+"):
+            load(spec)
+    with pytest.raises(ValueError, match=r"'vit_tny'; did you mean vit_tiny_patch\w+"):
+        read_weights("timm:vit_tny")
+    with pytest.raises(ValueError, match=r"no model 'qqqqqqqq': timm\.list_models"):
+        load("timm:qqqqqqqq")
 
 
 def test_timm_models_get_their_normalisation_inside() -> None:

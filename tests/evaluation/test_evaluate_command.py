@@ -58,7 +58,12 @@ def finished(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("quick")
     done = run_module(folder, "mimir_fast.evaluate", *FLAGS, "--output_dir", "out")
     assert done.returncode == 0, done.stderr
-    assert "report.html" in done.stdout
+    *_, report, following = done.stdout.splitlines()
+    assert report == "report: out/report.html" and "mimir_fast.compare out …" in following
+    # Topics of many measurements have one line, the attacks of the headline one each.
+    for line in (r"^ +pgd20 .* s$", r"^ +curve +\d+ measurements "):
+        assert re.search(line, done.stdout, re.M), done.stdout
+    assert "@few" not in done.stdout
     return folder / "out"
 
 

@@ -47,7 +47,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_topic_from_outside_is_measured_reported_resumed_and_compared(outside: Path, command: Command) -> None:
-    listing = command("mimir_fast.evaluate", "--import", "brightness", "--help")
+    listing = command("mimir_fast.evaluate", "--import", "brightness", "--help_all")
     assert "--brightness" in listing.stdout and "Added to images in [0, 1]" in listing.stdout
 
     done = command("mimir_fast.evaluate", *FLAGS, *ASKED)

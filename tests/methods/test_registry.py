@@ -64,7 +64,7 @@ def test_a_mask_unit_must_fit_the_patch() -> None:
 
 def test_help_shows_the_method_s_options_only(command: Command) -> None:
     def help_of(method: str) -> str:
-        return command("mimir_fast.pretrain", "--method", method, "--help").stdout
+        return command("mimir_fast.pretrain", "--method", method, "--help_all").stdout
 
     aemim, mae = help_of("aemim"), help_of("mae")
     assert "--adversarial_weight" in aemim and "--attack.distance" in aemim and "--mi." not in aemim

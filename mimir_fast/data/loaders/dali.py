@@ -32,6 +32,7 @@ from mimir_fast.data.loaders.skip import SkipLedger, first_readable
 from mimir_fast.data.order import BatchPlan, KeyStream, MixedOrder, SampleOrder
 from mimir_fast.data.sources.base import EncodedSource
 from mimir_fast.sizes import height_width
+from mimir_fast.versions import dali_package
 
 _PIPELINE_DEPTH = 2
 _LOG = logging.getLogger(__name__)
@@ -44,8 +45,9 @@ def import_dali() -> Any:
         ImportError: absent, or the placeholder of the same name; the message says what to install.
     """
     advice = (
-        "install NVIDIA's wheel by its full name: pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120); the "
-        "package called nvidia-dali is an empty placeholder. Without DALI use --data.loader torch"
+        f"install NVIDIA's wheel by its full name: pip install {dali_package()} (cuda120 with a torch of CUDA 12, "
+        "cuda130 with one of CUDA 13); the package called nvidia-dali is an empty placeholder. Without DALI use "
+        "--data.loader torch"
     )
     try:
         import nvidia.dali as dali

@@ -35,4 +35,4 @@ def _upsample(image: np.ndarray, size: Size) -> np.ndarray:
     return np.asarray(levels.resize((width, height), Image.Resampling.BICUBIC))
 
 
-register("digits", build)
+register("digits", build, root=False)

@@ -115,8 +115,8 @@ def check(setup: Setup) -> None:
             import pyautoattack  # noqa: F401
         except ImportError as error:
             raise ImportError(
-                "FAB and Square come from AutoAttack's package: pip install pyautoattack, or name the other attacks "
-                "(--strongest_attacks)"
+                "FAB and Square come from AutoAttack's package: pip install 'pyautoattack<0.3', or name the other "
+                "attacks (--strongest_attacks)"
             ) from error
 
 

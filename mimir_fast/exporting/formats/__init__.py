@@ -3,6 +3,7 @@
 To add one, write a file in this folder that calls `register(Format(…))`; nothing else has to change.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from mimir_fast.exporting.original import Original
 from mimir_fast.registry import Registry
-from mimir_fast.versions import python_command
+from mimir_fast.versions import install_command, python_command
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,15 @@ class Format:
         """Raises ImportError, saying what to type, where a package is missing."""
         missing = [name for name in self.needs if find_spec(name) is None]
         if missing:
-            raise ImportError(
-                f"--format {self.name} needs {', '.join(missing)}: pip install 'mimir-fast[{self.extra}]'"
-            )
+            raise ImportError(f"--format {self.name} needs {', '.join(missing)}: {install_command(self.extra)}")
 
 
 def program_use(original: Original, path: Path, python: str) -> str:
     """How a program is used: in Python, and, if it classifies, in our evaluation."""
     if original.num_classes is None:
         return python
-    return f"{python}\n     {python_command()} -m mimir_fast.evaluate --checkpoint {path} --data.source …"
+    evaluate = shlex.join([python_command(), "-m", "mimir_fast.evaluate", "--checkpoint", str(path)])
+    return f"{python}\n     {evaluate} --data.source …"
 
 
 FORMATS: Registry[Format] = Registry("format", __name__)

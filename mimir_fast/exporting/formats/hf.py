@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimir_fast.checkpoints.tensor_files import save_tensors
 from mimir_fast.exporting.compare import Function, difference
 from mimir_fast.exporting.formats import Format, register
 from mimir_fast.exporting.hugging_face import Twin, find_twin
@@ -27,14 +28,12 @@ CENTRE = 224 / 256  # of an image that is brought to size as ImageNet's are: sid
 
 def write(original: Original, path: Path) -> float:
     """Read back by `from_pretrained` of the class, and by AutoImageProcessor."""
-    from safetensors.torch import save_file
-
     twin = find_twin(original)
     path.mkdir()
     config = {"architectures": [twin.class_name], **twin.config}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (path / "preprocessor_config.json").write_text(json.dumps(preprocessor(original), indent=2) + "\n")
-    save_file(twin.tensors, path / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(twin.tensors, path / "model.safetensors", {"format": "pt"})
     model, normalise = _read(twin, path)
 
     def run(images: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """One safetensors file of ours: all weights, decoder and adapters too, and the configuration."""
 
 import json
+import shlex
 from pathlib import Path
 
 import torch
 
+from mimir_fast.checkpoints.tensor_files import save_tensors
 from mimir_fast.exporting.formats import Format, register
 from mimir_fast.exporting.original import Original
 from mimir_fast.models.identify import record_of
@@ -15,12 +17,10 @@ from mimir_fast.versions import python_command
 
 def write(original: Original, path: Path) -> float:
     """Every tensor, bit for bit."""
-    from safetensors.torch import save_file
-
     weights = original.weights
     written = json.dumps(record_of(weights, original.architecture))
     metadata = {"format": "mimir_fast", "config": written, **original.known_statistics}
-    save_file({name: t.contiguous() for name, t in weights.tensors.items()}, path, metadata=metadata)
+    save_tensors(weights.tensors, path, metadata)
     back = read_weights(path).tensors
     changed = [
         n for n, t in weights.tensors.items() if n not in back or not torch.equal(t.nan_to_num(), back[n].nan_to_num())
@@ -33,9 +33,8 @@ def write(original: Original, path: Path) -> float:
 
 def use(original: Original, path: Path) -> str:
     """The commands that take it."""
-    if original.num_classes is not None:
-        return f"{python_command()} -m mimir_fast.evaluate --checkpoint {path}"
-    return f"{python_command()} -m mimir_fast.finetune --init {path}"
+    words = ["finetune", "--init"] if original.num_classes is None else ["evaluate", "--checkpoint"]
+    return shlex.join([python_command(), "-m", f"mimir_fast.{words[0]}", words[1], str(path)])
 
 
 register(Format("safetensors", ".safetensors", write, use))

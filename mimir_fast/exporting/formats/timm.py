@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.checkpoints.tensor_files import save_tensors
 from mimir_fast.exporting.compare import difference
 from mimir_fast.exporting.formats import Format, register
 from mimir_fast.exporting.original import Original
@@ -18,13 +19,13 @@ from mimir_fast.models.families import TimmModel, find_family
 
 def write(original: Original, path: Path) -> float:
     """The tensors of encoder and head; read back by the class of timm that the code in the file names."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     timm_model = in_timm(original)
     metadata = {"format": "pt", "timm": json.dumps(timm_model.arguments), "class": timm_model.path,
                 "code": timm_model.code, "image_size": json.dumps(original.architecture.image_size),
                 **original.known_statistics}  # fmt: skip
-    save_file({name: t.contiguous() for name, t in timm_model.tensors.items()}, path, metadata=metadata)
+    save_tensors(timm_model.tensors, path, metadata)
     made: dict[str, Any] = {}
     exec(timm_model.code, made)  # the code that users are told to run
     theirs: Any = made["model"]

@@ -1,0 +1,121 @@
+"""The commands from Python, and a finished run asked for single images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mimir_fast
+from mimir_fast.data import DataConfig
+from mimir_fast.data.sources import build_source
+from mimir_fast.evaluation.adapters import load_model
+from mimir_fast.evaluation.images import load_images
+from mimir_fast.predict import PredictConfig, predict
+from mimir_fast.predicting import Attacked, Prediction
+
+SMALL = {"device": "cpu", "precision": "fp32", "batch_size": 16, "log_every": 1, "save_every": 50}
+DIGITS = DataConfig(image_size=32)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pre-training and a fine-tuning of one step."""
+    folder = tmp_path_factory.mktemp("api runs")
+    pretrained = mimir_fast.pretrain(
+        data={"source": "digits", "limit": 32}, recipe="digits/mimir_vit_nano", max_steps=1, output_dir=folder / "a",
+        attack={"eps": "4/255"}, **SMALL,
+    )  # fmt: skip
+    tuned = mimir_fast.finetune(
+        pretrained, data="digits", method="natural", max_steps=1, probe={"num_images": 0}, warmup_epochs=0, **SMALL
+    )
+    return pretrained, tuned
+
+
+def test_training(runs: tuple[Path, Path]) -> None:
+    pretrained, tuned = runs
+    assert pretrained.name == "a" and tuned == Path(f"{pretrained}-natural")
+    assert '"eps": 0.01568' in (pretrained / "config.json").read_text()
+
+
+def test_judging(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    options = {"suite": "table", "autoattack": "no", "limit": 30, "eps": "1/255"}
+    results = mimir_fast.evaluate(runs[1], output_dir=tmp_path, **options)
+    assert results.sections["accuracy"]["attacks"]["natural"]["total"] == 30 and (tmp_path / "report.html").is_file()
+    outcomes = mimir_fast.probe(runs[0], probes=["knn"], attack_images=0, limit=30, pictures=False, output_dir=tmp_path)
+    assert len(outcomes) == 1
+    model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)), torch.zeros(4, 1, 8, 8)
+    given = mimir_fast.evaluate(model, images, torch.tensor([0, 1, 0, 1]), suite="table", autoattack="no")
+    assert given.sections["accuracy"]["attacks"]["natural"]["accuracy"] == 0.5
+    for wrong in ({"model": model}, {"model": runs[1], "images": images}):
+        with pytest.raises(ValueError, match="in memory"):
+            mimir_fast.evaluate(**wrong)
+
+
+def test_a_digit(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    model = mimir_fast.load(runs[1])
+    images = load_images(DIGITS)
+    x = images.images[:6].expand(-1, 3, -1, -1) if images.images.shape[1] == 1 else images.images[:6]
+    found = [model.predict(image) for image in x]
+    judged = load_model(str(runs[1]), num_classes=10, device=torch.device("cpu"), image_size=32)
+    with torch.no_grad():
+        logits = judged.module(x.float() / 255)
+    ordered = logits.sort(descending=True)
+    assert [said.index for said in found] == ordered.indices[:, 0].tolist()
+    assert [said.name for said in found] == [str(said.index) for said in found]
+    assert [said.runner_up for said in found] == [str(index) for index in ordered.indices[:, 1].tolist()]
+    margins, best = ordered.values[:, 0] - ordered.values[:, 1], logits.softmax(1).amax(1)
+    torch.testing.assert_close(torch.tensor([said.margin for said in found]), margins, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(torch.tensor([said.probability for said in found]), best)
+    pixels = x[0].permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    # The same image as a file, an array and floats, and of one channel.
+    for same in (tmp_path / "x.png", pixels, x[0].float() / 255, pixels[:, :, 0], x[0, :1]):
+        assert model.predict(same) == found[0]
+    both = model.attack(x[0], eps=16 / 255)
+    assert (both.before == found[0] and both.after.index != both.before.index) or both.after.margin < both.before.margin
+    distance = (both.adversarial - both.clean).abs().max()
+    assert 8 / 255 < distance <= 16 / 255 + 1e-7 and torch.equal(both.clean, x[0].float() / 255)
+    assert torch.equal(model.attack(x[0], eps=16 / 255).adversarial, both.adversarial)
+    features = model.embed(pixels, x[1])
+    assert features.shape == (2, 96) and torch.equal(features[:1], model.embed(x[0]))
+
+
+def test_images_that_are_none(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    model = mimir_fast.load(runs[1])
+    (tmp_path / "x.png").write_text("no image")
+    for wrong in (tmp_path / "x.png", np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8)), torch.zeros(3, 8, 8),
+                  2 * torch.ones(3, 32, 32), torch.ones(3, 32, 32, dtype=torch.int64)):  # fmt: skip
+        with pytest.raises(ValueError):
+            model.predict(wrong)
+    encoder = mimir_fast.load(runs[0])
+    assert encoder.embed(torch.zeros(3, 32, 32)).shape == (1, 96)
+    with pytest.raises(ValueError, match="no classification head"):
+        encoder.predict(torch.zeros(3, 32, 32))
+
+
+def test_the_command(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = build_source(DIGITS, "test")
+    names = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for i, name in enumerate(names):
+        Image.fromarray(source.pixels(i).squeeze()).save(name)
+    (first, _) = predict(PredictConfig(str(runs[1]), tuple(names)))
+    assert isinstance(first, Prediction)
+    assert f"{names[0]}: {first.name} ({100 * first.probability:.1f} %), by a margin of" in capsys.readouterr().out
+    attacked = predict(PredictConfig(str(runs[1]), tuple(names), attack=True, output=str(tmp_path / "p.png")))
+    said = capsys.readouterr().out
+    assert said.count("under PGD-20, L∞, ε = 8/255: ") == 2 and f"picture: {tmp_path / 'p.png'}" in said
+    assert isinstance(attacked[0], Attacked) and attacked[0].before == first
+    assert Image.open(tmp_path / "p.png").size[0] > 500
+
+
+def test_errors_are_exceptions(tmp_path: Path) -> None:
+    for options, words in (
+        ({"recipe": "digits/no"}, "unknown recipe"), ({"data": "nowhere"}, "wanted a folder of images or one of"),
+        ({"no_such_option": 3}, "no_such_option"), ({"batch_size": "many"}, "batch_size"),
+        ({"data": {"root": "here"}}, "--data.root does nothing"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            mimir_fast.pretrain(output_dir=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
