@@ -14,7 +14,7 @@ from PIL import Image
 from mimir_fast.data import DataConfig, build_loader, build_source
 from mimir_fast.data import decode as decode_module
 from mimir_fast.data.decode import UnreadableImageError, checked_file, decode
-from mimir_fast.data.loaders.dali import _define_pipeline, _Feed
+from mimir_fast.data.loaders.dali import DaliLoader, _define_pipeline, _Feed
 from mimir_fast.data.loaders.skip import SkipLedger, TooManyBadFilesError
 from mimir_fast.data.order import KeyStream
 
@@ -118,7 +118,7 @@ def test_unreadable_files_are_skipped_counted_and_named(config, damaged_folder, 
     loader = build_loader(config, split="train", batch_size=7, seed=1)
     batches = list(islice(loader, 8))
     assert all(batch.images.shape == (7, 3, 48, 48) for batch in batches)
-    assert sorted(path.rsplit("/", 1)[1] for path in loader.skipped) == ["cut.jpg", "notes.txt", "zero.jpg"]
+    assert sorted(path.rsplit("/", 1)[1] for path in loader.skipped) == ["cut.jpg", "notes.jpg", "zero.jpg"]
     assert caplog.text.count("skipped file") == 3 and "skipped file 3 (of 50 allowed): " in caplog.text
     labels = torch.from_numpy(build_source(config, "train").labels)
     assert all(torch.equal(batch.labels, labels[batch.samples]) for batch in batches)  # of what came in its place
@@ -285,8 +285,11 @@ def test_the_pipeline_of_a_gpu_cuts_the_same_pixels(image_folder, augment):
     loader.close()
 
 
-def test_damage_inside_a_jpeg_is_judged_alike_by_torch_and_dali(image_folder):
-    """Bytes overwritten in the middle, ends intact: DALI stops at some, goes on, and gives the same stream."""
+def test_damage_inside_a_jpeg_is_judged_alike_by_torch_and_dali(image_folder, monkeypatch):
+    """Bytes overwritten in the middle, ends intact: DALI fails at some and goes on, and the stream stays in step.
+
+    It decodes the part that a crop needs, so it may take a file whose damage lies elsewhere; PIL judges whole files.
+    """
     pytest.importorskip("nvidia.dali")
     random = np.random.Generator(np.random.Philox(0))
     files = sorted((image_folder / "train").glob("*/*.jpg"))[::2]
@@ -296,6 +299,9 @@ def test_damage_inside_a_jpeg_is_judged_alike_by_torch_and_dali(image_folder):
             content[place] = random.integers(256)
         file.write_bytes(content)
     results, skipped = {}, {}
+    builds: list[KeyStream] = []
+    build = DaliLoader._build
+    monkeypatch.setattr(DaliLoader, "_build", lambda self, keys: (builds.append(keys), build(self, keys)))
     for loader in ("torch", "dali"):
         config = DataConfig(
             source="folder", root=str(image_folder), image_size=48, loader=loader, augment="resized_crop", num_workers=0
@@ -303,11 +309,19 @@ def test_damage_inside_a_jpeg_is_judged_alike_by_torch_and_dali(image_folder):
         data = build_loader(config, split="train", batch_size=4, seed=5)
         results[loader], skipped[loader] = list(islice(data, 14)), set(data.skipped)
         data.close()
-    assert skipped["torch"] == skipped["dali"]
+    assert skipped["dali"] <= skipped["torch"]
     broken = [path for path in skipped["dali"] if passes_at_a_glance(path)]
     assert broken  # some were given to DALI, which failed on them
+    assert len(builds) == 1  # one bad batch costs that batch, not all that were begun
+    source, differing = build_source(config, "train"), 0
     for ours, theirs in zip(results["torch"], results["dali"], strict=True):
-        assert equal(ours, theirs)
+        for row, sample in enumerate(theirs.samples.tolist()):
+            if sample == ours.samples[row]:
+                assert torch.equal(ours.images[row], theirs.images[row])
+            else:
+                assert source.where(sample) in skipped["torch"]
+                differing += 1
+    assert differing <= 4  # of 56
 
 
 def passes_at_a_glance(path: str) -> bool:
