@@ -19,11 +19,11 @@ class DataConfig:
     """One data set and the way it reaches the model."""
 
     source: str = "digits"
-    """digits, fashion_mnist, idx, cifar10, cifar100, tiny_imagenet, imagenet, folder, webdataset, raw (what
-    `python -m mimir_fast.data.prepare` wrote: uint8 images mapped into memory, the fastest), or one that a module of
-    yours registers (--import)"""
+    """digits, fashion_mnist, idx, cifar10, cifar100, tiny_imagenet, imagenet, folder, images (any folder, zip or tar of
+    images, without labels), webdataset, raw (what `python -m mimir_fast.data.prepare` wrote: uint8 images mapped into memory, the fastest), or one that a module of yours registers (--import)"""
     root: str | None = None
-    """where the files lie; a brace pattern of tar shards for webdataset; not needed for digits and fashion_mnist"""
+    """where the files lie; a brace pattern of tar shards for webdataset; not needed for digits and fashion_mnist. A run
+    goes on where they were moved to, if classes and file names are the same"""
     image_size: Size = 32
     """pixels along a side of the images a batch holds; two numbers, height and width, where they are not square"""
     channels: int = 3

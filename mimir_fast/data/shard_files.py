@@ -1,7 +1,7 @@
 """One prepared shard: its file, written whole or not at all, and the note that says it is there.
 
 raw: the pixels of one image after the other, each (height, width, channels) uint8. webdataset: a tar file in which
-image number n is 000000n.jpg (or .png, …) beside 000000n.cls with its class number.
+sample n of the source is 00000000n.jpg (or .png, …) beside 00000000n.cls with its class number.
 """
 
 import io
@@ -180,7 +180,7 @@ def _write_tar(aside: Path, images: Iterator[tuple[int, bytes]], source: ImageSo
         for number, (sample, content) in enumerate(images):
             suffix = next((name for magic, name in _MAGIC.items() if content.startswith(magic)), "jpg")
             for extension, data in ((suffix, content), ("cls", str(int(source.labels[sample])).encode())):
-                member = tarfile.TarInfo(f"{number:07d}.{extension}")  # no times, no owners: the same bytes each time
+                member = tarfile.TarInfo(f"{sample:09d}.{extension}")  # no times, no owners: the same bytes each time
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
             yield sample, number, 0, 0

@@ -124,7 +124,7 @@ def test_grey_and_a_part_of_the_images(image_folder, tmp_path, prepared):
 def test_bad_files_are_left_out_and_listed(damaged_folder, tmp_path):
     manifest = prepare(config_for(damaged_folder, tmp_path / "out"))["train"]
     assert manifest.num_images == 25
-    assert sorted(path.rsplit("/", 1)[1] for path in manifest.skipped) == ["cut.jpg", "notes.txt", "zero.jpg"]
+    assert sorted(path.rsplit("/", 1)[1] for path in manifest.skipped) == ["cut.jpg", "notes.jpg", "zero.jpg"]
     assert json.loads((tmp_path / "out" / "train.json").read_text())["skipped"] == manifest.skipped
     with pytest.raises(TooManyBadFilesError, match=r"[23] unreadable files.*max_bad_files = 1.*--max_bad_files"):
         prepare(config_for(damaged_folder, tmp_path / "less", max_bad_files=1))
