@@ -20,7 +20,8 @@ class DataConfig:
 
     source: str = "digits"
     """digits, fashion_mnist, idx, cifar10, cifar100, tiny_imagenet, imagenet, folder, images (any folder, zip or tar of
-    images, without labels), webdataset, raw (what `python -m mimir_fast.data.prepare` wrote: uint8 images mapped into memory, the fastest), or one that a module of yours registers (--import)"""
+    images, without labels), webdataset, raw (what `python -m mimir_fast.data.prepare` wrote: uint8 images mapped into
+    memory, the fastest), or one that a module of yours registers (--import)"""
     root: str | None = None
     """where the files lie; a brace pattern of tar shards for webdataset; not needed for digits and fashion_mnist. A run
     goes on where they were moved to, if classes and file names are the same"""

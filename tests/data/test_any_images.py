@@ -330,7 +330,8 @@ def test_grey_levels_of_many_bits_are_scaled(content, wanted):
 
 def test_colours_of_sixteen_bits_are_equal_in_all_loaders_and_prepared(tmp_path):
     """DALI would round v / 257, PIL takes v >> 8: they differ in half of all levels."""
-    from mimir_fast.data.prepare import PrepareConfig, prepare
+    from mimir_fast.data.prepare import prepare
+    from mimir_fast.data.prepare_config import PrepareConfig
 
     colours = np.stack([RAMP, RAMP[::-1], RAMP.T], axis=2)
     put(tmp_path, {f"train/{name}/a.png": png_of_16_bits(colours) for name in ("one", "two")})

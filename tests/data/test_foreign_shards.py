@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from mimir_fast.data import DataConfig, build_source
-from mimir_fast.data.prepare import PrepareConfig, prepare
+from mimir_fast.data.prepare import prepare
+from mimir_fast.data.prepare_config import PrepareConfig
 from mimir_fast.data.sources import MissingDataError
 from mimir_fast.data.sources.shard_names import split_of
 

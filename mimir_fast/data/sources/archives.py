@@ -12,7 +12,7 @@ import numpy as np
 
 from mimir_fast.data.decode import MAX_FILE_BYTES, UnreadableImageError
 from mimir_fast.data.index import Arrays, fingerprint_of, kept_index
-from mimir_fast.data.sources.base import EncodedSource, hashes
+from mimir_fast.data.sources.base import EncodedSource, hashes, state_of
 from mimir_fast.data.sources.tar_files import members_of
 from mimir_fast.data.sources.walk import is_hidden, is_image, say_others
 
@@ -60,6 +60,12 @@ class ArchiveSource(EncodedSource):
 
     def stamp(self, index: int) -> bytes:
         return bytes(self.names[index]) + f" {self.sizes[index]}".encode()
+
+    def name_of(self, index: int) -> bytes:
+        return bytes(self.names[index])
+
+    def state(self, index: int) -> bytes:
+        return f"{self.sizes[index]} {state_of(self.path)}".encode()
 
     def identities(self) -> np.ndarray:
         return hashes(self.names)

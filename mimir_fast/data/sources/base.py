@@ -66,6 +66,14 @@ class ImageSource(ABC):
         """
         return self.pixels(index).tobytes()
 
+    def name_of(self, index: int) -> bytes:
+        """What the sample is called within its data set."""
+        return f"{self.name}[{index}]".encode()
+
+    def state(self, index: int) -> bytes:
+        """Differs if the sample was changed under its name, as far as a cheap look tells: size and time of change."""
+        return str(zlib.crc32(self.stamp(index))).encode()
+
     def identities(self) -> np.ndarray:
         """(N,) int64: what tells all samples from those of another data set, as cheaply as it can be had."""
         return hashes(self.stamp(index) for index in range(len(self)))
@@ -173,6 +181,12 @@ class SubsetSource(EncodedSource):
     def stamp(self, index: int) -> bytes:
         return self.source.stamp(int(self.indices[index]))
 
+    def name_of(self, index: int) -> bytes:
+        return self.source.name_of(int(self.indices[index]))
+
+    def state(self, index: int) -> bytes:
+        return self.source.state(int(self.indices[index]))
+
     def identities(self) -> np.ndarray:
         return self.source.identities()[self.indices]
 
@@ -189,6 +203,12 @@ def hashes_of_places(files: Sequence[str], file_ids: np.ndarray, *columns: np.nd
         mixed = (mixed ^ column.astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
         mixed ^= mixed >> np.uint64(29)
     return (mixed >> np.uint64(32)).astype(np.int64)
+
+
+def state_of(path: Path) -> str:
+    """Size and time of change of a file."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def take_evenly(source: ImageSource, limit: int | None) -> ImageSource:

@@ -7,7 +7,7 @@ import numpy as np
 
 from mimir_fast.data.decode import MAX_FILE_BYTES, UnreadableImageError
 from mimir_fast.data.index import Arrays, fingerprint_of, kept_index
-from mimir_fast.data.sources.base import EncodedSource, hashes
+from mimir_fast.data.sources.base import EncodedSource, hashes, state_of
 from mimir_fast.data.sources.walk import say_others, walk
 
 
@@ -50,6 +50,13 @@ class FileSource(EncodedSource):
     def stamp(self, index: int) -> bytes:
         path = self.path(index)
         return bytes(self.paths[index]) + f" {path.stat().st_size if path.exists() else None}".encode()
+
+    def name_of(self, index: int) -> bytes:
+        return bytes(self.paths[index])
+
+    def state(self, index: int) -> bytes:
+        path = self.path(index)
+        return state_of(path).encode() if path.exists() else b"gone"
 
     def identities(self) -> np.ndarray:
         return hashes(self.paths)

@@ -7,7 +7,7 @@ of a machine share one copy in the page cache. (A shard that is cut while it is 
 import numpy as np
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.data.manifest import TABLE, check_sizes, read_manifest
+from mimir_fast.data.manifest import TABLE, check_classes, check_sizes, read_manifest
 from mimir_fast.data.npz import map_member
 from mimir_fast.data.registry import register
 from mimir_fast.data.sources.base import RawSource, existing_root
@@ -26,6 +26,7 @@ def build(config: DataConfig, split: str) -> RawSource:
     manifest = read_manifest(root / f"{split}.json", ADVICE)
     if manifest.format != "raw":
         raise ValueError(f"{root} holds {manifest.format} shards: give --data.source {manifest.format}")
+    check_classes(root, split, manifest.classes, ADVICE)
     check_sizes(manifest, root, ADVICE)
     path = root / f"{split}.npz"
     try:

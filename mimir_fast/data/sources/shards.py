@@ -16,9 +16,9 @@ import numpy as np
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.decode import MAX_FILE_BYTES
 from mimir_fast.data.index import Arrays, fingerprint_of, kept_index
-from mimir_fast.data.manifest import read_manifest
+from mimir_fast.data.manifest import check_classes, read_manifest
 from mimir_fast.data.registry import register
-from mimir_fast.data.sources.base import EncodedSource, hashes_of_places
+from mimir_fast.data.sources.base import EncodedSource, hashes_of_places, state_of
 from mimir_fast.data.sources.label_lists import number_labels
 from mimir_fast.data.sources.shard_labels import LABEL_BYTES, parse_cls, parse_json
 from mimir_fast.data.sources.shard_names import ADVICE, find_shards
@@ -57,6 +57,12 @@ class ShardSource(EncodedSource):
     def stamp(self, index: int) -> bytes:
         return f"{self.shards[self.shard_ids[index]].name} {self.offsets[index]} {self.sizes[index]}".encode()
 
+    def name_of(self, index: int) -> bytes:
+        return f"{self.shards[self.shard_ids[index]].name} {self.offsets[index]}".encode()
+
+    def state(self, index: int) -> bytes:
+        return f"{self.sizes[index]} {state_of(self.shards[self.shard_ids[index]])}".encode()
+
     def identities(self) -> np.ndarray:
         return hashes_of_places([shard.name for shard in self.shards], self.shard_ids, self.offsets, self.sizes)
 
@@ -89,6 +95,7 @@ def _classes(train: Arrays, manifest: Path, shards: list[Path]) -> list[str]:
     if names := _names(train):
         return names
     if manifest.is_file() and len(named := read_manifest(manifest, ADVICE).classes) >= number:
+        check_classes(manifest.parent, "train", named, ADVICE)
         return named
     return [str(label) for label in range(number)]
 
