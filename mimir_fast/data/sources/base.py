@@ -121,7 +121,8 @@ class RawSource(ImageSource):
 
     Args:
         files: the files, each with images (height, width, channels) one after the other.
-        table: `shard_ids`, `offsets` (bytes), `heights`, `widths`, each (N,) integers.
+        table: `shard_ids`, `offsets` (bytes), `heights`, `widths`, each (N,) integers; perhaps `contents`, a hash of
+            each.
         channels: 1 or 3.
     """
 
@@ -155,6 +156,8 @@ class RawSource(ImageSource):
         return f"{file} {self.table['offsets'][index]} {self.sizes[index].tolist()}".encode()
 
     def identities(self) -> np.ndarray:
+        if "contents" in self.table:
+            return self.table["contents"].astype(np.int64)
         return hashes_of_places(
             [file.name for file in self.files], self.table["shard_ids"], self.table["offsets"], *self.sizes.T
         )
