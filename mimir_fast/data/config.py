@@ -31,7 +31,8 @@ class DataConfig:
     """1 or 3; grey is repeated to colour, colour is weighed to luminance"""
     loader: Literal["auto", "resident", "torch", "dali", "raw"] = "auto"
     """how images come, not which: all give the same pixels on a CPU (DALI on a GPU rounds otherwise). auto: resident
-    when the decoded data set fits resident_gib, raw for source raw, else DALI when installed (GPU), else torch workers"""
+    when the decoded data set fits resident_gib, raw for source raw, else DALI when installed (GPU), else torch
+    workers"""
     num_workers: int = 4
     """processes of a rank that read files (torch) or read and parse them (dali), threads that read ahead (raw); 0 works
     in the main process"""

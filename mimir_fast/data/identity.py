@@ -15,11 +15,12 @@ import numpy as np
 from mimir_fast.data.sources.base import ImageSource
 
 _NAMES = 128  # in a sketch
+_CANDIDATES = 4096  # smallest hashes, among which some may be equal
 _ALIKE = 0.9  # part of the names that must be shared
 
 
 class DataIdentity:
-    """What a source's data are known by; made when it is first asked for (0.4 s for 1.28 million files).
+    """What a source's data are known by; made when it is first asked for (0.1 s for a million files).
 
     Args:
         source: the whole split, without limit or what is held out.
@@ -32,7 +33,10 @@ class DataIdentity:
     def state(self) -> dict[str, Any]:
         """Plain words and numbers: `classes`, a digest of their names in order, and `sketch`."""
         classes = hashlib.sha256(json.dumps(list(self._source.classes)).encode()).hexdigest()[:16]
-        return {"classes": classes, "sketch": np.unique(self._source.identities())[:_NAMES].tolist()}
+        found = self._source.identities()
+        if len(found) > _CANDIDATES:
+            found = np.partition(found, _CANDIDATES)[:_CANDIDATES]  # np.unique of a million takes a second
+        return {"classes": classes, "sketch": np.unique(found)[:_NAMES].tolist()}
 
     def compare(self, before: dict[str, Any]) -> None:
         """Raises ValueError if `before` is the state of other data."""

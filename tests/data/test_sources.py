@@ -18,6 +18,7 @@ from mimir_fast.data import config as data_config
 from mimir_fast.data.decode import UnreadableImageError, checked_file, decode
 from mimir_fast.data.loaders.resident import ResidentLoader
 from mimir_fast.data.sources import SOURCES, MissingDataError
+from mimir_fast.data.sources.base import hashes_of_names
 from mimir_fast.data.sources.cifar import read_pickle
 from mimir_fast.data.sources.idx import FASHION_ROOTS, read_idx
 
@@ -365,3 +366,12 @@ def test_the_help_names_every_source():
 def test_bad_configurations_are_refused_by_field(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         DataConfig(**bad)
+
+
+def test_names_are_hashed_alike_whatever_stands_beside_them():
+    names = np.array([b"a/1.jpg", b"a/2.jpg", b"a/2.jpg.png", b"b/12345678901234567890.jpg"])
+    found = hashes_of_names(names)
+    assert len(set(found.tolist())) == 4 and (found >= 0).all() and (found < 2**32).all()
+    assert (hashes_of_names(names[:2].astype("S7")) == found[:2]).all()
+    many = np.array([f"n{number % 7}/{number}.jpg".encode() for number in range(70_000)])
+    assert len(np.unique(hashes_of_names(many))) > 69_990

@@ -109,8 +109,8 @@ class Loader(ABC):
         A data set from which a few files were removed (or repaired ones added) since is gone on with, and so is a
         stream that another version ordered; a warning says that this epoch will not be exact.
         Raises:
-        ValueError: another data set (by its number of samples, classes or names) or seed, or a state taken within an
-            accumulated step on other ranks.
+            ValueError: another data set (by its number of samples, classes or names) or seed, or a state taken within
+                an accumulated step on other ranks.
         """
         before, now = state["num_samples"], self.num_samples
         for name, was, ours in (("num_samples", before, now), ("seed", state["seed"], self.order.seed)):

@@ -12,7 +12,7 @@ import numpy as np
 
 from mimir_fast.data.decode import MAX_FILE_BYTES, UnreadableImageError
 from mimir_fast.data.index import Arrays, fingerprint_of, kept_index
-from mimir_fast.data.sources.base import EncodedSource, hashes, state_of
+from mimir_fast.data.sources.base import EncodedSource, hashes_of_names, state_of
 from mimir_fast.data.sources.tar_files import members_of
 from mimir_fast.data.sources.walk import is_hidden, is_image, say_others
 
@@ -68,7 +68,7 @@ class ArchiveSource(EncodedSource):
         return f"{self.sizes[index]} {state_of(self.path)}".encode()
 
     def identities(self) -> np.ndarray:
-        return hashes(self.names)
+        return hashes_of_names(self.names)
 
 
 def open_archive(name: str, path: Path, split: str) -> ArchiveSource | None:

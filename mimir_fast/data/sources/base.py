@@ -13,6 +13,8 @@ import numpy as np
 
 from mimir_fast.sizes import Size, as_size
 
+_ROWS = 65_536  # names that are hashed at a time
+
 
 class MissingDataError(FileNotFoundError):
     """The files of a data set are not where they were looked for; the message says how to get them."""
@@ -199,12 +201,29 @@ def hashes(contents: Iterable[bytes]) -> np.ndarray:
     return np.fromiter((zlib.crc32(content) for content in contents), np.int64)
 
 
+def hashes_of_names(names: np.ndarray) -> np.ndarray:
+    """(N,) int64 in [0, 2^32): a hash of each name, of (N,) bytes; a million take a tenth of a second."""
+    words = -(-names.dtype.itemsize // 8)
+    parts = []
+    for start in range(0, len(names), _ROWS):
+        table = names[start : start + _ROWS].astype(f"S{8 * words}").view(np.uint64).reshape(-1, words)
+        mixed = np.zeros(len(table), np.uint64)
+        for column in table.T:  # words of zeros are padding: how long the longest name is changes nothing
+            mixed = np.where(column == 0, mixed, _mix(mixed ^ column))
+        parts.append(mixed)
+    return (np.concatenate(parts) >> np.uint64(32)).astype(np.int64)
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    words = (words ^ (words >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+    return words ^ (words >> np.uint64(29))
+
+
 def hashes_of_places(files: Sequence[str], file_ids: np.ndarray, *columns: np.ndarray) -> np.ndarray:
     """(N,) int64 in [0, 2^32): a hash of each sample's file name and numbers, such as offset and size."""
     mixed = hashes(name.encode() for name in files)[file_ids].astype(np.uint64)
     for column in columns:
-        mixed = (mixed ^ column.astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed ^= mixed >> np.uint64(29)
+        mixed = _mix(mixed ^ column.astype(np.uint64))
     return (mixed >> np.uint64(32)).astype(np.int64)
 
 

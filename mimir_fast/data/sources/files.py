@@ -7,7 +7,7 @@ import numpy as np
 
 from mimir_fast.data.decode import MAX_FILE_BYTES, UnreadableImageError
 from mimir_fast.data.index import Arrays, fingerprint_of, kept_index
-from mimir_fast.data.sources.base import EncodedSource, hashes, state_of
+from mimir_fast.data.sources.base import EncodedSource, hashes_of_names, state_of
 from mimir_fast.data.sources.walk import say_others, walk
 
 
@@ -59,7 +59,7 @@ class FileSource(EncodedSource):
         return state_of(path).encode() if path.exists() else b"gone"
 
     def identities(self) -> np.ndarray:
-        return hashes(self.paths)
+        return hashes_of_names(self.paths)
 
 
 def list_images(root: Path, folder: Path, tops: list[str]) -> tuple[np.ndarray, np.ndarray]:
