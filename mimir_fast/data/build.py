@@ -59,10 +59,10 @@ def build_loader(
     whole = whole_source(config, split)
     source = part_of(whole, config, split)
     block = source.block if config.shuffle_block is None else config.shuffle_block
-    order: SampleOrder | MixedOrder = SampleOrder(len(source), seed, shuffle, block=block)
+    order: SampleOrder | MixedOrder = SampleOrder(len(source), seed, shuffle, block=block, window=source.window)
     if config.generated is not None and split == "train" and shuffle:
         generated = open_npz(config.generated, source.num_classes)
-        order = MixedOrder(len(source), len(generated), config.generated_ratio, seed, block)
+        order = MixedOrder(len(source), len(generated), config.generated_ratio, seed, block, source.window)
         source = MixedSource(source, generated)
     total, stop = (global_batch, None) if shuffle else (None, len(source))
     plan = BatchPlan(batch_size, rank, world_size, accum_iter if shuffle else 1, stop=stop, total=total)

@@ -20,8 +20,8 @@ class DataConfig:
 
     source: str = "digits"
     """digits, fashion_mnist, idx, cifar10, cifar100, tiny_imagenet, imagenet, folder, images (any folder, zip or tar of
-    images, without labels), webdataset, raw (what `python -m mimir_fast.data.prepare` wrote: uint8 images mapped into
-    memory, the fastest), or one that a module of yours registers (--import)"""
+    images, without labels), webdataset, parquet (Hugging Face's folders), raw (what `python -m mimir_fast.data.prepare`
+    wrote: uint8 images mapped into memory, the fastest), or one that a module of yours registers (--import)"""
     root: str | None = None
     """where the files lie; a brace pattern of tar shards for webdataset; not needed for digits and fashion_mnist. A run
     goes on where they were moved to, if classes and file names are the same"""
@@ -54,7 +54,7 @@ class DataConfig:
     """part of each batch that is generated: 0.7 is 7 to 3 real; an epoch is one pass over the real images"""
     shuffle_block: int | None = None
     """neighbouring samples that are read together while training, for disks that seek slowly; 0 shuffles all samples;
-    unset: 64 for webdataset, 0 for the others"""
+    unset: 64 for webdataset, a row group for parquet, 0 for the others"""
     max_bad_files: int = 50
     """unreadable files that are skipped and reported before the run stops"""
     limit: int | None = None

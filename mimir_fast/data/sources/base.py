@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mimir_fast.data.order import BLOCKS_IN_WINDOW
 from mimir_fast.sizes import Size, as_size
 
 _ROWS = 65_536  # names that are hashed at a time
@@ -29,9 +30,11 @@ class ImageSource(ABC):
         labels: (N,) int64; -1 where a sample has no label.
         image_size: of all images, or None where they differ.
         block: neighbouring samples that should be read together (see SampleOrder); 0 where any order is as good.
+        window: blocks among which samples are mixed.
     """
 
     block = 0
+    window = BLOCKS_IN_WINDOW
 
     def __init__(
         self, name: str, classes: Sequence[str], labels: np.ndarray | list[int], image_size: Size | None = None
@@ -176,6 +179,7 @@ class SubsetSource(EncodedSource):
     def __init__(self, source: EncodedSource, indices: np.ndarray) -> None:
         super().__init__(source.name, source.classes, source.labels[indices], source.image_size)
         self.source, self.indices = source, indices
+        self.block, self.window = source.block, source.window
 
     def read(self, index: int) -> bytes:
         return self.source.read(int(self.indices[index]))
