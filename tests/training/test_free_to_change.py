@@ -60,7 +60,7 @@ ELSEWHERE = {
 
 def tensors_of(run: Path) -> dict[str, Tensor]:
     (newest,) = [path for path in checkpoints_of(run) if path.name == "step-00000002"]
-    return read_tensors(newest, prefix="")
+    return read_tensors(newest, "")
 
 
 def go_on(begun: Path, folder: Path, *flags: str) -> dict[str, Tensor]:
