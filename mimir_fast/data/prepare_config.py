@@ -86,6 +86,7 @@ def sources_of(config: PrepareConfig) -> dict[str, ImageSource]:
 
 
 def jobs_of(config: PrepareConfig, source: ImageSource, split: str) -> list[Job]:
+    """The shards of a split; training samples are mixed before they are dealt out."""
     out, order = Path(config.out).expanduser(), np.arange(len(source))
     if split == "train":
         order = shuffled(order, len(source), config.seed, 0)
