@@ -33,7 +33,8 @@ from benchmarks.case import Case, Outputs, Provider, Size, finite
 from benchmarks.training import build_model, method_step
 from mimir_fast.data import DataConfig, build_loader
 from mimir_fast.data.loaders import Loader
-from mimir_fast.data.prepare import PrepareConfig, prepare
+from mimir_fast.data.prepare import prepare
+from mimir_fast.data.prepare_config import PrepareConfig
 from mimir_fast.methods.mimir import Mimir, MimirConfig
 from mimir_fast.models.masked_model import ModelConfig
 

@@ -112,7 +112,7 @@ def _configured(command: str, data: Data, **options: Any) -> Any:
     """The configuration that the command would have with these options."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     given = {name: value for name, value in given.items() if not (name in ("init", "recipe") and value == "")}
-    words = words_of(given | ({} if data is None else {"data": _data_options(data)}))
+    words = words_of(given | ({} if data is None else {"data": _data_options(data, command)}))
     said = io.StringIO()
     try:
         with redirect_stdout(said), redirect_stderr(said):
@@ -123,7 +123,7 @@ def _configured(command: str, data: Data, **options: Any) -> Any:
         raise ValueError(f"{command}: {'; '.join(filter(None, lines))}") from None
 
 
-def _data_options(data: str | Path | Mapping[str, Any] | DataConfig) -> dict[str, Any]:
+def _data_options(data: str | Path | Mapping[str, Any] | DataConfig, command: str) -> dict[str, Any]:
     if isinstance(data, DataConfig):
         return asdict(data)
     if isinstance(data, Mapping):
@@ -131,5 +131,6 @@ def _data_options(data: str | Path | Mapping[str, Any] | DataConfig) -> dict[str
     if str(data) in SOURCES.all():
         return {"source": str(data)}
     if Path(data).is_dir():
-        return {"source": "folder", "root": str(data)}
+        # Pre-training needs no labels.
+        return {"source": "images" if command == "pretrain" else "folder", "root": str(data)}
     raise ValueError(f"data={str(data)!r}: wanted a folder of images or one of {', '.join(SOURCES.all())}")

@@ -19,18 +19,20 @@ class DataConfig:
     """One data set and the way it reaches the model."""
 
     source: str = "digits"
-    """digits, fashion_mnist, idx, cifar10, cifar100, tiny_imagenet, imagenet, folder, webdataset, raw (what
-    `python -m mimir_fast.data.prepare` wrote: uint8 images mapped into memory, the fastest), or one that a module of
-    yours registers (--import)"""
+    """digits, fashion_mnist, idx, cifar10, cifar100, tiny_imagenet, imagenet, folder, images (any folder, zip or tar of
+    images, without labels), webdataset, parquet (Hugging Face's folders), raw (what `python -m mimir_fast.data.prepare`
+    wrote: uint8 images mapped into memory, the fastest), or one that a module of yours registers (--import)"""
     root: str | None = None
-    """where the files lie; a brace pattern of tar shards for webdataset; not needed for digits and fashion_mnist"""
+    """where the files lie; a brace pattern of tar shards for webdataset; not needed for digits and fashion_mnist. A run
+    goes on where they were moved to, if classes and file names are the same"""
     image_size: Size = 32
     """pixels along a side of the images a batch holds; two numbers, height and width, where they are not square"""
     channels: int = 3
     """1 or 3; grey is repeated to colour, colour is weighed to luminance"""
     loader: Literal["auto", "resident", "torch", "dali", "raw"] = "auto"
-    """auto: resident when the decoded data set fits resident_gib, raw for source raw, else DALI when installed (GPU),
-    else torch workers"""
+    """how images come, not which: all give the same pixels on a CPU (DALI on a GPU rounds otherwise). auto: resident
+    when the decoded data set fits resident_gib, raw for source raw, else DALI when installed (GPU), else torch
+    workers"""
     num_workers: int = 4
     """processes of a rank that read files (torch) or read and parse them (dali), threads that read ahead (raw); 0 works
     in the main process"""
@@ -52,7 +54,7 @@ class DataConfig:
     """part of each batch that is generated: 0.7 is 7 to 3 real; an epoch is one pass over the real images"""
     shuffle_block: int | None = None
     """neighbouring samples that are read together while training, for disks that seek slowly; 0 shuffles all samples;
-    unset: 64 for webdataset, 0 for the others"""
+    unset: 64 for webdataset, a row group for parquet, 0 for the others"""
     max_bad_files: int = 50
     """unreadable files that are skipped and reported before the run stops"""
     limit: int | None = None

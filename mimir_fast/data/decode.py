@@ -20,6 +20,8 @@ import torch
 
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
+_PNG_BIT_DEPTH = 24  # where it stands in the file
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _CHANNELS_OF_FILE = 0  # torchvision.io.ImageReadMode.UNCHANGED
 _TAIL = 64  # bytes at the end in which the end marker must stand; writers pad with a few zeros
 
@@ -53,13 +55,16 @@ def decode(content: bytes, where: str) -> np.ndarray:
 
 
 def _in_bytes(image: Any) -> Any:
-    """Anything but grey or RGB of 8 bits as one of them, by PIL.
+    """Anything but grey or RGB of 8 bits as one of them, by PIL; of 16 bits the upper eight, as PIL takes of RGB.
 
     Raises:
         ValueError: grey levels without a known range, of which PIL would cut off what is above 255.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        tags = getattr(image, "tag_v2", {})  # of a TIFF, whose 12 bits and whose white 0 PIL leaves as they are
+        bits, zero_is_white = tags.get(_BITS_PER_SAMPLE, (16,))[0], tags.get(_PHOTOMETRIC) == 0
+        levels = (np.asarray(image).astype(np.uint32) >> (bits - 8)).astype(np.uint8)
+        return 255 - levels if zero_is_white else levels
     if image.mode in ("I", "F"):
         raise ValueError(f"grey levels of PIL's mode {image.mode}, whose range no file says: save it with 8 or 16 bits")
     return image.convert("RGB")
@@ -92,8 +97,8 @@ def jpeg_decoder() -> Callable[[torch.Tensor, int], torch.Tensor] | None:
 def checked_file(content: bytes, where: str) -> tuple[bytes, int, int]:
     """The bytes as every decoder takes them, with the image's height and width; cheap for whole JPEG and PNG files.
 
-    A grey or RGB file that ends as its format demands is passed on after a look at its header. Anything else (other
-    formats, CMYK, a missing end) is decoded here and passed on uncompressed.
+    A grey or RGB file of 8 bits that ends as its format demands is passed on after a look at its header. Anything else
+    (other formats, CMYK, a missing end, 16 bits, which DALI rounds otherwise) is decoded here and passed on as PNM.
 
     Raises:
         UnreadableImageError: as `decode`.
@@ -105,7 +110,8 @@ def checked_file(content: bytes, where: str) -> tuple[bytes, int, int]:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 _check_size(image)
-                if image.mode in ("L", "RGB"):
+                deep = image.format == "PNG" and content[_PNG_BIT_DEPTH] == 16
+                if image.mode in ("L", "RGB") and not deep:
                     return content, image.height, image.width
         except _refusals() as error:
             raise UnreadableImageError(f"{where}: {_reason(error)}") from error

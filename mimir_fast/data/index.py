@@ -4,7 +4,8 @@ Listing a million files takes seconds on a local disk and many minutes on a busy
 start. So the list is written beside the data (hidden folder `.mimir_fast` of the root), or under the user's cache
 folder where the data may not be written to, or nowhere (then it is made each time). The first process makes it while
 the others wait at a file lock. Whether it still holds is seen from a fingerprint that is cheap to take: of a tree of
-class folders, their names and times of change, for a folder changes when a file comes or goes.
+folders, their names and times of change, for a folder changes when a file or folder in it comes or goes. The index
+itself says which folders there were.
 """
 
 import fcntl
@@ -19,23 +20,24 @@ from pathlib import Path
 
 import numpy as np
 
-from mimir_fast.data.npz import map_member
+from mimir_fast.data.npz import MissingArrayError, map_member
 
-_VERSION = "1"
+_VERSION = "2"
 _TICK_NS = 100_000_000
 _LOG = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 
 
-def kept_index(root: Path, name: str, fingerprint: str, names: tuple[str, ...], make: Callable[[], Arrays]) -> Arrays:
+def kept_index(
+    root: Path, name: str, fingerprint: Callable[[Arrays], str], names: tuple[str, ...], make: Callable[[], Arrays]
+) -> Arrays:
     """The index `name` of the data under `root`: mapped from disk if it is there and holds, else made and written.
 
     Args:
-        fingerprint: differs if the data changed.
+        fingerprint: of the data that an index tells of; differs if they changed. OSError: they are gone.
         names: the arrays it consists of.
         make: makes them.
     """
-    fingerprint = hashlib.sha256(f"{_VERSION} {fingerprint}".encode()).hexdigest()
     places = _places(root, name)
     for place in places:
         if (found := _load(place, fingerprint, names)) is not None:
@@ -48,7 +50,7 @@ def kept_index(root: Path, name: str, fingerprint: str, names: tuple[str, ...], 
                 if (found := _load(place, fingerprint, names)) is not None:  # another process was quicker
                     return found
                 arrays = make() if arrays is None else arrays
-                _save(place, fingerprint, arrays)
+                _save(place, _digest(fingerprint, arrays), arrays)
                 return arrays
         except OSError as error:
             _LOG.info("no index at %s (%s)", place, error)
@@ -96,13 +98,21 @@ def _places(root: Path, name: str) -> list[Path]:
     return [root / ".mimir_fast" / f"{name}.npz", home / "mimir_fast" / "index" / f"{digest}-{name}.npz"]
 
 
-def _load(place: Path, fingerprint: str, names: tuple[str, ...]) -> Arrays | None:
+def _digest(fingerprint: Callable[[Arrays], str], arrays: Arrays) -> str:
+    return hashlib.sha256(f"{_VERSION} {fingerprint(arrays)}".encode()).hexdigest()
+
+
+def _load(place: Path, fingerprint: Callable[[Arrays], str], names: tuple[str, ...]) -> Arrays | None:
     if not place.is_file():
         return None
     try:
-        if str(map_member(place, "fingerprint")[0]) != fingerprint:
-            return None
-        return {name: map_member(place, name) for name in names}
+        arrays = {name: map_member(place, name) for name in names}
+        kept = str(map_member(place, "fingerprint")[0])
+        with suppress(FileNotFoundError, NotADirectoryError):  # of what is gone
+            return arrays if _digest(fingerprint, arrays) == kept else None
+        return None
+    except MissingArrayError:
+        return None  # of an older version
     except (ValueError, OSError) as error:
         _LOG.warning("the index %s is damaged (%s); making it anew", place, error)
         return None

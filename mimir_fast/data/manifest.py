@@ -1,6 +1,7 @@
 """What `mimir_fast.data.prepare` says about the shards it wrote: one `<split>.json` that people can read.
 
-The raw format has a table beside it, `<split>.npz` (mapped into memory): where each image lies, its size and label.
+Beside it a table, `<split>.npz` (mapped into memory): each image's label, the file it was (`names`) and that file's
+CRC-32 (`contents`); of the raw format also where it lies and its size.
 """
 
 import json
@@ -76,6 +77,18 @@ def read_manifest(path: Path, advice: str) -> Manifest:
         if Path(shard.file).name != shard.file or shard.file in ("", "..", "."):
             raise ValueError(f"{path} names {shard.file!r}, which is no file in its folder; refused")
     return manifest
+
+
+def check_classes(folder: Path, split: str, classes: list[str], advice: str) -> None:
+    """Raises ValueError if another split of the folder was prepared with other classes: its labels mean others."""
+    for other in {"train", "test"} - {split}:
+        path = folder / f"{other}.json"
+        if path.is_file() and (theirs := read_manifest(path, advice).classes) != classes:
+            here, there = (f"{len(names)} ({', '.join(names[:3])}, …)" for names in (classes, theirs))
+            raise ValueError(
+                f"{folder}: {split} has the classes {here}, {other} was prepared when they were {there}: prepare both "
+                f"splits anew: {advice}"
+            )
 
 
 def check_sizes(manifest: Manifest, folder: Path, advice: str) -> None:

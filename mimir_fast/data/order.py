@@ -65,7 +65,7 @@ class SampleOrder:
     """The endless stream of one source: epoch after epoch, each in its own order.
 
     With `block` the order is kind to disks that read on faster than they seek: the source is cut into blocks of
-    neighbouring samples, the blocks are shuffled, and samples are shuffled within windows of BLOCKS_IN_WINDOW blocks.
+    neighbouring samples, the blocks are shuffled, and samples are shuffled within windows of `window` blocks.
 
     Args:
         num_samples: samples in an epoch.
@@ -73,14 +73,17 @@ class SampleOrder:
         shuffle: False keeps the source's order in each epoch.
         stream: who draws; two orders under one seed need different ones.
         block: samples in a block; 0 shuffles all samples.
+        window: blocks among which samples are mixed.
     """
 
     def __init__(
-        self, num_samples: int, seed: int = 0, shuffle: bool = True, stream: int = Stream.ORDER, block: int = 0
-    ) -> None:
+        self, num_samples: int, seed: int = 0, shuffle: bool = True, stream: int = Stream.ORDER, block: int = 0,
+        window: int = BLOCKS_IN_WINDOW,
+    ) -> None:  # fmt: skip
         if num_samples < 1:
             raise ValueError("cannot order an empty source: it has no samples")
-        self.num_samples, self.seed, self.shuffle, self.stream, self.block = num_samples, seed, shuffle, stream, block
+        self.num_samples, self.seed, self.shuffle, self.stream = num_samples, seed, shuffle, stream
+        self.block, self.window = block, window
 
     @property
     def epoch_length(self) -> int:
@@ -101,7 +104,7 @@ class SampleOrder:
         if not self.block:
             return shuffled(places, self.num_samples, *numbers)
         blocks = self.num_samples // self.block  # whole ones; the rest stays at the end, in the last window
-        size, last = BLOCKS_IN_WINDOW * self.block, max(blocks // BLOCKS_IN_WINDOW, 1) - 1
+        size, last = self.window * self.block, max(blocks // self.window, 1) - 1
         windows = np.minimum(places // size, last)
         for window in np.unique(windows).tolist():
             here, start = windows == window, window * size
@@ -123,12 +126,15 @@ class MixedOrder:
 
     Args:
         num_real, num_generated: sizes of the two sources.
-        block: of the real samples, see SampleOrder.
+        block, window: of the real samples, see SampleOrder.
         ratio: generated part, in (0, 1); 0.7 is 7 generated to 3 real (Wang et al. 2023).
     """
 
-    def __init__(self, num_real: int, num_generated: int, ratio: float, seed: int = 0, block: int = 0) -> None:
-        self.real = SampleOrder(num_real, seed, block=block)
+    def __init__(
+        self, num_real: int, num_generated: int, ratio: float, seed: int = 0, block: int = 0,
+        window: int = BLOCKS_IN_WINDOW,
+    ) -> None:  # fmt: skip
+        self.real = SampleOrder(num_real, seed, block=block, window=window)
         self.generated = SampleOrder(num_generated, seed, stream=Stream.MIX)
         # A fraction, not a float: positions grow past 2^32 and 0.7 p would round differently there.
         self.ratio = Fraction(ratio).limit_denominator(1000)

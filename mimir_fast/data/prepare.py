@@ -10,90 +10,36 @@ mapped memory instead of decoding JPEG files (ImageNet at 256 pixels: about 340 
 (or, with --short_side, resized and written as JPEG of quality 95), a thousand or so in a tar file.
 
 Training samples are mixed before they are written, so that neighbours are of different classes. A shard is written
-aside, synced and renamed, with a note of its size and checksum; started again after a kill, the command goes on with
-the shards that are not there. Files that cannot be read are left out, counted, and listed in OUT/<split>.json.
+aside, synced and renamed, with a note of its size and checksum and of the files in it; started again, after a kill or
+after files of SOURCE have changed, the command writes the shards that are not there or not of these files. Files that
+cannot be read are left out, counted, and listed in OUT/<split>.json.
 """
 
 import fcntl
 import multiprocessing
-import os
 import re
 import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 
-from mimir_fast._tyro import tyro
 from mimir_fast.cli import parse, run
-from mimir_fast.data.config import DataConfig
 from mimir_fast.data.index import write_whole
 from mimir_fast.data.loaders.skip import TooManyBadFilesError
-from mimir_fast.data.manifest import TABLE, Manifest, Shard, check_sizes, read_manifest
-from mimir_fast.data.order import shuffled
-from mimir_fast.data.shard_files import Job, ShardNote, checksum, read_note, write_shard
-from mimir_fast.data.sources import build_source
-from mimir_fast.data.sources.base import ImageSource, MissingDataError
-from mimir_fast.extensions import Imports, load_extensions
-from mimir_fast.validation import check_number, counted, without
+from mimir_fast.data.manifest import Manifest, Shard, check_classes, read_manifest
+from mimir_fast.data.prepare_config import ADVICE, PrepareConfig, jobs_of, sources_of
+from mimir_fast.data.shard_files import Job, ShardNote, changed_since, read_note, write_shard
+from mimir_fast.data.sources.base import ImageSource
+from mimir_fast.data.sources.files import FileSource
+from mimir_fast.data.verify import verify
+from mimir_fast.extensions import load_extensions
+from mimir_fast.validation import counted
 
 _PARTIAL = re.compile(r"\.(\.?(train|test))\b.*\.\d+\.partial")  # as `write_whole` names it
-_ADVICE = "run the command that wrote it again; it goes on where it was"
-
-
-@dataclass
-class PrepareConfig:
-    """What to read, where to write it, and how."""
-
-    source: Annotated[str, tyro.conf.Positional]
-    """root of the data set, as --data.root of training: a folder with train/<class>/ and val/<class>/"""
-    out: Annotated[str, tyro.conf.Positional]
-    """folder for the shards; about 200 KB an image (raw at 256 pixels)"""
-    format: Literal["raw", "webdataset"] = "raw"
-    """raw: uint8 pixels to be mapped into memory, the fastest; webdataset: tar files, a tenth of the size"""
-    source_format: str = "folder"
-    """how SOURCE is read: any name of --data.source"""
-    splits: tuple[str, ...] = ("train", "test")
-    """which splits; those that SOURCE lacks are left out if there is another"""
-    short_side: int | None = None
-    """larger images are resized (bicubic, antialiased) to this short side; raw: 256; webdataset: files as they are"""
-    channels: Literal[1, 3] = 3
-    """of raw images: 3 RGB, 1 grey"""
-    images_per_shard: int = 1000
-    """images in a file"""
-    num_workers: int = os.cpu_count() or 1
-    """processes"""
-    max_bad_files: int = 1000
-    """unreadable files that are left out before the command stops"""
-    seed: int = 0
-    """of the order in which training samples are written"""
-    verify: bool = False
-    """write nothing: compare sizes and checksums of what OUT holds with what was written"""
-    imports: Imports = ()
-    """module that registers the source of --source_format"""
-
-    def __post_init__(self) -> None:
-        for name, least in (("images_per_shard", 1), ("num_workers", 1), ("max_bad_files", 0), ("seed", 0)):
-            check_number(name, getattr(self, name), at_least=least)
-        if self.short_side is not None and self.short_side < 1:
-            raise ValueError(
-                f"short_side must be at least 1 pixel, got {self.short_side}; leave it out for the default"
-            )
-        if unknown := set(self.splits) - {"train", "test"}:
-            raise ValueError(f"splits must be train and test, got {', '.join(sorted(unknown))}")
-
-    def idle(self) -> dict[str, str]:
-        """Options that do nothing as the others are."""
-        return without(self.format == "raw", "--format is not raw", "channels")
-
-    @property
-    def side(self) -> int | None:
-        """Short side of the images written; None leaves the files alone."""
-        return 256 if self.short_side is None and self.format == "raw" else self.short_side
 
 
 def prepare(config: PrepareConfig) -> dict[str, Manifest]:
@@ -101,20 +47,15 @@ def prepare(config: PrepareConfig) -> dict[str, Manifest]:
 
     Raises:
         MissingDataError: SOURCE has none of the splits.
-        ValueError: OUT holds shards of something else, or no image could be read.
+        ValueError: OUT is SOURCE, it holds shards of something else, or no image could be read.
         TooManyBadFilesError: more than `max_bad_files`; what was written stays.
     """
-    sources: dict[str, ImageSource] = {}
-    missing: list[MissingDataError] = []
-    data = DataConfig(source=config.source_format, root=config.source)
-    for split in config.splits:
-        try:
-            sources[split] = build_source(data, split)
-        except MissingDataError as error:
-            missing.append(error)
-    if not sources:
-        raise missing[0]
     out = Path(config.out).expanduser()
+    sources = sources_of(config)
+    _check_apart(config, sources)
+    for split, source in sources.items():
+        if set(sources) != {"train", "test"}:  # else both are written anew
+            check_classes(out, split, list(source.classes), ADVICE)
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         try:
@@ -127,6 +68,14 @@ def prepare(config: PrepareConfig) -> dict[str, Manifest]:
         return {split: _prepare_split(config, source, split) for split, source in sources.items()}
 
 
+def _check_apart(config: PrepareConfig, sources: dict[str, ImageSource]) -> None:
+    """Shards among the images they are made of would be read as data, or replace them."""
+    out, root = (Path(name).expanduser().resolve() for name in (config.out, config.source))
+    folders = [source.root.resolve() for source in sources.values() if isinstance(source, FileSource)]
+    if inside := [root] * (out == root) + [folder for folder in folders if out.is_relative_to(folder)]:
+        raise ValueError(f"OUT {out} lies where SOURCE is read from ({inside[0]}): give a folder of its own")
+
+
 def _prepare_split(config: PrepareConfig, source: ImageSource, split: str) -> Manifest:
     out = Path(config.out).expanduser()
     settings = {
@@ -136,23 +85,13 @@ def _prepare_split(config: PrepareConfig, source: ImageSource, split: str) -> Ma
     }  # fmt: skip
     manifest = Manifest(config.format, settings, config.channels, list(source.classes))
     _claim(out, split, manifest)
-    order = np.arange(len(source))
-    if split == "train":
-        order = shuffled(order, len(source), config.seed, 0)
-    cuts = range(0, len(source), config.images_per_shard)
-    jobs = [
-        Job(out, split, number, config.format, order[start : start + config.images_per_shard], config.side,
-            config.channels)
-        for number, start in enumerate(cuts)
-    ]  # fmt: skip
-    notes = _run(jobs, source, config)
+    notes = _run(jobs_of(config, source, split), source, config, out / f"{split}.json")
     for note in notes:
         manifest.shards.append(Shard(note.file, len(note), note.bytes, note.crc32))
         manifest.skipped |= note.skipped
     if manifest.num_images == 0:
         raise ValueError(f"of {counted(len(source), 'file')} of {config.source} ({split}) none can be read as an image")
-    if config.format == "raw":
-        _write_table(out / f"{split}.npz", notes)
+    _write_table(out / f"{split}.npz", notes)
     manifest.write(out / f"{split}.json")
     return manifest
 
@@ -175,11 +114,19 @@ def _claim(out: Path, split: str, manifest: Manifest) -> None:
     manifest.write(path)
 
 
-def _run(jobs: list[Job], source: ImageSource, config: PrepareConfig) -> list[ShardNote]:
-    """The notes of all shards; those that are not there are written, several at a time."""
+def _run(jobs: list[Job], source: ImageSource, config: PrepareConfig, manifest: Path) -> list[ShardNote]:
+    """The notes of all shards; those that are not there, or not of these files, are written, several at a time."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     notes = {job.number: note for job in jobs if (note := read_note(job)) is not None}
+    stale = {job.number: which for job in jobs if (which := changed_since(notes.get(job.number), job, source))}
+    if stale:
+        manifest.unlink(missing_ok=True)  # until all shards are of the same files
+        print(
+            f"{jobs[0].split}: {counted(len(stale), 'shard')} made again, for their files have changed since, first "
+            f"{next(iter(stale.values()))}", file=sys.stderr,
+        )  # fmt: skip
+        notes = {number: note for number, note in notes.items() if number not in stale}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task(f"{jobs[0].split}: images", total=len(source))
@@ -228,7 +175,7 @@ def _write(job: Job) -> ShardNote:
 def _write_table(path: Path, notes: list[ShardNote]) -> None:
     columns: dict[str, Any] = {
         "shard_ids": np.repeat(np.arange(len(notes)), [len(note) for note in notes]),
-        **{name: np.concatenate([note.columns[name] for note in notes]) for name in TABLE if name != "shard_ids"},
+        **{name: np.concatenate([note.columns[name] for note in notes]) for name in notes[0].columns},
     }
 
     def write(aside: Path) -> None:
@@ -236,35 +183,6 @@ def _write_table(path: Path, notes: list[ShardNote]) -> None:
             np.savez(file, **columns)
 
     write_whole(path, write)
-
-
-def verify(config: PrepareConfig) -> list[str]:
-    """What is wrong with the prepared shards: one line for each, none if all are as they were written.
-
-    Raises:
-        MissingDataError: nothing was prepared.    ValueError: a manifest is damaged.
-    """
-    out = Path(config.out).expanduser()
-    paths = [out / f"{split}.json" for split in config.splits if (out / f"{split}.json").is_file()]
-    found = [read_manifest(path, _ADVICE) for path in paths or [out / "train.json"]]
-    faults = []
-    for manifest in found:
-        whole = []
-        for shard in manifest.shards:
-            try:
-                check_sizes(replace(manifest, shards=[shard]), out, _ADVICE)
-                whole.append(shard)
-            except ValueError as error:
-                faults.append(str(error))
-        with ProcessPoolExecutor(config.num_workers, multiprocessing.get_context("fork")) as pool:
-            sums = pool.map(checksum, [out / shard.file for shard in whole])
-            for shard, value in zip(whole, sums, strict=True):
-                if value != shard.crc32:
-                    faults.append(
-                        f"{out / shard.file} has another content than was written (crc32 {value:08x}, written "
-                        f"{shard.crc32:08x}): remove it and {_ADVICE}"
-                    )
-    return faults
 
 
 def main() -> None:

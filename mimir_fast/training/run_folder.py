@@ -35,7 +35,8 @@ from mimir_fast.training.ownership import MARK, delete_leftovers, delete_run, re
 from mimir_fast.versions import environment, software
 from mimir_fast.world import World
 
-# What may differ between the parts of one run: it changes where and how fast, not what is computed.
+# What may differ between the parts of one run: it changes where and how fast, not what is computed, which
+# tests/training/test_free_to_change.py shows for each.
 FREE_TO_CHANGE = frozenset(
     {
         "format", "recipe", "preset", "imports",

@@ -52,7 +52,7 @@ def damaged_folder(image_folder) -> Path:
     folder = image_folder / "train" / "digit_1"
     whole = sorted(folder.iterdir())[0].read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "notes.txt").write_text("not an image")
+    (folder / "notes.jpg").write_text("not an image")
     (folder / "zero.jpg").write_bytes(b"")
     return image_folder
 

@@ -15,7 +15,8 @@ import pytest
 from scipy.stats import theilslopes
 
 from mimir_fast.data import DataConfig, build_loader
-from mimir_fast.data.prepare import PrepareConfig, prepare
+from mimir_fast.data.prepare import prepare
+from mimir_fast.data.prepare_config import PrepareConfig
 
 STEPS, EVERY, STEPS_AN_HOUR = 2000, 20, 3600  # a step a second: ViT-B with a batch of 2048 on eight GPUs
 # Pools and caches have filled by then. Each of DALI's buffers (by place in batch and queue, by thread) grows to the

@@ -2,7 +2,10 @@
 
 import gc
 import io
+import json
 import multiprocessing
+import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,9 +17,11 @@ from PIL import Image
 from mimir_fast.data import DataConfig, build_loader, build_source
 from mimir_fast.data import decode as decode_module
 from mimir_fast.data.decode import UnreadableImageError, checked_file, decode
-from mimir_fast.data.loaders.dali import _define_pipeline, _Feed
+from mimir_fast.data.loaders.dali import DaliLoader, _define_pipeline, _Feed
 from mimir_fast.data.loaders.skip import SkipLedger, TooManyBadFilesError
 from mimir_fast.data.order import KeyStream
+from mimir_fast.data.prepare import prepare
+from mimir_fast.data.prepare_config import PrepareConfig
 
 LOADERS = ["resident", "torch", "dali"]
 
@@ -118,7 +123,7 @@ def test_unreadable_files_are_skipped_counted_and_named(config, damaged_folder, 
     loader = build_loader(config, split="train", batch_size=7, seed=1)
     batches = list(islice(loader, 8))
     assert all(batch.images.shape == (7, 3, 48, 48) for batch in batches)
-    assert sorted(path.rsplit("/", 1)[1] for path in loader.skipped) == ["cut.jpg", "notes.txt", "zero.jpg"]
+    assert sorted(path.rsplit("/", 1)[1] for path in loader.skipped) == ["cut.jpg", "notes.jpg", "zero.jpg"]
     assert caplog.text.count("skipped file") == 3 and "skipped file 3 (of 50 allowed): " in caplog.text
     labels = torch.from_numpy(build_source(config, "train").labels)
     assert all(torch.equal(batch.labels, labels[batch.samples]) for batch in batches)  # of what came in its place
@@ -285,8 +290,11 @@ def test_the_pipeline_of_a_gpu_cuts_the_same_pixels(image_folder, augment):
     loader.close()
 
 
-def test_damage_inside_a_jpeg_is_judged_alike_by_torch_and_dali(image_folder):
-    """Bytes overwritten in the middle, ends intact: DALI stops at some, goes on, and gives the same stream."""
+def test_damage_inside_a_jpeg_is_judged_alike_by_torch_and_dali(image_folder, monkeypatch):
+    """Bytes overwritten in the middle, ends intact: DALI fails at some and goes on, and the stream stays in step.
+
+    It decodes the part that a crop needs, so it may take a file whose damage lies elsewhere; PIL judges whole files.
+    """
     pytest.importorskip("nvidia.dali")
     random = np.random.Generator(np.random.Philox(0))
     files = sorted((image_folder / "train").glob("*/*.jpg"))[::2]
@@ -296,6 +304,9 @@ def test_damage_inside_a_jpeg_is_judged_alike_by_torch_and_dali(image_folder):
             content[place] = random.integers(256)
         file.write_bytes(content)
     results, skipped = {}, {}
+    builds: list[KeyStream] = []
+    build = DaliLoader._build
+    monkeypatch.setattr(DaliLoader, "_build", lambda self, keys: (builds.append(keys), build(self, keys)))
     for loader in ("torch", "dali"):
         config = DataConfig(
             source="folder", root=str(image_folder), image_size=48, loader=loader, augment="resized_crop", num_workers=0
@@ -303,11 +314,19 @@ def test_damage_inside_a_jpeg_is_judged_alike_by_torch_and_dali(image_folder):
         data = build_loader(config, split="train", batch_size=4, seed=5)
         results[loader], skipped[loader] = list(islice(data, 14)), set(data.skipped)
         data.close()
-    assert skipped["torch"] == skipped["dali"]
+    assert skipped["dali"] <= skipped["torch"]
     broken = [path for path in skipped["dali"] if passes_at_a_glance(path)]
     assert broken  # some were given to DALI, which failed on them
+    assert len(builds) == 1  # one bad batch costs that batch, not all that were begun
+    source, differing = build_source(config, "train"), 0
     for ours, theirs in zip(results["torch"], results["dali"], strict=True):
-        assert equal(ours, theirs)
+        for row, sample in enumerate(theirs.samples.tolist()):
+            if sample == ours.samples[row]:
+                assert torch.equal(ours.images[row], theirs.images[row])
+            else:
+                assert source.where(sample) in skipped["torch"]
+                differing += 1
+    assert differing <= 4  # of 56
 
 
 def passes_at_a_glance(path: str) -> bool:
@@ -394,3 +413,59 @@ def test_torchvision_decodes_what_pil_decodes_and_alike(digit_jpegs, monkeypatch
 def test_bad_bytes_name_their_path():
     with pytest.raises(UnreadableImageError, match=r"a/b\.jpg"):
         decode(b"\xff\xd8\xff\xe0 garbage", "a/b.jpg")
+
+
+@pytest.mark.parametrize("augment", ["pad_crop", "none"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_resident_images_are_those_of_the_other_loaders(image_folder, augment, split):
+    """Of files of many shapes, and shifted past the edge of the longer side: what lies there comes in, not zeros."""
+    config = DataConfig(
+        source="folder", root=str(image_folder), image_size=48, augment=augment, crop_padding=7, num_workers=1
+    )
+    batches = {}
+    for loader in ("torch", "resident"):
+        batches[loader], _ = take(replace(config, loader=loader), 3, split=split)
+    for ours, theirs in zip(batches["torch"], batches["resident"], strict=True):
+        assert equal(ours, theirs)
+
+
+def test_a_run_goes_on_with_moved_data_only_if_they_are_the_same(image_folder, tmp_path):
+    config = DataConfig(source="folder", root=str(image_folder), image_size=48, num_workers=0, loader="torch")
+    whole, _ = take(config, 4)
+    _, state = take(config, 2)
+    assert len(json.dumps(state)) < 5000
+    moved = Path(shutil.copytree(image_folder, tmp_path / "moved"))
+    rest, _ = take(replace(config, root=str(moved)), 2, start=state)
+    assert all(equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    renamed = Path(shutil.copytree(image_folder, tmp_path / "renamed"))
+    (renamed / "train" / "digit_2").rename(renamed / "train" / "zebra")
+    with pytest.raises(ValueError, match="had other classes when it was saved"):
+        take(replace(config, root=str(renamed)), 1, start=state)
+    others = Path(shutil.copytree(image_folder, tmp_path / "others"))
+    for path in (others / "train").rglob("*.jpg"):
+        path.rename(path.with_name(f"other-{path.name}"))
+    with pytest.raises(ValueError, match="of 25 names or contents 0 are the same"):
+        take(replace(config, root=str(others)), 1, start=state)
+    del state["data"]  # of an older version
+    take(replace(config, root=str(others)), 1, start=state)
+
+
+@pytest.mark.parametrize("source", ["raw", "webdataset", "images"])
+def test_other_data_are_told_by_every_source(image_folder, tmp_path, source):
+    """Of equally many images, and the raw ones of equal shape."""
+    states = []
+    for name, tint in (("one", 1.0), ("two", 0.9)):
+        root = Path(shutil.copytree(image_folder, tmp_path / name / "files"))
+        for path in root.rglob("*.jpg"):
+            pixels = np.asarray(Image.open(path).resize((64, 64)))
+            Image.fromarray((pixels * tint).astype(np.uint8)).save(path)
+            if source == "images":
+                path.rename(path.with_name(name + path.name))
+        if source != "images":
+            prepare(PrepareConfig(str(root), str(tmp_path / name / "out"), format=source, num_workers=1))
+        root = root if source == "images" else tmp_path / name / "out"
+        config = DataConfig(source=source, root=str(root), image_size=48, num_workers=0)
+        states.append(take(config, 1)[1])
+    take(config, 1, start=states[1])
+    with pytest.raises(ValueError, match="were other files when it was saved"):
+        take(config, 1, start=states[0])

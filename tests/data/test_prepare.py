@@ -3,8 +3,10 @@
 import json
 import shutil
 import time
+import zlib
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from PIL import Image
 from mimir_fast.data import DataConfig, build_loader, build_source
 from mimir_fast.data.loaders.raw import RawLoader
 from mimir_fast.data.loaders.skip import TooManyBadFilesError
-from mimir_fast.data.prepare import PrepareConfig, prepare, verify
+from mimir_fast.data.prepare import prepare
+from mimir_fast.data.prepare_config import PrepareConfig
 from mimir_fast.data.sources import MissingDataError, RawSource
+from mimir_fast.data.verify import verify
 
 
 def config_for(folder, out, **options) -> PrepareConfig:
@@ -124,7 +128,7 @@ def test_grey_and_a_part_of_the_images(image_folder, tmp_path, prepared):
 def test_bad_files_are_left_out_and_listed(damaged_folder, tmp_path):
     manifest = prepare(config_for(damaged_folder, tmp_path / "out"))["train"]
     assert manifest.num_images == 25
-    assert sorted(path.rsplit("/", 1)[1] for path in manifest.skipped) == ["cut.jpg", "notes.txt", "zero.jpg"]
+    assert sorted(path.rsplit("/", 1)[1] for path in manifest.skipped) == ["cut.jpg", "notes.jpg", "zero.jpg"]
     assert json.loads((tmp_path / "out" / "train.json").read_text())["skipped"] == manifest.skipped
     with pytest.raises(TooManyBadFilesError, match=r"[23] unreadable files.*max_bad_files = 1.*--max_bad_files"):
         prepare(config_for(damaged_folder, tmp_path / "less", max_bad_files=1))
@@ -261,3 +265,78 @@ def test_other_files_in_the_folder_are_not_touched(image_folder, tmp_path, name)
     with pytest.raises(ValueError, match=f"{name}, which this command did not write: give another folder"):
         prepare(config_for(image_folder, tmp_path))
     assert (tmp_path / name).read_text() == "mine" and (tmp_path / ".film.partial").exists()
+
+
+@pytest.mark.parametrize("format", ["raw", "webdataset"])
+def test_shards_follow_their_files(image_folder, tmp_path, format, capfd):
+    """A class renamed, an image replaced, one repaired: the shards that hold it are made again, the others kept."""
+    config = config_for(image_folder, tmp_path / "out", format=format, images_per_shard=5, num_workers=1)
+
+    def shards():
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*-*.*")}
+
+    prepare(config)
+    first = shards()
+    (image_folder / "train" / "digit_1").rename(image_folder / "train" / "a_one")
+    (image_folder / "val" / "digit_1").rename(image_folder / "val" / "a_one")
+    assert any("other classes" in fault for fault in verify(config))
+    assert any("train: SOURCE has other files than were prepared, in 5 shards" in fault for fault in verify(config))
+    prepare(config)
+    assert "train: 5 shards made again, for their files have changed since, first " in capfd.readouterr().err
+    assert verify(config) == [] and all(shards()[name] > first[name] for name in first)
+    source = build_source(DataConfig(source=format, root=str(tmp_path / "out")), "train")
+    table = dict(np.load(tmp_path / "out" / "train.npz"))
+    assert source.classes == ("a_one", "digit_0", "digit_2")
+    assert all(
+        source.classes[label] in name.decode() for label, name in zip(source.labels, table["names"], strict=True)
+    )
+    assert all(zlib.crc32(Path(name.decode()).read_bytes()) == value
+               for name, value in zip(table["names"], table["contents"], strict=True))  # fmt: skip
+
+    victim, second = image_folder / "train" / "digit_0" / "000.jpg", shards()
+    content = victim.read_bytes()
+    victim.write_bytes(content)  # touched, with the same content
+    prepare(config)
+    assert shards() == second and verify(config) == []
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 1  # of the same size
+    victim.write_bytes(changed)
+    assert [fault for fault in verify(config) if "in 1 shard, first" in fault and str(victim) in fault]
+    prepare(config)
+    assert sum(second[name] != age for name, age in shards().items()) == 1 and verify(config) == []
+
+
+def test_a_file_that_was_repaired_comes_in(damaged_folder, tmp_path):
+    config = config_for(damaged_folder, tmp_path / "out", num_workers=1)
+    assert len(prepare(config)["train"].skipped) == 3
+    good = (damaged_folder / "train" / "digit_0" / "china.jpg").read_bytes()
+    (damaged_folder / "train" / "digit_1" / "zero.jpg").write_bytes(good)
+    assert len(prepare(config)["train"].skipped) == 2
+
+
+@pytest.mark.parametrize("format", ["raw", "webdataset"])
+def test_splits_of_two_states_of_the_source_are_not_mixed(image_folder, tmp_path, format):
+    config = config_for(image_folder, tmp_path / "out", format=format, splits=("train",), num_workers=1)
+    prepare(config)
+    for split in ("train", "val"):
+        (image_folder / split / "digit_1").rename(image_folder / split / "a_one")
+    with pytest.raises(
+        ValueError, match=r"test has the classes 3 \(a_one, .*train was prepared when they were 3 \(dig"
+    ):
+        prepare(replace(config, splits=("test",)))
+    assert not (tmp_path / "out" / "test.json").exists()
+    elsewhere = replace(config, out=str(tmp_path / "elsewhere"), splits=("test",))
+    prepare(elsewhere)
+    for path in (tmp_path / "elsewhere").glob("test*"):  # a copy from another machine
+        shutil.copy(path, tmp_path / "out")
+    with pytest.raises(ValueError, match="prepare both splits anew"):
+        build_source(DataConfig(source=format, root=str(tmp_path / "out")), "test")
+    prepare(replace(config, splits=("train", "test"), out=str(tmp_path / "both")))
+
+
+def test_out_is_not_where_the_images_are(image_folder):
+    before = sorted(image_folder.rglob("*"))
+    for out in (image_folder, image_folder / "x" / "..", image_folder / "train", image_folder / "val" / "digit_0"):
+        with pytest.raises(ValueError, match=r"lies where SOURCE is read from .*: give a folder of its own"):
+            prepare(config_for(image_folder, out))
+    assert [path for path in sorted(image_folder.rglob("*")) if ".mimir_fast" not in str(path)] == before

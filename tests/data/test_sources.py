@@ -18,6 +18,7 @@ from mimir_fast.data import config as data_config
 from mimir_fast.data.decode import UnreadableImageError, checked_file, decode
 from mimir_fast.data.loaders.resident import ResidentLoader
 from mimir_fast.data.sources import SOURCES, MissingDataError
+from mimir_fast.data.sources.base import hashes_of_names
 from mimir_fast.data.sources.cifar import read_pickle
 from mimir_fast.data.sources.idx import FASHION_ROOTS, read_idx
 
@@ -226,7 +227,7 @@ def test_folders_without_images_are_refused(tmp_path, image_folder):
     with pytest.raises(ValueError, match=r"one class only \(cat\)"):
         build(tmp_path)
     (tmp_path / "train" / "dog").mkdir()
-    with pytest.raises(ValueError, match="cat holds no files"):
+    with pytest.raises(ValueError, match="cat holds no images"):
         build(tmp_path)
     with pytest.raises(MissingDataError, match="nowhere does not exist"):
         build(tmp_path / "nowhere")
@@ -250,14 +251,14 @@ def test_tiny_imagenet(tmp_path, digit_jpegs):
     loader = build_loader(config, split="train", batch_size=6)
     assert isinstance(loader, ResidentLoader) and next(iter(loader)).images.shape == (6, 3, 64, 64)
     np.savez(tmp_path / "1m.npz", image=np.full((9, 64, 64, 3), 7, np.uint8), label=np.zeros(9, int))
-    (root / "train" / "n01" / "images" / "a.txt").write_text("not an image")
+    (root / "train" / "n01" / "images" / "a.jpg").write_text("not an image")
     for name in ("resident", "torch"):
         mixed = replace(config, generated=str(tmp_path / "1m.npz"), loader=name, augment="none", num_workers=0)
         loader = build_loader(mixed, split="train", batch_size=30)
         batch = next(iter(loader))
         is_generated = batch.samples >= loader.num_samples
         assert is_generated.sum() == 21 and (batch.images[is_generated] == 7).all()
-        assert [path.rsplit("/", 1)[1] for path in loader.skipped] == ["a.txt"]
+        assert [path.rsplit("/", 1)[1] for path in loader.skipped] == ["a.jpg"]
         assert set(batch.samples[~is_generated].tolist()) == {1, 2, 3, 4, 5, 6}  # 0 is the text file
     listing.write_text("val_0.JPEG\tn77\t0\t0\t62\t62\n")
     with pytest.raises(ValueError, match="n77"):
@@ -295,7 +296,7 @@ def test_the_shard_index_is_kept_and_follows_the_file(shards, monkeypatch):
 def test_bad_shards_are_refused(shards):
     with pytest.raises(MissingDataError, match=r"missing are 1 of 3 shards.*train-02"):
         build_source(DataConfig(source="webdataset", root=str(shards / "train-{00..02}.tar")), "train")
-    with pytest.raises(ValueError, match="test split was asked for"):
+    with pytest.raises(MissingDataError, match="no tar files of the test split"):
         build_source(DataConfig(source="webdataset", root=str(shards / "train-{00..01}.tar")), "test")
     path = shards / "val-00.tar"
     path.write_bytes(path.read_bytes()[:20_000])
@@ -365,3 +366,12 @@ def test_the_help_names_every_source():
 def test_bad_configurations_are_refused_by_field(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         DataConfig(**bad)
+
+
+def test_names_are_hashed_alike_whatever_stands_beside_them():
+    names = np.array([b"a/1.jpg", b"a/2.jpg", b"a/2.jpg.png", b"b/12345678901234567890.jpg"])
+    found = hashes_of_names(names)
+    assert len(set(found.tolist())) == 4 and (found >= 0).all() and (found < 2**32).all()
+    assert (hashes_of_names(names[:2].astype("S7")) == found[:2]).all()
+    many = np.array([f"n{number % 7}/{number}.jpg".encode() for number in range(70_000)])
+    assert len(np.unique(hashes_of_names(many))) > 69_990

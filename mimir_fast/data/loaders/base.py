@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.data.batch import Batch
+from mimir_fast.data.identity import DataIdentity
 from mimir_fast.data.order import BatchPlan, Cursor, KeyStream, MixedOrder, SampleOrder
 
 _ORDER = "swap-or-not 1"  # which function orders the samples; a state says under which it was saved
@@ -33,7 +34,10 @@ class Loader(ABC):
         epoch_length: stream positions of an epoch: `num_samples`, or more where generated samples are mixed in.
         wait_seconds: time the consumer has waited for batches so far.
         skipped: unreadable files met so far on this rank, path -> reason.
+        identity: of the data, stands in a state; None is not compared.
     """
+
+    identity: DataIdentity | None = None
 
     def __init__(self, plan: BatchPlan, order: SampleOrder | MixedOrder) -> None:
         self.plan, self.order = plan, order
@@ -91,6 +95,7 @@ class Loader(ABC):
             "num_samples": self.num_samples,
             "seed": self.order.seed,
             "order": self._order_name,
+            **({"data": self.identity.state} if self.identity else {}),
         }
 
     @property
@@ -104,7 +109,8 @@ class Loader(ABC):
         A data set from which a few files were removed (or repaired ones added) since is gone on with, and so is a
         stream that another version ordered; a warning says that this epoch will not be exact.
         Raises:
-            ValueError: another data set or seed, or a state taken within an accumulated step on other ranks.
+            ValueError: another data set (by its number of samples, classes or names) or seed, or a state taken within
+                an accumulated step on other ranks.
         """
         before, now = state["num_samples"], self.num_samples
         for name, was, ours in (("num_samples", before, now), ("seed", state["seed"], self.order.seed)):
@@ -113,6 +119,8 @@ class Loader(ABC):
                     f"the saved stream had {name} = {was}, this one has {ours}: it would continue on other "
                     "samples; resume with the same data and seed, or start a new run"
                 )
+        if self.identity and "data" in state:
+            self.identity.compare(state["data"])
         same_cut = (state["global_batch"], state["accum_iter"]) == (self.plan.global_batch, self.plan.accum_iter)
         if state["micro_step"] and not same_cut:
             raise ValueError(

@@ -29,12 +29,14 @@ from mimir_fast.data.decode import checked_file, decode, plain_file
 from mimir_fast.data.geometry import Geometry, plan_geometry
 from mimir_fast.data.loaders.base import Loader
 from mimir_fast.data.loaders.skip import SkipLedger, first_readable
-from mimir_fast.data.order import BatchPlan, KeyStream, MixedOrder, SampleOrder
+from mimir_fast.data.loaders.workers import Reader
+from mimir_fast.data.order import BatchPlan, Key, KeyStream, MixedOrder, SampleOrder
 from mimir_fast.data.sources.base import EncodedSource
 from mimir_fast.sizes import height_width
 from mimir_fast.versions import dali_package
 
 _PIPELINE_DEPTH = 2
+_PATIENCE = 3  # batches in a row that fail before the pipeline is built anew
 _LOG = logging.getLogger(__name__)
 
 
@@ -86,34 +88,56 @@ class DaliLoader(Loader):
             self._pipeline.reset()  # another evaluation pass: keep its processes
         else:
             self._build(keys)
-        started_at = keys
+        begun_at, started = 0, keys  # where the pipeline's own count of micro-batches begins
+        failures = 0  # in a row
         self._used_up_from = None
         for number, (wanted, epochs) in enumerate(keys):
-            try:
-                images, received = self._pipeline.run()
-            except RuntimeError as failure:
-                # DALI neither says which file it was nor goes on. So let PIL decode all that may be in the pipeline,
-                # and begin anew from here; if that fails, too, the files are not to blame.
-                started_at = keys.after(number)
-                self._suspects |= self._in_flight(started_at)
-                _LOG.warning("DALI stopped (%s); PIL looks at the files it was working on", _last_line(failure))
-                self._build(started_at)
-                try:
-                    images, received = self._pipeline.run()
-                except RuntimeError as error:
-                    error.add_note(
-                        "it failed again with files that PIL had decoded; --data.loader torch does without DALI"
+            result = self._run(number - begun_at)
+            failures = failures % _PATIENCE + 1 if result is None else 0
+            if result is None and self._on_gpu:
+                # Neither is said which file it was. So let PIL decode all that may be in the pipeline, and begin anew
+                # from here; if that fails, too, the files are not to blame.
+                begun_at, started = number, keys.after(number)
+                self._suspects |= self._in_flight(started)
+                self._build(started)
+                if (result := self._run(0)) is None:
+                    raise RuntimeError(
+                        "DALI failed again with files that PIL had decoded; --data.loader torch does without DALI"
                     )
-                    raise
-            numbers = np.array(received.as_tensor()).reshape(len(wanted), -1)
-            samples = np.ascontiguousarray(numbers[:, -1])
+            elif result is None:
+                # On a CPU it goes on with the next batch, so this one alone is read without it.
+                result = self._read_here((wanted, epochs))
+                if failures == _PATIENCE:  # an older DALI that does not
+                    begun_at, started = number + 1, keys.after(number + 1)
+                    self._build(started)
+            images, samples = result
             self._ledger.compare(wanted, samples)
-            images = self._to_device(images) if self._on_gpu else self._cut(images, numbers)
             columns = self.labels[samples], torch.from_numpy(samples), torch.from_numpy(epochs)
             yield Batch(images, *(column.to(self.device, non_blocking=True) for column in columns))
         with suppress(StopIteration):
             self._pipeline.run()  # DALI starts over only after it has run into the end
-        self._used_up_from = started_at
+        self._used_up_from = started
+
+    def _run(self, number: int) -> tuple[torch.Tensor, np.ndarray] | None:
+        """Images and samples of the pipeline's micro-batch `number`; None if it failed."""
+        try:
+            images, received = self._pipeline.run()
+        except RuntimeError as failure:
+            _LOG.warning("DALI could not decode a file (%s); PIL judges its batch", _last_line(failure))
+            return None
+        numbers = np.array(received.as_tensor())
+        if self._on_gpu:
+            return self._to_device(images), numbers.reshape(-1)
+        if numbers[0, -2] != number:
+            _LOG.warning("DALI gave batch %d for %d; PIL decodes it", numbers[0, -2], number)
+            return None
+        return self._cut(images, numbers), np.ascontiguousarray(numbers[:, -1])
+
+    def _read_here(self, key: Key) -> tuple[torch.Tensor, np.ndarray]:
+        config = self.config
+        slot = np.empty((len(key[0]), config.channels, *height_width(config.image_size)), np.uint8)
+        _, samples, _ = Reader(self.source, config, self.order.seed, self.augment)(key, slot)
+        return torch.from_numpy(slot), samples
 
     def _to_device(self, images: Any) -> torch.Tensor:
         from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -224,7 +248,8 @@ class _Feed:
     def __call__(self, number: int) -> tuple[Any, ...]:
         """Files, corner and extent of the parts to decode, numbers; what DALI needs to cut: size, mirror, anchor.
 
-        The numbers are the samples, (B,), or (B, 10) if DALI does not cut: a `Geometry` within the parts, the samples.
+        The numbers are the samples, (B,), or (B, 11) if DALI does not cut: a `Geometry` within the parts, `number`,
+        the samples.
         """
         if multiprocessing.parent_process() is not None:
             torch.set_num_threads(1)  # a forked process cannot use its parent's OpenMP threads: it would hang
@@ -245,7 +270,8 @@ class _Feed:
         else:
             corner, extent = needed_part(geometry, sizes)
             geometry.box[:, :2] -= corner
-            numbers = np.column_stack([geometry.box, geometry.size, geometry.anchor, geometry.mirror, samples])
+            row = geometry.box, geometry.size, geometry.anchor, geometry.mirror, np.full(len(samples), number), samples
+            numbers = np.column_stack(row)
             cuts = []
         return encoded, corner.astype(np.int32), extent.astype(np.int32), numbers, *cuts
 

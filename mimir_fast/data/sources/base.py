@@ -4,13 +4,17 @@ A source knows nothing of order, batches, augmentation or devices.
 Shapes: N samples, C channels, H x W pixels; pixels are uint8 in [0, 255].
 """
 
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mimir_fast.data.order import BLOCKS_IN_WINDOW
 from mimir_fast.sizes import Size, as_size
+
+_ROWS = 65_536  # names that are hashed at a time
 
 
 class MissingDataError(FileNotFoundError):
@@ -26,9 +30,11 @@ class ImageSource(ABC):
         labels: (N,) int64; -1 where a sample has no label.
         image_size: of all images, or None where they differ.
         block: neighbouring samples that should be read together (see SampleOrder); 0 where any order is as good.
+        window: blocks among which samples are mixed.
     """
 
     block = 0
+    window = BLOCKS_IN_WINDOW
 
     def __init__(
         self, name: str, classes: Sequence[str], labels: np.ndarray | list[int], image_size: Size | None = None
@@ -64,6 +70,18 @@ class ImageSource(ABC):
         The place of a whole data set is not part of it: one that was moved keeps its stamps.
         """
         return self.pixels(index).tobytes()
+
+    def name_of(self, index: int) -> bytes:
+        """What the sample is called within its data set."""
+        return f"{self.name}[{index}]".encode()
+
+    def state(self, index: int) -> bytes:
+        """Differs if the sample was changed under its name, as far as a cheap look tells: size and time of change."""
+        return str(zlib.crc32(self.stamp(index))).encode()
+
+    def identities(self) -> np.ndarray:
+        """(N,) int64: what tells all samples from those of another data set, as cheaply as it can be had."""
+        return hashes(self.stamp(index) for index in range(len(self)))
 
 
 class ArraySource(ImageSource):
@@ -108,7 +126,8 @@ class RawSource(ImageSource):
 
     Args:
         files: the files, each with images (height, width, channels) one after the other.
-        table: `shard_ids`, `offsets` (bytes), `heights`, `widths`, each (N,) integers.
+        table: `shard_ids`, `offsets` (bytes), `heights`, `widths`, each (N,) integers; perhaps `contents`, a hash of
+            each.
         channels: 1 or 3.
     """
 
@@ -141,6 +160,13 @@ class RawSource(ImageSource):
         file = self.files[self.table["shard_ids"][index]].name
         return f"{file} {self.table['offsets'][index]} {self.sizes[index].tolist()}".encode()
 
+    def identities(self) -> np.ndarray:
+        if "contents" in self.table:
+            return self.table["contents"].astype(np.int64)
+        return hashes_of_places(
+            [file.name for file in self.files], self.table["shard_ids"], self.table["offsets"], *self.sizes.T
+        )
+
     def take(self, indices: np.ndarray) -> "RawSource":
         """A source of the samples at `indices`, renumbered from 0; the files stay shared."""
         table = {name: column[indices] for name, column in self.table.items()}
@@ -153,6 +179,7 @@ class SubsetSource(EncodedSource):
     def __init__(self, source: EncodedSource, indices: np.ndarray) -> None:
         super().__init__(source.name, source.classes, source.labels[indices], source.image_size)
         self.source, self.indices = source, indices
+        self.block, self.window = source.block, source.window
 
     def read(self, index: int) -> bytes:
         return self.source.read(int(self.indices[index]))
@@ -162,6 +189,52 @@ class SubsetSource(EncodedSource):
 
     def stamp(self, index: int) -> bytes:
         return self.source.stamp(int(self.indices[index]))
+
+    def name_of(self, index: int) -> bytes:
+        return self.source.name_of(int(self.indices[index]))
+
+    def state(self, index: int) -> bytes:
+        return self.source.state(int(self.indices[index]))
+
+    def identities(self) -> np.ndarray:
+        return self.source.identities()[self.indices]
+
+
+def hashes(contents: Iterable[bytes]) -> np.ndarray:
+    """(N,) int64: CRC-32 of each."""
+    return np.fromiter((zlib.crc32(content) for content in contents), np.int64)
+
+
+def hashes_of_names(names: np.ndarray) -> np.ndarray:
+    """(N,) int64 in [0, 2^32): a hash of each name, of (N,) bytes; a million take a tenth of a second."""
+    words = -(-names.dtype.itemsize // 8)
+    parts = []
+    for start in range(0, len(names), _ROWS):
+        table = names[start : start + _ROWS].astype(f"S{8 * words}").view(np.uint64).reshape(-1, words)
+        mixed = np.zeros(len(table), np.uint64)
+        for column in table.T:  # words of zeros are padding: how long the longest name is changes nothing
+            mixed = np.where(column == 0, mixed, _mix(mixed ^ column))
+        parts.append(mixed)
+    return (np.concatenate(parts) >> np.uint64(32)).astype(np.int64)
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    words = (words ^ (words >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+    return words ^ (words >> np.uint64(29))
+
+
+def hashes_of_places(files: Sequence[str], file_ids: np.ndarray, *columns: np.ndarray) -> np.ndarray:
+    """(N,) int64 in [0, 2^32): a hash of each sample's file name and numbers, such as offset and size."""
+    mixed = hashes(name.encode() for name in files)[file_ids].astype(np.uint64)
+    for column in columns:
+        mixed = _mix(mixed ^ column.astype(np.uint64))
+    return (mixed >> np.uint64(32)).astype(np.int64)
+
+
+def state_of(path: Path) -> str:
+    """Size and time of change of a file."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def take_evenly(source: ImageSource, limit: int | None) -> ImageSource:

@@ -4,11 +4,13 @@ Opening a split reads its manifest, maps its table and asks for the size of each
 of a machine share one copy in the page cache. (A shard that is cut while it is in use ends the process: SIGBUS.)
 """
 
+from contextlib import suppress
+
 import numpy as np
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.data.manifest import TABLE, check_sizes, read_manifest
-from mimir_fast.data.npz import map_member
+from mimir_fast.data.manifest import TABLE, check_classes, check_sizes, read_manifest
+from mimir_fast.data.npz import MissingArrayError, map_member
 from mimir_fast.data.registry import register
 from mimir_fast.data.sources.base import RawSource, existing_root
 
@@ -26,6 +28,7 @@ def build(config: DataConfig, split: str) -> RawSource:
     manifest = read_manifest(root / f"{split}.json", ADVICE)
     if manifest.format != "raw":
         raise ValueError(f"{root} holds {manifest.format} shards: give --data.source {manifest.format}")
+    check_classes(root, split, manifest.classes, ADVICE)
     check_sizes(manifest, root, ADVICE)
     path = root / f"{split}.npz"
     try:
@@ -34,6 +37,8 @@ def build(config: DataConfig, split: str) -> RawSource:
         raise ValueError(f"{path} cannot be read ({error}); make it anew: {ADVICE}") from error
     labels = columns.pop("labels")
     table = {name: columns[name] for name in ("shard_ids", "offsets", "heights", "widths")}
+    with suppress(MissingArrayError):  # of an older version
+        table["contents"] = map_member(path, "contents")
     counts = [shard.images for shard in manifest.shards]
     ends = table["offsets"] + table["heights"].astype(np.int64) * table["widths"] * manifest.channels
     sizes = np.array([shard.bytes for shard in manifest.shards])

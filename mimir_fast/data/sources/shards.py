@@ -4,29 +4,29 @@ An index of (shard, offset, size, label), made once by reading the tar headers a
 by one seek; so ranks and resuming work as for every other source. The order is one of shuffled blocks (`block`), so
 that a disk reads runs of neighbours: the samples of a shard are expected to be mixed, as `mimir_fast.data.prepare` and
 everybody else writes them.
+
+A member's extension is what follows the first dot of its name, as in webdataset. Of several images of a sample the
+first of EXTENSIONS is taken (jpg before png, which often is a mask). The label is the .cls member, else the .json's.
 """
 
-import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
 
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.decode import MAX_FILE_BYTES
-from mimir_fast.data.index import fingerprint_of, kept_index
+from mimir_fast.data.index import Arrays, fingerprint_of, kept_index
+from mimir_fast.data.manifest import check_classes, read_manifest
 from mimir_fast.data.registry import register
-from mimir_fast.data.sources.base import EncodedSource, MissingDataError
-from mimir_fast.validation import counted
+from mimir_fast.data.sources.base import EncodedSource, hashes_of_places, state_of
+from mimir_fast.data.sources.label_lists import number_labels
+from mimir_fast.data.sources.shard_labels import LABEL_BYTES, parse_cls, parse_json
+from mimir_fast.data.sources.shard_names import ADVICE, find_shards
+from mimir_fast.data.sources.tar_files import members_of
+from mimir_fast.data.sources.walk import EXTENSIONS
 
-_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "webp", "bmp")
-_LABEL_KEYS = ("label", "cls", "class", "target")  # in a .json member
-_COLUMNS = ("shard_ids", "offsets", "sizes", "labels")
-_LABEL_BYTES = 2**20  # of a .cls or .json member; more is no label
-_ADVICE = (
-    "give --data.root a brace pattern such as 'shards/train-{0000..0146}.tar', or a folder whose tar files start with "
-    "train and val"
-)
+_COLUMNS = ("shard_ids", "offsets", "sizes", "labels", "names")
+_MANIFEST = "train.json"  # of mimir_fast.data.prepare: it knows the classes' names
 
 
 class ShardSource(EncodedSource):
@@ -38,9 +38,9 @@ class ShardSource(EncodedSource):
     """
 
     def __init__(
-        self, shards: list[Path], shard_ids: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, labels: np.ndarray
-    ) -> None:
-        classes = [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
+        self, shards: list[Path], classes: list[str], shard_ids: np.ndarray, offsets: np.ndarray, sizes: np.ndarray,
+        labels: np.ndarray,
+    ) -> None:  # fmt: skip
         super().__init__("webdataset", classes, labels)
         self.shards, self.shard_ids, self.offsets, self.sizes = shards, shard_ids, offsets, sizes
 
@@ -57,104 +57,112 @@ class ShardSource(EncodedSource):
     def stamp(self, index: int) -> bytes:
         return f"{self.shards[self.shard_ids[index]].name} {self.offsets[index]} {self.sizes[index]}".encode()
 
+    def name_of(self, index: int) -> bytes:
+        return f"{self.shards[self.shard_ids[index]].name} {self.offsets[index]}".encode()
+
+    def state(self, index: int) -> bytes:
+        return f"{self.sizes[index]} {state_of(self.shards[self.shard_ids[index]])}".encode()
+
+    def identities(self) -> np.ndarray:
+        return hashes_of_places([shard.name for shard in self.shards], self.shard_ids, self.offsets, self.sizes)
+
 
 def build(config: DataConfig, split: str) -> ShardSource:
-    """All samples of the split's shards that have an image; labels from the .cls or .json member, -1 without."""
-    shards = find_shards(config.root, split)
+    """All samples of the split's shards that have an image; -1 where one has no label.
 
-    def make() -> dict[str, np.ndarray]:
-        parts = [scan_shard(shard) for shard in shards]
-        ids = np.repeat(np.arange(len(shards)), [part.shape[1] for part in parts])
-        return dict(zip(_COLUMNS, [ids, *np.concatenate(parts, axis=1)], strict=True))
-
-    index = kept_index(shards[0].parent, f"{split}-tar", fingerprint_of(shards), _COLUMNS, make)
-    shard_ids, offsets, sizes, labels = (index[name] for name in _COLUMNS)
-    if len(sizes) == 0:
+    The training shards number the classes, so that a class without test images changes no count.
+    Raises:
+        MissingDataError, ValueError: see `find_shards`, `members_of` and `number_labels`.
+    """
+    found = find_shards(config.root)
+    shards = found.of(split)
+    index = _index(shards, split)
+    if len(index["sizes"]) == 0:
         raise ValueError(f"{shards[0]} … hold no images: expected members named <key>.jpg and <key>.cls")
-    return ShardSource(shards, shard_ids, offsets, sizes, labels)
+    train = index if split == "train" or not found.train else _index(found.train, "train")
+    classes = _classes(train, shards[0].parent / _MANIFEST, found.train or shards)
+    labels, known = index["labels"], _names(index)
+    if known:
+        numbers = np.array(number_labels(known, classes, shards[0])[0])
+        labels = np.where(labels < 0, -1, numbers[labels])
+    elif (largest := int(labels.max())) >= len(classes):
+        raise ValueError(f"{shards[0]} … have label {largest}, but {found.train[0]} … have {len(classes)} classes")
+    return ShardSource(shards, classes, index["shard_ids"], index["offsets"], index["sizes"], labels)
 
 
-def find_shards(root: str | None, split: str) -> list[Path]:
-    """The split's tar files: of a folder by their names' start, of a brace pattern all that it names.
+def _classes(train: Arrays, manifest: Path, shards: list[Path]) -> list[str]:
+    number = int(train["labels"].max(initial=-1)) + 1
+    if names := _names(train):
+        return names
+    if manifest.is_file() and len(named := read_manifest(manifest, ADVICE).classes) >= number:
+        check_classes(manifest.parent, "train", named, ADVICE)
+        return named
+    return [str(label) for label in range(number)]
+
+
+def _names(index: Arrays) -> list[str]:
+    return [bytes(name).decode() for name in index["names"]]
+
+
+def _index(shards: list[Path], split: str) -> Arrays:
+    """The columns of an index; `labels` are numbers of classes, or of `names` where the shards name the classes."""
+
+    def make() -> Arrays:
+        parts = [scan_shard(shard) for shard in shards]
+        labels = [label for part in parts for *_, label in part]
+        named = sorted({label for label in labels if isinstance(label, str)})
+        if named and (number := next((label for label in labels if isinstance(label, int) and label >= 0), None)):
+            raise ValueError(f"{shards[0]} … label some samples by name ({named[0]}) and others by number ({number})")
+        numbers = {name: number for number, name in enumerate(named)}
+        places = np.array([row[:2] for part in parts for row in part], np.int64).reshape(-1, 2).T
+        owners = [numbers[label] if isinstance(label, str) else label for label in labels]
+        ids = np.repeat(np.arange(len(shards)), [len(part) for part in parts])
+        names = np.array([name.encode() for name in named], dtype=bytes)
+        return dict(zip(_COLUMNS, [ids, *places, np.array(owners, np.int64), names], strict=True))
+
+    return kept_index(shards[0].parent, f"{split}-tar", lambda _: fingerprint_of(shards), _COLUMNS, make)
+
+
+def scan_shard(shard: Path) -> list[tuple[int, int, int | str]]:
+    """Offset, size and label (a number, a name, or -1) of each sample's image. Nothing is unpacked.
 
     Raises:
-        MissingDataError: no root, or files that do not exist.
-        ValueError: a pattern of training shards where the test split is asked for.
+        ValueError: see `members_of`; also for a label that is none, and for a file that no image is as large as.
     """
-    if root is None:
-        raise MissingDataError(f"source 'webdataset' needs root: {_ADVICE}")
-    folder = Path(root).expanduser()
-    if folder.is_dir():
-        names = ("train",) if split == "train" else ("val", "test")
-        shards = sorted(path for name in names for path in folder.glob(f"*{name}*.tar"))
-        if not shards:
-            raise MissingDataError(f"{folder} has no tar files named {' or '.join(names)}…: {_ADVICE}")
-        return shards
-    if split != "train" and "train" in folder.name:
-        raise ValueError(f"the {split} split was asked for but {root} names training shards: {_ADVICE}")
-    try:
-        from webdataset.shardlists import expand_urls
-    except ImportError as error:
-        raise ImportError("source 'webdataset' needs the library: pip install webdataset") from error
-    shards = [Path(url).expanduser() for url in expand_urls(root)]
-    missing = [str(shard) for shard in shards if not shard.is_file()]
-    if missing:
-        raise MissingDataError(
-            f"missing are {len(missing)} of {counted(len(shards), 'shard')}, first {missing[0]}: {_ADVICE}"
-        )
-    return shards
+    rows: list[tuple[int, int, int | str]] = []
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int | str] = {}
 
+    def close_sample() -> None:
+        for extension in EXTENSIONS:
+            if extension in images:
+                rows.append((*images[extension], labels.get(".cls", labels.get(".json", -1))))
+                return
 
-def scan_shard(shard: Path) -> np.ndarray:
-    """(3, n) int64: offset, size and label of each image of a tar file. Nothing is unpacked.
-
-    Raises:
-        ValueError: not a tar file, compressed, cut short, or with a member whose name leads out of it.
-    """
-    from webdataset.tariterators import base_plus_ext
-
-    rows: list[list[int]] = []
-    current, image, label = None, None, -1
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                if member.name.startswith("/") or ".." in member.name.split("/"):
-                    raise ValueError(f"{shard}: a member is called {member.name!r}, outside of the archive; refused")
-                if not member.isfile():
-                    continue
-                key, extension = base_plus_ext(member.name)
-                if key != current:
-                    if image is not None:
-                        rows.append([*image, label])
-                    current, image, label = key, None, -1
-                if key is None:
-                    continue
-                if extension.lower() in _IMAGE_EXTENSIONS:
-                    image = (member.offset_data, member.size)
-                elif extension in ("cls", "json"):
-                    content = archive.extractfile(member)
-                    text = content.read(_LABEL_BYTES) if content else b""
-                    label = _parse_label(text, extension, f"{shard}: {member.name}")
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard} is not a whole, uncompressed tar file ({error}); make or fetch it again") from error
-    if image is not None:
-        rows.append([*image, label])
-    table = np.array(rows, dtype=np.int64).reshape(-1, 3).T
-    if table.size and (table[0] + table[1]).max() > shard.stat().st_size:
-        raise ValueError(f"{shard} is cut short: its last image ends past the end of the file; fetch it again")
-    if table.size and table[1].max() > MAX_FILE_BYTES:
-        raise ValueError(f"{shard} holds a file of {table[1].max()} bytes, more than an image has; refused")
-    return table
-
-
-def _parse_label(content: bytes, extension: str, where: str) -> int:
-    try:
-        if extension == "cls":
-            return int(content)
-        entries = json.loads(content)
-        return next((int(entries[key]) for key in _LABEL_KEYS if key in entries), -1)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where} holds no class number: {content[:40]!r}") from error
+    current = None
+    with shard.open("rb") as file:
+        for member in members_of(shard):
+            folder, _, name = member.name.rpartition("/")
+            key, _, extension = name.partition(".")
+            if (folder, key) != current:
+                close_sample()
+                current = (folder, key)
+                images.clear()
+                labels.clear()
+            if not key:  # .DS_Store and the like
+                continue
+            extension = f".{extension.lower()}"
+            if extension in EXTENSIONS:
+                if member.size > MAX_FILE_BYTES:
+                    raise ValueError(f"{shard} holds a file of {member.size} bytes, more than an image has; refused")
+                images[extension] = (member.offset_data, member.size)
+            elif extension in (".cls", ".json"):
+                file.seek(member.offset_data)
+                content = file.read(min(member.size, LABEL_BYTES))
+                parse = parse_cls if extension == ".cls" else parse_json
+                labels[extension] = parse(content, f"{shard}: {member.name}")
+    close_sample()
+    return rows
 
 
 register("webdataset", build)

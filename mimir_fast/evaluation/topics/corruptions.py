@@ -21,7 +21,8 @@ import torch
 
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.loaders.base import to_channels
-from mimir_fast.data.sources.folder import FileSource
+from mimir_fast.data.sources.files import FileSource
+from mimir_fast.data.sources.walk import walk
 from mimir_fast.evaluation.attacks import natural
 from mimir_fast.evaluation.charts import bars
 from mimir_fast.evaluation.content import digest
@@ -175,8 +176,8 @@ def _from_folders(
 @lru_cache(maxsize=1)
 def _listing(folder: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
     """(classes, relative paths, label of each), in the order of the clean validation folder."""
-    classes = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-    pairs = [(f"{c}/{file.name}", i) for i, c in enumerate(classes) for file in sorted((folder / c).iterdir())]
+    classes = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    pairs = [(f"{c}/{name}", i) for i, c in enumerate(classes) for name in walk(folder / c).images]
     return classes, [path for path, _ in pairs], [label for _, label in pairs]
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd import NO_CLASS, predicted
-from mimir_fast.data.sources.folder import FileSource
+from mimir_fast.data.sources.files import FileSource
+from mimir_fast.data.sources.walk import walk
 from mimir_fast.evaluation.content import content_of
 from mimir_fast.evaluation.html import paragraph, percent, span, table
 from mimir_fast.evaluation.images import EvaluationImages, ImageSets, MakeSet, load_from
@@ -52,8 +53,7 @@ def open_folder(folder: Path, classes: tuple[str, ...]) -> FileSource:
             f"the {len(classes)} classes ({classes[0]}, …); name them so"
             + ("" if any(name.isdigit() for name in classes) else ", or number them from 0")
         )
-    paths = [(f"{name}/{file.name}", number_of[name]) for name in names for file in sorted((folder / name).iterdir())
-             if file.is_file() and not file.name.startswith(".")]  # fmt: skip
+    paths = [(f"{name}/{file}", number_of[name]) for name in names for file in walk(folder / name).images]
     if not paths:
         raise ValueError(f"--shifts {folder}: it holds no images")
     return FileSource(folder.name, folder, [p for p, _ in paths], [n for _, n in paths], list(classes))
