@@ -60,8 +60,8 @@ class ClassifierAttack(OccasionalAttack):
     whole_steps: int = 1
     """Attack steps at the end that see all patches."""
     ramp_steps: int = 0
-    """Training steps over which the attack grows from one step to num_steps. Few steps are larger: alpha times num_steps
-    over their number, at most 1.25 eps (FastAT's). 0: all steps from the start."""
+    """Training steps over which the attack grows from one step to num_steps. Fewer steps are larger: alpha times
+    num_steps over their number, at most 1.25 eps (FastAT's). 0: all steps from the start."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,9 +89,9 @@ class ClassifierAttack(OccasionalAttack):
     def in_training_step(self, step: int) -> "ClassifierAttack":
         """The attack of a training step (counted from 0): weaker ones first (curriculum adversarial training, Cai et
         al., arXiv 1805.04807), each number of attack steps for as many training steps."""
-        number = min(self.num_steps, 1 + self.num_steps * step // self.ramp_steps) if self.ramp_steps else self.num_steps
-        if number >= self.num_steps:
+        if step >= self.ramp_steps or self.num_steps <= 1:
             return self
+        number = 1 + self.num_steps * step // self.ramp_steps
         alpha = max(self.alpha, min(self.alpha * self.num_steps / number, SINGLE_STEP * self.eps, 1.0))
         return replace(self, num_steps=number, alpha=alpha)
 
