@@ -35,7 +35,7 @@ class Recipe:
     width: int = 96
     depth: int = 4
     heads: int = 3
-    batch_size: int = 64
+    batch_size: int = 32
     lr: float = 1.5e-3
     weight_decay: float = 0.05
     attack_steps: int = 7
@@ -79,7 +79,9 @@ def train(
     loader = DataLoader(
         TensorDataset(images, labels), recipe.batch_size, shuffle=True, drop_last=True, generator=order
     )  # fmt: skip
-    groups = param_groups_weight_decay(model, recipe.weight_decay, ("pos_embed", "cls_token"))
+    groups = param_groups_weight_decay(
+        model, recipe.weight_decay, no_weight_decay_list=("pos_embed", "cls_token")
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.999), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, recipe))
     network = torch.compile(model, dynamic=False) if compiled else model
