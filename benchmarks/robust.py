@@ -70,7 +70,7 @@ SETTINGS: dict[Size, tuple[Setting, ...]] = {
     "tiny": (Setting("digits", TINY, 64, 32, 2, 2),),
     "quick": (Setting("digits", replace(DIGITS, width=64, depth=2, heads=4), 1197, 150, 8, 1),),
     "full": FULL,
-    "gpu": FULL,
+    "gpu": FULL,  # is not run: these models would leave a GPU idle
 }
 
 
@@ -133,10 +133,12 @@ def records(
         only: `data=digits`, or the name of a case.
         before: records of earlier calls; what is there of this commit is not run again.
     """
-    if missing := [name for name in ("torchattacks", "timm") if not find_spec(name)]:
-        yield [Record(CASE, PLAIN, {}, 0.0, status="skipped", note=f"{missing[0]} is not installed: make setup")]
+    missing = [f"{name} is not installed: make setup" for name in ("torchattacks", "timm") if not find_spec(name)]
+    if why := [*(["its models are for CPUs: --device cpu"] if device.type != "cpu" else []), *missing]:
+        yield [stamp(Record(CASE, PLAIN, {}, 0.0, status="skipped", note=why[0]), device, ceilings)]
         return
-    known = {key: [r for r in before if r.key() == key][-1] for key in finished(before, device, timed=False)}
+    keys = finished(before, device, timed=False)
+    known = {r.key(): r for r in before if r.key() in keys}
     for setting in SETTINGS[size]:
         if only not in (None, SPEED, CASE, f"data={setting.data}"):
             continue
@@ -226,11 +228,14 @@ def _plain(setting: Setting, recipe: Recipe, seed: int, variant: Variant, attack
     model = plain.build_model(recipe)
     model.load_state_dict(to_files(start, start.state_dict()))
     images, labels = (torch.from_numpy(a) for a in source_of(setting.data, recipe, setting.images, "train"))
-    train = partial(plain.train, recipe=recipe, attack=attack, seed=seed, **variant._asdict())
+    train = partial(
+        plain.train, images=images, labels=labels, recipe=recipe, attack=attack, bf16=variant.bf16,
+        compiled=variant.compiled, seed=seed,
+    )  # fmt: skip
     if variant.compiled:  # the graphs are made by a copy, before the clock runs
-        list(islice(train(copy.deepcopy(model), images, labels), 2))
+        list(islice(train(copy.deepcopy(model)), 2))
     yield model
-    for _ in train(model, images, labels):
+    for _ in train(model):
         yield model
 
 
