@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import authors, compare, growth, plot, record, table
+from benchmarks import authors, compare, plot, record, table
 from benchmarks import ceilings as machine
 from benchmarks.case import Size, is_ours
 from benchmarks.device_suite import PARTS, run_suite
 from benchmarks.disturbance import MOST, words
-from benchmarks.questions import QUESTIONS
+from benchmarks.questions import QUESTIONS, module_of
 from benchmarks.runner import run_question
 from mimir_fast.allocator import keep_large_buffers
 
@@ -64,7 +64,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and report; the exit status is 1 when something of ours is wrong or became slower."""
     options = parse(arguments)
-    draw = growth.draw if options.questions == ["growth"] else plot.draw
+    alone = module_of(options.questions[0]) if len(options.questions) == 1 else None
+    draw = getattr(alone, "draw", plot.draw)
     if options.draw:
         draw(record.by_case(record.read(options.draw)), options.plot or options.draw.with_suffix(".png"))
         return 0
@@ -96,13 +97,16 @@ def run(
 ) -> Iterator[list[record.Record]]:
     """The records of each case that the options ask for."""
     size: Size = "gpu" if device.type == "cuda" and options.size != "tiny" else options.size
+    before = record.read(output) if output.is_file() else []
     if options.device_suite:
-        before = record.read(output) if output.is_file() else []
         parts = [options.part] if options.part else PARTS
         yield from run_suite(device, size, ceilings, options.budget, parts, before)
         return
     default = [name for name, q in QUESTIONS.items() if (options.size == "full" or q.quick) and not q.named_only]
     for question in options.questions or default:
+        if own := getattr(module_of(question), "records", None):
+            yield from own(device, size, ceilings, only=options.only, before=before)
+            continue
         box_s = options.box or QUESTIONS[question].box_s * {"tiny": 0.02, "quick": 1, "full": 3}[options.size]
         yield from run_question(question, device, size, ceilings, box_s=box_s, only=options.only)
 

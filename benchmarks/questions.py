@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import Literal
 
 from benchmarks.case import Cases
@@ -42,10 +43,17 @@ QUESTIONS = {
     "families": Question(30),
     "autoattack": Question(0),
     "growth": Question(4, named_only=True),
+    "robust": Question(0, named_only=True),
 }
+
+
+def module_of(question: str) -> ModuleType:
+    """A question's file. It has `cases`, or, where it times no providers in turn, `records`; and `draw` where the
+    usual picture does not fit."""
+    return import_module(f"benchmarks.{question}")
 
 
 def cases_of(question: str) -> Cases:
     """The `cases` function of a question's file."""
-    cases: Cases = import_module(f"benchmarks.{question}").cases
+    cases: Cases = module_of(question).cases
     return cases

@@ -35,6 +35,7 @@ class Record:
         peak_mem_mb: extra memory of a call at its peak, in MiB, outputs included.
         speedup: the baseline's median / this one's.
         extra: further numbers of the provider's own.
+        curve: of a training, points of numbers by name.
     """
 
     case: str
@@ -55,6 +56,7 @@ class Record:
     baseline: str = ""
     speedup: float | None = None
     extra: dict[str, float] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
     hw: dict[str, Any] = field(default_factory=dict)
     sw: dict[str, Any] = field(default_factory=dict)
     commit: str | None = None

@@ -51,7 +51,7 @@ def row(record: Record) -> tuple[str, ...]:
         rate,
         "" if record.peak_mem_mb is None else f"{record.peak_mem_mb:.1f}",
         error,
-        "yes" if record.err["deterministic_bits"] else "no",
+        {True: "yes", False: "no", None: ""}[record.err.get("deterministic_bits")],
     )
 
 

@@ -77,6 +77,8 @@ REFUSED: list[tuple[Any, str, str]] = [
     (with_attack(finetuning("trades"), num_steps=0), "attack_mode", "--attack.num_steps is 0"),
     (finetuning(), "attack.whole_steps", "--attack.visible is 1"),
     (with_attack(finetuning(), num_steps=1), "attack.visible", "--attack.num_steps is at most --attack.whole_steps"),
+    (with_attack(finetuning(), num_steps=1), "attack.ramp_steps", "--attack.num_steps is 1"),
+    (finetuning("apgd"), "attack.ramp_steps", "--method apgd"),
     (finetuning("free"), "attack.every", "--method free"),
     (finetuning("ard_prm"), "attack.visible", "--method ard_prm"),
     (replace(finetuning(), model=ClassifierConfig(family="swin", encoder="nano", patch_size=2)),

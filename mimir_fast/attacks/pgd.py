@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.attacks.ascent import BeforeStep, Objective, ascend
-from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.attacks.threat_model import SINGLE_STEP, LinfThreat
 from mimir_fast.layers.borrowing import AttackMode, borrowed
 from mimir_fast.ops._checks import check_tensors
 from mimir_fast.ops.ball import ball_bounds
@@ -182,7 +182,7 @@ class PGD:
 
 def fast_threat(eps: float) -> LinfThreat:
     """FastAT's adversary: one step of 1.25 ε from a random start (Wong et al., arXiv 2001.03994)."""
-    return LinfThreat(eps=eps, alpha=min(1.25 * eps, 1.0), num_steps=1, random_start=True)
+    return LinfThreat(eps=eps, alpha=min(SINGLE_STEP * eps, 1.0), num_steps=1, random_start=True)
 
 
 def fgsm(

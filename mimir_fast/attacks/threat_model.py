@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from mimir_fast.validation import check_number, without
 
+SINGLE_STEP = 1.25
+"""Of a single step from a random start, in units of eps: FastAT's (Wong et al., arXiv 2001.03994)."""
+
 
 def check_radius(name: str, value: float) -> None:
     """Raises ValueError unless `value` lies in [0, 1], as images do; 8 is taken for 8/255."""

@@ -1,6 +1,7 @@
 """What an attack inside a training step may save, each at a price that its option names. None is on by default.
 
     every        attack in every k-th step only
+    ramp_steps   fewer, larger attack steps at the start of training (fine-tuning)
     precision    the attack's passes in bf16, whatever the training's are in (pre-training)
     visible      all but the last steps of the attack see a share of the patches (fine-tuning)
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.ascent import ascend
-from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.attacks.threat_model import SINGLE_STEP, LinfThreat
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.validation import check_choice, check_number, without
 
@@ -58,9 +59,13 @@ class ClassifierAttack(OccasionalAttack):
     the image's own, so that all have as many turns. 0.5 makes them half as dear; 1 is all patches in all steps."""
     whole_steps: int = 1
     """Attack steps at the end that see all patches."""
+    ramp_steps: int = 0
+    """Training steps over which the attack grows from one step to num_steps. Fewer steps are larger: alpha times
+    num_steps over their number, at most 1.25 eps (FastAT's). 0: all steps from the start."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number("attack.ramp_steps", self.ramp_steps, at_least=0)
         check_number("attack.visible", self.visible, above=0, at_most=1)
         check_number("attack.whole_steps", self.whole_steps, at_least=1)
 
@@ -68,6 +73,7 @@ class ClassifierAttack(OccasionalAttack):
         """Options that do nothing as the others are."""
         return {
             **super().idle(),
+            **without(self.num_steps > 1, f"--{{}}num_steps is {self.num_steps}", "ramp_steps"),
             **without(self.visible < 1, "--{}visible is 1", "whole_steps"),
             **without(self.num_steps > self.whole_steps, "--{}num_steps is at most --{}whole_steps", "visible"),
         }
@@ -77,7 +83,17 @@ class ClassifierAttack(OccasionalAttack):
         visible = (
             f", all but {self.whole_steps} on {100 * self.visible:.3g} % of the patches" if self.visible < 1 else ""
         )
-        return visible + (f", in every {self.every}th training step" if self.every > 1 else "")
+        growing = f", from one step on in {self.ramp_steps:,} training steps" if self.ramp_steps else ""
+        return visible + growing + (f", in every {self.every}th training step" if self.every > 1 else "")
+
+    def in_training_step(self, step: int) -> "ClassifierAttack":
+        """The attack of a training step (counted from 0): weaker ones first (curriculum adversarial training, Cai et
+        al., arXiv 1805.04807), each number of attack steps for as many training steps."""
+        if step >= self.ramp_steps or self.num_steps <= 1:
+            return self
+        number = 1 + self.num_steps * step // self.ramp_steps
+        alpha = max(self.alpha, min(self.alpha * self.num_steps / number, SINGLE_STEP * self.eps, 1.0))
+        return replace(self, num_steps=number, alpha=alpha)
 
     def places(self, attack_step: int, order_BN: Tensor) -> Tensor | None:
         """(B, K) numbers of the patches that a step of the attack sees, ascending; None for all.

@@ -37,7 +37,7 @@ register(
         "apgd", "finetune", ClassificationConfig, Apgd, "APGD-k adversarial training",
         idle=without(
             False, "--method apgd starts at the image and chooses its steps", "attack.alpha", "attack.random_start",
-            "attack.visible", "attack.whole_steps",
+            "attack.visible", "attack.whole_steps", "attack.ramp_steps",
         ),
     )
 )  # fmt: skip

@@ -107,7 +107,8 @@ class _HeldBack(ClassificationMethod):
 
     def ascend(self, module: nn.Module, inputs: Inputs, loss: Loss, labels: Tensor) -> Tensor:
         """Adversarial images (B, C, H, W) in [0, 1]."""
-        threat, images, own, bare = self.attack, inputs.images, self.config.ard_prm, classifier(module)
+        threat = self.attack.in_training_step(inputs.step)
+        images, own, bare = inputs.images, self.config.ard_prm, classifier(module)
         encoder = bare.encoder
         rate = pass_rate(inputs.epochs, own.warmup_epochs)
         gates = draw_gates(rate, inputs, bare.num_layers, encoder.num_branches, threat.num_steps)

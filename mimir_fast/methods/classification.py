@@ -36,7 +36,7 @@ def default_attack() -> ClassifierAttack:
 
 OF_AN_ATTACK = (
     "attack.alpha", "attack.num_steps", "attack.random_start", "attack.every", "attack.visible", "attack.whole_steps",
-    "attack_mode",
+    "attack.ramp_steps", "attack_mode",
 )  # fmt: skip
 """Options of a search before the training pass, which a method without one does not have."""
 
@@ -143,7 +143,7 @@ class ClassificationMethod(ABC):
 
     def ascend(self, module: nn.Module, inputs: Inputs, loss: Loss, labels: Tensor) -> Tensor:
         """Adversarial images by PGD on a loss, whose early steps may see a part of the patches."""
-        attack, images, places = self.attack, inputs.images, None
+        attack, images, places = self.attack.in_training_step(inputs.step), inputs.images, None
         check_images(images, values=images.device.type == "cpu")
         if attack.visible < 1:
             number, step = classifier(module).encoder.num_patches, inputs.step

@@ -29,7 +29,7 @@ register(
         "fast", "finetune", ClassificationConfig, Fast, "FastAT, one step",
         idle=without(
             False, "--method fast takes one step of 1.25 eps from a random start", "attack.alpha", "attack.num_steps",
-            "attack.random_start", "attack.visible", "attack.whole_steps",
+            "attack.random_start", "attack.visible", "attack.whole_steps", "attack.ramp_steps",
         ),
     )
 )  # fmt: skip

@@ -39,7 +39,11 @@ class _Counter(TorchDispatchMode):
 
 
 def flops_of_step(config: PretrainConfig | FinetuneConfig) -> float:
-    """Of an optimiser step of a run, on average: attacks may come in every N-th step only, and batches be replayed."""
+    """Of an optimiser step of a run, on average: attacks may come in every N-th step only, and batches be replayed.
+
+    Raises:
+        ValueError: the attack grows while training goes on.
+    """
     from torch.utils.flop_counter import flop_registry  # imports Triton
 
     size, channels = config.data.image_size, config.data.channels
@@ -55,6 +59,8 @@ def flops_of_step(config: PretrainConfig | FinetuneConfig) -> float:
     images = torch.randint(256, (IMAGES, channels, *height_width(size)), dtype=torch.uint8)
     batch = Batch(images, samples % CLASSES, samples, torch.zeros_like(samples))
     model.double().train()
+    if getattr(method.config.attack, "ramp_steps", 0):
+        raise ValueError("attack.ramp_steps: no number of steps is an average of the run; leave it at 0 here")
     period = getattr(method.config.attack, "every", 1) * getattr(method, "replays", 1)
     with _Counter(flop_registry) as counter, sdpa_kernel(SDPBackend.MATH):
         for step in range(period):

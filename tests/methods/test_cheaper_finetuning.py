@@ -108,6 +108,31 @@ class TestVisible:
             assert not torch.equal(model(images, places_BV=places), model(images))
 
 
+class TestRamp:
+    ATTACK = ClassifierAttack(eps=EPS, alpha=2 / 255, num_steps=4, ramp_steps=10)
+
+    def test_the_attack_grows_by_equal_turns_and_few_steps_are_larger(self) -> None:
+        found = [self.ATTACK.in_training_step(step) for step in range(12)]
+        assert [attack.num_steps for attack in found] == [1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4]
+        # 4 steps of 2/255 reach as far as one of 8/255 or two of 4/255.
+        assert [round(255 * attack.alpha, 4) for attack in found[::3]] == [8, 4, 2.6667, 2]
+        assert replace(self.ATTACK, alpha=EPS).in_training_step(0).alpha == 1.25 * EPS  # a single step is FastAT's
+        assert replace(self.ATTACK, alpha=2 * EPS).in_training_step(0).alpha == 2 * EPS  # never smaller than asked for
+        for same in (replace(self.ATTACK, ramp_steps=0), replace(self.ATTACK, num_steps=0)):
+            assert same.in_training_step(0) == same
+
+    @pytest.mark.parametrize("kind", [Pgd, Trades, Mart, ArdPrm])
+    def test_each_training_step_makes_its_attack(self, kind: Any, model: Classifier, batch: Batch) -> None:
+        objective = {Trades: TradesObjective, Mart: MartObjective, ArdPrm: ArdPrmObjective}.get(
+            kind, ClassificationConfig
+        )
+        growing = kind(objective(attack=self.ATTACK))
+        for step in (0, 5, 9):
+            of_step = replace(self.ATTACK.in_training_step(step), ramp_steps=0)
+            inputs = growing.prepare(model, batch, seed=0, step=step)
+            assert torch.equal(growing.perturb(model, inputs), kind(objective(attack=of_step)).perturb(model, inputs))
+
+
 @pytest.mark.parametrize("kind", [Pgd, Fast, Apgd, Trades, Mart, ArdPrm])
 def test_steps_without_attack_train_on_its_start(kind: Any, model: Classifier, batch: Batch) -> None:
     objective = {Trades: TradesObjective, Mart: MartObjective, ArdPrm: ArdPrmObjective}.get(kind, ClassificationConfig)
@@ -167,7 +192,7 @@ SMALL = [
     "--batch_size", "16", "--max_steps", "5", "--log_every", "1", "--save_every", "2", "--attack.eps", "24/255",
     "--mixing.mixup", "0.8", "--probe.num_images", "0", "--device", "cpu", "--precision", "fp32",
 ]  # fmt: skip
-VISIBLE = ["--attack.visible", "0.5", "--attack.num_steps", "2", "--attack.every", "2"]
+VISIBLE = ["--attack.visible", "0.5", "--attack.num_steps", "2", "--attack.every", "2", "--attack.ramp_steps", "4"]
 FREE = ["--method", "free", "--free.replays", "3"]
 
 
@@ -215,6 +240,7 @@ def test_replays_of_parts_are_those_of_the_whole(ranks: int, free_run: Path, tmp
     [
         (lambda: FreeConfig(1), "free.replays=1, wanted at least 2"),
         (lambda: ClassifierAttack(visible=0), "attack.visible=0, wanted more than 0 and at most 1"),
+        (lambda: ClassifierAttack(ramp_steps=-1), "attack.ramp_steps=-1, wanted at least 0"),
         (lambda: ClassifierAttack(whole_steps=0), "attack.whole_steps=0, wanted at least 1"),
     ],
 )

@@ -58,6 +58,9 @@ def test_operations_of_a_step() -> None:
     assert natural <= flops["free"] < 1.05 * natural
     # 9 of 17 tokens in four of five attack steps.
     assert flops["visible"] == pytest.approx((1 + 2 / 3 * (1 + 4 * 9 / 17)) * natural, rel=0.03)
+    growing = replace(base.objective, attack=replace(base.objective.attack, ramp_steps=9))
+    with pytest.raises(ValueError, match=r"attack\.ramp_steps"):
+        flops_of_step(replace(base, objective=growing))
 
 
 @pytest.mark.parametrize("single", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["tuned", "one_stage_too"])
