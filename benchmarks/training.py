@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.case import Outputs
 from mimir_fast.data.batch import Batch
+from mimir_fast.layers.borrowing import training_pass
 from mimir_fast.methods.mae import Mae
 from mimir_fast.models.families.vit import SIZES as ENCODERS
 from mimir_fast.models.masked_model import DECODERS, MaskedModel, ModelConfig, View, build_masked_model
@@ -67,9 +68,10 @@ def optimizer_step(model: nn.Module, loss_of: Loss, *, bf16: bool = False, plain
         optimizer = build_optimizer(model, OptimizerConfig())
 
     def run(batch: Batch) -> Outputs:
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
-            loss = loss_of(batch)
-        loss.backward()
+        with training_pass(model, reduces=True):
+            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
+                loss = loss_of(batch)
+            loss.backward()
         norm = clip_gradients(model, None)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

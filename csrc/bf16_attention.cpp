@@ -37,19 +37,22 @@ using Tokens = HeadTokens<std::uint16_t>;
 struct Problem : Heads<std::uint16_t> {
     bool amx;
 
-    // What products go through: all the padding only where tiles have to be whole. Keys, and the numbers of a head as
-    // inner and as outer dimension.
+    // What products go through: all the padding only where tiles have to be whole. Queries, keys, and the numbers of a
+    // head as inner and as outer dimension.
+    std::int64_t queries_used() const { return padded(T, amx ? 32 : 16); }
     std::int64_t keys_used() const { return padded(S, amx ? 32 : 16); }
     std::int64_t depth_used() const { return amx ? padded(E, kDepth) : E; }
     std::int64_t numbers_used() const { return amx ? padded(E, 16) : E; }
 };
 
-// Tokens of head h → (rows, depth), zeros around.
-void pad(const Tokens& tokens, std::int64_t b, std::int64_t h, std::int64_t count, std::int64_t rows,
-         std::int64_t depth, std::uint16_t* to) {
+// Tokens of head h → (rows, depth), depth a multiple of 32, zeros around.
+MIMIR_BF16_INLINE void pad(const Tokens& tokens, std::int64_t b, std::int64_t h, std::int64_t count, std::int64_t rows,
+                           std::int64_t depth, std::uint16_t* to) {
     for (std::int64_t t = 0; t < count; ++t) {
-        std::memcpy(to + t * depth, tokens.at(b, t, h), tokens.E * 2);
-        std::memset(to + t * depth + tokens.E, 0, (depth - tokens.E) * 2);
+        const std::uint16_t* from = tokens.at(b, t, h);
+        for (std::int64_t e = 0; e < depth; e += 32) {
+            _mm512_storeu_si512(to + t * depth + e, _mm512_maskz_loadu_epi16(wide_lanes(tokens.E - e), from + e));
+        }
     }
     std::memset(to + count * depth, 0, (rows - count) * depth * 2);
 }
@@ -71,61 +74,75 @@ MIMIR_BF16_INLINE void write(const float* from, std::int64_t columns, float scal
     for (std::int64_t t = 0; t < count; ++t) {
         std::uint16_t* to = tokens.at(b, first + t, h);
         for (std::int64_t e = 0; e < tokens.E; e += 16) {
-            const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(from + t * columns + e), _mm512_set1_ps(scale));
-            const __mmask16 inside = tokens.E - e >= 16 ? 0xffff : (1u << (tokens.E - e)) - 1;
-            _mm256_mask_storeu_epi16(to + e, inside, to_bf16(x));
+            const __m256i x = to_bf16(_mm512_mul_ps(_mm512_loadu_ps(from + t * columns + e), _mm512_set1_ps(scale)));
+            if (tokens.E - e >= 16) {
+                _mm256_storeu_si256((__m256i*)(to + e), x);
+            } else {
+                _mm_storeu_si128((__m128i*)(to + e), _mm256_castsi256_si128(x));
+            }
         }
     }
 }
 
-// Scores of 32 queries (keys, 32) → unnormalised probabilities as pairs of keys, and their sums.
+// ln x of x ≥ 1, to 1e-7: ln m = 2 artanh((m − 1)/(m + 1)) for the mantissa m in [1, 2), by its series.
+MIMIR_BF16_INLINE __m512 log_of_sum(__m512 x) {
+    const __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src), one = _mm512_set1_ps(1.0f);
+    const __m512 z = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one)), square = _mm512_mul_ps(z, z);
+    __m512 p = _mm512_set1_ps(2.0f / 13);
+#pragma GCC unroll 6
+    for (int n = 11; n > 0; n -= 2) p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(2.0f / n));
+    return _mm512_fmadd_ps(p, z, _mm512_mul_ps(_mm512_getexp_ps(x), _mm512_set1_ps(0.693147181f)));
+}
+
+// Scores of 16·kParts queries (keys, 32) → unnormalised probabilities as pairs of keys, 1/their sums, and the lse.
+template <int kParts>
 MIMIR_BF16_INLINE void softmax(const float* scores, std::int64_t S, std::int64_t keys, float scale, std::uint32_t* pairs,
-                               float* sums, float* lse) {
+                               float* shares, float* lse) {
     const __m512 to_exponent = _mm512_set1_ps(scale * 1.44269504f);
-    // Both halves side by side: each is a chain of operations that wait for one another.
-    __m512 largest[2], shift[2], sum[2];
+    // All parts side by side: each is a chain of operations that wait for one another.
+    __m512 largest[kParts], shift[kParts], sum[kParts];
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) largest[half] = _mm512_loadu_ps(scores + 16 * half);
-    for (std::int64_t j = 1; j < S; ++j) {
+    for (int i = 0; i < kParts; ++i) largest[i] = _mm512_loadu_ps(scores + 16 * i);
+    for (std::int64_t j = S % 2; j < S; j += 2) {
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            largest[half] = _mm512_max_ps(largest[half], _mm512_loadu_ps(scores + 32 * j + 16 * half));
+        for (int i = 0; i < kParts; ++i) {
+            const float* x = scores + 32 * j + 16 * i;
+            largest[i] = _mm512_max_ps(largest[i], _mm512_max_ps(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 32)));
         }
     }
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-        shift[half] = _mm512_mul_ps(largest[half], to_exponent);
-        sum[half] = _mm512_setzero_ps();
+    for (int i = 0; i < kParts; ++i) {
+        shift[i] = _mm512_mul_ps(largest[i], to_exponent);
+        sum[i] = _mm512_setzero_ps();
     }
     const std::int64_t whole = S / 2 * 2;
     for (std::int64_t j = 0; j < whole; j += 2) {
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            const float* x = scores + 32 * j + 16 * half;
-            const __m512 even = exp2_of_nonpositive(_mm512_fmsub_ps(_mm512_loadu_ps(x), to_exponent, shift[half]));
-            const __m512 odd = exp2_of_nonpositive(_mm512_fmsub_ps(_mm512_loadu_ps(x + 32), to_exponent, shift[half]));
-            sum[half] = _mm512_add_ps(sum[half], _mm512_add_ps(even, odd));
-            _mm512_storeu_si512(pairs + 16 * j + 16 * half, pairs_of(rows_of(even, odd)));
+        for (int i = 0; i < kParts; ++i) {
+            const float* x = scores + 32 * j + 16 * i;
+            const __m512 even = exp2_of_nonpositive(_mm512_fmsub_ps(_mm512_loadu_ps(x), to_exponent, shift[i]));
+            const __m512 odd = exp2_of_nonpositive(_mm512_fmsub_ps(_mm512_loadu_ps(x + 32), to_exponent, shift[i]));
+            sum[i] = _mm512_add_ps(sum[i], _mm512_add_ps(even, odd));
+            _mm512_storeu_si512(pairs + 16 * j + 16 * i, pairs_of(rows_of(even, odd)));
         }
     }
     for (std::int64_t j = whole; j < keys; j += 2) {  // the last key of an odd number, then padding
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < kParts; ++i) {
             __m512 p = _mm512_setzero_ps();
             if (j < S) {
-                const __m512 x = _mm512_loadu_ps(scores + 32 * j + 16 * half);
-                p = exp2_of_nonpositive(_mm512_fmsub_ps(x, to_exponent, shift[half]));
-                sum[half] = _mm512_add_ps(sum[half], p);
+                const __m512 x = _mm512_loadu_ps(scores + 32 * j + 16 * i);
+                p = exp2_of_nonpositive(_mm512_fmsub_ps(x, to_exponent, shift[i]));
+                sum[i] = _mm512_add_ps(sum[i], p);
             }
-            _mm512_storeu_si512(pairs + 16 * j + 16 * half, pairs_of(rows_of(p, _mm512_setzero_ps())));
+            _mm512_storeu_si512(pairs + 16 * j + 16 * i, pairs_of(rows_of(p, _mm512_setzero_ps())));
         }
     }
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-        _mm512_storeu_ps(sums + 16 * half, sum[half]);
-        _mm512_storeu_ps(lse + 16 * half, _mm512_mul_ps(largest[half], _mm512_set1_ps(scale)));
+    for (int i = 0; i < kParts; ++i) {
+        _mm512_storeu_ps(shares + 16 * i, _mm512_div_ps(_mm512_set1_ps(1.0f), sum[i]));
+        _mm512_storeu_ps(lse + 16 * i, _mm512_fmadd_ps(largest[i], _mm512_set1_ps(scale), log_of_sum(sum[i])));
     }
-    for (int t = 0; t < 32; ++t) lse[t] += std::log(sums[t]);
 }
 
 MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t end) {
@@ -141,7 +158,7 @@ MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t
     auto* values = scratch.take<std::uint32_t>(E * S / 2);  // (E, S) bfloat16
     auto *scores = scratch.take<float>(S * C), *out = scratch.take<float>(E * C), *turned = scratch.take<float>(E * C);
     auto* probabilities = scratch.take<std::uint32_t>(S / 2 * C);
-    float sums[C], lse[C];
+    float shares[C], lse[C];
     const Tiles tiles(p.amx);
     for (std::int64_t head = begin; head < end; ++head) {
         const std::int64_t b = head / p.H, h = head % p.H;
@@ -158,14 +175,19 @@ MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t
             prefetch(p.v, head + 1, p.H, p.S, false);
         }
         for (std::int64_t t = 0; t < p.T; t += C) {
-            multiply(p.amx, keys_used, C, p.depth_used(), {keys, depth}, {queries + t, T}, {scores, C}, false);
-            softmax(scores, p.S, keys_used, scale, probabilities, sums, lse);
-            multiply(p.amx, p.numbers_used(), C, keys_used, {reinterpret_cast<std::uint16_t*>(values), S},
+            const std::int64_t width = std::min(C, p.queries_used() - t);
+            multiply(p.amx, keys_used, width, p.depth_used(), {keys, depth}, {queries + t, T}, {scores, C}, false);
+            if (width == C) {
+                softmax<2>(scores, p.S, keys_used, scale, probabilities, shares, lse);
+            } else {
+                softmax<1>(scores, p.S, keys_used, scale, probabilities, shares, lse);
+            }
+            multiply(p.amx, p.numbers_used(), width, keys_used, {reinterpret_cast<std::uint16_t*>(values), S},
                      {probabilities, C}, {out, C}, false);
-            for (int half = 0; half < 32; half += 16) {
-                const __m512 share = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_loadu_ps(sums + half));
+            for (std::int64_t c = 0; c < width; c += 16) {
+                const __m512 share = _mm512_loadu_ps(shares + c);
                 for (std::int64_t e = 0; e < p.numbers_used(); ++e) {
-                    float* x = out + e * C + half;
+                    float* x = out + e * C + c;
                     _mm512_storeu_ps(x, _mm512_mul_ps(_mm512_loadu_ps(x), share));
                 }
             }
@@ -177,33 +199,72 @@ MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t
     }
 }
 
+// Heads of 8 numbers without tiles: the gradients of two keys share a vector, number by number, so that its lanes are
+// full. Then p and ds have a row for two keys, the pairs of both side by side, and an operand's numbers stand twice.
+MIMIR_BF16_INLINE __m512i two_keys_of(__m512i rows) {
+    return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0), rows);
+}
+
+// (rows, depth) bfloat16 → (rows/2, 16) such an operand of their first 8 numbers.
+MIMIR_BF16_INLINE void pair_rows_twice(const std::uint16_t* from, std::int64_t depth, std::int64_t rows, std::uint32_t* to) {
+    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    for (std::int64_t r = 0; r < rows; r += 2) {
+        const __m256i even = _mm256_loadu_si256((const __m256i*)(from + r * depth));
+        const __m256i odd = _mm256_loadu_si256((const __m256i*)(from + (r + 1) * depth));
+        _mm512_storeu_si512(to + r / 2 * 16, _mm512_permutexvar_epi32(twice, interleave(even, odd)));
+    }
+}
+
+// (keys/2, 16) float32 of two keys each, scaled → the bfloat16 tokens of head h.
+MIMIR_BF16_INLINE void write_two_keys(const float* from, float scale, const Tokens& tokens, std::int64_t b,
+                                      std::int64_t count, std::int64_t h) {
+    const __m512i apart = _mm512_set_epi32(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+    for (std::int64_t t = 0; t < count; t += 2) {
+        const __m512 x = _mm512_permutexvar_ps(apart, _mm512_loadu_ps(from + t / 2 * 16));
+        const __m256i both = to_bf16(_mm512_mul_ps(x, _mm512_set1_ps(scale)));
+        _mm_storeu_si128((__m128i*)tokens.at(b, t, h), _mm256_castsi256_si128(both));
+        if (t + 1 < count) _mm_storeu_si128((__m128i*)tokens.at(b, t + 1, h), _mm256_extracti128_si256(both, 1));
+    }
+}
+
 // A block of (keys, 32) scores s and products dp → p and ds = p (dp − along) as operands: rows of queries, and of ds
 // also pairs of keys. Keys from `inside` on are padding.
 struct Operands {
-    std::uint16_t *p, *ds;  // (keys, C)
+    std::uint16_t *p, *ds;  // (keys, C), or (keys/2, 2 C)
     std::uint32_t* ds_pairs;  // (keys/2, C)
     std::int64_t C;
+    bool two_keys;
+
+    // Queries c … c + 15 of keys j and j + 1.
+    MIMIR_BF16_INLINE void put(std::uint16_t* to, std::int64_t j, std::int64_t c, __m512i rows) const {
+        if (two_keys) {
+            _mm512_storeu_si512(to + j * C + 2 * c, two_keys_of(rows));
+        } else {
+            store_rows(to + j * C + c, C, rows);
+        }
+    }
 };
 
 MIMIR_BF16_INLINE void differentiate(const float* scores, const float* products, std::int64_t keys, std::int64_t inside,
-                                     float scale, const float* lse, const float* along, Operands to) {
+                                     std::int64_t queries, float scale, const float* lse, const float* along,
+                                     Operands to) {
     const __m512 to_exponent = _mm512_set1_ps(scale * 1.44269504f), zero = _mm512_setzero_ps();
-    for (int half = 0; half < 32; half += 16) {
-        const __m512 shift = _mm512_mul_ps(_mm512_loadu_ps(lse + half), _mm512_set1_ps(1.44269504f));
-        const __m512 mean = _mm512_loadu_ps(along + half);
+    for (std::int64_t c = 0; c < queries; c += 16) {
+        const __m512 shift = _mm512_mul_ps(_mm512_loadu_ps(lse + c), _mm512_set1_ps(1.44269504f));
+        const __m512 mean = _mm512_loadu_ps(along + c);
         for (std::int64_t j = 0; j < keys; j += 2) {
             __m512 p[2], ds[2];
 #pragma GCC unroll 2
             for (int i = 0; i < 2; ++i) {
-                const std::int64_t at = 32 * (j + i) + half;
+                const std::int64_t at = 32 * (j + i) + c;
                 const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + at), to_exponent, shift);
                 p[i] = j + i < inside ? exp2_of_nonpositive(x) : zero;
                 ds[i] = _mm512_mul_ps(p[i], _mm512_sub_ps(_mm512_loadu_ps(products + at), mean));
             }
-            const __m512i p_rows = rows_of(p[0], p[1]), ds_rows = rows_of(ds[0], ds[1]);
-            store_rows(to.p + j * to.C + half, to.C, p_rows);
-            store_rows(to.ds + j * to.C + half, to.C, ds_rows);
-            _mm512_storeu_si512(to.ds_pairs + j / 2 * to.C + half, pairs_of(ds_rows));
+            const __m512i ds_rows = rows_of(ds[0], ds[1]);
+            to.put(to.p, j, c, rows_of(p[0], p[1]));
+            to.put(to.ds, j, c, ds_rows);
+            _mm512_storeu_si512(to.ds_pairs + j / 2 * to.C + c, pairs_of(ds_rows));
         }
     }
 }
@@ -212,7 +273,7 @@ MIMIR_BF16_INLINE void differentiate(const float* scores, const float* products,
 MIMIR_BF16_INLINE float inner_product(const std::uint16_t* a, const std::uint16_t* b, std::int64_t E) {
     __m512 sum = _mm512_setzero_ps();
     for (std::int64_t e = 0; e < E; e += 32) {
-        const __mmask32 inside = E - e >= 32 ? 0xffffffffu : (1u << (E - e)) - 1;
+        const __mmask32 inside = wide_lanes(E - e);
         const auto x = (__m512bh)_mm512_maskz_loadu_epi16(inside, a + e), y = (__m512bh)_mm512_maskz_loadu_epi16(inside, b + e);
         sum = _mm512_dpbf16_ps(sum, x, y);
     }
@@ -224,6 +285,10 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
     const std::int64_t depth = padded(p.E, kDepth), E = padded(p.E, 16);
     const std::int64_t keys_used = p.keys_used();
     const float scale = p.scale();
+    const bool two_keys = p.E == 8 && !p.amx;
+    const auto pair_queries = [&](const std::uint16_t* from, std::uint32_t* to) MIMIR_BF16_LAMBDA {
+        two_keys ? pair_rows_twice(from, depth, T, to) : pair_rows(from, depth, T, E, to);
+    };
     Scratch<Use::own> scratch(2 * (5 * T + 4 * S) * depth + 2 * 3 * S * C + 4 * (2 * S * E + 2 * E * C + 2 * kKeys * 32 + 2 * T) + 4096);
     auto* rows = scratch.take<std::uint16_t>(T * depth);  // of q, then of grad
     auto *queries = scratch.take<std::uint32_t>(depth / 2 * T), *grads = scratch.take<std::uint32_t>(depth / 2 * T);
@@ -241,10 +306,10 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
         const std::int64_t b = head / p.H, h = head % p.H;
         pad(p.q, b, h, p.T, T, depth, rows);
         transpose(reinterpret_cast<std::uint32_t*>(rows), T, depth / 2, queries);
-        pair_rows(rows, depth, T, E, query_pairs);
+        pair_queries(rows, query_pairs);
         pad(p.grad, b, h, p.T, T, depth, rows);
         transpose(reinterpret_cast<std::uint32_t*>(rows), T, depth / 2, grads);
-        pair_rows(rows, depth, T, E, grad_pairs);
+        pair_queries(rows, grad_pairs);
         pad(p.k, b, h, p.S, S, depth, keys);
         pad(p.v, b, h, p.S, S, depth, values);
         pair_rows(keys, depth, S, E, key_pairs);
@@ -265,28 +330,41 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
             prefetch(p.v, head + 1, p.H, p.S, false);
         }
         for (std::int64_t t = 0; t < p.T; t += C) {
-            const std::int64_t width = std::min(C, T - t);
+            const std::int64_t width = std::min(C, p.queries_used() - t);
             for (std::int64_t c = 0; c < width; c += 32) {
+                const std::int64_t queries_now = std::min<std::int64_t>(32, width - c);
                 for (std::int64_t j = 0; j < keys_used; j += kKeys) {
                     const std::int64_t count = std::min(kKeys, keys_used - j);
-                    multiply(p.amx, count, 32, p.depth_used(), {keys + j * depth, depth}, {queries + t + c, T},
+                    multiply(p.amx, count, queries_now, p.depth_used(), {keys + j * depth, depth}, {queries + t + c, T},
                              {scores, 32}, false);
-                    multiply(p.amx, count, 32, p.depth_used(), {values + j * depth, depth}, {grads + t + c, T},
+                    multiply(p.amx, count, queries_now, p.depth_used(), {values + j * depth, depth}, {grads + t + c, T},
                              {products, 32}, false);
-                    const Operands to = {probabilities + j * C + c, ds + j * C + c, ds_pairs + j / 2 * C + c, C};
-                    differentiate(scores, products, count, p.S - j, scale, lse + t + c, along + t + c, to);
+                    const std::int64_t at = two_keys ? j * C + 2 * c : j * C + c;
+                    const Operands to = {probabilities + at, ds + at, ds_pairs + j / 2 * C + c, C, two_keys};
+                    differentiate(scores, products, count, p.S - j, queries_now, scale, lse + t + c, along + t + c, to);
                 }
             }
             const bool add = t > 0;
-            multiply(p.amx, keys_used, E, width, {probabilities, C}, {grad_pairs + t / 2 * E, E}, {dv, E}, add);
-            multiply(p.amx, keys_used, E, width, {ds, C}, {query_pairs + t / 2 * E, E}, {dk, E}, add);
+            const MatrixB grads_here = {grad_pairs + t / 2 * E, E}, queries_here = {query_pairs + t / 2 * E, E};
+            if (two_keys) {
+                avx512_multiply_narrow<std::int64_t>(keys_used / 2, width, {probabilities, 2 * C}, grads_here, {dv, E}, add);
+                avx512_multiply_narrow<std::int64_t>(keys_used / 2, width, {ds, 2 * C}, queries_here, {dk, E}, add);
+            } else {
+                multiply(p.amx, keys_used, E, width, {probabilities, C}, grads_here, {dv, E}, add);
+                multiply(p.amx, keys_used, E, width, {ds, C}, queries_here, {dk, E}, add);
+            }
             multiply(p.amx, p.numbers_used(), width, keys_used, {reinterpret_cast<std::uint16_t*>(turned_keys), S},
                      {ds_pairs, C}, {dq, C}, false);
             transpose(reinterpret_cast<std::uint32_t*>(dq), E, C, reinterpret_cast<std::uint32_t*>(turned));
             write(turned, E, scale, p.dq, b, t, std::min(C, p.T - t), h);
         }
-        write(dk, E, scale, p.dk, b, 0, p.S, h);
-        write(dv, E, 1.0f, p.dv, b, 0, p.S, h);
+        if (two_keys) {
+            write_two_keys(dk, scale, p.dk, b, p.S, h);
+            write_two_keys(dv, 1.0f, p.dv, b, p.S, h);
+        } else {
+            write(dk, E, scale, p.dk, b, 0, p.S, h);
+            write(dv, E, 1.0f, p.dv, b, 0, p.S, h);
+        }
     }
 }
 

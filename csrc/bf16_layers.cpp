@@ -21,13 +21,13 @@ constexpr std::int64_t kRows = 256;  // at a time
 
 Matrix matrix(Address data, bool wide, std::int64_t columns) { return {pointer<char>(data), wide, columns}; }
 
-// 32 rows at a time of weights (N, K) → a panel for x Wᵀ, and their share of every panel for g W.
+// 32 rows at a time of weights (N, K) → a panel for x Wᵀ, and their share of every panel for g W; nullptr: not wanted.
 MIMIR_BF16 void pack_panels(const Matrix& weight, std::int64_t N, std::uint32_t* forward, std::uint32_t* backward,
                             std::int64_t begin, std::int64_t end) {
     const std::int64_t across = padded(N, kPanel), along = padded(weight.columns, kPanel);
     for (std::int64_t i = begin; i < end; ++i) {
-        pack_rows(weight, N, i, forward + i * along / 2 * kPanel);
-        for (std::int64_t j = 0; j < along / kPanel; ++j) {
+        if (forward != nullptr) pack_rows(weight, N, i, forward + i * along / 2 * kPanel);
+        for (std::int64_t j = 0; backward != nullptr && j < along / kPanel; ++j) {
             pack_columns(weight, i * kPanel, N, kPanel, j, backward + (j * across + i * kPanel) / 2 * kPanel);
         }
     }

@@ -21,6 +21,16 @@
 
 namespace mimir {
 
+// The first `count` of 16 lanes.
+MIMIR_BF16_INLINE __mmask16 lanes(std::int64_t count) {
+    return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// The same of 32.
+MIMIR_BF16_INLINE __mmask32 wide_lanes(std::int64_t count) {
+    return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : static_cast<__mmask32>((1u << count) - 1);
+}
+
 // While one lives on a thread, its tile registers are eight of 16 rows of 64 bytes.
 class Tiles {
   public:
@@ -89,11 +99,15 @@ MIMIR_BF16_INLINE void amx_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K
     if (kRows > 1 && kColumns > 1) _tile_stored(3, c.data + 16 * c.stride + 16, stride);
 }
 
+MIMIR_BF16_INLINE __m512bh in_all_lanes(std::int32_t pair) { return (__m512bh)_mm512_set1_epi32(pair); }
+MIMIR_BF16_INLINE __m512bh in_all_lanes(std::int64_t two_pairs) { return (__m512bh)_mm512_set1_epi64(two_pairs); }
+
 // kRows × 16·kVectors of C, all in registers: each loaded vector of B is used kRows times, each pair of A kVectors times.
 // Two products start a cycle (Zen 5) and each takes six or so, hence twelve sums or more; as many loads do, so that one
 // vector a pair, which needs more loads than products, is a tenth slower. A function of its own: inside another one, GCC
 // may keep sums in memory.
-template <int kRows, int kVectors>
+// Element: what a vector of B meets, a pair of A in all lanes, or in turns the pairs of two rows that lie side by side.
+template <int kRows, int kVectors, typename Element = std::int32_t>
 MIMIR_BF16 __attribute__((noinline)) void avx512_block(MatrixA a, MatrixB b, MatrixC c, std::int64_t K, bool add) {
     __m512 sums[kRows][kVectors];
 #pragma GCC unroll 16
@@ -109,8 +123,7 @@ MIMIR_BF16 __attribute__((noinline)) void avx512_block(MatrixA a, MatrixB b, Mat
         for (int n = 0; n < kVectors; ++n) pairs[n] = (__m512bh)_mm512_loadu_si512(b.data + k * b.stride + 16 * n);
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
-            const auto* row = reinterpret_cast<const std::int32_t*>(a.data + m * a.stride);
-            const __m512bh pair = (__m512bh)_mm512_set1_epi32(row[k]);
+            const __m512bh pair = in_all_lanes(reinterpret_cast<const Element*>(a.data + m * a.stride)[k]);
 #pragma GCC unroll 2
             for (int n = 0; n < kVectors; ++n) sums[m][n] = _mm512_dpbf16_ps(sums[m][n], pair, pairs[n]);
         }
@@ -128,15 +141,29 @@ struct Nothing {
 
 constexpr std::int64_t kBlockRows = 8;  // of a block that is two vectors wide
 
+// Where N is 16; M is a multiple of 8.
+template <typename Element>
+MIMIR_BF16_INLINE void avx512_multiply_narrow(std::int64_t M, std::int64_t K, MatrixA a, MatrixB b, MatrixC c, bool add) {
+    for (std::int64_t m = 0; m < M; m += 16) {
+        const MatrixA a_m = {a.data + m * a.stride, a.stride};
+        const MatrixC c_m = {c.data + m * c.stride, c.stride};
+        M - m >= 16 ? avx512_block<16, 1, Element>(a_m, b, c_m, K, add) : avx512_block<8, 1, Element>(a_m, b, c_m, K, add);
+    }
+}
+
+// Rows and columns: multiples of 8 and 16.
 MIMIR_BF16_INLINE void avx512_multiply(std::int64_t M, std::int64_t N, std::int64_t K, MatrixA a, MatrixB b, MatrixC c,
                                        bool add) {
     for (std::int64_t n = 0; n < N; n += 32) {
-        const bool wide = n + 16 < N;
-        for (std::int64_t m = 0; m < M; m += wide ? kBlockRows : 16) {
+        if (N - n == 16) {
+            avx512_multiply_narrow<std::int32_t>(M, K, a, {b.data + n, b.stride}, {c.data + n, c.stride}, add);
+            break;
+        }
+        for (std::int64_t m = 0; m < M; m += kBlockRows) {
             const MatrixA a_m = {a.data + m * a.stride, a.stride};
             const MatrixB b_n = {b.data + n, b.stride};
             const MatrixC c_mn = {c.data + m * c.stride + n, c.stride};
-            wide ? avx512_block<kBlockRows, 2>(a_m, b_n, c_mn, K, add) : avx512_block<16, 1>(a_m, b_n, c_mn, K, add);
+            avx512_block<kBlockRows, 2>(a_m, b_n, c_mn, K, add);
         }
     }
 }

@@ -19,16 +19,6 @@ constexpr std::int64_t kPanel = 32, kInner = 512;
 // Numbers of a multiple of 32 columns, plus one cache line so that rows do not fall into the same sets.
 inline std::int64_t row_length(std::int64_t columns) { return padded(columns, kPanel) + kPanel; }
 
-// The first `count` of 16 lanes.
-MIMIR_BF16_INLINE __mmask16 lanes(std::int64_t count) {
-    return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-}
-
-// The same of 32.
-MIMIR_BF16_INLINE __mmask32 wide_lanes(std::int64_t count) {
-    return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : static_cast<__mmask32>((1u << count) - 1);
-}
-
 // A matrix in memory as PyTorch has it: dense rows of float32 (`wide`) or bfloat16.
 struct Matrix {
     char* data;

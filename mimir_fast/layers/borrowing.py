@@ -48,7 +48,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def training_pass(model: nn.Module, reduces: bool) -> Iterator[None]:
-    """Around the attack, forward and backward pass of a micro-batch.
+    """Around the attack, forward and backward pass of a micro-batch. No weight changes meanwhile.
 
     Args:
         model: as the loop calls it, bare, in DDP or sharded by FSDP2.
@@ -63,6 +63,7 @@ def training_pass(model: nn.Module, reduces: bool) -> Iterator[None]:
             stack.enter_context(model.no_sync())
         _notes.passes.append(_TrainingPass(model, reduces))
         stack.callback(_notes.passes.pop)
+        stack.enter_context(weights_stay())
         yield
 
 

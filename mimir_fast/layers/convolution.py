@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.layers.inspection import is_plain
+from mimir_fast.layers.linear import linear_by
 
 
 def conv_of_squares(conv: nn.Module, squares: Tensor, side: int, *, tf32: bool = False) -> Tensor:
@@ -23,7 +24,7 @@ def conv_of_squares(conv: nn.Module, squares: Tensor, side: int, *, tf32: bool =
         return conv(images).view(*squares.shape[:-1], -1)
     weight, bias = cast(nn.Conv2d, conv).weight.permute(0, 2, 3, 1).flatten(1), cast(nn.Conv2d, conv).bias
     squares = squares.to(weight.dtype)
-    return convolve(squares, weight, bias) if tf32 and squares.is_cuda else F.linear(squares, weight, bias)
+    return convolve(squares, weight, bias) if tf32 and squares.is_cuda else linear_by(weight, bias, squares)
 
 
 def convolve(x_BNP: Tensor, weight_DP: Tensor, bias_D: Tensor | None) -> Tensor:

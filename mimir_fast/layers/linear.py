@@ -15,6 +15,7 @@ from mimir_fast.layers import _bf16, _fp32, fused
 from mimir_fast.layers.definitions import Kernels, MlpWeights, Norm
 from mimir_fast.layers.inspection import fusible, is_plain, observed
 from mimir_fast.layers.norms import CLEAN, LayerNorm, normalise
+from mimir_fast.ops import _products
 
 KERNELS = (cast(Kernels, _bf16), cast(Kernels, _fp32))
 
@@ -47,8 +48,9 @@ def linear_by(
     if norm is None or is_plain(LayerNorm, norm):
         in_front = None if norm is None else Norm(*cast(LayerNorm, norm).of(domain))
         kernels = kernels_for(x, residual, weight, bias, *(() if in_front is None else in_front[:2]))
-        # Alone, PyTorch's float32 product is as good.
-        if kernels is not None and (kernels is not KERNELS[1] or in_front is not None or residual is not None):
+        # Alone, PyTorch's float32 product is as good, if it comes from the faster library.
+        accompanied = in_front is not None or residual is not None
+        if kernels is not None and (kernels is not KERNELS[1] or accompanied or _products.helps()):
             return fused.linear(kernels, x, weight, bias, in_front, residual)
     if norm is not None:
         x = normalise(norm, x, domain)

@@ -13,6 +13,7 @@ from mimir_fast import _native
 from mimir_fast.layers import _bf16 as kernels
 from mimir_fast.layers import fused
 from mimir_fast.layers._bf16 import weights_stay
+from mimir_fast.layers.borrowing import borrowed, training_pass
 from mimir_fast.layers.definitions import (
     BlockWeights,
     MlpWeights,
@@ -183,37 +184,53 @@ def test_layouts_and_poison(unit: str) -> None:
     assert out[2, 3].isnan().all() and int(out.isnan().any(-1).sum()) == 1
 
 
-def test_weights_are_packed_once_where_they_stay_and_afresh_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    count = 0
-    pack = kernels.pack
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each time that a weight was packed: whether for the backward pass."""
+    found, pack = [], kernels.pack
 
-    def counted(weight: Tensor) -> Any:
-        nonlocal count
-        count += 1
-        return pack(weight)
+    def noting(weight: Tensor, *, back: bool) -> Tensor:
+        found.append(back)
+        return pack(weight, back=back)
 
-    monkeypatch.setattr(kernels, "pack", counted)
-    weight, x = torch.nn.Parameter(torch.randn(32, 32)), torch.randn(8, 32)
+    monkeypatch.setattr(kernels, "pack", noting)
+    return found
+
+
+def test_weights_are_packed_once_where_they_stay_and_afresh_elsewhere(packs: list[bool]) -> None:
+    weight, x = torch.nn.Parameter(torch.randn(32, 32), requires_grad=False), torch.randn(8, 32)
     with weights_stay():
         linear(x, weight, None)
         with weights_stay():
             linear(x, weight, None)
         linear(x, weight, None)
-        assert count == 1
+        assert len(packs) == 1
         linear(x, weight[:16], None)
         linear(x, weight[16:], None)
-        assert count == 3  # slices are weights of their own
+        assert len(packs) == 3  # slices are weights of their own
         linear(x, weight.detach() * 2, None)
         linear(x, weight.detach() * 2, None)
-        assert count == 5  # no parameters, as under functional_call: not kept
-        with torch.no_grad():
-            weight.mul_(2)
+        assert len(packs) == 5  # no parameters, as under functional_call: not kept
+        weight.mul_(2)
         linear(x, weight, None)
-        assert count == 6  # changed all the same
+        assert len(packs) == 6  # changed all the same
     before = linear(x, weight, None)
     weight.data.mul_(2)  # by a way that leaves no version behind
     torch.testing.assert_close(linear(x, weight, None), 2 * before)
-    assert count == 8
+    assert packs == [False] * 8
+
+
+def test_an_attack_and_its_training_pass_share_what_is_packed(packs: list[bool]) -> None:
+    layer, x = torch.nn.Linear(32, 32), torch.randn(8, 32, requires_grad=True)
+    for steps in (1, 2):
+        with training_pass(layer, reduces=True):
+            with borrowed(layer) as module:
+                for _ in range(3):
+                    torch.autograd.grad(linear(x, module.weight, module.bias).float().sum(), x)
+            linear(x, layer.weight, layer.bias).float().sum().backward()
+            assert not kernels._scope.packed  # nor do panels outlive their last use
+        assert packs == [False, True] * steps
+        layer.weight.data.add_(layer.weight.grad)  # by a way that leaves no version behind
 
 
 def draw_block(B: int, T: int, D: int, stream: torch.dtype) -> tuple[Tensor, list[Tensor]]:

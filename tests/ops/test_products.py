@@ -52,7 +52,8 @@ def test_our_layers_have_pytorchs_values_and_gradients(
         return {"logits": logits.detach(), "images": x.grad} | kept
 
     ours_found = found()
-    assert library[0] >= (2 if frozen else 3) * 4 * 12, "outputs and gradients of twelve blocks"
+    wanted = (2 if frozen else 3) * (1 + 4 * 12)
+    assert library[0] >= wanted, "outputs and gradients of the patch embedding and twelve blocks"
     monkeypatch.setattr(_products, "helps", lambda: False)
     expected = found()
     assert set(ours_found) == set(expected) and (frozen or len(expected) > 100)
