@@ -164,7 +164,7 @@ def import_wandb() -> Any:
 
 
 class Pictures(Logger):
-    """Writes each picture to FOLDER/NAME-STEP.png."""
+    """Writes each picture to FOLDER/NAME-STEPS.png, after how many steps it was made."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -173,4 +173,4 @@ class Pictures(Logger):
         from PIL import Image
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image_HWC).save(self.folder / f"{name}-{step:08d}.png")
+        Image.fromarray(image_HWC).save(self.folder / f"{name}-{step + 1:08d}.png")

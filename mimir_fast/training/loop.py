@@ -231,7 +231,7 @@ class Trainer:
         except (OSError, ImportError) as error:
             return self.logger.say(f"WARNING: no picture of step {self.step}: {error}")
         for name, image in pictures.items():
-            self.logger.picture(self.step, name, image)
+            self.logger.picture(self.step - 1, name, image)
 
     def _log(self) -> None:
         values = self._meter.read(self.world.device)
