@@ -91,13 +91,17 @@ def _description(config_type: Any) -> str:
 
 
 def peek(args: Sequence[str], flag: str) -> str | None:
-    """The value of `--flag VALUE` or `--flag=VALUE` before the real parsing; None when it is not there."""
+    """The value of `--flag VALUE` or `--flag=VALUE` before the real parsing; None when it is not there.
+
+    Of several the last, as the parser takes it: templates put what a user adds after their own.
+    """
+    found = None
     for index, arg in enumerate(args):
         if arg == flag and index + 1 < len(args):
-            return args[index + 1]
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1]
-    return None
+            found = args[index + 1]
+        elif arg.startswith(flag + "="):
+            found = arg.split("=", 1)[1]
+    return found
 
 
 def exit_on_error(main: Callable[[], None]) -> None:

@@ -17,7 +17,8 @@ from mimir_fast.training.finetuning import FinetuneConfig, finetune
 
 def config_from(args: Sequence[str]) -> FinetuneConfig:
     """Recipe, then method, then flags; the options are those of the method."""
-    recipe = peek(args, "--recipe") or FinetuneConfig.recipe
+    named = peek(args, "--recipe")
+    recipe = FinetuneConfig.recipe if named is None else named
     imports = load_extensions(args, f"runs/{recipe}")
     default = replace(find_recipe(FinetuneConfig, recipe), imports=imports)
     if (method := peek(args, "--method")) is not None:

@@ -17,7 +17,8 @@ from mimir_fast.training.pretraining import PretrainConfig, pretrain, with_metho
 
 def config_from(args: Sequence[str]) -> PretrainConfig:
     """Recipe, then method, then preset, then flags; the options are those of the method."""
-    recipe = peek(args, "--recipe") or PretrainConfig.recipe
+    named = peek(args, "--recipe")
+    recipe = PretrainConfig.recipe if named is None else named
     imports = load_extensions(args, f"runs/{recipe}")
     default = replace(find_recipe(PretrainConfig, recipe), imports=imports)
     if (method := peek(args, "--method")) is not None:
