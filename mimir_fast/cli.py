@@ -103,7 +103,10 @@ def _description(config_type: Any) -> str:
 
 
 def peek(args: Sequence[str], flag: str) -> str | None:
-    """The value of the last `--flag VALUE` or `--flag=VALUE` before the real parsing; None when it is not there."""
+    """The value of the last `--flag VALUE` or `--flag=VALUE` before the real parsing; None when it is not there.
+
+    The last, as the parser takes it: templates put what a user adds after their own.
+    """
     for index in reversed(range(len(args))):
         if args[index] == flag and index + 1 < len(args):
             return args[index + 1]

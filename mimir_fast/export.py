@@ -102,6 +102,8 @@ def _check_free(form: Format, path: Path, overwrite: bool) -> None:
         )
     if path.is_dir() and form.suffix:
         raise FileExistsError(f"{path} is a folder: choose another --output")
+    if path.is_file() and not form.suffix:
+        raise FileExistsError(f"{path} is a file, and --format {form.name} writes a folder: choose another --output")
     if path.is_dir() and (others := {inside.name for inside in path.iterdir()} - FOLDER):
         raise FileExistsError(f"{path} holds {', '.join(sorted(others)[:3])} too: choose another --output")
 

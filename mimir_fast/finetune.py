@@ -36,9 +36,9 @@ def config_from(args: Sequence[str]) -> FinetuneConfig:
     """
     typed, args = args, with_config_files(args)
     named, method = peek(args, "--recipe"), peek(args, "--method")
-    recipe = named or FinetuneConfig.recipe
+    recipe = FinetuneConfig.recipe if named is None else named
     imports = load_extensions(args, f"runs/{recipe}")
-    run = None if named else find_saved_run(peek(args, "--init") or "")
+    run = find_saved_run(peek(args, "--init") or "") if named is None else None
     start = starting_from(*run, method or DEFAULT["finetune"]) if run else find_recipe(FinetuneConfig, recipe)
     default = replace(start, imports=imports)
     if method is not None:

@@ -28,7 +28,8 @@ COMMON = (
 def config_from(args: Sequence[str]) -> PretrainConfig:
     """Recipe, then method, then preset, then --config, then flags; the options are those of the method."""
     typed, args = args, with_config_files(args)
-    recipe = peek(args, "--recipe") or PretrainConfig.recipe
+    named = peek(args, "--recipe")
+    recipe = PretrainConfig.recipe if named is None else named
     imports = load_extensions(args, f"runs/{recipe}")
     default = replace(find_recipe(PretrainConfig, recipe), imports=imports)
     if (method := peek(args, "--method")) is not None:

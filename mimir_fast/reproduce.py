@@ -22,6 +22,7 @@ from mimir_fast.reproduction.fashion import SizeName, fashion_ablation
 from mimir_fast.reproduction.faster import DataName, run_faster
 from mimir_fast.reproduction.stages import Interrupted
 from mimir_fast.reproduction.tables import markdown, plot, print_table, table
+from mimir_fast.validation import check_number
 
 
 @dataclass
@@ -36,6 +37,11 @@ class DigitsDemo:
     """Test images that are evaluated, all of them under AutoAttack too; 0 evaluates all 300 without it."""
     max_steps: int | None = None
     """Steps of every stage, for a quick look; left out: what the recipes say."""
+
+    def __post_init__(self) -> None:
+        check_number("autoattack_images", self.autoattack_images, at_least=0)
+        if self.max_steps is not None:
+            check_number("max_steps", self.max_steps, at_least=1)
 
     def run(self) -> None:
         """Run the experiment of this name from its first unfinished stage."""
@@ -62,6 +68,9 @@ class FashionAblation:
     only_table: bool = False
     """Tabulate what is finished, run nothing."""
 
+    def __post_init__(self) -> None:
+        check_number("seeds", self.seeds, at_least=1)
+
     def run(self) -> None:
         """Run the experiment of this name from its first unfinished stage."""
         folder = Path(self.output_dir or f"runs/fashion_ablation_{self.size}")
@@ -87,6 +96,10 @@ class Faster:
     """Folder of all runs, results.json and table.md; runs/faster_DATA when empty."""
     only_table: bool = False
     """Tabulate what is finished, run nothing."""
+
+    def __post_init__(self) -> None:
+        check_number("seeds", self.seeds, at_least=1)
+        check_number("attack_seeds", self.attack_seeds, at_least=1)
 
     def run(self) -> None:
         """Run the experiment of this name from its first unfinished stage."""

@@ -14,20 +14,22 @@ from commands import command_environment
 from mimir_fast.checkpoints.reading import checkpoints_of
 from mimir_fast.pretrain import config_from
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
 WAIT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 def mimir_flags(words: list[str]) -> list[str]:
     """What comes after `-m mimir_fast.pretrain`, without shell variables."""
     words = words[words.index("mimir_fast.pretrain") + 1 :]
-    return [word.replace('"${RUN_DIR:-runs/mimir}"', "runs/mimir") for word in words]
+    return [word.replace('"${RUN_DIR:-runs/mimir}${task:+-$task}"', "runs/mimir") for word in words]
 
 
 def torchrun_flags(words: list[str]) -> list[str]:
     """What stands between torchrun and -m, with plausible values for shell variables."""
     found = words[words.index(next(w for w in words if w.endswith("torchrun"))) + 1 : words.index("-m")]
-    return [re.sub(r'"?\$\{?[A-Za-z_:0-9-]*\}?(:29500)?"?', "2", word) for word in found]
+    return [re.sub(r'"?\$\{?[A-Za-z_:0-9-]*\}?(:29500|:\$port)?"?', "2", word) for word in found]
 
 
 def check(words: list[str]) -> None:
@@ -44,44 +46,40 @@ def test_slurm() -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
     text = path.read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, flags=re.M))
-    assert options["ntasks-per-node"] == "1" and "requeue" in options and options["signal"] == "USR1@300"
-    command = re.search(r"^srun .*? (torchrun.*?) \"\$@\"", text, flags=re.M | re.S)
+    assert options["ntasks-per-node"] == "1" and "requeue" in options and options["signal"] == "B:USR1@300"
+    command = re.search(r"^srun .*? bash (torchrun.*?) \"\$@\" &$", text, flags=re.M | re.S)
     assert command is not None
-    words = command.group(1).replace("\\\n", " ").split()
-    check(words)
-    assert "SIGUSR1" in next(word for word in words if word.startswith("--signals-to-handle"))
+    check(command.group(1).replace('${task:+--seed "$task"}', "").replace("\\\n", " ").split())
 
 
-def test_slurm_requeues_what_a_signal_ended_but_not_what_diverged(tmp_path: Path) -> None:
-    """The script itself, with the scheduler's programs replaced by ones that write down how they were called."""
-    for name, body in (
-        ("scontrol", 'echo "scontrol $*" >> calls; echo node1'),
-        ("srun", 'echo "srun $*" >> calls; exit ${SRUN_CODE}'),
-    ):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+@pytest.mark.parametrize(
+    ("srun", "scontrol", "variables", "code", "requeued"),
+    [
+        ("exit 0", "", {}, 0, None),
+        ("exit 1", "PreemptTime=None", {}, 1, None),  # a failure: misspelt, diverged, a folder in use
+        ("exit 1", "PreemptTime=2026-01-01T00:00:00", {}, 1, "7"),  # told in a partition's GraceTime
+        ("limit", "PreemptTime=None", {"MIN_SECONDS": "0"}, 0, "7"),
+        ("limit", "PreemptTime=None", {}, 1, None),  # a start that could only save
+        ("limit", "PreemptTime=None", {"MIN_SECONDS": "0", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, 0,
+         "7_2"),
+    ],
+)  # fmt: skip
+def test_slurm_requeues_only_what_the_scheduler_ended(
+    tmp_path: Path, srun: str, scontrol: str, variables: dict[str, str], code: int, requeued: str | None
+) -> None:
+    """The script itself, with programs in the scheduler's place; on a real one: test_slurm.py."""
+    limit = "trap 'exit 0' USR1; kill -USR1 $PPID; while :; do sleep 0.05; done"
+    for name, body in (("scontrol", f"echo {scontrol or 'node1'}"), ("srun", limit if srun == "limit" else srun)):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*" >> calls\n{body}\n')
         (tmp_path / name).chmod(0o755)
-
-    def run(code: int) -> tuple[int, str]:
-        (tmp_path / "calls").unlink(missing_ok=True)
-        environment = {
-            "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7",
-            "SLURM_NNODES": "2", "RUN_DIR": "run", "SRUN_CODE": str(code),
-        }  # fmt: skip
-        line = ["bash", str(LAUNCH / "slurm.sbatch"), "--recipe", "digits/mimir_vit_tiny"]
-        out = subprocess.run(line, cwd=tmp_path, env=environment, timeout=60)
-        return out.returncode, (tmp_path / "calls").read_text()
-
-    code, calls = run(0)
-    assert code == 0 and "requeue" not in calls
-    assert (
-        "--rdzv_id=7" in calls and "--rdzv_endpoint=node1:29500" in calls and calls.rstrip().endswith("mimir_vit_tiny")
-    )
-    code, calls = run(1)
-    assert code == 1 and "scontrol requeue 7" in calls
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "diverged.json").write_text("{}")
-    code, calls = run(1)
-    assert code == 1 and "requeue" not in calls
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7",
+                   "SLURM_NNODES": "2", "RUN_DIR": "run", **variables}  # fmt: skip
+    line = ["bash", str(LAUNCH / "slurm.sbatch"), "--recipe", "digits/mimir_vit_tiny"]
+    assert subprocess.run(line, cwd=tmp_path, env=environment, timeout=60).returncode == code
+    calls = (tmp_path / "calls").read_text()
+    assert re.findall(r"^scontrol requeue (.*)$", calls, flags=re.M) == ([requeued] if requeued else [])
+    assert ("--output_dir run-2 --seed 2 " in calls) == ("SLURM_ARRAY_TASK_ID" in variables)
+    assert re.search(r"^srun .*--nproc_per_node=1 .*--rdzv_id=7 .*:20007 .*mimir_vit_tiny$", calls, flags=re.M)
 
 
 def test_jobset() -> None:
@@ -128,6 +126,23 @@ def test_torchrun_waits_for_a_slow_save_but_not_longer_than_the_scheduler(monkey
     for wait in seconds:  # the variable is the one this torch reads
         monkeypatch.setenv(WAIT, str(wait))
         assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout == wait
+
+
+def documented() -> dict[str, str]:
+    """Templates, and blocks of the documentation in which torchrun restarts workers."""
+    texts = {path.name: path.read_text() for path in LAUNCH.iterdir() if path.suffix != ".md"}
+    for page in (ROOT / "README.md", LAUNCH / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text()
+        found = [*re.findall(r"^```sh\n(.*?)^```", text, flags=re.M | re.S), *re.findall(r"(?<!`)`([^`\n]+)`", text)]
+        restarting = [block for block in found if "torchrun" in block and re.search("--max.restarts", block)]
+        texts |= {f"{page.relative_to(ROOT)} {number}": block for number, block in enumerate(restarting)}
+    return texts
+
+
+def test_restarted_workers_never_look_for_the_last_attempts_address() -> None:
+    texts = documented()
+    assert len(texts) >= 7
+    assert [name for name, text in texts.items() if OWN_STORE not in text or WAIT not in text] == []
 
 
 SLOW_DISK = """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimir_fast.data.registry import SOURCES, reads_root
-from mimir_fast.sizes import Size, as_size
+from mimir_fast.sizes import Size, as_size, height_width
 from mimir_fast.validation import check_finite, without
 
 LOADERS = ("auto", "resident", "torch", "dali", "raw")
@@ -85,6 +85,11 @@ class DataConfig:
             raise ValueError(f"read_threads must be at least 1, got {self.read_threads}")
         if self.crop_padding < 0:
             raise ValueError(f"crop_padding must be 0 or more pixels, got {self.crop_padding}")
+        if self.augment == "pad_crop" and self.crop_padding > (most := max(4, *height_width(self.image_size))):
+            raise ValueError(
+                f"crop_padding must be at most {most} pixels at that image_size, got {self.crop_padding}: a crop would "
+                "hold nothing of the image"
+            )
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(

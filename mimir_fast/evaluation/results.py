@@ -29,6 +29,21 @@ MUCH = 0.05
 PACKAGES = ("pyautoattack", "numpy", "corrupt-tta", "robustbench", "safetensors", "pillow")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it holds something else; names the file.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:  # also bytes that are no text
+        raise ValueError(f"{path} is no results.json: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no results.json: it holds no JSON object")
+    return found
+
+
 @dataclass
 class Results:
     """What an evaluation found.
@@ -69,7 +84,7 @@ class Results:
         Raises:
             ValueError: not such a file, or of another version.
         """
-        saved = json.loads(path.read_text())
+        saved = read_object(path)
         if saved.pop("format", None) != FORMAT:
             raise ValueError(f"{path} is no results.json of an evaluation")
         version = saved.pop("version")

@@ -4,7 +4,6 @@ As with evaluations, nothing is measured here: all comes from results.json, and 
 images are compared image by image.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,6 +13,7 @@ from typing import Any
 from mimir_fast.evaluation.comparison import Difference, difference_table, html_differences, markdown_table, told_apart
 from mimir_fast.evaluation.html import page, paragraph, percent, span, table
 from mimir_fast.evaluation.options import radius_text
+from mimir_fast.evaluation.results import read_object
 from mimir_fast.probing.picture import all_pictures
 from mimir_fast.probing.report import FORMAT
 from mimir_fast.probing.run import WORDS
@@ -55,8 +55,7 @@ class ProbedModel:
 
 def is_probing(path: Path) -> bool:
     """Whether a results.json is of a probing."""
-    found = json.loads(path.read_text())
-    return isinstance(found, dict) and found.get("format") == FORMAT
+    return read_object(path).get("format") == FORMAT
 
 
 def load(paths: Sequence[Path]) -> list[ProbedModel]:
@@ -65,7 +64,7 @@ def load(paths: Sequence[Path]) -> list[ProbedModel]:
     Raises:
         ValueError: one is of an older version.
     """
-    read = [json.loads(path.read_text()) for path in paths]
+    read = [read_object(path) for path in paths]
     if older := [str(path) for path, found in zip(paths, read, strict=True) if "images" not in found]:
         raise ValueError(f"{older[0]} was written by an older version: probe the model again")
     names = told_apart([found["choices"] for found in read], paths)

@@ -85,6 +85,7 @@ class ProbingConfig:
         for name in ("neighbours", "epochs", "attentive_epochs", "attack_steps", "batch_size"):
             check_number(name, getattr(self, name), at_least=1)
         check_number("attack_images", self.attack_images, at_least=0)
+        check_number("seed", self.seed, at_least=0)
         if self.limit is not None:
             check_number("limit", self.limit, at_least=1)
         if not self.probes or not self.label_fractions:

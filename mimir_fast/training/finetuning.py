@@ -14,6 +14,7 @@ from mimir_fast.attacks.pgd import predicted
 from mimir_fast.data import Batch, DataConfig, build_loader, build_source
 from mimir_fast.data.loaders import Loader
 from mimir_fast.data.sources.base import hold_out
+from mimir_fast.data.sources.edm import open_npz
 from mimir_fast.extensions import Imports, RegisteredName
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.methods.classification import ClassificationConfig, ClassificationMethod
@@ -228,6 +229,9 @@ def probe_data(config: FinetuneConfig, world: World) -> tuple[Loader | None, int
         )
     if (train.labels < 0).any():
         raise ValueError(f"{train.name} has samples without labels: fine-tuning needs a labelled data set")
+    generated = config.data.generated
+    if generated and (open_npz(generated, train.num_classes).labels < 0).any():
+        raise ValueError(f"{generated} has no `label`: fine-tuning needs labelled images")
     # The same number of images on every rank, or a sharded model would wait for a rank that is done.
     whole = build_source(replace(config.data, limit=None, hold_out=0), "train")
     count = len(hold_out(len(whole), config.data.hold_out)[1]) // world.size * world.size

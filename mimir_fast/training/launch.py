@@ -3,7 +3,7 @@
 A job that is requeued and a worker that torchrun restarts are the same launch, going on: `--overwrite` and
 `--no_resume` on its command line, which is the old one, must not delete what it did before. A person who types the
 command again means it, in the same interactive job too. So a start goes on with a folder when the launch that is
-recorded there is its own and was not at its end.
+recorded there is its own, and was not at its end unless a scheduler or torchrun repeats it: then nobody typed anything.
 """
 
 import os
@@ -31,13 +31,18 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def repeated() -> bool:
+    """True when Slurm or torchrun does an earlier start of this launch again, so that nobody typed the command."""
+    return restarts() > 0 or int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
 def goes_on(recorded: dict[str, object], agents: list[str]) -> bool:
     """True when the start that `recorded` describes (a run's environment.json) is to be gone on with by this one.
 
     Args:
         agents: those of all ranks.
     """
-    if recorded.get("ended") in (FINISHED, INTERRUPTED):
+    if recorded.get("ended") in (FINISHED, INTERRUPTED) and not repeated():
         return False
     if launch_id() is not None:
         return recorded.get("launch") == launch_id()

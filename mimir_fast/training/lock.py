@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mimir_fast.training.launch import launch_id, restarts
+from mimir_fast.training.launch import agent, launch_id
 
 
 class FolderInUse(OSError):
@@ -46,10 +46,11 @@ class Lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + patience
         descriptor = self._open()
+        us = {"launch": launch_id(), "agent": agent()}  # of a torchrun, which ends one attempt and starts the next
         while not self._try(descriptor):
             holder = _read(descriptor)
-            ours = holder.get("launch") is not None and holder.get("launch") == launch_id()
-            if not (ours or restarts()) or time.monotonic() > deadline:
+            ours = any(holder.get(name) is not None and holder.get(name) == own for name, own in us.items())
+            if not ours or time.monotonic() > deadline:
                 os.close(descriptor)
                 raise FolderInUse(
                     f"{self.path.parent} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}, "
@@ -60,7 +61,7 @@ class Lock:
             os.close(descriptor)
             return self.acquire(patience)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started, "launch": launch_id()})
+        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started, **us})
         os.pwrite(descriptor, text.encode().ljust(512), 0)
         self._file = descriptor
 

@@ -3,12 +3,14 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from chaos.runs import Runs
 
 BAD_INPUT = "bad value on a command line"
+TRAIN_OR_MEASURE = ("mimir_fast.pretrain", "mimir_fast.finetune", "mimir_fast.evaluate", "mimir_fast.probe")
 SAMPLE = 120  # of thousands, in one story; all of them in one process: tests/training/test_bad_input.py
 NOT_IN_FLAGS = ("objective", "optim", "run")  # their options stand at the top of the command line
 BAD: dict[Any, tuple[str, ...]] = {
@@ -29,7 +31,7 @@ def bad_command_lines(runs: Runs, run: Path, rng: random.Random) -> dict[str, in
     """NaN, infinity, negative sizes and words where numbers are wanted, in every option of every method."""
     lines = rng.sample(sorted(set(cases()), key=str), SAMPLE)
     for module, base, flag, value in lines:
-        line = [*base, "--output_dir", str(run), flag, *value]
+        line = [*base, *(["--output_dir", str(run)] if module in TRAIN_OR_MEASURE else []), flag, *value]
         process = runs.zygote.start(module, line)
         code, said = process.wait(60), " ".join(process.said().split())
         assert code == 2, f"{module} {line} ended with {code}: {said}"
@@ -44,28 +46,41 @@ def is_named(flag: str, value: tuple[str, ...], said: str) -> bool:
     return flag.removeprefix("--").rpartition(".")[2] in said or any(v in said for v in value)
 
 
-def parsers() -> dict[str, tuple[Callable[[Sequence[str]], Any], list[tuple[str, str]]]]:
+def parsers() -> dict[str, tuple[Callable[[Sequence[str]], Any], list[tuple[str, ...]]]]:
     """Module → its parser, and beginnings of its command line, one for each set of options."""
-    from mimir_fast import evaluate, finetune, pretrain
+    from mimir_fast import compare, evaluate, export, finetune, hub, pretrain, probe, reproduce
+    from mimir_fast.cli import parse
+    from mimir_fast.data.prepare import PrepareConfig
     from mimir_fast.methods.registry import all_methods
 
     return {
         "mimir_fast.pretrain": (pretrain.config_from, [("--method", m) for m in all_methods("pretrain")]),
         "mimir_fast.finetune": (finetune.config_from, [("--method", m) for m in all_methods("finetune")]),
         "mimir_fast.evaluate": (evaluate.config_from, [("--checkpoint", "robust.pth")]),
+        "mimir_fast.probe": (probe.config_from, [("--checkpoint", "robust.pth")]),
+        "mimir_fast.compare": (compare.config_from, [("runs/a", "runs/b")]),
+        "mimir_fast.reproduce": (reproduce.config_from, [("digits_demo",), ("fashion_ablation",), ("faster",)]),
+        "mimir_fast.hub": (partial(parse, hub.HubConfig), [("runs/a", "--output", "hub/a")]),
+        "mimir_fast.export": (partial(parse, export.ExportConfig), [("runs/a", "--output", "a.safetensors")]),
+        "mimir_fast.data.prepare": (partial(parse, PrepareConfig), [("images", "shards")]),
     }
 
 
-def cases() -> Iterator[tuple[str, tuple[str, str], str, tuple[str, ...]]]:
+def cases() -> Iterator[tuple[str, tuple[str, ...], str, tuple[str, ...]]]:
     """Module, the line's beginning, flag, and its bad value."""
     for module, (config_from, beginnings) in parsers().items():
         for base in beginnings:
             for flag, kind in _flags(config_from(base)):
-                for bad in BAD.get(kind, ()):
+                for bad in _bad(kind):
                     yield module, base, flag, (bad,)
-        if module != "mimir_fast.evaluate":
+        if module in TRAIN_OR_MEASURE[:2]:
             for flag, value in WORDS:
                 yield module, beginnings[0], flag, value
+
+
+def _bad(kind: Any) -> tuple[str, ...]:
+    """Values that an option of this type cannot have."""
+    return ("no such word",) if get_origin(kind) is Literal and str in map(type, get_args(kind)) else BAD.get(kind, ())
 
 
 def _flags(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,7 +24,9 @@ from mimir_fast.training.run_folder import RunFolder, differences
 from mimir_fast.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
-LAUNCHES = ("MIMIR_FAST_LAUNCH_ID", "SLURM_JOB_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
+LAUNCHES = (
+    "MIMIR_FAST_LAUNCH_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -262,6 +264,19 @@ class TestOverwrite:
         folder = opened(tmp_path, overwrite=True)
         assert bool(checkpoints_of(tmp_path)) == (not ended)
         assert ("made by this launch" in "".join(folder.notes)) == (not ended)
+
+    def test_a_job_that_slurm_repeats_keeps_what_it_finished(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As the first of two stages in a job that is requeued in the second, or a run told of the limit at its end."""
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+        first = opened(tmp_path)
+        save(tmp_path, 1)
+        first.end("finished")
+        first.close()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        opened(tmp_path, overwrite=True).close()
+        assert names(tmp_path) == ["step-00000001"]
 
     def test_its_own_is_kept_from_another_configuration_with_advice_that_works(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

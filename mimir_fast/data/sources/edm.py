@@ -28,9 +28,16 @@ def open_npz(path: str, num_classes: int) -> ArraySource:
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
         raise ValueError(f"{file}: `image` must be uint8 (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
     try:
-        labels = np.array(map_member(file, "label"), dtype=np.int64)
+        given = map_member(file, "label")
     except MissingArrayError:
-        labels = np.full(len(images), -1, np.int64)
+        given = np.full(len(images), -1, np.int64)
+    else:
+        if given.shape != images.shape[:1] or given.dtype.kind not in "iu" or (len(given) and given.min() < 0):
+            raise ValueError(
+                f"{file}: `label` must be {len(images)} integers from 0, one an image, got {given.dtype} {given.shape}"
+                + (f" from {given.min()}" if given.size else "")
+            )
+    labels = np.array(given, dtype=np.int64)
     if len(labels) and labels.max() >= num_classes:
         raise ValueError(f"{file}: label {labels.max()} but the real source has {num_classes} classes")
     return ArraySource("generated", images.transpose(0, 3, 1, 2), labels, [str(label) for label in range(num_classes)])
