@@ -11,4 +11,5 @@ Tensor names: `model/<parameter>`, `ema/<parameter>`, `optimizer/<parameter>/<st
     durable   writing that a kill or a power cut cannot leave half done
     reading   what is in a checkpoint, whether it is whole, which one of a run
     saving    writing one, beside training if wanted
+    trial     whether the storage can do what a run asks of it
 """

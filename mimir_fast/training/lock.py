@@ -61,8 +61,9 @@ class Lock:
             return self.acquire(patience)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started, "launch": launch_id()})
-        os.pwrite(descriptor, text.encode().ljust(512), 0)
         self._file = descriptor
+        with suppress(OSError):  # it only says who holds the lock; what the storage cannot do is found out after
+            os.pwrite(descriptor, text.encode().ljust(512), 0)
 
     def release(self, *, forget: bool = False) -> None:
         """Let go; nothing happens when it is not held.
