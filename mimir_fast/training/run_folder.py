@@ -31,7 +31,7 @@ from mimir_fast.checkpoints.reading import (
 from mimir_fast.checkpoints.trial import try_storage
 from mimir_fast.training.health import TrainingDiverged
 from mimir_fast.training.launch import agent, goes_on, launch_id
-from mimir_fast.training.lock import Lock
+from mimir_fast.training.lock import FolderInUse, Lock
 from mimir_fast.training.ownership import (
     MARK,
     TRIAL,
@@ -242,7 +242,15 @@ class RunFolder:
         self, defaults: dict[str, Any], free: frozenset[str], resume: bool, overwrite: bool, allow_changes: bool
     ) -> str:  # fmt: skip
         refuse_strangers_folder(self.path)
-        self._lock.acquire()
+        trial = self.path / f"{TRIAL}{uuid.uuid4().hex}"
+        try:
+            self._lock.acquire()
+        except FolderInUse:
+            raise
+        except OSError:
+            if self.path.is_dir():
+                try_storage(trial)  # says more than which call failed
+            raise
         if self._lock.warning:
             self.notes.append(f"WARNING: {self._lock.warning}")
         own = goes_on(read_json(self.path / "environment.json"), self._agents)
@@ -256,7 +264,7 @@ class RunFolder:
             )
         if not self._overwrites:
             self._check_former(defaults, free, own or resume, allow_changes, fix)
-        try_storage(self.path / f"{TRIAL}{uuid.uuid4().hex}")
+        try_storage(trial)
         nonce = f".seen-{uuid.uuid4().hex}"
         (self.path / nonce).touch()
         return nonce

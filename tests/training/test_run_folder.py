@@ -19,7 +19,7 @@ from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.models.weight_files import read_weights
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.health import TrainingDiverged
-from mimir_fast.training.lock import FolderInUse
+from mimir_fast.training.lock import FolderInUse, Lock
 from mimir_fast.training.pretraining import pretrain
 from mimir_fast.training.run_folder import RunFolder, differences
 from mimir_fast.world import World
@@ -152,13 +152,18 @@ class TestOpening:
         looked(tmp_path / "there").close()
         assert not list((tmp_path / "there").iterdir())
 
-    def test_storage_that_cannot_seek_is_refused_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("locks", [True, False])
+    def test_storage_that_cannot_seek_is_refused_at_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+    ) -> None:
         """It was said after eight steps, with the advice to free some space; nothing may stay behind."""
 
         def illegal(*args: Any) -> None:
             raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
 
         monkeypatch.setattr(os, "pwrite", illegal)
+        if not locks:  # such a mount may not open for writing what is there
+            monkeypatch.setattr(Lock, "_is_the_file", illegal)
         with pytest.raises(OSError, match=r"cannot seek in a file that it writes .*--vfs-cache-mode writes"):
             looked(tmp_path / "runs" / "a")
         assert not list(tmp_path.iterdir())
