@@ -12,4 +12,5 @@ Tensor names: `model/<parameter>`, `ema/<parameter>`, `optimizer/<parameter>/<st
     reading       what is in a checkpoint, whether it is whole, which one of a run
     saving        writing one, beside training if wanted
     tensor_files  a safetensors file under the mode that the umask gives
+    trial         whether the storage can do what a run asks of it
 """

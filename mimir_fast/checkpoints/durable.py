@@ -1,7 +1,9 @@
 """Writing that no kill can leave half done: aside, synced to disk, renamed."""
 
+import errno
 import os
 import shutil
+import time
 from pathlib import Path
 
 PARTIAL = ".partial"  # of what is being written or deleted; left by a kill, removed at the next start
@@ -42,13 +44,38 @@ def move(old: Path, new: Path) -> None:
 
 
 def point(link: Path, target: str) -> None:
-    """Make `link` a symbolic link to `target`, from one moment to the next."""
+    """Make `link` stand for its neighbour `target`, from one moment to the next.
+
+    A symbolic link, or, on storage that has none (buckets, some FUSE mounts), a text file with the name.
+    """
     if link.is_dir() and not link.is_symlink():  # written before there were links
         remove(link)
     aside = link.with_name(link.name + PARTIAL)
     aside.unlink(missing_ok=True)
-    aside.symlink_to(target)
-    move(aside, link)
+    try:
+        aside.symlink_to(target)
+    except OSError:  # EPERM, EOPNOTSUPP, EIO …: each storage has its own; a full disk fails once more
+        write_text(link, target + "\n")
+    else:
+        move(aside, link)
+
+
+def pointed_at(link: Path) -> Path | None:
+    """What `point` made `link` stand for, whether that is there or not; None where it stands for nothing.
+
+    Raises:
+        OSError: the storage does not say.
+    """
+    try:
+        target = os.readlink(link) if link.is_symlink() else link.read_text().strip()
+        return link.with_name(target)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):  # the last: no name is in it
+        return None
+
+
+def is_full(error: BaseException | str) -> bool:
+    """Whether the disk, or somebody's share of it, is full; told by the text, which passes from rank to rank."""
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def remove(path: Path) -> None:
@@ -56,8 +83,21 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         if not path.name.endswith(PARTIAL):
             doomed = path.with_name(f"{path.name}.old{PARTIAL}")
-            shutil.rmtree(doomed, ignore_errors=True)
+            _delete_folder(doomed)
             path = path.rename(doomed)
-        shutil.rmtree(path, ignore_errors=True)
+        _delete_folder(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _delete_folder(folder: Path) -> None:
+    """Delete what is there with all that is in it.
+
+    A mount that numbers its files anew after a rename (rclone) makes rmtree believe that the folder was exchanged for
+    another, so it is asked again. What stays even then is a leftover for the next save or start.
+    """
+    for pause in (0.1, 0.5, 0.0):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(pause)

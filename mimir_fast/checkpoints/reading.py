@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from mimir_fast.checkpoints.checksums import block_checksums, crc32, is_intact
+from mimir_fast.checkpoints.durable import pointed_at
 
 FORMAT = "mimir_fast.checkpoint"
+BEST = "best"  # stands for the best checkpoint of a run, beside it
 VERSION = 3  # 2 had one checksum a file and none of meta.json, 1 sizes only
 
 T = TypeVar("T")
@@ -211,17 +213,29 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name) and p.is_dir()), key=step_of)
 
 
+def follow_best(path: Path) -> Path:
+    """The checkpoint that `checkpoints/best` stands for where that is a text file; any other path as it is.
+
+    Raises:
+        UnreadableCheckpoint: the storage does not say, also when asked again.
+    """
+    target = _patiently(path, lambda: pointed_at(path) if path.is_file() else None) if path.name == BEST else None
+    return target or path
+
+
 def resolve_checkpoint(path: Path, which: Literal["auto", "last", "best"] = "auto") -> Path:
-    """A checkpoint folder itself; of a run folder the newest one, the best one, or the best where it was kept (auto).
+    """A checkpoint folder itself, or what `best` stands for; of a run folder the newest one, the best one, or the best
+    where it was kept (auto).
 
     Raises:
         CheckpointError: there is none, or a checkpoint folder was given and another one asked for.
     """
+    path = follow_best(path)
     if (path / "meta.json").is_file():
         if which != "auto":
             raise CheckpointError(f"{path} is one checkpoint: give the run's folder to choose its {which} one")
         return path
-    best = path / "checkpoints" / "best"
+    best = follow_best(path / "checkpoints" / BEST)
     if which != "last" and (best / "meta.json").is_file():
         return best
     if which == "best":

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mimir_fast.checkpoints.reading import (
     WeightsError,
+    follow_best,
     read_meta,
     read_tensors,
     resolve_checkpoint,
@@ -122,7 +123,7 @@ def _norm_in_front(weights: Weights) -> Weights:
 def _read(source: str | Path, which: WeightsChoice, part: str) -> Weights:
     if str(source).startswith("timm:"):
         return _read_timm(str(source).removeprefix("timm:"))
-    path = Path(source).expanduser()
+    path = follow_best(Path(source).expanduser())
     if path.is_dir() and (inside := find_file(path)) is not None and not (path / "meta.json").exists():
         path = inside
     if path.is_dir():

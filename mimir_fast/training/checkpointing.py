@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mimir_fast.checkpoints.durable import is_full
 from mimir_fast.checkpoints.saving import Saver
 from mimir_fast.training.loggers import Logger
 from mimir_fast.training.run_config import RunConfig
@@ -115,4 +116,5 @@ class Checkpointing:
 
     def _failed(self, error: OSError) -> None:
         self.best = self._before
-        self.logger.say(f"WARNING: {error}. Free some space: the next try is in {self.run.save_every} steps at most")
+        advice = "Free some space: the" if is_full(error) else "The"
+        self.logger.say(f"WARNING: {error}. {advice} next try is in {self.run.save_every} steps at most")

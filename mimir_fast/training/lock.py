@@ -52,6 +52,7 @@ class Lock:
             ours = any(holder.get(name) is not None and holder.get(name) == own for name, own in us.items())
             if not ours or time.monotonic() > deadline:
                 os.close(descriptor)
+                self._made = []  # it is the other's
                 raise FolderInUse(
                     f"{self.path.parent} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}, "
                     f"started {holder.get('started', '?')}: wait for it, stop it, or choose another --output_dir"
@@ -62,24 +63,26 @@ class Lock:
             return self.acquire(patience)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started, **us})
-        os.pwrite(descriptor, text.encode().ljust(512), 0)
         self._file = descriptor
+        with suppress(OSError):  # it only says who holds the lock; what the storage cannot do is found out after
+            os.pwrite(descriptor, text.encode().ljust(512), 0)
 
     def release(self, *, forget: bool = False) -> None:
-        """Let go; nothing happens when it is not held.
+        """Let go, if it is held.
 
         Args:
-            forget: delete the file, and the folders that were made for it and are empty.
+            forget: delete the file, and the folders that were made for it and are empty, also where taking it failed.
         """
-        if self._file is None:
-            return
         if forget and self._made:
             self.path.unlink(missing_ok=True)
             with suppress(OSError):  # somebody else has put something into one of them
                 for folder in self._made[1:]:
                     folder.rmdir()
-        os.close(self._file)
-        self._file = None
+        self._made = []
+        if self._file is not None:
+            with suppress(OSError):  # of what could not be written into it
+                os.close(self._file)
+            self._file = None
 
     def _open(self) -> int:
         return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -18,10 +18,13 @@ from mimir_fast.checkpoints.reading import checkpoints_of
 MARK = {"format": "mimir_fast.run"}
 """Stands first in the config.json of a run."""
 
+TRIAL = ".trial-"
+"""Begins the name of the folder in which the storage is tried."""
+
 _FOLDERS = "checkpoints|hangs|tensorboard|pictures|bad_batches|profile|evaluation"
 # What a kill leaves half written or half deleted, in a run's folder and in its checkpoints/.
 _LEFTOVER = (
-    rf"\.seen-[0-9a-f]*|(config|environment|diverged)\.json\.partial|metrics\.jsonl\.partial|({_FOLDERS})\.old\.partial",
+    rf"\.(seen|trial)-[0-9a-f]*(\.old\.partial)?|(config|environment|diverged)\.json\.partial|metrics\.jsonl\.partial|({_FOLDERS})\.old\.partial",
     r"(step-\d{8}.*|best.*)\.partial",
 )
 # A pattern of names → None for what is ours with all that is in it, or the names that are ours inside.
@@ -88,9 +91,14 @@ def delete_run(folder: Path) -> list[str]:
 
 def delete_leftovers(folder: Path) -> None:
     """Delete what a kill left half written or half deleted."""
-    for place, pattern in zip((folder, folder / "checkpoints"), _LEFTOVER, strict=True):
-        if place.is_dir():
-            _delete(place, {pattern: None})
+    _delete(folder, {_LEFTOVER[0]: None})
+    delete_half_checkpoints(folder)
+
+
+def delete_half_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints in a run's folder that a kill or the storage left half written or half deleted."""
+    if (folder / "checkpoints").is_dir():
+        _delete(folder / "checkpoints", {_LEFTOVER[1]: None})
 
 
 def _delete(folder: Path, names: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ metrics.jsonl      one line a logged step         checkpoints/       step-…/, 
 
 import dataclasses
 import json
-import os
 import socket
 import time
 import uuid
@@ -18,8 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mimir_fast.checkpoints.durable import move, point, remove, write_text
+from mimir_fast.checkpoints.durable import move, point, pointed_at, remove, write_text
 from mimir_fast.checkpoints.reading import (
+    BEST,
     CheckpointError,
     DamagedCheckpoint,
     UnreadableCheckpoint,
@@ -28,10 +28,19 @@ from mimir_fast.checkpoints.reading import (
     step_of,
     verify,
 )
+from mimir_fast.checkpoints.trial import try_storage
 from mimir_fast.training.health import TrainingDiverged
 from mimir_fast.training.launch import agent, goes_on, launch_id
-from mimir_fast.training.lock import Lock
-from mimir_fast.training.ownership import MARK, delete_leftovers, delete_run, read_json, refuse_strangers_folder
+from mimir_fast.training.lock import FolderInUse, Lock
+from mimir_fast.training.ownership import (
+    MARK,
+    TRIAL,
+    delete_half_checkpoints,
+    delete_leftovers,
+    delete_run,
+    read_json,
+    refuse_strangers_folder,
+)
 from mimir_fast.versions import environment, software
 from mimir_fast.world import World
 
@@ -128,7 +137,7 @@ class RunFolder:
             FileExistsError: the folder holds another run, or files that are none of ours.
             FolderInUse: another process works in it.
             TrainingDiverged: it ended so, and nothing was changed since.
-            OSError: it cannot be written, or the hosts do not share it.
+            OSError: it cannot be written, its storage cannot do what a run needs, or the hosts do not share it.
         """
         self._wanted = json.loads(json.dumps(dataclasses.asdict(config)))
         same = {f"--{name}": value for name, value in flatten(self._wanted).items() if name not in _OF_A_HOST}
@@ -185,24 +194,31 @@ class RunFolder:
         return None
 
     def prune(self, keep_last: int, keep_every: int) -> None:
-        """Delete step checkpoints, but not the newest, the best, the last healthy one, or every `keep_every`th step."""
-        found = checkpoints_of(self.path)
-        kept = {self.best(), *(p for p in found if keep_every and step_of(p) % keep_every == 0)}
+        """Delete step checkpoints, but not the newest, the best, the last healthy one, or every `keep_every`th step.
+
+        And what earlier deletions and saves have left, so that a disk does not fill with it. No save is in progress.
+        """
+        try:
+            found, best = checkpoints_of(self.path), self.best()
+        except OSError:  # what must stay is not known now
+            return
+        kept = {best, *(p for p in found if keep_every and step_of(p) % keep_every == 0)}
         healthy = [p for p in found if _is_healthy(p)]
         kept |= set(found[-keep_last:]) | set(healthy[-1:])
         for old in found:
             if old not in kept:
                 with suppress(OSError):  # the next save tries again
                     remove(old)
+        with suppress(OSError):
+            delete_half_checkpoints(self.path)
 
     def best(self) -> Path | None:
         """The checkpoint `best` stands for."""
-        link = self.checkpoints / "best"
-        return self.checkpoints / os.readlink(link) if link.is_symlink() else None
+        return pointed_at(self.checkpoints / BEST)
 
     def set_best(self, checkpoint: Path) -> None:
         """Let `best` stand for a whole checkpoint; it is never without one."""
-        point(self.checkpoints / "best", checkpoint.name)
+        point(self.checkpoints / BEST, checkpoint.name)
 
     def restore_best(self, step: int | None) -> bool:
         """Let `best` stand for that checkpoint again, where a kill or damage came between; False when it is gone.
@@ -227,7 +243,15 @@ class RunFolder:
         self, defaults: dict[str, Any], free: frozenset[str], resume: bool, overwrite: bool, allow_changes: bool
     ) -> str:  # fmt: skip
         refuse_strangers_folder(self.path)
-        self._lock.acquire()
+        trial = self.path / f"{TRIAL}{uuid.uuid4().hex}"
+        try:
+            self._lock.acquire()
+        except FolderInUse:
+            raise
+        except OSError:
+            if self.path.is_dir():
+                try_storage(trial)  # says more than which call failed
+            raise
         if self._lock.warning:
             self.notes.append(f"WARNING: {self._lock.warning}")
         own = goes_on(read_json(self.path / "environment.json"), self._agents)
@@ -241,6 +265,7 @@ class RunFolder:
             )
         if not self._overwrites:
             self._check_former(defaults, free, own or resume, allow_changes, fix)
+        try_storage(trial)
         nonce = f".seen-{uuid.uuid4().hex}"
         (self.path / nonce).touch()
         return nonce

@@ -218,7 +218,7 @@ def closing_words(trainer: Trainer, finished: bool, then: Sequence[str]) -> str:
     if not finished:
         return f"stopped at step {trainer.step} of {trainer.total_steps}; the same command goes on from there"
     lines = [f"done: {trainer.total_steps} steps", f"  checkpoint  {folder}/checkpoints/step-{trainer.step:08d}"]
-    if (folder / "checkpoints" / "best").is_dir():
+    if (best := trainer.folder.best()) is not None and best.is_dir():
         lines.append(f"  best        {folder}/checkpoints/best (score {trainer.checkpoints.best[0]:.4f})")
     try:
         if save_curves(folder / "metrics.jsonl", folder / "curves.png", task.curves):

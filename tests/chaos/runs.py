@@ -1,7 +1,6 @@
 """Small runs to be disturbed, and the oracle: the same bits as the run that nobody disturbed."""
 
 import json
-import os
 import random
 import re
 import shutil
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from zygote import Process, Zygote
+
+from mimir_fast.checkpoints.durable import pointed_at
 
 STEPS = 18
 # Batches of 16 from 64 images: four steps an epoch, so steps, epochs and checkpoints do not coincide.
@@ -128,8 +129,8 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def best(run: Path) -> str | None:
     """The name of the checkpoint that is best."""
-    link = run / "checkpoints" / "best"
-    return os.readlink(link) if link.is_symlink() else None
+    found = pointed_at(run / "checkpoints" / "best")
+    return found.name if found else None
 
 
 def steps_logged(run: Path) -> int:

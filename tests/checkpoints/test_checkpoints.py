@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
+import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from small_models import masked_vit
 from torch import Tensor
 
 from mimir_fast.checkpoints import checksums
-from mimir_fast.checkpoints.durable import point, write_text
+from mimir_fast.checkpoints.durable import point, pointed_at, remove, write_text
 from mimir_fast.checkpoints.reading import (
     CheckpointError,
     DamagedCheckpoint,
@@ -27,6 +30,7 @@ from mimir_fast.checkpoints.reading import (
     verify,
 )
 from mimir_fast.checkpoints.saving import ALONE, Saver, save_checkpoint
+from mimir_fast.checkpoints.trial import try_storage
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.training.ema import Ema
 from mimir_fast.training.optimizer import OptimizerConfig, build_optimizer
@@ -269,3 +273,92 @@ class TestDurable:
         for name in ("a", "b"):
             point(tmp_path / "best", name)
             assert (tmp_path / "best").resolve() == tmp_path / name
+
+    @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EIO])
+    def test_without_links_a_file_says_the_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
+        """On a bucket's mount a run had no best checkpoint, and was told to free some space."""
+        best = tmp_path / "best"
+        assert pointed_at(best) is None
+        point(best, "a")  # on a disk, from where the run was copied
+        forbid_links(monkeypatch, number)
+        for name in ("b", "a"):
+            point(best, name)
+            assert not best.is_symlink() and best.read_text() == f"{name}\n" and pointed_at(best) == tmp_path / name
+        monkeypatch.undo()
+        point(best, "b")  # and back
+        assert best.is_symlink() and pointed_at(best) == tmp_path / "b"
+        assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+    @pytest.mark.parametrize("content", [b"", b"\n", b"../elsewhere\n", b"\xff\xfe"])
+    def test_a_file_without_a_name_stands_for_nothing(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "best").write_bytes(content)
+        assert pointed_at(tmp_path / "best") is None
+
+    def test_a_deletion_that_fails_is_tried_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """rclone numbers files anew after a rename, for which rmtree gives up: every deleted checkpoint stayed."""
+        (tmp_path / "folder" / "inside").mkdir(parents=True)
+        rmtree, calls, pauses = shutil.rmtree, iter(range(100)), list[float]()
+
+        def fails_at_first(path: Path, **options: Any) -> None:
+            if path.exists() and next(calls) < 2:
+                assert options == {"ignore_errors": True}
+            else:
+                rmtree(path, **options)
+
+        monkeypatch.setattr(shutil, "rmtree", fails_at_first)
+        monkeypatch.setattr("time.sleep", pauses.append)
+        remove(tmp_path / "folder")
+        assert not list(tmp_path.iterdir()) and len(pauses) == 2
+
+
+class TestTrial:
+    def test_passes_on_a_disk_and_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        try_storage(tmp_path / ".trial-0")
+        forbid_links(monkeypatch, errno.EIO)
+        try_storage(tmp_path / ".trial-0")
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("where", "number", "said"),
+        [
+            ("os.pwrite", errno.ESPIPE, r"seek in a file that it writes \(Illegal seek\): .*--vfs-cache-mode writes"),
+            ("os.ftruncate", errno.EPERM, r"seek in a file .*\(Operation not permitted\): .*--vfs-cache-mode writes"),
+            ("os.ftruncate", errno.ENOSPC, r"seek in a file .*\(No space left on device\): free some space"),
+            ("os.fsync", errno.EDQUOT, r"replace a file \(Disk quota exceeded\): free some space"),
+            ("os.fsync", errno.EINVAL, r"replace a file \(Invalid argument\): train on another file system"),
+            ("os.replace", errno.EEXIST, r"replace a file \(File exists\): train on another file system"),
+            ("os.mkdir", errno.EROFS, r"make a folder \(Read-only file system\): ask for the right to write there"),
+            ("os.unlink", errno.EPERM, r"delete \(Operation not permitted\): train on another file system"),
+        ],
+    )
+    def test_names_what_is_missing_and_what_to_do(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int, said: str
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, failing(number))
+            patch.setattr("time.sleep", lambda _: None)
+            with pytest.raises(OSError, match=rf"the storage of {tmp_path} cannot {said}"):
+                try_storage(tmp_path / ".trial-0")
+        if where != "os.unlink":
+            assert not list(tmp_path.iterdir())
+
+    def test_a_rename_that_does_not_replace_is_noticed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("os.replace", lambda old, new: None)
+        with pytest.raises(OSError, match="cannot replace a file"):
+            try_storage(tmp_path / ".trial-0")
+
+
+def failing(number: int) -> Callable[..., None]:
+    """A system call that fails."""
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def forbid_links(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A file system without symbolic links."""
+    monkeypatch.setattr(os, "symlink", failing(number))

@@ -1,5 +1,7 @@
 """Which checkpoint is the best, whatever happens to the saves."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -58,7 +60,8 @@ def test_a_best_one_that_could_not_be_written_is_not_the_best(folder: RunFolder)
     folder.path.mkdir()
     folder.checkpoints.write_text("in the way of the folder")
     assert not save(checkpoints, 1, 0.9)
-    assert "could not write checkpoint" in checkpoints.logger.lines[0]  # type: ignore[attr-defined]
+    said = checkpoints.logger.lines[0]  # type: ignore[attr-defined]
+    assert "could not write checkpoint" in said and said.endswith(". The next try is in 10 steps at most")
     folder.checkpoints.unlink()
     assert save(checkpoints, 2)  # its weights were not evaluated
     assert folder.best() is None and read_meta(folder.checkpoints / "step-00000002")["best_score"] is None
@@ -78,3 +81,15 @@ def test_the_last_try_of_a_best_one_counts(folder: RunFolder) -> None:
     folder.checkpoints.unlink()
     checkpoints.finish(5, tensors, meta)
     assert folder.best() == folder.checkpoints / "step-00000005"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_only_a_full_disk_is_told_to_be_freed(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    checkpoints = checkpointing(folder)
+    monkeypatch.setattr(os, "fsync", full)
+    assert not save(checkpoints, 1)
+    said = checkpoints.logger.lines[0]  # type: ignore[attr-defined]
+    assert said.endswith(". Free some space: the next try is in 10 steps at most")

@@ -14,11 +14,12 @@ import torch
 from commands import command_environment
 
 from mimir_fast.checkpoints import checksums
-from mimir_fast.checkpoints.reading import CheckpointError, checkpoints_of, read_meta
+from mimir_fast.checkpoints.reading import CheckpointError, WeightsError, checkpoints_of, read_meta, resolve_checkpoint
 from mimir_fast.checkpoints.saving import save_checkpoint
+from mimir_fast.models.weight_files import read_weights
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.health import TrainingDiverged
-from mimir_fast.training.lock import FolderInUse
+from mimir_fast.training.lock import FolderInUse, Lock
 from mimir_fast.training.pretraining import pretrain
 from mimir_fast.training.run_folder import RunFolder, differences
 from mimir_fast.world import World
@@ -153,6 +154,22 @@ class TestOpening:
         looked(tmp_path / "there").close()
         assert not list((tmp_path / "there").iterdir())
 
+    @pytest.mark.parametrize("locks", [True, False])
+    def test_storage_that_cannot_seek_is_refused_at_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+    ) -> None:
+        """It was said after eight steps, with the advice to free some space; nothing may stay behind."""
+
+        def illegal(*args: Any) -> None:
+            raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+
+        monkeypatch.setattr(os, "pwrite", illegal)
+        if not locks:  # such a mount may not open for writing what is there
+            monkeypatch.setattr(Lock, "_is_the_file", illegal)
+        with pytest.raises(OSError, match=r"cannot seek in a file that it writes .*--vfs-cache-mode writes"):
+            looked(tmp_path / "runs" / "a")
+        assert not list(tmp_path.iterdir())
+
     def test_a_run_of_a_version_without_the_mark_is_known_by_its_keys(self, tmp_path: Path) -> None:
         opened(tmp_path).close()
         recorded = json.loads((tmp_path / "config.json").read_text())
@@ -193,6 +210,8 @@ class TestOpening:
         (tmp_path / "checkpoints" / "step-00000002.partial").mkdir()
         (tmp_path / "config.json.partial").write_text("{")
         (tmp_path / ".seen-0").touch()
+        (tmp_path / ".trial-0").mkdir()
+        (tmp_path / ".trial-1.old.partial").mkdir()
         opened(tmp_path)
         assert names(tmp_path) == ["step-00000001"]
         assert {p.name for p in tmp_path.iterdir()} == {".lock", "checkpoints", "config.json", "environment.json"}
@@ -407,6 +426,55 @@ class TestChoice:
             folder.prune(keep_last=1, keep_every=0)
         assert names(tmp_path) == ["best", "step-00000003"]
         assert os.readlink(tmp_path / "checkpoints" / "best") == "step-00000003"
+
+    @pytest.mark.parametrize("links", [True, False])
+    def test_best_is_found_by_every_reader(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+        """Storage without symbolic links keeps the name in a file."""
+        if not links:
+            monkeypatch.setattr(os, "symlink", _no_links)
+        folder = opened(tmp_path)
+        for step in (1, 2, 3):
+            target = save(tmp_path, step)
+            if step == 1:
+                folder.set_best(target)
+            folder.prune(keep_last=1, keep_every=0)
+        best = tmp_path / "checkpoints" / "best"
+        assert best.is_symlink() is links
+        assert names(tmp_path) == ["best", "step-00000001", "step-00000003"]
+        assert folder.best() == tmp_path / "checkpoints" / "step-00000001"
+        assert folder.restore_best(None) and not folder.restore_best(2) and folder.restore_best(3)
+        folder.set_best(tmp_path / "checkpoints" / "step-00000001")
+        for named in (resolve_checkpoint(tmp_path), resolve_checkpoint(tmp_path, "best"), resolve_checkpoint(best)):
+            assert read_meta(named)["step"] == 1
+        with pytest.raises(WeightsError, match=r"\(weights of step 1\)"):  # found; it is no model
+            read_weights(best)
+        folder.close()
+        opened(tmp_path, "--seed", "7", overwrite=True).close()
+        assert not (tmp_path / "checkpoints").exists()
+
+    def test_nothing_is_deleted_while_the_storage_does_not_say_which_is_best(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = opened(tmp_path)
+        monkeypatch.setattr(os, "symlink", _no_links)
+        folder.set_best(save(tmp_path, 1))
+        save(tmp_path, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", _no_links)
+            folder.prune(keep_last=1, keep_every=0)
+        assert names(tmp_path) == ["best", "step-00000001", "step-00000002"]
+
+    def test_what_could_not_be_deleted_goes_with_the_next_save(self, tmp_path: Path) -> None:
+        """A mount that fails to delete for a moment filled up with step-….old.partial."""
+        folder = opened(tmp_path)
+        save(tmp_path, 1).rename(tmp_path / "checkpoints" / "step-00000001.old.partial")
+        save(tmp_path, 2)
+        folder.prune(keep_last=1, keep_every=0)
+        assert names(tmp_path) == ["step-00000002"]
+
+
+def _no_links(*args: Any, **options: Any) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 class TestDivergence:
