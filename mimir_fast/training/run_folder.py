@@ -383,5 +383,7 @@ class RunFolder:
 def _is_healthy(checkpoint: Path) -> bool:
     try:
         return bool(read_meta(checkpoint).get("healthy", True))
+    except UnreadableCheckpoint:  # nobody knows, so it stays
+        return True
     except CheckpointError:
         return False
