@@ -19,8 +19,8 @@ class Command(NamedTuple):
     Attributes:
         module: imported when the command is used.
         summary: a line of `mimir-fast --help`.
-        options: what in the module its command line is made from: a type, or a function from arguments to the defaults;
-            empty for a command without options.
+        options: what in the module (or in another, `module:name`) its command line is made from: a type, or a function
+            from arguments to the defaults; empty for a command without options.
     """
 
     module: str
@@ -39,7 +39,7 @@ COMMANDS = {
     "export": Command("mimir_fast.export", "take a model to timm, transformers, ONNX, torch.export, TorchScript",
                       "ExportConfig"),
     "hub": Command("mimir_fast.hub", "put a run on the Hugging Face Hub, or into a folder like one, with a model card",
-                   "HubConfig"),
+                   "mimir_fast.publish:HubConfig"),
     "prepare": Command("mimir_fast.data.prepare", "write a data set as shards that are fast to read", "PrepareConfig"),
     "recipes": Command("mimir_fast.recipes.__main__", "list recipes, published numbers, what is implemented",
                        "RecipesConfig"),
@@ -52,7 +52,8 @@ def command_lines() -> dict[str, Any]:
     """Command → the type its command line is made from, or a value of that type with its defaults."""
     lines: dict[str, Any] = {}
     for name, command in COMMANDS.items():
-        options = getattr(import_module(command.module), command.options) if command.options else None
+        place, _, found = command.options.rpartition(":")
+        options = getattr(import_module(place or command.module), found) if found else None
         if options is None:
             lines[name] = make_dataclass(name.title(), [])
         else:

@@ -93,7 +93,7 @@ def test_timm_and_transformers_load_the_folder(finetuned: tuple[Path, Classifier
     """Without this package: timm builds it from config.json, transformers from the same through timm."""
     timm, transformers = (pytest.importorskip(name) for name in ("timm", "transformers"))
     HubClassifier.from_run(finetuned[0]).save_pretrained(tmp_path / "robust")
-    images = torch.rand(2, 3, 32, 32)
+    images = torch.randint(256, (2, 3, 32, 32)) / 255  # the processor of transformers makes bytes of them
     model = timm.create_model(f"local-dir:{tmp_path / 'robust'}", pretrained=True).eval()
     data = timm.data.resolve_model_data_config(model)
     assert data["input_size"] == (3, 32, 32) and data["mean"] == data["std"] == [0.5, 0.5, 0.5]

@@ -211,6 +211,8 @@ def center_rows(x_ND: Tensor, mean_D: Tensor | None = None) -> CenteredRows:
     _center_rows_kernel[(num_rows,)](
         x, x.stride(0), mean, hi, lo, norms, num_features, BLOCK_D=4096, INTERPRET=INTERPRETED, num_warps=8
     )
+    # A row so far off that its square overflows: distances to it would be wrong without a word.
+    norms.masked_fill_(norms.isinf(), torch.nan)
     return CenteredRows(hi, lo, norms)
 
 

@@ -80,7 +80,7 @@ class JsonLines(Logger):
     """One JSON object a logged step; what a killed run wrote past its last checkpoint is dropped on resume."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        kept = [line for line in read_lines(path) if line["step"] < first_step]
+        kept = [line for line in read_lines(path) if isinstance(line.get("step"), int) and line["step"] < first_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
@@ -95,14 +95,14 @@ class JsonLines(Logger):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are as they were written; one cut short by a kill or damaged is left out."""
+    """The objects in a file of JSON lines; a line cut short by a kill or damaged is left out."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
         except ValueError:  # no JSON, or no UTF-8
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict):
             lines.append(line)
     return lines
 

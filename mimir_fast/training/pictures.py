@@ -51,7 +51,7 @@ def save_curves(metrics: Path, output: Path, names: tuple[str, ...]) -> bool:
     """Draw the named scalars of a metrics.jsonl over the steps; False when there are fewer than two points."""
     from matplotlib.figure import Figure
 
-    lines = read_lines(metrics)
+    lines = [line for line in read_lines(metrics) if isinstance(line.get("step"), int)]
     series = {}
     for name in names:
         points = [(line["step"] + 1, line[name]) for line in lines if isinstance(line.get(name), (int, float))]

@@ -48,7 +48,7 @@ def is_named(flag: str, value: tuple[str, ...], said: str) -> bool:
 
 def parsers() -> dict[str, tuple[Callable[[Sequence[str]], Any], list[tuple[str, ...]]]]:
     """Module → its parser, and beginnings of its command line, one for each set of options."""
-    from mimir_fast import compare, evaluate, export, finetune, hub, pretrain, probe, reproduce
+    from mimir_fast import compare, evaluate, export, finetune, pretrain, probe, publish, reproduce
     from mimir_fast.cli import parse
     from mimir_fast.data.prepare import PrepareConfig
     from mimir_fast.methods.registry import all_methods
@@ -60,7 +60,7 @@ def parsers() -> dict[str, tuple[Callable[[Sequence[str]], Any], list[tuple[str,
         "mimir_fast.probe": (probe.config_from, [("--checkpoint", "robust.pth")]),
         "mimir_fast.compare": (compare.config_from, [("runs/a", "runs/b")]),
         "mimir_fast.reproduce": (reproduce.config_from, [("digits_demo",), ("fashion_ablation",), ("faster",)]),
-        "mimir_fast.hub": (partial(parse, hub.HubConfig), [("runs/a", "--output", "hub/a")]),
+        "mimir_fast.hub": (partial(parse, publish.HubConfig), [("runs/a", "--output", "hub/a")]),
         "mimir_fast.export": (partial(parse, export.ExportConfig), [("runs/a", "--output", "a.safetensors")]),
         "mimir_fast.data.prepare": (partial(parse, PrepareConfig), [("images", "shards")]),
     }

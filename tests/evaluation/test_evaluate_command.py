@@ -345,7 +345,11 @@ def test_folder_of_another_evaluation_is_refused(finished: Path) -> None:
 
 
 def test_run_folder_brings_its_own_data(tmp_path: Path) -> None:
-    saved = {"data": {"source": "cifar10", "image_size": 32, "crop_scale": [0.2, 1.0], "limit": 7}}
+    saved = {
+        "data": {"source": "cifar10", "image_size": 32, "crop_scale": [0.2, 1.0], "limit": 7},
+        "model": {},
+        "run": {},
+    }
     (tmp_path / "config.json").write_text(json.dumps(saved))
     config = config_from(["--checkpoint", str(tmp_path), "--data.channels", "3"])
     assert (config.data.source, config.data.image_size, config.data.limit) == ("cifar10", 32, None)

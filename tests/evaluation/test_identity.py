@@ -151,7 +151,8 @@ def test_samples_of_shards_are_known_by_their_place_in_them(tmp_path: Path) -> N
     numbers = np.arange(3)
 
     def tar(folder: str, size: int) -> ShardSource:
-        return ShardSource([tmp_path / folder / "val.tar"], 0 * numbers, 512 * numbers, numbers + size, numbers)
+        places = 0 * numbers, 512 * numbers, numbers + size
+        return ShardSource([tmp_path / folder / "val.tar"], ["a", "b", "c"], *places, numbers)
 
     def raw(folder: str, width: int) -> RawSource:
         table = {

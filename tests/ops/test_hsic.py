@@ -238,7 +238,7 @@ def test_memory_is_linear_in_samples(n: int, d: int, limit_mib: int) -> None:
 
 class TestRefuses:
     def test_integers(self) -> None:
-        with pytest.raises(TypeError, match=r"x must be floating point, got torch\.uint8: use x"):
+        with pytest.raises(TypeError, match=r"x must be floating point, got torch\.uint8: images are x\.float"):
             hsic(torch.zeros(4, 3, dtype=torch.uint8), torch.rand(4, 3))
 
     def test_other_types(self) -> None:

@@ -44,7 +44,6 @@ class TestJsonLines:
         path.write_bytes(
             b'{"step": 0, "loss": 2.0}\n' + damage + b'\n{"step": 1, "loss": "?"}\n{"step": 2, "loss": 1}\n'
         )
-        assert [line["step"] for line in read_lines(path)] == [0, 1, 2]
         assert save_curves(path, tmp_path / "curves.png", ("loss",))
         JsonLines(path, 2).close()
         assert [line["step"] for line in read_lines(path)] == [0, 1]
