@@ -196,6 +196,8 @@ class Finetuning:
             head += f", {frozen_part(config.freeze)}"
         elif config.lora.rank:
             head += f", LoRA of rank {config.lora.rank}"
+        if config.probe.num_images and self.probe_loader is None:
+            head += "\nWARNING: no probe and no best checkpoint: the training split is too small to hold images out"
         if self.init_report is not None:
             return f"{head}\n{self.init_report}"
         return head + ("" if config.init else ", from scratch (no --init)")

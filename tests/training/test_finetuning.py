@@ -1,5 +1,6 @@
 """Fine-tuning runs: from a pre-trained encoder to a classifier, resumed, on two ranks, and with bad input."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 from commands import Command
 from file_state import file_state
+from PIL import Image
 
 from mimir_fast.checkpoints.reading import checkpoints_of, read_meta, read_tensors
 from mimir_fast.checkpoints.saving import save_checkpoint
@@ -73,6 +75,16 @@ def test_a_run_probes_and_keeps_best_and_last(whole_run: Path) -> None:
     assert {"best", f"step-{STEPS:08d}"} <= names
     assert read_meta(whole_run / "checkpoints" / "best")["best_score"] == max(line["score"] for line in probes)
     assert list((whole_run / "pictures").glob("attack-*.png")) and (whole_run / "curves.png").exists()
+
+
+def test_a_split_too_small_for_a_probe_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, label, number in itertools.product(("train", "val"), "ab", range(4)):
+        (tmp_path / split / label).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(tmp_path / split / label / f"{number}.png")
+    data = ("--data.source", "folder", "--data.root", str(tmp_path), "--batch_size", "8", "--max_steps", "1")
+    run = finetune(small(tmp_path / "run", *data))
+    assert "no probe and no best checkpoint: the training split is too small" in capsys.readouterr().out
+    assert not (run / "checkpoints" / "best").exists()
 
 
 def test_the_result_is_a_classifier(whole_run: Path) -> None:
