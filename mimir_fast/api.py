@@ -13,6 +13,7 @@ value may be given as it is typed, such as "8/255". Nothing proposes what to typ
 """
 
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
@@ -44,10 +45,12 @@ def pretrain(data: Data = None, recipe: str = "", **options: Any) -> Path:
         options: of the command, `mimir_fast.training.pretraining.PretrainConfig`.
     Raises:
         ValueError, OSError, ImportError: as the command says them in one line.
+        InterruptedError: a signal stopped it; all is saved, and the same call goes on.
     """
     from mimir_fast.training.pretraining import pretrain
 
-    return pretrain(_configured("pretrain", data, recipe=recipe, **options))
+    config = _configured("pretrain", data, recipe=recipe, **options)
+    return _finished(pretrain(config), config)
 
 
 def finetune(init: str | Path = "", data: Data = None, recipe: str = "", **options: Any) -> Path:
@@ -59,10 +62,12 @@ def finetune(init: str | Path = "", data: Data = None, recipe: str = "", **optio
         options: of the command, `mimir_fast.training.finetuning.FinetuneConfig`.
     Raises:
         ValueError, OSError, ImportError: as the command says them in one line.
+        InterruptedError: a signal stopped it; all is saved, and the same call goes on.
     """
     from mimir_fast.training.finetuning import finetune
 
-    return finetune(_configured("finetune", data, init=init, recipe=recipe, **options))
+    config = _configured("finetune", data, init=init, recipe=recipe, **options)
+    return _finished(finetune(config), config)
 
 
 def evaluate(
@@ -108,6 +113,18 @@ def probe(checkpoint: str | Path, data: Data = None, **options: Any) -> "list[Ou
     return outcomes
 
 
+def _finished(folder: Path, config: Any) -> Path:
+    """The folder, if all steps are done or fewer were asked for: who calls goes on with it as a whole run."""
+    from mimir_fast.training.launch import FINISHED
+    from mimir_fast.training.ownership import read_json
+
+    ended = read_json(folder / "environment.json").get("ended")
+    wanted = config.run.stop_after is not None or config.run.dry_run
+    if ended != FINISHED and not wanted and os.environ.get("RANK", "0") == "0":
+        raise InterruptedError(f"a signal stopped the run in {folder}, which is saved: the same call goes on")
+    return folder
+
+
 def _configured(command: str, data: Data, **options: Any) -> Any:
     """The configuration that the command would have with these options."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
@@ -125,7 +142,7 @@ def _configured(command: str, data: Data, **options: Any) -> Any:
 
 def _data_options(data: str | Path | Mapping[str, Any] | DataConfig, command: str) -> dict[str, Any]:
     if isinstance(data, DataConfig):
-        return asdict(data)
+        return {name: value for name, value in asdict(data).items() if value != asdict(DataConfig())[name]}
     if isinstance(data, Mapping):
         return dict(data)
     if str(data) in SOURCES.all():

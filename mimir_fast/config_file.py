@@ -79,7 +79,7 @@ def _words(name: str, value: Any, prefix: str) -> Iterator[str]:
         for key, item in value.items():
             yield from _words(str(key), item, inner)
     elif not prefix and name == "imports":
-        for module in value:
+        for module in [value] if isinstance(value, str) else value or ():
             yield from ("--import", str(module))
     elif isinstance(value, bool):
         groups, dot, last = f"{prefix}{name}".rpartition(".")

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 import mimir_fast
+from mimir_fast import api
+from mimir_fast.checkpoints.durable import point
 from mimir_fast.data import DataConfig
 from mimir_fast.data.sources import build_source
 from mimir_fast.evaluation.adapters import load_model
@@ -119,3 +121,29 @@ def test_errors_are_exceptions(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=words):
             mimir_fast.pretrain(output_dir=tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_a_signal_stopped_is_no_result(tmp_path: Path) -> None:
+    """The next line of a program would fine-tune an unfinished encoder."""
+    (tmp_path / "environment.json").write_text('{"ended": "interrupted"}')
+    config = api._configured("pretrain", "digits")
+    with pytest.raises(InterruptedError, match="the same call goes on"):
+        api._finished(tmp_path, config)
+    (tmp_path / "environment.json").write_text('{"ended": "finished"}')
+    assert api._finished(tmp_path, config) == tmp_path
+
+
+def test_weights_are_chosen_for_features_too(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = mimir_fast.finetune(
+        runs[0], data="digits", method="natural", max_steps=2, probe={"num_images": 0}, warmup_epochs=0, lr="1e-2",
+        output_dir=tmp_path / "run", **SMALL | {"save_every": 1},
+    )  # fmt: skip
+    point(run / "checkpoints" / "best", "step-00000001")
+    x = torch.rand(3, 32, 32)
+    best, last = (mimir_fast.load(run, weights=which).embed(x) for which in ("best", "last"))
+    assert not torch.equal(best, last)
+
+
+def test_a_data_config_says_what_is_not_as_usual() -> None:
+    config = api._configured("pretrain", DataConfig(limit=8), recipe="digits/mimir_vit_nano")
+    assert (config.data.source, config.data.limit) == ("digits", 8)

@@ -88,6 +88,7 @@ def test_words() -> None:
         "--method=mae", "--no_resume", "--data.root=None", "--data.flip", "--import", "a", "--import", "b",
         "--attack.eps=0.1", "--init=", "--lr_drops", "--seed=-1",
     ]  # fmt: skip
+    assert words_of({"imports": "one"}) == ["--import", "one"]
 
 
 def test_what_is_no_file_of_options(tmp_path: Path) -> None:

@@ -58,13 +58,16 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads(content)
     except ValueError as error:
         raise DamagedCheckpoint(f"{path} is damaged ({error}): use an older checkpoint") from error
+    changed = DamagedCheckpoint(f"{path} was changed after it was written: use an older checkpoint of the same run")
+    if isinstance(meta, dict) and "crc32" in meta and not is_intact(meta):
+        raise changed  # before its words are believed
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise CheckpointError(f"{folder} is not a mimir_fast checkpoint: its meta.json is not of ours")
     version = meta.get("version")
     if isinstance(version, int) and version > VERSION:
         raise CheckpointError(f"{folder} was written by a newer mimir_fast (format {version}): upgrade")
-    if (version not in (1, 2) or "crc32" in meta) and not is_intact(meta):
-        raise DamagedCheckpoint(f"{path} was changed after it was written: use an older checkpoint of the same run")
+    if version not in (1, 2) and "crc32" not in meta:
+        raise changed
     if not isinstance(meta.get("files"), dict):
         raise DamagedCheckpoint(f"{path} names no files: use an older checkpoint of the same run")
     for name, (size, _) in described_files(meta).items():

@@ -27,10 +27,12 @@ class Terminal(Logger):
         self._line = ProgressLine(total_steps, first_step)
         self._live: Any = None
         if sys.stdout.isatty():
+            from rich.console import Console
             from rich.live import Live
 
-            # Transient: nothing of it stays below the closing words.
-            self._live = Live(self._line, auto_refresh=False, transient=True)
+            # A console of its own: rich's common one is as whoever asked first found the terminal. Transient: nothing
+            # of it stays below the closing words.
+            self._live = Live(self._line, console=Console(), auto_refresh=False, transient=True)
             self._live.start(refresh=True)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -104,7 +104,9 @@ class TestCheckpoint:
             with pytest.raises(DamagedCheckpoint, match="use an older checkpoint"):
                 verify(saved)
 
-    @pytest.mark.parametrize(("key", "value"), [("step", 2), ("version", 2), ("position", {"epoch": 1}), ("new", None)])
+    @pytest.mark.parametrize(
+        ("key", "value"), [("step", 2), ("version", 2), ("version", 7), ("format", "?"), ("new", None)]
+    )
     def test_a_changed_description_is_noticed(self, saved: Path, key: str, value: object) -> None:
         """A step of another number would repeat samples, and nothing else would tell."""
         meta = json.loads((saved / "meta.json").read_text())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich import get_console
 from terminal_screen import run_in_terminal
 
 from mimir_fast.pretrain import config_from
@@ -46,6 +47,8 @@ def test_long_runs_in_narrow_terminals() -> None:
 
 @pytest.mark.parametrize("columns", [60, 80, 130])
 def test_on_the_screen(columns: int) -> None:
+    get_console().print("")  # rich's common console, as it is where there is no terminal
+
     def live() -> Terminal:
         terminal = Terminal(468, 0)
         terminal.say("what a run says first, in more than sixty columns so that it goes on in the next line")
