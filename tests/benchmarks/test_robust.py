@@ -62,6 +62,7 @@ def test_time_to_the_target_lies_between_the_points_around_it() -> None:
     assert time_to(curve, 0.9, "wall_s") is None
 
 
+@pytest.mark.slow
 def test_tiny_run_writes_every_training_and_goes_on(monkeypatch, tmp_path, capsys) -> None:
     pytest.importorskip("torchattacks")
     monkeypatch.setattr(record, "environment_once", lambda: environment() | {"commit": "c0ffee"})
