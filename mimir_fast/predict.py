@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from mimir_fast._tyro import tyro
 from mimir_fast.attacks.threat_model import check_radius
 from mimir_fast.cli import parse, run
 from mimir_fast.extensions import Imports, load_extensions

@@ -20,15 +20,13 @@ from torch import Tensor
 
 from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.threat_model import LinfThreat
-from mimir_fast.checkpoints.reading import resolve_checkpoint
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.decode import decode
 from mimir_fast.data.loaders.base import to_channels
 from mimir_fast.data.sources import MissingDataError, build_source
 from mimir_fast.evaluate import data_of
-from mimir_fast.evaluation.adapters import Choice, JudgedModel, load_model
+from mimir_fast.evaluation.adapters import Choice, JudgedModel, checkpoint_and_kind, load_model
 from mimir_fast.evaluation.images import fitting_for
-from mimir_fast.models.weight_files import WeightsChoice
 from mimir_fast.probing.encoder import FrozenEncoder, open_encoder
 from mimir_fast.sizes import height_width, said
 
@@ -119,12 +117,8 @@ class LoadedModel:
 
     @cached_property
     def _encoder(self) -> FrozenEncoder:
-        # As an evaluation takes them: the newest weights themselves, else an average where there is one.
-        path, chosen = Path(self.checkpoint), self.weights
-        kind: WeightsChoice = "model" if chosen == "last" else "ema" if chosen == "ema" else "auto"
-        if path.is_dir() and chosen != "auto":
-            path = resolve_checkpoint(path, "last" if chosen == "ema" else chosen)
-        return open_encoder(str(path) if path.is_dir() else self.checkpoint, self.data, kind)[0].to(self.device)
+        path, kind, _ = checkpoint_and_kind(Path(self.checkpoint), self.weights)
+        return open_encoder(str(path), self.data, kind)[0].to(self.device)
 
     @cached_property
     def _names(self) -> Sequence[str]:

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
+from mimir_fast._tyro import tyro
 from mimir_fast.cli import parse
 from mimir_fast.extensions import Imports, load_extensions
 from mimir_fast.hub_models import LICENSE, HubClassifier, HubMaskedModel, results_of

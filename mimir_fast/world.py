@@ -89,13 +89,15 @@ class World:
         """
         return self.together(fn if self.is_main else _nothing)[0]
 
-    def agree(self, values: dict[str, Any]) -> None:
-        """Compare what must be the same on all ranks. Collective.
+    def agree(self, values: Callable[[], dict[str, Any]]) -> None:
+        """Compare what must be the same on all ranks; one alone does not ask for it. Collective.
 
         Raises:
             RunFailed: it is not; names the first value that differs, and on which ranks of which hosts.
         """
-        (first, wanted), *others = self.together(lambda: (self.name, values))
+        if self.size == 1:
+            return
+        (first, wanted), *others = self.together(lambda: (self.name, values()))
         for name, found in others:
             for key in sorted(wanted.keys() | found.keys()):
                 if found.get(key) != wanted.get(key):

@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from mimir_fast.models.normalization import Statistics, choice_note, name_of, pa
 from mimir_fast.models.opening import weights_only
 from mimir_fast.models.timm_names import check_timm_name
 from mimir_fast.sizes import Size, height_width, shown
+
+if TYPE_CHECKING:
+    from mimir_fast.models.weight_files import WeightsChoice
 
 KINDS = (
     "a run folder, a .safetensors or .pth file, timm:NAME, hf-hub:ORG/NAME, robustbench:DATA/NORM/NAME, a .pt2 "
@@ -268,20 +271,33 @@ def _exported(spec: str, channels: int, device: torch.device, image_size: Size |
     return JudgedModel(module, spec, "torch.export", notes=notes, code=file_digest(Path(spec)))
 
 
+def checkpoint_and_kind(path: Path, weights: Choice) -> tuple[Path, "WeightsChoice", str]:
+    """The checkpoint that is meant of a run's folder (any other path as it is), which weights of it, and both in words.
+
+    Raises:
+        WeightsError: the folder has no such checkpoint.
+    """
+    from mimir_fast.checkpoints.reading import resolve_checkpoint
+    from mimir_fast.models.opening import find_file
+
+    kinds: dict[Choice, WeightsChoice] = {"auto": "auto", "best": "auto", "last": "model", "ema": "ema"}
+    kind = kinds[weights]
+    if not path.is_dir() or not ((path / "meta.json").exists() or find_file(path) is None):
+        return path, kind, ""
+    path = resolve_checkpoint(path, "last" if weights == "ema" else weights)
+    words = f"{path.name} checkpoint" + {"model": ", trained weights", "ema": ", moving average"}.get(kind, "")
+    return path, kind, words
+
+
 def _ours(
     spec: str, num_classes: int | None, weights: Choice, asked: Statistics | None, part: str, image_size: Size | None,
     told: Asked,
 ) -> JudgedModel:  # fmt: skip
-    from mimir_fast.checkpoints.reading import WeightsError, resolve_checkpoint
+    from mimir_fast.checkpoints.reading import WeightsError
     from mimir_fast.models.classifier import classifier_of, unseen_of
-    from mimir_fast.models.opening import find_file
-    from mimir_fast.models.weight_files import WeightsChoice, read_weights
+    from mimir_fast.models.weight_files import read_weights
 
-    path, words = Path(spec), ""
-    kind: WeightsChoice = {"auto": "auto", "best": "auto", "last": "model", "ema": "ema"}[weights]  # type: ignore[assignment]
-    if path.is_dir() and ((path / "meta.json").exists() or find_file(path) is None):
-        path = resolve_checkpoint(path, "last" if weights == "ema" else weights)
-        words = f"{path.name} checkpoint" + {"model": ", trained weights", "ema": ", moving average"}.get(kind, "")
+    path, kind, words = checkpoint_and_kind(Path(spec), weights)
     try:
         read = read_weights(path, kind, part, told)
     except WeightsError as error:

@@ -141,7 +141,7 @@ class RunFolder:
         """
         self._wanted = json.loads(json.dumps(dataclasses.asdict(config)))
         same = {f"--{name}": value for name, value in flatten(self._wanted).items() if name not in _OF_A_HOST}
-        self.world.agree(same | software())
+        self.world.agree(lambda: same | software())
         self._agents = sorted({name for name in self.world.together(agent) if name is not None})
         free = FREE_TO_CHANGE | {f"objective.{name}" for name in config.objective.free_to_change}
         nonce = self.world.on_main(lambda: self._take(defaults_of(config), free, resume, overwrite, allow_changes))

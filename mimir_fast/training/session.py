@@ -146,7 +146,7 @@ def build_trainer(config: Any, folder: RunFolder, build_task: BuildTask, checkpo
         config.data, split="train", batch_size=micro + bool(rest), device=world.device, rank=world.rank,
         world_size=world.size, seed=run.seed, accum_iter=accum, global_batch=run.batch_size,
     )  # fmt: skip
-    world.agree({f"the data's {name}": value for name, value in loader.state_dict().items()})
+    world.agree(lambda: {f"the data's {name}": value for name, value in loader.state_dict().items()})
     plain = json.loads(json.dumps(asdict(config)))
     trainer = Trainer(
         build_task(world, checkpoint), loader, run, config.optim, plain, folder, world, Logger(), precision=precision,
