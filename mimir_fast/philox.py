@@ -46,6 +46,7 @@ class Stream(IntEnum):
     MEDIAN_ROWS = 18
     SMOOTHING = 19
     SQUARE = 20
+    PAIRING = 21
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, rounds: int = 10) -> tuple[Tensor, ...]:

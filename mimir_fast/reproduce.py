@@ -3,11 +3,13 @@
 python -m mimir_fast.reproduce digits_demo   # `make demo`: a robust classifier of digits and its natural twin
 python -m mimir_fast.reproduce fashion_ablation --size reduced --seeds 3
 python -m mimir_fast.reproduce faster --data digits    # one stage or two, cheaper attacks, at equal compute
+python -m mimir_fast.reproduce mi_question --jobs 2    # what the mutual-information term does; hours
 python -m mimir_fast.reproduce --help
 
 All resume when the same command is given again.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +22,12 @@ from mimir_fast.reproduction.ablation import Ablation, read_results, run_ablatio
 from mimir_fast.reproduction.demo import run_demo
 from mimir_fast.reproduction.fashion import SizeName, fashion_ablation
 from mimir_fast.reproduction.faster import DataName, run_faster
+from mimir_fast.reproduction.mi_question import plan_of, run_question
+from mimir_fast.reproduction.mi_report import plot_effects, plot_why, record_of, report
 from mimir_fast.reproduction.stages import Interrupted
 from mimir_fast.reproduction.tables import markdown, plot, print_table, table
 from mimir_fast.validation import check_number
+from mimir_fast.versions import commit
 
 
 @dataclass
@@ -107,6 +112,46 @@ class Faster:
         run_faster(self.data, folder, self.seeds, self.attack_seeds, run=not self.only_table)
 
 
+@dataclass
+class MiQuestion:
+    """What the mutual-information term does: tuning, an assay, then paired arms; hours on two CPU cores."""
+
+    size: SizeName = "reduced"
+    """reduced: adv-MAE, HSIC at one share and its placebo, on two CPU cores; full: every arm, on a GPU."""
+    data: DataName = "fashion"
+    """fashion (Fashion-MNIST) or digits."""
+    jobs: int = 1
+    """Processes that share the cells; on a CPU each computes on one thread."""
+    output_dir: str = ""
+    """Folder of all stages, results.json, table.md, effects.png and why.png; runs/mi_question_DATA_SIZE when empty."""
+    device: str = "auto"
+    """Of the full size: auto, cpu or cuda."""
+    only_table: bool = False
+    """Tabulate what is finished, run nothing."""
+    allow_dirty: bool = False
+    """Run from a checkout with changes; the records are marked."""
+
+    def __post_init__(self) -> None:
+        check_number("jobs", self.jobs, at_least=1)
+
+    def run(self) -> None:
+        """Run the experiment from its first unfinished cell."""
+        where = commit()
+        if not (self.allow_dirty or self.only_table) and (where is None or where.endswith("-dirty")):
+            raise ValueError(
+                f"records name their commit, but this is {where or 'no checkout'}: commit, or --allow_dirty"
+            )
+        folder = Path(self.output_dir or f"runs/mi_question_{self.data}_{self.size}")
+        plan = plan_of(self.size, self.data, self.device)
+        answers = run_question(plan, folder, self.jobs, only_read=self.only_table)
+        record = record_of(plan, answers)
+        (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        (folder / "table.md").write_text(report(record))
+        plot_effects(folder / "effects.png", record)
+        plot_why(folder / "why.png", record)
+        print(report(record))
+
+
 def tabulate(ablation: Ablation) -> None:
     """Write table.md and ablation.png of the cells finished so far, and print the table."""
     results = read_results(ablation.results)
@@ -124,10 +169,11 @@ Experiment = (
     Annotated[DigitsDemo, tyro.conf.subcommand("digits_demo")]
     | Annotated[FashionAblation, tyro.conf.subcommand("fashion_ablation")]
     | Annotated[Faster, tyro.conf.subcommand("faster")]
+    | Annotated[MiQuestion, tyro.conf.subcommand("mi_question")]
 )
 
 
-def config_from(args: Sequence[str]) -> DigitsDemo | FashionAblation | Faster:
+def config_from(args: Sequence[str]) -> DigitsDemo | FashionAblation | Faster | MiQuestion:
     """The experiment a command line names."""
     return parse(Experiment, args, prog="python -m mimir_fast.reproduce")  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ from mimir_fast.attacks.training_attack import attack_in_training
 from mimir_fast.layers.norms import ADVERSARIAL, CLEAN
 from mimir_fast.methods.mae import Mae, MaeConfig
 from mimir_fast.methods.registry import MethodEntry, register
-from mimir_fast.methods.step import MaskedStep
+from mimir_fast.methods.step import Losses, MaskedStep
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.patches import as_images, every_patch, gather_patches, patchify
 from mimir_fast.validation import check_number
@@ -69,7 +69,7 @@ class Aemim(Mae):
         adversarial = View(step.visible, *step.mask, ADVERSARIAL)
         step.latent, step.prediction, _ = step.model(adversarial, beside=step.clean)
 
-    def losses(self, step: MaskedStep) -> dict[str, tuple[float, Tensor]]:
+    def losses(self, step: MaskedStep) -> Losses:
         """Reconstruction of the clean image, and of the adversarial one."""
         assert step.whole is not None
         clean, adversarial = step.prediction.chunk(2)

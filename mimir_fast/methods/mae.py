@@ -14,7 +14,7 @@ from mimir_fast.data.batch import Batch
 from mimir_fast.layers.borrowing import borrowed, unwrap
 from mimir_fast.methods.masks import MaskConfig, check_decode_ratio
 from mimir_fast.methods.registry import MethodEntry, register
-from mimir_fast.methods.step import MaskedStep
+from mimir_fast.methods.step import Losses, MaskedStep
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.masked_loss import Kind, masked_loss
 from mimir_fast.ops.patches import patchify, patchify_gather
@@ -78,7 +78,9 @@ class Mae:
         """`run` from the training pass on."""
         self.forward(step)
         losses = self.losses(step)
-        first, *others = (value if weight == 1 else weight * value for weight, value in losses.values())
+        first, *others = (
+            weight * value if torch.is_tensor(weight) or weight != 1 else value for weight, value in losses.values()
+        )
         values = {name: value for name, (_, value) in losses.items()} if others else {}
         logged = {name: value.detach() for name, value in (values | step.log).items()}
         return {"loss": sum(others, start=first)} | logged
@@ -100,7 +102,7 @@ class Mae:
         """Fill in latent, prediction and logits: the training pass."""
         step.latent, step.prediction, step.logits = step.model(View(step.visible, *step.mask))
 
-    def losses(self, step: MaskedStep) -> dict[str, tuple[float, Tensor]]:
+    def losses(self, step: MaskedStep) -> Losses:
         """{name: (weight, scalar)}; logged without the weight."""
         return {"reconstruction": (1.0, self.error(step, step.prediction, step.batch.images, step.bare.patch_size))}
 

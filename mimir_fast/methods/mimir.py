@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
-from mimir_fast.layers.borrowing import borrowed
+from mimir_fast.layers.borrowing import borrowed, frozen_flags
 from mimir_fast.methods import registry
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
-from mimir_fast.methods.mutual_information import MutualInformationConfig, mutual_information
+from mimir_fast.methods.mutual_information import MutualInformationConfig, derangement, mutual_information
+from mimir_fast.methods.penalty_share import PenaltyShare
 from mimir_fast.methods.registry import MethodEntry, Pass, Preset, register
-from mimir_fast.methods.step import MaskedStep
+from mimir_fast.methods.step import Losses, MaskedStep
 from mimir_fast.models.masked_model import MaskedModel, View
 from mimir_fast.ops.patches import every_patch, patchify_gather
 from mimir_fast.philox import Stream
@@ -39,7 +40,7 @@ class MimirConfig(AdvMaeConfig):
 
     def derived(self, micro_batch: int, accum_iter: int, ranks: int) -> dict[str, int]:
         """{"penalty_images": m}, the images of one estimate of the penalty; {} without a penalty."""
-        if self.mi.estimator == "none" or not self.mi.weight:
+        if not self.mi.acts:
             return {}
         accumulated, everywhere = self.mi.accumulated, self.mi.scope == "global"
         images = micro_batch * (accum_iter if accumulated else 1) * (ranks if everywhere else 1)
@@ -56,9 +57,16 @@ class MimirConfig(AdvMaeConfig):
                 "accumulation steps leave it one: use a larger --batch_size, a smaller --accum_iter, --mi.accumulated, "
                 "or --mi.scope global"
             )
+        if self.mi.pairing == "permuted" and micro_batch * (accum_iter if self.mi.accumulated else 1) < 2:
+            raise ValueError("mi.pairing=permuted exchanges images of a rank, and there is one: more --batch_size")
         whole = self.mi.accumulated or accum_iter == 1
         hint = "" if whole else " (--mi.accumulated: on all of a step)"
-        return f"penalty: {self.mi.weight:g} times mi, estimated on {images} images{hint}"
+        strength = f"{self.mi.weight:g} times mi"
+        if self.mi.share:
+            strength = f"mi at {self.mi.share:g} of the reconstruction's gradient"
+        if self.mi.pairing == "permuted":
+            hint = f" that are permuted{hint}"
+        return f"penalty: {strength}, estimated on {images} images{hint}"
 
 
 def apply_preset(config: Any, preset: str) -> Any:
@@ -108,48 +116,81 @@ class Mimir(AdvMae):
 
     def __init__(self, config: MimirConfig) -> None:
         super().__init__(config)
+        self.controller = PenaltyShare(config.mi.share)
         self.token_order = "shuffled" if config.mi.tokens == "shuffled" else "sorted"
 
-    def losses(self, step: MaskedStep) -> dict[str, tuple[float, Tensor]]:
+    def losses(self, step: MaskedStep) -> Losses:
         """Reconstruction, and "mi": the estimate before λ."""
-        if self.config.mi.estimator == "none":
-            return super().losses(step)
-        latent = step.bare.visible(step.latent, step.mask.keep)
+        losses, mi = super().losses(step), self.config.mi
+        if mi.estimator == "none":
+            return losses
+        if mi.share and step.estimate is None:
+            leaf = step.latent.detach().float().requires_grad_()
+            value = self.estimate([step], step.bare.visible(leaf, step.mask.keep))
+            step.estimate = value.detach(), torch.autograd.grad(value, leaf)[0]
         if step.estimate is None:
-            estimate = self.estimate(step, self.image_side(step), latent)
-        else:  # of all micro-batches, with the gradient to this one's latent
-            value, gradient = step.estimate
-            inner = (gradient * latent.float()).sum()
-            estimate = value + inner - inner.detach()
-        return super().losses(step) | {"mi": (self.config.mi.weight, estimate)}
+            return losses | {"mi": (mi.weight, self.estimate([step], step.bare.visible(step.latent, step.mask.keep)))}
+        value, gradient = step.estimate
+        weight: float | Tensor = mi.weight
+        if mi.share:
+            weight = self.controller.watch(losses["reconstruction"][1], step.latent, gradient)
+            step.log |= {"mi_weight": weight, "mi_share": self.controller.shown(step.latent.device)}
+        inner = (gradient * step.latent.float()).sum()
+        return losses | {"mi": (weight, value + inner - inner.detach())}
 
-    def estimate(self, step: MaskedStep, image: Tensor, latent: Tensor) -> Tensor:
-        """The estimate before λ, a scalar, from image sides (B, N, P) and latents (B, T, D) of visible patches."""
-        return mutual_information(self.config.mi, image, latent, step.bare.encoder.num_prefix)
+    def estimate(self, steps: Sequence[MaskedStep], latent: Tensor) -> Tensor:
+        """The estimate before λ, a scalar, on the images of these micro-batches and their latents (B, T, D) of visible
+        patches."""
+        image = torch.cat([self.image_side(one) for one in steps]) if len(steps) > 1 else self.image_side(steps[0])
+        if self.config.mi.pairing == "permuted":
+            samples = torch.cat([one.batch.samples for one in steps])
+            image = image[derangement(samples, seed=steps[0].seed, step=steps[0].number)]
+        return mutual_information(self.config.mi, image, latent, steps[0].bare.encoder.num_prefix)
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
+        """{"loss": scalar, …} of a step that has one micro-batch."""
+        (run,) = self.passes(model, [batch], seed=seed, step=step)
+        return run()
 
     def passes(self, model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int) -> list[Pass]:
         """The training passes of a step. With `mi.accumulated` the estimate is taken first, on all latents together.
 
         Its gradient is handed to each pass (gradient caching: Gao et al., arXiv 2101.06983), whose graph is then the
         only one in memory. Micro-batches of other sizes count by their images, as in the loop.
+
+        Raises:
+            ValueError: `mi.share` and a model compiled as a whole, whose gradients at the latent nobody sees.
         """
         steps = [MaskedStep(model, batch, seed, step) for batch in batches]
         mi = self.config.mi
+        if mi.share and mi.estimator != "none":
+            if frozen_flags(steps[0].bare):
+                raise ValueError("mi.share measures gradients inside of the model: leave out --compile, or mi.share")
+            self.controller.begin()
         if not mi.accumulated or mi.estimator == "none" or len(steps) == 1:
             return [partial(self.run, one) for one in steps]
-        latents = []
+        leaves = []
         for one in steps:
             self.prepare(one)
             with borrowed(model) as module, torch.no_grad():
-                bare = cast(MaskedModel, module)
-                latents.append(bare.visible(bare(View(one.visible, *one.mask), decode=False), one.mask.keep).float())
-        latent = torch.cat(latents).requires_grad_()
+                leaves.append(cast(MaskedModel, module)(View(one.visible, *one.mask), decode=False).float())
         with torch.enable_grad():
-            value = self.estimate(steps[0], torch.cat([self.image_side(one) for one in steps]), latent)
-        gradients = torch.autograd.grad(value, latent)[0].split([len(one.visible) for one in steps])
+            visible = [
+                one.bare.visible(leaf.requires_grad_(), one.mask.keep) for one, leaf in zip(steps, leaves, strict=True)
+            ]
+            value = self.estimate(steps, torch.cat(visible))
+        gradients, images = torch.autograd.grad(value, leaves), sum(map(len, leaves))
         for one, gradient in zip(steps, gradients, strict=True):
-            one.estimate = value.detach(), gradient * (len(latent) / len(gradient))
+            one.estimate = value.detach(), gradient * (images / len(gradient))
         return [partial(self.finish, one) for one in steps]
+
+    def saved_state(self) -> dict[str, float]:
+        """What λ depends on with `mi.share`."""
+        return self.controller.state_dict()
+
+    def restore_state(self, state: dict[str, float], device: torch.device) -> None:
+        """Undo `saved_state`."""
+        self.controller.load_state_dict(state, device)
 
     def image_side(self, step: MaskedStep) -> Tensor:
         """(B, N, P), what the estimate compares: positions aligned between images, as distances demand."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mimir_fast.losses import MutualInformationPenalty
 from mimir_fast.ops._precision import no_autocast
+from mimir_fast.philox import Stream, uniform
 from mimir_fast.validation import check_number, without
 
 
@@ -24,6 +25,9 @@ class MutualInformationConfig:
     """`hsic` (paper), `nhsic` (authors' code), `renyi` matrix-based Rényi entropy, or `none`."""
     weight: float = 1e-5
     """λ, the factor of the penalty."""
+    share: float = 0.0
+    """Hold the penalty's gradient at this share of the reconstruction's, both at the latent, by a λ that follows them
+    (0.01 hardly acts, 0.1 does); 0 leaves λ at `weight`."""
     sigma: float = 5.0
     """Width of the RBF kernels; not used by the `median` rule."""
     bandwidth: Literal["auto", "reference", "paper", "median"] = "auto"
@@ -37,6 +41,9 @@ class MutualInformationConfig:
     whole `clean` image; or adversarial with masked patches zeroed (`visible`)."""
     tokens: Literal["sorted", "shuffled", "pooled"] = "sorted"
     """Latent side: visible tokens in raster order, in the order of the mask's draws (authors' code), or their mean."""
+    pairing: Literal["own", "permuted"] = "own"
+    """Each latent with its `own` image; or, as a placebo, with another of the batch by a random derangement in each
+    step (`permuted`): a like pressure on the latent, without information about the image."""
     scope: Literal["rank", "global"] = "rank"
     """Estimate on each rank's batch (authors' code), or on the global batch across ranks."""
     accumulated: bool = False
@@ -45,10 +52,16 @@ class MutualInformationConfig:
 
     def __post_init__(self) -> None:
         check_number("mi.weight", self.weight, at_least=0)
+        check_number("mi.share", self.share, at_least=0, at_most=1)
         check_number("mi.sigma", self.sigma, above=0)
         check_number("mi.alpha", self.alpha, above=0)
         if self.estimator == "nhsic" and self.bandwidth not in ("auto", "reference"):
             raise ValueError("estimator nhsic is defined with bandwidth=reference; choose that, or estimator=hsic")
+
+    @property
+    def acts(self) -> bool:
+        """There is a penalty, and it has a weight."""
+        return self.estimator != "none" and bool(self.weight or self.share)
 
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""
@@ -56,9 +69,20 @@ class MutualInformationConfig:
         by_median = self.bandwidth == "median" or (self.bandwidth == "auto" and self.estimator == "renyi")
         return {
             **without(not by_median, "the kernels' width is the median", "sigma"),
+            **without(not self.share, "--{}share sets the weight", "weight"),
             **without(self.estimator == "renyi", "--{}estimator is not renyi", "alpha"),
             **without(self.estimator != "none", "--{}estimator is none", *others),
         }
+
+
+def derangement(samples_B: Tensor, *, seed: int, step: int | Tensor) -> Tensor:
+    """(B,) int64 places, none its own where B ≥ 2: one random cycle through the batch, another in each step.
+
+    Args:
+        samples_B: (B,) int64 global sample indices.
+    """
+    order = uniform(seed, Stream.PAIRING, step, samples_B, 1)[:, 0].argsort(stable=True)
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
 
 def mutual_information(config: MutualInformationConfig, image: Tensor, latent_BTD: Tensor, num_prefix: int) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
@@ -81,6 +82,30 @@ class MethodOverBatches(Protocol):
     def passes(self, model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int) -> list[Pass]:
         """The training passes of a step, one for each micro-batch, to be called in this order."""
         ...
+
+
+@runtime_checkable
+class MethodWithState(Protocol):
+    """A method that takes numbers from one step to the next, beside the weights: a checkpoint holds them."""
+
+    def saved_state(self) -> dict[str, float]:
+        """The numbers as JSON knows them, the same on all ranks. Collective."""
+        ...
+
+    def restore_state(self, state: dict[str, float], device: torch.device) -> None:
+        """Go on from them; {} is a run that has not begun."""
+        ...
+
+
+def saved_state(method: Method) -> dict[str, float]:
+    """That of any method: {} of one without. Collective."""
+    return method.saved_state() if isinstance(method, MethodWithState) else {}
+
+
+def restore_state(method: Method, state: dict[str, float], device: torch.device) -> None:
+    """Undo `saved_state`; what a method without state is given is dropped."""
+    if isinstance(method, MethodWithState):
+        method.restore_state(state, device)
 
 
 def passes_of(method: Method, model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int) -> list[Pass]:

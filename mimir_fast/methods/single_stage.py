@@ -10,12 +10,10 @@ The checkpoint holds encoder, decoder and head, and can be evaluated or fine-tun
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from mimir_fast.attacks.pgd import cross_entropy
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.methods.registry import MethodEntry, register
-from mimir_fast.methods.step import MaskedStep
+from mimir_fast.methods.step import Losses, MaskedStep
 from mimir_fast.validation import check_number
 
 
@@ -36,7 +34,7 @@ class SingleStage(AdvMae):
 
     config: SingleStageConfig
 
-    def losses(self, step: MaskedStep) -> dict[str, tuple[float, Tensor]]:
+    def losses(self, step: MaskedStep) -> Losses:
         """Weighted terms: the reconstruction of masked patches, and the cross entropy of the labels."""
         if step.logits is None:
             raise ValueError(

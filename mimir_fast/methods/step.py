@@ -18,6 +18,9 @@ from mimir_fast.ops.patches import NORM_EPS, patchify_gather, unpatchify
 from mimir_fast.ops.random_masks import TokenOrder
 from mimir_fast.philox import Stream
 
+Losses = dict[str, tuple[float | Tensor, Tensor]]
+"""{name: (weight, scalar)} of a step."""
+
 
 @dataclass
 class MaskedStep:
@@ -41,8 +44,7 @@ class MaskedStep:
     clean: tuple[View, Tensor] = field(init=False)
     """The clean view and its latent, where the step has a second, clean stream (AEMIM)."""
     estimate: tuple[Tensor, Tensor] | None = None
-    """Where the penalty is estimated on all micro-batches of a step (MIMIR): the estimate, and its gradient to the
-    latent of the visible patches here."""
+    """Where the penalty is estimated before the training pass (MIMIR): the estimate, and its gradient to the latent."""
     log: dict[str, Tensor] = field(default_factory=dict)
     """Scalars to log beside the losses."""
     latent: Tensor = field(init=False)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.data import build_loader
 from mimir_fast.methods.mimir import MimirConfig
 from mimir_fast.models.file_names import from_files
@@ -48,9 +49,10 @@ class Row:
 
     @property
     def penalty(self) -> MimirConfig | None:
-        """The objective, where it has a mutual-information term."""
+        """The objective, where it has a mutual-information term of a fixed weight."""
         objective = None if self.pretrain is None else self.pretrain.objective
-        return objective if isinstance(objective, MimirConfig) and objective.mi.estimator != "none" else None
+        fixed = isinstance(objective, MimirConfig) and objective.mi.estimator != "none" and not objective.mi.share
+        return objective if fixed else None
 
     def tuning(self, ablation: "Ablation") -> FinetuneConfig | None:
         """Its fine-tuning but for seed, folder and init: that of all rows. None judges what pre-training left."""
@@ -69,6 +71,7 @@ class Ablation:
         finetune: of every row, but seed, folder and init.
         size: the budgets' name, for messages.
         note: said under the table: data, budgets, what is counted.
+        first_seed: the others follow.
     """
 
     rows: tuple[Row, ...]
@@ -78,6 +81,12 @@ class Ablation:
     folder: Path
     size: str
     note: str = ""
+    first_seed: int = 0
+
+    def judged(self, row: Row, run: Path, folder: Path) -> tuple[dict[str, list[int]], dict[str, float]]:
+        """Accuracies {measure: [correct, total]} of a cell's last run, and other measures; `folder` is of the cell."""
+        counts = judge(run, self.finetune.data, self.rules, folder / "judged", device=self.finetune.run.device)
+        return {name: [count.correct, count.total] for name, count in counts.items()}, {}
 
     @property
     def results(self) -> Path:
@@ -94,6 +103,7 @@ class CellResult:
         share: gradient of the penalty against that of the reconstruction, at the start and at the end of pre-training.
         seconds: stage → wall time of this start.
         cpu_seconds: the same of all threads of this process, of stages that were run whole in this start.
+        measures: what else was measured.
     """
 
     row: str
@@ -103,6 +113,7 @@ class CellResult:
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 def run_ablation(ablation: Ablation, *, say: Say = print) -> list[CellResult]:
@@ -113,7 +124,8 @@ def run_ablation(ablation: Ablation, *, say: Say = print) -> list[CellResult]:
         Interrupted: a signal came; the same call goes on.
     """
     claim_folder(ablation)
-    cells = [(row, seed) for seed in range(ablation.num_seeds) for row in ablation.rows]
+    first = ablation.first_seed
+    cells = [(row, seed) for seed in range(first, first + ablation.num_seeds) for row in ablation.rows]
     for number, (row, seed) in enumerate(cells, 1):
         folder = ablation.folder / "cells" / row.name / f"seed{seed}"
         with _only_one(folder) as mine:
@@ -150,11 +162,10 @@ def run_cell(row: Row, seed: int, ablation: Ablation, folder: Path) -> CellResul
             tune = replace(tune, init=init, run=_placed(tune.run, seed, folder / "finetune"))
             run = stage("finetune", tune)
             seconds["finetune"] = watch.lap()
-        shared = ablation.finetune
-        counts = judge(run, shared.data, ablation.rules, folder / "judged", device=shared.run.device)
-        seconds["judge"] = watch.lap()
-    accuracy = {name: [count.correct, count.total] for name, count in counts.items()}
-    return CellResult(row.name, seed, accuracy, share, seconds, environment(), cpu_seconds)
+        before = time.process_time()
+        accuracy, measures = ablation.judged(row, run, folder)
+        seconds["judge"], cpu_seconds["judge"] = watch.lap(), round(time.process_time() - before, 1)
+    return CellResult(row.name, seed, accuracy, share, seconds, environment(), cpu_seconds, measures)
 
 
 def penalty_shares(row: Row, config: PretrainConfig) -> dict[str, float]:
@@ -208,7 +219,8 @@ def claim_folder(ablation: Ablation) -> None:
                 "give another --output_dir, or the settings it was started with"
             )
         setup["rows"] = known["rows"] | setup["rows"]
-    path.write_text(json.dumps(setup, indent=1) + "\n")
+    if (text := json.dumps(setup, indent=1) + "\n") != (path.read_text() if path.exists() else ""):
+        write_text(path, text)  # whole or not at all: another process may read it
 
 
 @contextmanager

@@ -15,14 +15,14 @@ from mimir_fast.data.batch import Batch
 from mimir_fast.layers.borrowing import unwrap
 from mimir_fast.methods.adv_mae import AdvMae
 from mimir_fast.methods.mimir import Mimir, MimirConfig
-from mimir_fast.methods.step import MaskedStep
+from mimir_fast.methods.step import Losses, MaskedStep
 from mimir_fast.models.masked_model import MaskedModel
 
 
 class PenaltyAlone(Mimir):
     """MIMIR without its reconstruction term: loss = λ·I(x + δ, z), everything else as in training."""
 
-    def losses(self, step: MaskedStep) -> dict[str, tuple[float, Tensor]]:
+    def losses(self, step: MaskedStep) -> Losses:
         """The penalty; the prediction stays in the graph with weight 0."""
         return {name: (weight if name == "mi" else 0.0, v) for name, (weight, v) in super().losses(step).items()}
 
@@ -34,12 +34,12 @@ def gradient_share(config: MimirConfig, model: nn.Module, batch: Batch, *, seed:
         model: a MaskedModel on the batch's device.
         batch: the size matters: the estimators compare the samples of a batch with each other.
     Raises:
-        ValueError: the configuration has no penalty.
+        ValueError: the configuration has no penalty, or holds its share, and has no λ to compare with.
     """
-    if config.mi.estimator == "none":
-        raise ValueError("estimator=none has no penalty, so no gradient to compare")
+    if config.mi.estimator == "none" or config.mi.share:
+        raise ValueError("no penalty of a fixed weight (estimator=none, or mi.share), so no gradient to compare")
     # Computed at λ = 1 and scaled afterwards, so that a tiny λ cannot underflow.
-    unit = replace(config, mi=replace(config.mi, weight=1.0))
+    unit = replace(config, mi=replace(config.mi, weight=1.0, share=0.0))
     penalty = _encoder_gradient(PenaltyAlone(unit), model, batch, seed, step)
     reconstruction = _encoder_gradient(AdvMae(config), model, batch, seed, step)
     return config.mi.weight * float(penalty.norm() / reconstruction.norm())

@@ -15,6 +15,7 @@ from torch import Tensor
 from mimir_fast.data.batch import Batch
 from mimir_fast.data.loaders.base import Loader
 from mimir_fast.layers.borrowing import training_pass
+from mimir_fast.methods.registry import restore_state, saved_state
 from mimir_fast.training.agreement import Agreement
 from mimir_fast.training.checkpointing import Checkpointing
 from mimir_fast.training.distributed import parallelize
@@ -92,6 +93,7 @@ class Trainer:
         self._position, self.step = self.loader.state_dict(), meta["step"]
         self.guard.skipped, self.guard.in_a_row = meta["skipped"], meta.get("skipped_in_a_row", 0)
         self.losses.first = meta.get("first_loss")
+        restore_state(self.task.method, meta.get("method", {}), self.world.device)
         self.checkpoints.restore(self.step, meta)
 
     def train(self, stop: StopSignal, watchdog: Watchdog, after_step: Callable[[], None] = lambda: None) -> bool:
@@ -185,6 +187,7 @@ class Trainer:
             "skipped_in_a_row": self.guard.in_a_row,
             "healthy": self.losses.healthy,
             "first_loss": self.losses.first,
+            "method": saved_state(self.task.method),
             "group_steps": group_steps(self.optimizer),
             "precision": self.precision.name,
             "world_size": self.world.size,

@@ -17,6 +17,7 @@ class Task(Protocol):
     Attributes:
         kind: `pretrain` or `finetune`, written into checkpoints.
         model: the bare module.
+        method: what makes the loss of a batch.
         architecture: what is needed to build the model again, as plain JSON values.
         curves: the scalars worth drawing when the run is over.
         init_report: what became of the weights it started from, None without such.
@@ -25,6 +26,7 @@ class Task(Protocol):
 
     kind: str
     model: nn.Module
+    method: Any
     architecture: dict[str, Any]
     curves: tuple[str, ...]
     init_report: LoadReport | None

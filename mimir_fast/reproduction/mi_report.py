@@ -1,0 +1,144 @@
+"""The tables and the two plots of the question what the mutual-information term does, from its records alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from mimir_fast.reproduction.ablation import CellResult
+from mimir_fast.reproduction.contrasts import Contrast, contrast, holm
+from mimir_fast.reproduction.mi_question import Answers, Plan, differences, primary_of, rows_of
+from mimir_fast.reproduction.tables import Spread, accuracies, markdown
+
+MARGIN = 1.0
+"""Points of accuracy within which arms are called equivalent."""
+ACCURACIES = {"natural": "natural", "pgd20": "PGD-20", "apgd": "APGD"}
+MEASURES = {
+    "margin": "margin", "share_mean": "share", "nhsic": "nHSIC", "hsic": "HSIC", "cka": "CKA", "delta_r2": "R² of δ",
+    "image_r2": "R² of pixels", "rank": "effective rank",
+}  # fmt: skip
+Named = Mapping[tuple[str, str], Contrast]
+
+
+def record_of(plan: Plan, answers: Answers) -> dict[str, Any]:
+    """All that the tables and plots are made from, as JSON."""
+    return {
+        "data": plan.data,
+        "size": plan.size,
+        "chosen": {"lr": answers.lr, "share": answers.share, "budget": answers.budget, "proven": answers.proven},
+        "primary": [list(pair) for pair in primary_of(plan, answers.share)],
+        "titles": {n: row.title for n, row in rows_of(plan, answers.budget, answers.lr, answers.share).items()},
+        "stages": {name: [asdict(cell) for cell in cells] for name, cells in answers.stages.items()},
+    }
+
+
+def contrasts_of(cells: Sequence[CellResult], pairs: Sequence[tuple[str, str]], measure: str) -> Named:
+    """Those of a family, Holm's correction over all of them."""
+    found = {}
+    for pair in pairs:
+        gaps = differences(cells, *pair, measure)
+        if len(gaps) > 1:
+            found[pair] = contrast(gaps, margin=MARGIN)
+    corrected = holm({"|".join(pair): c.p for pair, c in found.items()})
+    return {pair: replace(c, p_holm=corrected["|".join(pair)]) for pair, c in found.items()}
+
+
+def cells_in(record: dict[str, Any], stage: str) -> list[CellResult]:
+    """The cells of a stage; [] for one that was not run."""
+    return [CellResult(**cell) for cell in record["stages"].get(stage, [])]
+
+
+def report(record: dict[str, Any]) -> str:
+    """Every table in Markdown, with the choices and the verdicts in words."""
+    titles, chosen = record["titles"], record["chosen"]
+    gate = "held" if chosen["proven"] else "did NOT hold at any budget"
+    parts = [
+        f"{record['data']}, size {record['size']}. Learning rate {chosen['lr']:g} and share {chosen['share']:g}, by "
+        f"held-out training images; the assay {gate}; arms at budget {chosen['budget']}. Commits: "
+        f"{', '.join(_commits(record))}. Mean ± standard deviation over seeds; intervals are of 95 %.\n"
+    ]
+    for stage in (name for name in record["stages"] if name.startswith(("assay", "arms"))):
+        cells = cells_in(record, stage)
+        parts.append(f"## {stage}\n\n" + markdown(_rows(cells, titles)))
+        if stage.startswith("assay"):
+            pairs = [("adv_mae", "scratch"), ("adv_mae", "noise_mae"), ("adv_mae", "mae")]
+        else:
+            pairs = [(first, second) for first, second in record["primary"]]
+        for measure in ("pgd20", "apgd", "margin"):
+            if found := contrasts_of(cells, pairs, measure):
+                parts.append(markdown(_lines(found, titles, measure)))
+    return "\n".join(parts)
+
+
+def _commits(record: dict[str, Any]) -> list[str]:
+    cells = [cell for stage in record["stages"].values() for cell in stage]
+    return sorted({str(cell["environment"].get("commit")) for cell in cells})
+
+
+def _rows(cells: Sequence[CellResult], titles: Mapping[str, str]) -> list[list[str]]:
+    lines = [["row", *ACCURACIES.values(), *MEASURES.values(), "seeds"]]
+    for name in dict.fromkeys(cell.row for cell in cells):
+        own = [cell for cell in cells if cell.row == name]
+        found = [Spread(tuple(accuracies(cells, name, m).values())) for m in ACCURACIES]
+        line = [spread.text() if spread.values else "" for spread in found]
+        for measure in MEASURES:
+            values = Spread(tuple(cell.measures[measure] for cell in own if measure in cell.measures))
+            line.append(f"{values.mean:.3g} ± {values.sd:.1g}" if values.values else "")
+        lines.append([titles.get(name, name), *line, str(len(own))])
+    return lines
+
+
+def _lines(found: Named, titles: Mapping[str, str], measure: str) -> list[list[str]]:
+    points = measure in ACCURACIES
+    head = [f"{ACCURACIES.get(measure, measure)}: difference", "mean", "interval (t)", "interval (bootstrap)", "p",
+            "p (Holm)"]  # fmt: skip
+    lines = [[*head, *([f"p (TOST, ±{MARGIN:g})", "verdict"] if points else []), "pairs"]]
+    for (first, second), c in found.items():
+        shown = ".2f" if points else ".3f"
+        ends = [f"{low:+{shown}} to {high:+{shown}}" for low, high in (c.interval, c.bootstrap)]
+        last = [f"{c.equivalence:.3f}", c.verdict] if points else []
+        name = f"{titles.get(first, first)} − {titles.get(second, second)}"
+        lines.append([name, f"{c.mean:+{shown}}", *ends, f"{c.p:.3f}", f"{c.p_holm:.3f}", *last, str(c.count)])
+    return [[cell.replace("-", "−") if n in range(1, 4) else cell for n, cell in enumerate(line)] for line in lines]
+
+
+def plot_effects(path: Path, record: dict[str, Any]) -> None:
+    """The plot that answers: primary contrasts under PGD-20, each seed, mean and interval, over ± the margin."""
+    from matplotlib.figure import Figure
+
+    cells, titles = cells_in(record, "arms"), record["titles"]
+    found = contrasts_of(cells, [(first, second) for first, second in record["primary"]], "pgd20")
+    figure = Figure(figsize=(9, 1.6 + 0.8 * len(found)), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(-MARGIN, MARGIN, color="#dddddd", label=f"equivalent: ±{MARGIN:g} point")
+    axes.axvline(0, color="#777777", linewidth=1)
+    for place, (pair, c) in enumerate(found.items()):
+        gaps = differences(cells, *pair, "pgd20")
+        axes.plot(gaps, [place] * len(gaps), "o", color="#1f5fa8", alpha=0.3, markersize=4)
+        low, high = c.interval
+        axes.errorbar(c.mean, place, xerr=[[c.mean - low], [high - c.mean]], fmt="o", color="#1f5fa8", capsize=4)
+    names = [f"{titles.get(first, first)}\nminus {titles.get(second, second)}" for first, second in found]
+    axes.set_yticks(range(len(found)), names, fontsize=8)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlabel("difference of PGD-20 accuracy in points, paired by seed; bars: 95 % interval")
+    axes.legend(fontsize=8, loc="best")
+    figure.savefig(path)
+
+
+def plot_why(path: Path, record: dict[str, Any]) -> None:
+    """What the latents of the arms hold: a dot a seed."""
+    from matplotlib.figure import Figure
+
+    cells, titles = cells_in(record, "arms"), record["titles"]
+    names = list(dict.fromkeys(cell.row for cell in cells))
+    shown = {key: title for key, title in MEASURES.items() if key in ("cka", "nhsic", "delta_r2", "image_r2", "rank")}
+    figure = Figure(figsize=(12, 1.4 + 0.4 * len(names)), dpi=130, layout="constrained")
+    for axes, (measure, title) in zip(figure.subplots(1, len(shown), sharey=True), shown.items(), strict=True):
+        for place, name in enumerate(names):
+            values = [cell.measures[measure] for cell in cells if cell.row == name and measure in cell.measures]
+            axes.plot(values, [place] * len(values), "o", color="#b3372f", alpha=0.4, markersize=4)
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_yticks(range(len(names)), [titles.get(name, name) for name in names], fontsize=8)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+    figure.savefig(path)
