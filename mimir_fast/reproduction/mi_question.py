@@ -152,6 +152,14 @@ def primary_of(plan: Plan, share: float) -> tuple[tuple[str, str], ...]:
     return tuple((name, other) for name in own for other in ("adv_mae", f"{name}_permuted"))
 
 
+def secondary_of(plan: Plan, share: float) -> tuple[tuple[str, str], ...]:
+    """Contrasts that are described and decide nothing: every other arm against (a), and one estimate against parts."""
+    known = {*primary_of(plan, share)}
+    pairs = [(name, "adv_mae") for name in arms_of(plan, share) if name != "adv_mae"]
+    pairs += [("nhsic_whole", "nhsic_parts")] * plan.whole
+    return tuple(pair for pair in pairs if pair not in known)
+
+
 @dataclass(frozen=True)
 class Cells(Ablation):
     """The cells of a stage.

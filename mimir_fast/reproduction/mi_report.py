@@ -7,7 +7,7 @@ from typing import Any
 
 from mimir_fast.reproduction.ablation import CellResult
 from mimir_fast.reproduction.contrasts import Contrast, contrast, holm
-from mimir_fast.reproduction.mi_question import Answers, Plan, differences, primary_of, rows_of
+from mimir_fast.reproduction.mi_question import Answers, Plan, differences, primary_of, rows_of, secondary_of
 from mimir_fast.reproduction.tables import Spread, accuracies, markdown
 
 MARGIN = 1.0
@@ -27,6 +27,7 @@ def record_of(plan: Plan, answers: Answers) -> dict[str, Any]:
         "size": plan.size,
         "chosen": {"lr": answers.lr, "share": answers.share, "budget": answers.budget, "proven": answers.proven},
         "primary": [list(pair) for pair in primary_of(plan, answers.share)],
+        "secondary": [list(pair) for pair in secondary_of(plan, answers.share)],
         "titles": {n: row.title for n, row in rows_of(plan, answers.budget, answers.lr, answers.share).items()},
         "stages": {name: [asdict(cell) for cell in cells] for name, cells in answers.stages.items()},
     }
@@ -61,13 +62,18 @@ def report(record: dict[str, Any]) -> str:
         cells = cells_in(record, stage)
         parts.append(f"## {stage}\n\n" + markdown(_rows(cells, titles)))
         if stage.startswith("assay"):
-            pairs = [("adv_mae", "scratch"), ("adv_mae", "noise_mae"), ("adv_mae", "mae")]
+            families = {"": [("adv_mae", "scratch"), ("adv_mae", "noise_mae"), ("adv_mae", "mae")]}
         else:
-            pairs = [(first, second) for first, second in record["primary"]]
-        for measure in ("pgd20", "apgd", "margin"):
-            if found := contrasts_of(cells, pairs, measure):
-                parts.append(markdown(_lines(found, titles, measure)))
+            families = {f"{name} ": _pairs(record, name) for name in ("primary", "secondary")}
+        for family, pairs in families.items():
+            for measure in ("pgd20", "apgd", "margin"):
+                if found := contrasts_of(cells, pairs, measure):
+                    parts.append(markdown(_lines(found, titles, measure, family)))
     return "\n".join(parts)
+
+
+def _pairs(record: dict[str, Any], family: str) -> list[tuple[str, str]]:
+    return [(first, second) for first, second in record[family]]
 
 
 def _commits(record: dict[str, Any]) -> list[str]:
@@ -88,10 +94,10 @@ def _rows(cells: Sequence[CellResult], titles: Mapping[str, str]) -> list[list[s
     return lines
 
 
-def _lines(found: Named, titles: Mapping[str, str], measure: str) -> list[list[str]]:
+def _lines(found: Named, titles: Mapping[str, str], measure: str, family: str) -> list[list[str]]:
     points = measure in ACCURACIES
-    head = [f"{ACCURACIES.get(measure, measure)}: difference", "mean", "interval (t)", "interval (bootstrap)", "p",
-            "p (Holm)"]  # fmt: skip
+    what = f"{family}{ACCURACIES.get(measure, measure)}: difference"
+    head = [what, "mean", "interval (t)", "interval (bootstrap)", "p", "p (Holm)"]
     lines = [[*head, *([f"p (TOST, ±{MARGIN:g})", "verdict"] if points else []), "pairs"]]
     for (first, second), c in found.items():
         shown = ".2f" if points else ".3f"
@@ -107,7 +113,7 @@ def plot_effects(path: Path, record: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     cells, titles = cells_in(record, "arms"), record["titles"]
-    found = contrasts_of(cells, [(first, second) for first, second in record["primary"]], "pgd20")
+    found = contrasts_of(cells, _pairs(record, "primary"), "pgd20")
     figure = Figure(figsize=(9, 1.6 + 0.8 * len(found)), dpi=130, layout="constrained")
     axes = figure.subplots()
     axes.axvspan(-MARGIN, MARGIN, color="#dddddd", label=f"equivalent: ±{MARGIN:g} point")

@@ -22,6 +22,8 @@ from mimir_fast.data.batch import Batch
 from mimir_fast.layers.borrowing import borrowed, training_pass, unwrap
 from mimir_fast.layers.inspection import calls
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
+from mimir_fast.methods.mimir import Mimir, MimirConfig
+from mimir_fast.methods.mutual_information import MutualInformationConfig
 from mimir_fast.models.masked_model import View
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.agreement import MAX_STEPS, Agreement
@@ -215,6 +217,14 @@ images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
 shards = parallelize(small(), "fsdp", world, bf16=False, compiled=False)
 found["recorded shards"] = said(lambda: recorded(shards, Batch(images, *[torch.arange(2)] * 3), seed=0, step=0))
 found["bad shards"] = said(lambda: compare(shard_ranks=3))
+held = Mimir(MimirConfig(mi=MutualInformationConfig(share=0.1)))
+model = parallelize(small(), "ddp", world, bf16=False, compiled=False)
+generator = torch.Generator().manual_seed(rank)
+for step in range(3):  # other images on each rank
+    images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    (run,) = held.passes(model, [Batch(images, *[torch.arange(4) + 4 * rank] * 3)], seed=0, step=step)
+    run()["loss"].backward()
+found["penalty share"] = held.saved_state()
 sys.stdout.write("RESULT " + json.dumps({"rank": rank, **found}) + "\n")
 sys.stdout.flush()
 stop_world()

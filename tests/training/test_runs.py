@@ -21,7 +21,7 @@ STEPS = 6
 # 64 real digits in batches of 16: four steps an epoch, so batches, epochs and checkpoints do not coincide.
 SMALL = [
     "--recipe", "digits/mimir_vit_nano", "--model.patch_size", "8", "--data.limit", "64", "--batch_size", "16",
-    "--max_steps", str(STEPS), "--save_every", "2", "--log_every", "1", "--ema_decay", "0.9", "--mi.weight", "0.1",
+    "--max_steps", str(STEPS), "--save_every", "2", "--log_every", "1", "--ema_decay", "0.9", "--mi.share", "0.1",
     "--mi.scope", "global", "--precision", "fp32",
 ]  # fmt: skip
 
@@ -120,7 +120,7 @@ def test_two_ranks_see_what_one_sees_and_hand_over_to_one(
 
 def test_accumulation_sees_the_same_batches(command: Command, whole_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "accumulated"
-    line = ["--accum_iter", "2", "--mi.scope", "rank", "--mi.weight", "0", "--max_steps", "3"]
+    line = ["--accum_iter", "2", "--mi.scope", "rank", "--mi.share", "0", "--mi.weight", "0", "--max_steps", "3"]
     train(command, run, *line)
     reference = tmp_path / "plain"
     train(command, reference, *line[2:])

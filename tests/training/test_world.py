@@ -123,6 +123,11 @@ def test_a_recorded_attack_refuses_shards(ranks: list[dict[str, Any]]) -> None:
     assert "use --strategy ddp, or leave it out" in ranks[0]["recorded shards"]
 
 
+def test_a_penaltys_weight_is_everybodys(ranks: list[dict[str, Any]]) -> None:
+    first, second = (found["penalty share"] for found in ranks)
+    assert first == second and first["ratio"] > 0 and 0.03 < first["realised"] < 0.3
+
+
 def test_the_residual_stream_is_the_same_however_a_model_is_spread(ranks: list[dict[str, Any]]) -> None:
     """In bf16: patches are embedded in fp32, the encoder sums in fp32, the decoder in bf16."""
     fp32, bf16 = "torch.float32", "torch.bfloat16"

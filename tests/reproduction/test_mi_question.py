@@ -1,0 +1,139 @@
+"""The question what the mutual-information term does: statistics, decisions, the judge, and the whole in small."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mimir_fast.attacks.pgd import is_correct, pgd, random_start
+from mimir_fast.attacks.rows import run_rows
+from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.methods.adv_mae import AdvMaeConfig
+from mimir_fast.reproduction.ablation import CellResult
+from mimir_fast.reproduction.contrasts import contrast, holm, power
+from mimir_fast.reproduction.latent_facts import effective_rank, explained
+from mimir_fast.reproduction.mi_question import Plan, arms_of, best, passes, plan_of, primary_of, rows_of, run_question
+from mimir_fast.reproduction.mi_report import contrasts_of, plot_effects, plot_why, record_of, report
+from mimir_fast.reproduction.quick_judge import PgdRows
+
+
+def cells(effects: dict[str, float], sd: float, seeds: int, generator: np.random.Generator) -> list[CellResult]:
+    """Records of arms with these mean accuracies in per cent; seeds shift all arms alike, and each by sd / √2."""
+    common = generator.normal(0, 3, seeds)
+    return [
+        CellResult(row, seed, {"pgd20": [round(100 * (50 + effect + common[seed] + own)), 10_000]})
+        for row, effect in effects.items()
+        for seed, own in enumerate(generator.normal(0, sd / 2**0.5, seeds))
+    ]
+
+
+def test_intervals_cover_and_equivalence_is_said_where_it_is() -> None:
+    """120 experiments of 14 seeds, differences of s.d. 0.9. Three standard errors of 120 are 6 points at 95 %."""
+    generator, pairs = np.random.default_rng(1), [("b", "a"), ("b", "d")]
+    covered = resampled = same = different = 0
+    for _ in range(120):
+        records = cells({"a": 0.0, "b": 1.0, "d": 1.0}, 0.9, 14, generator)
+        found = contrasts_of(records, pairs, "pgd20")
+        covered += found["b", "a"].interval[0] <= 1 <= found["b", "a"].interval[1]
+        resampled += found["b", "a"].bootstrap[0] <= 1 <= found["b", "a"].bootstrap[1]
+        same += found["b", "d"].verdict == "equivalent"
+        different += found["b", "a"].p_holm < 0.05
+        assert found["b", "a"].p_holm >= found["b", "a"].p
+    assert 107 <= covered < 120
+    assert 99 <= resampled < 120, "percentiles of 14 values are a little narrow"
+    assert same > 102, "two equal arms are equivalent within one point"
+    assert different / 120 == pytest.approx(power(14, 0.9, 1.0, 0.025), abs=0.08)
+
+
+def test_equivalence_is_rarely_said_at_its_margin() -> None:
+    """At a true difference of the margin: in 5 % of the experiments."""
+    generator = np.random.default_rng(2)
+    said = sum(contrast(generator.normal(1.0, 0.9, 14).tolist(), margin=1.0, draws=1).equivalence < 0.05
+               for _ in range(600))  # fmt: skip
+    assert 14 <= said <= 46
+
+
+def test_holm_steps_down() -> None:
+    assert holm({"x": 0.04, "y": 0.01, "z": 0.03}) == {"x": 0.06, "y": 0.03, "z": 0.06}
+
+
+def test_the_gate_asks_for_both_and_tuning_for_the_best() -> None:
+    generator, level = np.random.default_rng(3), 0.05 / 3
+    assert passes(cells({"adv_mae": 4, "scratch": 0, "noise_mae": 0}, 0.9, 8, generator), level)
+    assert not passes(cells({"adv_mae": 4, "scratch": 0, "noise_mae": 4}, 0.9, 8, generator), level)
+    assert not passes(cells({"adv_mae": -4, "scratch": 0, "noise_mae": 0}, 0.9, 8, generator), level)
+    tried = {lr: [CellResult("a", 0, {"heldout": [right, 10]})] for lr, right in ((1.0, 4), (3.0, 6), (2.0, 6))}
+    assert best(tried) == 2.0
+
+
+@pytest.mark.parametrize(("size", "data"), [("reduced", "fashion"), ("full", "fashion"), ("full", "digits")])
+def test_the_rows_have_one_attack_and_differ_in_the_penalty(size: str, data: str) -> None:
+    plan = plan_of(size, data, "cpu")  # type: ignore[arg-type]
+    rows = rows_of(plan, 2, 1e-3, 0.1)
+    configs = [row.pretrain for row in rows.values() if row.pretrain is not None]
+    attacks = [c.objective.attack for c in configs if isinstance(c.objective, AdvMaeConfig)]
+    assert len(attacks) > 10 and all(attack == attacks[0] for attack in attacks)
+    assert len({replace(c.run, micro_batch=None).max_steps for c in configs}) == 1
+    assert {name for pair in primary_of(plan, 0.1) for name in pair} <= set(arms_of(plan, 0.1)) <= set(rows)
+    penalties = {str(c.objective) + str(c.run.micro_batch) for c in configs}
+    assert len(penalties) == len(configs), "two rows are the same"
+
+
+def test_images_that_leave_are_those_that_pgd_breaks() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
+    images, eps = torch.rand(40, 3, 4, 4), 0.05
+    labels = model(images).argmax(1)
+    start = random_start(images, eps, seed=3)
+    wrong, _ = run_rows(PgdRows(model, images, labels, start, eps, 20), torch.arange(40))
+    last = pgd(model, images, labels, LinfThreat(eps=eps, alpha=eps / 4, num_steps=20), start=start)
+    broken = (~is_correct(model(last), labels)).nonzero()[:, 0]
+    assert set(broken.tolist()) <= set(wrong.tolist()) and 0 < len(wrong) < 40
+    search = PgdRows(model, images, labels, start, eps, 20)
+    while not search.finished():
+        _, x = search.step()
+    torch.testing.assert_close(x, last)
+
+
+def test_what_a_latent_holds() -> None:
+    torch.manual_seed(0)
+    tokens, noise = torch.randn(40, 6, 8), torch.randn(40, 6, 4)
+    assert explained(tokens, tokens[..., :4]) > 0.999 and explained(tokens, noise) < 0.1
+    assert explained(tokens, tokens[..., :4] + noise) == pytest.approx(0.5, abs=0.15)
+    assert effective_rank(torch.randn(4000, 8)) == pytest.approx(8, abs=0.1)
+    assert effective_rank(torch.randn(100, 1) @ torch.randn(1, 8)) == pytest.approx(1, abs=1e-3)
+    assert effective_rank(torch.ones(5, 3)) == 0
+
+
+def small() -> Plan:
+    """Three steps on 64 digits, two budgets; the gate cannot be passed in so few."""
+    plan = plan_of("reduced", "digits")
+    tiny, tune = (
+        replace(c, data=replace(c.data, limit=64), run=replace(c.run, max_steps=3, batch_size=16))
+        for c in (plan.pretrain, plan.finetune)
+    )
+    rules = replace(plan.rules, num_images=30, autoattack_images=10, apgd_steps=3)
+    return replace(
+        plan, pretrain=tiny, finetune=tune, rules=rules, learning_rates=(1e-3,), budgets=(1, 2), tuning_seeds=1,
+        assay_seeds=2, seeds=2, held_out=6, facts_images=20,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_whole_question_in_small(tmp_path: Path) -> None:
+    """One job or two: the same records; and a finished one is only read."""
+    alone, shared = run_question(small(), tmp_path / "one"), run_question(small(), tmp_path / "two", 2)
+    assert list(alone.stages) == ["tuning_lr_0.001", "tuning_share", "assay_1", "assay_2", "arms"]
+    assert not alone.proven and alone.budget == 1
+    for name, found in alone.stages.items():
+        ours, theirs = ({(c.row, c.seed): (c.accuracy, c.measures) for c in s} for s in (found, shared.stages[name]))
+        assert ours == theirs and len(ours) == len(found)
+    (penalised,) = (c for c in alone.stages["arms"] if c.row == f"hsic_{alone.share:g}" and c.seed == 100)
+    assert penalised.measures.keys() >= {"margin", "delta_r2", "rank", "share_mean"}
+    record = record_of(small(), run_question(small(), tmp_path / "one", only_read=True))
+    assert "did NOT hold" in report(record) and "(d) HSIC" in report(record)
+    plot_effects(tmp_path / "effects.png", record)
+    plot_why(tmp_path / "why.png", record)
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("effects", "why"))
