@@ -51,8 +51,9 @@ class Row:
     def penalty(self) -> MimirConfig | None:
         """The objective, where it has a mutual-information term of a fixed weight."""
         objective = None if self.pretrain is None else self.pretrain.objective
-        fixed = isinstance(objective, MimirConfig) and objective.mi.estimator != "none" and not objective.mi.share
-        return objective if fixed else None
+        if not isinstance(objective, MimirConfig) or objective.mi.estimator == "none" or objective.mi.share:
+            return None
+        return objective
 
     def tuning(self, ablation: "Ablation") -> FinetuneConfig | None:
         """Its fine-tuning but for seed, folder and init: that of all rows. None judges what pre-training left."""

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from mimir_fast.evaluation.images import load_images
-from mimir_fast.methods.mimir import apply_preset
+from mimir_fast.methods.mimir import MimirConfig, apply_preset
 from mimir_fast.reproduction.ablation import Ablation, CellResult, Row, claim_folder, read_results, run_ablation
 from mimir_fast.reproduction.contrasts import LEVEL, contrast
 from mimir_fast.reproduction.fashion import EPS, SIZES, SizeName, finetune_base, pretrain_base
@@ -36,6 +36,7 @@ from mimir_fast.reproduction.tables import accuracies
 from mimir_fast.training.finetuning import FinetuneConfig
 from mimir_fast.training.loggers import read_lines
 from mimir_fast.training.pretraining import PretrainConfig
+from mimir_fast.training.run_config import RunConfig
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 TUNING_SEED, ASSAY_SEED, ARMS_SEED = 1000, 0, 100
@@ -76,15 +77,17 @@ class Plan:
 def plan_of(size: SizeName, data: DataName = "fashion", device: str = "auto") -> Plan:
     """The plan of that size; `reduced` runs on CPUs, a thread a job."""
     device = "cpu" if size == "reduced" else device
-    deep = {"apgd_steps": 50, "apgd_targets": 3} if size == "reduced" else {}
+    first: PretrainConfig
     if data == "digits":
         small = digits()
-        first, tune = (small.with_steps(c, int(c.run.max_steps or 0)) for c in (small.pretrain, small.finetune))
-        rules = QuickJudge(small.rules.eps, None, 360, batch_size=128, **deep)
+        first = small.with_steps(small.pretrain, small.pretrain.run.max_steps or 0)
+        tune = small.with_steps(small.finetune, small.finetune.run.max_steps or 0)
+        rules = QuickJudge(small.rules.eps, None, 360, batch_size=128)
     else:
         first, tune = pretrain_base(SIZES[size]), finetune_base(SIZES[size])
-        rules = QuickJudge(EPS, 2000, 500, batch_size=128 if size == "reduced" else 500, **deep)
-    return Plan(data, size, first, tune, rules, device, whole=size == "full")  # type: ignore[arg-type]
+        rules = QuickJudge(EPS, 2000, 500, batch_size=128 if size == "reduced" else 500)
+    rules = replace(rules, apgd_steps=50, apgd_targets=3) if size == "reduced" else rules
+    return Plan(data, size, first, tune, rules, device, whole=size == "full")
 
 
 def scaled(plan: Plan, config: Config, budget: int, lr: float) -> Config:
@@ -100,18 +103,17 @@ def scaled(plan: Plan, config: Config, budget: int, lr: float) -> Config:
 def rows_of(plan: Plan, budget: int, lr: float, share: float) -> dict[str, Row]:
     """Every row by name; all with one attack, budget and learning rate, those of the penalty differ in it alone."""
     base = scaled(plan, replace(plan.pretrain, method="mimir"), budget, lr)
-    base = replace(base, objective=apply_preset(base.objective, "paper"))
+    objective: MimirConfig = apply_preset(base.objective, "paper")
+    base = replace(base, objective=objective)
 
     def method(name: str) -> PretrainConfig:
         return replace(base, method=name)
 
-    def penalty(config: PretrainConfig = base, **mi: Any) -> PretrainConfig:
-        options = replace(config.objective.mi, **mi)  # type: ignore[attr-defined]
-        return replace(config, objective=replace(config.objective, mi=options))
+    def penalty(run: RunConfig = base.run, **mi: Any) -> PretrainConfig:
+        return replace(base, run=run, objective=replace(objective, mi=replace(objective.mi, **mi)))
 
-    eps = base.objective.attack.eps  # type: ignore[attr-defined]
     noise = method("noise_mae")
-    noise = replace(noise, objective=replace(noise.objective, eps=eps))
+    noise.objective.eps = objective.attack.eps  # type: ignore[attr-defined]
     rows = [
         Row("scratch", "none (from scratch)", None),
         Row("mae", "MAE", method("mae")),
@@ -120,7 +122,7 @@ def rows_of(plan: Plan, budget: int, lr: float, share: float) -> dict[str, Row]:
     ]
     for name, letter, title in (("hsic", "b", "HSIC"), ("nhsic", "c", "nHSIC")):
         for s in plan.shares:
-            own = {"estimator": name, "share": s}
+            own: dict[str, Any] = {"estimator": name, "share": s}
             rows += [
                 Row(f"{name}_{s:g}", f"({letter}) {title}, share {s:g}", penalty(**own)),
                 Row(
@@ -129,10 +131,10 @@ def rows_of(plan: Plan, budget: int, lr: float, share: float) -> dict[str, Row]:
             ]
         rows.append(Row(f"{name}_fixed", f"(e) {title}, λ 1e-5", penalty(estimator=name, weight=1e-5)))
     micro = replace(base.run, micro_batch=max(2, base.run.batch_size // 8))
-    parts, own = replace(base, run=micro), {"estimator": "nhsic", "share": share}
+    own = {"estimator": "nhsic", "share": share}
     rows += [
-        Row("nhsic_parts", f"(c) share {share:g}, an eighth of the batch an estimate", penalty(parts, **own)),
-        Row("nhsic_whole", f"(c) share {share:g}, accumulated", penalty(parts, **own, accumulated=True)),
+        Row("nhsic_parts", f"(c) share {share:g}, an eighth of the batch an estimate", penalty(micro, **own)),
+        Row("nhsic_whole", f"(c) share {share:g}, accumulated", penalty(micro, **own, accumulated=True)),
     ]
     return {row.name: row for row in rows}
 
