@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
-from mimir_fast.layers.borrowing import borrowed, frozen_flags
+from mimir_fast.layers.borrowing import borrowed, frozen_flags, unwrap
 from mimir_fast.methods import registry
 from mimir_fast.methods.adv_mae import AdvMae, AdvMaeConfig
 from mimir_fast.methods.mutual_information import MutualInformationConfig, derangement, mutual_information
@@ -45,6 +45,14 @@ class MimirConfig(AdvMaeConfig):
         accumulated, everywhere = self.mi.accumulated, self.mi.scope == "global"
         images = micro_batch * (accum_iter if accumulated else 1) * (ranks if everywhere else 1)
         return {"penalty_images": images}
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises ValueError also where no gradient goes to the latent, of which the penalty should have a share."""
+        super().check_model(model)
+        bare = cast(MaskedModel, unwrap(model))
+        trains = bare.full_length or any(p.requires_grad for p in bare.encoder.parameters())
+        if self.mi.share and self.mi.acts and not trains:
+            raise ValueError("mi.share is of the gradient to the encoder, of which nothing trains: leave out --freeze")
 
     def check_batches(self, micro_batch: int, accum_iter: int, ranks: int) -> str:
         """Says what `mi` in the log is, and on how many images it is estimated, on which its strength depends (≥ 2)."""
@@ -126,7 +134,8 @@ class Mimir(AdvMae):
             return losses
         if mi.share and step.estimate is None:
             leaf = step.latent.detach().float().requires_grad_()
-            value = self.estimate([step], step.bare.visible(leaf, step.mask.keep))
+            with torch.enable_grad():
+                value = self.estimate([step], step.bare.visible(leaf, step.mask.keep))
             step.estimate = value.detach(), torch.autograd.grad(value, leaf)[0]
         if step.estimate is None:
             return losses | {"mi": (mi.weight, self.estimate([step], step.bare.visible(step.latent, step.mask.keep)))}

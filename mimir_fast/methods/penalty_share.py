@@ -72,8 +72,9 @@ class PenaltyShare:
             squares = torch.stack([mine.double().square().sum(), (arrived - weight * mine).double().square().sum()])
             self._squares = squares if self._squares is None else self._squares + squares
 
-        loss.register_hook(scales.append)
-        latent.register_hook(measure)
+        if loss.requires_grad and latent.requires_grad:
+            loss.register_hook(scales.append)
+            latent.register_hook(measure)
         return weight
 
     def shown(self, device: torch.device) -> Tensor:

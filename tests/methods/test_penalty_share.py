@@ -100,6 +100,15 @@ def test_a_model_compiled_as_a_whole_is_refused(model: MaskedModel) -> None:
         method_of(share=0.1)(model, batch_of(0), seed=0, step=0)
 
 
+def test_without_gradients_there_is_a_value_and_frozen_encoders_are_refused(model: MaskedModel) -> None:
+    method = method_of(share=0.1)
+    with torch.no_grad():
+        assert method(model, batch_of(0), seed=0, step=0)["mi"].isfinite() and method.saved_state() == {}
+    model.encoder.requires_grad_(False)
+    with pytest.raises(ValueError, match="leave out --freeze"):
+        method.config.check_model(model)
+
+
 @pytest.mark.parametrize("size", [2, 3, 9])
 def test_a_derangement_leaves_nothing_in_place(size: int) -> None:
     samples, places = torch.arange(size) + 50, torch.arange(size)

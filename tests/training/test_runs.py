@@ -22,7 +22,7 @@ STEPS = 6
 SMALL = [
     "--recipe", "digits/mimir_vit_nano", "--model.patch_size", "8", "--data.limit", "64", "--batch_size", "16",
     "--max_steps", str(STEPS), "--save_every", "2", "--log_every", "1", "--ema_decay", "0.9", "--mi.share", "0.1",
-    "--mi.scope", "global", "--precision", "fp32",
+    "--mi.scope", "global", "--mi.accumulated", "--precision", "fp32",
 ]  # fmt: skip
 
 
