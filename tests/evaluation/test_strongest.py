@@ -12,10 +12,9 @@ import pytest
 import torch
 from commands import command_environment, run_module, start_module
 from planted_defences import before
-from small_classifier import EPS, SmallNet, SmallTransformer, small_perceptron, trained
+from small_classifier import EPS, SmallNet
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import is_correct
 from mimir_fast.evaluate import config_from
 from mimir_fast.evaluation import evaluate
 from mimir_fast.evaluation.config import EvaluateConfig
@@ -372,41 +371,3 @@ class TestOptions:
                     eps=0.2,
                     strongest_attacks=(name,),
                 )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("l2", 0.5)])
-@pytest.mark.parametrize("build", [SmallNet, small_perceptron, SmallTransformer])
-def test_never_weaker_than_other_packages_together(
-    build: Callable[[], nn.Module], norm: str, eps: float, digits_images: EvaluationImages
-) -> None:
-    """AutoAttack's package and torchattacks' strongest, in sum: whatever image they break, the suite breaks."""
-    pyautoattack, torchattacks = pytest.importorskip("pyautoattack"), pytest.importorskip("torchattacks")
-    model, few = trained(build), digits_images.evenly(100)
-    x, y = few.images.float() / 255, few.labels
-    results = evaluate(
-        model, few.images, y, suite="table", autoattack="no", strongest="yes", norm=norm, eps=eps, output_dir=None
-    )
-    stands = torch.tensor([name == "none" for name in results.sections["accuracy"]["broken_by"].values()])
-    with torch.random.fork_rng([]):
-        package = {"linf": "Linf", "l2": "L2"}[norm]
-        found = [
-            pyautoattack.AutoAttack(model, eps=eps, norm=package, version="standard", seed=0)
-            .run_standard_evaluation(x.clone(), y.clone(), batch_size=100)[0]
-        ]  # fmt: skip
-        if norm == "linf":
-            rivals: list[Any] = [
-                torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=100), torchattacks.MIFGSM(model, eps=eps),
-                torchattacks.Jitter(model, eps=eps, alpha=eps / 4, steps=100),
-                torchattacks.APGDT(model, eps=eps, n_classes=10),
-            ]  # fmt: skip
-        else:
-            rivals = [
-                torchattacks.PGDL2(model, eps=eps, alpha=eps / 5, steps=100),
-                torchattacks.APGDT(model, norm="L2", eps=eps, n_classes=10),
-            ]
-        found += [attack(x.clone(), y.clone()) for attack in rivals]
-    with torch.no_grad():
-        theirs = torch.stack([is_correct(model(attacked), y) for attacked in found]).all(0)
-    assert 5 < int(stands.sum()) < 90, "the test needs a robust accuracy in between"
-    assert not (stands & ~theirs).any(), f"{int((stands & ~theirs).sum())} images that only others break"
