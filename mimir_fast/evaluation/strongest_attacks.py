@@ -245,6 +245,11 @@ def _from_others(name: str, config: CommonOptions, strength: Strength, others: M
         )  # fmt: skip
 
     kind = "PGN" if neighbours else "MI-FGSM"
-    parameters = {**parameters_of(threat), "random_start": False, "neighbours": neighbours, "seed": config.seed}
+    parameters = {
+        **parameters_of(threat, adaptive=False),
+        "random_start": False,
+        "neighbours": neighbours,
+        "seed": config.seed,
+    }
     label = f"{kind}-{steps} on {'models around other ones' if around else 'other models'}"
     return NamedAttack(name, label, run, parameters, 6.0 * steps * max(1, neighbours))

@@ -104,7 +104,8 @@ def make_pgd_mi(config: CommonOptions, num_steps: int) -> NamedAttack:
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
         return pgd_mi(model, x, y, threat, weight=weight, estimator=estimator, samples=samples, seed=config.seed)  # type: ignore[arg-type]
 
-    parameters = {**parameters_of(threat), "weight": weight, "estimator": options.mi_estimator, "seed": config.seed}
+    parameters = {**parameters_of(threat), "weight": weight, "estimator": options.mi_estimator, "seed": config.seed,
+                  "batch_size": config.batch_size}  # fmt: skip
     return NamedAttack(f"pgd_mi{num_steps}", f"PGD-MI-{num_steps}", run, parameters, 3.0 * num_steps)
 
 
