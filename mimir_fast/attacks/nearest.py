@@ -51,6 +51,7 @@ def apgd_nearest(
                     x = apgd(
                         module, images[at_R], labels[at_R], eps, num_steps, loss=loss, random_start=True,
                         samples=known[at_R], seed=seed, step=step_R, keep="first", norm=norm,
+                        owners=at_R,
                     )  # fmt: skip
                     highest, best = _height(module(x), labels[at_R]).view(-1, len(own)).max(dim=1)
                     x = x.view(-1, len(own), *images.shape[1:])[torch.arange(len(at), device=x.device), best]
