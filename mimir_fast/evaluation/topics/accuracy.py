@@ -263,4 +263,10 @@ def columns(numbers: Numbers) -> list[Column]:
     return [Column(key, entry["label"], entry["accuracy"]) for key, entry in numbers["attacks"].items()]
 
 
-register(Topic(NAME, "Accuracy", measurements, summarize, render, 10, AccuracyOptions, columns=columns))
+def check(setup: Setup) -> None:
+    """Refuses more targets than there are wrong classes, before anything is measured."""
+    targets, wrong = options_of(setup.config, AccuracyOptions).targets, setup.num_classes - 1
+    check_number("targets", targets, at_most=max(1, wrong), hint=f"of {setup.num_classes} classes {wrong} are wrong")
+
+
+register(Topic(NAME, "Accuracy", measurements, summarize, render, 10, AccuracyOptions, check, columns=columns))
