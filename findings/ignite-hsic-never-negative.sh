@@ -45,5 +45,9 @@ for size in (8, 32, 128):
           f"dependent {dependent.compute():.4f}")
 PY
 diff seen - <<'RECORDED'
+torch 2.14.1 pytorch-ignite 0.5.5
+batches of 8: independent 0.0039, without the clamp 0.0000, dependent 0.0082
+batches of 32: independent 0.0008, without the clamp 0.0000, dependent 0.0063
+batches of 128: independent 0.0002, without the clamp 0.0000, dependent 0.0063
 RECORDED
 echo "seen as recorded"
