@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mimir_fast.config_file import words_of
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.registry import SOURCES
+from mimir_fast.plain_errors import in_python, reason_in_box
 
 if TYPE_CHECKING:
     from mimir_fast.evaluation.results import Results
@@ -49,8 +50,9 @@ def pretrain(data: Data = None, recipe: str = "", **options: Any) -> Path:
     """
     from mimir_fast.training.pretraining import pretrain
 
-    config = _configured("pretrain", data, recipe=recipe, **options)
-    return _finished(pretrain(config), config)
+    with in_python():
+        config = _configured("pretrain", data, recipe=recipe, **options)
+        return _finished(pretrain(config), config)
 
 
 def finetune(init: str | Path = "", data: Data = None, recipe: str = "", **options: Any) -> Path:
@@ -66,8 +68,9 @@ def finetune(init: str | Path = "", data: Data = None, recipe: str = "", **optio
     """
     from mimir_fast.training.finetuning import finetune
 
-    config = _configured("finetune", data, init=init, recipe=recipe, **options)
-    return _finished(finetune(config), config)
+    with in_python():
+        config = _configured("finetune", data, init=init, recipe=recipe, **options)
+        return _finished(finetune(config), config)
 
 
 def evaluate(
@@ -90,12 +93,15 @@ def evaluate(
             raise ValueError("images in memory go with a model in memory: give data=… with a checkpoint, or load it")
         from mimir_fast.evaluation.run import evaluate as evaluate_checkpoint
 
-        return evaluate_checkpoint(_configured("evaluate", data, checkpoint=model, **options), log=lambda line: None)
+        with in_python():
+            config = _configured("evaluate", data, checkpoint=model, **options)
+            return evaluate_checkpoint(config, log=lambda line: None)
     if images is None or labels is None or data is not None:
         raise ValueError("a model in memory is judged on images in memory: evaluate(model, images, labels)")
     from mimir_fast.evaluation.given import evaluate as evaluate_model
 
-    return evaluate_model(model, images, labels, **options)
+    with in_python():
+        return evaluate_model(model, images, labels, **options)
 
 
 def probe(checkpoint: str | Path, data: Data = None, **options: Any) -> "list[Outcome]":
@@ -109,7 +115,8 @@ def probe(checkpoint: str | Path, data: Data = None, **options: Any) -> "list[Ou
         ValueError, OSError, ImportError: as the command says them in one line.
     """
     command: Any = import_module("mimir_fast.probe")
-    outcomes: list[Outcome] = command.probe(_configured("probe", data, checkpoint=checkpoint, **options))
+    with in_python():
+        outcomes: list[Outcome] = command.probe(_configured("probe", data, checkpoint=checkpoint, **options))
     return outcomes
 
 
@@ -135,9 +142,7 @@ def _configured(command: str, data: Data, **options: Any) -> Any:
         with redirect_stdout(said), redirect_stderr(said):
             return import_module(f"mimir_fast.{command}").config_from(words)
     except SystemExit:
-        # The parser prints a box with the reason, and ends the program.
-        lines = (line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines())
-        raise ValueError(f"{command}: {'; '.join(filter(None, lines))}") from None
+        raise ValueError(f"{command}: {reason_in_box(said.getvalue())}") from None
 
 
 def _data_options(data: str | Path | Mapping[str, Any] | DataConfig, command: str) -> dict[str, Any]:

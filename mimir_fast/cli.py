@@ -18,7 +18,7 @@ from mimir_fast._tyro import tyro
 from mimir_fast.completion import SHELLS, script
 from mimir_fast.config_file import with_config_files
 from mimir_fast.short_help import short_help
-from mimir_fast.validation import refuse_idle
+from mimir_fast.validation import parse_float, refuse_idle
 from mimir_fast.versions import COMPLETION_HINT, called_as
 from mimir_fast.world import RunFailed, drop_unread, leave_at_once
 
@@ -37,18 +37,6 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: --print_completion {shell or ''}: wanted {' or '.join(SHELLS)}", file=sys.stderr)
         raise SystemExit(2)
     print(script(shell))
-
-
-def parse_float(text: str) -> float:
-    """A float, or a fraction such as 8/255.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    numerator, slash, denominator = text.partition("/")
-    if slash and float(denominator) == 0:
-        raise ValueError(f"{text} divides by zero")
-    return float(numerator) / float(denominator) if slash else float(text)
 
 
 def _float_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.ops._checks import check_choice, check_positive
+from mimir_fast.ops._checks import check_choice, check_not_negative, check_positive
 from mimir_fast.ops.cka import KERNELS, Kernel, cka
 from mimir_fast.ops.dependence.bandwidth import BANDWIDTHS, Bandwidth, Sigma, widths
 from mimir_fast.ops.global_batch import gather_batch
@@ -23,7 +23,7 @@ from mimir_fast.ops.renyi_mi import renyi_mi
 Information = Literal["hsic", "nhsic", "renyi"]
 
 
-def gradient_share(penalty: Tensor, loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+def gradient_share(penalty: Tensor, loss: Tensor, parameters: Tensor | Iterable[Tensor]) -> Tensor:
     r"""How much a penalty steers: the norm of its gradient over that of the loss's.
 
     $$\lVert \nabla_\theta\, \mathrm{penalty} \rVert_2 \;/\; \lVert \nabla_\theta\, \mathrm{loss} \rVert_2$$
@@ -33,23 +33,36 @@ def gradient_share(penalty: Tensor, loss: Tensor, parameters: Iterable[Tensor]) 
 
     Args:
         penalty, loss: scalars of one forward pass, the penalty with its weight. Their graph is kept.
-        parameters: those that train; what neither of the two reaches counts as zero.
+        parameters: those that train, or one; what only one of the two reaches counts as zero for the other.
     Returns:
         float64 scalar; inf where the loss does not reach the parameters.
     Raises:
         RuntimeError: one of them has no graph.
+        ValueError: neither reaches any of the parameters, of which 0/0 says nothing.
 
     Example:
         >>> float(gradient_share(0.1 * hsic(x, features), cross_entropy, model.parameters()))
     """
-    trained = [p for p in parameters if p.requires_grad]
-    return _gradient_norm(penalty, trained) / _gradient_norm(loss, trained)
+    several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    trained = [p for p in several if p.requires_grad]
+    found = [_gradients(value, trained) for value in (penalty, loss)] if trained else []
+    if not any(found):
+        raise ValueError(
+            f"neither penalty nor loss depends on any of the {len(several)} parameters: give those of the model that "
+            "made them (model.parameters(), or one weight), not copies or views"
+        )
+    steering, leading = (_norm(gradients, loss) for gradients in found)
+    return steering / leading
 
 
-def _gradient_norm(value: Tensor, parameters: list[Tensor]) -> Tensor:
-    gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients if g is not None]
-    return torch.stack(norms).norm() if norms else value.new_zeros((), dtype=torch.float64)
+def _gradients(value: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _norm(gradients: list[Tensor], like: Tensor) -> Tensor:
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+    return torch.stack(norms).norm() if norms else like.new_zeros((), dtype=torch.float64)
 
 
 class _Dependence(nn.Module):
@@ -193,8 +206,7 @@ class MutualInformationPenalty(nn.Module):
         super().__init__()
         check_choice("estimator", estimator, get_args(Information))
         check_positive("alpha", alpha)
-        if not weight >= 0:
-            raise ValueError(f"weight must be >= 0, got {weight}")
+        check_not_negative("weight", weight)
         if estimator == "nhsic" and bandwidth not in (None, "reference"):
             raise ValueError(f"nhsic is defined with bandwidth='reference', got {bandwidth!r}: use that, or 'hsic'")
         self.estimator, self.weight = estimator, weight

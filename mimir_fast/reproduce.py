@@ -19,7 +19,7 @@ from typing import Annotated
 from mimir_fast._tyro import tyro
 from mimir_fast.cli import parse, run
 from mimir_fast.reproduction.ablation import Ablation, read_results, run_ablation
-from mimir_fast.reproduction.demo import run_demo
+from mimir_fast.reproduction.demo import EVERY_DIGIT, run_demo
 from mimir_fast.reproduction.fashion import SizeName, fashion_ablation
 from mimir_fast.reproduction.faster import DataName, run_faster
 from mimir_fast.reproduction.mi_question import plan_of, run_question
@@ -44,7 +44,7 @@ class DigitsDemo:
     """Steps of every stage, for a quick look; left out: what the recipes say."""
 
     def __post_init__(self) -> None:
-        check_number("autoattack_images", self.autoattack_images, at_least=0)
+        check_number("autoattack_images", self.autoattack_images, at_least=0, at_most=EVERY_DIGIT)
         if self.max_steps is not None:
             check_number("max_steps", self.max_steps, at_least=1)
 

@@ -4,7 +4,32 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, fields, is_dataclass
+from numbers import Real
 from typing import Any
+
+
+def parse_float(text: str) -> float:
+    """A float, or a fraction such as 8/255.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    numerator, slash, denominator = text.partition("/")
+    if slash and float(denominator) == 0:
+        raise ValueError(f"{text} divides by zero")
+    return float(numerator) / float(denominator) if slash else float(text)
+
+
+def number_of(name: str, value: float | str) -> float:
+    """A number, or the text of one as it is typed, such as "8/255".
+
+    Raises:
+        ValueError: naming what is neither.
+    """
+    try:
+        return parse_float(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError(f"{name}={value!r}, wanted a number or a fraction such as 8/255") from None
 
 
 def check_number(
@@ -16,6 +41,8 @@ def check_number(
     Raises:
         ValueError: it is outside, or no finite number.
     """
+    if not isinstance(value, Real):
+        raise ValueError(f"{name}={value!r}, wanted a number")
     if math.isfinite(value) and at_least <= value <= at_most and above < value < below:
         return
     low = f"at least {at_least:g}" if above == -math.inf else f"more than {above:g}"
@@ -99,5 +126,6 @@ def refuse_idle(config: Any, args: Sequence[str]) -> None:
         if arg.startswith("--"):
             groups, dot, name = arg[2:].partition("=")[0].replace("-", "_").rpartition(".")
             flags = (f"{groups}{dot}{name}", f"{groups}{dot}{name.removeprefix('no_')}")
-            if why := next((idle[flag] for flag in flags if flag in idle), ""):
+            nothing = arg.partition("=")[2] == "None"  # a file's or Python's way to leave an option out
+            if not nothing and (why := next((idle[flag] for flag in flags if flag in idle), "")):
                 raise ValueError(f"{arg.partition('=')[0]} does nothing while {why}: change that too, or leave it out")

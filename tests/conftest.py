@@ -42,7 +42,7 @@ def tools() -> dict[str, str]:
             ("peft", "peft", "peft"),
             ("onnx", "onnxruntime", "onnx onnxscript onnxruntime"),
             ("transformers", "transformers", "transformers"),
-            ("corruptions", "corrupt_tta", "corrupt-tta"),
+            ("frost", "imagecorruptions", "--no-deps imagecorruptions"),
             ("mkdocs", "mkdocstrings", "'.[docs]'"),
             ("notebooks", "nbclient", "nbclient nbformat ipykernel"),
         )

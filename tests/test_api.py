@@ -48,8 +48,12 @@ def test_judging(runs: tuple[Path, Path], tmp_path: Path) -> None:
     outcomes = mimir_fast.probe(runs[0], probes=["knn"], attack_images=0, limit=30, pictures=False, output_dir=tmp_path)
     assert len(outcomes) == 1
     model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)), torch.zeros(4, 1, 8, 8)
-    given = mimir_fast.evaluate(model, images, torch.tensor([0, 1, 0, 1]), suite="table", autoattack="no")
+    given = mimir_fast.evaluate(
+        model, images, torch.tensor([0, 1, 0, 1]), suite="table", autoattack="no", eps="8/255", targets=1
+    )  # fmt: skip
     assert given.sections["accuracy"]["attacks"]["natural"]["accuracy"] == 0.5
+    with pytest.raises(ValueError, match="targets=50, wanted at most 1 "):
+        mimir_fast.evaluate(model, images, [0, 1, 0, 1], suite="table", autoattack="no", targets=50)
     for wrong in ({"model": model}, {"model": runs[1], "images": images}):
         with pytest.raises(ValueError, match="in memory"):
             mimir_fast.evaluate(**wrong)
@@ -73,8 +77,13 @@ def test_a_digit(runs: tuple[Path, Path], tmp_path: Path) -> None:
     pixels = x[0].permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(tmp_path / "x.png")
     # The same image as a file, an array and floats, and of one channel.
-    for same in (tmp_path / "x.png", pixels, x[0].float() / 255, pixels[:, :, 0], x[0, :1]):
+    for same in (tmp_path / "x.png", pixels, x[0].float() / 255, pixels[:, :, 0], x[0, :1],
+                 Image.fromarray(pixels), (tmp_path / "x.png").read_bytes()):  # fmt: skip
         assert model.predict(same) == found[0]
+    between = (x[0].float() + 0.4).clamp(max=255) / 255
+    assert torch.equal(model.attack(between, eps="1/255").clean, between), "floats are not rounded to 8 bits"
+    with torch.inference_mode():
+        assert model.predict(x[0]) == found[0] and model.attack(x[0], eps="16/255").after == both_after(model, x[0])
     both = model.attack(x[0], eps=16 / 255)
     assert (both.before == found[0] and both.after.index != both.before.index) or both.after.margin < both.before.margin
     distance = (both.adversarial - both.clean).abs().max()
@@ -84,6 +93,31 @@ def test_a_digit(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert features.shape == (2, 96) and torch.equal(features[:1], model.embed(x[0]))
 
 
+def both_after(model: mimir_fast.predicting.LoadedModel, image: torch.Tensor) -> Prediction:
+    return model.attack(image, eps=16 / 255).after
+
+
+def test_features_of_a_model_without_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's extractor under no_grad: features and classes need no gradient, an attack does."""
+    (tmp_path / "extractor_of_mine.py").write_text(
+        "import torch\n\n\n"
+        "class Extractor(torch.nn.Module):\n"
+        "    @torch.no_grad()\n"
+        "    def forward_features(self, x):\n"
+        "        return x.flatten(1)[:, :12] + x.mean()\n\n"
+        "    @torch.no_grad()\n"
+        "    def forward(self, x):\n"
+        "        return self.forward_features(x)\n\n\n"
+        "def build():\n"
+        "    return Extractor()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model, image = mimir_fast.load("extractor_of_mine:build"), np.zeros((32, 32, 3), np.uint8)
+    assert model.embed(image).shape == (1, 12) and isinstance(model.predict(image), Prediction)
+    with pytest.raises(ValueError, match="gives no gradient"):
+        model.attack(image)
+
+
 def test_images_that_are_none(runs: tuple[Path, Path], tmp_path: Path) -> None:
     model = mimir_fast.load(runs[1])
     (tmp_path / "x.png").write_text("no image")
@@ -91,6 +125,19 @@ def test_images_that_are_none(runs: tuple[Path, Path], tmp_path: Path) -> None:
                   2 * torch.ones(3, 32, 32), torch.ones(3, 32, 32, dtype=torch.int64)):  # fmt: skip
         with pytest.raises(ValueError):
             model.predict(wrong)
+    for missing in ("", tmp_path, tmp_path / "no.png"):
+        with pytest.raises(FileNotFoundError, match="is no file, wanted an image"):
+            model.predict(missing)
+    for wrong in (None, [1, 2], 3):
+        with pytest.raises(TypeError, match="an image is a file, its bytes, a PIL image, an array or a tensor, got"):
+            model.embed(wrong)
+    for checkpoint, options, words in (
+        (None, {}, "got NoneType"), (b"x", {}, "got bytes"), (Image.new("L", (8, 8)), {}, "got Image"),
+        ("", {}, "names no model"), (runs[1], {"weights": "bset"}, "wanted one of auto, last, best, ema"),
+        (runs[1], {"device": "gpu"}, "wanted cpu, cuda"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=words):
+            mimir_fast.load(checkpoint, **options)
     encoder = mimir_fast.load(runs[0])
     assert encoder.embed(torch.zeros(3, 32, 32)).shape == (1, 96)
     with pytest.raises(ValueError, match="no classification head"):
@@ -116,10 +163,19 @@ def test_errors_are_exceptions(tmp_path: Path) -> None:
     for options, words in (
         ({"recipe": "digits/no"}, "unknown recipe"), ({"data": "nowhere"}, "wanted a folder of images or one of"),
         ({"no_such_option": 3}, "no_such_option"), ({"batch_size": "many"}, "batch_size"),
-        ({"data": {"root": "here"}}, "--data.root does nothing"),
+        ({"data": {"root": "here"}}, "data.root does nothing while data.source is digits"),
+        ({"batch_sise": 3}, "Unrecognized options: batch_sise=3; did you mean batch_size"),
+        ({"precision": "fp17"}, "invalid choice 'fp17' for argument 'precision'. Expected one of"),
+        ({"data": {"source": "digits", "image_size": 1_000_000}}, "image_size must be at most 8192 pixels"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=words) as caught:
             mimir_fast.pretrain(output_dir=tmp_path / "run", **options)
+        assert not set("│╭╮╰╯─\n") & set(str(caught.value)) and "--" not in str(caught.value), str(caught.value)
+    assert api._configured("pretrain", {"source": "digits", "root": None}).data.root is None, "as YAML's `root: ~`"
+    model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)), torch.zeros(4, 1, 8, 8)
+    for options, words in (({"suit": "table"}, "did you mean suite"), ({"eps": "8/"}, "a fraction such as 8/255")):
+        with pytest.raises(ValueError, match=words):
+            mimir_fast.evaluate(model, images, [0, 1, 0, 1], **options)
     assert not (tmp_path / "run").exists()
 
 

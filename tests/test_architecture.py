@@ -33,7 +33,7 @@ ROOMS = {
         'a batch in, `{"loss": …}` out; one file per method',
         ("attacks", "models", "layers", "ops", "losses", "data.batch"),
     ),
-    "data": Room("sources, order, loaders, prepared shards", ("ops.crop_resize", "cli")),
+    "data": Room("sources, order, loaders, prepared shards", ("ops.crop_resize", "checkpoints.durable", "cli")),
     "training": Room("the one loop and its parts", ("methods", "attacks", "models", "data", *_LOWER)),
     "evaluation": Room(
         "topics of the report, each one file in `topics/`; suites, images, progress",

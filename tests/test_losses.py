@@ -79,6 +79,10 @@ def test_a_module_is_its_function(batch: tuple[torch.Tensor, torch.Tensor], glob
         (CKALoss, {"sigma": (1.0, -1.0)}, "sigma must be > 0"),
         (NHSICLoss, {"eps": 0.0}, "eps must be > 0"),
         (RenyiMI, {"alpha": -2.0}, "alpha must be > 0"),
+        (RenyiMI, {"alpha": float("inf")}, "alpha must be > 0 and finite"),
+        (HSICLoss, {"sigma": float("inf")}, "sigma must be > 0 and finite"),
+        (CKALoss, {"sigma": (1.0, "5")}, "sigma must be > 0 and finite, got '5'"),
+        (NHSICLoss, {"eps": float("nan")}, "eps must be > 0 and finite"),
         (RenyiMI, {"bandwidth": "mean"}, "bandwidth must be one of"),
     ],
     ids=str,
@@ -109,6 +113,8 @@ def test_modules_are_stateless_and_say_what_they_are() -> None:
     [
         ({"estimator": "mine"}, "estimator must be one of 'hsic', 'nhsic', 'renyi', got 'mine'"),
         ({"weight": -1.0}, "weight must be >= 0"),
+        ({"weight": float("inf")}, "weight must be >= 0 and finite"),
+        ({"weight": float("nan")}, "weight must be >= 0 and finite"),
         ({"sigma": 0.0}, "sigma must be > 0"),
         ({"alpha": 0.0}, "alpha must be > 0"),
         ({"estimator": "nhsic", "bandwidth": "median"}, "nhsic is defined with bandwidth='reference'"),
@@ -124,7 +130,11 @@ def test_gradient_share_is_a_ratio_of_norms() -> None:
     w, frozen, unused = (torch.tensor(v, requires_grad=g) for v, g in (([3.0, 4.0], True), (2.0, False), (1.0, True)))
     loss, penalty = (w * torch.tensor([3.0, 4.0])).sum() * frozen, 0.5 * (w * torch.tensor([0.6, 0.8])).sum()
     assert float(gradient_share(penalty, loss, iter([w, frozen, unused]))) == pytest.approx(0.5 / 10)
+    assert float(gradient_share(penalty, loss, w)) == pytest.approx(0.5 / 10), "one tensor is not its rows"
     assert float(gradient_share(penalty, unused, [w])) == torch.inf
+    for nothing in ([frozen], w * 2, []):
+        with pytest.raises(ValueError, match="neither penalty nor loss depends on any"):
+            gradient_share(penalty, loss, nothing)
     (loss + penalty).backward()  # the graph is still there
     assert w.grad is not None and unused.grad is None
 

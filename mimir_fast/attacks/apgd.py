@@ -80,6 +80,7 @@ def apgd(
     keep: Keep = "best_loss",
     mode: AttackMode = "eval",
     norm: Literal["linf", "l2"] = "linf",
+    owners: Tensor | None = None,
 ) -> Tensor:
     """Adversarial images (B, C, H, W), within eps of the images and in [0, 1] to the last bit.
 
@@ -94,6 +95,8 @@ def apgd(
         samples, seed, step: coordinates of the random start, see `pgd`.
         keep: the point of highest loss (training), or the last misclassified one where there was any (evaluation), or
             the first one: an image that has it is no longer attacked, which is the fastest way to break many.
+        owners: (B,) int64, with keep `first`: which rows are of one image. When one of them is misclassified, it is the
+            result of all of them; None: each is an image of its own.
         norm: of the ball; L1 needs an algorithm of its own (Croce & Hein, arXiv 2103.01208), which pyautoattack has.
     Raises:
         ValueError: bad eps, steps or images, too few classes for the loss, soft labels where `keep` is not `best_loss`.
@@ -111,7 +114,7 @@ def apgd(
         loss_of = _loss_function(loss, module, images, labels, targets)
         if num_steps == 0 or len(images) == 0:
             return start
-        return _search(ApgdRows(module, labels, start, ball_of(images, eps, norm), num_steps, loss_of), keep)
+        return _search(ApgdRows(module, labels, start, ball_of(images, eps, norm), num_steps, loss_of), keep, owners)
 
 
 def ball_of(images: Tensor, eps: float, norm: Literal["linf", "l2"]) -> Ball:
@@ -152,14 +155,18 @@ def _loss_function(
     raise ValueError(f"loss={loss!r}, wanted 'ce', 'dlr', 'targeted-dlr' or a function (logits, labels) -> (B,)")
 
 
-def _search(search: ApgdRows, keep: Keep) -> Tensor:
+def _search(search: ApgdRows, keep: Keep, owners: Tensor | None) -> Tensor:
     """The point of each image that is kept after all steps; see `apgd`."""
     if keep == "first":
-        result, everyone = torch.empty_like(search.x), torch.arange(len(search.x), device=search.x.device)
-        broken, where = run_rows(search, everyone)
+        device = search.x.device
+        owners = torch.arange(len(search.x), device=device) if owners is None else owners
+        result, place = torch.empty_like(search.x), torch.full((int(owners.max()) + 1,), -1, device=device)
+        broken, where = run_rows(search, owners)
+        place[broken] = torch.arange(len(broken), device=device)
+        rows = place[owners]
         if len(broken):
-            result[broken] = where
-        result[everyone[~torch.isin(everyone, broken)]] = search.best
+            result[rows >= 0] = where[rows[rows >= 0]]
+        result[rows < 0] = search.best
         return result
     fooled, found = search.x, torch.zeros(len(search.x), dtype=torch.bool, device=search.x.device)
     while not search.finished():

@@ -14,7 +14,7 @@ Shapes: B images, C channels, H × W pixels, D = C·H·W.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,26 @@ def steepest(
     return (alpha * step / step.abs().sum(1, keepdim=True).clamp_min(1)).view_as(x)
 
 
+def sparsity_of(threat: LpThreat) -> dict[str, Any]:
+    """All that says how L1 steps after the first choose their pixels and their length; JSON-able.
+
+    Returns:
+        `pixels`: the part of the pixels that an attack of one step moves. Of more steps, `first`: the part that the
+        first one moves from a clean image; then, looked at `every` so many steps, the pixels of δ `divided_by` a
+        number, and a step that is `longest_step` where δ's pixels became `fewer` by that factor, else `shorter_by` one,
+        `shortest_step` at least.
+    """
+    if threat.num_steps == 1:
+        return {"pixels": ONE_STEP_PART}
+    every = max(1, threat.num_steps // Sparsity.LOOKS)
+    return {
+        "first": Sparsity.FIRST_PART, "every": every, "fewer": Sparsity.FEWER, "shorter_by": Sparsity.SHORTER,
+        "divided_by": min(3.0, 1.5 ** max(1.0, Sparsity.LOOKS * every / max(1, threat.num_steps))),
+        # Whatever step is given is the first one only: bounded by a short one, the search would not leave its start.
+        "longest_step": max(threat.alpha, threat.eps), "shortest_step": min(threat.alpha, threat.eps / 10),
+    }  # fmt: skip
+
+
 class Sparsity:
     """How many pixels the next L1 step of each image moves, and how far: Croce & Hein, arXiv 2103.01208, Algorithm 1.
 
@@ -120,18 +140,16 @@ class Sparsity:
     image moves 20 %.
     """
 
-    FIRST_PART, FEWER, LOOKS = 0.2, 0.95, 25
+    FIRST_PART, FEWER, LOOKS, SHORTER = 0.2, 0.95, 25, 1.5
 
     def __init__(self, threat: LpThreat, images: Tensor, start: Tensor) -> None:
         self.images, self.size = images, images[0].numel() if len(images) else 1
-        # Whatever step is given is the first one only: bounded by a short one, the search would not leave its start.
-        self.longest, self.shortest = max(threat.alpha, threat.eps), min(threat.alpha, threat.eps / 10)
-        self.every, self.taken = max(1, threat.num_steps // self.LOOKS), 0
-        self.sparser = min(3.0, 1.5 ** max(1.0, self.LOOKS * self.every / max(1, threat.num_steps)))
+        self.rule, self.taken = sparsity_of(threat), 0
         count = self._pixels(start)
-        self.part = torch.where(count > 0, count / (self.sparser * self.size), self.FIRST_PART)
-        if threat.num_steps == 1:
-            self.part.fill_(ONE_STEP_PART)
+        if "pixels" in self.rule:
+            self.part = torch.full_like(count, self.rule["pixels"])
+        else:
+            self.part = torch.where(count > 0, count / (self.rule["divided_by"] * self.size), self.rule["first"])
         self.alpha, self.before = torch.full_like(self.part, threat.alpha), torch.full_like(self.part, self.size)
 
     def _pixels(self, x: Tensor) -> Tensor:
@@ -145,12 +163,12 @@ class Sparsity:
     def look_at(self, x: Tensor) -> None:
         """Adapt to where the step has led, if it is time."""
         self.taken += 1
-        if self.taken % self.every == 0:
+        if "every" in self.rule and self.taken % self.rule["every"] == 0:
             count = self._pixels(x)
-            became_fewer, self.before = count < self.FEWER * self.before, count
-            shorter = (self.alpha / 1.5).clamp_min(self.shortest)
-            self.alpha = torch.where(became_fewer, torch.full_like(shorter, self.longest), shorter)
-            self.part = count / (self.sparser * self.size)
+            became_fewer, self.before = count < self.rule["fewer"] * self.before, count
+            shorter = (self.alpha / self.rule["shorter_by"]).clamp_min(self.rule["shortest_step"])
+            self.alpha = torch.where(became_fewer, torch.full_like(shorter, self.rule["longest_step"]), shorter)
+            self.part = count / (self.rule["divided_by"] * self.size)
 
 
 def random_in_ball(

@@ -21,6 +21,7 @@ from mimir_fast.layers.borrowing import AttackMode, borrowed
 from mimir_fast.ops._checks import check_tensors
 from mimir_fast.ops.ball import ball_bounds
 from mimir_fast.ops.random_uniform import random_start_linf
+from mimir_fast.validation import number_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, K), labels) → (B,) losses, to be maximised."""
@@ -146,7 +147,7 @@ class PGD:
     Args:
         model: takes images in [0, 1] (normalisation inside), returns logits (B, K).
         eps: radius of the L∞ ball, 8/255, not 8; kept exactly, where torchattacks' images may leave it by a rounding.
-        alpha: step size.
+        alpha: step size; both may be the text of a fraction, "8/255".
         steps: how many.
         random_start: start uniformly in the ball, otherwise at the clean image.
         seed: of the random starts.
@@ -161,14 +162,15 @@ class PGD:
     def __init__(
         self,
         model: nn.Module,
-        eps: float = 8 / 255,
-        alpha: float = 2 / 255,
+        eps: float | str = 8 / 255,
+        alpha: float | str = 2 / 255,
         steps: int = 10,
         random_start: bool = True,
         *,
         seed: int = 0,
     ):
         self.model, self.seed, self.calls = model, seed, 0
+        eps, alpha = number_of("eps", eps), number_of("alpha", alpha)
         self.threat = LinfThreat(eps=eps, alpha=alpha, num_steps=steps, random_start=random_start)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:

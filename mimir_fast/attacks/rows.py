@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mimir_fast.attacks.passes import first_of_each
+
 LOOK_EVERY = {"cpu": 1}
 """Steps between two looks at what is broken; elsewhere, where the device would have to be waited for, 8."""
 
@@ -50,7 +52,7 @@ def run_rows(search: Rows, owners: Tensor) -> tuple[Tensor, Tensor]:
             continue
         rows = found.nonzero()[:, 0]
         if len(rows):
-            first = _first_of_each(owners[rows])
+            first = first_of_each(owners[rows])
             broken.append(owners[rows[first]])
             where.append(kept[rows[first]])
             stay = (~torch.isin(owners, broken[-1])).nonzero()[:, 0]
@@ -60,12 +62,6 @@ def run_rows(search: Rows, owners: Tensor) -> tuple[Tensor, Tensor]:
     if not broken:
         return owners[:0], torch.empty(0, device=owners.device)
     return torch.cat(broken), torch.cat(where)
-
-
-def _first_of_each(owners: Tensor) -> Tensor:
-    """Positions of the first row of each image."""
-    same = owners[:, None] == owners[None, :]
-    return (~same.tril(-1).any(dim=1)).nonzero()[:, 0]
 
 
 def select_all(state: object, rows: Tensor, *names: str) -> None:

@@ -1,5 +1,6 @@
 """What the adversary may do: an L∞ ball of radius eps around images in [0, 1]."""
 
+import math
 from dataclasses import dataclass
 
 from mimir_fast.validation import check_number, without
@@ -11,7 +12,7 @@ SINGLE_STEP = 1.25
 def check_radius(name: str, value: float) -> None:
     """Raises ValueError unless `value` lies in [0, 1], as images do; 8 is taken for 8/255."""
     hint = f"images live in [0, 1] and {name} with them"
-    if value > 1:
+    if isinstance(value, (int, float)) and 1 < value < math.inf:
         hint += f"; {value:g} looks like {value:g}/255: type {value:g}/255"
     check_number(name, value, at_least=0, at_most=1, hint=hint)
 

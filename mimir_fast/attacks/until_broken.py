@@ -6,7 +6,7 @@
 Multi-targeted attacks: Gowal et al., arXiv 1910.09338; targeted APGD: Croce & Hein, arXiv 2003.01690, §4, of which
 AutoAttack takes nine targets and one start. With two classes there is one target, and it is the untargeted margin.
 
-Where few images are left, or small ones, several attempts share a pass through the model.
+Where few images are left, or small ones, several attempts share a pass through the model (`passes.Attempts`).
 Shapes: B images, R rows, each an image and an attempt, C channels, H × W pixels, K classes.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.apgd import apgd, targeted_dlr
 from mimir_fast.attacks.losses import Aimed, likeliest_wrong, targeted_margin
 from mimir_fast.attacks.lp import Threat, attack_classifier
+from mimir_fast.attacks.passes import Attempts, first_of_each
 from mimir_fast.attacks.pgd import Loss, is_correct
 from mimir_fast.layers.borrowing import borrowed
 
@@ -43,21 +44,20 @@ def first_to_fool(
     Args:
         attempt: (positions of images (R,), numbers of attempts (R,)) → these images attacked (R, C, H, W).
         tries: attempts are numbered from 0 to tries − 1.
-        rows: attempts share a call as long as it has no more rows than that, or than there are images; after the first
-            call also as long as SMALL_PASS holds.
+        rows: of a call, at most, or as many as there are images; after the first call also as many as SMALL_PASS holds.
     """
-    result, done = images.clone(), 0
-    left, most = torch.arange(len(images), device=images.device), max(rows, len(images))
-    while done < tries and len(left):
-        together = max(1, min(tries - done, most // len(left)))
-        at = left.repeat_interleave(together)
-        numbers = torch.arange(done, done + together, device=images.device).repeat(len(left))
+    result, most = images.clone(), max(rows, len(images))
+    attempts, stands = Attempts(len(images), tries), torch.ones(len(images), dtype=torch.bool, device=images.device)
+    while len((taken := attempts.take(stands, most))[0]):
+        at, numbers = taken
         x = attempt(at, numbers)
-        wrong = ~is_correct(model(x), labels[at]).view(-1, together)
-        broken = wrong.any(dim=1)
-        kept = torch.where(broken, wrong.int().argmax(dim=1), together - 1)  # argmax: of equal ones the first
-        result[left] = x.view(-1, together, *images.shape[1:])[torch.arange(len(left), device=x.device), kept]
-        left, done = left[~broken], done + together
+        wrong = (~is_correct(model(x), labels[at])).nonzero()[:, 0]
+        # Rows are in the order of the attempts: the last one of each image, then the first one that fools.
+        last = len(at) - 1 - first_of_each(at.flip(0))
+        result[at[last]] = x[last]
+        wrong = wrong[first_of_each(at[wrong])]
+        result[at[wrong]] = x[wrong]
+        stands[at[wrong]] = False
         most = max(most, SMALL_PASS // images[0].numel())
     return result
 
@@ -97,7 +97,7 @@ def apgd_many(
     def attempt(module: nn.Module, at: Tensor, numbers: Tensor) -> Tensor:
         return apgd(
             module, images[at], labels[at], eps, num_steps, loss=aims.of(at, numbers) if aims else loss or "ce",
-            random_start=True, samples=known[at], seed=seed, step=numbers, keep="first", norm=norm,
+            random_start=True, samples=known[at], seed=seed, step=numbers, keep="first", norm=norm, owners=at,
         )  # fmt: skip
 
     return until_broken(model, images, labels, attempt, restarts * (aims.count if aims else 1), rows=rows)

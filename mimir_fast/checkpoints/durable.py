@@ -2,8 +2,10 @@
 
 import errno
 import os
+import secrets
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PARTIAL = ".partial"  # of what is being written or deleted; left by a kill, removed at the next start
@@ -24,6 +26,24 @@ def write_text(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Run `write` on a file aside, make it durable, and give it its name: whole or not at all.
+
+    Several processes, also of several machines that share the folder, may write the same file at once: each has a file
+    of its own aside, and the last one's stays.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.randbits(48)}{PARTIAL}")
+    try:
+        write(aside)
+        sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

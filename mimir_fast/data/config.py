@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimir_fast.data.registry import SOURCES, reads_root
-from mimir_fast.sizes import Size, as_size, height_width
+from mimir_fast.sizes import Size, as_size, height_width, typed
 from mimir_fast.validation import check_finite, without
 
 LOADERS = ("auto", "resident", "torch", "dali", "raw")
+MAX_SIDE = 8192  # of three channels 0.8 GB in fp32: more is a slip of the hand, and would fill the memory
 AUGMENTATIONS = ("pad_crop", "resized_crop", "none")
 
 
@@ -73,6 +74,8 @@ class DataConfig:
             self.image_size = as_size(self.image_size)
         except ValueError as error:
             raise ValueError(f"image_size must be at least 1 pixel: {error}") from None
+        if max(height_width(self.image_size)) > MAX_SIDE:
+            raise ValueError(f"image_size must be at most {MAX_SIDE} pixels, got {typed(self.image_size)}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {self.channels}")
         if self.loader not in LOADERS:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+_PLAIN = ("L", "RGB")  # PIL's modes that are kept as they are
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
 _PNG_BIT_DEPTH = 24  # where it stands in the file
@@ -45,13 +46,30 @@ def decode(content: bytes, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
             _check_size(image)
-            plain = image.mode in ("L", "RGB")
-            pixels = _decode_jpeg(content) if plain and image.format == "JPEG" else None
+            pixels = _decode_jpeg(content) if image.mode in _PLAIN and image.format == "JPEG" else None
             if pixels is None:
-                pixels = np.asarray(image if plain else _in_bytes(image))
+                pixels = _pixels(image)
     except _refusals() as error:
         raise UnreadableImageError(f"{where}: {_reason(error)}") from error
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def pixels_of(image: Any) -> np.ndarray:
+    """Of an image that PIL has open: as `decode` gives them.
+
+    Raises:
+        UnreadableImageError: it is too large, or damaged, or of grey levels without a known range.
+    """
+    try:
+        _check_size(image)
+        pixels = _pixels(image)
+    except _refusals() as error:
+        raise UnreadableImageError(f"the image: {_reason(error)}") from error
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _pixels(image: Any) -> np.ndarray:
+    return np.asarray(image if image.mode in _PLAIN else _in_bytes(image))
 
 
 def _in_bytes(image: Any) -> Any:

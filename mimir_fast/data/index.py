@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mimir_fast.checkpoints.durable import write_whole
 from mimir_fast.data.npz import MissingArrayError, map_member
 
 _VERSION = "2"
@@ -74,22 +75,6 @@ def fingerprint_of(paths: list[Path]) -> str:
             lines.append(uuid.uuid4().hex)
         lines.append(f"{path} {status.st_mtime_ns} {status.st_size}")
     return "\n".join(lines)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Run `write` on a file aside, make it durable, and give it its name: whole or not at all.
-
-    Raises:
-        OSError: it cannot be written; nothing is left behind.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _places(root: Path, name: str) -> list[Path]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mimir_fast.data.index import write_whole
+from mimir_fast.checkpoints.durable import write_whole
 from mimir_fast.data.sources.base import MissingDataError
 
 VERSION = 1

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from mimir_fast.checkpoints.durable import write_whole
 from mimir_fast.cli import parse, run
-from mimir_fast.data.index import write_whole
 from mimir_fast.data.loaders.skip import TooManyBadFilesError
 from mimir_fast.data.manifest import Manifest, Shard, check_classes, read_manifest
 from mimir_fast.data.prepare_config import ADVICE, PrepareConfig, jobs_of, sources_of

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from mimir_fast.checkpoints.durable import write_whole
 from mimir_fast.data.crop import to_grey
 from mimir_fast.data.decode import UnreadableImageError, decode
-from mimir_fast.data.index import write_whole
 from mimir_fast.data.npz import map_member
 from mimir_fast.data.sources.base import EncodedSource, ImageSource
 

@@ -125,7 +125,7 @@ def _bytes_of(value: Any) -> bytes:
 def load_model(
     spec: str, *, num_classes: int | None, device: torch.device, channels: int = 3, weights: Choice = "auto",
     image_size: Size | None = None, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
-    probabilities: bool = False, part: str = "", told: Asked | None = None,
+    probabilities: bool = False, part: str = "", told: Asked | None = None, attacked: bool = True,
 ) -> JudgedModel:  # fmt: skip
     """The model `spec` names.
 
@@ -137,6 +137,7 @@ def load_model(
         mean, std: normalise by these, in place of what the model brings.
         probabilities: the model returns probabilities; their logarithm is evaluated.
         told: what the user says of weights that become a model of ours.
+        attacked: it will be; False asks for no gradients.
     Raises:
         FileNotFoundError: it looks like a path and there is none.
         ValueError: none of the kinds, or a checkpoint without a classification head.
@@ -161,7 +162,7 @@ def load_model(
     judged.module = judged.module.to(device).float().eval()
     for parameter in judged.module.parameters():
         parameter.requires_grad_(False)
-    return _looked_at(judged, device, channels, image_size, probabilities)
+    return _looked_at(judged, device, channels, image_size, probabilities, attacked)
 
 
 def given_model(
@@ -193,10 +194,12 @@ def given_model(
 
 
 def _looked_at(
-    judged: JudgedModel, device: torch.device, channels: int, image_size: Size | None, probabilities: bool
-) -> JudgedModel:
+    judged: JudgedModel, device: torch.device, channels: int, image_size: Size | None, probabilities: bool,
+    attacked: bool = True,
+) -> JudgedModel:  # fmt: skip
     if image_size is not None:
-        judged.module, notes = at_the_door(judged.module, torch.rand(2, channels, *height_width(image_size)).to(device))
+        images = torch.rand(2, channels, *height_width(image_size)).to(device)
+        judged.module, notes = at_the_door(judged.module, images, attacked)
         judged.notes += notes
     if probabilities:
         judged.module = FromProbabilities(judged.module).eval()

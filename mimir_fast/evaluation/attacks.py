@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.lp import LpThreat, Threat, ascent, attack_classifier, random_in_ball, start_of
+from mimir_fast.attacks.lp import (
+    ONE_STEP_PART,
+    LpThreat,
+    Threat,
+    ascent,
+    attack_classifier,
+    random_in_ball,
+    sparsity_of,
+    start_of,
+)  # fmt: skip
 from mimir_fast.attacks.pgd import Loss, check_images, cross_entropy, random_start
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.attacks.until_broken import first_to_fool
@@ -76,10 +85,18 @@ def threat_of(config: CommonOptions, num_steps: int) -> Threat:
     return make_threat(config.norm, config.eps, num_steps, alpha)
 
 
-def parameters_of(threat: Threat) -> dict[str, Any]:
-    """What a reader must know to repeat a search; `sparsity`: by which rule L1 steps choose their pixels."""
-    sparse = {"sparsity": "adaptive"} if isinstance(threat, LpThreat) and threat.norm == "l1" else {}
-    return asdict(threat) | sparse
+def parameters_of(threat: Threat, *, adaptive: bool = True) -> dict[str, Any]:
+    """What a reader must know to repeat a search; two that are equal in it are equally strict.
+
+    `sparsity`, of L1 only: which pixels a step moves. PGD's α is the length of its first L1 step there; see
+    `lp.sparsity_of` for those after it.
+
+    Args:
+        adaptive: the search is PGD's; else each L1 step is of length α and moves a part of the pixels, as momentum's.
+    """
+    if not isinstance(threat, LpThreat) or threat.norm != "l1":
+        return asdict(threat)
+    return asdict(threat) | {"sparsity": sparsity_of(threat) if adaptive else {"pixels": ONE_STEP_PART}}
 
 
 def natural() -> NamedAttack:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 52, 14, 34, 46
+LEGEND_LENGTH = 48  # characters: WIDTH less the mark, at 14 pixels
 SERIES = ("var(--series-1)", "var(--series-2)", "var(--series-3)", "var(--series-4)", "var(--series-5)")
 RAMP = ("#1b1f5e", "#2c4a8c", "#2d7597", "#3f9e8a", "#7fc26a", "#d7e04a")
 SHAPES = ("circle", "square", "triangle", "diamond", "circle")
@@ -153,8 +154,13 @@ def line_chart(
             body.append(_mark(shape, plane.x(x), plane.y(y), colour, f"{line.label}: {y:.4g}{unit}{span} at {label}"))
         y = 316 + 20 * number
         body.append(_mark(shape, LEFT + 8, y - 5, colour, line.label))
-        body.append(f'<text x="{LEFT + 22}" y="{y}">{escape(line.label)}</text>')
+        body.append(f'<text x="{LEFT + 22}" y="{y}">{escape(_ending(line.label))}</text>')
     return svg("".join(body), 300 + legend + 4, words)
+
+
+def _ending(label: str) -> str:
+    """As much as there is room for: the end of a path tells runs apart. The mark's tooltip has the whole."""
+    return label if len(label) <= LEGEND_LENGTH else f"…{label[1 - LEGEND_LENGTH :]}"
 
 
 def _mark(shape: str, x: float, y: float, colour: str, words: str) -> str:

@@ -299,7 +299,8 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
 
 def html(evaluations: Sequence[Evaluation]) -> str:
     """The page: warnings, accuracies, paired differences, figures of the topics, published models."""
-    title = "Comparison: " + ", ".join(one.name for one in evaluations)
+    few = ", ".join(one.name for one in evaluations)
+    title = f"Comparison: {few}" if len(few) <= 80 else f"Comparison of {len(evaluations)} models"
     head, *body = main_table(evaluations)
     numbers = [i for i in range(1, len(head) - 1) if i != 2]
     parts = [
@@ -317,7 +318,7 @@ def html(evaluations: Sequence[Evaluation]) -> str:
         parts += ["<h2>Published models</h2>", paragraph(_published_words()),
                   table(PUBLISHED_HEAD, rows, numbers=(2, 3, 4))]  # fmt: skip
     data: dict[str, Any] = {one.name: str(one.path) for one in evaluations}
-    return page(title, "\n".join(parts), {"compared": data})
+    return page(title, "\n".join(parts), {"compared": data}, wide=True)
 
 
 def _published_words() -> str:

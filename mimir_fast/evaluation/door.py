@@ -17,11 +17,12 @@ from mimir_fast.evaluation.wrappers import AsLogits, logits_of
 from mimir_fast.layers.borrowing import borrowed
 
 
-def at_the_door(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]]:
+def at_the_door(model: nn.Module, images: Tensor, attacked: bool = True) -> tuple[nn.Module, list[str]]:
     """(the model, wrapped where its answer is no fp32 tensor; what the reader of its numbers must know of that).
 
     Args:
         images: (B, C, H, W) float in [0, 1].
+        attacked: it will be, so it must give gradients.
     Raises:
         ValueError: it does not take such images, or gives no gradient with respect to them.
     """
@@ -32,7 +33,7 @@ def at_the_door(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]]
             logits, where = logits_of(output)
             if not isinstance(logits, Tensor):
                 return model, []  # refused with its shape by inspect_model
-            moves = _gradient(logits, x).any()
+            moves = not attacked or bool(_gradient(logits, x).any())
     notes = [f"Judged by {where}."] if where else []
     if logits.dtype != torch.float32:
         notes.append(

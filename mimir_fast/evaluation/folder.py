@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mimir_fast.checkpoints.durable import remove, write_text
-from mimir_fast.evaluation.identity import changes
+from mimir_fast.evaluation.changes import changes
 from mimir_fast.evaluation.options import CommonOptions
 from mimir_fast.models.load_report import FILE_NAME
 

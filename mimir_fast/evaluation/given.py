@@ -8,6 +8,7 @@ results.robust["accuracy"], results.robust["interval"], results.notes
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,6 +24,7 @@ from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.run import Given, evaluate_in
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.sizes import as_size
+from mimir_fast.validation import nearest, number_of
 from mimir_fast.world import World
 
 SOURCE = "memory"
@@ -49,6 +51,7 @@ def evaluate(
     Raises:
         ValueError: the model, the images or an option does not fit; the message names the fix.
     """
+    options = _as_typed(options)
     pixels = _as_uint8(images)
     numbers = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     weights = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
@@ -79,6 +82,19 @@ def evaluate(
         results = evaluate_in(World(0, 1, device), config, log, Given(judged, source, command))
     results.choices["output_dir"] = output_dir
     return results
+
+
+def _as_typed(options: dict[str, Any]) -> dict[str, Any]:
+    """With numbers in place of their text ("8/255"); refuses names of no option."""
+    known = {option.name: option for option in fields(EvaluateConfig) if option.init}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{name} is no option of evaluate(model, images, labels){nearest(name, known)}")
+    numbers = {name for name, option in known.items() if option.type in (float, float | None)}
+    return {
+        name: number_of(name, value) if name in numbers and isinstance(value, str) else value
+        for name, value in options.items()
+    }
 
 
 def _as_uint8(images: Tensor) -> np.ndarray:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+LONG = 36
+"""Characters of a row's name from which on it is broken into lines, such as the path of a run."""
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #525c6b; --line: #d5dbe3; --paper: #fff; --shade: #f4f6f9;
         --good: #17603a; --bad: #a32a22; --unsure: #7a5200; --note: #fdf3dc; --series-1: #1f5fa8; --series-2: #b3372f;
@@ -38,7 +40,9 @@ a { color: var(--series-1); }
 caption { text-align: left; color: var(--soft); font-size: .92rem; padding-bottom: .3rem; }
 th, td { text-align: left; padding: .4rem .7rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; } tbody th { font-weight: 500; white-space: nowrap; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; white-space: nowrap; } thead .number { white-space: normal; }
+th.long { white-space: normal; overflow-wrap: anywhere; min-width: 11rem; }
+main.wide { max-width: 80rem; }
 figure { margin: 1rem 0; max-width: 36rem; } figcaption { color: var(--soft); font-size: .92rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
 .chart { display: block; width: 100%; height: auto; font: 14px system-ui, sans-serif; }
@@ -59,17 +63,19 @@ pre { overflow-x: auto; font-size: .82rem; background: var(--shade); padding: .8
 """
 
 
-def page(title: str, body: str, data: dict[str, Any] | None = None) -> str:
-    """The whole document; `data` is embedded as JSON in `#results`."""
+def page(title: str, body: str, data: dict[str, Any] | None = None, wide: bool = False) -> str:
+    """The whole document; `data` is embedded as JSON in `#results`; `wide` is for tables with a column a measure."""
     embedded = ""
     if data is not None:
         # `</script>` inside a string would end the element.
         text = json.dumps(data).replace("<", "\\u003c")
         embedded = f'<script type="application/json" id="results">{text}</script>'
+    room = ' class="wide"' if wide else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main>{embedded}"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<body><main{room}>\n{body}\n</main>{embedded}"
         "</body></html>\n"
     )
 
@@ -88,13 +94,19 @@ def table(
     def kind(column: int) -> str:
         return ' class="number"' if column in numbers else ""
 
-    heads = "".join(f'<th scope="col"{kind(i)}>{escape(cell)}</th>' for i, cell in enumerate(head))
+    def name_of(cell: str, scope: str, column: int) -> str:
+        look = ' class="long"' if len(cell) > LONG else kind(column)
+        return f'<th scope="{scope}"{look}>{escape(cell)}</th>'
+
+    heads = "".join(
+        f'<th scope="col"{kind(i)}>{escape(cell)}</th>' if i else name_of(cell, "col", 0) for i, cell in enumerate(head)
+    )
     lines = []
     for number, row in enumerate(rows):
         mark = f' class="{marks[number]}"' if number < len(marks) and marks[number] else ""
         first, *rest = row
         cells = "".join(f"<td{kind(i + 1)}>{escape(cell)}</td>" for i, cell in enumerate(rest))
-        lines.append(f'<tr{mark}><th scope="row"{kind(0)}>{escape(first)}</th>{cells}</tr>')
+        lines.append(f"<tr{mark}>{name_of(first, 'row', 0)}{cells}</tr>")
     heading = f"<caption>{escape(caption)}</caption>" if caption else ""
     # A frame that scrolls must be reachable from the keyboard.
     label = escape(caption or " · ".join(filter(None, head)))

@@ -2,12 +2,11 @@
 
 A model is known by its weights and by its answers to the first images: weights can hide where no state dict shows them
 (in a closure, in a plain list), and answers depend on more than weights. Answers are floating-point numbers, which
-another machine or library rounds otherwise, so they are compared and not hashed.
+another machine or library rounds otherwise, so they are compared (`changes.same`) and not hashed.
 
 Shapes: B images, C channels, H × W pixels, K classes.
 """
 
-import json
 from typing import Any
 
 import numpy as np
@@ -68,43 +67,3 @@ def identity_of_model(judged: JudgedModel, logits: Tensor, spread: float) -> dic
             "tolerance": float(f"{max(_ROUNDING, 4 * spread):.3g}"),
         },
     }
-
-
-def same(saved: Any, now: Any) -> bool:
-    """Whether two identities are of the same thing: equal, but for the rounding of answers."""
-    if not isinstance(saved, dict) or not isinstance(now, dict):
-        return bool(saved == now)
-    if saved.keys() != now.keys():
-        return False
-    return _same_answers(saved, now) if "sketch" in saved else all(same(saved[name], now[name]) for name in saved)
-
-
-def _same_answers(saved: dict[str, Any], now: dict[str, Any]) -> bool:
-    before, after = (torch.tensor(found["sketch"], dtype=torch.float64) for found in (saved, now))
-    if before.shape != after.shape:
-        return False
-    sizes = torch.tensor([saved["sizes"], now["sizes"]], dtype=torch.float64).amax(dim=0)
-    return bool(((before - after).norm(dim=1) <= max(saved["tolerance"], now["tolerance"]) * (sizes + 1e-12)).all())
-
-
-def changes(saved: dict[str, Any], now: dict[str, Any]) -> str:
-    """What is not the same, in words; "" where all is."""
-    now = json.loads(json.dumps(now))  # as it is on disk
-    found = []
-    for name in dict.fromkeys([*now, *saved]):
-        before, after = saved.get(name), now.get(name)
-        if same(before, after):
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            found.append(f"{name}: {_differing(before, after)}")
-        else:
-            found.append(f"{name}: {before} -> {after}")
-    return "; ".join(found)
-
-
-def _differing(before: dict[str, Any], after: dict[str, Any]) -> str:
-    names = [name for name in dict.fromkeys([*after, *before]) if not same(before.get(name), after.get(name))]
-    return ", ".join(
-        f"other {name}" if isinstance(before.get(name), dict) else f"{name} {before.get(name)} -> {after.get(name)}"
-        for name in names
-    )

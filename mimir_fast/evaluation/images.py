@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.data.config import DataConfig
-from mimir_fast.data.sources.base import ArraySource, ImageSource, subset
+from mimir_fast.data.sources.base import ArraySource, ImageSource, evenly, subset
 from mimir_fast.sizes import Size, height_width, said, typed
 from mimir_fast.validation import check_number, counted
 
@@ -50,8 +50,8 @@ class EvaluationImages:
         return len(self.labels)
 
     def evenly(self, count: int) -> "EvaluationImages":
-        """`count` images at equal distances, or all when there are no more."""
-        return self if count >= len(self) else self.take(torch.arange(count) * len(self) // count)
+        """`count` images, evenly spaced as `data.sources.base.evenly` does it, or all when there are no more."""
+        return self if count >= len(self) else self.take(torch.from_numpy(evenly(self.labels.numpy(), count)))
 
     def take(self, index: Tensor) -> "EvaluationImages":
         """The images at `index`, in its order."""
@@ -71,7 +71,7 @@ def choose_indices(source: ImageSource, limit: int | None, index_file: str | Non
     """(N,) int64 ascending positions in the source.
 
     Args:
-        limit: that many at equal distances, so that a split sorted by class keeps its classes.
+        limit: that many, evenly spaced so that each class has its share; see `data.sources.base.evenly`.
         index_file: a text file with one position, or one path such as n01440764/ILSVRC2012_val_00000293.JPEG, a line; a
             label behind it is not read. RobustBench's list of 5000 ImageNet images is such a file. A path may begin at
             any folder where it is the end of one image's only.
@@ -85,8 +85,7 @@ def choose_indices(source: ImageSource, limit: int | None, index_file: str | Non
     if limit is not None:
         check_number("limit", limit, at_least=1, hint="else there is no image to evaluate")
     if index_file is None:
-        count = len(source) if limit is None else min(limit, len(source))
-        return np.arange(count, dtype=np.int64) * len(source) // count
+        return evenly(source.labels, len(source) if limit is None else limit)
     path = Path(index_file)
     if index_file == "robustbench":
         from mimir_fast.evaluation.robustbench_zoo import image_list
@@ -351,7 +350,6 @@ class ImageSets:
             mine = self.indices[number :: self.num_shards]
             return load_from(self.source, self.config, mine, self.fitting, digests=True)
         # Chosen among all evaluated images, so the same ones for any number of shards.
-        count = min(int(name.removeprefix("few:")), len(self.indices))
-        chosen = self.indices[np.arange(count) * len(self.indices) // count]
+        chosen = self.indices[evenly(self.source.labels[self.indices], int(name.removeprefix("few:")))]
         whole = self.shard("all", number)
         return whole.take(torch.isin(whole.samples, torch.from_numpy(chosen)).nonzero()[:, 0])

@@ -18,16 +18,10 @@ import torch
 from torch import Tensor
 
 from mimir_fast.checkpoints.durable import write_text
+from mimir_fast.evaluation.changes import changes
 
 Row = dict[str, Any]
 """Name → (B, …) tensor, or a list of B things JSON can hold."""
-
-
-def _differing(saved: Any, now: Any) -> str:
-    """The names whose values are not the same, or the values themselves where there are no names."""
-    if not isinstance(saved, dict) or not isinstance(now, dict):
-        return f"{saved}, now {now}"
-    return ", ".join(name for name in dict.fromkeys([*now, *saved]) if saved.get(name) != now.get(name))
 
 
 def fingerprint(settings: Any) -> str:
@@ -60,15 +54,15 @@ class Journal:
             return
         head = {"fingerprint": fingerprint(settings), "settings": settings}
         if path.exists() and (lines := path.read_text().splitlines(keepends=True)) and lines[0].endswith("\n"):
-            self._restore(path, lines, head)
+            self._restore(path, lines, head["fingerprint"], settings)
         else:
             write_text(path, json.dumps(head) + "\n")
 
-    def _restore(self, path: Path, lines: list[str], head: dict[str, Any]) -> None:
+    def _restore(self, path: Path, lines: list[str], wanted: str, settings: Any) -> None:
         saved = json.loads(lines[0])
-        if saved["fingerprint"] != head["fingerprint"]:
+        if saved["fingerprint"] != wanted:
             raise OtherMeasurementError(
-                f"{path} holds a measurement with other settings ({_differing(saved['settings'], head['settings'])}); "
+                f"{path} holds a measurement with other settings ({changes(saved['settings'], settings)}); "
                 "give another --output_dir, or --overwrite to start anew"
             )
         whole = self._extend_by(lines[1:])

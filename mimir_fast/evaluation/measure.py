@@ -5,7 +5,6 @@ Shapes: B images a batch, C channels, H × W pixels, K classes.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.losses import margin
 from mimir_fast.attacks.pgd import NO_CLASS, cross_entropy, predicted
+from mimir_fast.checkpoints.durable import write_whole
 from mimir_fast.checkpoints.tensor_files import save_tensors
 from mimir_fast.evaluation.finite import finite_mean
 from mimir_fast.evaluation.images import EvaluationImages, MakeSet
@@ -170,11 +170,9 @@ def scored(attack: Attack, keep: Path | None = None) -> Outcome:
 def save_images(folder: Path, x: Tensor, labels: Tensor, samples: Tensor, prediction: Tensor) -> None:
     """Attacked images (B, C, H, W) fp32 with `labels`, `samples` and `predictions`, in one step; named by sample."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{int(samples[0]):08d}.safetensors"
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     tensors = {"images": x, "labels": labels, "samples": samples, "predictions": prediction}
-    save_tensors({name: t.cpu() for name, t in tensors.items()}, aside)
-    aside.replace(path)
+    on_cpu = {name: t.cpu() for name, t in tensors.items()}
+    write_whole(folder / f"{int(samples[0]):08d}.safetensors", partial(save_tensors, on_cpu))
 
 
 def measure(outcome: Outcome, model: nn.Module, shard: EvaluationImages, how: ShardRun) -> Journal:

@@ -60,7 +60,8 @@ class CommonOptions:
     """Draws of a random model that each step of FGSM and PGD averages its gradient over (expectation over
     transformations); left out: 10 where the model is found to be random, else 1."""
     limit: int | None = None
-    """Evaluate that many test images, evenly spaced; left out: what the suite says."""
+    """Evaluate that many test images, evenly spaced, or, where that would distort the shares of the classes, evenly
+    spaced within each class; nothing is random. Left out: what the suite says."""
     index_file: str | None = None
     """Positions or paths, such as CLASS/FILE, of the images to evaluate, a file with one a line; `robustbench` for its
     5000 ImageNet images."""

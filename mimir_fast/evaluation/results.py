@@ -26,7 +26,7 @@ WORST = "worst case"
 """Head of the column of the robust accuracy."""
 MUCH = 0.05
 """Share of the images that attacks on a part of them may break beyond the others, at the 95 % interval's lower end."""
-PACKAGES = ("pyautoattack", "numpy", "corrupt-tta", "robustbench", "safetensors", "pillow")
+PACKAGES = ("pyautoattack", "numpy", "scipy", "robustbench", "safetensors", "pillow")
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from mimir_fast.attacks.perceptual import layers_with_places
 from mimir_fast.attacks.pgd import NO_CLASS
 from mimir_fast.checkpoints.durable import write_text
 from mimir_fast.data.sources import build_source
-from mimir_fast.data.sources.base import ImageSource
+from mimir_fast.data.sources.base import ImageSource, lopsided
 from mimir_fast.evaluation.adapters import JudgedModel, load_model
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.content import digest
@@ -222,13 +222,13 @@ def prepare(config: EvaluateConfig, world: World, given: Given | None = None) ->
 
 
 def one_sided(labels: np.ndarray, indices: np.ndarray) -> list[str]:
-    """A note where the chosen images miss classes of a split (N,) that as many drawn at random would hardly miss."""
-    classes, chosen = np.unique(labels), np.unique(labels[indices])
-    if len(chosen) == len(classes) or len(indices) < 5 * len(classes):
+    """A note where the chosen images have other shares of the classes than their split, labels (N,)."""
+    if not lopsided(labels, indices):
         return []
+    classes, chosen = (len(np.unique(each)) for each in (labels, labels[indices]))
     return [
-        f"The {len(indices)} evaluated images are of {len(chosen)} of the {len(classes)} classes: --limit takes evenly "
-        "spaced ones, and classes that take turns fall between them. Give another --limit, or an --index_file."
+        f"The {len(indices)} evaluated images are of {chosen} of the {classes} classes, in other shares than the whole "
+        "split: their accuracies are not its."
     ]
 
 

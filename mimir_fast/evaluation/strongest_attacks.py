@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.decision import hop_skip_jump
 from mimir_fast.attacks.losses import margin, probability_margin, scaled_cross_entropy
 from mimir_fast.attacks.momentum import momentum_ensemble
+from mimir_fast.attacks.nearest import apgd_nearest
 from mimir_fast.attacks.pgd import Loss, cross_entropy
 from mimir_fast.attacks.rays import rays
 from mimir_fast.attacks.until_broken import apgd_many, pgd_many
@@ -23,14 +24,15 @@ from mimir_fast.evaluation.package import packaged_attack
 NAMES = (
     "apgd-ce", "apgd-margin", "apgd-scaled", "apgd-probability", "pgd-margin", "pgd-targets", "pgd-restarts",
     "apgd-targets", "fab-targets", "square", "rays", "hopskipjump", "mi-ensemble", "pgn-ensemble", "mi-lgv", "pgn-lgv",
+    "apgd-nearest",
 )  # fmt: skip
 TARGETED = ("pgd-targets", "pgd-restarts", "apgd-targets", "fab-targets")
 FROM_OTHERS = ("mi-ensemble", "pgn-ensemble", "mi-lgv", "pgn-lgv")
 AROUND_OTHERS = ("mi-lgv", "pgn-lgv")
 """On the models that LGV collects around the others, one after the other."""
-RESTARTS = {"apgd-probability": 1.0, "pgd-restarts": 2.0, "apgd-targets": 0.2}
-"""Starts of those that have several, as a multiple of what is asked for. On digits more starts break most where they
-are cheap: of an untargeted loss, or of few steps at few targets."""
+RESTARTS = {"apgd-nearest": 1.0, "pgd-restarts": 2.0, "apgd-targets": 0.2}
+"""Starts of those that have several, as a multiple of what is asked for; of apgd-nearest the rounds. On digits more
+starts break most where they are cheap, of few steps at few targets, or where an attack came near before."""
 FEW_TARGETS = 3
 """Of pgd-restarts."""
 QUERYING = ("square", "rays", "hopskipjump")
@@ -48,7 +50,7 @@ class Strength:
     Attributes:
         steps: of a gradient attack from one start at one target.
         targets: likeliest wrong classes that targeted attacks aim at.
-        restarts: random starts of APGD with the margin of probabilities; see RESTARTS.
+        restarts: random starts, see RESTARTS.
         queries: of attacks that see no gradient; those that see decisions only have a fifth.
     """
 
@@ -74,7 +76,7 @@ def undefined(norm: str, num_classes: int, *, others: bool, around: bool) -> dic
         found["rays"] = "RayS searches the corners of an L∞ ball"
     if norm == "l1":
         found["hopskipjump"] = "HopSkipJump is of L∞ and L2 balls"
-        own = "apgd-margin", "apgd-scaled", "apgd-probability"
+        own = "apgd-margin", "apgd-scaled", "apgd-probability", "apgd-nearest"
         found |= dict.fromkeys(own, "APGD with this loss is of L∞ and L2 balls")
         if num_classes < 4:
             found["apgd-targets"] = f"the package's targeted loss compares four logits, there are {num_classes} classes"
@@ -108,6 +110,8 @@ def strongest_attacks(
 def _make(name: str, config: CommonOptions, strength: Strength, num_classes: int, others: Models) -> NamedAttack:
     if name in FROM_OTHERS:
         return _from_others(name, config, strength, others)
+    if name == "apgd-nearest":
+        return _nearest(name, config, strength)
     if name in ("rays", "hopskipjump"):
         return _decisions(name, config, strength)
     if name in ("fab-targets", "square") or (name.startswith("apgd") and config.norm == "l1"):
@@ -151,6 +155,26 @@ def _gradient(name: str, config: CommonOptions, strength: Strength, num_classes:
     }  # fmt: skip
     label = f"{kind.upper()}-{steps}, {words if loss else f'{count} targets'}{_times(restarts)}"
     return NamedAttack(name, label, run, parameters, 3.0 * steps * restarts * (1 if loss else count))
+
+
+def _nearest(name: str, config: CommonOptions, strength: Strength) -> NamedAttack:
+    """APGD whose starts go to the images that are nearest to be broken."""
+    kinds = [LOSSES[kind] for kind in ("margin", "ce")]
+    words, losses = " and ".join(words for words, _ in kinds), [loss for _, loss in kinds if loss]
+    rounds, seed = starts(name, strength), config.seed + NAMES.index(name)
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        return apgd_nearest(
+            model, x, y, config.eps, strength.steps, losses=losses, rounds=rounds, norm=config.norm,  # type: ignore[arg-type]
+            samples=samples, seed=seed, rows=config.batch_size,
+        )  # fmt: skip
+
+    parameters = {
+        "norm": config.norm, "eps": config.eps, "num_steps": strength.steps, "loss": words, "rounds": rounds,
+        "seed": seed,
+    }  # fmt: skip
+    label = f"APGD-{strength.steps}, {words}, more starts for the nearest"
+    return NamedAttack(name, label, run, parameters, 3.0 * strength.steps * rounds)
 
 
 def starts(name: str, strength: Strength) -> int:
@@ -221,6 +245,11 @@ def _from_others(name: str, config: CommonOptions, strength: Strength, others: M
         )  # fmt: skip
 
     kind = "PGN" if neighbours else "MI-FGSM"
-    parameters = {**parameters_of(threat), "random_start": False, "neighbours": neighbours, "seed": config.seed}
+    parameters = {
+        **parameters_of(threat, adaptive=False),
+        "random_start": False,
+        "neighbours": neighbours,
+        "seed": config.seed,
+    }
     label = f"{kind}-{steps} on {'models around other ones' if around else 'other models'}"
     return NamedAttack(name, label, run, parameters, 6.0 * steps * max(1, neighbours))

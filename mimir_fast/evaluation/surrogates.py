@@ -1,14 +1,15 @@
 """The models that LGV collects around another one, kept on disk: an evaluation that goes on attacks the same ones."""
 
 import copy
-import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lgv import collect
+from mimir_fast.checkpoints.durable import write_whole
 from mimir_fast.checkpoints.tensor_files import save_tensors
 from mimir_fast.data.build import build_loader
 from mimir_fast.data.config import DataConfig
@@ -48,10 +49,9 @@ def lgv_models(
 
 
 def _write(model: nn.Module, file: Path) -> None:
-    aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
     # Cloned: shared weights have several names, which the format does not know.
-    save_tensors({name: tensor.detach().cpu().clone() for name, tensor in _state(model)}, aside)
-    aside.replace(file)
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in _state(model)}
+    write_whole(file, partial(save_tensors, tensors))
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """AutoAttack's attacks as searches on rows, which leave when they are broken and are packed into full batches.
 
 The authors' package attacks the images of a batch to the end, one target class after the other, also those that are
-broken. Here an attack is a list of jobs, an image and a part of the attack (a target class, a restart), all images'
-first parts first. A wave takes the next jobs whose images still stand, as many as a batch holds, so that few images are
-attacked on several target classes at once; within it an image leaves when one of its rows is misclassified.
+broken. Here an attack on an image falls into parts (target classes, restarts), which are handed out in full batches to
+the images that still stand (`passes.Attempts`); within a batch an image leaves when one of its rows is misclassified
+(`rows.run_rows`). Both are what other attacks until broken use.
 
 The attacks, their steps, targets, restarts and queries are the package's, read from its own objects. Random numbers are
 functions of (seed, sample, part) and differ from its: results are equal in law, not bit by bit.
@@ -22,6 +22,7 @@ from mimir_fast.attacks.apgd import ball_of, dlr, surface_start, targeted_dlr
 from mimir_fast.attacks.apgd_rows import ApgdRows
 from mimir_fast.attacks.fab import FabRows
 from mimir_fast.attacks.losses import Aimed, likeliest_wrong
+from mimir_fast.attacks.passes import Attempts
 from mimir_fast.attacks.pgd import Loss, cross_entropy
 from mimir_fast.attacks.rows import Rows, run_rows
 from mimir_fast.attacks.square import SquareRows
@@ -70,29 +71,22 @@ class Waves:
         return 1 if self.name == "square" else int(self.package.apgd.n_restarts)
 
     def run(
-        self, shard: EvaluationImages, entered: list[int], standing: set[int], first: int
+        self, shard: EvaluationImages, entered: list[int], stands: Tensor, first: int
     ) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
-        """Waves from job `first` on; job j is part j // N of image j % N of the N that entered.
+        """Waves from attempt `first` on, as `passes.Attempts` numbers them: the N images that entered, part by part.
 
         Args:
             entered: positions of the images in the shard.
-            standing: those that are not broken; the caller takes out what a wave has broken.
+            stands: (images of the shard,) bool; the caller takes out what a wave has broken.
         Yields:
-            (jobs that are done, positions (F,), where (F, C, H, W) they seem to be broken), after each wave.
+            (attempts that are done, positions (F,), where (F, C, H, W) they seem to be broken), after each wave.
         """
-        jobs, job = self.parts * len(entered), first
-        while job < jobs:
-            rows: list[tuple[int, int]] = []
-            while job < jobs and len(rows) < self.batch_size:
-                part, image = divmod(job, len(entered))
-                if entered[image] in standing:
-                    rows.append((entered[image], part))
-                job += 1
-            if rows:
-                yield job, *self._wave(shard, rows)
+        places, attempts = torch.tensor(entered, dtype=torch.long), Attempts(len(entered), self.parts, first)
+        while len((taken := attempts.take(stands[places], self.batch_size))[0]):
+            at, parts = taken
+            yield attempts.done, *self._wave(shard, places[at], parts)
 
-    def _wave(self, shard: EvaluationImages, rows: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        positions, parts = torch.tensor(rows).T
+    def _wave(self, shard: EvaluationImages, positions: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
         images = shard.images[positions].to(self.device).float() / 255
         labels, samples = shard.labels[positions].to(self.device), shard.samples[positions].to(self.device)
         search = self._search(images, labels, samples, parts.to(self.device))

@@ -4,6 +4,7 @@ Checks of shapes, dtypes and devices cost nothing and always run. Checks of *val
 would stop the pipeline, so there they run only with `MIMIR_FAST_DEBUG=1`.
 """
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -189,9 +190,15 @@ def check_choice(name: str, given: str, choices: Sequence[str]) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raises ValueError unless value > 0 (NaN is refused too)."""
-    if not value > 0:
-        raise ValueError(f"{name} must be > 0, got {value}")
+    """Raises ValueError unless 0 < value < inf (NaN is refused too)."""
+    if value is None or isinstance(value, str) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be > 0 and finite, got {value!r}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raises ValueError unless 0 <= value < inf (NaN is refused too)."""
+    if value is None or isinstance(value, str) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be >= 0 and finite, got {value!r}")
 
 
 def check_finite(sums: Tensor, **samples: Tensor) -> None:

@@ -7,6 +7,8 @@ eager PyTorch, one here.
 Source: Madry et al., arXiv 1706.06083, Eq. 2 and §2.1.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,8 +68,10 @@ def linf_step(
     _checks.check_floating(x_adv=x_adv, grad=grad, x=x)
     _checks.check_range(clamp)
     _checks.check_eps(eps, x.shape, clamp)
-    if not alpha >= 0:
-        raise ValueError(f"alpha must be >= 0 (the step ascends the loss), got {alpha}: negate grad to descend")
+    if not 0 <= alpha < math.inf:
+        raise ValueError(
+            f"alpha must be >= 0 and finite (the step ascends the loss), got {alpha}: negate grad to descend"
+        )
     if x_adv.dtype != x.dtype:
         raise TypeError(f"x_adv and x must have one dtype, got {x_adv.dtype} and {x.dtype}")
     # Radii of 16 bits could be rounded upwards.

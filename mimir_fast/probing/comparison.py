@@ -142,7 +142,8 @@ def _settings(*models: ProbedModel) -> Iterator[tuple[str, Any, Any]]:
 
 def html(models: Sequence[ProbedModel]) -> str:
     """One page."""
-    title = "Probes: " + ", ".join(model.name for model in models)
+    few = ", ".join(model.name for model in models)
+    title = f"Probes: {few}" if len(few) <= 80 else f"Probes of {len(models)} models"
     head, *body = main_table(models)
     caption = f"{models[0].images}; attack of {models[0].name}: {models[0].attack}. Wilson's 95 % intervals in brackets"
     parts = [
@@ -155,4 +156,4 @@ def html(models: Sequence[ProbedModel]) -> str:
         known = [(name, numbers) for name, numbers in every if numbers]
         if known and (shown := picture.compare(known)):
             parts.append(f"<h2>{escape(picture.title)}</h2>{shown}")
-    return page(title, "\n".join(parts), {"compared": {model.name: str(model.path) for model in models}})
+    return page(title, "\n".join(parts), {"compared": {model.name: str(model.path) for model in models}}, wide=True)

@@ -72,7 +72,7 @@ class FrozenEncoder(nn.Module):
 
 def open_encoder(
     source: str, data: DataConfig, weights: WeightsChoice = "auto", pool: Pool = "auto", *, part: str = "",
-    statistics: Statistics | None = None, asked: Asked | None = None,
+    statistics: Statistics | None = None, asked: Asked | None = None, attacked: bool = True,
 ) -> tuple[FrozenEncoder, list[str]]:  # fmt: skip
     """The encoder of a checkpoint or of any model with features, and what a reader of its numbers must know.
 
@@ -80,6 +80,7 @@ def open_encoder(
         part: which of several encoders in a file.
         statistics: (mean, std) to normalise by, in place of what the file or model says.
         asked: what the user says of a file.
+        attacked: the images will be; False takes a model without gradients too.
     Raises:
         ValueError: the model shows no features.
         WeightsError: the file cannot be read, or holds no encoder of ours.
@@ -89,7 +90,7 @@ def open_encoder(
     judged = load_model(
         source, num_classes=None, device=torch.device("cpu"), channels=data.channels, image_size=data.image_size,
         mean=None if statistics is None else statistics[0], std=None if statistics is None else statistics[1],
-        part=part, told=asked,
+        part=part, told=asked, attacked=attacked,
     )  # fmt: skip
     bare, prepare = unwrapped(judged.module)
     shown = shown_by(bare, source, judged.kind)

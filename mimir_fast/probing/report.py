@@ -1,17 +1,15 @@
 """results.json and report.html of a probing: a table, the sweep of learning rates, and pictures."""
 
-import hashlib
 import json
 from dataclasses import asdict
 from html import escape
 from typing import Any
 
-import numpy as np
 import torch
 
 from mimir_fast.checkpoints.durable import write_text
-from mimir_fast.data.sources.base import ImageSource
 from mimir_fast.evaluation.charts import Line, line_chart
+from mimir_fast.evaluation.content import pixels_of
 from mimir_fast.evaluation.finite import finite
 from mimir_fast.evaluation.html import figure, listing, page, paragraph, percent, span, table, tiles
 from mimir_fast.evaluation.images import EvaluationImages, load_from
@@ -28,14 +26,6 @@ FORMAT = "mimir_fast.probing"
 SHOWN, BESIDE = 6, 5
 
 
-def images_digest(source: ImageSource) -> str:
-    """Tells the images of two sources apart: by all labels, and by the pixels of at most 32 images."""
-    digest = hashlib.sha256(np.asarray(source.labels, np.int64).tobytes())
-    for index in range(0, len(source), -(-len(source) // 32)):
-        digest.update(source.pixels(index).tobytes())
-    return digest.hexdigest()[:16]
-
-
 def write(probing: Probing, outcomes: list[Outcome], notes: list[str], against: FrozenEncoder | None = None) -> None:
     """Both files, into the configuration's folder, and what became of a file of weights."""
     config = probing.config
@@ -45,7 +35,7 @@ def write(probing: Probing, outcomes: list[Outcome], notes: list[str], against: 
         "format": FORMAT, "choices": json.loads(json.dumps(asdict(config))), "pool": probing.encoder.pool,
         "width": probing.train.values.shape[1], "train_images": len(probing.train), "test_images": len(probing.test),
         "split_images": len(probing.test_source), "source": probing.test_source.name,
-        "images": images_digest(probing.test_source), "outcomes": [outcome.as_dict() for outcome in outcomes],
+        "images": pixels_of(probing.test_source), "outcomes": [outcome.as_dict() for outcome in outcomes],
         "notes": notes, "environment": environment(),
     }  # fmt: skip
     found["pictures"], shown = pictures(probing, against) if config.pictures else ({}, [])

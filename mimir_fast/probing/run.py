@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.pgd import is_correct, pgd
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.data.sources import build_source
-from mimir_fast.data.sources.base import ImageSource
+from mimir_fast.data.sources.base import ImageSource, evenly
 from mimir_fast.evaluation.images import EvaluationImages, load_from
 from mimir_fast.evaluation.measure import strict_fp32
 from mimir_fast.evaluation.options import radius_text
@@ -106,8 +106,8 @@ class Probing:
         self.train, self.test = self._features(self.train_source, "train"), self._features(self.test_source, "test")
 
     def _features(self, source: ImageSource, split: str) -> Features:
-        count = len(source) if self.config.limit is None or split == "train" else min(self.config.limit, len(source))
-        indices = np.arange(count, dtype=np.int64) * len(source) // count
+        limit = len(source) if self.config.limit is None or split == "train" else self.config.limit
+        indices = evenly(np.asarray(source.labels), limit)
         path = self.config.folder / f"{split}.npy"
         started = time.perf_counter()
         with strict_fp32(self.world.device):

@@ -236,7 +236,7 @@ def probe_data(config: FinetuneConfig, world: World) -> tuple[Loader | None, int
         raise ValueError(f"{generated} has no `label`: fine-tuning needs labelled images")
     # The same number of images on every rank, or a sharded model would wait for a rank that is done.
     whole = build_source(replace(config.data, limit=None, hold_out=0), "train")
-    count = len(hold_out(len(whole), config.data.hold_out)[1]) // world.size * world.size
+    count = len(hold_out(whole.labels, config.data.hold_out)[1]) // world.size * world.size
     if count == 0:
         return None, train.num_classes
     loader = build_loader(

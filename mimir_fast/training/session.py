@@ -186,6 +186,8 @@ def surroundings(config: SessionConfig, trainer: Trainer) -> str:
     accumulated = f" (each accumulates {trainer.accum_iter} micro-batches)" if trainer.accum_iter > 1 else ""
     if said := config.objective.check_batches(*batches(trainer)):
         accumulated += f", {said}"
+        if (there := trainer.loader.num_samples) < config.run.batch_size:
+            accumulated += f" ({there} different ones: there are no more)"
     return (
         f"{parameters}, {world.size} x {world.device}, {precision.name} ({precision.reason}), "
         f"attention: {attention_backend(world.device)}, batch {config.run.batch_size}{accumulated}, "

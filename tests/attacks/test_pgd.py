@@ -49,6 +49,10 @@ def test_an_attack_as_an_object(small_model: nn.Module, digits) -> None:
     assert "eps=0.031" in repr(attack) and "num_steps=2" in repr(attack)
     with pytest.raises(ValueError, match="type 8/255"):
         PGD(small_model, eps=8)
+    assert PGD(small_model, eps="8/255", alpha="2/255").threat == PGD(small_model).threat
+    for wrong in ("8/", None, float("inf")):
+        with pytest.raises(ValueError, match=r"^eps=.*wanted"):
+            PGD(small_model, eps=wrong)
     with pytest.raises(TypeError, match=r"images must be a torch\.Tensor, got numpy\.ndarray"):
         attack(images.numpy(), labels)
 

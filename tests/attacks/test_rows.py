@@ -6,10 +6,9 @@ from small_classifier import EPS
 from torch import Tensor
 
 from mimir_fast.attacks.fab import FabRows, to_plane
-from mimir_fast.attacks.pgd import cross_entropy
+from mimir_fast.attacks.passes import Attempts, first_of_each
 from mimir_fast.attacks.rows import run_rows
 from mimir_fast.attacks.square import HALVINGS, SquareRows
-from mimir_fast.attacks.until_broken import apgd_many
 from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.layers.borrowing import borrowed
 
@@ -101,6 +100,21 @@ def test_square_breaks_as_many_as_the_package(small_model, digits) -> None:
     assert abs(len(broken) - expected) <= 5 and expected > 5
 
 
+def test_passes_are_full_and_later_attempts_wait_for_the_first() -> None:
+    """Five images, three attempts each, passes of four rows; killed anywhere, it goes on with the same rows."""
+    stands, seen = torch.ones(5, dtype=torch.bool), list[tuple[list[int], list[int]]]()
+    attempts = Attempts(5, 3)
+    while len((rows := attempts.take(stands, 4))[0]):
+        seen.append((rows[0].tolist(), rows[1].tolist()))
+        stands[1] = False  # broken in the first pass
+        stands[4] = len(seen) < 2
+        attempts = Attempts(5, 3, attempts.done)
+    assert seen == [([0, 1, 2, 3], [0] * 4), ([4, 0, 2, 3], [0, 1, 1, 1]), ([0, 2, 3], [2] * 3)]
+    assert attempts.done == 15 and first_of_each(torch.tensor([7, 3, 7, 0, 3])).tolist() == [0, 1, 3]
+    for empty in (Attempts(0, 3), Attempts(3, 0)):
+        assert len(empty.take(torch.ones(empty.num_images, dtype=torch.bool), 4)[0]) == 0
+
+
 def test_an_image_leaves_with_all_its_rows() -> None:
     class Counting:
         """Row r is broken at step r + 1."""
@@ -123,31 +137,3 @@ def test_an_image_leaves_with_all_its_rows() -> None:
     broken, where = run_rows(search, torch.tensor([7, 8, 9, 7, 8, 5]))
     assert broken.tolist() == [7, 8, 9] and where.flatten().tolist() == [0, 1, 2]
     assert search.seen == [6, 4, 2, 1], "rows 0 and 3 leave together, then 1 and 4, then 2"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("apgd-ce", 10), ("apgd-t", 5)])
-def test_images_on_the_border_fall_as_often_as_to_the_package(small_model, digits, name: str, steps: int) -> None:
-    """APGD from forty random starts: over the images that only some starts break, the counts differ by chance.
-
-    A few steps, after which several images depend on the start; of a hundred steps hardly one does.
-    """
-    base = pytest.importorskip("pyautoattack.autopgd_base")
-    images, labels, draws = *digits, 40
-    many, truth = images.repeat(draws, 1, 1, 1), labels.repeat(draws)
-    with borrowed(small_model, "eval") as module, torch.random.fork_rng([]), torch.no_grad():
-
-        def counts(x: Tensor) -> Tensor:
-            return (module(x).argmax(1) != truth).view(draws, -1).sum(0).double()
-
-        kind = base.APGDAttack if name == "apgd-ce" else base.APGDAttack_targeted
-        package = kind(module, n_iter=steps, n_restarts=1, norm="Linf", eps=EPS, seed=0, device="cpu")
-        theirs = counts(package.perturb(many.clone(), truth.clone()))
-        loss = cross_entropy if name == "apgd-ce" else None
-        ours = counts(apgd_many(module, many, truth, EPS, steps, loss=loss))
-    share = (ours + theirs) / (2 * draws)
-    border = (share > 0) & (share < 1)
-    assert border.sum() >= 3, "the test needs images that some starts break"
-    # Of the starts that break an image, half are ours: the hypergeometric law, over all images (Mantel and Haenszel).
-    spread = (draws**2 * share * (1 - share) / (2 * draws - 1)).sum().sqrt()
-    assert abs((ours - theirs).sum() / 2) < 3 * spread, (ours[border], theirs[border])

@@ -1,6 +1,7 @@
 """The attacks of the suite `strongest`: in their ball, without a trace, repeatable, and no weaker than weaker ones."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from mimir_fast.attacks.losses import (
 )
 from mimir_fast.attacks.lp import size_of
 from mimir_fast.attacks.momentum import momentum_ensemble
+from mimir_fast.attacks.nearest import apgd_nearest
 from mimir_fast.attacks.patch import patch, patch_masks
 from mimir_fast.attacks.perceptual import layers_with_places, perceptual
 from mimir_fast.attacks.pgd import cross_entropy, is_correct
@@ -47,6 +49,9 @@ def in_ball(norm: Any, eps: float) -> dict[str, Run]:
         found |= {
             "APGD, scaled": lambda m, x, y, **k: apgd_many(m, x, y, eps, 8, loss=scaled_cross_entropy, norm=norm, **k),
             "APGD, targets": lambda m, x, y, **k: apgd_many(m, x, y, eps, 8, num_targets=3, norm=norm, rows=40, **k),
+            "APGD, nearest": lambda m, x, y, **k: apgd_nearest(
+                m, x, y, eps, 8, losses=[margin, cross_entropy], rounds=3, norm=norm, **k
+            ),
             "HopSkipJump": lambda m, x, y, **k: hop_skip_jump(m, x, y, eps, norm=norm, queries=300, **k),
         }
     if norm == "linf":
@@ -164,6 +169,30 @@ def test_an_image_is_no_longer_attacked_once_it_is_broken(small_model, digits) -
     stands, before = right(small_model, first, labels), right(small_model, last, labels)
     assert abs(int(stands.sum()) - int(before.sum())) <= 1
     assert shown[-1] >= int(stands.sum()), "whoever stands is attacked to the end"
+
+
+def test_the_images_that_are_nearest_get_most_starts(
+    small_model: nn.Module, digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rounds that cost the same; and no start is given twice."""
+    given: list[tuple[int, int]] = []
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        given.extend(zip(options["samples"].tolist(), options["step"].tolist(), strict=True))
+        return apgd(*args, **options)
+
+    monkeypatch.setattr("mimir_fast.attacks.nearest.apgd", counted)
+    x, y = digits
+    standing = right(small_model, x, y)
+    left = apgd_nearest(small_model, x, y, EPS / 4, 5, losses=[margin, cross_entropy], rounds=4, rows=16)
+    starts = Counter(sample for sample, _ in given)
+    assert len(set(given)) == len(given) <= 4 * int(standing.sum()) + 8
+    assert set(starts) == set(standing.nonzero()[:, 0].tolist()) and set(starts.values()) <= {1, 3, 7, 15}
+    with torch.no_grad():
+        near = margin(small_model(left), y)
+        stands = is_correct(small_model(left), y)
+    most = [s for s, count in starts.items() if count == 15]
+    assert most and near[most].min() > near[stands].median()
 
 
 def test_more_targets_starts_and_queries_break_no_fewer(small_model, digits) -> None:

@@ -126,7 +126,8 @@ def test_links_are_followed_but_not_round_and_round(tmp_path):
 def test_archives_that_cannot_be_read_are_refused(tmp_path):
     good = pack(tmp_path / "a.zip", contents()).read_bytes()
     for name, content, message in (
-        ("cut.zip", good[:-200], "is not a whole, uncompressed tar file"),
+        ("cut.zip", good[:-200], "is no zip file, or is cut short"),
+        ("cut", good[:-200], "is no zip file, or is cut short"),
         ("images.tar.gz", zlib.compress(good), "is not a whole, uncompressed tar file"),
         ("cut.tar", pack(tmp_path / "b.tar", contents()).read_bytes()[:-10_240], "cut short"),
     ):
@@ -139,6 +140,9 @@ def test_archives_that_cannot_be_read_are_refused(tmp_path):
         build_source(images(tmp_path / "lzma.zip"), "train")
     with pytest.raises(ValueError, match="holds no images"):
         build_source(images(pack(tmp_path / "none.zip", {"a.txt": b"x"})), "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no images .*; is it the folder you meant\?"):
+        build_source(images(tmp_path / "empty"), "train")
 
 
 def test_a_zip_bomb_is_not_inflated(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mimir_fast.checkpoints.durable import write_whole
 from mimir_fast.data import DataConfig, build_source, index
 from mimir_fast.data.index import kept_index
 
@@ -148,6 +149,6 @@ def test_what_is_written_is_whole_or_not_there(tmp_path):
 
     (tmp_path / "file").write_text("before")
     with pytest.raises(OSError, match="No space left"):
-        index.write_whole(tmp_path / "file", fail)
+        write_whole(tmp_path / "file", fail)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before")]
     assert stat.S_ISREG((tmp_path / "file").stat().st_mode)

@@ -2,16 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import Command
 from small_classifier import DIGITS, EPS
+from torch import nn
 
+from mimir_fast.attacks.lp import Sparsity, attack_classifier
+from mimir_fast.attacks.momentum import momentum_ensemble
 from mimir_fast.compare import CompareConfig, compare, config_from
 from mimir_fast.evaluation import comparison
+from mimir_fast.evaluation import evaluate as evaluate_model
+from mimir_fast.evaluation.attacks import make_threat, parameters_of
 from mimir_fast.evaluation.config import EvaluateConfig
+from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.run import evaluate
 from mimir_fast.evaluation.topics.autoattack import columns
@@ -106,6 +113,46 @@ def test_one_model_attacked_by_other_steps_is_shown_and_not_tested(folders: dict
     assert clean.only_first == clean.only_other == 0
     (warning,) = comparison.warnings(evaluations)
     assert f"PGD-20: alpha {EPS / 20} and {EPS / 4}" in warning and "not tested" in warning
+
+
+def test_l1_attacks_are_equal_where_their_whole_schedule_is(
+    digits_images: EvaluationImages, small_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The usual first step, asked for or not, is one attack; another one, or another rule for the rest, is another."""
+    few = digits_images.evenly(12)
+
+    def evaluated(name: str, **options: Any) -> str:
+        evaluate_model(
+            small_model, few.images, few.labels, suite="table", autoattack="no", norm="l1", eps=2.0,
+            output_dir=str(tmp_path / name), **options,
+        )  # fmt: skip
+        return str(tmp_path / name)
+
+    usual, asked, shorter = evaluated("usual"), evaluated("asked", alpha=2.0), evaluated("shorter", alpha=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sparsity, "FIRST_PART", 0.3)
+        other = evaluated("other")
+    assert measures(comparison.load([usual, asked])) == {"no attack", "worst case"}
+    for differing, word in ((shorter, "alpha 1.0 and 2.0"), (other, "'first': 0.3")):
+        evaluations = comparison.load([usual, differing])
+        assert measures(evaluations) == {"no attack"}
+        assert word in comparison.warnings(evaluations)[0]
+
+
+def test_l1_attacks_are_recorded_as_they_run(digits_images: EvaluationImages, small_model: nn.Module) -> None:
+    """PGD's sparsity adapts; momentum moves a fixed part of the pixels by α in each step, PGD of one step does, too."""
+    few = digits_images.evenly(12)
+    x, y = few.images.float() / 255, few.labels
+    one = replace(make_threat("l1", 2.0, 1, 1.0), random_start=False)
+    several = make_threat("l1", 2.0, 9)
+    recorded = [parameters_of(one), parameters_of(one, adaptive=False), parameters_of(several, adaptive=False)]
+    assert [each["sparsity"] for each in recorded] == [{"pixels": 0.05}] * 3
+    moved = int(0.05 * x[0].numel())
+    for attacked in (attack_classifier(small_model, x, y, one), momentum_ensemble([small_model], x, y, one)):
+        assert ((attacked != x).flatten(1).sum(1) <= moved).all() and (attacked != x).any()
+    adaptive = parameters_of(several)["sparsity"]
+    assert json.loads(json.dumps(adaptive)) == adaptive and "pixels" not in adaptive
+    assert adaptive["longest_step"] == 2.0 and adaptive["shortest_step"] == 0.2 and adaptive["every"] == 1
 
 
 def test_attacks_that_one_did_not_face_are_named_and_seeds_make_no_attack(folders: dict[str, Path]) -> None:

@@ -113,18 +113,15 @@ def test_mean_corruption_error_against_the_papers_table() -> None:
 
 
 def test_generated_corruptions_can_be_repeated_and_leave_the_random_state_alone() -> None:
-    pytest.importorskip("corrupt_tta", reason="pip install corrupt-tta")
     pixels = torch.randint(0, 256, (3, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     clean = EvaluationImages(pixels, torch.zeros(3, dtype=torch.long), torch.arange(3), ("a",), "noise", {})
     state = np.random.get_state()[1].copy()
-    found = {name: generate(clean, name, 3) for name in ("gaussian_noise", "fog", "contrast")}
+    found = {name: generate(clean, name, 3) for name in ("gaussian_noise", "impulse_noise", "fog")}
     assert (np.random.get_state()[1] == state).all()
     for name, corrupted in found.items():
         assert corrupted.images.shape == pixels.shape and not torch.equal(corrupted.images, pixels)
         one = generate(clean.take(torch.tensor([2])), name, 3)
         assert torch.equal(one.images[0], corrupted.images[2]), "a function of the sample, not of the batch"
-    with pytest.raises(ValueError, match="repeatably"):
-        generate(clean, "impulse_noise", 1)
 
 
 @pytest.fixture

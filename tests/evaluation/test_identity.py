@@ -17,9 +17,10 @@ from mimir_fast.data.sources import build_source
 from mimir_fast.data.sources.base import RawSource, subset
 from mimir_fast.data.sources.shards import ShardSource
 from mimir_fast.evaluation.adapters import JudgedModel
+from mimir_fast.evaluation.changes import changes
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.content import content_of
-from mimir_fast.evaluation.identity import changes, identity_of_model
+from mimir_fast.evaluation.identity import identity_of_model
 from mimir_fast.evaluation.journal import OtherMeasurementError
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.run import evaluate

@@ -11,11 +11,13 @@ from small_classifier import DIGITS, EPS
 
 from mimir_fast.attacks.pgd import is_correct
 from mimir_fast.data import build_loader, build_source
+from mimir_fast.data.sources.base import ArraySource
 from mimir_fast.evaluation.attacks import NamedAttack, make_pgd, make_random_noise, step_size
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import EvaluationImages, Fitting, ImageSets, choose_indices, load_images
 from mimir_fast.evaluation.journal import Journal
 from mimir_fast.evaluation.measure import Count, ShardRun, clean, measure, score, scored
+from mimir_fast.evaluation.run import one_sided
 from mimir_fast.evaluation.topics.accuracy import make_targeted
 from mimir_fast.evaluation.topics.masking import make_apgd, make_square
 
@@ -32,6 +34,29 @@ def test_subset_is_spread_over_the_split_and_decoded_as_the_loader_does() -> Non
     assert torch.equal(images.images, batch.images[torch.from_numpy(indices)])
     assert torch.equal(images.labels, batch.labels[torch.from_numpy(indices)])
     assert images.samples.tolist() == indices.tolist()
+
+
+def test_a_limit_keeps_the_shares_of_the_classes_whatever_their_order() -> None:
+    """By equal distances wherever these do, as ever: else the numbers on disk would be of other images."""
+    draws, turns, pixels = np.random.default_rng(0), np.arange(2000) % 10, np.zeros((2000, 1, 2, 2), np.uint8)
+    in_order, shuffled = np.sort(turns), draws.permutation(turns)
+    for labels in (in_order, shuffled, turns, np.where(turns < 9, 0, 1), np.arange(2000) % 1000):
+        source = ArraySource("any", pixels, labels, tuple(map(str, range(1000))))
+        for limit in (1, 7, 100, 1999, 2000, 3000):
+            chosen, count = choose_indices(source, limit, None), min(limit, 2000)
+            assert chosen.dtype == np.int64 and len(np.unique(chosen)) == count and (np.diff(chosen) > 0).all()
+            if labels is in_order or labels is shuffled:
+                assert (chosen == np.arange(count) * 2000 // count).all()
+            if labels is not shuffled:
+                assert np.abs(np.bincount(labels[chosen], minlength=1000)
+                              - np.bincount(labels, minlength=1000) * count / 2000).max() <= 1  # fmt: skip
+            assert not one_sided(labels, chosen)
+    # Every tenth of classes that take turns is one class.
+    assert len(np.unique(turns[np.arange(100) * 20])) == 1
+    (note,) = one_sided(turns, np.arange(100) * 20)
+    assert "of 1 of the 10 classes" in note
+    images = EvaluationImages(torch.zeros(2000, 1, 2, 2), torch.from_numpy(turns), torch.arange(2000), (), "any", {})
+    assert images.evenly(100).labels.bincount().tolist() == [10] * 10
 
 
 def test_index_file_names_positions_or_files(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from conftest import BROWSERS, axe_core
 from small_classifier import DIGITS, EPS
 
+from mimir_fast.evaluation import comparison
 from mimir_fast.evaluation import results as results_module
 from mimir_fast.evaluation.charts import LEFT, Line, line_chart
 from mimir_fast.evaluation.config import EvaluateConfig
@@ -79,6 +80,22 @@ def test_page_fits_the_browser(page: str, tmp_path: Path, width: int, dark: bool
     assert seen["page"] <= width, "the page scrolls sideways"
     assert seen["charts"] >= 5 and seen["broken"] == seen["wide"] == 0
     assert (seen["dark"] == "rgb(255, 255, 255)") is not dark
+
+
+def test_six_models_of_long_names_fit_without_scrolling(results: Results, tmp_path: Path) -> None:
+    """At 1280 pixels, tables and legends too; the ends of the names, which tell runs apart, are seen."""
+    names = [
+        f"runs/cifar10/mimir_vit_base_patch4-finetuned-trades_beta6-seed{i}-with-a-long-name-{i}" for i in range(6)
+    ]
+    page = comparison.html([comparison.Evaluation(name, Path(name), results) for name in names])
+    probe = """
+      const cut = [...document.querySelectorAll('.frame')].filter(f => f.scrollWidth > f.clientWidth + 1).length;
+      const out = [...document.querySelectorAll('svg text')].filter(t =>
+        t.getBoundingClientRect().right > t.closest('svg').getBoundingClientRect().right + 1).length;
+      parent.postMessage(JSON.stringify({cut, out, page: document.documentElement.scrollWidth}), "*");
+    """
+    assert in_browser(page, tmp_path, 1280, False, probe) == {"cut": 0, "out": 0, "page": 1280}
+    assert re.search("with-a-long-name-5[^<]*</text>", page) and "<h1>Comparison of 6 models</h1>" in page
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -175,7 +175,11 @@ def test_other_shapes_and_no_gradient() -> None:
         ((torch.rand(4, 2), torch.rand(4, 2)), {}, "at least 5 samples, got N=4"),
         ((torch.rand(9, 2), torch.rand(8, 2)), {}, "same number of samples"),
         ((torch.rand(9, 2), torch.full((9, 2), torch.nan)), {}, "y must be finite, got NaN or Inf"),
-        ((torch.rand(9, 2), torch.rand(9, 2)), {"num_permutations": 0}, "num_permutations must be > 0, got 0"),
+        (
+            (torch.rand(9, 2), torch.rand(9, 2)),
+            {"num_permutations": 0},
+            "num_permutations must be > 0 and finite, got 0",
+        ),
         ((torch.rand(9, 2), torch.rand(9, 2)), {"bandwidth": "mean"}, "bandwidth must be one of"),
         ((torch.rand(9, 2), torch.rand(9, 2)), {"estimator": "best"}, "estimator must be one of"),
         ((torch.rand(9, 2), torch.rand(9, 2)), {"bandwidth": "paper", "sigma": (5.0, 0.0)}, "sigma must be > 0"),

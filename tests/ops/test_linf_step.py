@@ -210,6 +210,7 @@ def test_eps_pattern_reads_memory_order():
         ({"eps": torch.tensor(8.0)}, ValueError, "8/255, not 8"),
         ({"eps": torch.full((7,), 0.1)}, ValueError, "eps must broadcast"),
         ({"alpha": -0.1}, ValueError, "alpha must be >= 0"),
+        ({"alpha": float("inf")}, ValueError, "alpha must be >= 0 and finite"),
         ({"eps": 0.6, "clamp": (0.2, 0.7)}, ValueError, r"eps must be in \[0, 0.5\], .* clamp is \[0.2, 0.7\]"),
         ({"eps": "8/255"}, TypeError, "eps must be a number or a torch.Tensor of radii, got str"),
         ({"x": np.zeros((2, 4))}, TypeError, r"x must be a torch.Tensor, got numpy.ndarray: use torch.from_numpy\(x\)"),

@@ -95,7 +95,7 @@ def test_compiles_without_graph_break(device: torch.device) -> None:
 
 def test_refuses_bad_input() -> None:
     x, y = samples(4)
-    with pytest.raises(ValueError, match="eps must be > 0, got 0"):
+    with pytest.raises(ValueError, match="eps must be > 0 and finite, got 0"):
         nhsic(x, y, eps=0.0)
     with pytest.raises(ValueError, match="sigma must be > 0"):
         nhsic(x, y, sigma=-5.0)

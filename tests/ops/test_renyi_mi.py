@@ -85,7 +85,7 @@ def test_compiles_without_graph_break(alpha: float, device: torch.device) -> Non
 
 def test_refuses_bad_input() -> None:
     x, y = samples(4)
-    with pytest.raises(ValueError, match="alpha must be > 0, got 0"):
+    with pytest.raises(ValueError, match="alpha must be > 0 and finite, got 0"):
         renyi_mi(x, y, alpha=0)
     with pytest.raises(ValueError, match="sigma must be > 0"):
         renyi_mi(x, y, sigma=0, bandwidth="paper")

@@ -17,10 +17,10 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = ("train", "eval", "corruptions")
-COMPILED = {"torch", "torchvision", "scikit-learn", "matplotlib", "pillow", "safetensors"}
+EXTRAS = ("train", "eval")
+COMPILED = {"torch", "torchvision", "scikit-learn", "scipy", "matplotlib", "pillow", "safetensors"}
 # They require torch, which must not be downloaded again.
-WITHOUT_DEPENDENCIES = {"timm", "pyautoattack", "corrupt-tta"}
+WITHOUT_DEPENDENCIES = {"timm", "pyautoattack"}
 SMALL = ("--model.encoder", "nano", "--model.patch_size", "8", "--max_steps", "3", "--batch_size", "16", "--device",
          "cpu", "--overwrite")  # fmt: skip
 

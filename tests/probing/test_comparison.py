@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from mimir_fast.compare import CompareConfig, compare
 from mimir_fast.data.config import DataConfig
 from mimir_fast.data.sources.base import ArraySource
+from mimir_fast.evaluation.content import pixels_of
 from mimir_fast.models.classifier import Classifier, ClassifierConfig
 from mimir_fast.models.file_names import to_files
 from mimir_fast.probe import config_from, probe
 from mimir_fast.probing import comparison
 from mimir_fast.probing.encoder import open_encoder
-from mimir_fast.probing.report import images_digest
 
 LINE = [
     "--data.source", "digits", "--data.image_size", "32", "--data.limit", "200", "--probes", "knn", "--device", "cpu",
@@ -92,7 +92,7 @@ def test_other_pictures_of_one_name_are_not_paired(folders: dict[str, Path], tmp
     assert "different images" in said and "another --neighbours than a" in said
     labels, pixels = np.arange(4) % 2, np.zeros((4, 3, 8, 8), np.uint8)
     sources = [ArraySource("folder", images, labels, ("a", "b")) for images in (pixels, pixels + 1, pixels)]
-    one, two, again = map(images_digest, sources)
+    one, two, again = map(pixels_of, sources)
     assert one == again != two
 
 

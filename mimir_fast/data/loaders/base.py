@@ -145,10 +145,12 @@ class Loader(ABC):
 
 
 def to_channels(images_BCHW: Tensor, channels: int) -> Tensor:
-    """(B, channels, H, W) uint8: grey repeated to colour, colour weighed to grey (ITU-R 601, rounded as PIL does)."""
+    """(B, channels, H, W): grey repeated to colour, colour weighed to grey (ITU-R 601; uint8 rounded as PIL does)."""
     if images_BCHW.shape[1] == channels:
         return images_BCHW
     if channels == 3:
         return images_BCHW.expand(-1, 3, -1, -1).contiguous()
     weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32, device=images_BCHW.device).view(1, 3, 1, 1)
+    if images_BCHW.is_floating_point():
+        return (images_BCHW * weights).sum(1, keepdim=True) / 2**16
     return (((images_BCHW.int() * weights).sum(1, keepdim=True) + 0x8000) >> 16).to(torch.uint8)

@@ -46,6 +46,6 @@ def whole_source(config: DataConfig, split: str) -> ImageSource:
 def part_of(source: ImageSource, config: DataConfig, split: str) -> ImageSource:
     """What of a whole source is the split's: `config.limit` of it, without or only what is held out."""
     if split == "held_out" or (split == "train" and config.hold_out):
-        rest, held = hold_out(len(source), config.hold_out)
+        rest, held = hold_out(source.labels, config.hold_out)
         source = subset(source, held if split == "held_out" else rest)
     return take_evenly(source, config.limit)

@@ -34,7 +34,7 @@ class ArchiveSource(EncodedSource):
         super().__init__(name, [], np.full(len(index["names"]), -1))
         self.path = path
         self.names, self.offsets, self.stored, self.sizes = (index[column] for column in _COLUMNS[:4])
-        self._is_zip = zipfile.is_zipfile(path)
+        self._is_zip = _is_zip(path)
 
     def read(self, index: int) -> bytes:
         stored, size = int(self.stored[index]), int(self.sizes[index])
@@ -80,7 +80,7 @@ def open_archive(name: str, path: Path, split: str) -> ArchiveSource | None:
     """
 
     def make() -> Arrays:
-        rows = sorted(_zip_members(path) if zipfile.is_zipfile(path) else _tar_members(path))
+        rows = sorted(_zip_members(path) if _is_zip(path) else _tar_members(path))
         images = [row for row in rows if is_image(row[0]) and not is_hidden(row[0])]
         numbers = np.array([row[1:] for row in images], np.int64).reshape(-1, 3).T
         others = sorted({row[0] for row in rows} - {row[0] for row in images})
@@ -100,13 +100,21 @@ def open_archive(name: str, path: Path, split: str) -> ArchiveSource | None:
     )
 
 
+def _is_zip(path: Path) -> bool:
+    """Also of a file that is cut short or empty, whose end does not say so."""
+    if zipfile.is_zipfile(path) or path.suffix.lower() == ".zip":
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
 def _zip_members(path: Path) -> list[tuple[str, int, int, int]]:
     """(name, offset of the header, bytes stored, bytes) of each file."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
     except (zipfile.BadZipFile, struct.error) as error:
-        raise ValueError(f"{path} is not a whole zip file ({error}); fetch it again") from error
+        raise ValueError(f"{path} is no zip file, or is cut short ({error}); make or fetch it again") from error
     for member in members:
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             how = "encrypted" if member.flag_bits & 1 else f"compressed by method {member.compress_type}"

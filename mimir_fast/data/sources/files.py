@@ -93,9 +93,8 @@ def list_images(root: Path, folder: Path, tops: list[str]) -> tuple[np.ndarray, 
         raise ValueError(f"the index of {folder} names files outside of it; remove {root / '.mimir_fast'}")
     say_others(folder, [os.fsdecode(bytes(name)) for name in index[others]])
     if empty := [top for top, count in zip(tops, index[counts].tolist(), strict=False) if count == 0]:
-        raise ValueError(
-            f"{folder / empty[0]} holds no images (.jpg, .png, …); add the images of this class or remove its folder"
-        )
+        remedy = "add the images of this class or remove its folder" if empty[0] else "is it the folder you meant?"
+        raise ValueError(f"{folder / empty[0]} holds no images (.jpg, .png, …); {remedy}")
     return index[paths], index[counts]
 
 

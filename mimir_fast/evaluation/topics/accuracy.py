@@ -104,7 +104,8 @@ def make_pgd_mi(config: CommonOptions, num_steps: int) -> NamedAttack:
     def run(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
         return pgd_mi(model, x, y, threat, weight=weight, estimator=estimator, samples=samples, seed=config.seed)  # type: ignore[arg-type]
 
-    parameters = {**parameters_of(threat), "weight": weight, "estimator": options.mi_estimator, "seed": config.seed}
+    parameters = {**parameters_of(threat), "weight": weight, "estimator": options.mi_estimator, "seed": config.seed,
+                  "batch_size": config.batch_size}  # fmt: skip
     return NamedAttack(f"pgd_mi{num_steps}", f"PGD-MI-{num_steps}", run, parameters, 3.0 * num_steps)
 
 
@@ -262,4 +263,10 @@ def columns(numbers: Numbers) -> list[Column]:
     return [Column(key, entry["label"], entry["accuracy"]) for key, entry in numbers["attacks"].items()]
 
 
-register(Topic(NAME, "Accuracy", measurements, summarize, render, 10, AccuracyOptions, columns=columns))
+def check(setup: Setup) -> None:
+    """Refuses more targets than there are wrong classes, before anything is measured."""
+    targets, wrong = options_of(setup.config, AccuracyOptions).targets, setup.num_classes - 1
+    check_number("targets", targets, at_most=max(1, wrong), hint=f"of {setup.num_classes} classes {wrong} are wrong")
+
+
+register(Topic(NAME, "Accuracy", measurements, summarize, render, 10, AccuracyOptions, check, columns=columns))

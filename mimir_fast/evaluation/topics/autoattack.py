@@ -153,7 +153,7 @@ def require_classes(count: int, attacks: Sequence[str]) -> None:
 
 @dataclass
 class Progress(AttackProgress):
-    """`batch` counts jobs where an attack runs in waves (`waves.Waves.run`).
+    """`batch` counts attempts where an attack runs in waves (`waves.Waves.run`).
 
     Attributes:
         after: accuracy count after each finished stage, `clean` first.
@@ -226,15 +226,14 @@ def run_autoattack(
         while progress.attack < len(names) and progress.remaining():
             name = names[progress.attack]
             started = time.perf_counter() - progress.seconds.get(name, 0.0)
-            done = progress.batch
+            done, stands = progress.batch, torch.tensor([found == UNBROKEN for found in progress.broken_by])
             if not exact and has_waves(name, norm, version):
                 prepared(attack, name)
                 waves = Waves(module, attack, name, norm, eps, seed, batch_size, device)
-                standing = set(progress.remaining())
                 total = waves.parts * len(progress.entered)
-                runs = waves.run(shard, progress.entered, standing, done)
+                runs = waves.run(shard, progress.entered, stands, done)
             else:
-                standing, total = set(), -(-len(progress.entered) // batch_size)
+                total = -(-len(progress.entered) // batch_size)
                 runs = batches(prepared(attack, name), shard, progress.entered, batch_size, device, done)
             for progress.batch, rows, adversarial in runs:
                 if len(rows):
@@ -242,7 +241,7 @@ def run_autoattack(
                     wrong = ~is_correct(module(adversarial), y)
                     for row in rows[wrong.cpu()].tolist():
                         progress.broken_by[row] = name
-                        standing.discard(row)
+                        stands[row] = False
                     if keep is not None and bool(wrong.any()):
                         keep(adversarial[wrong], y[wrong], shard.samples[rows][wrong.cpu()], name)
                 progress.seconds[name] = time.perf_counter() - started

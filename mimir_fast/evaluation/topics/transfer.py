@@ -124,7 +124,7 @@ def measurements(setup: Setup) -> list[Measurement]:
         name, parameters = f"transfer_{fingerprint(spec)[:8]}", make_pgd(config, STEPS, restarts=1).parameters
         found.append(_shown(setup, spec, name, of(spec), f"PGD-{STEPS} on {spec}", parameters))
         if lgv:
-            parameters = {**parameters_of(far), "random_start": False, "lgv": lgv}
+            parameters = {**parameters_of(far, adaptive=False), "random_start": False, "lgv": lgv}
             label = f"LGV-{LGV_STEPS} on {lgv['models']} models around {spec}"
             found.append(_shown(setup, spec, f"{name}_lgv", around(spec), label, parameters))
     return found
