@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimir_fast.ops._checks import as_samples, check_finite
+from mimir_fast.ops._checks import as_samples, check_finite, check_tensors
 from mimir_fast.ops._dispatch import runs_triton
 from mimir_fast.ops._precision import accumulation_dtype, full_precision
 from mimir_fast.ops.dependence.bandwidth import Bandwidth, Sigma, gamma, widths
 from mimir_fast.ops.dependence.pair_tiles import inner_product, kernel_from_gram_, pair_weights
-from mimir_fast.ops.global_batch import all_gather, group_size
+from mimir_fast.ops.global_batch import all_gather, check_same_shapes, group_size
 from mimir_fast.ops.hsic import Estimator, Normalizer, check_estimator, hsic, hsic_from_sums
 
 
@@ -44,18 +44,21 @@ def global_hsic(
     those of two ranks centred, and a few n×n tiles.
 
     Args:
-        x, y: (n, …) the samples of this rank, equally many on each.
+        x, y: (n, …) the samples of this rank, equally many on each, which is compared.
         group: the ranks taking part; all by default. The other options are those of `hsic`.
     Returns:
         scalar, float32 (float64 if an input is), differentiable once. Without torch.distributed it is `hsic`.
     Raises:
-        TypeError, ValueError: as `hsic`; the least number of samples is that of the global batch.
+        TypeError, ValueError: as `hsic`; the least number of samples is that of the global batch. Ranks hold batches of
+            other shapes.
         RuntimeError: a second derivative is asked for.
     """
     num_ranks = group_size(group)
     if num_ranks == 1:
         return hsic(x, y, sigma=sigma, bandwidth=bandwidth, estimator=estimator, normalizer=normalizer)
     sigma_x, sigma_y = widths(sigma)
+    check_tensors(x=x, y=y)
+    check_same_shapes(group, x=x, y=y)  # first: what follows may fail on a rank whose batch is too small
     x_nD, y_nD = as_samples(x, y, minimum=-(-check_estimator(estimator, normalizer) // num_ranks))
     with torch.no_grad():
         x_ND, y_ND = all_gather(x_nD, group), all_gather(y_nD, group)

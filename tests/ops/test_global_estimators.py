@@ -70,6 +70,22 @@ def both_gradients(rank: int) -> dict[str, torch.Tensor]:
     return {"value": value.detach(), "grad_x": grad_x / RANKS, "grad_y": grad_y / RANKS, "half": half}
 
 
+def uneven(rank: int) -> dict[str, torch.Tensor]:
+    """The last batch of a loader that keeps it: said by both ranks, which can go on."""
+    x, y = (t[: LOCAL - rank] for t in data())
+    says = r"x must have the same shape .* 8 samples of 48 numbers on rank 0 and 7 of 48 on rank 1"
+    with pytest.raises(ValueError, match=says):
+        gather_batch(x)
+    with pytest.raises(ValueError, match=says):
+        global_hsic(x, y)
+    with pytest.raises(ValueError, match="1 samples of 48 numbers on rank 0 and 0 of 0 on rank 1"):
+        global_hsic(x[: 1 - rank], y[: 1 - rank])  # too few on one of them
+    x, y = (t[:LOCAL] for t in data())
+    with pytest.raises(ValueError, match=r"y must have .* 8 samples of 20 numbers on rank 0 and 8 of 19 on rank 1"):
+        global_hsic(x, y[:, rank:])
+    return {"value": global_hsic(x, y)}
+
+
 class Largest(TorchDispatchMode):
     """How many numbers the largest float32 tensor had that was made inside."""
 
@@ -106,7 +122,7 @@ OPTIONS: dict[str, dict[str, str]] = {
 JOBS = {
     f"{p}-{name}": partial(train_step, penalty=p, **OPTIONS[name]) for p in ("gathered", "rows") for name in OPTIONS
 }
-JOBS |= {"both_gradients": both_gradients, "centred_panels": centred_panels, "streamed": streamed}
+JOBS |= {"both_gradients": both_gradients, "centred_panels": centred_panels, "streamed": streamed, "uneven": uneven}
 
 
 def test_a_streamed_metric_counts_the_batches_of_all_ranks(tmp_path: Path) -> None:
@@ -142,6 +158,10 @@ def test_row_blocks_give_both_gradients(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.cat([r[name] for r in ranks]), expected, rtol=1e-9, atol=1e-15)
     expected_half = hsic(x.detach().bfloat16(), y.detach().bfloat16())
     torch.testing.assert_close(ranks[0]["half"], expected_half, rtol=1e-5, atol=0)
+
+
+def test_ranks_with_unequal_batches_are_told_so(tmp_path: Path) -> None:
+    assert all("value" in result for result in run_ranks("uneven", tmp_path))
 
 
 def test_row_blocks_centre_the_samples_of_one_rank_at_a_time(tmp_path: Path) -> None:
