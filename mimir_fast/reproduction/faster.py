@@ -3,9 +3,9 @@
     stages     one stage (`single_stage`) against two: adv-MAE, then PGD adversarial training
     attacks    PGD adversarial training against its cheaper relatives, all from the same pre-trained weights
 
-Equal compute is equal floating-point operations (compute.py): an arm whose step costs half makes twice the steps, with
-the same peak learning rate and the same shape of its schedule. No arm is tuned by itself, nothing is chosen on test
-images, and the last weights are judged. Seconds are those of the process, on all its threads.
+Equal compute is equal floating-point operations (training/flops.py): an arm whose step costs half makes twice the
+steps, with the same peak learning rate and the same shape of its schedule. No arm is tuned by itself, nothing is chosen
+on test images, and the last weights are judged. Seconds are those of the process, on all its threads.
 """
 
 import json
@@ -18,11 +18,11 @@ from typing import Any, Literal, TypeVar
 from mimir_fast.data import build_source
 from mimir_fast.recipes import find_recipe
 from mimir_fast.reproduction.ablation import Ablation, CellResult, Row, read_results, run_ablation
-from mimir_fast.reproduction.compute import flops_of_step
 from mimir_fast.reproduction.fashion import SIZES, finetune_base, pretrain_base
 from mimir_fast.reproduction.stages import Judge, Say
 from mimir_fast.reproduction.tables import accuracies, markdown
 from mimir_fast.training.finetuning import FinetuneConfig
+from mimir_fast.training.flops import flops_of_step
 from mimir_fast.training.optimizer import OptimizerConfig
 from mimir_fast.training.pretraining import PretrainConfig, with_method
 

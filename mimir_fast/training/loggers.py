@@ -22,11 +22,17 @@ class Logger:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Take the numbers of a step (0-based), by name."""
 
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Take note of which numbers of a step, which `scalars` gets with all others, are those of an evaluation."""
+
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """Take a picture of a step, (H, W, 3) uint8."""
 
     def say(self, text: str) -> None:
         """A line for the person watching."""
+
+    def ended(self, error: BaseException) -> None:
+        """The run ends with an error, which the command prints."""
 
     def close(self) -> None:
         """Write what is still held, and free files and connections."""
@@ -50,11 +56,17 @@ class Loggers(Logger):
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._each(lambda logger: logger.scalars(step, values))
 
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        self._each(lambda logger: logger.evaluated(step, values))
+
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         self._each(lambda logger: logger.picture(step, name, image_HWC))
 
     def say(self, text: str) -> None:
         self._each(lambda logger: logger.say(text))
+
+    def ended(self, error: BaseException) -> None:
+        self._each(lambda logger: logger.ended(error))
 
     def close(self) -> None:
         self._each(lambda logger: logger.close())

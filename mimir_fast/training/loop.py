@@ -20,6 +20,7 @@ from mimir_fast.training.agreement import Agreement
 from mimir_fast.training.checkpointing import Checkpointing
 from mimir_fast.training.distributed import parallelize
 from mimir_fast.training.ema import Ema
+from mimir_fast.training.garbage import collect_after
 from mimir_fast.training.health import LossWatch, StepGuard, StopSignal, TrainingDiverged
 from mimir_fast.training.loggers import Logger
 from mimir_fast.training.meter import Meter
@@ -72,7 +73,9 @@ class Trainer:
         self.micro_batch = -(-run.batch_size // (world.size * accum_iter))
         self.step, self.skipped_files = 0, 0
         self._position, self._whole = loader.state_dict(), True  # as of the last step, which a run may stop after
-        self._meter = Meter(run.batch_size, world.size, loader)
+        self._meter = Meter(run.batch_size, world, loader)
+        self.ideal_seconds: float | None = None
+        """Of a step, were every device at its peak (flops.py); None where that is not known."""
 
     def restore(self, checkpoint: Path, meta: dict[str, Any]) -> None:
         """Go on from a checkpoint; another optimizer than its own starts without state. Collective.
@@ -111,10 +114,7 @@ class Trainer:
                     micro = [next(batches) for _ in range(self.accum_iter)]
                 self._meter.add(self.train_step(micro))
                 watchdog.beat(self.step)
-                if self.step == 1 or self.step % self.run.log_every == 0 or self.step == last:
-                    self._log()
-                if self._ends_epoch():
-                    self._evaluate(watchdog)
+                self._report(watchdog, logs=self.step in (1, last) or self.step % self.run.log_every == 0)
                 timed = self.checkpoints.time_is_up()
                 asked, timed = agreement.ask(self.step, stop=stop.received is not None, save=timed)
                 stopping = stopping or asked
@@ -124,6 +124,7 @@ class Trainer:
                     self.checkpoints.save(self.step, *self._state())
                 if self.run.picture_every and self.step % self.run.picture_every == 0 and self.step < self.total_steps:
                     self._pictures(micro[0])
+                collect_after(self.step)
                 after_step()
                 if stopping and self._whole:
                     self.logger.say(f"{stop.received or 'a signal on another rank'}: saving and leaving")
@@ -213,18 +214,29 @@ class Trainer:
         before = (self.step - 1) // self.task.replays * self.task.replays * self.run.batch_size
         return (self._whole and done // per_epoch > before // per_epoch) or self.step == self.total_steps
 
-    def _evaluate(self, watchdog: Watchdog) -> None:
+    def _report(self, watchdog: Watchdog, *, logs: bool) -> None:
+        """Log the numbers of a step, those of an evaluation with them."""
+        values = self._read() if logs else {}
+        try:
+            if self._ends_epoch():
+                values |= self._evaluate(watchdog)
+        finally:
+            if values:
+                self.logger.scalars(self.step - 1, values)
+
+    def _evaluate(self, watchdog: Watchdog) -> dict[str, float]:
         watchdog.allow()
         with self.ema.swapped() if self.ema is not None else nullcontext(), self._autocast():
             values = self.task.evaluate(self.model, step=self.step)
         watchdog.beat(self.step)
         if values:
-            self.logger.scalars(self.step - 1, values)
+            self.logger.evaluated(self.step - 1, values)
             self._meter.restart()
         if alarm := self.task.alarm():
             self.logger.say(f"WARNING: {alarm}")
         if "score" in values:
             self.checkpoints.scored(self.step, values["score"])
+        return values
 
     def _pictures(self, batch: Batch) -> None:
         """Decoration: it is not worth a run."""
@@ -236,14 +248,16 @@ class Trainer:
         for name, image in pictures.items():
             self.logger.picture(self.step - 1, name, image)
 
-    def _log(self) -> None:
-        values = self._meter.read(self.world.device)
+    def _read(self) -> dict[str, float]:
+        values = self._meter.read()
         self.losses.note(values["loss"])
         self.skipped_files = int(values.get("skipped_files", 0))
         values["lr"] = self.optimizer.param_groups[-1]["lr"]
         values["epoch"] = self.step * self.run.batch_size / self.loader.epoch_length
         if self.step > 1:  # the first step compiles and allocates, it says nothing of the others
             values["eta_s"] = (self.total_steps - self.step) * self.run.batch_size / max(values["images_per_s"], 1e-9)
+            if self.ideal_seconds is not None:
+                values["mfu"] = self.ideal_seconds / values["step_s"]
         if self.guard.skipped:
             values["skipped_steps"] = self.guard.skipped
-        self.logger.scalars(self.step - 1, values)
+        return values

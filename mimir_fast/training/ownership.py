@@ -29,7 +29,7 @@ _LEFTOVER = (
 )
 # A pattern of names → None for what is ours with all that is in it, or the names that are ours inside.
 _NAMES: Mapping[str, Any] = {
-    rf"environment\.json|weights\.json|metrics\.jsonl|diverged\.json|curves\.png|{_LEFTOVER[0]}": None,
+    rf"environment\.json|weights\.json|metrics\.jsonl|log\.txt|diverged\.json|curves\.png|{_LEFTOVER[0]}": None,
     r"checkpoints": {rf"step-\d{{8}}(\.damaged|\.diverged)?|best|{_LEFTOVER[1]}": None},
     r"hangs": {r"step-\d{8}": None},
     r"tensorboard": {r"events\.out\.tfevents\..*": None},

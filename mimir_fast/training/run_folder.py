@@ -5,7 +5,8 @@ have been built, writes. A command line that fails before leaves the folder as i
 
 config.json        the resolved configuration     environment.json   versions, machine, commit, processes of each start
 metrics.jsonl      one line a logged step         checkpoints/       step-…/, best -> the best of them
-.lock              who works here                 diverged.json      why it must not simply be started again
+log.txt            all that was said, with times  diverged.json      why it must not simply be started again
+.lock              who works here
 """
 
 import dataclasses

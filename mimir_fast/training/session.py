@@ -12,6 +12,8 @@ from mimir_fast.data import DataConfig, build_loader
 from mimir_fast.layers.attention import attention_backend
 from mimir_fast.methods.registry import Objective
 from mimir_fast.models.freezing import count_parameters
+from mimir_fast.training.flops import flops_of_step, peak_flops
+from mimir_fast.training.garbage import collected_by_hand
 from mimir_fast.training.health import StopSignal
 from mimir_fast.training.launch import FINISHED, INTERRUPTED
 from mimir_fast.training.loggers import (
@@ -32,7 +34,7 @@ from mimir_fast.training.rehearsal import rehearse
 from mimir_fast.training.run_config import RunConfig
 from mimir_fast.training.run_folder import RunFolder
 from mimir_fast.training.task import Task
-from mimir_fast.training.terminal import Terminal
+from mimir_fast.training.terminal import LogFile, Terminal
 from mimir_fast.training.watchdog import Watchdog
 from mimir_fast.versions import python_command
 from mimir_fast.world import World, start_world, stop_world
@@ -106,14 +108,18 @@ def _run(
         logger.say(f"{trainer.task.describe(trainer.loader.num_samples)}\n{surroundings(config, trainer)}")
         if checkpoint is not None:
             logger.say(resumed(trainer, read_meta(checkpoint)))
+        trainer.ideal_seconds = ideal_seconds(config, trainer)
         stop.training = True
         try:
-            with profiled(run.profile, folder.path / "profile", world) as after_step:
+            with profiled(run.profile, folder.path / "profile", world) as after_step, collected_by_hand():
                 finished = trainer.train(stop, watchdog, after_step)
             if world.is_main:
                 if finished or stop.received == "SIGINT":
                     folder.end(FINISHED if finished else INTERRUPTED)
                 logger.say(closing_words(trainer, finished, then))
+        except Exception as error:
+            logger.ended(error)
+            raise
         finally:
             logger.close()
             trainer.loader.close()
@@ -164,19 +170,33 @@ def batches(trainer: Trainer) -> tuple[int, int, int]:
 
 
 def build_logger(config: Any, folder: RunFolder, trainer: Trainer) -> Logger:
-    """Terminal, metrics.jsonl, TensorBoard and PNG files on the main rank, and what else is asked for."""
+    """Terminal, metrics.jsonl, log.txt, TensorBoard and PNG files on the main rank, and what else is asked for."""
     if not folder.world.is_main:
         return Logger()
     path, first = folder.path, trainer.step
     builders: dict[str, Callable[[], Logger]] = {
         "the terminal": lambda: Terminal(trainer.total_steps, first),
         "metrics.jsonl": lambda: JsonLines(path / "metrics.jsonl", first),
+        "log.txt": lambda: LogFile(path / "log.txt", trainer.total_steps, first),
         "TensorBoard": lambda: TensorBoard(path / "tensorboard", first),
         "pictures": lambda: Pictures(path / "pictures"),
     }
     if config.run.wandb:
         builders["Weights & Biases"] = lambda: WeightsAndBiases(config.run.wandb, path, trainer.config)
     return Loggers(builders)
+
+
+def ideal_seconds(config: SessionConfig, trainer: Trainer) -> float | None:
+    """Of a step, were every device at its peak; None where that, or what a step computes, is not known."""
+    world = trainer.world
+    peak = peak_flops(world.device, bf16=trainer.precision.bf16) if world.is_main else None
+    if peak is None:
+        return None
+    try:
+        return flops_of_step(config) / (world.size * peak)
+    except Exception as error:  # somebody's own method or family may need numbers; it is decoration
+        trainer.logger.say(f"NOTE: no MFU, since the operations of a step cannot be counted: {error}")
+        return None
 
 
 def surroundings(config: SessionConfig, trainer: Trainer) -> str:

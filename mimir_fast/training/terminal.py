@@ -1,5 +1,7 @@
 """What a person sees of a run: plain lines in a file or a pipe, and on a terminal one line that stays at the bottom.
 
+The plain lines are kept in the run's log.txt as well, each with its time.
+
     step 120/468 ━━━━━━━━───────────── 1 min 12 s left  loss 0.4127  reconstruction 0.4101  624 images/s
 
 Step, bar, time left and loss come first, then as many of the other numbers as the columns hold; none is cut in half.
@@ -7,7 +9,9 @@ Step, bar, time left and loss come first, then as many of the other numbers as t
 
 import math
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimir_fast.training.loggers import Logger
@@ -36,14 +40,15 @@ class Terminal(Logger):
             self._live.start(refresh=True)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        numbers = self._line.take(step, values)
+        plain = self._line.take(step, values)
         if self._live is None:
-            eta = f"  eta {duration(values['eta_s'])}" if "eta_s" in values else ""
-            print(f"step {step + 1}/{self._line.total}  {'  '.join(numbers)}{eta}", flush=True)
-        elif "loss" in values:
+            print(plain, flush=True)
+        else:
             self._live.refresh()
-        else:  # of an evaluation: kept in sight, the next step would replace it
-            self.say(f"step {step + 1}/{self._line.total}  {'  '.join(numbers)}")
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        if self._live is not None:  # kept in sight, the next step would replace it
+            self.say(f"step {step + 1}/{self._line.total}  {'  '.join(in_words(values))}")
 
     def say(self, text: str) -> None:
         if self._live is not None:
@@ -54,6 +59,28 @@ class Terminal(Logger):
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
+
+
+class LogFile(Logger):
+    """All lines of all starts of a run, each with its time, and what ended a start."""
+
+    def __init__(self, path: Path, total_steps: int, first_step: int) -> None:
+        self._line = ProgressLine(total_steps, first_step)
+        self._file = path.open("a")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.say(self._line.take(step, values))
+
+    def say(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._file.write("".join(f"{stamp}  {line}\n" for line in text.splitlines()))
+        self._file.flush()
+
+    def ended(self, error: BaseException) -> None:
+        self.say(f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class ProgressLine:
@@ -67,15 +94,15 @@ class ProgressLine:
         self.total, self._done = total, done
         self._left, self._numbers = "", list[str]()
 
-    def take(self, step: int, values: dict[str, float]) -> list[str]:
-        """Remember the numbers of a step (0-based); they in words, loss first."""
-        ordered = sorted(values.items(), key=lambda item: item[0] != "loss")
-        numbers = [describe(name, value) for name, value in ordered if name != "eta_s"]
+    def take(self, step: int, values: dict[str, float]) -> str:
+        """Remember the numbers of a step (0-based); a plain line of all of them."""
+        numbers = in_words(values)
         self._done = step + 1
         if "loss" in values:
             self._left = f" {duration(values['eta_s'])} left" if "eta_s" in values else ""
             self._numbers = numbers
-        return numbers
+        eta = f"  eta {duration(values['eta_s'])}" if "eta_s" in values else ""
+        return f"step {step + 1}/{self.total}  {'  '.join(numbers)}{eta}"
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[Text]":
         yield self.text(options.max_width, ascii_only=options.ascii_only)
@@ -100,10 +127,18 @@ class ProgressLine:
         return line
 
 
+def in_words(values: dict[str, float]) -> list[str]:
+    """Each number as a person reads it, loss first; the time left is not among them."""
+    ordered = sorted(values.items(), key=lambda item: item[0] != "loss")
+    return [describe(name, value) for name, value in ordered if name != "eta_s"]
+
+
 def describe(name: str, value: float) -> str:
     """`name value` in the digits a person needs."""
     if name == "data_wait":
         return f"data-wait {value:.1%}"
+    if name == "mfu":
+        return f"MFU {value:.1%}"
     if name == "images_per_s":
         return f"{value:,.0f} images/s"
     if name == "memory_gib":

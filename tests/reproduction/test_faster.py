@@ -10,9 +10,9 @@ import pytest
 from mimir_fast.recipes import find_recipe
 from mimir_fast.reproduce import config_from
 from mimir_fast.reproduction import faster
-from mimir_fast.reproduction.compute import flops_of_step
 from mimir_fast.reproduction.faster import Arm, Estimate, Experiment, arms_of, run_faster, tables, tunings
 from mimir_fast.training.finetuning import FinetuneConfig
+from mimir_fast.training.flops import flops_of_step
 
 TUNED = ("pgd", "free")
 DOCS = Path(__file__).parents[2] / "docs"

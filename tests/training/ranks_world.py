@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from small_models import masked_vit
@@ -28,6 +29,7 @@ from mimir_fast.models.masked_model import View
 from mimir_fast.pretrain import config_from
 from mimir_fast.training.agreement import MAX_STEPS, Agreement
 from mimir_fast.training.distributed import parallelize
+from mimir_fast.training.meter import Meter
 from mimir_fast.training.run_folder import RunFolder
 from mimir_fast.training.statistics import StatisticsGuard
 from mimir_fast.world import start_world, stop_world
@@ -122,6 +124,16 @@ guard.before_step()
 norm(torch.tensor([[0.0, 0.0], [2.0, 4.0]]) * (1 + rank))
 guard.after_step(torch.tensor(True))
 found["statistics"] = [norm.running_mean.tolist(), norm.running_var.tolist()]
+
+
+# The first rank trains on more lost files, the second waits for data: what is logged is of all.
+loader = SimpleNamespace(wait_seconds=0.0, skipped=["a", "b"][rank:])
+meter = Meter(32, world, loader)  # type: ignore[arg-type]
+for value in (1.0, 3.0):
+    meter.add({"loss": torch.tensor(value + 10 * rank)})
+time.sleep(0.2)
+loader.wait_seconds = 0.1 * rank
+found["meter"] = meter.read()
 
 
 # FSDP: an attack of three steps, then a training pass; how often parameters are gathered, and the gradients.

@@ -71,6 +71,9 @@ def test_a_run_probes_and_keeps_best_and_last(whole_run: Path) -> None:
     probes = [line for line in metrics(whole_run) if "pgd" in line]
     assert len(probes) == 2  # after the epoch of four steps, and at the end
     assert all(0 <= line[name] <= 1 for line in probes for name in ("natural", "fgsm", "pgd", "score"))
+    assert [line["step"] for line in metrics(whole_run)] == list(range(STEPS)), "one line a step"
+    said = (whole_run / "log.txt").read_text()
+    assert f"step {STEPS}/{STEPS}  loss " in said and "natural" in said and f"done: {STEPS} steps" in said
     names = {p.name for p in (whole_run / "checkpoints").iterdir()}
     assert {"best", f"step-{STEPS:08d}"} <= names
     assert read_meta(whole_run / "checkpoints" / "best")["best_score"] == max(line["score"] for line in probes)

@@ -23,7 +23,7 @@ from mimir_fast.training.loggers import (
     read_lines,
 )
 from mimir_fast.training.pictures import save_curves
-from mimir_fast.training.terminal import Terminal, duration
+from mimir_fast.training.terminal import LogFile, Terminal, duration
 
 
 class TestJsonLines:
@@ -53,6 +53,20 @@ class TestJsonLines:
         logger.scalars(0, {"loss": math.nan})
         logger.close()
         assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 0, "loss": None}
+
+    def test_the_log_file_goes_on_and_says_what_ended_a_start(self, tmp_path: Path) -> None:
+        path = tmp_path / "log.txt"
+        for first in (0, 3):
+            log = LogFile(path, 10, first)
+            log.say("two\nlines")
+            log.scalars(first, {"loss": 0.5, "eta_s": 9.0})
+            log.ended(OSError("no space"))
+            log.close()
+        words = [line.split("  ", 1) for line in path.read_text().splitlines()]
+        assert all(time.strptime(stamp, "%Y-%m-%d %H:%M:%S") for stamp, _ in words)
+        step = "step {}/10  loss 0.5000  eta 9 s"
+        said = [["two", "lines", step.format(n), "OSError: no space"] for n in (1, 4)]
+        assert [text for _, text in words] == [*said[0], *said[1]]
 
     def test_durations(self) -> None:
         assert [duration(s) for s in (12, 185, 3720)] == ["12 s", "3 min 05 s", "1 h 02 min"]

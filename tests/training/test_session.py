@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from mimir_fast.checkpoints.reading import checkpoints_of, read_meta, read_tensors
 from mimir_fast.data.order import BatchPlan, Cursor
+from mimir_fast.methods.registry import all_methods
 from mimir_fast.pretrain import config_from
-from mimir_fast.training import precision
+from mimir_fast.training import flops, precision, session
 from mimir_fast.training.health import LossWatch, TrainingDiverged
 from mimir_fast.training.precision import choose_precision
 from mimir_fast.training.pretraining import PretrainConfig, Pretraining, pretrain
@@ -27,6 +28,9 @@ SMALL = [
 ]  # fmt: skip
 
 
+PEAK = 1e12
+
+
 def small(folder: Path, *extra: str) -> PretrainConfig:
     return config_from([*SMALL, "--output_dir", str(folder), *extra])
 
@@ -37,8 +41,31 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fp32, never interrupted."""
-    return pretrain(small(tmp_path_factory.mktemp("whole") / "run", "--precision", "fp32"))
+    """fp32, never interrupted, on a device whose peak is known."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "peak_flops", lambda device, *, bf16: PEAK)
+        return pretrain(small(tmp_path_factory.mktemp("whole") / "run", "--precision", "fp32"))
+
+
+class TestUtilization:
+    def test_is_what_the_formula_says(self, whole_run: Path) -> None:
+        first, *lines = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+        ideal = flops.flops_of_step(small(whole_run)) / PEAK
+        assert "mfu" not in first and all(line["mfu"] * line["step_s"] == pytest.approx(ideal) for line in lines)
+
+    @pytest.mark.parametrize(
+        ("name", "peak"),
+        [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA GB200", 2.5e15),
+         ("NVIDIA L40S", 362e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce GTX 1080", None)],
+    )  # fmt: skip
+    def test_knows_devices(self, name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert flops.peak_flops(torch.device("cuda"), bf16=True) == peak
+        assert flops.peak_flops(torch.device("cuda"), bf16=False) is flops.peak_flops(torch.device("cpu"), bf16=True)
+
+    @pytest.mark.parametrize("method", all_methods("pretrain"))
+    def test_counts_every_method(self, method: str, tmp_path: Path) -> None:
+        assert flops.flops_of_step(small(tmp_path, "--method", method)) > 0
 
 
 class TestPrecision:

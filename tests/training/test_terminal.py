@@ -53,7 +53,7 @@ def test_on_the_screen(columns: int) -> None:
         terminal = Terminal(468, 0)
         terminal.say("what a run says first, in more than sixty columns so that it goes on in the next line")
         terminal.scalars(119, VALUES)
-        terminal.scalars(119, {"natural": 0.97, "score": 0.5})
+        terminal.evaluated(119, {"natural": 0.97, "score": 0.5})
         terminal.scalars(139, VALUES)
         return terminal
 

@@ -109,6 +109,16 @@ def test_running_statistics_are_the_mean_over_ranks(ranks: list[dict[str, Any]])
         assert means == pytest.approx([0.15, 0.3]) and variances == pytest.approx([0.9 + 0.5, 0.9 + 2.0])
 
 
+def test_the_slowest_rank_is_what_is_logged(ranks: list[dict[str, Any]]) -> None:
+    """Rank 0 alone said that nobody waited for data."""
+    for found in ranks:
+        values = found["meter"]
+        assert values["loss"] == 7 and values["skipped_files"] == 3 and values["data_wait_rank"] == 1
+        assert values["step_s"] >= 0.1 and values["images_per_s"] == pytest.approx(32 / values["step_s"])
+        assert 0 < values["data_wait"] <= 0.5 and values["memory_gib"] > 0
+    assert ranks[0]["meter"] == ranks[1]["meter"]
+
+
 def test_fsdp_gathers_once_for_the_attack_and_the_training_forward(ranks: list[dict[str, Any]]) -> None:
     """Three blocks and a root: 4 all-gathers for the attack's six passes and the training forward, 3 for the blocks in
     the training backward. Resharding after each pass took about 3 · (4 + 3) + 7."""
