@@ -1,5 +1,6 @@
 """Worker processes: killed ones are started again, none needs /dev/shm, errors arrive, nothing stays behind."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 from mimir_fast.data import DataConfig, build_loader
 from mimir_fast.data.loaders.processes import MAX_RESTARTS, WorkerKilledError, Workers
 from mimir_fast.data.order import BatchPlan, KeyStream, SampleOrder
+from mimir_fast.training.garbage import collected_by_hand
 
 
 def fill(key, slot):
@@ -47,7 +49,7 @@ def test_an_error_in_a_worker_is_raised_here_with_its_place():
     workers.close()
 
 
-@pytest.mark.parametrize("how", [signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGINT])
 def test_warnings_to_the_whole_job_are_the_parents_affair(how):
     """A terminal that closes and a scheduler before its limit signal every process; the parent saves and ends them."""
     handler = signal.signal(how, lambda *_: os._exit(1))  # what workers inherit from a training process
@@ -61,6 +63,16 @@ def test_warnings_to_the_whole_job_are_the_parents_affair(how):
     finally:
         workers.close()
         signal.signal(how, handler)
+
+
+def test_a_worker_collects_its_garbage_while_its_parent_trains():
+    """It is forked from a process whose collector may be off."""
+    with collected_by_hand():
+        assert not gc.isenabled()
+        workers = Workers(lambda key, slot: gc.isenabled(), (3, 5), 1)
+        assert all(collects for _, collects in workers.read(keys(6, 3)))
+        workers.close()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

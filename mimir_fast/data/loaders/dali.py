@@ -11,6 +11,7 @@ visits the host. On a CPU the fused crop takes a fifth of the time of DALI's res
 worker processes, bit for bit: DALI's libjpeg-turbo decodes as PIL's does.
 """
 
+import gc
 import logging
 import multiprocessing
 from collections.abc import Generator
@@ -253,6 +254,7 @@ class _Feed:
         """
         if multiprocessing.parent_process() is not None:
             torch.set_num_threads(1)  # a forked process cannot use its parent's OpenMP threads: it would hang
+            gc.enable()  # in its parent it is off while a run trains
         if not self.keys.has(number):
             raise StopIteration
         wanted, epochs = self.keys[number]

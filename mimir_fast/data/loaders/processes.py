@@ -6,6 +6,7 @@ step. Here the memory is mapped once and anonymous (no /dev/shm), and a killed w
 owed: they are functions of their numbers, so nothing is lost.
 """
 
+import gc
 import logging
 import mmap
 import multiprocessing
@@ -146,8 +147,10 @@ def _work(fill: Fill, slots: np.ndarray, pipe: Any, parents: Any, parent: int) -
     parents.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for warning in (signal.SIGUSR1, signal.SIGHUP):  # goes to all processes of a job or terminal: the parent's affair
+    # These go to all processes of a job or terminal: the parent's affair.
+    for warning in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU):
         signal.signal(warning, signal.SIG_IGN)
+    gc.enable()  # in its parent it is off while a run trains (training/garbage.py)
     torch.set_num_threads(1)  # a forked process cannot use its parent's OpenMP threads: it would hang
     while True:
         while not pipe.poll(_PATIENCE):
