@@ -1,7 +1,8 @@
 # mimir-fast with CUDA, DALI and xformers. A driver for CUDA 13 and the NVIDIA container toolkit are the host's part.
 #
 #   docker build -t mimir-fast .
-#   docker run --gpus all --ipc host -v /data:/data -v $PWD/runs:/work/runs mimir-fast \
+#   mkdir -p runs
+#   docker run --gpus all --ipc host --user $(id -u):$(id -g) -v /data:/data -v $PWD/runs:/work/runs mimir-fast \
 #       torchrun --nproc_per_node 8 -m mimir_fast.pretrain --recipe imagenet/mimir_vit_base --data.root /data/imagenet
 FROM python:3.12-slim-bookworm AS build
 # hadolint ignore=DL3008
@@ -20,8 +21,11 @@ FROM python:3.12-slim-bookworm
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libgomp1 && rm -rf /var/lib/apt/lists/*
 COPY --from=build /wheels /wheels
 RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[all,xformers]" && rm -rf /wheels
+# Any user may be given, so that what is written to a mount is the owner's of the mount: a home that all may write to, and
+# a name, which torch asks for and a number without an entry in /etc/passwd has not.
 # No compiled graphs (TORCHINDUCTOR_CACHE_DIR) in the image: one processor's may compute wrong numbers on another.
-RUN useradd --create-home --uid 1000 mimir && mkdir /work && chown mimir /work
+RUN useradd --create-home --uid 1000 mimir && mkdir /work && chown mimir /work && chmod 1777 /home/mimir /work
+ENV HOME=/home/mimir USER=mimir LOGNAME=mimir
 USER 1000
 WORKDIR /work
 CMD ["mimir-fast", "info"]

@@ -83,11 +83,15 @@ def test_dockerfile() -> None:
     text = (ROOT / "Dockerfile").read_text()
     lines = re.sub(r"\\\n\s*", " ", re.sub(r"^#.*\n", "", text, flags=re.M)).splitlines()
     words = [line.split() for line in lines if line.strip()]
-    assert {line[0] for line in words} <= {"FROM", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
+    assert {line[0] for line in words} <= {"FROM", "RUN", "WORKDIR", "COPY", "USER", "CMD", "ENV"}
     assert words[0][0] == "FROM" and sum(line[0] == "FROM" for line in words) == 2
     for line in words:
         if line[0] == "COPY" and not line[1].startswith("--from"):
             assert all((ROOT / source).exists() for source in line[1:-1]), line
+    # Started as the owner of a mount, who has no entry in /etc/passwd: a home to write to, and a name for getpass.
+    (environment,) = [dict(word.split("=") for word in line[1:]) for line in words if line[0] == "ENV"]
+    assert environment.keys() == {"HOME", "USER", "LOGNAME"} and f"chmod 1777 {environment['HOME']} /work" in text
+    assert "docker run" in text and all("--user $(id -u):$(id -g)" in run for run in text.split("docker run")[1:])
     # What setup.py and pyproject.toml need is copied.
     copied = {source for line in words if line[0] == "COPY" for source in line[1:-1]}
     assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "kernels", "mimir_fast"} <= copied
