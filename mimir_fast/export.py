@@ -1,4 +1,4 @@
-"""Take a model out of a run: for timm, transformers, ONNX, torch.export, TorchScript, or as one safetensors file.
+"""Take a model out of a run: for timm, transformers, ONNX, torch.export, TorchScript, DCP, or as a safetensors file.
 
 python -m mimir_fast.export runs/digits/mimir_vit_nano --format timm --output encoder.safetensors
 python -m mimir_fast.export runs/digits/pgd_vit_nano --format onnx --output robust.onnx
@@ -7,7 +7,8 @@ python -m mimir_fast.export runs/digits/pgd_vit_nano --format hf --output hub/ro
 Of a fine-tuned run the whole classifier, images in [0, 1] to logits, with the normalisation inside; of a pre-training
 run the encoder, images to tokens (`hf`: a ViT's decoder too). Nothing is written before it was read back by the
 format's own library and gave what the original gives, on random images in batches of another size than it was recorded
-with. `safetensors` holds all weights and the configuration; `--init` and `--checkpoint` of our commands take it.
+with. `safetensors` and `dcp` hold all weights and the configuration; `--init` and `--checkpoint` of our commands take
+both.
 """
 
 import sys
@@ -18,6 +19,7 @@ from typing import Annotated, Literal
 
 from mimir_fast._tyro import tyro
 from mimir_fast.checkpoints.durable import PARTIAL, move, remove, sync
+from mimir_fast.checkpoints.reading import refuse_checkpoints
 from mimir_fast.cli import parse, run
 from mimir_fast.exporting.compare import BATCHES, TOLERANCE
 from mimir_fast.exporting.formats import FORMATS, Format
@@ -29,9 +31,6 @@ from mimir_fast.models.loading import inspect_weights
 from mimir_fast.models.normalization import choice_note
 from mimir_fast.validation import without
 
-FOLDER = {"config.json", "preprocessor_config.json", "model.safetensors"}
-"""What a folder may hold that is replaced."""
-
 
 @dataclass
 class ExportConfig(SourceOptions):
@@ -40,14 +39,15 @@ class ExportConfig(SourceOptions):
     source: Annotated[str, tyro.conf.Positional]
     """A run folder, a checkpoint folder, or any file --init takes."""
     output: str
-    """The file to write, .safetensors, .onnx, .pt2 or .ts after its format; for hf a folder."""
+    """The file to write, .safetensors, .onnx, .pt2 or .ts after its format; for hf and dcp a folder."""
     format: str = "timm"
     """`timm`: for timm's class. `hf`: a folder for transformers. `onnx`, `pt2` (torch.export), `torchscript`: a program
-    for any number of images in [0, 1]. `safetensors`: all weights, for our own commands."""
+    for any number of images in [0, 1]. `safetensors`: all weights, for our own commands. `dcp`: the same as a folder of
+    torch.distributed.checkpoint."""
     domain: Literal["", "clean", "adversarial"] = ""
-    """Of weights with adapters (AEMIM), whose norms and cls token; clean when not said. safetensors keeps both."""
+    """Of weights with adapters (AEMIM), whose norms and cls token; clean when not said. safetensors, dcp: both."""
     overwrite: bool = False
-    """Replace an existing file, or a folder of these three files."""
+    """Replace an existing file, or a folder of the format's files."""
     imports: Imports = ()
     """Module that registers the family of the weights; a run's own are imported unasked."""
 
@@ -57,7 +57,7 @@ class ExportConfig(SourceOptions):
 
     def idle(self) -> dict[str, str]:
         """Options that do nothing as the others are."""
-        return without(self.format != "safetensors", "--format safetensors keeps both", "domain")
+        return without(not FORMATS.find(self.format).keeps_all, f"--format {self.format} keeps both", "domain")
 
 
 def export(config: ExportConfig) -> Path:
@@ -74,7 +74,7 @@ def export(config: ExportConfig) -> Path:
     _check_free(form, path, config.overwrite)
     weights = config.read(config.source)
     domain: Domain = config.domain or "clean"
-    if not config.domain and form.name != "safetensors" and any(is_adapter(name) for name in weights.tensors):
+    if not config.domain and not form.keeps_all and any(is_adapter(name) for name in weights.tensors):
         print(
             "these weights keep their norms for clean and for adversarial images: the clean ones are exported "
             "(--domain adversarial for the others)"
@@ -86,7 +86,7 @@ def export(config: ExportConfig) -> Path:
     original = Original(weights, domain, config.statistics)
     largest = _write(form, original, path)
     same = "its tensors are the original's"
-    if form.name != "safetensors":
+    if not form.keeps_all:
         batches = " and ".join(map(str, BATCHES))
         same = f"its {original.output} are the original's up to {largest:.1e} of the largest (batches of {batches})"
     print(f"{weights.origin}\n  -> {path} written, format {form.name}: {same}\nuse: {form.use(original, path)}")
@@ -96,16 +96,18 @@ def export(config: ExportConfig) -> Path:
 def _check_free(form: Format, path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another --output, or --overwrite")
-    if (path.parent / "meta.json").exists():
-        raise FileExistsError(
-            f"{path.parent} is a checkpoint, which another file would damage: choose another --output"
-        )
+    refuse_checkpoints(path.parent)
     if path.is_dir() and form.suffix:
         raise FileExistsError(f"{path} is a folder: choose another --output")
     if path.is_file() and not form.suffix:
         raise FileExistsError(f"{path} is a file, and --format {form.name} writes a folder: choose another --output")
-    if path.is_dir() and (others := {inside.name for inside in path.iterdir()} - FOLDER):
-        raise FileExistsError(f"{path} holds {', '.join(sorted(others)[:3])} too: choose another --output")
+    if path.is_dir() and (inside := {inside.name for inside in path.iterdir()}):
+        if others := inside - form.holds:
+            raise FileExistsError(f"{path} holds {', '.join(sorted(others)[:3])} too: choose another --output")
+        if not form.wrote(path):
+            raise FileExistsError(
+                f"{path} was not written by this command (or by an older one): choose another --output, or delete it"
+            )
 
 
 def _write(form: Format, original: Original, path: Path) -> float:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from torch import nn
 
+from mimir_fast.checkpoints.reading import refuse_checkpoints
 from mimir_fast.checkpoints.tensor_files import save_tensors
 from mimir_fast.exporting.timm_hub import timm_config
 from mimir_fast.hub_config import public_config
@@ -176,7 +177,8 @@ class HubMaskedModel(_OnTheHub, MaskedModel):
 
 
 def refuse_others_files(folder: Path) -> None:
-    """Raises FileExistsError where saving would replace files that no earlier saving wrote."""
+    """Raises FileExistsError where saving would replace files that no earlier saving wrote, or damage a checkpoint."""
+    refuse_checkpoints(folder)
     if folder.is_dir() and CARD_MARK in _text_of(folder / "README.md") and not is_run(folder):
         return
     found = [

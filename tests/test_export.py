@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from file_state import file_state, load_file_state
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.export import ExportConfig, export
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier, load_classifier
 from mimir_fast.models.masked_model import ModelConfig, View, build_masked_model
-from mimir_fast.models.weight_files import WeightsError
+from mimir_fast.models.weight_files import WeightsError, read_weights
 from mimir_fast.ops.patches import patchify
 
 
@@ -81,6 +82,38 @@ def test_our_own_format_keeps_the_decoder(pretrained: tuple[Path, torch.nn.Modul
     assert set(load_file(path)) == set(file_state(model))
 
 
+def test_a_folder_for_torch_distributed_checkpoint(
+    finetuned: tuple[Path, torch.nn.Module], pretrained: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    """There and back, and by torch's own function into a model; an encoder goes on with its decoder."""
+    (run, model), folder = finetuned, tmp_path / "dcp"
+    for overwrite in (False, True):
+        export(ExportConfig(str(run), str(folder), format="dcp", overwrite=overwrite))
+    weights = read_weights(folder)
+    assert weights.config and weights.normalization == read_weights(run).normalization is not None
+    assert {n: t.tolist() for n, t in weights.tensors.items()} == {n: t.tolist() for n, t in file_state(model).items()}
+    state = {name: torch.zeros_like(tensor) for name, tensor in file_state(model).items()}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    assert all(torch.equal(state[name], tensor) for name, tensor in file_state(model).items())
+    export(ExportConfig(str(pretrained[0]), str(tmp_path / "masked"), format="dcp"))
+    assert set(read_weights(tmp_path / "masked").tensors) == set(file_state(pretrained[1]))
+    with pytest.raises(FileExistsError, match="is a checkpoint, which another file would damage"):
+        export(ExportConfig(str(run), str(folder / "model.safetensors")))
+
+
+def test_a_folder_that_a_trainer_wrote(finetuned: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    """As torchtitan: names under `model.`, an optimiser, numbers beside; nothing is said of the model."""
+    state = {"model": finetuned[1].encoder.state_dict(), "optimizer": {"step": 3, "m": torch.ones(2)}, "step": 7}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    weights = read_weights(tmp_path)
+    assert all(torch.equal(t, weights.tensors[n]) for n, t in finetuned[1].encoder.state_dict().items())
+    assert weights.config is None and not any(name.startswith("optimizer") for name in weights.tensors)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match=r"was not written by this command .*: choose another --output"):
+        export(ExportConfig(str(tmp_path), str(tmp_path), format="dcp", overwrite=True))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_bad_input(pretrained: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
     taken = tmp_path / "taken.safetensors"
     taken.touch()
@@ -96,6 +129,8 @@ def test_a_file_may_become_itself_and_a_checkpoint_stays_whole(
     finetuned: tuple[Path, torch.nn.Module], tmp_path: Path
 ) -> None:
     run, _ = finetuned
+    with pytest.raises(FileExistsError, match="holds the checkpoints of a run"):
+        export(ExportConfig(str(run), str(run / "checkpoints" / "hf"), format="dcp"))
     path = tmp_path / "all.safetensors"
     export(ExportConfig(str(run), str(path), format="safetensors"))
     before = load_file(path)

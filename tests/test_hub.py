@@ -12,6 +12,7 @@ from commands import command_environment
 from file_state import file_state
 from safetensors.torch import load, load_file, save_file
 
+from mimir_fast.checkpoints.reading import checkpoints_of
 from mimir_fast.checkpoints.saving import save_checkpoint
 from mimir_fast.evaluation.results import FORMAT, VERSION
 from mimir_fast.export import ExportConfig, export
@@ -229,6 +230,11 @@ def test_nobody_else_s_files_are_replaced(finetuned: tuple[Path, Classifier], tm
     with pytest.raises(FileExistsError, match=r"is the folder of a run and has config.json: choose another --output"):
         publish(HubConfig(str(run), output=str(run)))
     assert json.loads((run / "config.json").read_text())["init"] == CONFIG["init"]
+    for folder in (checkpoints_of(run)[-1], run / "checkpoints"):  # what lies beside its tensors is read with them
+        before = sorted(path.name for path in folder.iterdir())
+        with pytest.raises(FileExistsError, match="which another file would damage: choose another --output"):
+            publish(HubConfig(str(run), output=str(folder)))
+        assert sorted(path.name for path in folder.iterdir()) == before
     (tmp_path / "README.md").write_text("# My notes")
     with pytest.raises(FileExistsError, match=r"was not written by this command and has README.md"):
         HubClassifier.from_run(run).save_pretrained(tmp_path)

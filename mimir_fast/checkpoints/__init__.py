@@ -7,6 +7,7 @@ is whole.
 
 Tensor names: `model/<parameter>`, `ema/<parameter>`, `optimizer/<parameter>/<state>`.
 
+    dcp           folders of torch.distributed.checkpoint, others' and for others
     checksums     of files and of meta.json
     durable       writing that a kill or a power cut cannot leave half done
     reading       what is in a checkpoint, whether it is whole, which one of a run

@@ -20,6 +20,9 @@ FORMAT = "mimir_fast.checkpoint"
 BEST = "best"  # stands for the best checkpoint of a run, beside it
 VERSION = 3  # 2 had one checksum a file and none of meta.json, 1 sizes only
 
+# Files that a checkpoint has: of ours, of torch.distributed.checkpoint, of transformers' Trainer and of accelerate.
+_OF_A_CHECKPOINT = ("meta.json", ".metadata", "trainer_state.json", "optimizer.pt", "optimizer.bin")
+
 T = TypeVar("T")
 
 # Without a process group dcp warns, also in its thread, that it works in a single process: as it was asked to.
@@ -214,6 +217,20 @@ def checkpoints_of(run: Path) -> list[Path]:
     """The whole step checkpoints of a run folder, oldest first."""
     found: Iterable[Path] = (run / "checkpoints").glob("step-*")
     return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name) and p.is_dir()), key=step_of)
+
+
+def refuse_checkpoints(folder: Path) -> None:
+    """Return for a folder into which something else may be written.
+
+    Raises:
+        FileExistsError: it is a checkpoint of ours, of torch.distributed.checkpoint or of a Hugging Face trainer, or
+            the folder of a run's checkpoints.
+    """
+    what = "is a checkpoint" if any((folder / name).exists() for name in _OF_A_CHECKPOINT) else ""
+    if not what and folder.name == "checkpoints" and checkpoints_of(folder.parent):
+        what = "holds the checkpoints of a run"
+    if what:
+        raise FileExistsError(f"{folder} {what}, which another file would damage: choose another --output")
 
 
 def follow_best(path: Path) -> Path:

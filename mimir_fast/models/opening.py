@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mimir_fast.checkpoints.dcp import read_dcp
 from mimir_fast.checkpoints.reading import WeightsError
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin", "diffusion_pytorch_model.bin")
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
+ABOUT = "mimir_fast.json"  # beside a folder's tensors, what a safetensors file of ours has in its header
 INDEX_SUFFIX = ".index.json"
 AGAIN = "copy or download it again"
 
@@ -63,6 +65,17 @@ def find_file(folder: Path) -> Path | None:
     """The weights in a folder as Hugging Face and timm lay it out, whole or the index of their parts; or None."""
     names = [*SINGLE_FILES[:1], SINGLE_FILES[0] + INDEX_SUFFIX, *SINGLE_FILES[1:], SINGLE_FILES[1] + INDEX_SUFFIX]
     return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def open_folder(folder: Path) -> Opened:
+    """What is in a folder of torch.distributed.checkpoint, and what our export wrote beside it.
+
+    Raises:
+        WeightsError: damaged, incomplete, or it wants to create objects other than tensors.
+    """
+    said = {key: text for key, text in _json_beside(folder / ABOUT).items() if isinstance(text, str)}
+    configs = {name: found for name in CONFIGS if (found := _json_beside(folder / name))}
+    return Opened(read_dcp(folder), said, configs)
 
 
 def open_file(path: Path) -> Opened:

@@ -1,8 +1,8 @@
 """Reading weights, whoever wrote them, without ever running code from the file.
 
     ours       a run folder, one of its checkpoints, or a .safetensors file written by mimir_fast.export
-    others'    a .safetensors, .pth or .bin file, the index.json of several, a folder of Hugging Face's: in any layout
-               that models/layouts has a reader for
+    others'    a .safetensors, .pth or .bin file, the index.json of several, a folder of Hugging Face's or of
+               torch.distributed.checkpoint: in any layout that models/layouts has a reader for
     timm       `timm:NAME` for weights timm downloads
 
 A file is opened (opening.py), the encoder that is meant is found in it (parts.py), and a layout reader puts its tensors
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mimir_fast.checkpoints.dcp import is_dcp
 from mimir_fast.checkpoints.reading import (
     WeightsError,
     follow_best,
@@ -31,7 +32,7 @@ from mimir_fast.models.layouts.mimir_fast import config_of
 from mimir_fast.models.layouts.timm import facts_of_model
 from mimir_fast.models.lora import merge_lora
 from mimir_fast.models.normalization import Statistics, check_statistics, from_file, is_none, none_of
-from mimir_fast.models.opening import find_file, open_file, weights_only
+from mimir_fast.models.opening import find_file, open_file, open_folder, weights_only
 from mimir_fast.models.parts import WeightsChoice, choose, find_parts, other_names
 from mimir_fast.models.timm_names import check_timm_name
 
@@ -126,13 +127,14 @@ def _read(source: str | Path, which: WeightsChoice, part: str) -> Weights:
     path = follow_best(Path(source).expanduser())
     if path.is_dir() and (inside := find_file(path)) is not None and not (path / "meta.json").exists():
         path = inside
-    if path.is_dir():
+    is_folder = is_dcp(path)
+    if path.is_dir() and not is_folder:
         return _read_checkpoint(resolve_checkpoint(path), which, part)
-    if not path.is_file():
+    if not path.exists():
         raise WeightsError(
             f"{path} does not exist; wanted a run or checkpoint folder, a .safetensors or .pth file, or timm:NAME"
         )
-    opened, origin = open_file(path), str(path)
+    opened, origin = open_folder(path) if is_folder else open_file(path), str(path)
     try:
         config = config_of(opened.metadata)
     except ValueError as error:

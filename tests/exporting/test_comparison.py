@@ -64,7 +64,7 @@ def test_a_format_from_outside_is_written(run: Path, tmp_path: Path) -> None:
     with FORMATS.restored():
         register(Format("mine", ".bin", writer(lambda y: y + 1e-6), lambda original, path: "it"))
         assert export(ExportConfig(str(run), str(tmp_path / "m.bin"), format="mine")).read_text() == "model.bin"
-    with pytest.raises(ValueError, match=r"unknown format 'mine'.*There are hf, onnx, pt2"):
+    with pytest.raises(ValueError, match=r"unknown format 'mine'.*There are dcp, hf, onnx, pt2"):
         ExportConfig(str(run), "m.bin", format="mine")
 
 

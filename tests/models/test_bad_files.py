@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save, save_file
 from torch import Tensor
 from weight_cases import vit
@@ -27,6 +28,16 @@ from mimir_fast.models.weight_files import WeightsError, read_weights
 STATE: dict[str, Tensor] = dict(vit().state_dict())
 QKV = "blocks.0.attn.qkv.weight"
 Content = Any
+
+
+class Runs:
+    """Creates a file when it is unpickled, as any code could."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
 
 
 class Stranger:
@@ -252,3 +263,38 @@ def test_paths_of_any_python_and_system(tmp_path: Path) -> None:
                     data = data.replace(b"pathlib\nPosixPath", name)
                 archive.writestr(member, data)
         assert len(read_weights(tmp_path / "other.pth").tensors) == len(STATE)
+
+
+class TestDcp:
+    """Folders of torch.distributed.checkpoint, whose list of tensors is a pickle."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        dcp.save({"model": {"blocks.0.norm1.weight": torch.ones(4)}}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+        return tmp_path / "dcp"
+
+    def test_runs_no_code(self, folder: Path) -> None:
+        (folder / ".metadata").write_bytes(pickle.dumps({"tensors": Runs(folder / "ran")}))
+        with pytest.raises(WeightsError, match=r"is not loaded: it wants to create pathlib\.Path\.touch"):
+            read_weights(folder)
+        assert not (folder / "ran").exists()
+
+    @pytest.mark.parametrize("place", ["../outside", "/etc/passwd"])
+    def test_reads_in_its_folder_only(self, folder: Path, place: str) -> None:
+        listed = pickle.loads((folder / ".metadata").read_bytes())
+        for info in listed.storage_data.values():
+            info.relative_path = place
+        (folder / ".metadata").write_bytes(pickle.dumps(listed))
+        with pytest.raises(WeightsError, match="wanted names of files in its folder"):
+            read_weights(folder)
+
+    def test_damage_is_said(self, folder: Path) -> None:
+        whole = (folder / ".metadata").read_bytes()
+        for content in (whole[:-20], b"", b"text", pickle.dumps([1])):
+            (folder / ".metadata").write_bytes(content)
+            with pytest.raises(WeightsError, match="copy the folder again"):
+                read_weights(folder)
+        (folder / ".metadata").write_bytes(whole)
+        next(folder.glob("*.distcp")).unlink()
+        with pytest.raises(WeightsError, match=r"cannot be read .*copy the whole folder again"):
+            read_weights(folder)

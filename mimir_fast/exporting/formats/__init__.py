@@ -3,6 +3,7 @@
 To add one, write a file in this folder that calls `register(Format(…))`; nothing else has to change.
 """
 
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ class Format:
         use: (original, path) → lines of code that use it.
         needs: packages, as they are imported.
         extra: of pyproject.toml, which installs them.
+        holds: of a folder, the names that may be replaced.
+        wrote: whether a folder is one that `write` made; no other is replaced.
+        keeps_all: it has every tensor, both domains and the decoder, and is compared by them.
     """
 
     name: str
@@ -33,6 +37,9 @@ class Format:
     use: Callable[[Original, Path], str]
     needs: tuple[str, ...] = ()
     extra: str = ""
+    holds: frozenset[str] = frozenset()
+    wrote: Callable[[Path], bool] = lambda folder: False
+    keeps_all: bool = False
 
     def check_name(self, path: Path) -> None:
         """Raises ValueError where a path does not say what it is."""
@@ -58,6 +65,15 @@ def program_use(original: Original, path: Path, python: str) -> str:
 
 
 FORMATS: Registry[Format] = Registry("format", __name__)
+
+
+def says(path: Path, key: str, value: str) -> bool:
+    """True for a JSON file of an object that has this value."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get(key) == value
 
 
 def register(format: Format) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mimir_fast.checkpoints.tensor_files import save_tensors
 from mimir_fast.exporting.compare import Function, difference
-from mimir_fast.exporting.formats import Format, register
+from mimir_fast.exporting.formats import Format, register, says
 from mimir_fast.exporting.hugging_face import Twin, find_twin
 from mimir_fast.exporting.original import Original
 from mimir_fast.models.masked_loading import load_masked_model
@@ -22,6 +22,7 @@ from mimir_fast.models.masked_model import View
 from mimir_fast.ops.patches import gather_patches, patchify
 from mimir_fast.sizes import height_width
 
+MADE_BY = {"made_by": "mimir_fast"}
 BICUBIC = 3  # in PIL
 CENTRE = 224 / 256  # of an image that is brought to size as ImageNet's are: side of the crop / short side before it
 
@@ -30,7 +31,7 @@ def write(original: Original, path: Path) -> float:
     """Read back by `from_pretrained` of the class, and by AutoImageProcessor."""
     twin = find_twin(original)
     path.mkdir()
-    config = {"architectures": [twin.class_name], **twin.config}
+    config = {"architectures": [twin.class_name], **twin.config, **MADE_BY}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (path / "preprocessor_config.json").write_text(json.dumps(preprocessor(original), indent=2) + "\n")
     save_tensors(twin.tensors, path / "model.safetensors", {"format": "pt"})
@@ -145,4 +146,11 @@ def use(original: Original, path: Path) -> str:
     )
 
 
-register(Format("hf", "", write, use, needs=("transformers",), extra="hf"))
+def wrote(folder: Path) -> bool:
+    """By its configuration."""
+    return all(says(folder / "config.json", key, value) for key, value in MADE_BY.items())
+
+
+FILES = frozenset({"config.json", "preprocessor_config.json", "model.safetensors"})
+
+register(Format("hf", "", write, use, needs=("transformers",), extra="hf", holds=FILES, wrote=wrote))
