@@ -5,11 +5,12 @@ rank leaves the rest in a collective until its timeout.
 """
 
 import os
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -148,9 +149,10 @@ def _join(backend: str, rank: int, size: int) -> None:
     notice.daemon = True
     notice.start()
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=_JOINING))
-        store.set_timeout(PATIENCE)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        with _ctrl_c_ends():
+            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=_JOINING))
+            store.set_timeout(PATIENCE)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except dist.DistError as error:
         raise RunFailed(
             f"{waits}, and not all came within {_JOINING}: {str(error).splitlines()[0]}. Start each of them (torchrun "
@@ -158,6 +160,20 @@ def _join(backend: str, rank: int, size: int) -> None:
         ) from error
     finally:
         notice.cancel()
+
+
+@contextmanager
+def _ctrl_c_ends() -> Iterator[None]:
+    """Ctrl-C ends the process as SIGTERM does: Python's own handler would wait until a call of C++ returns."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def refuse_strangers() -> None:

@@ -47,8 +47,11 @@ def test_a_process_whose_peers_do_not_come_says_so_and_ends(capfd: pytest.Captur
     assert "rank 0 waits at 127.0.0.1:" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.usefixtures("lonely")
-def test_a_process_that_waits_for_its_peers_obeys_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_waits_for_its_peers_obeys_signals(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     """A handler of Python's would run when the wait is over."""
     monkeypatch.setattr(world, "_JOINING", timedelta(minutes=10))
     reading, writing = os.pipe()
@@ -60,8 +63,8 @@ def test_a_process_that_waits_for_its_peers_obeys_signals(monkeypatch: pytest.Mo
         finally:
             os._exit(1)
     assert b"waits at" in os.read(reading, 1000)
-    os.kill(child, signal.SIGTERM)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    os.kill(child, number)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
 
 
 def test_results_are_everybodys(ranks: list[dict[str, Any]]) -> None:
