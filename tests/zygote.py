@@ -122,12 +122,13 @@ class Zygote:
         return Process(self, self.ask(request), stdout, stderr)
 
     def start_ranks(self, module: str, args: Sequence[str], hosts: Sequence[dict[str, Any]]) -> list[Process]:
-        """One process for each of `hosts` (what `start` takes), as one group on this machine."""
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(len(hosts))}
+        """One process for each of `hosts` (what `start` takes, and as `extra` words for one alone), as one group."""
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(hosts))}
         processes = []
         for rank, options in enumerate(hosts):
             env = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (options.get("env") or {})
-            processes.append(self.start(module, args, **{**options, "env": env}))
+            own = {name: value for name, value in options.items() if name != "extra"}
+            processes.append(self.start(module, [*args, *options.get("extra", ())], **{**own, "env": env}))
         return processes
 
     def close(self) -> None:
@@ -189,7 +190,8 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

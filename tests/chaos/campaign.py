@@ -103,6 +103,9 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=300, help="enough, with those that are recorded")
     parser.add_argument("--minutes", type=float, default=9, help="no story is begun later")
     parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument(
+        "--first", type=int, default=0, help="seed; with a record of its own, so that both can be joined"
+    )
     parser.add_argument("--repeat", type=int, nargs="*", default=[], help="only these seeds, recorded or not")
     parser.add_argument("--write", type=Path, help="a page with the marks <!-- campaign --> and <!-- end -->")
     options = parser.parse_args()
@@ -111,7 +114,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos", ignore_cleanup_errors=True) as folder:
         zygote = Zygote(Path(folder))
         runs = Runs(Path(folder), zygote)
-        seeds = iter(options.repeat or (seed for seed in range(10**6) if seed not in results))
+        seeds = iter(options.repeat or (seed for seed in range(options.first, 10**6) if seed not in results))
         while time.monotonic() < deadline and (seed := next(seeds, None)) is not None:
             survived = sum(sum(result["survived"].values()) for result in results.values())
             if survived >= options.faults and not options.repeat:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from chaos.faults import PROCESS_FAULTS, damage
+from chaos.inf_steps import STEPS as INF_STEPS
 from chaos.runs import (
     DDP,
     FINETUNE,
@@ -16,12 +17,17 @@ from chaos.runs import (
     PATIENCE,
     PRETRAIN,
     STEPS,
+    XCIT,
     Job,
     Runs,
+    contents,
     step_checkpoints,
     wait_until_random_moment,
 )
 from zygote import Process
+
+from mimir_fast.checkpoints.reading import read_tensors
+from mimir_fast.training.loggers import read_lines
 
 MOST = 12  # faults of processes in a chain, half as many of two ranks; those of files come between
 
@@ -33,6 +39,17 @@ def chain(
     return _through(job, runs, run, rng, lambda: _disturb(job, runs, run, rng, kinds))
 
 
+def chain_with_inf(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
+    """A model with batch norms, which meets an Inf in some steps besides: they are skipped, and no checkpoint knows."""
+    met = chain(XCIT, runs, run, rng)
+    skipped = [line for line in read_lines(run / "metrics.jsonl") if line.get("loss", 0) is None]
+    assert [line["step"] for line in skipped] == list(INF_STEPS), skipped
+    for checkpoint in step_checkpoints(run):
+        bad = [name for name, tensor in read_tensors(checkpoint, "").items() if not tensor.isfinite().all()]
+        assert not bad, f"{checkpoint}: {bad[:3]} are not finite"
+    return met | {"Inf in a forward pass (batch norms)": len(skipped)}
+
+
 def chain_of_ranks(job: Job, runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
     """Two ranks: one of them is killed, both are, or one is asked to stop."""
     return _through(job, runs, run, rng, lambda: _disturb_ranks(job, runs, run, rng))
@@ -41,6 +58,7 @@ def chain_of_ranks(job: Job, runs: Runs, run: Path, rng: random.Random) -> dict[
 CHAINS: dict[str, Callable[[Runs, Path, random.Random], dict[str, int]]] = {
     "pretrain": partial(chain, PRETRAIN),
     "finetune": partial(chain, FINETUNE),
+    "xcit": lambda runs, run, rng: chain_with_inf(runs, run, rng),
     "ddp": partial(chain_of_ranks, DDP),
     "fsdp": partial(chain_of_ranks, FSDP),
 }
@@ -76,15 +94,31 @@ def _disturb(job: Job, runs: Runs, run: Path, rng: random.Random, kinds: tuple[s
 
 
 def _disturb_ranks(job: Job, runs: Runs, run: Path, rng: random.Random) -> tuple[list[str], str]:
+    what = rng.choice(
+        ("one of two ranks killed", "both ranks killed", "SIGTERM to one of two ranks", "ranks with other options")
+    )
+    if what == "ranks with other options":
+        return _start_mixed(job, runs, run, rng)
     processes = runs.start_ranks(run, job=job)
     wait_until_random_moment(processes[0], run, rng)
-    what = rng.choice(("one of two ranks killed", "both ranks killed", "SIGTERM to one of two ranks"))
     number = signal.SIGTERM if what == "SIGTERM to one of two ranks" else signal.SIGKILL
     victims = processes if what == "both ranks killed" else [rng.choice(processes)]
     happened = [process.signal(number) for process in victims]
     _as_torchrun(processes)
     # What a torn connection makes a rank say is torch's own.
     return [f"{what} ({job.name})"] if all(happened) else [], ""
+
+
+def _start_mixed(job: Job, runs: Runs, run: Path, rng: random.Random) -> tuple[list[str], str]:
+    """The second rank has another command line: refused by both, which name the difference; nothing is touched."""
+    before = contents(run)
+    option, value = rng.choice((("--lr", "0.5"), ("--seed", "9"), ("--batch_size", "8"), ("--ema_decay", "0.5")))
+    processes = runs.start_ranks(run, job=job, hosts=[{}, {"extra": (option, value)}])
+    codes = [process.wait(PATIENCE) for process in processes]
+    said = processes[0].said() + processes[1].said()
+    assert codes == [2, 2] and f".{option[2:]} is " in said and "Traceback" not in said, (codes, said)
+    assert contents(run) == before, "a refused start changed the folder"
+    return [f"ranks with other options ({job.name})"], said
 
 
 def _as_torchrun(processes: list[Process]) -> None:

@@ -55,14 +55,30 @@ def fail_syscall(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[P
     return process, happened
 
 
-def _inject(runs: Runs, run: Path, job: Job, rng: random.Random, names: str, what: str) -> tuple[int, Process, bool]:
+def _inject(
+    runs: Runs, run: Path, job: Job, rng: random.Random, names: str, what: str, path: Path | None = None
+) -> tuple[int, Process, bool]:
     """Exit code of a run that strace plays with, and whether it did."""
-    process = runs.start(run, *_part(rng), job=job, paused=True)
+    code, process, trace = play_with(runs.start(run, *_part(rng), job=job, paused=True), names, what, path)
+    return code, process, "(INJECTED)" in trace
+
+
+def play_with(process: Process, names: str, what: str, path: Path | None = None) -> tuple[int, Process, str]:
+    """Let strace change what system calls do to a process that has stopped itself, or is about to.
+
+    Args:
+        names: of the system calls.
+        what: is done to them, as strace's -e inject has it.
+        path: only to those on this file.
+    Returns:
+        The exit code, the process, and what strace wrote.
+    """
     trace = process.stdout.with_suffix(".strace")
     while _status(process.pid, "State") not in ("T", "Z", ""):  # SIGCONT before it has stopped would be lost
         time.sleep(0.01)
+    only = ["-P", str(path)] if path else []
     tracer = subprocess.Popen(
-        ["strace", "-f", "-qq", "-o", str(trace), "-e", f"trace={names}", "-e", f"inject={names}:{what}", "-p",
+        ["strace", "-f", "-qq", "-o", str(trace), *only, "-e", f"trace={names}", "-e", f"inject={names}:{what}", "-p",
          str(process.pid)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -71,19 +87,75 @@ def _inject(runs: Runs, run: Path, job: Job, rng: random.Random, names: str, wha
     process.signal(signal.SIGCONT)
     code = process.wait(PATIENCE)
     tracer.wait(30)
-    return code, process, "(INJECTED)" in trace.read_text(errors="replace")
+    return code, process, trace.read_text(errors="replace")
 
 
 def ask_to_stop(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
     """SIGTERM, SIGHUP or SIGUSR1, also during the start: saved, exit code 0."""
+    return _ask(runs, run, job, rng, (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
+
+
+def warn_of_a_limit(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
+    """SIGUSR2 (LSF, submitit) or SIGXCPU (a limit of processor time): the same."""
+    return _ask(runs, run, job, rng, (signal.SIGUSR2, signal.SIGXCPU))
+
+
+def _ask(
+    runs: Runs, run: Path, job: Job, rng: random.Random, numbers: tuple[signal.Signals, ...]
+) -> tuple[Process, bool]:  # fmt: skip
     process = runs.start(run, job=job)
     wait_until_random_moment(process, run, rng)
-    number = rng.choice((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
+    number = rng.choice(numbers)
     happened = process.signal(number)
     code = process.wait(PATIENCE)
     # The first milliseconds after the fork are Python's own: no handler can be there yet.
     assert code == 0 or (code == -number and not process.said()), f"{code}: {process.said()}"
     return process, happened
+
+
+def read_fails_once(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
+    """A file of the newest checkpoint has a stale handle when it is opened first, as on NFS: it is asked for again."""
+    found = step_checkpoints(run)
+    if not found:
+        return kill(runs, run, job, rng)[0], False
+    file, whole = rng.choice(sorted(found[-1].iterdir())), _is_whole(found[-1])
+    code, process, happened = _inject(runs, run, job, rng, "openat", "error=ESTALE:when=1", path=file)
+    assert code == 0, process.said()
+    assert not (whole and found[-1].with_name(f"{found[-1].name}.damaged").exists()), process.said()
+    return process, happened
+
+
+def refuse_links(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
+    """The storage has no symbolic links (EPERM, as buckets and some FUSE mounts say it): `best` is a text file."""
+    code, process, happened = _inject(runs, run, job, rng, "symlink,symlinkat", "error=EPERM")
+    assert code == 0, process.said()
+    return process, happened
+
+
+def requeue(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
+    """Slurm starts the killed job again, whose command line says --overwrite: it goes on, and deletes nothing."""
+    launch = {"SLURM_JOB_ID": str(rng.randrange(10**6)), "SLURM_RESTART_COUNT": "0"}
+    process = runs.start(run, *_part(rng), job=job, env=launch)
+    wait_until_random_moment(process, run, rng)
+    process.kill()
+    process.wait(PATIENCE)
+    began = _launch(run) == f"SLURM_JOB_ID={launch['SLURM_JOB_ID']}"
+    before = {path.name for path in step_checkpoints(run)}
+    if not began:  # killed before it had taken the folder: to overwrite would mean it
+        return process, False
+    again = runs.start(run, "--overwrite", *_part(rng), job=job, env=launch | {"SLURM_RESTART_COUNT": "1"})
+    assert again.wait(PATIENCE) == 0, again.said()
+    assert f"was made by this launch (SLURM_JOB_ID={launch['SLURM_JOB_ID']}); going on with it" in again.said()
+    assert not before or "resumed at step" in again.said(), again.said()
+    return again, True
+
+
+def _launch(run: Path) -> str | None:
+    try:
+        found: str | None = json.loads((run / "environment.json").read_text()).get("launch")
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def stop_and_go_on(runs: Runs, run: Path, job: Job, rng: random.Random) -> tuple[Process, bool]:
@@ -141,7 +213,11 @@ PROCESS_FAULTS: dict[str, Disturb] = {
     "kill -9 inside a system call (strace)": kill_in_syscall,
     "a system call fails with ENOSPC or EIO (strace)": fail_syscall,
     "SIGTERM, SIGHUP or SIGUSR1, also during the start": ask_to_stop,
+    "SIGUSR2 or SIGXCPU, also during the start": warn_of_a_limit,
     "SIGSTOP and SIGCONT": stop_and_go_on,
+    "a stale handle (ESTALE), once, of the newest checkpoint (strace)": read_fails_once,
+    "no symbolic links (EPERM, strace)": refuse_links,
+    "requeued by Slurm with --overwrite": requeue,
     "second start on the same folder": start_twice,
     "reader of the output gone (broken pipe)": close_the_pipe,
 }
@@ -155,7 +231,15 @@ def cut_tensors(checkpoint: Path, rng: random.Random) -> None:
 
 def flip_bits(checkpoint: Path, rng: random.Random) -> None:
     """One byte of the tensors is another."""
-    file = next(checkpoint.glob("*.safetensors"))
+    _flip(next(checkpoint.glob("*.safetensors")), rng)
+
+
+def flip_meta(checkpoint: Path, rng: random.Random) -> None:
+    """One bit of the description is another."""
+    _flip(checkpoint / "meta.json", rng)
+
+
+def _flip(file: Path, rng: random.Random) -> None:
     place = rng.randrange(file.stat().st_size)
     with file.open("r+b") as stream:
         stream.seek(place)
@@ -180,6 +264,12 @@ def cut_config(run: Path, rng: random.Random) -> None:
     os.truncate(run / "config.json", rng.randrange(max(1, (run / "config.json").stat().st_size - 2)))
 
 
+def spoil_metrics(run: Path, rng: random.Random) -> None:
+    """Bytes that are no text behind the lines of metrics.jsonl, as a file system leaves them after a power cut."""
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\x00" + rng.randbytes(9).replace(b"\n", b"") + b"\n")
+
+
 def leave_rubbish(run: Path, rng: random.Random) -> None:
     """Half-written things of another kill lie about."""
     for name in ("step-00000099.partial", "best.old.partial"):
@@ -193,11 +283,13 @@ CHECKPOINT_FAULTS: dict[str, Callable[[Path, random.Random], None]] = {
     "newest checkpoint cut short": cut_tensors,
     "newest checkpoint with a flipped bit": flip_bits,
     "newest checkpoint's meta.json cut short": cut_meta,
+    "newest checkpoint's meta.json with a flipped bit": flip_meta,
     "newest checkpoint lost a file": lose_a_file,
 }
 FOLDER_FAULTS: dict[str, Callable[[Path, random.Random], None]] = {
     "config.json cut short": cut_config,
     "leftovers of other kills": leave_rubbish,
+    "metrics.jsonl with invalid bytes": spoil_metrics,
 }
 
 

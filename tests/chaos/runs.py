@@ -41,6 +41,12 @@ FINETUNE = Job(
 )  # fmt: skip
 DDP = replace(PRETRAIN, name="ddp", ranks=2)
 FSDP = replace(PRETRAIN, name="fsdp", ranks=2, args=(*PRETRAIN.args, "--strategy", "fsdp"))
+# Batch norms: state that no gradient reaches, and four steps whose images hold an Inf.
+XCIT = Job(
+    "xcit", "mimir_fast.finetune",
+    ("--recipe", "digits/pgd_xcit_nano", "--import", "chaos.inf_steps", "--method", "pgd_inf", *FINETUNE.args[2:]),
+)  # fmt: skip
+TESTS = str(Path(__file__).parents[1])  # where a run finds chaos.inf_steps
 
 
 class Runs:
@@ -52,6 +58,7 @@ class Runs:
 
     def start(self, run: Path, *extra: str, job: Job = PRETRAIN, **options: Any) -> Process:
         """One process; of a job of several ranks `start_ranks` starts all."""
+        options["env"] = {"PYTHONPATH": TESTS} | (options.get("env") or {})
         return self.zygote.start(job.module, [*job.args, "--output_dir", str(run), *extra], **options)
 
     def start_ranks(
@@ -125,6 +132,12 @@ def losses(run: Path) -> list[tuple[int, float]]:
         if "loss" in values:
             found.append((values["step"], values["loss"]))
     return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder but for the lock, which any start may take."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def best(run: Path) -> str | None:

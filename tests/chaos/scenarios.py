@@ -14,9 +14,10 @@ import numpy as np
 from chaos.bad_input import bad_command_lines
 from chaos.chains import chain
 from chaos.faults import PROCESS_FAULTS
+from chaos.folders import foreign_folders
 from chaos.network import TwoHosts
 from chaos.runs import DDP, PATIENCE, PRETRAIN, Job, Runs, losses, steps_logged
-from zygote import Process
+from zygote import Process, free_port
 
 Story = Callable[[Runs, Path, random.Random], dict[str, int]]
 
@@ -217,6 +218,20 @@ def two_hosts(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
     }  # fmt: skip
 
 
+def without_peers(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
+    """One process of two alone: it obeys a signal while it waits for the other, and has touched nothing."""
+    times = 3
+    for _ in range(times):
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "RANK": "0"}
+        process = runs.start(run, env=group)
+        time.sleep(rng.uniform(0.5, 4))
+        number = rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+        assert process.signal(number), process.said()
+        code = process.wait(15)
+        assert code in (-number, 130) and not run.exists(), f"{code}: {process.said()}"
+    return {"a signal while waiting for the other ranks": times}
+
+
 SCENARIOS: dict[str, Story] = {
     "full_disk": full_disk,
     "disk_fills_while_training": disk_fills_while_training,
@@ -225,6 +240,8 @@ SCENARIOS: dict[str, Story] = {
     "ranks_die": ranks_die,
     "one_two_one": one_two_one,
     "two_hosts": two_hosts,
+    "without_peers": without_peers,
+    "foreign_folders": foreign_folders,
     "bad_command_lines": bad_command_lines,
     "system_calls": partial(chain, PRETRAIN, kinds=tuple(name for name in PROCESS_FAULTS if "system call" in name)),
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from chaos import faults
 from chaos.campaign import play, read, story_of, write
+from chaos.every_call import Save
 from chaos.runs import PRETRAIN, Runs
 from chaos.scenarios import SCENARIOS
 from commands import zygote
@@ -47,6 +48,17 @@ def test_every_story(runs: Runs, seed: int) -> None:
     result = play(seed, runs)
     assert not result["failure"], result["failure"]
     assert result["survived"]
+
+
+@strace
+@pytest.mark.slow
+def test_a_save_killed_at_any_of_its_system_calls(runs: Runs) -> None:
+    """Some of them; `every_call.py` has all."""
+    save, numbers = Save(runs), iter(range(3, 10**6, 12))
+    killed = []
+    while (call := save.killed_at(next(numbers))) is not None:
+        killed.append(call)
+    assert len(killed) > 10, killed
 
 
 def test_a_campaign_goes_on_where_it_was_and_writes_its_table(tmp_path: Path) -> None:
