@@ -220,7 +220,7 @@ def two_hosts(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
 
 def without_peers(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
     """One process of two alone: it obeys a signal while it waits for the other, and has touched nothing."""
-    times = 3
+    times = 6
     for _ in range(times):
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "RANK": "0"}
         process = runs.start(run, env=group)
