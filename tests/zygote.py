@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,9 @@ class Zygote:
 def _child(request: dict[str, Any]) -> None:
     """What the forked process does; never returns."""
     os.setsid()
+    if priority := os.nice(0):  # a new session begins at the usual one
+        with suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(priority))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 1)
     apart = request["stderr"] != request["stdout"]
