@@ -1,6 +1,7 @@
 """Small runs to be disturbed, and the oracle: the same bits as the run that nobody disturbed."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -20,7 +21,8 @@ _EVERY = (
     "--model.patch_size", "16", "--batch_size", "16", "--max_steps", str(STEPS), "--save_every", "2",
     "--log_every", "1", "--ema_decay", "0.9", "--precision", "fp32", "--device", "cpu",
 )  # fmt: skip
-PATIENCE = 300.0  # seconds for one start; a run that is silent for so long hangs
+# Seconds for one start; a run that is silent for so long hangs. More for a campaign at the lowest priority.
+PATIENCE = float(os.environ.get("CHAOS_PATIENCE", 300))
 
 
 @dataclass(frozen=True)

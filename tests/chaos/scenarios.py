@@ -227,7 +227,7 @@ def without_peers(runs: Runs, run: Path, rng: random.Random) -> dict[str, int]:
         time.sleep(rng.uniform(0.5, 4))
         number = rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
         assert process.signal(number), process.said()
-        code = process.wait(15)
+        code = process.wait(PATIENCE / 20)
         assert code in (-number, 130) and not run.exists(), f"{code}: {process.said()}"
     return {"a signal while waiting for the other ranks": times}
 
