@@ -37,10 +37,12 @@ using Tokens = HeadTokens<std::uint16_t>;
 struct Problem : Heads<std::uint16_t> {
     bool amx;
 
+    // Heads of 8 numbers without tiles: in the backward pass two keys share a vector, see `two_keys_of`.
+    bool two_keys() const { return E == 8 && !amx; }
     // What products go through: all the padding only where tiles have to be whole. Queries, keys, and the numbers of a
     // head as inner and as outer dimension.
     std::int64_t queries_used() const { return padded(T, amx ? 32 : 16); }
-    std::int64_t keys_used() const { return padded(S, amx ? 32 : 16); }
+    std::int64_t keys_used() const { return padded(S, amx ? 32 : two_keys() ? 16 : kBlockRows); }
     std::int64_t depth_used() const { return amx ? padded(E, kDepth) : E; }
     std::int64_t numbers_used() const { return amx ? padded(E, 16) : E; }
 };
@@ -285,7 +287,7 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
     const std::int64_t depth = padded(p.E, kDepth), E = padded(p.E, 16);
     const std::int64_t keys_used = p.keys_used();
     const float scale = p.scale();
-    const bool two_keys = p.E == 8 && !p.amx;
+    const bool two_keys = p.two_keys();
     const auto pair_queries = [&](const std::uint16_t* from, std::uint32_t* to) MIMIR_BF16_LAMBDA {
         two_keys ? pair_rows_twice(from, depth, T, to) : pair_rows(from, depth, T, E, to);
     };
