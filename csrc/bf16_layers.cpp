@@ -17,7 +17,16 @@
 namespace mimir {
 namespace {
 
-constexpr std::int64_t kRows = 256;  // at a time
+constexpr std::int64_t kRows = 256;  // at a time, at most
+
+// Blocks of 32 rows [begin, end) are taken so many rows at a time: evenly, since the weights come by for each time anew.
+std::int64_t rows_at_once(std::int64_t begin, std::int64_t end) {
+    const std::int64_t rows = (end - begin) * 32, times = std::max<std::int64_t>((rows + kRows - 1) / kRows, 1);
+    return std::max<std::int64_t>(padded((rows + times - 1) / times, 32), 32);
+}
+
+// Of `rows` of which `count` are there: those that products go through, all only where tiles have to be whole.
+std::int64_t rows_used(bool amx, std::int64_t rows, std::int64_t count) { return amx ? rows : padded(count, kBlockRows); }
 
 Matrix matrix(Address data, bool wide, std::int64_t columns) { return {pointer<char>(data), wide, columns}; }
 
@@ -100,11 +109,13 @@ MIMIR_BF16 void linear_rows(const Linear& p, std::int64_t begin, std::int64_t en
     auto* a = scratch.take<std::uint16_t>(kRows * stride);
     auto* c = scratch.take<float>(kRows * kPanel);
     const Tiles tiles(p.amx);
-    for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
-        const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
-        stage(p.x, row, count, rows, p.norm, p.statistics, false, a, stride);
+    const std::int64_t step = rows_at_once(begin, end);
+    for (std::int64_t row = begin * 32; row < end * 32; row += step) {
+        const std::int64_t rows = std::min(step, end * 32 - row), count = std::min(rows, p.M - row);
+        const std::int64_t used = rows_used(p.amx, rows, count);
+        stage(p.x, row, count, used, p.norm, p.statistics, false, a, stride);
         for (std::int64_t n = 0; n < p.N; n += kPanel) {
-            panel_product(p.amx, {a, stride}, rows, p.panels + n * depth / 2, depth, {c, kPanel},
+            panel_product(p.amx, {a, stride}, used, p.panels + n * depth / 2, depth, {c, kPanel},
                           Finish(c, row, count, n, p.bias, p.residual, p.out));
         }
     }
@@ -119,8 +130,10 @@ MIMIR_BF16 void linear_rows_backward(const Linear& p, const Matrix* dx, const Ma
     auto* x = scratch.take<std::uint16_t>(kRows * x_stride);
     auto* grad = scratch.take<float>(kRows * x_stride);
     const Tiles tiles(p.amx);
-    for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
-        const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
+    const std::int64_t step = rows_at_once(begin, end);
+    for (std::int64_t row = begin * 32; row < end * 32; row += step) {
+        const std::int64_t rows = std::min(step, end * 32 - row), count = std::min(rows, p.M - row);
+        const std::int64_t used = rows_used(p.amx, rows, count);
         stage(p.out, row, count, rows, {nullptr, nullptr, 0}, nullptr, true, g, g_stride);
         if (weight != nullptr) {
             stage(p.x, row, count, rows, p.norm, p.statistics, true, x, x_stride);
@@ -128,7 +141,7 @@ MIMIR_BF16 void linear_rows_backward(const Linear& p, const Matrix* dx, const Ma
         }
         if (dx == nullptr) continue;
         for (std::int64_t k = 0; k < p.K; k += kPanel) {
-            panel_product(p.amx, {g, g_stride}, rows, p.panels + k * depth / 2, depth, {grad + k, x_stride});
+            panel_product(p.amx, {g, g_stride}, used, p.panels + k * depth / 2, depth, {grad + k, x_stride});
         }
         for (std::int64_t r = 0; r < count; ++r) {
             const float* from = grad + r * x_stride;
@@ -208,9 +221,11 @@ MIMIR_BF16 void mlp_rows(const Mlp& p, std::int64_t begin, std::int64_t end) {
     const Sigmoid normal(normal_cubics());
     const bool streams = p.hidden.whole_lines();
     const Tiles tiles(p.amx);
-    for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
-        const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
-        stage(p.x, row, count, rows, p.norm, p.statistics, false, a, stride);
+    const std::int64_t step = rows_at_once(begin, end);
+    for (std::int64_t row = begin * 32; row < end * 32; row += step) {
+        const std::int64_t rows = std::min(step, end * 32 - row), count = std::min(rows, p.M - row);
+        const std::int64_t used = rows_used(p.amx, rows, count);
+        stage(p.x, row, count, used, p.norm, p.statistics, false, a, stride);
         for (std::int64_t n = 0; n < p.H; n += kPanel) {
             const __mmask32 inside = wide_lanes(p.H - n);
             const __m512 b0 = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), p.bias1 + n);
@@ -231,10 +246,10 @@ MIMIR_BF16 void mlp_rows(const Mlp& p, std::int64_t begin, std::int64_t end) {
                 const Line y = {_mm512_mul_ps(x.low, normal(place(x.low))), _mm512_mul_ps(x.high, normal(place(x.high)))};
                 _mm512_storeu_si512(h + r * h_stride + n, to_bf16(y));
             };
-            panel_product(p.amx, {a, stride}, rows, p.panels1 + n * depth / 2, depth, {c, kPanel}, activate);
+            panel_product(p.amx, {a, stride}, used, p.panels1 + n * depth / 2, depth, {c, kPanel}, activate);
         }
         for (std::int64_t n = 0; n < p.K; n += kPanel) {
-            panel_product(p.amx, {h, h_stride}, rows, p.panels2 + n * inner / 2, inner, {c, kPanel},
+            panel_product(p.amx, {h, h_stride}, used, p.panels2 + n * inner / 2, inner, {c, kPanel},
                           Finish(c, row, count, n, p.bias2, p.residual ? &p.x : nullptr, p.out));
         }
     }
@@ -251,8 +266,10 @@ MIMIR_BF16 void mlp_rows_backward(const Mlp& p, const Matrix& dx, const NormGrad
     auto *grad = scratch.take<float>(kRows * stride), *c = scratch.take<float>(kRows * kPanel);
     const Sigmoid normal(normal_cubics()), slope(gelu_slope_cubics());
     const Tiles tiles(p.amx);
-    for (std::int64_t row = begin * 32; row < end * 32; row += kRows) {
-        const std::int64_t rows = std::min(kRows, end * 32 - row), count = std::min(rows, p.M - row);
+    const std::int64_t step = rows_at_once(begin, end);
+    for (std::int64_t row = begin * 32; row < end * 32; row += step) {
+        const std::int64_t rows = std::min(step, end * 32 - row), count = std::min(rows, p.M - row);
+        const std::int64_t used = rows_used(p.amx, rows, count);
         stage(p.out, row, count, rows, {nullptr, nullptr, 0}, nullptr, true, g, stride);
         // Read row by row, which the processor foresees; columns of it, 64 bytes every few thousand, it does not.
         stage(p.hidden, row, count, rows, {nullptr, nullptr, 0}, nullptr, true, h, h_stride);
@@ -267,15 +284,16 @@ MIMIR_BF16 void mlp_rows_backward(const Mlp& p, const Matrix& dx, const NormGrad
                 const Line y = {_mm512_mul_ps(x.low, normal(low)), _mm512_mul_ps(x.high, normal(high))};
                 _mm512_storeu_si512(h + at, to_bf16(y));
             };
-            panel_product(p.amx, {g, stride}, rows, p.panels2 + n * depth / 2, depth, {c, kPanel}, differentiate);
+            panel_product(p.amx, {g, stride}, used, p.panels2 + n * depth / 2, depth, {c, kPanel}, differentiate);
         }
         if (second != nullptr) {
+            std::fill(dh + used * h_stride, dh + rows * h_stride, std::uint16_t{0});
             second->take(row, rows, {g, stride}, {h, h_stride});
             stage(p.x, row, count, rows, p.norm, p.statistics, true, x, stride);
             first->take(row, rows, {dh, h_stride}, {x, stride});
         }
         for (std::int64_t k = 0; k < p.K; k += kPanel) {
-            panel_product(p.amx, {dh, h_stride}, rows, p.panels1 + k * inner / 2, inner, {grad + k, stride});
+            panel_product(p.amx, {dh, h_stride}, used, p.panels1 + k * inner / 2, inner, {grad + k, stride});
         }
         for (std::int64_t r = 0; r < count; ++r) {
             const Matrix* along = p.residual ? &p.out : nullptr;
