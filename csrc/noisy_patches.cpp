@@ -21,13 +21,24 @@ struct Piece {
 };
 
 template <typename T>
+MIMIR_INLINE void read_piece(const T* images, const Grid& grid, const Piece& piece, float* out) {
+    for (std::int64_t k = piece.first; k < piece.last; ++k) {
+        const std::int64_t place = (k - piece.first) * grid.patch_length();
+        read_patch_body<Scaled>(images + grid.corner(piece.image, piece.ids[k]), grid, out + place);
+    }
+}
+
+template <typename T>
 MIMIR_INLINE void piece_body(const T* images, const Grid& grid, const Piece& piece, const PhiloxStream& where,
                              const Ball& ball, float* clean, float* noisy) {
-    const std::int64_t P = grid.patch_length(), begin = piece.first * P;
-    for (std::int64_t k = piece.first; k < piece.last; ++k) {
-        read_patch_body<Scaled>(images + grid.corner(piece.image, piece.ids[k]), grid, clean + (k - piece.first) * P);
+    const std::int64_t P = grid.patch_length(), begin = piece.first * P, end = piece.last * P;
+    if (clean == nullptr) {  // in place; written apart, since compilers must see that it is one array
+        read_piece(images, grid, piece, noisy);
+        uniform_start(where, begin, end, noisy, ball, noisy);
+    } else {
+        read_piece(images, grid, piece, clean);
+        uniform_start(where, begin, end, clean, ball, noisy);
     }
-    uniform_start(where, begin, piece.last * P, clean, ball, noisy);
 }
 
 MIMIR_MULTIVERSION
@@ -54,14 +65,14 @@ void all_pieces(const T* images, const std::int64_t* ids, const std::int64_t* sa
             const PhiloxStream where{seed, static_cast<std::uint32_t>(samples[b]),
                                      static_cast<std::uint32_t>(steps[b]), stream};
             const Piece piece{first, std::min(first + size, K), ids + b * K, b};
-            noisy_piece(images, grid, piece, where, ball, clean + place, noisy + place);
+            noisy_piece(images, grid, piece, where, ball, clean == nullptr ? nullptr : clean + place, noisy + place);
         }
     });
 }
 
 }  // namespace
 
-// clean and noisy (B, K, P) float from uint8 or float images.
+// clean and noisy (B, K, P) float from uint8 or float images; clean: 0 if not wanted.
 void noisy_patches(Address images, Address ids_address, Address samples_address, Address steps_address,
                    Address clean_address, Address noisy_address, std::int64_t B, std::int64_t K, std::int64_t channels,
                    std::int64_t patch_size, std::int64_t columns, std::array<std::int64_t, 4> stride, bool is_uint8,

@@ -57,10 +57,11 @@ def _noisy_patches_kernel(
         value = byte_over_255(value)
     sample, step = tl.load(samples_ptr + b), tl.load(steps_ptr + b)
     noise = (2 * to_uniform(random_bits(seed, sample, step, stream, first, BLOCK)) - 1) * eps
-    dtype = clean_ptr.dtype.element_ty
+    dtype = noisy_ptr.dtype.element_ty
     noisy = within((value + noise.to(dtype).to(tl.float32)).to(dtype).to(tl.float32), value, eps, 0.0, 1.0, dtype)
     offsets = b.to(tl.int64) * K * P + number
-    tl.store(clean_ptr + offsets, value.to(dtype), mask=inside)
+    if clean_ptr is not None:
+        tl.store(clean_ptr + offsets, value.to(dtype), mask=inside)
     tl.store(noisy_ptr + offsets, noisy.to(dtype), mask=inside)
 
 
@@ -69,19 +70,19 @@ def noisy_patches(
     ids_BK: Tensor,
     samples_B: Tensor,
     steps_B: Tensor,
-    clean_BKP: Tensor,
+    clean_BKP: Tensor | None,
     noisy_BKP: Tensor,
     patch_size: int,
     seed: int,
     stream: int,
     eps: float,
 ) -> None:
-    """Launch: images uint8 or float in any layout, the others contiguous."""
-    (B, K, P), C = clean_BKP.shape, images_BCHW.shape[1]
+    """Launch: images uint8 or float in any layout, the others contiguous; clean patches only where there is room."""
+    (B, K, P), C = noisy_BKP.shape, images_BCHW.shape[1]
     pieces = triton.cdiv(K * P, BLOCK)
-    if clean_BKP.numel():
+    if noisy_BKP.numel():
         sizes = (K, pieces, *patch_grid(images_BCHW, patch_size), *images_BCHW.stride())
-        with torch.cuda.device_of(clean_BKP):
+        with torch.cuda.device_of(noisy_BKP):
             _noisy_patches_kernel[(B * pieces,)](
                 *(images_BCHW, ids_BK, samples_B, steps_B, clean_BKP, noisy_BKP, *sizes, seed, stream, eps),
                 *(C, patch_size, offset_type(images_BCHW, patch_size), BLOCK),

@@ -209,7 +209,7 @@ class Mimir(AdvMae):
             return step.whole
         every = every_patch(images, p)
         if inputs == "noisy" and attack.random_start:
-            _, image = step.noisy_patches(every, attack.eps, Stream.MASKED_NOISE)
+            image = step.only_noisy_patches(every, attack.eps, Stream.MASKED_NOISE)
         else:
             image = patchify_gather(images, every, p)  # fresh memory, so it may be written into
         if inputs == "clean":

@@ -32,7 +32,7 @@ class NoiseMae(Mae):
 
     def perturb(self, step: MaskedStep) -> None:
         """Fill in the noisy visible patches."""
-        _, step.visible = step.noisy_patches(step.mask.keep, self.config.eps)
+        step.visible = step.only_noisy_patches(step.mask.keep, self.config.eps)
 
 
 register(MethodEntry("noise_mae", "pretrain", NoiseMaeConfig, NoiseMae, "MAE on noisy images, the attack's control"))

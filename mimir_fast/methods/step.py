@@ -13,7 +13,7 @@ from mimir_fast.data.batch import Batch
 from mimir_fast.layers.borrowing import unwrap
 from mimir_fast.methods.masks import Mask, MaskConfig
 from mimir_fast.models.masked_model import MaskedModel, View
-from mimir_fast.ops.noisy_patches import noisy_patches
+from mimir_fast.ops.noisy_patches import noisy_patches, only_noisy_patches
 from mimir_fast.ops.patches import NORM_EPS, patchify_gather, unpatchify
 from mimir_fast.ops.random_masks import TokenOrder
 from mimir_fast.philox import Stream
@@ -73,6 +73,13 @@ class MaskedStep:
         return noisy_patches(
             images, ids_BK, p, self.batch.samples, seed=self.seed, step=self.number, eps=eps, stream=stream
         )
+
+    def only_noisy_patches(self, ids_BK: Tensor, eps: float, stream: Stream = Stream.ATTACK_START) -> Tensor:
+        """The noisy ones of `noisy_patches`, (B, K, P), without memory for the clean ones."""
+        return only_noisy_patches(
+            self.batch.images, ids_BK, self.bare.patch_size, self.batch.samples, seed=self.seed, step=self.number,
+            eps=eps, stream=stream,
+        )  # fmt: skip
 
     def pictures(
         self,

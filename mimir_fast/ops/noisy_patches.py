@@ -2,7 +2,8 @@
 
     clean = patches(images)[ids]        noisy = clamp(clean + ε·(2u − 1), 0, 1)      u: Philox numbers of the sample
 
-Pixels are read once and noise never lies in memory; the numbers are those of `random_uniform`, bit for bit.
+Pixels are read once and noise never lies in memory; the numbers are those of `random_uniform`, bit for bit. Who needs
+the noisy ones only calls `only_noisy_patches`, which takes half the memory.
 Shapes: B images, N = (H/p)·(W/p) patches of P = p·p·C numbers, K taken.
 """
 
@@ -59,6 +60,28 @@ def noisy_patches(
             [0, 1] (on CUDA: with MIMIR_FAST_DEBUG=1).
         TypeError: wrong dtypes.
     """
+    return _checked(images_BCHW, ids_BK, patch_size, samples_B, seed, step, eps, stream, with_clean=True)
+
+
+def only_noisy_patches(
+    images_BCHW: Tensor,
+    ids_BK: Tensor,
+    patch_size: int,
+    samples_B: Tensor,
+    *,
+    seed: int,
+    step: int | Tensor,
+    eps: float,
+    stream: int = Stream.ATTACK_START,
+) -> Tensor:
+    """The noisy patches of `noisy_patches` (B, K, P), bit for bit; arguments and errors are the same."""
+    return _checked(images_BCHW, ids_BK, patch_size, samples_B, seed, step, eps, stream, with_clean=False)[1]
+
+
+def _checked(
+    images_BCHW: Tensor, ids_BK: Tensor, patch_size: int, samples_B: Tensor, seed: int, step: int | Tensor, eps: float,
+    stream: int, *, with_clean: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_images(images_BCHW, ids_BK, patch_size)
     _checks.check_index_dtype("samples_B", samples_B)
     _checks.check_same_device(images=images_BCHW, samples_B=samples_B)
@@ -66,70 +89,57 @@ def noisy_patches(
     if samples_B.shape != images_BCHW.shape[:1]:
         raise ValueError(f"samples_B must be ({len(images_BCHW)},), one for each image, got {tuple(samples_B.shape)}")
     steps = steps_of(step, samples_B)
-    return _noisy_patches(images_BCHW, ids_BK, samples_B, steps, patch_size, signed_seed(seed), int(stream), float(eps))
+    return _noisy_patches(
+        images_BCHW, ids_BK, samples_B, steps, patch_size, signed_seed(seed), int(stream), float(eps), with_clean
+    )
 
 
 def _definition(
-    images_BCHW: Tensor,
-    ids_BK: Tensor,
-    samples_B: Tensor,
-    steps_B: Tensor,
-    patch_size: int,
-    seed: int,
-    stream: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    return noisy_patches_reference(images_BCHW, ids_BK, patch_size, samples_B, seed, steps_B, eps, stream)
+    images_BCHW: Tensor, ids_BK: Tensor, samples_B: Tensor, steps_B: Tensor, patch_size: int, seed: int, stream: int,
+    eps: float, with_clean: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    clean, noisy = noisy_patches_reference(images_BCHW, ids_BK, patch_size, samples_B, seed, steps_B, eps, stream)
+    return clean if with_clean else clean.new_empty(0), noisy
 
 
 @register_op("noisy_patches", _definition)
 def _noisy_patches(
-    images_BCHW: Tensor,
-    ids_BK: Tensor,
-    samples_B: Tensor,
-    steps_B: Tensor,
-    patch_size: int,
-    seed: int,
-    stream: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    images_BCHW: Tensor, ids_BK: Tensor, samples_B: Tensor, steps_B: Tensor, patch_size: int, seed: int, stream: int,
+    eps: float, with_clean: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Without the clean patches these are an empty tensor."""
     _, C, H, W = images_BCHW.shape
     columns = W // patch_size
     _checks.check_ids("ids", ids_BK, H // patch_size * columns)
     ids, samples, steps = ids_BK.contiguous(), samples_B.contiguous(), steps_B.contiguous()
-    clean, noisy = _empty_pair(images_BCHW, ids, patch_size)
+    clean, noisy = _empty_pair(images_BCHW, ids, patch_size, with_clean)
+    to = clean if with_clean else None
     is_uint8 = images_BCHW.dtype == torch.uint8
     if not is_uint8:
         _checks.check_in_range("images", images_BCHW, 0, 1)
     if runs_triton(images_BCHW):
         from mimir_kernels import noisy_patches as kernels
 
-        kernels.noisy_patches(images_BCHW, ids, samples, steps, clean, noisy, patch_size, seed, stream, eps)
+        kernels.noisy_patches(images_BCHW, ids, samples, steps, to, noisy, patch_size, seed, stream, eps)
         return clean, noisy
     if runs_native("noisy_patches", images_BCHW, dtype=torch.uint8 if is_uint8 else torch.float32):
         _native.run(
-            *("noisy_patches", images_BCHW, ids, samples, steps, clean, noisy, *ids.shape, C, patch_size, columns),
+            *("noisy_patches", images_BCHW, ids, samples, steps, to, noisy, *ids.shape, C, patch_size, columns),
             *(images_BCHW.stride(), is_uint8, seed % 2**64, stream, eps),
         )
         return clean, noisy
-    return _definition(images_BCHW, ids, samples, steps, patch_size, seed, stream, eps)
+    return _definition(images_BCHW, ids, samples, steps, patch_size, seed, stream, eps, with_clean)
 
 
 @_noisy_patches.register_fake
 def _(
-    images_BCHW: Tensor,
-    ids_BK: Tensor,
-    samples_B: Tensor,
-    steps_B: Tensor,
-    patch_size: int,
-    seed: int,
-    stream: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    return _empty_pair(images_BCHW, ids_BK, patch_size)
+    images_BCHW: Tensor, ids_BK: Tensor, samples_B: Tensor, steps_B: Tensor, patch_size: int, seed: int, stream: int,
+    eps: float, with_clean: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty_pair(images_BCHW, ids_BK, patch_size, with_clean)
 
 
-def _empty_pair(images: Tensor, ids: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+def _empty_pair(images: Tensor, ids: Tensor, patch_size: int, with_clean: bool) -> tuple[Tensor, Tensor]:
     dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
     shape = (*ids.shape, patch_size**2 * images.shape[1])
-    return images.new_empty(shape, dtype=dtype), images.new_empty(shape, dtype=dtype)
+    return images.new_empty(shape if with_clean else (0,), dtype=dtype), images.new_empty(shape, dtype=dtype)

@@ -5,7 +5,7 @@ import torch
 from small_images import CASES, LAYOUTS, ids_of, images_of
 
 from mimir_fast import _native
-from mimir_fast.ops.noisy_patches import noisy_patches, noisy_patches_reference
+from mimir_fast.ops.noisy_patches import noisy_patches, noisy_patches_reference, only_noisy_patches
 from mimir_fast.ops.patches import patchify_gather
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
@@ -27,6 +27,8 @@ def test_matches_definition(case, dtype, layout, device):
     wanted = noisy_patches_reference(images, ids, case[4], samples, SEED, 3, EPS)
     for a, b in zip(ours, wanted, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
+    alone = only_noisy_patches(images, ids, case[4], samples, seed=SEED, step=3, eps=EPS)
+    assert alone.dtype == wanted[1].dtype and torch.equal(alone, wanted[1])
 
 
 @pytest.mark.parametrize("case", ODD, ids=str)
@@ -80,6 +82,9 @@ def test_triton_kernel(case, dtype, triton_device):
     steps = torch.full_like(samples, 3)
     kernels.noisy_patches(images, ids, samples, steps, *found, case[4], 7, int(Stream.ATTACK_START), EPS)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    alone = torch.full_like(wanted[1], torch.nan)
+    kernels.noisy_patches(images, ids, samples, steps, None, alone, case[4], 7, int(Stream.ATTACK_START), EPS)
+    assert torch.equal(alone, wanted[1])
 
 
 def test_triton_reads_nothing_for_a_wrong_id(triton_device):
@@ -96,8 +101,9 @@ def test_triton_reads_nothing_for_a_wrong_id(triton_device):
 def test_registration(device):
     case = (2, 3, 8, 12, 4, 3)
     images, ids, samples = (t.to(device) for t in (images_of(case), ids_of(case), samples_of(case)))
-    arguments = (images, ids, samples, torch.zeros_like(samples), 4, 1, 2, EPS)
-    torch.library.opcheck(torch.ops.mimir_fast.noisy_patches, arguments)
+    for with_clean in (True, False):
+        arguments = (images, ids, samples, torch.zeros_like(samples), 4, 1, 2, EPS, with_clean)
+        torch.library.opcheck(torch.ops.mimir_fast.noisy_patches, arguments)
 
 
 IMAGES, IDS, SAMPLES = torch.zeros(2, 3, 8, 8), torch.tensor([[0, 1], [2, 3]]), torch.tensor([5, 6])
