@@ -16,6 +16,7 @@
 
 #include "attention_heads.h"
 #include "bf16_matrix.h"
+#include "bf16_scores.h"
 #include "functions.h"
 #include "parallel.h"
 #include "processor.h"
@@ -37,7 +38,7 @@ using Tokens = HeadTokens<std::uint16_t>;
 struct Problem : Heads<std::uint16_t> {
     bool amx;
 
-    // Heads of 8 numbers without tiles: in the backward pass two keys share a vector, see `two_keys_of`.
+    // Heads of 8 numbers without tiles go their own way: bf16_scores.h. In the backward pass two keys share a vector.
     bool two_keys() const { return E == 8 && !amx; }
     // What products go through: all the padding only where tiles have to be whole. Queries, keys, and the numbers of a
     // head as inner and as outer dimension.
@@ -57,6 +58,14 @@ MIMIR_BF16_INLINE void pad(const Tokens& tokens, std::int64_t b, std::int64_t h,
         }
     }
     std::memset(to + count * depth, 0, (rows - count) * depth * 2);
+}
+
+// Tokens from `pad` → (depth/2, rows) pairs of numbers; of heads of 8 without tiles only the 4 that products go through.
+MIMIR_BF16_INLINE void turn_tokens(const std::uint16_t* from, std::int64_t rows, std::int64_t depth, std::int64_t used,
+                                   std::uint32_t* to) {
+    const auto* pairs = reinterpret_cast<const std::uint32_t*>(from);
+    if (used != 8) return transpose(pairs, rows, depth / 2, to);
+    for (std::int64_t r = 0; r < rows; r += 16) transpose_narrow_block(pairs + r * depth / 2, depth / 2, to + r, rows);
 }
 
 // The head's tokens are on their way from memory. They lie a whole token apart, which no processor foresees.
@@ -96,13 +105,9 @@ MIMIR_BF16_INLINE __m512 log_of_sum(__m512 x) {
     return _mm512_fmadd_ps(p, z, _mm512_mul_ps(_mm512_getexp_ps(x), _mm512_set1_ps(0.693147181f)));
 }
 
-// Scores of 16·kParts queries (keys, 32) → unnormalised probabilities as pairs of keys, 1/their sums, and the lse.
+// Of 16·kParts queries (keys, 32), over S keys.
 template <int kParts>
-MIMIR_BF16_INLINE void softmax(const float* scores, std::int64_t S, std::int64_t keys, float scale, std::uint32_t* pairs,
-                               float* shares, float* lse) {
-    const __m512 to_exponent = _mm512_set1_ps(scale * 1.44269504f);
-    // All parts side by side: each is a chain of operations that wait for one another.
-    __m512 largest[kParts], shift[kParts], sum[kParts];
+MIMIR_BF16_INLINE void largest_of(const float* scores, std::int64_t S, __m512* largest) {
 #pragma GCC unroll 2
     for (int i = 0; i < kParts; ++i) largest[i] = _mm512_loadu_ps(scores + 16 * i);
     for (std::int64_t j = S % 2; j < S; j += 2) {
@@ -112,6 +117,15 @@ MIMIR_BF16_INLINE void softmax(const float* scores, std::int64_t S, std::int64_t
             largest[i] = _mm512_max_ps(largest[i], _mm512_max_ps(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 32)));
         }
     }
+}
+
+// Scores of 16·kParts queries (keys, 32) → unnormalised probabilities as pairs of keys, 1/their sums, and the lse.
+template <int kParts>
+MIMIR_BF16_INLINE void softmax(const float* scores, const __m512* largest, std::int64_t S, std::int64_t keys, float scale,
+                               std::uint32_t* pairs, float* shares, float* lse) {
+    const __m512 to_exponent = _mm512_set1_ps(scale * 1.44269504f);
+    // All parts side by side: each is a chain of operations that wait for one another.
+    __m512 shift[kParts], sum[kParts];
 #pragma GCC unroll 2
     for (int i = 0; i < kParts; ++i) {
         shift[i] = _mm512_mul_ps(largest[i], to_exponent);
@@ -165,7 +179,7 @@ MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t
     for (std::int64_t head = begin; head < end; ++head) {
         const std::int64_t b = head / p.H, h = head % p.H;
         pad(p.q, b, h, p.T, T, depth, rows);
-        transpose(reinterpret_cast<std::uint32_t*>(rows), T, depth / 2, queries);
+        turn_tokens(rows, T, depth, p.depth_used(), queries);
         pad(p.k, b, h, p.S, S, depth, keys);
         pad(p.v, b, h, p.S, S, depth, rows);
         pair_rows(rows, depth, S, E, value_pairs);
@@ -178,11 +192,19 @@ MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t
         }
         for (std::int64_t t = 0; t < p.T; t += C) {
             const std::int64_t width = std::min(C, p.queries_used() - t);
-            multiply(p.amx, keys_used, width, p.depth_used(), {keys, depth}, {queries + t, T}, {scores, C}, false);
-            if (width == C) {
-                softmax<2>(scores, p.S, keys_used, scale, probabilities, shares, lse);
+            __m512 largest[C / 16];
+            if (p.two_keys()) {
+                for (std::int64_t c = 0; c < width; c += 16) {
+                    largest[c / 16] = scores_and_largest({keys, depth}, {queries + t + c, T}, p.S, {scores + c, C});
+                }
             } else {
-                softmax<1>(scores, p.S, keys_used, scale, probabilities, shares, lse);
+                multiply(p.amx, keys_used, width, p.depth_used(), {keys, depth}, {queries + t, T}, {scores, C}, false);
+                width == C ? largest_of<2>(scores, p.S, largest) : largest_of<1>(scores, p.S, largest);
+            }
+            if (width == C) {
+                softmax<2>(scores, largest, p.S, keys_used, scale, probabilities, shares, lse);
+            } else {
+                softmax<1>(scores, largest, p.S, keys_used, scale, probabilities, shares, lse);
             }
             multiply(p.amx, p.numbers_used(), width, keys_used, {reinterpret_cast<std::uint16_t*>(values), S},
                      {probabilities, C}, {out, C}, false);
@@ -201,22 +223,6 @@ MIMIR_BF16 void forward_heads(const Problem& p, std::int64_t begin, std::int64_t
     }
 }
 
-// Heads of 8 numbers without tiles: the gradients of two keys share a vector, number by number, so that its lanes are
-// full. Then p and ds have a row for two keys, the pairs of both side by side, and an operand's numbers stand twice.
-MIMIR_BF16_INLINE __m512i two_keys_of(__m512i rows) {
-    return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0), rows);
-}
-
-// (rows, depth) bfloat16 → (rows/2, 16) such an operand of their first 8 numbers.
-MIMIR_BF16_INLINE void pair_rows_twice(const std::uint16_t* from, std::int64_t depth, std::int64_t rows, std::uint32_t* to) {
-    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-    for (std::int64_t r = 0; r < rows; r += 2) {
-        const __m256i even = _mm256_loadu_si256((const __m256i*)(from + r * depth));
-        const __m256i odd = _mm256_loadu_si256((const __m256i*)(from + (r + 1) * depth));
-        _mm512_storeu_si512(to + r / 2 * 16, _mm512_permutexvar_epi32(twice, interleave(even, odd)));
-    }
-}
-
 // (keys/2, 16) float32 of two keys each, scaled → the bfloat16 tokens of head h.
 MIMIR_BF16_INLINE void write_two_keys(const float* from, float scale, const Tokens& tokens, std::int64_t b,
                                       std::int64_t count, std::int64_t h) {
@@ -226,48 +232,6 @@ MIMIR_BF16_INLINE void write_two_keys(const float* from, float scale, const Toke
         const __m256i both = to_bf16(_mm512_mul_ps(x, _mm512_set1_ps(scale)));
         _mm_storeu_si128((__m128i*)tokens.at(b, t, h), _mm256_castsi256_si128(both));
         if (t + 1 < count) _mm_storeu_si128((__m128i*)tokens.at(b, t + 1, h), _mm256_extracti128_si256(both, 1));
-    }
-}
-
-// A block of (keys, 32) scores s and products dp → p and ds = p (dp − along) as operands: rows of queries, and of ds
-// also pairs of keys. Keys from `inside` on are padding.
-struct Operands {
-    std::uint16_t *p, *ds;  // (keys, C), or (keys/2, 2 C)
-    std::uint32_t* ds_pairs;  // (keys/2, C)
-    std::int64_t C;
-    bool two_keys;
-
-    // Queries c … c + 15 of keys j and j + 1.
-    MIMIR_BF16_INLINE void put(std::uint16_t* to, std::int64_t j, std::int64_t c, __m512i rows) const {
-        if (two_keys) {
-            _mm512_storeu_si512(to + j * C + 2 * c, two_keys_of(rows));
-        } else {
-            store_rows(to + j * C + c, C, rows);
-        }
-    }
-};
-
-MIMIR_BF16_INLINE void differentiate(const float* scores, const float* products, std::int64_t keys, std::int64_t inside,
-                                     std::int64_t queries, float scale, const float* lse, const float* along,
-                                     Operands to) {
-    const __m512 to_exponent = _mm512_set1_ps(scale * 1.44269504f), zero = _mm512_setzero_ps();
-    for (std::int64_t c = 0; c < queries; c += 16) {
-        const __m512 shift = _mm512_mul_ps(_mm512_loadu_ps(lse + c), _mm512_set1_ps(1.44269504f));
-        const __m512 mean = _mm512_loadu_ps(along + c);
-        for (std::int64_t j = 0; j < keys; j += 2) {
-            __m512 p[2], ds[2];
-#pragma GCC unroll 2
-            for (int i = 0; i < 2; ++i) {
-                const std::int64_t at = 32 * (j + i) + c;
-                const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + at), to_exponent, shift);
-                p[i] = j + i < inside ? exp2_of_nonpositive(x) : zero;
-                ds[i] = _mm512_mul_ps(p[i], _mm512_sub_ps(_mm512_loadu_ps(products + at), mean));
-            }
-            const __m512i ds_rows = rows_of(ds[0], ds[1]);
-            to.put(to.p, j, c, rows_of(p[0], p[1]));
-            to.put(to.ds, j, c, ds_rows);
-            _mm512_storeu_si512(to.ds_pairs + j / 2 * to.C + c, pairs_of(ds_rows));
-        }
     }
 }
 
@@ -307,10 +271,10 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
     for (std::int64_t head = begin; head < end; ++head) {
         const std::int64_t b = head / p.H, h = head % p.H;
         pad(p.q, b, h, p.T, T, depth, rows);
-        transpose(reinterpret_cast<std::uint32_t*>(rows), T, depth / 2, queries);
+        turn_tokens(rows, T, depth, p.depth_used(), queries);
         pair_queries(rows, query_pairs);
         pad(p.grad, b, h, p.T, T, depth, rows);
-        transpose(reinterpret_cast<std::uint32_t*>(rows), T, depth / 2, grads);
+        turn_tokens(rows, T, depth, p.depth_used(), grads);
         pair_queries(rows, grad_pairs);
         pad(p.k, b, h, p.S, S, depth, keys);
         pad(p.v, b, h, p.S, S, depth, values);
@@ -333,7 +297,12 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
         }
         for (std::int64_t t = 0; t < p.T; t += C) {
             const std::int64_t width = std::min(C, p.queries_used() - t);
-            for (std::int64_t c = 0; c < width; c += 32) {
+            for (std::int64_t c = 0; c < width && two_keys; c += 16) {
+                const Operands to = {probabilities + 2 * c, ds + 2 * c, ds_pairs + c, C, true};
+                multiply_and_differentiate({keys, depth}, {values, depth}, {queries + t + c, T}, {grads + t + c, T},
+                                           keys_used, p.S, scale, lse + t + c, along + t + c, to);
+            }
+            for (std::int64_t c = 0; c < width && !two_keys; c += 32) {
                 const std::int64_t queries_now = std::min<std::int64_t>(32, width - c);
                 for (std::int64_t j = 0; j < keys_used; j += kKeys) {
                     const std::int64_t count = std::min(kKeys, keys_used - j);
@@ -341,8 +310,8 @@ MIMIR_BF16 void backward_heads(const Problem& p, std::int64_t begin, std::int64_
                              {scores, 32}, false);
                     multiply(p.amx, count, queries_now, p.depth_used(), {values + j * depth, depth}, {grads + t + c, T},
                              {products, 32}, false);
-                    const std::int64_t at = two_keys ? j * C + 2 * c : j * C + c;
-                    const Operands to = {probabilities + at, ds + at, ds_pairs + j / 2 * C + c, C, two_keys};
+                    const std::int64_t at = j * C + c;
+                    const Operands to = {probabilities + at, ds + at, ds_pairs + j / 2 * C + c, C, false};
                     differentiate(scores, products, count, p.S - j, queries_now, scale, lse + t + c, along + t + c, to);
                 }
             }

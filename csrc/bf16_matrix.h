@@ -258,6 +258,26 @@ MIMIR_BF16_INLINE void transpose_block(const std::uint32_t* from, std::int64_t f
     }
 }
 
+// 16×4 numbers of 32 bits.
+MIMIR_BF16_INLINE void transpose_narrow_block(const std::uint32_t* from, std::int64_t from_stride, std::uint32_t* to,
+                                              std::int64_t to_stride) {
+    const auto row = [&](std::int64_t i) MIMIR_BF16_LAMBDA { return _mm_loadu_si128((const __m128i*)(from + i * from_stride)); };
+    __m512i r[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // rows i, 4 + i, 8 + i, 12 + i
+        r[i] = _mm512_castsi128_si512(row(i));
+        r[i] = _mm512_inserti32x4(r[i], row(4 + i), 1);
+        r[i] = _mm512_inserti32x4(r[i], row(8 + i), 2);
+        r[i] = _mm512_inserti32x4(r[i], row(12 + i), 3);
+    }
+    const __m512i low01 = _mm512_unpacklo_epi32(r[0], r[1]), high01 = _mm512_unpackhi_epi32(r[0], r[1]);
+    const __m512i low23 = _mm512_unpacklo_epi32(r[2], r[3]), high23 = _mm512_unpackhi_epi32(r[2], r[3]);
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi64(low01, low23));
+    _mm512_storeu_si512(to + to_stride, _mm512_unpackhi_epi64(low01, low23));
+    _mm512_storeu_si512(to + 2 * to_stride, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_storeu_si512(to + 3 * to_stride, _mm512_unpackhi_epi64(high01, high23));
+}
+
 // (rows, columns) → (columns, rows) of 32-bit numbers, both multiples of 16.
 MIMIR_BF16_INLINE void transpose(const std::uint32_t* from, std::int64_t rows, std::int64_t columns, std::uint32_t* to) {
     for (std::int64_t r = 0; r < rows; r += 16) {
