@@ -3,6 +3,7 @@
 MIMIR_FAST_REQUIRE=native,triton,dali makes a missing backend an error instead of lost coverage.
 """
 
+import gc
 import os
 import shutil
 from collections.abc import Sequence
@@ -69,7 +70,12 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Stop when a backend that must be here is not."""
+    """Stop when a backend that must be here is not, or when groups of tests would be torn apart."""
+    if session.config.getoption("dist", "no") == "loadgroup" and not hasattr(pytest.Item, "_nodeid"):
+        raise pytest.UsageError(
+            f"pytest-xdist marks no groups with pytest {pytest.__version__}, so each worker would make what a module "
+            "shares: make setup"
+        )
     from mimir_fast.info import backends
 
     known = REQUIRABLE | {name: name for name in tools()}
@@ -102,6 +108,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if item.get_closest_marker("slow") and "slow" not in asked_for:
             item.add_marker(pytest.mark.skip(reason="long; run with -m slow"))
+
+
+def pytest_collection_finish() -> None:
+    """A garbage collection need not walk what stays to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
