@@ -29,9 +29,24 @@ def zygote() -> Zygote:
     return started
 
 
-def start_module(folder: Path, module: str, *args: str) -> Process:
+def run_code(folder: Path, code: str, *args: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a program of a test's own in `folder`: as `python -c` would, but with the package imported already."""
+    return run_module(folder, _written(folder, code), *args, ranks=ranks)
+
+
+def start_code(folder: Path, code: str, *args: str, **variables: str) -> Process:
+    """Start it with these in its environment: to be looked at, signalled and killed."""
+    return start_module(folder, _written(folder, code), *args, **variables)
+
+
+def _written(folder: Path, code: str) -> str:
+    (folder / "own_program.py").write_text(code)
+    return "own_program"
+
+
+def start_module(folder: Path, module: str, *args: str, **variables: str) -> Process:
     """Start it in `folder`: to be looked at, signalled and killed."""
-    return zygote().start(module, args, cwd=folder, apart=True, env=command_environment())
+    return zygote().start(module, args, cwd=folder, apart=True, env=command_environment() | variables)
 
 
 def run_module(

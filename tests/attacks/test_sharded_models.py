@@ -3,14 +3,14 @@
 Two gloo processes compute one training step's gradients without a PGD attack before it, with two, and with nested ones.
 """
 
-import subprocess
-import sys
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
-from commands import command_environment
+from commands import run_module
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -57,26 +57,24 @@ def compare(strategy: str, images: Tensor, labels: Tensor) -> None:
     assert [len(found) for found in gradients] == [4, 4, 4], strategy
     for plain, after_attack, after_nested in zip(*gradients, strict=True):
         assert torch.equal(plain, after_attack) and torch.equal(plain, after_nested), strategy
+    print(strategy, "compared")
 
 
-def work(rank: int, store: str) -> None:
+def work() -> None:
     """What each of the two processes does."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(rank))
+    dist.init_process_group("gloo")
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
     for strategy in ("ddp", "fsdp"):
         compare(strategy, images, torch.arange(4))
     dist.destroy_process_group()
 
 
-def test_gradients_are_as_if_no_attack_had_been(tmp_path: Path) -> None:
-    code = "import sys, test_sharded_models as t; t.work(int(sys.argv[1]), sys.argv[2])"
-    here = Path(__file__).parent
-    environment = command_environment() | {"PYTHONPATH": f"{here}:{here.parent}"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path / "store")], env=environment, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+def test_gradients_are_as_if_no_attack_had_been(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(__file__)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")]))
+    out = run_module(here.parent, here.stem, ranks=2, timeout=120)
+    assert out.returncode == 0 and out.stdout.count("compared") == 4, out.stderr
+
+
+if __name__ == "__main__":
+    work()

@@ -1,12 +1,14 @@
 """A rival in its own process: the same numbers, another process, and its failures reach us."""
 
 import gc
+import multiprocessing
 import os
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import apart
 from benchmarks.apart import Apart
 
 
@@ -36,5 +38,10 @@ def test_another_process_computes() -> None:
 
 
 def test_what_cannot_be_built_says_why() -> None:
-    with pytest.raises(RuntimeError, match="nothing to scale by"):
-        Apart(Scaled, factor=0.0)
+    here, there = multiprocessing.Pipe()
+    try:
+        apart._serve(there, 1, Scaled, (), {"factor": 0.0})  # in this process, which has imported PyTorch already
+    finally:
+        gc.enable()
+    failed, why = here.recv()
+    assert failed and "nothing to scale by" in why  # as the failure of a call, which is raised above

@@ -1,11 +1,11 @@
 """Instructions by pipe against bytes, predicted for an H200."""
 
-import os
 import subprocess
-import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from commands import run_module
 
 pytest.importorskip("triton")
 
@@ -15,9 +15,7 @@ from mimir_kernels import aot, linf_step
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A process of its own: this one interprets kernels."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.instructions", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
+    return run_module(Path(__file__).parents[2], "benchmarks.instructions", *arguments)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
-"""`build_loader`: which loader `auto` stands for, what does not go together, and what importing costs."""
+"""`build_loader`: which loader `auto` stands for, and what does not go together."""
 
-import subprocess
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -99,14 +98,6 @@ def test_shuffle_and_augment_can_be_chosen_apart_from_the_split():
     assert torch.equal(images[:, :1], torch.from_numpy(build_source(config, "train").images))
     shuffled = next(iter(build_loader(config, split="test", batch_size=300, shuffle=True, augment=False)))
     assert sorted(shuffled.samples.tolist()) == list(range(300)) and shuffled.samples[0] != 0
-
-
-def test_importing_the_data_room_loads_no_image_library():
-    heavy = "{'PIL', 'sklearn', 'nvidia.dali', 'webdataset', 'torchvision'}"
-    code = (
-        f"import sys, mimir_fast.data; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_loader_classes_follow_the_name(image_folder):

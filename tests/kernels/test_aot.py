@@ -6,12 +6,11 @@ A figure that changes is a change to be understood, then written down:
 
 import importlib.util
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run_code, run_module
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
@@ -25,24 +24,21 @@ GOOD = aot.AotMetrics(
 )  # fmt: skip
 
 
-def run_python(*args: object) -> subprocess.CompletedProcess[str]:
-    """A process of its own: this one interprets kernels, which cannot be undone."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-W", "ignore", *map(str, args)], env=env, capture_output=True, text=True)
-
-
-def run_aot(*args: object) -> subprocess.CompletedProcess[str]:
-    return run_python("-m", "mimir_kernels.aot", *args)
+def run_aot(folder: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: this one interprets kernels, which cannot be undone. Another worker would import PyTorch
+    once more."""
+    code = "import sys\nfrom mimir_kernels import aot\nif __name__ == '__main__':\n    sys.exit(aot.main())"
+    return run_code(folder, code, *map(str, args), "--workers", "1")
 
 
 @pytest.mark.parametrize(
     "capability",
     [pytest.param(c, marks=[] if c == aot.CAPABILITIES[-1] else [pytest.mark.slow]) for c in aot.CAPABILITIES],
 )
-def test_every_kernel_keeps_its_promises(capability):
+def test_every_kernel_keeps_its_promises(capability, tmp_path):
     """No spills, no lost NaN, shared memory that fits, tensor cores and 128-bit loads where promised; figures as in the
     table, if it knows this Triton."""
-    result = run_aot("--check", TABLE, "--capability", capability)
+    result = run_aot(tmp_path, "--check", TABLE, "--capability", capability)
     assert result.returncode == 0, result.stderr
     assert f"/sm_{capability}" in result.stdout
 
@@ -60,20 +56,26 @@ def test_table_covers_oldest_and_newest_triton():
 
 @pytest.mark.parametrize("prefix", ["laplacian", pytest.param("", marks=pytest.mark.slow, id="all")])
 def test_kernels_compile_with_arguments_of_one(prefix):
-    result = run_python(TABLE.with_name("compile_with_ones.py"), prefix)
+    result = run_module(TABLE.parent, "compile_with_ones", prefix)
     assert result.returncode == 0, result.stdout
 
 
-def test_a_changed_figure_fails_and_says_what_to_type(tmp_path):
+def test_a_changed_figure_fails_and_says_what_to_type(tmp_path, monkeypatch, capsys):
+    """Compared with figures of the table itself: what is compiled has them, as the test above sees."""
     table = json.loads(TABLE.read_text())
     rows = table.setdefault(aot.triton_minor(), next(iter(table.values())))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(aot, "compile_all", lambda keys, workers: {k: aot.AotMetrics(**compiled[k]) for k in keys})
+    compiled = {key: dict(row) for key, row in rows.items()}
+    arguments = ["--check", str(tmp_path / "table.json"), "--capability", "90", "--only", "gram."]
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    assert aot.main(arguments) == 0 and "gram.center_fp32/sm_90" in capsys.readouterr().out
     rows["gram.center_fp32/sm_90"]["registers"] += 1
-    tampered = tmp_path / "table.json"
-    tampered.write_text(json.dumps(table))
-    result = run_aot("--check", tampered, "--capability", 90, "--only", "gram.center_fp32")
-    assert result.returncode == 1
-    assert "gram.center_fp32/sm_90: registers" in result.stderr
-    assert "--update" in result.stderr
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    assert aot.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "gram.center_fp32/sm_90: registers" in said and said.count("FAILED") == 1
+    assert "--update" in said
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,5 @@ print(lost(True, "fp32"), lost(False, "fp32"), lost(False, "bf16"), lost(False, 
 
 
 def test_a_lost_nan_is_found_in_what_was_compiled(tmp_path):
-    script = tmp_path / "kernel.py"
-    script.write_text(KERNEL)
-    result = run_python(script)
+    result = run_code(tmp_path, KERNEL)
     assert result.stdout.split() == ["False", "True", "True", "True"], result.stderr

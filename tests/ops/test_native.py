@@ -14,41 +14,46 @@ from torch._subclasses import FakeTensorMode
 from mimir_fast import _native
 from mimir_fast.ops import _checks, _dispatch
 
+# What the package reads from the environment when it is imported. PyTorch, which takes longer, is imported once.
+IMPORTS = """
+import os, sys, torch
+for name, value in (("MIMIR_FAST_NATIVE", "0"), ("MIMIR_FAST_CPU", "none"), ("MIMIR_FAST_NATIVE", "1")):
+    if os.fork() == 0:
+        os.environ[name] = value
+        from mimir_fast import _native, linf_step
+        if value == "0":
+            x = torch.ones(2)
+            print(_native.library(), float(linf_step(x, -x, x, alpha=0.25, eps=0.5).sum()))
+        elif value == "none":
+            print(_native.library() and (_native.unit(), _native.run("fp32_lanes"), _native.run("bf16_unit")))
+        else:
+            assert _native.library() is None or _native.has("linf_step")
+            print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}))
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+"""
 
-def run_python(code: str, **environment: str) -> str:
-    command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, env=os.environ | environment, check=True, capture_output=True, text=True
-    ).stdout.strip()
 
-
-def test_can_be_turned_off():
-    code = "from mimir_fast import _native, linf_step; import torch; x = torch.ones(2); "
-    code += "print(_native.library(), float(linf_step(x, -x, x, alpha=0.25, eps=0.5).sum()))"
-    assert run_python(code, MIMIR_FAST_NATIVE="0") == "None 1.5"
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_can_be_turned_off_is_held_to_fewer_instructions_and_shares_the_threads_of_torch() -> None:
+    """Whoever asks what computes is told so. Two OpenMP runtimes in one process would keep two pools of threads that
+    spin against each other."""
+    line = [sys.executable, "-c", IMPORTS]
+    out = subprocess.run(line, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True, capture_output=True, text=True)
+    off, held, runtimes = out.stdout.splitlines()
+    assert off == "None 1.5"
+    assert held == ("None" if _native.library() is None else "('none', 4, '')")
+    assert runtimes == "1"
 
 
 @pytest.mark.skipif(_native.library() is None, reason="the C++ extension is not built")
-def test_is_held_to_fewer_instructions() -> None:
-    """Whoever asks what computes is told so; what this processor lacks is refused."""
-    code = "from mimir_fast import _native; "
-    code += "print(_native.unit(), _native.run('fp32_lanes'), _native.run('bf16_unit'))"
-    assert run_python(code, MIMIR_FAST_CPU="none") == "none 4"
+def test_an_unknown_unit_is_refused() -> None:
     library = _native.library()
     assert library is not None
     with pytest.raises(ValueError, match="MIMIR_FAST_CPU='sse9', wanted one of none"):
         library.use_unit("sse9")
     assert _native.unit() in ("none", "avx2", "avx512", "avx512-bf16", "amx")
-
-
-@pytest.mark.skipif(_native.library() is None, reason="the C++ extension is not built")
-def test_shares_the_threads_of_torch():
-    """Two OpenMP runtimes in one process would keep two pools of threads that spin against each other."""
-    code = "import torch; from mimir_fast import _native; assert _native.has('linf_step'); "
-    code += "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}))"
-    if not sys.platform.startswith("linux"):
-        pytest.skip("reads /proc")
-    assert run_python(code, OMP_NUM_THREADS="2") == "1"
 
 
 def test_an_older_extension_lacks_a_function():

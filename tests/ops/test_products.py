@@ -1,11 +1,10 @@
 """Products by the faster library: values and gradients are those of PyTorch, and it is left where it does not fit."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
-from commands import command_environment
+from commands import run_code
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -87,7 +86,7 @@ def test_what_looks_at_operations_or_differentiates_gets_pytorchs(library: list[
 
 
 @pytest.mark.parametrize("setting", ["cuda.matmul", "mkldnn.matmul", "mkldnn"])
-def test_the_newer_settings_of_precision_are_read(library: list[int], setting: str) -> None:
+def test_the_newer_settings_of_precision_are_read(library: list[int], setting: str, tmp_path: Path) -> None:
     """In a process of its own: PyTorch refuses to mix these settings with the older one for good."""
     lines = f"""
 import torch
@@ -98,5 +97,5 @@ torch.backends.{setting}.fp32_precision = {"tf32" if "cuda" in setting else "bf1
 x, y = torch.randn(256, 784), torch.randn(256, 64)
 print(float(hsic(x, y)) > 0, _products.takes(x, x))
 """
-    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, env=command_environment())
+    done = run_code(tmp_path, lines)
     assert done.stdout.split() == ["True", str("cuda" in setting)], done.stderr[-800:]

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import socket
 import sys
 import time
 import traceback
@@ -36,12 +35,9 @@ from mimir_fast.world import start_world, stop_world
 
 found: dict[str, object] = {}
 folder = Path(sys.argv[1])
-with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
-# Both ranks from one interpreter: importing takes longer than all that follows.
-rank = 0 if (second := os.fork()) else 1
-os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+rank = int(os.environ["RANK"])
+# A file of bytecode that is cut short by the limit below would break every later import.
+sys.dont_write_bytecode = True
 sys.excepthook = lambda *error: (traceback.print_exception(*error), os._exit(1))[0]  # the other one must not wait
 world = start_world("cpu")
 
@@ -240,5 +236,3 @@ found["penalty share"] = held.saved_state()
 sys.stdout.write("RESULT " + json.dumps({"rank": rank, **found}) + "\n")
 sys.stdout.flush()
 stop_world()
-if second:
-    os.waitpid(second, 0)

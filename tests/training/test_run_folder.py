@@ -5,13 +5,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import command_environment
+from commands import start_code
+from zygote import Process
 
 from mimir_fast.checkpoints import checksums
 from mimir_fast.checkpoints.reading import CheckpointError, WeightsError, checkpoints_of, read_meta, resolve_checkpoint
@@ -232,33 +233,34 @@ time.sleep(120)
 
 
 class TestLock:
-    def hold(self, run: Path, **variables: str) -> subprocess.Popen[str]:
-        line = [sys.executable, "-c", HOLD, str(run)]
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=command_environment() | variables)
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
+    def hold(self, folder: Path, run: Path, **variables: str) -> Process:
+        process = start_code(folder, HOLD, str(run), **variables)
+        while "held\n" not in process.said():
+            assert process.poll() is None, process.said()
+            time.sleep(0.02)
         return process
 
     def test_two_starts_on_one_folder(self, tmp_path: Path) -> None:
         """Without a lock both "finish", each deleting the other's checkpoints. After kill -9 the folder is free."""
-        process = self.hold(tmp_path)
+        process = self.hold(tmp_path, tmp_path / "run")
         try:
             with pytest.raises(FolderInUse, match=rf"process {process.pid} on .*: wait for it, stop it, or choose"):
-                opened(tmp_path, overwrite=True)
-            assert (tmp_path / "config.json").exists()
-            process.send_signal(signal.SIGSTOP)  # a stopped process still holds it
+                opened(tmp_path / "run", overwrite=True)
+            assert (tmp_path / "run" / "config.json").exists()
+            process.signal(signal.SIGSTOP)  # a stopped process still holds it
             with pytest.raises(FolderInUse):
-                opened(tmp_path)
+                opened(tmp_path / "run")
         finally:
             process.kill()
-            process.wait()
-        opened(tmp_path)
+            process.wait(60)
+        opened(tmp_path / "run")
 
     def test_a_restart_waits_for_the_process_it_replaces(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SLURM_JOB_ID", "77")
-        process = self.hold(tmp_path, SLURM_JOB_ID="77")
+        process = self.hold(tmp_path, tmp_path / "run", SLURM_JOB_ID="77")
         subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
-        opened(tmp_path)
-        assert process.wait() == -signal.SIGKILL
+        opened(tmp_path / "run")
+        assert process.wait(60) == -signal.SIGKILL
 
 
 class TestOverwrite:

@@ -1,13 +1,11 @@
 """One start of a run, in this process: precision, accumulation, dry runs, traces, and what is saved in the end."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from commands import command_environment
+from commands import run_code
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -260,8 +258,7 @@ stuck_here()
 
 
 def test_a_hang_ends_with_a_record_and_a_name(tmp_path: Path) -> None:
-    line = [sys.executable, "-c", HANG, str(tmp_path)]
-    out = subprocess.run(line, capture_output=True, text=True, timeout=120, env=command_environment())
+    out = run_code(tmp_path, HANG, str(tmp_path))
     assert out.returncode == 75
     assert "after step 7" in out.stderr and "rank 1 gives no sign" in out.stderr and "--hang_minutes" in out.stderr
     assert "stuck_here" in (tmp_path / "step-00000007" / "rank-0.txt").read_text()

@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import command_environment
+from commands import run_module
 
 from mimir_fast import _native, world
 from mimir_fast.pretrain import config_from
@@ -20,12 +19,10 @@ from mimir_fast.world import refuse_strangers
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    script = Path(__file__).with_name("ranks_world.py")
-    line = [sys.executable, str(script)]
-    environment = command_environment()
-    environment["PYTHONPATH"] = f"{script.parents[1]}:{environment.get('PYTHONPATH', '')}"
-    folder = tmp_path_factory.mktemp("ranks")
-    out = subprocess.run([*line, str(folder)], capture_output=True, text=True, timeout=240, env=environment)
+    script, folder = Path(__file__).with_name("ranks_world.py"), tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")]))
+        out = run_module(script.parent, script.stem, str(folder), ranks=2, timeout=240)
     found = [json.loads(text.split("RESULT ", 1)[1]) for text in out.stdout.splitlines() if "RESULT " in text]
     assert len(found) == 2, out.stdout + out.stderr
     return sorted(found, key=lambda result: result["rank"])
