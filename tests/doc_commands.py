@@ -16,7 +16,7 @@ _NANO = ["--model.encoder", "nano", "--model.patch_size", "8", "--max_steps", "2
 SMALL = {
     "mimir_fast.pretrain": _NANO,
     "mimir_fast.finetune": [*_NANO, "--attack.num_steps", "1", "--probe.num_images", "16", "--probe.num_steps", "1"],
-    "mimir_fast.evaluate": ["--limit", "8"],
+    "mimir_fast.evaluate": ["--limit", "8", "--suite", "table", "--autoattack", "no"],
 }
 
 

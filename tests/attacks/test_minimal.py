@@ -75,7 +75,7 @@ def test_what_is_wrong_already_stays_and_so_does_what_nothing_breaks() -> None:
         assert torch.equal(kept, images)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["linf", *(pytest.param(n, marks=pytest.mark.slow) for n in ("l2", "l1"))])
 def test_the_median_is_that_of_fab_or_smaller(norm: Norm, small_model: SmallNet) -> None:
     fab: Any = pytest.importorskip("pyautoattack.fab_pt").FABAttack_PT
     batch = next(iter(build_loader(DIGITS, split="test", batch_size=40)))

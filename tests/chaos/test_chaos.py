@@ -27,7 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     "names",
     [
         pytest.param(["kill", "ask_to_stop"], id="killed, damaged, asked to stop"),
-        pytest.param(["kill_in_syscall"], id="killed in a system call", marks=strace),
+        pytest.param(["kill_in_syscall"], id="killed in a system call", marks=[strace, pytest.mark.slow]),
         pytest.param(["start_twice", "close_the_pipe"], id="started twice, nobody reads"),
     ],
 )

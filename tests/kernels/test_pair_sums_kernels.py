@@ -19,7 +19,7 @@ gram, laplacian, pair_sums, pair_tiles = (
 
 # (N, D_x, D_y): the awkward ones; two tiles a side, one sample, one feature, an odd number of everything
 THREE_TILES = pytest.param((129, 20, 40), marks=pytest.mark.slow)
-SHAPES = [(67, 500, 33), (1, 1, 1), (2, 33, 1), (13, 60, 128), (64, 16, 8), THREE_TILES]
+SHAPES = [(67, 150, 33), (1, 1, 1), (2, 33, 1), (13, 60, 128), (64, 16, 8), THREE_TILES]
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_gradients_match_autograd_of_definition(shape, regime, triton_device):
 @pytest.mark.parametrize("estimator", [biased_hsic, unbiased_hsic, renyi_information])
 def test_estimators_meet_the_accuracy_target(estimator, regime, triton_device):
     """Value to 1e-5 and gradient to 1e-4 where kernels are nearly constant, 0.999 off the diagonal."""
-    n, d_x, d_y = 40, 1000, 200
+    n, d_x, d_y = 40, 400, 80
     scene, basis = samples(n, 4, 0, triton_device) - 3, samples(4, d_x + d_y, 1, triton_device) - 3
     x = 0.5 + 0.05 * scene @ basis[:, :d_x] + 0.05 * (samples(n, d_x, 2, triton_device) - 3)
     y = torch.tanh(scene @ basis[:, d_x:])
@@ -176,7 +176,7 @@ def test_same_input_twice_needs_one_matrix(regime, triton_device):
 
 
 def test_same_bits_every_time(regime, triton_device):
-    x, y = samples(70, 40, 0, triton_device), samples(70, 20, 1, triton_device)
+    x, y = samples(66, 16, 0, triton_device), samples(66, 8, 1, triton_device)
     gamma = scalar(0.05, triton_device)
     runs = [estimate_and_gradients(biased_hsic, x, y, gamma, gamma, keep=False) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

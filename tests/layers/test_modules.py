@@ -230,6 +230,19 @@ def test_transforms_of_torch_func_give_the_gradient(case: Case) -> None:
     torch.testing.assert_close(torch.func.grad(loss)(images), gradient)
     _, slope = torch.func.jvp(loss, (images,), (direction,))
     torch.testing.assert_close(slope, (gradient * direction).sum())
+
+
+@pytest.mark.parametrize(
+    "case", [c if c is VIT else pytest.param(c, marks=pytest.mark.slow) for c in CASES], ids=lambda case: case.family
+)
+def test_linearize_records_the_same_derivative(case: Case) -> None:
+    model, images = case.classifier().double(), case.images().double()
+    direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+
+    def loss(images: Tensor) -> Tensor:
+        return model(images).square().sum()
+
+    _, slope = torch.func.jvp(loss, (images,), (direction,))
     _, linear = torch.func.linearize(loss, images)
     torch.testing.assert_close(linear(direction), slope)
 
@@ -294,7 +307,12 @@ def test_dropping_tokens_hears_the_attention() -> None:
         model(VIT.images())
 
 
-@each_family
+# Seconds each. ConvNeXt's files are written by torch.export in exporting/test_programs.py.
+@pytest.mark.parametrize(
+    "case",
+    [c if c.family in ("vit", "swin", "xcit") else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
+    ids=lambda case: case.family,
+)
 def test_export_with_any_batch(case: Case) -> None:
     model, batch = case.classifier(), torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (case.images(),), dynamic_shapes=({0: batch},))

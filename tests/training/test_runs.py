@@ -39,7 +39,7 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     return read_tensors(checkpoints_of(run)[-1], "")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run all others are compared with: one process, never interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
@@ -65,6 +65,7 @@ def wait_for(condition: Callable[[], bool], process: Process | subprocess.Popen[
         time.sleep(0.02)
 
 
+@pytest.mark.slow  # chaos/test_chaos.py kills, damages and compares every bit of every start
 def test_kill_9_and_resume_is_bit_exact(command: Command, whole_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
     process = start_module(tmp_path, "mimir_fast.pretrain", *SMALL, "--output_dir", str(run))
@@ -80,9 +81,10 @@ def test_kill_9_and_resume_is_bit_exact(command: Command, whole_run: Path, tmp_p
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_and_exits_0(tmp_path: Path, ranks: int) -> None:
-    """One process exits 0 itself; under torchrun the ranks do, and the agent reports the signal it got."""
+    """One process exits 0 itself; under torchrun the ranks do, and the agent reports the signal it got. That ranks stop
+    after the same step, test_world.py sees."""
     run = tmp_path / "terminated"
     args = ["mimir_fast.pretrain", *SMALL, "--output_dir", str(run), "--max_steps", "500", "--save_every", "500"]
     process: Process | subprocess.Popen[str]
@@ -101,7 +103,8 @@ def test_sigterm_saves_and_exits_0(tmp_path: Path, ranks: int) -> None:
     assert read_meta(saved[0])["step"] == int(saved[0].name.removeprefix("step-"))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+# As ddp, two ranks are fine-tuned in test_finetuning.py.
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_ranks_see_what_one_sees_and_hand_over_to_one(
     command: Command, whole_run: Path, tmp_path: Path, strategy: str
 ) -> None:
@@ -118,6 +121,7 @@ def test_two_ranks_see_what_one_sees_and_hand_over_to_one(
         assert (found[name] - wanted[name]).abs().mean() < 2e-5, name
 
 
+@pytest.mark.slow  # test_free_to_change.py compares tensors with and without
 def test_accumulation_sees_the_same_batches(command: Command, whole_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "accumulated"
     line = ["--accum_iter", "2", "--mi.scope", "rank", "--mi.share", "0", "--mi.weight", "0", "--max_steps", "3"]
