@@ -2,6 +2,7 @@
 
     python tests/processors.py --one       the leg that CI runs beside all tests: a processor with fewer instructions
     python tests/processors.py             every leg that this processor can run
+    python tests/processors.py tests/ops/test_hsic.py -x   some tests only; what else is given is pytest's
     python tests/processors.py --torches   the lowest PyTorch of pyproject.toml and the newest that pip finds, too
 
 Not collected by pytest. A leg holds PyTorch, oneDNN and our C++ to the instructions of one kind of processor. It has
@@ -56,7 +57,8 @@ def tests(name: str, python: Path, environment: Environment, *extra: str) -> boo
     with tempfile.TemporaryDirectory(prefix="mimir-fast-leg-") as folder:
         own = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "MIMIR_FAST_CACHE": f"{folder}/mimir_fast"}
         own["MIMIR_FAST_REQUIRE"] = ""  # a leg lacks things on purpose
-        line = [str(python), "-m", "pytest", "-q", "-n", "auto", "--dist", "loadgroup", *FOLDERS, *extra]
+        chosen = [] if any(argument.startswith("tests/") for argument in extra) else FOLDERS
+        line = [str(python), "-m", "pytest", "-q", "-n", "auto", "--dist", "loadgroup", *chosen, *extra]
         return run(name, line, environment | own)
 
 
