@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from chaos.faults import PROCESS_FAULTS, damage
-from chaos.inf_steps import STEPS as INF_STEPS
 from chaos.runs import (
     DDP,
     FINETUNE,
     FSDP,
+    INF_STEPS,
     PATIENCE,
     PRETRAIN,
     STEPS,

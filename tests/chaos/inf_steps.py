@@ -5,14 +5,13 @@
 
 import math
 
+from chaos.runs import INF_STEPS
 from torch import Tensor, nn
 
 from mimir_fast.data.batch import Batch
 from mimir_fast.methods.classification import ClassificationConfig, Inputs, plain_losses
 from mimir_fast.methods.pgd import Pgd
 from mimir_fast.methods.registry import MethodEntry, register
-
-STEPS = (3, 7, 8, 13)
 
 
 class PgdInf(Pgd):
@@ -22,7 +21,7 @@ class PgdInf(Pgd):
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int, step: int) -> dict[str, Tensor]:
         """{"loss", "accuracy"} of a batch."""
-        self._bad = step in STEPS
+        self._bad = step in INF_STEPS
         return super().__call__(model, batch, seed=seed, step=step)
 
     def losses(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ from zygote import Process, Zygote
 from mimir_fast.checkpoints.durable import pointed_at
 
 STEPS = 18
+INF_STEPS = (3, 7, 8, 13)
+"""In whose batch there is an Inf, with --import chaos.inf_steps."""
 # Batches of 16 from 64 images: four steps an epoch, so steps, epochs and checkpoints do not coincide.
 _EVERY = (
     "--model.patch_size", "16", "--batch_size", "16", "--max_steps", str(STEPS), "--save_every", "2",

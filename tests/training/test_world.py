@@ -55,6 +55,8 @@ def test_a_process_that_waits_for_its_peers_obeys_signals(
     child = os.fork()
     if child == 0:
         sys.stderr = os.fdopen(writing, "w")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+        signal.alarm(60)
         try:
             run_session(config_from(["--output_dir", "/nonexistent"]), lambda *_: pytest.fail("not reached"))
         finally:
