@@ -142,6 +142,9 @@ class Zygote:
 def _child(request: dict[str, Any]) -> None:
     """What the forked process does; never returns."""
     os.setsid()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # the tests may be a job in the background, which ignores it
     if priority := os.nice(0):  # a new session begins at the usual one
         with suppress(OSError):
             Path("/proc/self/autogroup").write_text(str(priority))

@@ -243,7 +243,7 @@ SCENARIOS: dict[str, Story] = {
     "without_peers": without_peers,
     "foreign_folders": foreign_folders,
     "bad_command_lines": bad_command_lines,
-    "system_calls": partial(chain, PRETRAIN, kinds=tuple(name for name in PROCESS_FAULTS if "system call" in name)),
+    "system_calls": partial(chain, PRETRAIN, kinds=tuple(name for name in PROCESS_FAULTS if "strace" in name)),
 }
 
 
