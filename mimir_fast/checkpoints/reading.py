@@ -201,10 +201,17 @@ def _read_into(folder: Path, tensors: dict[str, Tensor], *, no_dist: bool) -> No
 
 
 def root_cause(error: BaseException | None) -> str:
-    """What the operating system said, dug out of what torch.distributed.checkpoint wrapped it in."""
+    """What the operating system said, dug out of what torch.distributed.checkpoint wrapped it in.
+
+    Raises:
+        SystemExit, KeyboardInterrupt: that is what it wrapped. It catches even these, so a process that was asked to
+            leave would go on to call its checkpoint damaged.
+    """
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            raise error
     return f"{type(error).__name__}: {error}" if error is not None else ""
 
 

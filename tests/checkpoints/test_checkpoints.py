@@ -16,6 +16,7 @@ from file_state import file_state
 from safetensors import safe_open
 from small_models import masked_vit
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from mimir_fast.checkpoints import checksums
 from mimir_fast.checkpoints.durable import point, pointed_at, remove, write_text
@@ -63,6 +64,20 @@ class TestCheckpoint:
             torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True)
         )
         assert optimizer.state[other.encoder.norm.weight]["step"] == 1
+
+    @pytest.mark.parametrize("leaving", [SystemExit(0), KeyboardInterrupt()], ids=["signal", "Ctrl-C"])
+    def test_who_is_asked_to_leave_meanwhile_leaves(
+        self, saved: Path, leaving: BaseException, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """torch.distributed.checkpoint catches what a signal's handler raises, as the failure of a rank."""
+        tensors = read_tensors(saved, "")
+
+        def read_data(*_: object) -> None:
+            raise leaving
+
+        monkeypatch.setattr(HuggingFaceStorageReader, "read_data", read_data)
+        with pytest.raises(type(leaving)):
+            load_checkpoint(saved, tensors)
 
     def test_holds_no_pickle(self, saved: Path) -> None:
         assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
