@@ -12,6 +12,8 @@ would not answer the one whose batch is another.
 Shapes: n samples of this rank, R ranks, N = R·n samples of the global batch.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 
 def check_same_shapes(group: dist.ProcessGroup | None = None, /, **tensors: Tensor) -> None:
-    """Compare how many samples of which size the ranks hold. Collective; 0.2 ms of a CPU on two ranks of a host.
+    """Compare shapes and dtypes of what the ranks hold. Collective; 0.2 ms of a CPU on two ranks of a host.
 
     CPU tensors carry it, so that no GPU is waited for; a group that has no backend for them is not compared, nor is
     what PyTorch compiles, transforms or records.
@@ -46,16 +48,29 @@ def check_same_shapes(group: dist.ProcessGroup | None = None, /, **tensors: Tens
     """
     if torch.compiler.is_compiling() or _native.transformed() or "cpu" not in dist.get_backend_config(group):
         return
-    sizes = [(t.shape[0], t.numel() // max(1, t.shape[0])) if t.dim() else (0, 1) for t in tensors.values()]
-    all_sizes = all_gather(torch.tensor([sizes]), group).tolist()
-    for name, *ranks in zip(tensors, *all_sizes, strict=True):
-        other = next((rank for rank, size in enumerate(ranks) if size != ranks[0]), 0)
+    described = torch.tensor([[_description(t) for t in tensors.values()]])
+    for name, *ranks in zip(tensors, *all_gather(described, group).tolist(), strict=True):
+        other = next((rank for rank, description in enumerate(ranks) if description != ranks[0]), 0)
         if other:
-            (n, size), (other_n, other_size) = ranks[0], ranks[other]
             raise ValueError(
-                f"{name} must have the same shape on every rank, got {n} samples of {size} numbers on rank 0 and "
-                f"{other_n} of {other_size} on rank {other}: give each as many (drop_last=True in a DataLoader)"
+                f"{name} must have the same shape and dtype on every rank, got {_words(ranks[0])} on rank 0 and "
+                f"{_words(ranks[other])} on rank {other}: give each as many samples (drop_last=True in a DataLoader)"
             )
+
+
+_DTYPES = sorted({str(d) for d in vars(torch).values() if isinstance(d, torch.dtype)})
+_DIMENSIONS = 8  # told one by one; the sizes of those behind are multiplied
+
+
+def _description(x: Tensor) -> list[int]:
+    """Ten numbers: dtype, number of dimensions, their sizes."""
+    sizes = [*x.shape[: _DIMENSIONS - 1], math.prod(x.shape[_DIMENSIONS - 1 :])]
+    return [_DTYPES.index(str(x.dtype)), x.dim(), *sizes, *[1] * (_DIMENSIONS - len(sizes))]
+
+
+def _words(description: Sequence[int]) -> str:
+    dtype, dimensions, *sizes = description
+    return f"{_DTYPES[dtype].removeprefix('torch.')} {tuple(sizes[:dimensions])}"
 
 
 class _GatherBatch(torch.autograd.Function):
@@ -74,14 +89,14 @@ def gather_batch(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The samples of all ranks, concatenated along the batch in rank order.
 
     Args:
-        x: (n, …), the same shape and dtype on every rank; the shape is compared.
+        x: (n, …), the same shape and dtype on every rank, which is compared.
         group: the ranks taking part; all by default. Without torch.distributed, or alone, x is returned as it is.
     Returns:
         (R·n, …). Its gradient to x is this rank's slice times R, which is right when every rank computes the same loss
         from the result and gradients of parameters are *averaged* over the ranks, as DDP and FSDP do. First order only.
     Raises:
         TypeError: x is no tensor.
-        ValueError: x is a scalar, or has another shape on another rank.
+        ValueError: x is a scalar, or has another shape or dtype on another rank.
 
     Example:
         >>> loss = reconstruction + 1e-5 * hsic(gather_batch(images), gather_batch(latents))
@@ -89,8 +104,8 @@ def gather_batch(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     check_tensors(x=x)
     if group_size(group) == 1:
         return x
+    check_same_shapes(group, x=x)  # first: a rank with another shape waits for this one
     if x.dim() == 0:
         raise ValueError("x must be (n, ...) with a batch dimension, got a scalar: use x[None]")
-    check_same_shapes(group, x=x)
     gathered: Tensor = _GatherBatch.apply(x, group)
     return gathered

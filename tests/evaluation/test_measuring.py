@@ -11,7 +11,7 @@ from small_classifier import DIGITS, EPS
 
 from mimir_fast.attacks.pgd import is_correct
 from mimir_fast.data import build_loader, build_source
-from mimir_fast.data.sources.base import ArraySource
+from mimir_fast.data.sources.base import ArraySource, evenly
 from mimir_fast.evaluation.attacks import NamedAttack, make_pgd, make_random_noise, step_size
 from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.images import EvaluationImages, Fitting, ImageSets, choose_indices, load_images
@@ -55,6 +55,12 @@ def test_a_limit_keeps_the_shares_of_the_classes_whatever_their_order() -> None:
     assert len(np.unique(turns[np.arange(100) * 20])) == 1
     (note,) = one_sided(turns, np.arange(100) * 20)
     assert "of 1 of the 10 classes" in note
+    # Small parts, too, and unequal classes.
+    halves = np.where(np.arange(1000) % 2, np.arange(1000) // 2 % 9 + 1, 0)
+    for labels, limit in ((np.arange(600) % 10, 50), (np.arange(30) % 3, 20), (np.arange(36) % 4, 18), (halves, 50)):
+        counts = np.bincount(labels)
+        found = np.bincount(labels[evenly(labels, limit)], minlength=len(counts))
+        assert np.abs(found - counts * limit / len(labels)).max() <= 1, (limit, found)
     images = EvaluationImages(torch.zeros(2000, 1, 2, 2), torch.from_numpy(turns), torch.arange(2000), (), "any", {})
     assert images.evenly(100).labels.bincount().tolist() == [10] * 10
 

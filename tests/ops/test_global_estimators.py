@@ -71,18 +71,27 @@ def both_gradients(rank: int) -> dict[str, torch.Tensor]:
 
 
 def uneven(rank: int) -> dict[str, torch.Tensor]:
-    """The last batch of a loader that keeps it: said by both ranks, which can go on."""
+    """The last batch of a loader that keeps it, and others that no backend notices: said by both, which can go on."""
     x, y = (t[: LOCAL - rank] for t in data())
-    says = r"x must have the same shape .* 8 samples of 48 numbers on rank 0 and 7 of 48 on rank 1"
+    says = (
+        r"x must have the same shape and dtype .* float32 \(8, 3, 4, 4\) on rank 0 and float32 \(7, 3, 4, 4\) on rank 1"
+    )
     with pytest.raises(ValueError, match=says):
         gather_batch(x)
     with pytest.raises(ValueError, match=says):
         global_hsic(x, y)
-    with pytest.raises(ValueError, match="1 samples of 48 numbers on rank 0 and 0 of 0 on rank 1"):
+    with pytest.raises(ValueError, match=r"\(1, 3, 4, 4\) on rank 0 and float32 \(0, 3, 4, 4\) on rank 1"):
         global_hsic(x[: 1 - rank], y[: 1 - rank])  # too few on one of them
     x, y = (t[:LOCAL] for t in data())
-    with pytest.raises(ValueError, match=r"y must have .* 8 samples of 20 numbers on rank 0 and 8 of 19 on rank 1"):
+    with pytest.raises(ValueError, match=r"y must have .* \(8, 20\) on rank 0 and float32 \(8, 19\) on rank 1"):
         global_hsic(x, y[:, rank:])
+    for mine, says in (
+        (x.view(LOCAL, *((6, 8), (8, 6))[rank]), r"\(8, 6, 8\) on rank 0 and float32 \(8, 8, 6\)"),
+        ((x, x.double())[rank], r"float32 \(8, 3, 4, 4\) on rank 0 and float64 \(8, 3, 4, 4\)"),
+        ((x.flatten()[0], x.flatten()[:1])[rank], r"float32 \(\) on rank 0 and float32 \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            gather_batch(mine)
     return {"value": global_hsic(x, y)}
 
 

@@ -15,6 +15,7 @@ from mimir_fast.data.order import BLOCKS_IN_WINDOW
 from mimir_fast.sizes import Size, as_size
 
 _ROWS = 65_536  # names that are hashed at a time
+_UNLIKELY = 4.5  # standard deviations of a normal distribution, which one of 300,000 exceeds
 
 
 class MissingDataError(FileNotFoundError):
@@ -260,9 +261,9 @@ def evenly(labels: np.ndarray, count: int) -> np.ndarray:
 def lopsided(labels: np.ndarray, chosen: np.ndarray) -> bool:
     """Whether a part of the samples holds other shares of the classes than one drawn at random ever would.
 
-    A class is missing that less than one of a thousand random parts would miss, or Pearson's X² of the counts is 14 and
-    eight standard deviations above its mean; with rare classes, too (Haldane, Biometrika 29, 1937: its variance is
-    2k + Σ 1/E, but for smaller terms).
+    A class is missing that less than one of a thousand random parts would miss, or Pearson's X² of the counts is such
+    as one of 300,000 would have: with rare classes, too, its tail is taken for that of a gamma distribution with its
+    mean k and variance 2k + Σ 1/E (Haldane, Biometrika 29, 1937), by the cube root of Wilson & Hilferty (1931).
 
     Args:
         labels: (N,) int64 of all samples.
@@ -274,7 +275,9 @@ def lopsided(labels: np.ndarray, chosen: np.ndarray) -> bool:
     part, free = len(chosen) / len(labels), len(counts) - 1
     found, expected = np.bincount(classes.ravel()[chosen], minlength=len(counts)), len(chosen) / len(labels) * counts
     square = float((np.square(found - expected) / expected).sum()) / (1 - part)
-    unlikely = free + 8 * float(2 * free + (1 / expected).sum()) ** 0.5 + 14
+    scale = (2 * free + float((1 / expected).sum())) / (2 * free) if free else 1.0
+    spread = 2 * scale / (9 * free) if free else 0.0
+    unlikely = free * (1 - spread + _UNLIKELY * spread**0.5) ** 3
     return square > unlikely or bool((found[expected > 7 + np.log(len(counts))] == 0).any())
 
 
