@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, fields, is_dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 
 def parse_float(text: str) -> float:
@@ -51,8 +51,10 @@ def check_number(
     raise ValueError(f"{name}={value:g}, wanted {' and '.join(wanted)}{f' ({hint})' if hint else ''}")
 
 
-def check_finite(config: Any) -> None:
-    """Refuse NaN and infinity in any field of a dataclass, also within tuples.
+def check_fields(config: Any) -> None:
+    """Refuse NaN and infinity in any field of a dataclass, also within tuples, and what is none of a field's choices.
+
+    The command line refuses both earlier; Python does not look at annotations.
 
     Raises:
         ValueError: naming the field.
@@ -62,6 +64,8 @@ def check_finite(config: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"{field.name}={number}, wanted a finite number")
+        if get_origin(field.type) is Literal:
+            check_choice(field.name, value, get_args(field.type))
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

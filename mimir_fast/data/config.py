@@ -8,7 +8,7 @@ from typing import Literal
 
 from mimir_fast.data.registry import SOURCES, reads_root
 from mimir_fast.sizes import Size, as_size, height_width, typed
-from mimir_fast.validation import check_finite, without
+from mimir_fast.validation import check_fields, without
 
 LOADERS = ("auto", "resident", "torch", "dali", "raw")
 MAX_SIDE = 8192  # of three channels 0.8 GB in fp32: more is a slip of the hand, and would fill the memory
@@ -68,7 +68,7 @@ class DataConfig:
     """part of the JPEG files DALI gives to the GPU's hardware decoder, the rest go to its CUDA decoder"""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_fields(self)
         SOURCES.find(self.source)
         try:
             self.image_size = as_size(self.image_size)

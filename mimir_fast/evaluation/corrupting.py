@@ -12,6 +12,7 @@ import io
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,7 +103,8 @@ def corrupt(pixels: Array, name: str, severity: int, rng: Generator) -> Array:
         ValueError: no such corruption or severity, or no such image.
         ImportError: `frost` without its photographs.
     """
-    if name not in CORRUPTIONS or severity not in SEVERITIES:
+    numbered = isinstance(severity, Integral) and not isinstance(severity, bool)
+    if name not in CORRUPTIONS or not numbered or severity not in SEVERITIES:
         raise ValueError(f"{name} at severity {severity}: wanted one of {', '.join(CORRUPTIONS)}, at 1 … 5")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
         raise ValueError(f"an image to corrupt is (H, W, 3) uint8, got {pixels.dtype} {pixels.shape}")

@@ -23,6 +23,7 @@ from mimir_fast.evaluation.config import EvaluateConfig
 from mimir_fast.evaluation.results import Results
 from mimir_fast.evaluation.run import Given, evaluate_in
 from mimir_fast.layers.borrowing import borrowed
+from mimir_fast.ops._checks import check_tensors
 from mimir_fast.sizes import as_size
 from mimir_fast.validation import nearest, number_of
 from mimir_fast.world import World
@@ -99,11 +100,14 @@ def _as_typed(options: dict[str, Any]) -> dict[str, Any]:
 
 def _as_uint8(images: Tensor) -> np.ndarray:
     """(N, C, H, W) uint8 on the CPU."""
+    check_tensors(images=images)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images are of shape {tuple(images.shape)}, wanted (N, 1 or 3, H, W)")
     if images.dtype == torch.uint8:
         return images.cpu().numpy()
     levels = 255 * images.detach().cpu().double()
+    if not levels.isfinite().all():
+        raise ValueError("images hold NaN or infinity")
     if not images.is_floating_point() or not (levels - levels.round()).abs().max() < 1e-3:
         raise ValueError(
             f"images ({images.dtype}) are no multiples of 1/255, which decoded images are: round them, "

@@ -7,7 +7,7 @@ from typing import Literal
 from mimir_fast.data.config import DataConfig
 from mimir_fast.extensions import Imports
 from mimir_fast.models.normalization import check_statistics
-from mimir_fast.validation import check_finite, check_number
+from mimir_fast.validation import check_fields, check_number
 
 SuiteName = Literal["quick", "paper", "full", "table", "corruptions", "strongest"]
 Norm = Literal["linf", "l2", "l1"]
@@ -98,7 +98,7 @@ class CommonOptions:
         return self.data.idle_without_training("an evaluation takes the test images as they are")
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_fields(self)
         self.imports = tuple(dict.fromkeys(self.imports))
         self.options = tuple(self.options)
         check_number("seed", self.seed, at_least=0, below=2**63)

@@ -20,7 +20,7 @@ from torch import Tensor
 from mimir_fast.methods.mixing import warmup
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream, normal
-from mimir_fast.validation import check_choice, check_finite, without
+from mimir_fast.validation import check_choice, check_fields, without
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -47,7 +47,7 @@ class RandAugmentConfig:
     as in the authors' `create_transform`."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_fields(self)
         if self.num_ops < 0:
             raise ValueError(f"randaugment num_ops={self.num_ops}, wanted 0 (off) or more; the recipes use 2")
         if not 0 <= self.magnitude <= _MAX_LEVEL:

@@ -24,7 +24,7 @@ from mimir_fast.methods.classification import (
 )
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.methods.trades import gaussian_start, kl_divergence
-from mimir_fast.validation import check_finite
+from mimir_fast.validation import check_fields
 
 # The authors' constant: it bounds the margin's logarithm, and its gradient, where a wrong class has probability 1.
 _CEILING = 1.0001
@@ -38,7 +38,7 @@ class MartConfig:
     """Weight of the divergence; 5 in the paper, 6 in the authors' code."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_fields(self)
         if self.beta < 0:
             raise ValueError(f"mart beta={self.beta}, wanted 0 or more; the paper uses 5")
 

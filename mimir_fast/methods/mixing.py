@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
-from mimir_fast.validation import check_finite, without
+from mimir_fast.validation import check_fields, without
 
 _BETA_TRIES = 16  # for α = 0.8 a try succeeds in 61 % of cases: all fail once in three million
 
@@ -39,7 +39,7 @@ class MixingConfig:
     """The probability rises linearly from half of `prob` to `prob` over so many epochs."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_fields(self)
         if self.mixup < 0 or self.cutmix < 0:
             raise ValueError(f"mixup={self.mixup}, cutmix={self.cutmix}: wanted 0 (off) or a positive Beta parameter")
         for name in ("switch_prob", "prob"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from mimir_fast.losses import MutualInformationPenalty
 from mimir_fast.ops._precision import no_autocast
 from mimir_fast.philox import Stream, uniform
-from mimir_fast.validation import check_number, without
+from mimir_fast.validation import check_fields, check_number, without
 
 
 @dataclass
@@ -51,6 +51,7 @@ class MutualInformationConfig:
     time only. Without, each micro-batch has an estimate of its own, and a penalty of another strength."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_number("mi.weight", self.weight, at_least=0)
         check_number("mi.share", self.share, at_least=0, at_most=1)
         check_number("mi.sigma", self.sigma, above=0)

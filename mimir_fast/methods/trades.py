@@ -26,7 +26,7 @@ from mimir_fast.methods.classification import (
 )
 from mimir_fast.methods.registry import MethodEntry, register
 from mimir_fast.philox import Stream, normal
-from mimir_fast.validation import check_finite
+from mimir_fast.validation import check_fields
 
 START_STD = 0.001
 
@@ -39,7 +39,7 @@ class TradesConfig:
     """Weight of stability against accuracy (1/λ in the paper)."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_fields(self)
         if self.beta < 0:
             raise ValueError(f"trades beta={self.beta}, wanted 0 or more; the paper uses 1 and 6")
 

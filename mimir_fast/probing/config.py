@@ -10,7 +10,7 @@ from mimir_fast.extensions import Imports
 from mimir_fast.models.normalization import check_statistics
 from mimir_fast.models.weight_files import WeightsChoice
 from mimir_fast.probing.encoder import Pool
-from mimir_fast.validation import check_finite, check_number, without
+from mimir_fast.validation import check_fields, check_number, without
 
 ProbeName = Literal["knn", "linear", "logistic", "attentive"]
 
@@ -75,7 +75,7 @@ class ProbingConfig:
     """Module that registers families or data sources of your own."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_fields(self)
         check_radius("eps", self.eps)
         check_statistics(self.mean, self.std, self.data.channels)
         self.imports = tuple(dict.fromkeys(self.imports))

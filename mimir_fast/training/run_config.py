@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimir_fast.training.distributed import Strategy
-from mimir_fast.validation import check_choice, check_finite, check_number
+from mimir_fast.validation import check_choice, check_fields, check_number
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -79,7 +79,7 @@ class RunConfig:
     """Build everything, do three steps, say what the run would take, and write nothing."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_fields(self)
         for name in ("batch_size", "accum_iter", "log_every", "save_every", "keep_last", "max_bad_steps"):
             check_number(name, getattr(self, name), at_least=1)
         for name in ("max_steps", "stop_after", "micro_batch", "shard_ranks"):

@@ -105,6 +105,7 @@ def test_any_callable_and_its_normalisation(few: EvaluationImages) -> None:
     [
         (torch.rand(4, 1, 8, 8), [0, 1, 2, 3], SmallNet(), r"no multiples of 1/255.*round"),
         (torch.full((4, 1, 8, 8), 2.0), [0, 1, 2, 3], SmallNet(), r"from 2 to 2, wanted \[0, 1\].*mean"),
+        (torch.full((4, 1, 8, 8), torch.nan), [0, 1, 2, 3], SmallNet(), "images hold NaN"),
         (torch.zeros(4, 8, 8), [0, 1, 2, 3], SmallNet(), r"wanted \(N, 1 or 3, H, W\)"),
         (torch.zeros(4, 1, 8, 8), [0, 1, 2, 10], SmallNet(), "wanted 0 to 9"),
         (torch.zeros(4, 1, 8, 8), [0, 1, 2], SmallNet(), "4 images but 3 labels"),
@@ -177,6 +178,14 @@ def test_a_metric_looks_at_its_model(answers: Any, said: str, small_model: nn.Mo
     metric = RobustAccuracy(lambda x: answers(small_model(x)), eps=EPS)
     with pytest.raises(ValueError, match=said):
         metric.update(torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
+
+
+def test_choices_and_arrays_are_refused_by_name(few: EvaluationImages) -> None:
+    """Python looks at no annotation."""
+    with pytest.raises(ValueError, match="norm='l3', wanted one of linf, l2, l1"):
+        evaluate(SmallNet(), few.images, few.labels, **{**QUICK, "norm": "l3"})
+    with pytest.raises(TypeError, match="images must be"):
+        evaluate(SmallNet(), few.images.numpy(), few.labels, **QUICK)
 
 
 def test_classes_that_take_turns_keep_their_shares(few: EvaluationImages) -> None:
