@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mimir_fast.attacks.apgd_rows import ApgdRows, Ball, L2Ball, LinfBall
 from mimir_fast.attacks.losses import Aimed, likeliest_wrong
 from mimir_fast.attacks.lp import random_in_ball
-from mimir_fast.attacks.pgd import Loss, check_images, cross_entropy, image_bounds
+from mimir_fast.attacks.pgd import Loss, check_images, cross_entropy, image_bounds, samples_of
 from mimir_fast.attacks.rows import run_rows
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.layers.borrowing import AttackMode, borrowed
@@ -129,10 +129,8 @@ def surface_start(
     is scaled to eps. `step` may be one a sample, (B,)."""
     if norm == "l2":
         return random_in_ball(images, eps, "l2", samples=samples, seed=seed, step=step, surface=True)
-    if samples is None:
-        samples = torch.arange(len(images), device=images.device)
     num = images[0].numel() if len(images) else 1
-    noise = 2 * random_uniform(seed, Stream.ATTACK_START, step, samples.to(images.device), num) - 1
+    noise = 2 * random_uniform(seed, Stream.ATTACK_START, step, samples_of(images, samples), num) - 1
     noise = eps * noise / (noise.abs().amax(dim=1, keepdim=True) + 1e-12)
     low, high = image_bounds(images, eps)
     return (images + noise.view_as(images).to(images.dtype)).clamp(low, high)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.lp import project, size_of
-from mimir_fast.attacks.pgd import check_images, image_bounds, is_correct
+from mimir_fast.attacks.pgd import check_images, image_bounds, is_correct, samples_of
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
@@ -51,7 +51,7 @@ def hop_skip_jump(
         ValueError: images are not float (B, C, H, W) in [0, 1].
     """
     check_images(images)
-    samples = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+    samples = samples_of(images, samples)
     inside = eps * (1 - 1e-6)  # a hair, for rounding
     with borrowed(model, "eval") as module:
         asked = _Asked(module, images, labels, norm)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd import Loss, Objective, check_images, cross_entropy, linf_ascent, random_start
+from mimir_fast.attacks.pgd import Loss, Objective, check_images, cross_entropy, linf_ascent, random_start, samples_of
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.layers.borrowing import AttackMode, borrowed
 from mimir_fast.ops.random_uniform import random_uniform
@@ -176,9 +176,7 @@ def random_in_ball(
     step: int | Tensor = 0, surface: bool = False,
 ) -> Tensor:  # fmt: skip
     """Images (B, C, H, W) at uniformly random points of the ball (or of its surface), cut to [0, 1]."""
-    if samples is None:
-        samples = torch.arange(len(images), device=images.device)
-    samples, size = samples.to(images.device), images[0].numel() if len(images) else 1
+    samples, size = samples_of(images, samples), images[0].numel() if len(images) else 1
     if norm == "l2":
         noise = normal(seed, Stream.ATTACK_START, step, samples, size)
         noise = noise / noise.norm(dim=1, keepdim=True)
@@ -206,7 +204,7 @@ def start_of(
         return random_in_ball(images, threat.eps, "l2", samples=samples, seed=seed, step=step)
     # A uniform point of an L1 ball is a little noise on every pixel, which sparse steps take long to get rid of. Noise
     # from far outside is projected to few pixels, as where the authors of APGD-L1 start.
-    samples = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+    samples = samples_of(images, samples)
     noise = normal(seed, Stream.ATTACK_START, step, samples, images[0].numel() if len(images) else 1)
     return project(images + noise.view_as(images).to(images.dtype), images, threat.eps, "l1")
 

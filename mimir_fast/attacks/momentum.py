@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.lgv import visits
 from mimir_fast.attacks.lp import Threat, project, steepest
-from mimir_fast.attacks.pgd import check_images, cross_entropy, image_bounds
+from mimir_fast.attacks.pgd import check_images, cross_entropy, image_bounds, samples_of
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.ops.random_uniform import random_uniform
@@ -50,7 +50,7 @@ def momentum_ensemble(
     check_images(images)
     if not models:
         raise ValueError("momentum_ensemble needs a model to attack")
-    samples = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+    samples = samples_of(images, samples)
     images, column = images.detach(), (-1, 1, 1, 1)
     wide = reach * _a_pixel(threat, images[0].numel() if len(images) else 1)
     with ExitStack() as stack:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.apgd import apgd
 from mimir_fast.attacks.losses import margin
-from mimir_fast.attacks.pgd import Loss, is_correct
+from mimir_fast.attacks.pgd import Loss, is_correct, samples_of
 from mimir_fast.layers.borrowing import borrowed
 
 
@@ -36,27 +36,30 @@ def apgd_nearest(
         samples, seed: coordinates of the random starts, see `pgd`.
         rows: of a pass, at least; never fewer than there are images.
     """
-    known = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+    known = samples_of(images, samples)
     most = max(rows, len(images))
     with borrowed(model, "eval") as module:
         result, height = images.clone(), _height(module(images), labels)
-        left = height.isfinite().nonzero()[:, 0]
-        done, count = 0, 1
+
+        def attack(at: Tensor, starts: Tensor, loss: Loss) -> None:
+            """Attack images from several starts each, and keep the highest point."""
+            at_R, step_R = at.repeat_interleave(len(starts)), starts.repeat(len(at))
+            x = apgd(
+                module, images[at_R], labels[at_R], eps, num_steps, loss=loss, random_start=True, samples=known[at_R],
+                seed=seed, step=step_R, keep="first", norm=norm, owners=at_R,
+            )  # fmt: skip
+            highest, best = _height(module(x), labels[at_R]).view(-1, len(starts)).max(dim=1)
+            x = x.view(-1, len(starts), *images.shape[1:])[torch.arange(len(at), device=x.device), best]
+            higher = highest > height[at]
+            result[at[higher]], height[at] = x[higher], highest.maximum(height[at])
+
+        left, done, count = height.isfinite().nonzero()[:, 0], 0, 1
         for _ in range(rounds):
             starts = torch.arange(done, done + count, device=images.device)
             for kind, loss in enumerate(losses):
-                own = starts[starts % len(losses) == kind]
-                for at in left.split(max(1, most // max(1, len(own)))) if len(own) else ():
-                    at_R, step_R = at.repeat_interleave(len(own)), own.repeat(len(at))
-                    x = apgd(
-                        module, images[at_R], labels[at_R], eps, num_steps, loss=loss, random_start=True,
-                        samples=known[at_R], seed=seed, step=step_R, keep="first", norm=norm,
-                        owners=at_R,
-                    )  # fmt: skip
-                    highest, best = _height(module(x), labels[at_R]).view(-1, len(own)).max(dim=1)
-                    x = x.view(-1, len(own), *images.shape[1:])[torch.arange(len(at), device=x.device), best]
-                    higher = highest > height[at]
-                    result[at[higher]], height[at] = x[higher], highest.maximum(height[at])
+                if len(own := starts[starts % len(losses) == kind]):
+                    for at in left.split(max(1, most // len(own))):
+                        attack(at, own, loss)
                 left = left[height[left].isfinite()]
             done += count
             if len(left) > 1:

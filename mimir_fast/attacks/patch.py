@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.losses import margin
-from mimir_fast.attacks.pgd import check_images
+from mimir_fast.attacks.pgd import check_images, samples_of
 from mimir_fast.attacks.until_broken import until_broken
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
@@ -50,7 +50,7 @@ def patch(
     check_images(images)
     if not 1 <= side <= min(images.shape[-2:]):
         raise ValueError(f"a patch of {side} pixels does not fit into images of {tuple(images.shape[-2:])}")
-    known = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+    known = samples_of(images, samples)
 
     def attempt(module: nn.Module, at: Tensor, numbers: Tensor) -> Tensor:
         clean, mask = images[at], patch_masks(images[at], side, known[at], seed, numbers)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.losses import margin
-from mimir_fast.attacks.pgd import check_images, is_correct
+from mimir_fast.attacks.pgd import check_images, is_correct, samples_of
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.layers.outputs import layers_of, outputs_of
 from mimir_fast.philox import Stream, normal
@@ -81,7 +81,7 @@ def perceptual(
     check_images(images)
     if not layers:
         raise ValueError("perceptual needs layers of the model, whose outputs are maps or tokens")
-    samples = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+    samples = samples_of(images, samples)
     noise = normal(seed, Stream.ATTACK_START, _STEP, samples, images[0].numel() if len(images) else 1)
     images, column = images.detach(), (-1, 1, 1, 1)
     x = (images + START * noise.view_as(images)).clamp(0, 1)

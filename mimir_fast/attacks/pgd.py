@@ -72,6 +72,11 @@ def check_images(images: Tensor, *, values: bool = True) -> None:
             )
 
 
+def samples_of(images: Tensor, samples: Tensor | None) -> Tensor:
+    """(B,) int64 on the images' device: global indices of the images, 0 … B−1 where none are given."""
+    return torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+
+
 def random_start(
     images: Tensor, eps: float, *, samples: Tensor | None = None, seed: int = 0, step: int | Tensor = 0
 ) -> Tensor:
@@ -81,9 +86,7 @@ def random_start(
         samples: (B,) int64 global indices of the images; None stands for 0 … B−1.
         step: another one is another start; (B,) int64 gives each image its own.
     """
-    if samples is None:
-        samples = torch.arange(len(images), device=images.device)
-    return random_start_linf(images, samples.to(images.device), seed=seed, step=step, eps=eps)
+    return random_start_linf(images, samples_of(images, samples), seed=seed, step=step, eps=eps)
 
 
 def linf_ascent(

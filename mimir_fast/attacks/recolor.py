@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.attacks.losses import margin
-from mimir_fast.attacks.pgd import check_images
+from mimir_fast.attacks.pgd import check_images, samples_of
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
@@ -51,7 +51,7 @@ def recolor(
     channels = images.shape[1]
     if channels not in (1, 3):
         raise ValueError(f"recolor knows images of 1 or 3 channels, got {channels}")
-    samples = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+    samples = samples_of(images, samples)
     shape = (len(images), channels, *[points] * channels)
     draws = random_uniform(seed, Stream.ATTACK_START, _STEP, samples, channels * points**channels)
     lattice = change * (2 * draws - 1).view(shape)

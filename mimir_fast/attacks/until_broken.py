@@ -20,7 +20,7 @@ from mimir_fast.attacks.apgd import apgd, targeted_dlr
 from mimir_fast.attacks.losses import Aimed, likeliest_wrong, targeted_margin
 from mimir_fast.attacks.lp import Threat, attack_classifier
 from mimir_fast.attacks.passes import Attempts, first_of_each
-from mimir_fast.attacks.pgd import Loss, is_correct
+from mimir_fast.attacks.pgd import Loss, is_correct, samples_of
 from mimir_fast.layers.borrowing import borrowed
 
 Attempt = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -92,7 +92,7 @@ def apgd_many(
         rows: see `first_to_fool`.
     """
     aims = _Aims(model, images, labels, num_targets, dlr=True) if loss is None else None
-    known = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+    known = samples_of(images, samples)
 
     def attempt(module: nn.Module, at: Tensor, numbers: Tensor) -> Tensor:
         return apgd(
@@ -109,7 +109,7 @@ def pgd_many(
 ) -> Tensor:  # fmt: skip
     """PGD of any norm, else as `apgd_many`; its targeted loss is the targeted margin."""
     aims = _Aims(model, images, labels, num_targets, dlr=False) if loss is None else None
-    known = torch.arange(len(images), device=images.device) if samples is None else samples.to(images.device)
+    known = samples_of(images, samples)
 
     def attempt(module: nn.Module, at: Tensor, numbers: Tensor) -> Tensor:
         chosen = aims.of(at, numbers) if aims else loss

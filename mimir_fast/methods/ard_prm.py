@@ -31,7 +31,7 @@ from mimir_fast.methods.trades import Trades, TradesObjective
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
 from mimir_fast.sizes import Size, area, height_width
-from mimir_fast.validation import check_choice, check_fields, without
+from mimir_fast.validation import check_fields, without
 
 
 @dataclass
@@ -50,7 +50,6 @@ class ArdPrmConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_choice("ard_prm loss", self.loss, tuple(LOSSES))
         if self.warmup_epochs < 0:
             raise ValueError(f"ard_prm warmup_epochs={self.warmup_epochs}, wanted 0 or more; the paper uses 10")
 

@@ -6,6 +6,7 @@ on the same images from the same random starts: what they are compared by is pai
 Shapes: B images, R rows, K classes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mimir_fast.attacks.rows import run_rows, select_all
 from mimir_fast.attacks.threat_model import LinfThreat
 from mimir_fast.attacks.until_broken import apgd_many
 from mimir_fast.data import DataConfig
-from mimir_fast.evaluation.images import load_images
+from mimir_fast.evaluation.images import EvaluationImages, load_images
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.models.classifier import load_classifier
 from mimir_fast.models.weight_files import read_weights
@@ -85,32 +86,24 @@ def judge_quickly(
     seed, eps, size = rules.seed, rules.eps, rules.batch_size
     few = torch.zeros(len(images), dtype=torch.bool)
     few[torch.arange(rules.autoattack_images) * len(images) // max(rules.autoattack_images, 1)] = True
-    stands = torch.zeros(len(images), dtype=torch.bool)
     with borrowed(model, "eval") as module:
-        rights = [is_correct(module(x), y).cpu() for x, y, _ in images.batches(size, device)]
-        stands[:] = torch.cat(rights)
+        stands = torch.cat([is_correct(module(x), y).cpu() for x, y, _ in images.batches(size, device)])
         natural = int(stands.sum())
-        left = stands.nonzero()[:, 0]
-        for first in range(0, len(left), size):
-            at = left[first : first + size]
-            ((x, y, samples),) = images.take(at).batches(len(at), device)
+        for at, (x, y, samples) in _batches(images, stands, size, device):
             search = PgdRows(module, x, y, random_start(x, eps, samples=samples, seed=seed), eps, 20)
             broken, _ = run_rows(search, at.to(device))
             stands[broken.cpu()] = False
         pgd20 = int(stands.sum())
         threat = LinfThreat(eps=eps, alpha=eps / 4, num_steps=20)
         margins = []
-        for x, y, samples in images.take(few.nonzero()[:, 0]).batches(size, device):
+        for _, (x, y, samples) in _batches(images, few, size, device):
             attacked = pgd(module, x, y, threat, samples=samples, seed=seed, mode="eval")
             margins.append(-margin(module(attacked), y))
-        for loss in ("ce", None):
-            left = (stands & few).nonzero()[:, 0]
-            for first in range(0, len(left), size):
-                at = left[first : first + size]
-                ((x, y, samples),) = images.take(at).batches(len(at), device)
+        for loss in (cross_entropy, None):  # None: at several targets
+            for at, (x, y, samples) in _batches(images, stands & few, size, device):
                 attacked = apgd_many(
-                    module, x, y, eps, rules.apgd_steps, loss=None if loss is None else cross_entropy,
-                    num_targets=rules.apgd_targets, samples=samples, seed=seed, rows=size,
+                    module, x, y, eps, rules.apgd_steps, loss=loss, num_targets=rules.apgd_targets, samples=samples,
+                    seed=seed, rows=size,
                 )  # fmt: skip
                 stands[at] = is_correct(module(attacked), y).cpu()
     counts = {"natural": [natural, len(images)], "pgd20": [pgd20, len(images)]}
@@ -119,3 +112,12 @@ def judge_quickly(
             "margin": torch.cat(margins).mean().item()
         }
     return counts, {}
+
+
+def _batches(
+    images: EvaluationImages, chosen: Tensor, size: int, device: torch.device
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
+    """(positions, (images, labels, samples) on the device) of those chosen, (N,) bool, at this moment."""
+    positions = chosen.nonzero()[:, 0]
+    # Of nothing, `split` makes one empty part, and `batches` none.
+    return zip(positions.split(size), images.take(positions).batches(size, device), strict=False)

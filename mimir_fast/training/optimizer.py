@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mimir_fast.models.encoder import POSITION_BIAS, PREFIX_TOKENS
 from mimir_fast.models.file_names import parameters_by_file_name
-from mimir_fast.validation import check_choice, check_fields, check_number, without
+from mimir_fast.validation import check_fields, check_number, without
 
 
 @dataclass
@@ -46,7 +46,6 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_choice("optimizer", self.optimizer, ("adamw", "sgd", "apex_adam", "apex_lamb"))
         check_number("blr", self.blr, above=0)
         if self.lr is not None:
             check_number("lr", self.lr, above=0, hint="leave it out to use blr")

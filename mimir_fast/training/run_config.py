@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimir_fast.training.distributed import Strategy
-from mimir_fast.validation import check_choice, check_fields, check_number
+from mimir_fast.validation import check_fields, check_number
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -92,8 +92,6 @@ class RunConfig:
         check_number("ema_decay", self.ema_decay, at_least=0, below=1, hint="0 is off, 0.9999 is usual")
         if self.clip_grad is not None:
             check_number("clip_grad", self.clip_grad, above=0, hint="leave it out for no clipping")
-        check_choice("strategy", self.strategy, ("auto", "single", "ddp", "fsdp"))
-        check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
         if self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device={self.device!r}, wanted auto, cpu, cuda or cuda:N")
         if self.shard_ranks is not None and self.strategy != "fsdp":
