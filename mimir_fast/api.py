@@ -150,6 +150,10 @@ def _data_options(data: str | Path | Mapping[str, Any] | DataConfig, command: st
         return {name: value for name, value in asdict(data).items() if value != asdict(DataConfig())[name]}
     if isinstance(data, Mapping):
         return dict(data)
+    if not isinstance(data, (str, Path)):
+        raise TypeError(
+            f"data={type(data).__name__}, wanted a source's name, a folder of images or the options of data by name"
+        )
     if str(data) in SOURCES.all():
         return {"source": str(data)}
     if Path(data).is_dir():

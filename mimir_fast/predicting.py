@@ -221,4 +221,6 @@ def load(checkpoint: str | Path, *, weights: Choice = "auto", device: str = "cpu
         torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device={device!r}, wanted cpu, cuda or cuda:NUMBER") from None
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but torch sees no CUDA GPU here")
     return LoadedModel(str(checkpoint), data_of(str(checkpoint)), weights, torch.device(device))

@@ -138,6 +138,9 @@ def test_images_that_are_none(runs: tuple[Path, Path], tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=words):
             mimir_fast.load(checkpoint, **options)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device='cuda:0', but torch sees no CUDA GPU here"):
+            mimir_fast.load(runs[1], device="cuda:0")
     encoder = mimir_fast.load(runs[0])
     assert encoder.embed(torch.zeros(3, 32, 32)).shape == (1, 96)
     with pytest.raises(ValueError, match="no classification head"):
@@ -176,6 +179,8 @@ def test_errors_are_exceptions(tmp_path: Path) -> None:
     for options, words in (({"suit": "table"}, "did you mean suite"), ({"eps": "8/"}, "a fraction such as 8/255")):
         with pytest.raises(ValueError, match=words):
             mimir_fast.evaluate(model, images, [0, 1, 0, 1], **options)
+    with pytest.raises(TypeError, match="data=list, wanted a source's name"):
+        mimir_fast.pretrain(data=["digits"], output_dir=tmp_path / "run")  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
 
 

@@ -36,8 +36,8 @@ _HARMLESS = {
 
 
 def is_dcp(folder: Path) -> bool:
-    """True for a folder with a list of tensors."""
-    return (folder / LIST).is_file()
+    """True for a folder with a list of tensors, or with their files, of which a copy may have left out the list."""
+    return (folder / LIST).is_file() or any(folder.glob("*.distcp"))
 
 
 def read_dcp(folder: Path) -> dict[str, Tensor]:
@@ -98,6 +98,10 @@ def _read_list(folder: Path) -> Any:
     try:
         with (folder / LIST).open("rb") as file:
             return _Unpickler(file).load()
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"{folder} has no {LIST}, the list of its tensors: copy the whole folder again, hidden files too"
+        ) from error
     except WeightsError as error:
         raise WeightsError(f"{folder / LIST} is not loaded: {error}") from error
     except Exception as error:  # for damaged bytes an unpickler raises anything

@@ -294,6 +294,9 @@ class TestDcp:
             (folder / ".metadata").write_bytes(content)
             with pytest.raises(WeightsError, match="copy the folder again"):
                 read_weights(folder)
+        (folder / ".metadata").unlink()  # as `cp folder/* elsewhere` leaves it out
+        with pytest.raises(WeightsError, match=r"has no \.metadata, .*hidden files too"):
+            read_weights(folder)
         (folder / ".metadata").write_bytes(whole)
         next(folder.glob("*.distcp")).unlink()
         with pytest.raises(WeightsError, match=r"cannot be read .*copy the whole folder again"):
