@@ -64,6 +64,23 @@ def run_rows(search: Rows, owners: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(broken), torch.cat(where)
 
 
+def searched(search: Rows, images: Tensor, owners: Tensor) -> Tensor:
+    """(R, C, H, W): the rows' images as the search leaves them, those of a broken image where it was broken.
+
+    Args:
+        images: (R, C, H, W), as they were.
+        owners: as of `run_rows`.
+    """
+    broken, where = run_rows(search, owners)
+    found = images.clone()
+    if len(broken):
+        order = broken.argsort()
+        place = torch.searchsorted(broken[order], owners).clamp(max=len(broken) - 1)
+        hit = broken[order][place] == owners
+        found[hit] = where[order[place[hit]]]
+    return found
+
+
 def select_all(state: object, rows: Tensor, *names: str) -> None:
     """Keep these rows of the named tensors of an object."""
     for name in names:

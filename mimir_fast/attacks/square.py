@@ -20,18 +20,41 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.losses import margin
-from mimir_fast.attacks.pgd import image_bounds
-from mimir_fast.attacks.rows import select_all
+from mimir_fast.attacks.pgd import image_bounds, is_correct, samples_of
+from mimir_fast.attacks.rows import searched, select_all
+from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
 
 P_INIT = 0.8
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries after which p is halved."""
+BATCHES_AT_ONCE = 4
+"""Batches that a pass may be as large as, for who calls in batches: it keeps no gradients."""
 TRIAL = 24
 """Passes by which a number of queries at once is judged."""
 TRIAL_AGAIN = 480
 """Passes after which it is chosen anew: the fewer squares are kept, the more it pays to ask many."""
+
+
+@torch.no_grad()
+def square(
+    model: nn.Module, images: Tensor, labels: Tensor, eps: float, num_queries: int = 5000, *,
+    samples: Tensor | None = None, seed: int = 0, rows: int = 0,
+) -> Tensor:  # fmt: skip
+    """Images (B, C, H, W) in [0, 1] within eps, misclassified where the search broke them, else as they were.
+
+    Args:
+        labels: (B,) int64.
+        samples, seed: coordinates of the squares, see `pgd`.
+        rows: of a pass at most, when several queries are asked at once.
+    """
+    with borrowed(model, "eval") as module:
+        right, result = is_correct(module(images), labels).nonzero()[:, 0], images.clone()
+        x, known = images[right], samples_of(images, samples)[right]
+        search = SquareRows(module, x, labels[right], known, eps, num_queries, seed=seed, most=rows)
+        result[right] = searched(search, x, right)
+        return result
 
 
 class SquareRows:

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.apgd import apgd, targeted_dlr
+from mimir_fast.attacks.fab import FabRows
 from mimir_fast.attacks.losses import Aimed, likeliest_wrong, targeted_margin
 from mimir_fast.attacks.lp import Threat, attack_classifier
 from mimir_fast.attacks.passes import Attempts, first_of_each
 from mimir_fast.attacks.pgd import Loss, is_correct, samples_of
+from mimir_fast.attacks.rows import searched
 from mimir_fast.layers.borrowing import borrowed
 
 Attempt = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -119,6 +121,20 @@ def pgd_many(
         )
 
     return until_broken(model, images, labels, attempt, restarts * (aims.count if aims else 1), rows=rows)
+
+
+def fab_many(
+    model: nn.Module, images: Tensor, labels: Tensor, eps: float, num_steps: int, *, num_targets: int = 9,
+    norm: Literal["linf", "l2"] = "linf", rows: int = 0,
+) -> Tensor:  # fmt: skip
+    """Targeted FAB from the images themselves at each of the likeliest wrong classes; see `apgd_many`."""
+    aims = _Aims(model, images, labels, num_targets, dlr=False)
+
+    def attempt(module: nn.Module, at: Tensor, numbers: Tensor) -> Tensor:
+        targets = aims.targets[at, numbers]
+        return searched(FabRows(module, images[at], labels[at], targets, eps, num_steps, norm), images[at], at)
+
+    return until_broken(model, images, labels, attempt, aims.count, rows=rows)
 
 
 class _Aims:

@@ -16,7 +16,8 @@ from mimir_fast.attacks.momentum import momentum_ensemble
 from mimir_fast.attacks.nearest import apgd_nearest
 from mimir_fast.attacks.pgd import Loss, cross_entropy
 from mimir_fast.attacks.rays import rays
-from mimir_fast.attacks.until_broken import apgd_many, pgd_many
+from mimir_fast.attacks.square import BATCHES_AT_ONCE, square
+from mimir_fast.attacks.until_broken import apgd_many, fab_many, pgd_many
 from mimir_fast.evaluation.attacks import NamedAttack, make_threat, parameters_of
 from mimir_fast.evaluation.options import CommonOptions
 from mimir_fast.evaluation.package import packaged_attack
@@ -30,7 +31,7 @@ TARGETED = ("pgd-targets", "pgd-restarts", "apgd-targets", "fab-targets")
 FROM_OTHERS = ("mi-ensemble", "pgn-ensemble", "mi-lgv", "pgn-lgv")
 AROUND_OTHERS = ("mi-lgv", "pgn-lgv")
 """On the models that LGV collects around the others, one after the other."""
-RESTARTS = {"apgd-nearest": 1.0, "pgd-restarts": 2.0, "apgd-targets": 0.2}
+RESTARTS = {"apgd-nearest": 1.0, "pgd-restarts": 1.0, "apgd-targets": 0.2}
 """Starts of those that have several, as a multiple of what is asked for; of apgd-nearest the rounds. On digits more
 starts break most where they are cheap, of few steps at few targets, or where an attack came near before."""
 FEW_TARGETS = 3
@@ -96,6 +97,12 @@ def needless(norm: str, num_classes: int) -> dict[str, str]:
     return found
 
 
+def from_package(name: str, norm: str) -> bool:
+    """Whether an attack is that of AutoAttack's package: what is ours is of L∞ and L2 balls, Square of L∞ only."""
+    names = {"linf": (), "l2": ("square",), "l1": ("apgd-ce", "apgd-targets", "fab-targets", "square")}
+    return name in names[norm]
+
+
 def strongest_attacks(
     config: CommonOptions, strength: Strength, num_classes: int, names: Sequence[str], others: Models
 ) -> list[NamedAttack]:  # fmt: skip
@@ -114,8 +121,12 @@ def _make(name: str, config: CommonOptions, strength: Strength, num_classes: int
         return _nearest(name, config, strength)
     if name in ("rays", "hopskipjump"):
         return _decisions(name, config, strength)
-    if name in ("fab-targets", "square") or (name.startswith("apgd") and config.norm == "l1"):
-        return _packaged(name, config, strength, num_classes)
+    if name == "fab-targets":
+        return _fab(name, config, strength, num_classes)
+    if name == "square":
+        return _square(name, config, strength)
+    if from_package(name, config.norm):
+        return _packaged_apgd(name, config, strength, num_classes)
     return _gradient(name, config, strength, num_classes)
 
 
@@ -186,31 +197,46 @@ def _times(restarts: int) -> str:
     return f" × {restarts} starts" if restarts > 1 else ""
 
 
-def _packaged(name: str, config: CommonOptions, strength: Strength, num_classes: int) -> NamedAttack:
-    """AutoAttack's package: FAB, Square, and, in L1, APGD."""
-    count = min(strength.targets, num_classes - 1)
-    ball: dict[str, Any] = {"norm": config.norm, "eps": config.eps, "seed": config.seed}
-    if name == "square":
-        run = packaged_attack(config, "square", n_queries=strength.queries, resc_schedule=False)
-        parameters = {**ball, "queries": strength.queries}
-        return NamedAttack(name, f"Square, {strength.queries} queries", run, parameters, float(strength.queries))
-    parameters = {**ball, "num_steps": strength.steps}
+def _square(name: str, config: CommonOptions, strength: Strength) -> NamedAttack:
+    queries = strength.queries
+
+    def ours(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        rows = BATCHES_AT_ONCE * config.batch_size
+        return square(model, x, y, config.eps, queries, samples=samples, seed=config.seed, rows=rows)
+
+    theirs = packaged_attack(config, "square", n_queries=queries, resc_schedule=False)
+    run = theirs if from_package(name, config.norm) else ours
+    parameters = {"norm": config.norm, "eps": config.eps, "seed": config.seed, "queries": queries}
+    return NamedAttack(name, f"Square, {queries} queries", run, parameters, float(queries))
+
+
+def _fab(name: str, config: CommonOptions, strength: Strength, num_classes: int) -> NamedAttack:
+    steps, count = strength.steps, min(strength.targets, num_classes - 1)
+
+    def ours(model: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        how: dict[str, Any] = {"num_targets": count, "norm": config.norm, "rows": config.batch_size}
+        return fab_many(model, x, y, config.eps, steps, **how)
+
+    theirs = packaged_attack(config, "fab-t", targets=count, n_iter=steps, n_restarts=1)
+    run = theirs if from_package(name, config.norm) else ours
+    parameters = {"norm": config.norm, "eps": config.eps, "seed": config.seed, "num_steps": steps, "targets": count}
+    return NamedAttack(name, f"FAB-{steps}, {count} targets", run, parameters, 5.0 * steps * count)
+
+
+def _packaged_apgd(name: str, config: CommonOptions, strength: Strength, num_classes: int) -> NamedAttack:
+    """APGD of L1 balls, with cross entropy or targets."""
     large = strength.steps >= 10  # radii that shrink to ε in three parts of the steps
+    parameters = {"norm": config.norm, "eps": config.eps, "seed": config.seed, "num_steps": strength.steps}
     if name == "apgd-ce":
         run = packaged_attack(config, "apgd", n_iter=strength.steps, n_restarts=5, use_largereps=large)
         label = f"APGD-{strength.steps}, cross entropy × 5 starts"
         return NamedAttack(name, label, run, {**parameters, "loss": "ce", "restarts": 5}, 15.0 * strength.steps)
-    parameters["targets"] = count
-    if name == "fab-targets":
-        run = packaged_attack(config, "fab-t", targets=count, n_iter=strength.steps, n_restarts=1)
-        label = f"FAB-{strength.steps}, {count} targets"
-        return NamedAttack(name, label, run, parameters, 5.0 * strength.steps * count)
-    restarts = starts(name, strength)
+    restarts, count = starts(name, strength), min(strength.targets, num_classes - 1)
     run = packaged_attack(
         config, "apgd-t", targets=count, n_iter=strength.steps, n_restarts=restarts, use_largereps=large
     )
     label = f"APGD-{strength.steps}, {count} targets" + _times(restarts)
-    parameters["restarts"] = restarts
+    parameters |= {"targets": count, "restarts": restarts}
     return NamedAttack(name, label, run, parameters, 3.0 * strength.steps * restarts * count)
 
 

@@ -25,14 +25,12 @@ from mimir_fast.attacks.losses import Aimed, likeliest_wrong
 from mimir_fast.attacks.passes import Attempts
 from mimir_fast.attacks.pgd import Loss, cross_entropy
 from mimir_fast.attacks.rows import Rows, run_rows
-from mimir_fast.attacks.square import SquareRows
+from mimir_fast.attacks.square import BATCHES_AT_ONCE, SquareRows
 from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.evaluation.options import Norm
 
 FIRST_START = {"apgd-ce": 0, "apgd-dlr": 1000, "apgd-t": 2000}
 """Random starts are numbered, so that no two parts of the attacks share one."""
-SQUARE_ROWS = 4
-"""Batches that a pass of Square may be as large as, when it asks several queries at once: it keeps no gradients."""
 
 
 def has_waves(name: str, norm: Norm, version: str) -> bool:
@@ -100,7 +98,7 @@ class Waves:
         if self.name == "square":
             return SquareRows(
                 self.module, images, labels, samples, self.eps, package.square.n_queries, seed=self.seed,
-                most=SQUARE_ROWS * self.batch_size,
+                most=BATCHES_AT_ONCE * self.batch_size,
             )  # fmt: skip
         if self.name == "fab-t":
             aims = self._targets(images, labels, parts)

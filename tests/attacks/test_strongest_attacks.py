@@ -28,7 +28,8 @@ from mimir_fast.attacks.perceptual import layers_with_places, perceptual
 from mimir_fast.attacks.pgd import cross_entropy, is_correct
 from mimir_fast.attacks.rays import rays
 from mimir_fast.attacks.recolor import recolor, recolored
-from mimir_fast.attacks.until_broken import apgd_many, pgd_many, until_broken
+from mimir_fast.attacks.square import square
+from mimir_fast.attacks.until_broken import apgd_many, fab_many, pgd_many, until_broken
 from mimir_fast.evaluation.attacks import make_threat
 from mimir_fast.evaluation.images import EvaluationImages
 
@@ -52,10 +53,12 @@ def in_ball(norm: Any, eps: float) -> dict[str, Run]:
             "APGD, nearest": lambda m, x, y, **k: apgd_nearest(
                 m, x, y, eps, 8, losses=[margin, cross_entropy], rounds=3, norm=norm, **k
             ),
+            "FAB, targets": lambda m, x, y, **k: fab_many(m, x, y, eps, 12, num_targets=3, norm=norm, rows=40),
             "HopSkipJump": lambda m, x, y, **k: hop_skip_jump(m, x, y, eps, norm=norm, queries=300, **k),
         }
     if norm == "linf":
         found["RayS"] = lambda m, x, y, **k: rays(m, x, y, eps, queries=200)
+        found["Square"] = lambda m, x, y, **k: square(m, x, y, eps, 150, rows=64, **k)
     return found
 
 

@@ -31,6 +31,7 @@ from mimir_fast.evaluation.strongest_attacks import (
     STEPPING,
     TARGETED,
     Strength,
+    from_package,
     needless,
     strongest_attacks,
     undefined,
@@ -60,7 +61,7 @@ class StrongestOptions:
     strongest_targets: int = 9
     """Likeliest wrong classes that targeted attacks aim at; there are as many as the model has classes, but one."""
     strongest_restarts: int = 5
-    """Rounds of apgd-nearest; pgd-restarts has twice as many random starts at each target, apgd-targets a fifth."""
+    """Rounds of apgd-nearest; pgd-restarts has as many random starts at each target, apgd-targets a fifth."""
     strongest_queries: int = 5000
     """Images that Square may show to the model for each image; RayS and HopSkipJump have a fifth."""
 
@@ -110,13 +111,13 @@ def check(setup: Setup) -> None:
     for name, why in missing(setup).items():
         if name in named:
             raise ValueError(f"--strongest_attacks {name}: {why}")
-    if {"fab-targets", "square"} & {item.name.removeprefix(f"{NAME}_") for item in measurements(setup)}:
+    if any(from_package(attack.name, setup.config.norm) for attack in chosen(setup)):
         try:
             import pyautoattack  # noqa: F401
         except ImportError as error:
             raise ImportError(
-                "FAB and Square come from AutoAttack's package: pip install 'pyautoattack<0.3', or name the other "
-                "attacks (--strongest_attacks)"
+                "Square of L2 balls and the attacks of L1 balls come from AutoAttack's package: pip install "
+                "'pyautoattack<0.3', or name other attacks (--strongest_attacks)"
             ) from error
 
 
