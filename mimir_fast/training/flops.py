@@ -10,6 +10,7 @@ Chowdhery et al. (PaLM), arXiv 2204.02311, appendix B: what the model needs, so 
 computes again nor the estimators of dependence count. The peak is that of dense bf16 products, without sparsity.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,11 +28,11 @@ from mimir_fast.sizes import height_width
 IMAGES = 4  # in the step that is counted: operations grow in proportion
 CLASSES = 10
 
-# A part of torch.cuda.get_device_name → bf16 FLOPs a second by the vendor's data sheet; the first that fits counts.
+# Words of torch.cuda.get_device_name → bf16 FLOPs a second by the vendor's data sheet; the first that fit count.
 PEAKS: Mapping[str, float] = {
-    "GB200": 2.5e15, "B200": 2.25e15, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
-    "H100": 989e12, "A100": 312e12, "A40": 149.7e12, "A30": 165e12, "L40S": 362e12, "L4": 121e12,
-    "MI325X": 1307e12, "MI300X": 1307e12, "MI250": 191.5e12,
+    "GB200": 2.5e15, "B200": 2.25e15, "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12,
+    "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A40": 149.7e12, "A30": 165e12, "L40S": 362e12, "L40": 181e12,
+    "L4": 121e12, "MI325X": 1307e12, "MI300X": 1307e12, "MI250X": 191.5e12, "MI250": 181e12,
 }  # fmt: skip
 
 
@@ -89,4 +90,5 @@ def peak_flops(device: torch.device, *, bf16: bool) -> float | None:
     if device.type != "cuda" or not bf16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    # Whole words: an RTX A4000 is no A40.
+    return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
