@@ -218,9 +218,10 @@ def load(checkpoint: str | Path, *, weights: Choice = "auto", device: str = "cpu
         raise ValueError("load('') names no model, wanted the folder of a run, a file of weights or a model's name")
     check_choice("weights", weights, get_args(Choice))
     try:
-        torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device={device!r}, wanted cpu, cuda or cuda:NUMBER") from None
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but torch sees no CUDA GPU here")
+        usable = torch.empty(0, device=device).device.type != "meta"
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError):
+        usable = False
+    if not usable:
+        here = "" if torch.cuda.is_available() else "; torch sees no CUDA GPU here"
+        raise ValueError(f"device={device!r}, wanted cpu, cuda or cuda:NUMBER{here}")
     return LoadedModel(str(checkpoint), data_of(str(checkpoint)), weights, torch.device(device))

@@ -134,12 +134,12 @@ def test_images_that_are_none(runs: tuple[Path, Path], tmp_path: Path) -> None:
     for checkpoint, options, words in (
         (None, {}, "got NoneType"), (b"x", {}, "got bytes"), (Image.new("L", (8, 8)), {}, "got Image"),
         ("", {}, "names no model"), (runs[1], {"weights": "bset"}, "wanted one of auto, last, best, ema"),
-        (runs[1], {"device": "gpu"}, "wanted cpu, cuda"),
+        (runs[1], {"device": "gpu"}, "wanted cpu, cuda"), (runs[1], {"device": "meta"}, "wanted cpu, cuda"),
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=words):
             mimir_fast.load(checkpoint, **options)
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device='cuda:0', but torch sees no CUDA GPU here"):
+        with pytest.raises(ValueError, match=r"device='cuda:0', wanted cpu.*sees no CUDA GPU here"):
             mimir_fast.load(runs[1], device="cuda:0")
     encoder = mimir_fast.load(runs[0])
     assert encoder.embed(torch.zeros(3, 32, 32)).shape == (1, 96)

@@ -2,7 +2,7 @@
 
     start:   stripes of one pixel's width, every channel at −ε or ε
     query i: a square of side s = √(p(i)·H·W) at a random place, every channel's δ moved by −2ε or 2ε; kept if the
-             margin z_y − max_{j≠y} z_j falls, or is at most 0
+             margin z_y − max_{j≠y} z_j falls, or is at most 0 (a tie counts by who wins it)
 
 p falls from 0.8 at the queries of AutoAttack's schedule, which is that of 10,000 queries. Andriushchenko et al., arXiv
 1912.00049, Algorithms 1 and 2; parameters of AutoAttack (arXiv 2003.01690).
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.losses import margin
-from mimir_fast.attacks.pgd import image_bounds, is_correct, samples_of
+from mimir_fast.attacks.pgd import check_images, image_bounds, is_correct, samples_of
 from mimir_fast.attacks.rows import searched, select_all
 from mimir_fast.layers.borrowing import borrowed
 from mimir_fast.ops.random_uniform import random_uniform
 from mimir_fast.philox import Stream
+from mimir_fast.validation import check_number
 
 P_INIT = 0.8
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -48,7 +49,11 @@ def square(
         labels: (B,) int64.
         samples, seed: coordinates of the squares, see `pgd`.
         rows: of a pass at most, when several queries are asked at once.
+    Raises:
+        ValueError: these are no float images in [0, 1], or there is no query.
     """
+    check_images(images)
+    check_number("num_queries", num_queries, at_least=1)
     with borrowed(model, "eval") as module:
         right, result = is_correct(module(images), labels).nonzero()[:, 0], images.clone()
         x, known = images[right], samples_of(images, samples)[right]
@@ -143,8 +148,11 @@ class SquareRows:
         return torch.where(square, x + change, x).clamp(low, high)
 
     def _margins(self, x: Tensor, labels: Tensor) -> Tensor:
-        """(R,) logit of the true class less the largest other one."""
-        return -margin(self.module(x), labels)
+        """(R,) logit of the true class less the largest other one; a tie that the true class wins is above 0."""
+        logits = self.module(x)
+        margins = -margin(logits, labels)
+        won = (margins == 0) & is_correct(logits, labels)
+        return torch.where(won, torch.finfo(margins.dtype).tiny, margins)
 
 
 class Pace:

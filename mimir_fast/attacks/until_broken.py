@@ -21,9 +21,10 @@ from mimir_fast.attacks.fab import FabRows
 from mimir_fast.attacks.losses import Aimed, likeliest_wrong, targeted_margin
 from mimir_fast.attacks.lp import Threat, attack_classifier
 from mimir_fast.attacks.passes import Attempts, first_of_each
-from mimir_fast.attacks.pgd import Loss, is_correct, samples_of
+from mimir_fast.attacks.pgd import Loss, check_images, is_correct, samples_of
 from mimir_fast.attacks.rows import searched
 from mimir_fast.layers.borrowing import borrowed
+from mimir_fast.validation import check_choice
 
 Attempt = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(the model, positions of images (R,), numbers of attempts (R,)) → these images attacked (R, C, H, W)."""
@@ -127,7 +128,13 @@ def fab_many(
     model: nn.Module, images: Tensor, labels: Tensor, eps: float, num_steps: int, *, num_targets: int = 9,
     norm: Literal["linf", "l2"] = "linf", rows: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Targeted FAB from the images themselves at each of the likeliest wrong classes; see `apgd_many`."""
+    """Targeted FAB from the images themselves at each of the likeliest wrong classes; see `apgd_many`.
+
+    Raises:
+        ValueError: these are no float images in [0, 1], or this is none of the two norms.
+    """
+    check_images(images)
+    check_choice("norm", norm, ("linf", "l2"))
     aims = _Aims(model, images, labels, num_targets, dlr=False)
 
     def attempt(module: nn.Module, at: Tensor, numbers: Tensor) -> Tensor:

@@ -103,6 +103,11 @@ def from_package(name: str, norm: str) -> bool:
     return name in names[norm]
 
 
+def by(name: str, norm: str) -> str:
+    """Whose search it is: results and resumed runs of one do not go with those of the other."""
+    return "pyautoattack" if from_package(name, norm) else "mimir_fast"
+
+
 def strongest_attacks(
     config: CommonOptions, strength: Strength, num_classes: int, names: Sequence[str], others: Models
 ) -> list[NamedAttack]:  # fmt: skip
@@ -206,7 +211,8 @@ def _square(name: str, config: CommonOptions, strength: Strength) -> NamedAttack
 
     theirs = packaged_attack(config, "square", n_queries=queries, resc_schedule=False)
     run = theirs if from_package(name, config.norm) else ours
-    parameters = {"norm": config.norm, "eps": config.eps, "seed": config.seed, "queries": queries}
+    ball = {"norm": config.norm, "eps": config.eps, "seed": config.seed}
+    parameters = {**ball, "queries": queries, "by": by(name, config.norm)}
     return NamedAttack(name, f"Square, {queries} queries", run, parameters, float(queries))
 
 
@@ -219,7 +225,8 @@ def _fab(name: str, config: CommonOptions, strength: Strength, num_classes: int)
 
     theirs = packaged_attack(config, "fab-t", targets=count, n_iter=steps, n_restarts=1)
     run = theirs if from_package(name, config.norm) else ours
-    parameters = {"norm": config.norm, "eps": config.eps, "seed": config.seed, "num_steps": steps, "targets": count}
+    ball = {"norm": config.norm, "eps": config.eps}
+    parameters = {**ball, "num_steps": steps, "targets": count, "by": by(name, config.norm)}
     return NamedAttack(name, f"FAB-{steps}, {count} targets", run, parameters, 5.0 * steps * count)
 
 

@@ -90,5 +90,7 @@ def peak_flops(device: torch.device, *, bf16: bool) -> float | None:
     if device.type != "cuda" or not bf16:
         return None
     name = torch.cuda.get_device_name(device)
+    if "MIG" in name:  # a part of a device
+        return None
     # Whole words: an RTX A4000 is no A40.
     return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from small_classifier import EPS
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimir_fast.attacks.fab import FabRows, to_plane
 from mimir_fast.attacks.passes import Attempts, first_of_each
+from mimir_fast.attacks.pgd import is_correct
 from mimir_fast.attacks.rows import run_rows
 from mimir_fast.attacks.square import HALVINGS, SquareRows
+from mimir_fast.attacks.square import square as attacked_by_square
+from mimir_fast.attacks.until_broken import fab_many
 from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.layers.borrowing import borrowed
 
@@ -98,6 +101,36 @@ def test_square_breaks_as_many_as_the_package(small_model, digits) -> None:
         assert package.p_selection(HALVINGS[2]) / 2 == package.p_selection(HALVINGS[2] + 1), "where p is halved"
     _, broken = square(small_model, digits, 200, most=0)
     assert abs(len(broken) - expected) <= 5 and expected > 5
+
+
+def test_square_goes_on_where_the_true_class_wins_a_tie(small_model, digits) -> None:
+    """In few bits logits are often equal; an image is not broken by that, unless the other class comes first."""
+
+    class Rounded(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return small_model(x).round()
+
+    images, labels = digits
+    with borrowed(small_model, "eval"), torch.no_grad():
+        model = Rounded()
+        attacked = attacked_by_square(model, images, labels, EPS, 150)
+        moved = (attacked != images).flatten(1).any(1)
+        right = is_correct(model(attacked), labels)
+        ties = (model(attacked).topk(2).values.diff() == 0)[:, 0]
+    assert not (moved & right).any() and moved.sum() > 5
+    assert ties.any(), "the test needs some"
+
+
+def test_square_and_fab_look_at_what_they_get(small_model, digits) -> None:
+    images, labels = digits
+    with pytest.raises(ValueError, match=r"images span \[0, 255\]"):
+        attacked_by_square(small_model, 255 * images, labels, EPS)
+    with pytest.raises(ValueError, match="num_queries"):
+        attacked_by_square(small_model, images, labels, EPS, 0)
+    with pytest.raises(ValueError, match=r"images span \[0, 255\]"):
+        fab_many(small_model, 255 * images, labels, EPS, 3)
+    with pytest.raises(ValueError, match="norm='l1', wanted one of linf, l2"):
+        fab_many(small_model, images, labels, EPS, 3, norm="l1")  # type: ignore[arg-type]
 
 
 def test_passes_are_full_and_later_attempts_wait_for_the_first() -> None:

@@ -56,7 +56,8 @@ class TestUtilization:
         [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA GB200", 2.5e15),
          ("NVIDIA L40S", 362e12), ("NVIDIA L40", 181e12), ("NVIDIA A100-SXM4-80GB", 312e12),
          ("NVIDIA A40-48Q", 149.7e12), ("NVIDIA RTX A4000", None), ("NVIDIA GH200 480GB", 989e12),
-         ("AMD Instinct MI250X", 191.5e12), ("NVIDIA GeForce GTX 1080", None)],
+         ("AMD Instinct MI250X", 191.5e12), ("NVIDIA GeForce GTX 1080", None),
+         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)],
     )  # fmt: skip
     def test_knows_devices(self, name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
