@@ -109,6 +109,8 @@ class Slurm:
 
     def start_again(self, job: str) -> None:
         """Slurm leaves a requeued job in the queue for two minutes; not here."""
+        # In the second in which it ended its credential is still revoked: "Killing non-startable batch job".
+        time.sleep(2)
         self.say("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def log(self, job: str) -> str:
