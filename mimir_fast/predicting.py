@@ -219,7 +219,7 @@ def load(checkpoint: str | Path, *, weights: Choice = "auto", device: str = "cpu
     check_choice("weights", weights, get_args(Choice))
     try:
         usable = torch.empty(0, device=device).device.type != "meta"
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError):
+    except (RuntimeError, TypeError, AssertionError):
         usable = False
     if not usable:
         here = "" if torch.cuda.is_available() else "; torch sees no CUDA GPU here"

@@ -74,10 +74,8 @@ def searched(search: Rows, images: Tensor, owners: Tensor) -> Tensor:
     broken, where = run_rows(search, owners)
     found = images.clone()
     if len(broken):
-        order = broken.argsort()
-        place = torch.searchsorted(broken[order], owners).clamp(max=len(broken) - 1)
-        hit = broken[order][place] == owners
-        found[hit] = where[order[place[hit]]]
+        rows, which = (owners[:, None] == broken).nonzero(as_tuple=True)
+        found[rows] = where[which]
     return found
 
 
