@@ -136,6 +136,16 @@ def triton_device() -> torch.device:
 
 
 @pytest.fixture
+def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no launcher had started the tests: within a Slurm job a folder that they made is its own launch's."""
+    for variable in (
+        "MIMIR_FAST_LAUNCH_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT",
+        "TORCHELASTIC_RUN_ID",
+    ):  # fmt: skip
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
 def command(tmp_path: Path) -> Command:
     """`command("mimir_fast.info", "--flag", ranks=2)` runs a module of ours as a user would, in an empty folder."""
     return partial(run_module, tmp_path)

@@ -12,6 +12,8 @@ from mimir_fast.checkpoints import checksums
 from mimir_fast.checkpoints.reading import CheckpointError, WeightsError, read_meta, resolve_checkpoint
 from mimir_fast.models.weight_files import read_weights
 
+pytestmark = pytest.mark.usefixtures("no_scheduler")
+
 
 def test_a_new_run_has_none(tmp_path: Path) -> None:
     assert opened(tmp_path).choose() is None

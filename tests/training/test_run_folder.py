@@ -21,15 +21,7 @@ from mimir_fast.training.lock import FolderInUse, Lock
 from mimir_fast.training.pretraining import pretrain
 from mimir_fast.training.run_folder import differences
 
-LAUNCHES = (
-    "MIMIR_FAST_LAUNCH_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID",
-)  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in LAUNCHES:
-        monkeypatch.delenv(variable, raising=False)
+pytestmark = pytest.mark.usefixtures("no_scheduler")
 
 
 class TestOpening:
