@@ -86,5 +86,7 @@ def _words(name: str, value: Any, prefix: str) -> Iterator[str]:
         yield f"--{groups}{dot}{'' if value else 'no_'}{last}"
     elif isinstance(value, (list, tuple)):
         yield from (f"--{prefix}{name}", *map(str, value))
+    elif value is None or str(value)[:1] in ("", "-"):
+        yield f"--{prefix}{name}={value}"  # one word: it is no option's name, and None leaves the option out
     else:
-        yield f"--{prefix}{name}={value}"  # one word, so that a value may begin with a dash or be empty
+        yield from (f"--{prefix}{name}", str(value))  # the parser finds names like a wrong one without its value only

@@ -11,6 +11,8 @@ _FRAME = "│╭╮╰╯─- "
 _RULE = re.compile(r"[│╭╮╰╯─-]+")
 # Of our commands: words joined by underscores and dots. `pip install --no-deps` is none.
 _FLAG = re.compile(r"(?<![\w-])--([a-z]\w*(?:\.\w+)*)(?![\w-])")
+# The parser lists the value of an unknown option like another option.
+_VALUE = re.compile(r"(--[\w.]+), (?!--)")
 # What the parser says behind the reason.
 _BEHIND = ("For full helptext", "Argument helptext")
 _SIMILAR = ("Perhaps you meant", "Arguments similar to")
@@ -41,6 +43,7 @@ def reason_in_box(printed: str) -> str:
         elif not row.startswith(("╭", "╰")):
             reason.append(row)
     said = " ".join(reason) or " ".join(row.strip(_FRAME) for row in rows)
+    said = _VALUE.sub(r"\1=", said)
     meant = f"; did you mean {' or '.join(dict.fromkeys(similar))}?" if similar else ""
     return plain(f"{said.rstrip('.')}{meant}")
 

@@ -168,6 +168,7 @@ def test_errors_are_exceptions(tmp_path: Path) -> None:
         ({"no_such_option": 3}, "no_such_option"), ({"batch_size": "many"}, "batch_size"),
         ({"data": {"root": "here"}}, "data.root does nothing while data.source is digits"),
         ({"batch_sise": 3}, "Unrecognized options: batch_sise=3; did you mean batch_size"),
+        ({"mi": {"shar": 0.1}}, "Unrecognized options: mi.shar=0.1; did you mean mi.share"),
         ({"precision": "fp17"}, "invalid choice 'fp17' for argument 'precision'. Expected one of"),
         ({"data": {"source": "digits", "image_size": 1_000_000}}, "image_size must be at most 8192 pixels"),
     ):  # fmt: skip

@@ -85,8 +85,8 @@ def test_words() -> None:
     options = {"method": "mae", "run": {"resume": False}, "data": {"root": None, "flip": True}, "imports": ["a", "b"],
                "attack": {"eps": 0.1}, "init": "", "lr_drops": [], "seed": -1}  # fmt: skip
     assert words_of(options) == [
-        "--method=mae", "--no_resume", "--data.root=None", "--data.flip", "--import", "a", "--import", "b",
-        "--attack.eps=0.1", "--init=", "--lr_drops", "--seed=-1",
+        "--method", "mae", "--no_resume", "--data.root=None", "--data.flip", "--import", "a", "--import", "b",
+        "--attack.eps", "0.1", "--init=", "--lr_drops", "--seed=-1",
     ]  # fmt: skip
     assert words_of({"imports": "one"}) == ["--import", "one"]
 

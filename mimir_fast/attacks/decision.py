@@ -50,7 +50,7 @@ def hop_skip_jump(
     Raises:
         ValueError: images are not float (B, C, H, W) in [0, 1].
     """
-    check_images(images)
+    check_images(images, gradients=False, half=False)
     samples = samples_of(images, samples)
     inside = eps * (1 - 1e-6)  # a hair, for rounding
     with borrowed(model, "eval") as module:
@@ -92,7 +92,7 @@ class _Asked:
         far = [1 - images, torch.zeros_like(images), torch.ones_like(images)]
         far += [self._noise(samples, seed, number, 1)[:, 0] / 2 + 0.5 for number in range(NOISES)]
         points = images.clone()
-        distances = torch.full((len(images),), torch.inf, device=images.device)
+        distances = images.new_full((len(images),), torch.inf)
         distances[self.wrong(images, self.labels)] = 0
         self.count += 1
         for other in far:
@@ -171,7 +171,11 @@ class _Asked:
     def _noise(self, samples: Tensor, seed: int, number: int, count: int) -> Tensor:
         """(R, count, C, H, W): uniform on [−1, 1] for L∞, normal for L2."""
         shape, num = (len(samples), count, *self.images.shape[1:]), count * self.size
-        if self.norm == "linf" or number < NOISES:
-            return (2 * random_uniform(seed, Stream.ATTACK_START, _STEP + number, samples, num) - 1).view(shape)
-        first, second = random_uniform(seed, Stream.ATTACK_START, _STEP + number, samples, 2 * num).chunk(2, dim=1)
-        return ((-2 * (1 - first).log()).sqrt() * (2 * torch.pi * second).cos()).view(shape)
+        uniform = self.norm == "linf" or number < NOISES
+        draws = random_uniform(seed, Stream.ATTACK_START, _STEP + number, samples, num if uniform else 2 * num)
+        if uniform:
+            noise = 2 * draws - 1
+        else:
+            first, second = draws.chunk(2, dim=1)
+            noise = (-2 * (1 - first).log()).sqrt() * (2 * torch.pi * second).cos()
+        return noise.view(shape).to(self.images.dtype)

@@ -47,7 +47,7 @@ def smallest_perturbation(
     Raises:
         ValueError: images are not float (B, C, H, W) in [0, 1].
     """
-    check_images(images)
+    check_images(images, half=False)
     with borrowed(model, mode) as module:
         best = _Best(module, images.detach(), labels, norm)
         fmn(best, num_steps)

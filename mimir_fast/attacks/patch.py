@@ -47,7 +47,7 @@ def patch(
     Raises:
         ValueError: the square does not fit into the images, or has no pixel.
     """
-    check_images(images)
+    check_images(images, half=False)
     if not 1 <= side <= min(images.shape[-2:]):
         raise ValueError(f"a patch of {side} pixels does not fit into images of {tuple(images.shape[-2:])}")
     known = samples_of(images, samples)

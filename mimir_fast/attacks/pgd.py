@@ -55,13 +55,32 @@ def image_bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return low.clamp(0, 1), high.clamp(0, 1)
 
 
-def check_images(images: Tensor, *, values: bool = True) -> None:
-    """Raises ValueError unless `images` is a float (B, C, H, W) tensor, finite and (where `values`) within [0, 1]."""
+def check_images(images: Tensor, *, values: bool = True, gradients: bool = True, half: bool = True) -> None:
+    """Refuse what an attack cannot begin with.
+
+    Args:
+        values: look at every number.
+        gradients: the attack takes some.
+        half: it computes in floats of 16 bits too.
+    Raises:
+        ValueError: `images` is no float (B, C, H, W) tensor, finite and (where `values`) within [0, 1], or too short.
+        RuntimeError: in `torch.inference_mode()`, where (`gradients`) there are none.
+    """
     check_tensors(images=images)
+    if gradients and torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "an attack takes gradients, and torch.inference_mode() allows none inside: call it outside, or under "
+            "torch.no_grad()"
+        )
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(
             f"an attack wants float images (B, C, H, W) in [0, 1], got {images.dtype} {tuple(images.shape)}; "
             "for uint8 images pass images.float() / 255"
+        )
+    if images.dtype.itemsize < 4 and not half:
+        raise ValueError(
+            f"this attack compares distances, for which {images.dtype} is too coarse: give it images.float(), and the "
+            "model as it is, under torch.autocast"
         )
     if values and images.numel():
         low, high = (float(v) for v in images.aminmax())

@@ -32,7 +32,7 @@ def rays(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, querie
     Raises:
         ValueError: images are not float (B, C, H, W) in [0, 1].
     """
-    check_images(images)
+    check_images(images, gradients=False, half=False)
     size = images[0].numel() if len(images) else 1
     signs, column = torch.ones_like(images).flatten(1), (-1, 1)
     distances = torch.ones(len(images), device=images.device)  # across [0, 1]: black and white

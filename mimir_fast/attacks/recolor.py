@@ -47,14 +47,14 @@ def recolor(
     Raises:
         ValueError: neither 1 nor 3 channels.
     """
-    check_images(images)
+    check_images(images, half=False)
     channels = images.shape[1]
     if channels not in (1, 3):
         raise ValueError(f"recolor knows images of 1 or 3 channels, got {channels}")
     samples = samples_of(images, samples)
     shape = (len(images), channels, *[points] * channels)
     draws = random_uniform(seed, Stream.ATTACK_START, _STEP, samples, channels * points**channels)
-    lattice = change * (2 * draws - 1).view(shape)
+    lattice = change * (2 * draws - 1).view(shape).to(images.dtype)
     with borrowed(model, "eval") as module:
         for _ in range(num_steps):
             lattice = lattice.detach().requires_grad_()

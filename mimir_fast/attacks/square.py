@@ -52,7 +52,7 @@ def square(
     Raises:
         ValueError: these are no float images in [0, 1], or there is no query.
     """
-    check_images(images)
+    check_images(images, gradients=False, half=False)
     check_number("num_queries", num_queries, at_least=1)
     with borrowed(model, "eval") as module:
         right, result = is_correct(module(images), labels).nonzero()[:, 0], images.clone()

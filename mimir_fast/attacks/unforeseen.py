@@ -44,7 +44,7 @@ def elastic(
     grid: int = 8,
 ) -> Tensor:  # fmt: skip
     """Bent images (B, C, H, W): no point is moved further than about `pixels` along either axis."""
-    check_images(images)
+    check_images(images, half=False)
     size = 2 * grid * grid
     draws = random_uniform(seed, Stream.ATTACK_START, 1 << 20, samples.to(images.device), size)
     coarse = ((2 * draws - 1) * pixels).view(-1, 2, grid, grid)
@@ -74,7 +74,7 @@ def turn(
         degrees: largest rotation either way.
         shift: largest shift along each axis, as a part of its length.
     """
-    check_images(images)
+    check_images(images, half=False)
     height, width = images.shape[-2:]
     best, highest = images, torch.full((len(images),), -torch.inf, device=images.device)
     lines = (torch.arange(side, device=images.device, dtype=images.dtype) - (side - 1) / 2 for side in (height, width))
@@ -106,11 +106,11 @@ def jpeg(
     model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, num_steps: int, samples: Tensor, seed: int
 ) -> Tensor:
     """Images (B, C, H, W) whose 8 × 8 cosine coefficients moved by at most eps · quantisation step; padded to 8s."""
-    check_images(images)
+    check_images(images, half=False)
     batch, channels, height, width = images.shape
     down, across = -(-height // 8), -(-width // 8)
     table = torch.tensor(QUANTISATION, device=images.device, dtype=images.dtype) / 255
-    cosines = _cosines(images.device)
+    cosines = _cosines(images.device).to(images.dtype)
     shape = (batch, channels, down, across, 8, 8)
     draws = random_uniform(seed, Stream.ATTACK_START, 2 << 20, samples.to(images.device), math.prod(shape[1:]))
     delta = (2 * draws - 1).view(shape) * eps

@@ -133,7 +133,7 @@ def fab_many(
     Raises:
         ValueError: these are no float images in [0, 1], or this is none of the two norms.
     """
-    check_images(images)
+    check_images(images, half=False)
     check_choice("norm", norm, ("linf", "l2"))
     aims = _Aims(model, images, labels, num_targets, dlr=False)
 
