@@ -112,6 +112,11 @@ class World:
         return World(self.rank, self.size, self.device, dist.new_group(backend="gloo") if self.size > 1 else None)
 
 
+def chosen(device: str) -> str:
+    """`auto` as what this machine has, cuda or cpu; any other device as it is."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def start_world(device: str = "auto") -> World:
     """Join the processes torchrun started (gloo for CPU tensors, NCCL for CUDA), or be alone.
 
@@ -122,7 +127,7 @@ def start_world(device: str = "auto") -> World:
     refuse_strangers()
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}, but torch sees no CUDA GPU here: use --device cpu (or leave it at auto)")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.split(":")[0]
+    kind = chosen(device).split(":")[0]
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if kind == "cuda":
         local = torch.device(device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")

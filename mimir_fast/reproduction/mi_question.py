@@ -37,6 +37,7 @@ from mimir_fast.training.finetuning import FinetuneConfig
 from mimir_fast.training.loggers import read_lines
 from mimir_fast.training.pretraining import PretrainConfig
 from mimir_fast.training.run_config import RunConfig
+from mimir_fast.world import chosen
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 TUNING_SEED, ASSAY_SEED, ARMS_SEED = 1000, 0, 100
@@ -182,10 +183,8 @@ class Cells(Ablation):
             return {"heldout": [round(last["pgd"] * count), count]}, {}
         rules, data = self.rules, self.finetune.data
         assert isinstance(rules, QuickJudge)
-        device = self.finetune.run.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        accuracy, measures = judge_quickly(run, data, rules, torch.device(device))
+        device = torch.device(chosen(self.finetune.run.device))
+        accuracy, measures = judge_quickly(run, data, rules, device)
         if row.pretrain is not None and self.facts_images:
             first, images = folder / "pretrain", load_images(data).evenly(self.facts_images)
             measures |= latent_facts(row.pretrain, first, images, rules.eps) | shares_over_training(first)
