@@ -17,6 +17,8 @@ MEASURES = {
     "margin": "margin", "share_mean": "share", "nhsic": "nHSIC", "hsic": "HSIC", "cka": "CKA", "delta_r2": "R² of δ",
     "image_r2": "R² of pixels", "rank": "effective rank",
 }  # fmt: skip
+LATENT = ("hsic", "nhsic", "cka", "delta_r2", "image_r2", "rank")
+"""Of the measures, those of `latent_facts`."""
 Named = Mapping[tuple[str, str], Contrast]
 
 
@@ -69,6 +71,8 @@ def report(record: dict[str, Any]) -> str:
             for measure in ("pgd20", "apgd", "margin"):
                 if found := contrasts_of(cells, pairs, measure):
                     parts.append(markdown(_lines(found, titles, measure, family)))
+        every = [pair for pairs in families.values() for pair in pairs if "scratch" not in pair]
+        parts.append(markdown(_latents(cells, every, titles)))
     return "\n".join(parts)
 
 
@@ -81,15 +85,21 @@ def _commits(record: dict[str, Any]) -> list[str]:
     return sorted({str(cell["environment"].get("commit")) for cell in cells})
 
 
+def _names(cells: Sequence[CellResult], titles: Mapping[str, str]) -> list[str]:
+    """Rows in the plan's order: jobs that share the cells end them in any."""
+    found = {cell.row for cell in cells}
+    return [name for name in titles if name in found]
+
+
 def _rows(cells: Sequence[CellResult], titles: Mapping[str, str]) -> list[list[str]]:
     lines = [["row", *ACCURACIES.values(), *MEASURES.values(), "seeds"]]
-    for name in dict.fromkeys(cell.row for cell in cells):
+    for name in _names(cells, titles):
         own = [cell for cell in cells if cell.row == name]
         found = [Spread(tuple(accuracies(cells, name, m).values())) for m in ACCURACIES]
         line = [spread.text() if spread.values else "" for spread in found]
         for measure in MEASURES:
             values = Spread(tuple(cell.measures[measure] for cell in own if measure in cell.measures))
-            line.append(f"{values.mean:.3g} ± {values.sd:.1g}" if values.values else "")
+            line.append(_minus(f"{values.mean:.3g} ± {values.sd:.1g}") if values.values else "")
         lines.append([titles.get(name, name), *line, str(len(own))])
     return lines
 
@@ -102,10 +112,34 @@ def _lines(found: Named, titles: Mapping[str, str], measure: str, family: str) -
     for (first, second), c in found.items():
         shown = ".2f" if points else ".3f"
         ends = [f"{low:+{shown}} to {high:+{shown}}" for low, high in (c.interval, c.bootstrap)]
-        last = [f"{c.equivalence:.3f}", c.verdict] if points else []
+        last = [_p(c.equivalence), c.verdict] if points else []
         name = f"{titles.get(first, first)} − {titles.get(second, second)}"
-        lines.append([name, f"{c.mean:+{shown}}", *ends, f"{c.p:.3f}", f"{c.p_holm:.3f}", *last, str(c.count)])
-    return [[cell.replace("-", "−") if n in range(1, 4) else cell for n, cell in enumerate(line)] for line in lines]
+        middle = [_minus(cell) for cell in (f"{c.mean:+{shown}}", *ends)]
+        lines.append([name, *middle, _p(c.p), _p(c.p_holm), *last, str(c.count)])
+    return lines
+
+
+def _latents(
+    cells: Sequence[CellResult], pairs: Sequence[tuple[str, str]], titles: Mapping[str, str]
+) -> list[list[str]]:
+    """What the latents hold, a pair a line: described, so without a test."""
+    lines = [["latents: difference, with its 95 % interval (t)", *(MEASURES[measure] for measure in LATENT)]]
+    for first, second in pairs:
+        line = [f"{titles.get(first, first)} − {titles.get(second, second)}"]
+        for measure in LATENT:
+            gaps = differences(cells, first, second, measure)
+            c = contrast(gaps, margin=MARGIN) if len(gaps) > 1 else None
+            line.append(_minus(f"{c.mean:+.2g} ({c.interval[0]:+.2g} to {c.interval[1]:+.2g})") if c else "")
+        lines.append(line)
+    return lines
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _minus(number: str) -> str:
+    return number.replace("-", "−")
 
 
 def plot_effects(path: Path, record: dict[str, Any]) -> None:
@@ -132,19 +166,27 @@ def plot_effects(path: Path, record: dict[str, Any]) -> None:
 
 
 def plot_why(path: Path, record: dict[str, Any]) -> None:
-    """What the latents of the arms hold: a dot a seed."""
+    """What the latents of the arms hold beside arm (a)'s: each seed, mean and 95 % interval."""
     from matplotlib.figure import Figure
 
     cells, titles = cells_in(record, "arms"), record["titles"]
-    names = list(dict.fromkeys(cell.row for cell in cells))
-    shown = {key: title for key, title in MEASURES.items() if key in ("cka", "nhsic", "delta_r2", "image_r2", "rank")}
-    figure = Figure(figsize=(12, 1.4 + 0.4 * len(names)), dpi=130, layout="constrained")
-    for axes, (measure, title) in zip(figure.subplots(1, len(shown), sharey=True), shown.items(), strict=True):
+    names = [name for name in _names(cells, titles) if name != "adv_mae"]
+    figure = Figure(figsize=(13, 1.4 + 0.5 * len(names)), dpi=130, layout="constrained")
+    for axes, measure in zip(figure.subplots(1, len(LATENT), sharey=True), LATENT, strict=True):
+        axes.axvline(0, color="#777777", linewidth=1)
         for place, name in enumerate(names):
-            values = [cell.measures[measure] for cell in cells if cell.row == name and measure in cell.measures]
-            axes.plot(values, [place] * len(values), "o", color="#b3372f", alpha=0.4, markersize=4)
-        axes.set_title(title, fontsize=10)
+            gaps = differences(cells, name, "adv_mae", measure)
+            if len(gaps) < 2:
+                continue
+            c = contrast(gaps, margin=MARGIN)
+            axes.plot(gaps, [place] * len(gaps), "o", color="#b3372f", alpha=0.3, markersize=4)
+            low, high = c.interval
+            axes.errorbar(c.mean, place, xerr=[[c.mean - low], [high - c.mean]], fmt="o", color="#b3372f", capsize=4)
+        axes.set_title(MEASURES[measure], fontsize=10)
         axes.grid(axis="x", alpha=0.3)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.locator_params(axis="x", nbins=3)
         axes.set_yticks(range(len(names)), [titles.get(name, name) for name in names], fontsize=8)
         axes.set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel("difference from (a) adv-MAE without a penalty, paired by seed; bars: 95 % interval", fontsize=9)
     figure.savefig(path)

@@ -14,8 +14,18 @@ from mimir_fast.methods.adv_mae import AdvMaeConfig
 from mimir_fast.reproduction.ablation import CellResult
 from mimir_fast.reproduction.contrasts import contrast, holm, power
 from mimir_fast.reproduction.latent_facts import effective_rank, explained
-from mimir_fast.reproduction.mi_question import Plan, arms_of, best, passes, plan_of, primary_of, rows_of, run_question
-from mimir_fast.reproduction.mi_report import contrasts_of, plot_effects, plot_why, record_of, report
+from mimir_fast.reproduction.mi_question import (
+    Answers,
+    Plan,
+    arms_of,
+    best,
+    passes,
+    plan_of,
+    primary_of,
+    rows_of,
+    run_question,
+)  # fmt: skip
+from mimir_fast.reproduction.mi_report import LATENT, contrasts_of, plot_effects, plot_why, record_of, report
 from mimir_fast.reproduction.quick_judge import PgdRows
 
 
@@ -105,6 +115,24 @@ def test_what_a_latent_holds() -> None:
     assert effective_rank(torch.randn(4000, 8)) == pytest.approx(8, abs=0.1)
     assert effective_rank(torch.randn(100, 1) @ torch.randn(1, 8)) == pytest.approx(1, abs=1e-3)
     assert effective_rank(torch.ones(5, 3)) == 0
+
+
+def test_the_report_has_rows_in_order_and_what_the_latents_hold(tmp_path: Path) -> None:
+    """Of cells that two jobs ended in any order."""
+    plan, generator = plan_of("reduced"), np.random.default_rng(4)
+    arms = arms_of(plan, 0.01)
+    found = cells({name: 50.0 * (name == "hsic_0.01") for name in reversed(arms)}, 0.1, 3, generator)
+    found = [replace(c, measures=dict.fromkeys(LATENT, c.seed - 0.5 * (c.row == "hsic_0.01"))) for c in found]
+    record = record_of(plan, Answers(1.5e-3, 0.01, 1, False, {"arms": [replace(c, environment={}) for c in found]}))
+    text = report(record)
+    assert [text.index(f"| {record['titles'][name]} |") for name in arms] == sorted(
+        text.index(f"| {record['titles'][name]} |") for name in arms
+    )
+    (line,) = (line for line in text.splitlines() if line.endswith("| −0.5 (−0.5 to −0.5) |") and "− (a)" in line)
+    assert line.startswith("| (b) HSIC") and line.count("−0.5 (−0.5 to −0.5)") == len(LATENT)
+    assert "| < 0.001 |" in text
+    plot_why(tmp_path / "why.png", record)
+    assert (tmp_path / "why.png").stat().st_size > 5000
 
 
 def small() -> Plan:
