@@ -43,7 +43,8 @@ def reason_in_box(printed: str) -> str:
         elif not row.startswith(("╭", "╰")):
             reason.append(row)
     said = " ".join(reason) or " ".join(row.strip(_FRAME) for row in rows)
-    said = _VALUE.sub(r"\1=", said)
+    if said.startswith("Unrecognized"):
+        said = _VALUE.sub(r"\1=", said)
     meant = f"; did you mean {' or '.join(dict.fromkeys(similar))}?" if similar else ""
     return plain(f"{said.rstrip('.')}{meant}")
 

@@ -177,6 +177,8 @@ def test_errors_are_exceptions(tmp_path: Path) -> None:
         assert not set("│╭╮╰╯─\n") & set(str(caught.value)) and "--" not in str(caught.value), str(caught.value)
     assert api._configured("pretrain", {"source": "digits", "root": None}).data.root is None, "as YAML's `root: ~`"
     model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)), torch.zeros(4, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"give eps, such as 0\.5"):
+        mimir_fast.evaluate("runs/none", norm="l2")
     for options, words in (({"suit": "table"}, "did you mean suite"), ({"eps": "8/"}, "a fraction such as 8/255")):
         with pytest.raises(ValueError, match=words):
             mimir_fast.evaluate(model, images, [0, 1, 0, 1], **options)

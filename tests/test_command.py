@@ -83,7 +83,7 @@ for module in ("compare", "pretrain", "export", "recipes"):
         sys.argv = ["-m"]
         runpy.run_module(f"mimir_fast.{module}", run_name="__main__", alter_sys=True)
         os._exit(0)
-    print(os.waitstatus_to_exitcode(os.wait()[1]))
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)  # or the next child prints it too
 """
 
 

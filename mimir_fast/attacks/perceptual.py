@@ -78,7 +78,7 @@ def perceptual(
     Raises:
         ValueError: there are no layers.
     """
-    check_images(images)
+    check_images(images, half=False)
     if not layers:
         raise ValueError("perceptual needs layers of the model, whose outputs are maps or tokens")
     samples = samples_of(images, samples)

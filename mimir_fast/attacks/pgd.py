@@ -79,7 +79,7 @@ def check_images(images: Tensor, *, values: bool = True, gradients: bool = True,
         )
     if images.dtype.itemsize < 4 and not half:
         raise ValueError(
-            f"this attack compares distances, for which {images.dtype} is too coarse: give it images.float(), and the "
+            f"this attack computes in float32 or finer, got {images.dtype} images: give it images.float(), and the "
             "model as it is, under torch.autocast"
         )
     if values and images.numel():

@@ -74,7 +74,7 @@ def turn(
         degrees: largest rotation either way.
         shift: largest shift along each axis, as a part of its length.
     """
-    check_images(images, half=False)
+    check_images(images, gradients=False)
     height, width = images.shape[-2:]
     best, highest = images, torch.full((len(images),), -torch.inf, device=images.device)
     lines = (torch.arange(side, device=images.device, dtype=images.dtype) - (side - 1) / 2 for side in (height, width))

@@ -15,7 +15,7 @@ from mimir_fast.evaluation.images import EvaluationImages
 from mimir_fast.methods.mimir import Mimir, MimirConfig
 from mimir_fast.methods.step import MaskedStep
 from mimir_fast.models.file_names import from_files
-from mimir_fast.models.masked_model import View, build_masked_model
+from mimir_fast.models.masked_model import MaskedModel, View, build_masked_model
 from mimir_fast.models.weight_files import read_weights
 from mimir_fast.ops.cka import cka
 from mimir_fast.ops.hsic import hsic
@@ -32,19 +32,15 @@ def latent_facts(config: PretrainConfig, run: Path, images: EvaluationImages, ep
 
     nHSIC, HSIC and CKA (both of the median's width) are between the adversarial image and the latent, means over groups
     of 128. `delta_r2` and `image_r2` are by ridge regression from a visible patch's token to its perturbation, and to
-    its clean pixels: the share of variance explained on the half of the images that was not fitted. `rank` is the
+    its clean pixels: the share of variance explained on the half of the images that was not fitted. Each model is
+    attacked by itself, so `delta_r2` does not compare models: `same_delta` does. `rank` is the
     exponential of the entropy of the tokens' normalised principal variances (Roy & Vetterli, EUSIPCO 2007).
     """
-    model = build_masked_model(config.model, config.data.image_size, config.data.channels)
-    model.load_state_dict(from_files(model, read_weights(run, "model").tensors))
-    model.eval()
-    method = Mimir(MimirConfig(attack=ReconstructionAttackConfig(eps=eps)))
-    zeros = torch.zeros_like(images.samples)
-    step = MaskedStep(model, Batch(images.images, images.labels, images.samples, zeros), 0, 0)
-    method.prepare(step)
+    model = pretrained(config, run)
+    step = attacked(model, images, eps)
     with torch.no_grad():
         latent = model.visible(model(View(step.visible, *step.mask), decode=False), step.mask.keep).float()
-    image = method.image_side(step)
+    image = Mimir(MimirConfig()).image_side(step)
     tokens = latent[:, model.encoder.num_prefix :]
     clean = patchify_gather(step.batch.images, step.mask.keep, model.patch_size)
     groups = [(x.flatten(1), z.flatten(1)) for x, z in zip(image.split(SAMPLES), latent.split(SAMPLES), strict=True)]
@@ -61,6 +57,21 @@ def latent_facts(config: PretrainConfig, run: Path, images: EvaluationImages, ep
         "image_r2": explained(tokens, clean),
         "rank": effective_rank(tokens.flatten(0, 1)),
     }
+
+
+def pretrained(config: PretrainConfig, run: Path) -> MaskedModel:
+    """The model of a run's last weights, in eval mode."""
+    model = build_masked_model(config.model, config.data.image_size, config.data.channels)
+    model.load_state_dict(from_files(model, read_weights(run, "model").tensors))
+    return model.eval()
+
+
+def attacked(model: MaskedModel, images: EvaluationImages, eps: float) -> MaskedStep:
+    """A step whose visible patches are attacked, with the mask and start of step 0 of seed 0."""
+    zeros = torch.zeros_like(images.samples)
+    step = MaskedStep(model, Batch(images.images, images.labels, images.samples, zeros), 0, 0)
+    Mimir(MimirConfig(attack=ReconstructionAttackConfig(eps=eps))).prepare(step)
+    return step
 
 
 def explained(features_BKD: Tensor, targets_BKP: Tensor) -> float:

@@ -83,7 +83,7 @@ def plan_of(size: SizeName, data: DataName = "fashion", device: str = "auto") ->
         small = digits()
         first = small.with_steps(small.pretrain, small.pretrain.run.max_steps or 0)
         tune = small.with_steps(small.finetune, small.finetune.run.max_steps or 0)
-        rules = QuickJudge(small.rules.eps, None, 360, batch_size=128)
+        rules = QuickJudge(small.rules.eps, None, 300, batch_size=128)
     else:
         first, tune = pretrain_base(SIZES[size]), finetune_base(SIZES[size])
         rules = QuickJudge(EPS, 2000, 500, batch_size=128 if size == "reduced" else 500)

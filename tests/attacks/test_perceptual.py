@@ -79,4 +79,4 @@ def test_the_bound_holds_and_is_used(small_model: nn.Module, digits: tuple[Tenso
     noise = images + (x - images).flatten(1)[:, torch.randperm(64)].view_as(images)  # as large, at other pixels
     with torch.no_grad():
         stands, chance = (is_correct(small_model(each.clamp(0, 1)), labels).sum() for each in (x, noise))
-    assert stands < chance - (0 if bound < 0.5 else 8)
+    assert stands <= chance - (0 if bound < 0.5 else 8)

@@ -27,6 +27,7 @@ from mimir_fast.reproduction.mi_question import (
 )  # fmt: skip
 from mimir_fast.reproduction.mi_report import LATENT, contrasts_of, plot_effects, plot_why, record_of, report
 from mimir_fast.reproduction.quick_judge import PgdRows
+from mimir_fast.reproduction.same_delta import lines_of, same_delta
 
 
 def cells(effects: dict[str, float], sd: float, seeds: int, generator: np.random.Generator) -> list[CellResult]:
@@ -165,3 +166,8 @@ def test_the_whole_question_in_small(tmp_path: Path) -> None:
     plot_effects(tmp_path / "effects.png", record)
     plot_why(tmp_path / "why.png", record)
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("effects", "why"))
+    rows = rows_of(small(), alone.budget, alone.lr, alone.share)
+    found = same_delta(small(), tmp_path / "one" / "arms", [rows["adv_mae"], rows["hsic_0.01"]], rows["adv_mae"])
+    own = {c.seed: c.measures["delta_r2"] for c in alone.stages["arms"] if c.row == "adv_mae"}
+    assert {seed: cell["attacked"] for seed, cell in found["adv_mae"].items()} == pytest.approx(own, abs=1e-6)
+    assert len(lines_of(found, "adv_mae")) == 6

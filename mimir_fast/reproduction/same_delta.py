@@ -1,0 +1,84 @@
+"""Do latents of several arms hold the same perturbation? One δ for all, which the cells' own measure has not.
+
+    python -m mimir_fast.reproduction.same_delta FOLDER STAGE SOURCE ROW [ROW …]
+
+FOLDER is that of `mi_question`, with the cells of some seeds still in it. δ is made on the model of SOURCE, of the same
+seed as each model it is looked for in. `latent_facts` attacks every model by itself: its "delta_r2" is about attacks as
+well as about latents, and does not compare rows. Written after the question's records were read: it decides nothing.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mimir_fast.evaluation.images import load_images
+from mimir_fast.models.masked_model import MaskedModel, View
+from mimir_fast.ops.patches import patchify_gather
+from mimir_fast.reproduction.ablation import Row, read_results
+from mimir_fast.reproduction.contrasts import contrast
+from mimir_fast.reproduction.latent_facts import attacked, explained, pretrained
+from mimir_fast.reproduction.mi_question import Plan, plan_of, rows_of
+
+Probed = dict[str, dict[int, dict[str, float]]]
+
+
+@torch.no_grad()
+def same_delta(plan: Plan, stage: Path, rows: Sequence[Row], source: Row) -> Probed:
+    """{row: {seed: {"attacked", "clean", "difference"}}}: R² of δ from the tokens of the attacked images, from those of
+    the clean ones, which δ never entered, and from the attacked less the clean ones."""
+    found: Probed = {row.name: {} for row in rows}
+    seeds = sorted({cell.seed for cell in read_results(stage / "results.jsonl")})
+    kept = [s for s in seeds if all(row.pretrained_in(stage / "cells", s).is_dir() for row in (source, *rows))]
+    for seed in kept:
+
+        def model_of(row: Row, seed: int = seed) -> MaskedModel:
+            assert row.pretrain is not None
+            return pretrained(row.pretrain, row.pretrained_in(stage / "cells", seed))
+
+        assert source.pretrain is not None
+        images = load_images(source.pretrain.data).evenly(plan.facts_images)
+        step = attacked(model_of(source), images, plan.rules.eps)
+        clean = patchify_gather(step.batch.images, step.mask.keep, step.bare.patch_size)
+        for row in rows:
+            model = model_of(row)
+            seen, unseen = (
+                model.visible(model(View(x, *step.mask), decode=False), step.mask.keep).float()
+                for x in (step.visible, clean)
+            )
+            parts = {"attacked": seen, "clean": unseen, "difference": seen - unseen}
+            prefix = model.encoder.num_prefix
+            found[row.name][seed] = {
+                name: explained(latent[:, prefix:], step.visible - clean) for name, latent in parts.items()
+            }
+    return found
+
+
+def lines_of(found: Probed, source: str) -> list[str]:
+    """A row and a measure a line, with the difference from the source over seeds and its 95 % interval."""
+    lines = []
+    for row, seeds in found.items():
+        for measure in next(iter(seeds.values())):
+            values = [cell[measure] for cell in seeds.values()]
+            c = contrast([seeds[s][measure] - found[source][s][measure] for s in seeds], margin=1.0)
+            low, high = c.interval
+            mean = sum(values) / len(values)
+            lines.append(f"{row:24} {measure:10} {mean:.4f}   {c.mean:+.4f} ({low:+.4f} to {high:+.4f})")
+    return lines
+
+
+def main() -> None:
+    """Print the lines, and write all values beside the stage's records."""
+    folder, stage, source, *names = sys.argv[1:]
+    plan = plan_of("reduced")
+    torch.set_num_threads(1)
+    rows = rows_of(plan, 1, plan.learning_rates[0], plan.shares[0])  # the model and the data are all that is read
+    found = same_delta(plan, Path(folder) / stage, [rows[name] for name in (source, *names)], rows[source])
+    (Path(folder) / stage / f"same_delta_{source}.json").write_text(json.dumps(found, indent=1))
+    print("\n".join(lines_of(found, source)))
+
+
+if __name__ == "__main__":
+    main()
