@@ -63,6 +63,7 @@ def _without_arguments(args: Words) -> None:
 
 
 PENALTY_WEIGHT = "mimir_fast.reproduction.penalty_weight"
+SAME_DELTA = "mimir_fast.reproduction.same_delta"
 _PARSERS: dict[str, Callable[[Words], Any]] = {
     **{f"mimir_fast.{name}": _config_from(f"mimir_fast.{name}")
        for name in ("pretrain", "finetune", "evaluate", "probe", "compare", "reproduce")},
@@ -74,6 +75,7 @@ _PARSERS: dict[str, Callable[[Words], Any]] = {
     "mimir_fast.recipes.__main__": _main("mimir_fast.recipes.__main__"),
     "mimir_fast.info": _without_arguments,
     PENALTY_WEIGHT: lambda args: import_module(PENALTY_WEIGHT).parse(args),
+    SAME_DELTA: lambda args: import_module(SAME_DELTA).parse(args),
     "benchmarks": lambda args: import_module("benchmarks.cli").parse(args),
     "benchmarks.plan": lambda args: import_module("benchmarks.plan").parse(args),
     "mimir_kernels.aot": lambda args: argparse.ArgumentParser().parse_args([a for a in args if a != "--update"]),

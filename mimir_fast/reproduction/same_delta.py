@@ -7,8 +7,8 @@ seed as each model it is looked for in. `latent_facts` attacks every model by it
 well as about latents, and does not compare rows. Written after the question's records were read: it decides nothing.
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,15 +69,26 @@ def lines_of(found: Probed, source: str) -> list[str]:
     return lines
 
 
+def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
+    """`folder`, `stage`, `source` and `rows`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="the --output_dir of mi_question")
+    parser.add_argument("stage", help="arms, assay_1, …")
+    parser.add_argument("source", help="the row on whose models the perturbation is made")
+    parser.add_argument("rows", nargs="+", help="rows in whose latents it is looked for, beside the source's own")
+    return parser.parse_args(args)
+
+
 def main() -> None:
     """Print the lines, and write all values beside the stage's records."""
-    folder, stage, source, *names = sys.argv[1:]
+    args = parse()
     plan = plan_of("reduced")
     torch.set_num_threads(1)
     rows = rows_of(plan, 1, plan.learning_rates[0], plan.shares[0])  # the model and the data are all that is read
-    found = same_delta(plan, Path(folder) / stage, [rows[name] for name in (source, *names)], rows[source])
-    (Path(folder) / stage / f"same_delta_{source}.json").write_text(json.dumps(found, indent=1))
-    print("\n".join(lines_of(found, source)))
+    picked = [rows[name] for name in (args.source, *args.rows)]
+    found = same_delta(plan, args.folder / args.stage, picked, rows[args.source])
+    (args.folder / args.stage / f"same_delta_{args.source}.json").write_text(json.dumps(found, indent=1))
+    print("\n".join(lines_of(found, args.source)))
 
 
 if __name__ == "__main__":
