@@ -24,7 +24,7 @@ from mimir_fast.reproduction.mi_question import (
     primary_of,
     rows_of,
     run_question,
-)  # fmt: skip
+)
 from mimir_fast.reproduction.mi_report import LATENT, contrasts_of, plot_effects, plot_why, record_of, report
 from mimir_fast.reproduction.quick_judge import PgdRows
 from mimir_fast.reproduction.same_delta import lines_of, same_delta
