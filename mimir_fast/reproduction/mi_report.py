@@ -153,16 +153,20 @@ def plot_effects(path: Path, record: dict[str, Any]) -> None:
     axes.axvspan(-MARGIN, MARGIN, color="#dddddd", label=f"equivalent: ±{MARGIN:g} point")
     axes.axvline(0, color="#777777", linewidth=1)
     for place, (pair, c) in enumerate(found.items()):
-        gaps = differences(cells, *pair, "pgd20")
-        axes.plot(gaps, [place] * len(gaps), "o", color="#1f5fa8", alpha=0.3, markersize=4)
-        low, high = c.interval
-        axes.errorbar(c.mean, place, xerr=[[c.mean - low], [high - c.mean]], fmt="o", color="#1f5fa8", capsize=4)
+        _seeds(axes, place, differences(cells, *pair, "pgd20"), c, "#1f5fa8")
     names = [f"{titles.get(first, first)}\nminus {titles.get(second, second)}" for first, second in found]
     axes.set_yticks(range(len(found)), names, fontsize=8)
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlabel("difference of PGD-20 accuracy in points, paired by seed; bars: 95 % interval")
     axes.legend(fontsize=8, loc="best")
     figure.savefig(path)
+
+
+def _seeds(axes: Any, place: int, gaps: Sequence[float], c: Contrast, color: str) -> None:
+    """A line of a plot: a pale dot a seed, the mean and its interval."""
+    axes.plot(gaps, [place] * len(gaps), "o", color=color, alpha=0.3, markersize=4)
+    low, high = c.interval
+    axes.errorbar(c.mean, place, xerr=[[c.mean - low], [high - c.mean]], fmt="o", color=color, capsize=4)
 
 
 def plot_why(path: Path, record: dict[str, Any]) -> None:
@@ -178,10 +182,7 @@ def plot_why(path: Path, record: dict[str, Any]) -> None:
             gaps = differences(cells, name, "adv_mae", measure)
             if len(gaps) < 2:
                 continue
-            c = contrast(gaps, margin=MARGIN)
-            axes.plot(gaps, [place] * len(gaps), "o", color="#b3372f", alpha=0.3, markersize=4)
-            low, high = c.interval
-            axes.errorbar(c.mean, place, xerr=[[c.mean - low], [high - c.mean]], fmt="o", color="#b3372f", capsize=4)
+            _seeds(axes, place, gaps, contrast(gaps, margin=MARGIN), "#b3372f")
         axes.set_title(MEASURES[measure], fontsize=10)
         axes.grid(axis="x", alpha=0.3)
         axes.tick_params(axis="x", labelsize=8)
