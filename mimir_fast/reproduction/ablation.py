@@ -10,7 +10,7 @@ import fcntl
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mimir_fast.models.weight_files import read_weights
 from mimir_fast.reproduction.gradient_share import gradient_share
 from mimir_fast.reproduction.stages import Judge, Say, Stopwatch, judge, run_stage, steps_done
 from mimir_fast.training.finetuning import FinetuneConfig
+from mimir_fast.training.health import TrainingDiverged
 from mimir_fast.training.loggers import read_lines
 from mimir_fast.training.pretraining import PretrainConfig
 from mimir_fast.versions import environment
@@ -105,6 +106,8 @@ class CellResult:
         seconds: stage → wall time of this start.
         cpu_seconds: the same of all threads of this process, of stages that were run whole in this start.
         measures: what else was measured.
+        diverged: stages that ended so, and were gone on from with the last sound weights; where there were none,
+            `accuracy` is empty.
     """
 
     row: str
@@ -115,6 +118,7 @@ class CellResult:
     environment: dict[str, Any] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     measures: dict[str, float] = field(default_factory=dict)
+    diverged: list[str] = field(default_factory=list)
 
 
 def run_ablation(ablation: Ablation, *, say: Say = print) -> list[CellResult]:
@@ -141,32 +145,48 @@ def run_ablation(ablation: Ablation, *, say: Say = print) -> list[CellResult]:
 
 def run_cell(row: Row, seed: int, ablation: Ablation, folder: Path) -> CellResult:
     """Pre-train, fine-tune, judge; what the stages print goes to log.txt."""
-    watch, seconds, cpu_seconds, share = Stopwatch(), {}, {}, {}
-    run, tune = Path(), row.tuning(ablation)
+    result = CellResult(row.name, seed, {}, environment=environment())
+    with (folder / "log.txt").open("a") as log, redirect_stdout(log), suppress(TrainingDiverged):
+        _fill(result, row, ablation, folder)
+    return result
+
+
+def _fill(result: CellResult, row: Row, ablation: Ablation, folder: Path) -> None:
+    """The stages of a cell, each noted as it ends.
+
+    Raises:
+        TrainingDiverged: a stage did, and left nothing to go on with.
+    """
+    watch, run, tune = Stopwatch(), Path(), row.tuning(ablation)
+    seconds, cpu_seconds, seed = result.seconds, result.cpu_seconds, result.seed
 
     def stage(name: str, config: PretrainConfig | FinetuneConfig) -> Path:
         fresh, before = steps_done(config.folder) == 0, time.process_time()
-        done = run_stage(config)
+        try:
+            run_stage(config)
+        except TrainingDiverged as error:
+            print(error)
+            result.diverged.append(name)
+            if steps_done(config.folder) == 0:
+                raise
         if fresh:
             cpu_seconds[name] = round(time.process_time() - before, 1)
-        return done
+        return config.folder
 
-    with (folder / "log.txt").open("a") as log, redirect_stdout(log):
-        if row.pretrain is not None:
-            where = row.pretrained_in(ablation.folder / "cells", seed)
-            config = replace(row.pretrain, run=_placed(row.pretrain.run, seed, where))
-            run = stage("pretrain", config)
-            share = penalty_shares(row, config)
-            seconds["pretrain"] = watch.lap()
-        if tune is not None:
-            init = "" if row.pretrain is None else str(run)
-            tune = replace(tune, init=init, run=_placed(tune.run, seed, folder / "finetune"))
-            run = stage("finetune", tune)
-            seconds["finetune"] = watch.lap()
-        before = time.process_time()
-        accuracy, measures = ablation.judged(row, run, folder)
-        seconds["judge"], cpu_seconds["judge"] = watch.lap(), round(time.process_time() - before, 1)
-    return CellResult(row.name, seed, accuracy, share, seconds, environment(), cpu_seconds, measures)
+    if row.pretrain is not None:
+        where = row.pretrained_in(ablation.folder / "cells", seed)
+        config = replace(row.pretrain, run=_placed(row.pretrain.run, seed, where))
+        run = stage("pretrain", config)
+        result.share = penalty_shares(row, config)
+        seconds["pretrain"] = watch.lap()
+    if tune is not None:
+        init = "" if row.pretrain is None else str(run)
+        tune = replace(tune, init=init, run=_placed(tune.run, seed, folder / "finetune"))
+        run = stage("finetune", tune)
+        seconds["finetune"] = watch.lap()
+    before = time.process_time()
+    result.accuracy, result.measures = ablation.judged(row, run, folder)
+    seconds["judge"], cpu_seconds["judge"] = watch.lap(), round(time.process_time() - before, 1)
 
 
 def penalty_shares(row: Row, config: PretrainConfig) -> dict[str, float]:
@@ -197,6 +217,12 @@ def append_result(path: Path, result: CellResult) -> None:
 def read_results(path: Path) -> list[CellResult]:
     """Finished cells; a line cut short by a kill is left out."""
     return [CellResult(**line) for line in read_lines(path)]
+
+
+def whole_seeds(results: Sequence[CellResult]) -> list[CellResult]:
+    """Without seeds of which a cell left nothing to judge: rows stay paired."""
+    lost = {result.seed for result in results if not result.accuracy}
+    return [result for result in results if result.seed not in lost]
 
 
 def claim_folder(ablation: Ablation) -> None:
@@ -244,7 +270,8 @@ def _placed(run: Any, seed: int, folder: Path) -> Any:
 def _in_words(result: CellResult) -> str:
     found = [f"{name} {100 * correct / total:.1f} %" for name, (correct, total) in result.accuracy.items()]
     share = [f"|MI grad| / |MSE grad| {value:.1e} ({when})" for when, value in result.share.items()]
-    return ", ".join([*found, *share])
+    ends = [f"{stage} diverged" for stage in result.diverged]
+    return ", ".join([*found, *share, *ends])
 
 
 def select(rows: Sequence[Row], names: str) -> tuple[Row, ...]:

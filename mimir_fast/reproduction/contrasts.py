@@ -41,6 +41,12 @@ class Contrast:
         words = ["differs"] * (self.p_holm < LEVEL) + ["equivalent"] * (self.equivalence < LEVEL)
         return " and ".join(words) or "open"
 
+    @property
+    def torn(self) -> bool:
+        """Whether 0 is in one of the two intervals alone."""
+        inside = [low <= 0 <= high for low, high in (self.interval, self.bootstrap)]
+        return inside[0] != inside[1]
+
 
 def contrast(differences: Sequence[float], *, margin: float, level: float = LEVEL, draws: int = 10_000) -> Contrast:
     """Everything about one set of differences.

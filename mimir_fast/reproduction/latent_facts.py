@@ -12,6 +12,7 @@ from torch import Tensor
 from mimir_fast.attacks.reconstruction import ReconstructionAttackConfig
 from mimir_fast.data import Batch
 from mimir_fast.evaluation.images import EvaluationImages
+from mimir_fast.methods.masks import Mask
 from mimir_fast.methods.mimir import Mimir, MimirConfig
 from mimir_fast.methods.step import MaskedStep
 from mimir_fast.models.file_names import from_files
@@ -38,8 +39,7 @@ def latent_facts(config: PretrainConfig, run: Path, images: EvaluationImages, ep
     """
     model = pretrained(config, run)
     step = attacked(model, images, eps)
-    with torch.no_grad():
-        latent = model.visible(model(View(step.visible, *step.mask), decode=False), step.mask.keep).float()
+    latent = latent_of(model, step.visible, step.mask)
     image = Mimir(MimirConfig()).image_side(step)
     tokens = latent[:, model.encoder.num_prefix :]
     clean = patchify_gather(step.batch.images, step.mask.keep, model.patch_size)
@@ -64,6 +64,12 @@ def pretrained(config: PretrainConfig, run: Path) -> MaskedModel:
     model = build_masked_model(config.model, config.data.image_size, config.data.channels)
     model.load_state_dict(from_files(model, read_weights(run, "model").tensors))
     return model.eval()
+
+
+@torch.no_grad()
+def latent_of(model: MaskedModel, visible_BKP: Tensor, mask: Mask) -> Tensor:
+    """(B, T, D) fp32 of the visible patches, with the tokens in front."""
+    return model.visible(model(View(visible_BKP, *mask), decode=False), mask.keep).float()
 
 
 def attacked(model: MaskedModel, images: EvaluationImages, eps: float) -> MaskedStep:

@@ -27,7 +27,15 @@ from mimir_fast.data import build_source
 from mimir_fast.evaluation.images import load_images
 from mimir_fast.methods.mimir import MimirConfig, apply_preset
 from mimir_fast.recipes import cifar10
-from mimir_fast.reproduction.ablation import Ablation, CellResult, Row, claim_folder, read_results, run_ablation
+from mimir_fast.reproduction.ablation import (
+    Ablation,
+    CellResult,
+    Row,
+    claim_folder,
+    read_results,
+    run_ablation,
+    whole_seeds,
+)
 from mimir_fast.reproduction.contrasts import LEVEL, contrast
 from mimir_fast.reproduction.fashion import EPS, SIZES, SizeName, finetune_base, pretrain_base
 from mimir_fast.reproduction.faster import digits
@@ -77,6 +85,11 @@ class Plan:
     facts_images: int = 512
     whole: bool = False
 
+    @property
+    def level(self) -> float:
+        """Of the assay's intervals: there are as many looks as budgets."""
+        return LEVEL / len(self.budgets)
+
 
 def plan_of(size: SizeName, data: DataName = "fashion", device: str = "auto", root: str = "data") -> Plan:
     """The plan of that size; `reduced` runs on CPUs, a thread a job. CIFAR-10 is read from `root`, all else its own."""
@@ -94,9 +107,10 @@ def plan_of(size: SizeName, data: DataName = "fashion", device: str = "auto", ro
             first, tune = replace(first, data=images), replace(tune, data=images)
         rules = QuickJudge(EPS, 2000, 500, batch_size=128 if size == "reduced" else 500)
     rules = replace(rules, apgd_steps=50, apgd_targets=3) if size == "reduced" else rules
-    # Two cores have two hours for CIFAR-10, and budget 1 leaves it near chance: see the protocol.
-    budgets = (2,) if (data, size) == ("cifar10", "reduced") else Plan.budgets
-    return Plan(data, size, first, tune, rules, device, budgets=budgets, whole=size == "full")
+    plan = Plan(data, size, first, tune, rules, device, whole=size == "full")
+    if (data, size) == ("cifar10", "reduced"):  # what the protocol says of pilots, and of what two cores can do
+        return replace(plan, budgets=(2,), learning_rates=(2e-4, 4e-4, 8e-4))
+    return plan
 
 
 def scaled(plan: Plan, config: Config, budget: int, lr: float) -> Config:
@@ -200,8 +214,12 @@ class Cells(Ablation):
 
 
 def shares_over_training(run: Path) -> dict[str, float]:
-    """{"share_mean", "share_first", "share_last"}: logged shares, all and the first and last quarter; {} without."""
-    found = [line["mi_share"] for line in read_lines(run / "metrics.jsonl") if line.get("mi_share")]
+    """{"share_mean", "share_first", "share_last"}: logged shares, all and the first and last quarter; {} without.
+
+    Step 0, of which no ratio is known, has λ = 0 and is left out.
+    """
+    lines = read_lines(run / "metrics.jsonl")
+    found = [line["mi_share"] for line in lines if "mi_share" in line and line["step"] > 0]
     if not found:
         return {}
     quarter = max(1, len(found) // 4)
@@ -278,7 +296,7 @@ def run_question(plan: Plan, folder: Path, jobs: int = 1, *, say: Say = print, o
         rows = rows_of(plan, budget, lr, share)
         picked = [rows[name] for name in ("scratch", "mae", "noise_mae", "adv_mae")]
         found = run(f"assay_{budget}", picked, budget, lr, (ASSAY_SEED, plan.assay_seeds), False)
-        if proven := passes(found, LEVEL / len(plan.budgets)):
+        if proven := passes(found, plan.level):
             break
     budget = budget if proven else plan.budgets[0]
     rows = rows_of(plan, budget, lr, share)
@@ -288,10 +306,14 @@ def run_question(plan: Plan, folder: Path, jobs: int = 1, *, say: Say = print, o
 
 
 def best(tried: dict[float, list[CellResult]]) -> float:
-    """The value whose cells have the highest mean accuracy on held-out training images; of equals the smallest."""
+    """The value whose cells have the highest mean accuracy on held-out training images; of equals the smallest.
+
+    A cell that diverged before there was anything to judge has none right.
+    """
 
     def score(value: float) -> tuple[float, float]:
-        return mean(cell.accuracy["heldout"][0] / cell.accuracy["heldout"][1] for cell in tried[value]), -value
+        counts = [cell.accuracy.get("heldout", (0, 1)) for cell in tried[value]]
+        return mean(right / total for right, total in counts), -value
 
     return max(tried, key=score)
 
@@ -303,7 +325,8 @@ def passes(results: Sequence[CellResult], level: float) -> bool:
 
 
 def differences(results: Sequence[CellResult], row: str, other: str, measure: str) -> list[float]:
-    """Of two rows, over the seeds that both have, in seeds' order: points of an accuracy, or a measure's unit."""
+    """Of two rows, over the seeds that all rows have, in seeds' order: points of an accuracy, or a measure's unit."""
+    results = whole_seeds(results)
 
     def values(name: str) -> dict[int, float]:
         found = accuracies(results, name, measure)

@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mimir_fast.reproduction.ablation import CellResult
-from mimir_fast.reproduction.contrasts import Contrast, contrast, holm
+from mimir_fast.reproduction.ablation import CellResult, whole_seeds
+from mimir_fast.reproduction.contrasts import LEVEL, Contrast, contrast, holm
 from mimir_fast.reproduction.mi_question import Answers, Plan, differences, primary_of, rows_of, secondary_of
 from mimir_fast.reproduction.tables import Spread, accuracies, markdown
 
@@ -28,6 +28,7 @@ def record_of(plan: Plan, answers: Answers) -> dict[str, Any]:
         "data": plan.data,
         "size": plan.size,
         "chosen": {"lr": answers.lr, "share": answers.share, "budget": answers.budget, "proven": answers.proven},
+        "assay_level": plan.level,
         "primary": [list(pair) for pair in primary_of(plan, answers.share)],
         "secondary": [list(pair) for pair in secondary_of(plan, answers.share)],
         "titles": {n: row.title for n, row in rows_of(plan, answers.budget, answers.lr, answers.share).items()},
@@ -35,20 +36,22 @@ def record_of(plan: Plan, answers: Answers) -> dict[str, Any]:
     }
 
 
-def contrasts_of(cells: Sequence[CellResult], pairs: Sequence[tuple[str, str]], measure: str) -> Named:
-    """Those of a family, Holm's correction over all of them."""
+def contrasts_of(
+    cells: Sequence[CellResult], pairs: Sequence[tuple[str, str]], measure: str, level: float = LEVEL
+) -> Named:
+    """Those of a family, intervals at 1 − level, Holm's correction over all of them."""
     found = {}
     for pair in pairs:
         gaps = differences(cells, *pair, measure)
         if len(gaps) > 1:
-            found[pair] = contrast(gaps, margin=MARGIN)
+            found[pair] = contrast(gaps, margin=MARGIN, level=level)
     corrected = holm({"|".join(pair): c.p for pair, c in found.items()})
     return {pair: replace(c, p_holm=corrected["|".join(pair)]) for pair, c in found.items()}
 
 
 def cells_in(record: dict[str, Any], stage: str) -> list[CellResult]:
-    """The cells of a stage; [] for one that was not run."""
-    return [CellResult(**cell) for cell in record["stages"].get(stage, [])]
+    """The cells of a stage, of seeds that all rows have; [] for one that was not run."""
+    return whole_seeds([CellResult(**cell) for cell in record["stages"].get(stage, [])])
 
 
 def report(record: dict[str, Any]) -> str:
@@ -57,20 +60,22 @@ def report(record: dict[str, Any]) -> str:
     gate = "held" if chosen["proven"] else "did NOT hold at any budget"
     parts = [
         f"{record['data']}, size {record['size']}. Learning rate {chosen['lr']:g} and share {chosen['share']:g}, by "
-        f"held-out training images; the assay {gate}; arms at budget {chosen['budget']}. Commits: "
-        f"{', '.join(_commits(record))}. Mean ± standard deviation over seeds; intervals are of 95 %.\n"
+        f"held-out training images; the assay {gate}; arms at budget {chosen['budget']}. Run at "
+        f"{', '.join(_origins(record))}. Mean ± standard deviation over seeds; intervals are of 95 %, those of the "
+        f"assay of {100 * (1 - record['assay_level']):.3g} %, as its gate has them.\n"
     ]
     for stage in (name for name in record["stages"] if name.startswith(("assay", "arms"))):
-        cells = cells_in(record, stage)
-        parts.append(f"## {stage}\n\n" + markdown(_rows(cells, titles)))
-        if stage.startswith("assay"):
+        cells, is_assay = cells_in(record, stage), stage.startswith("assay")
+        level = record["assay_level"] if is_assay else LEVEL
+        parts.append(f"## {stage}\n\n" + markdown(_rows(cells, titles), _ended(record, stage)))
+        if is_assay:
             families = {"": [("adv_mae", "scratch"), ("adv_mae", "noise_mae"), ("adv_mae", "mae")]}
         else:
             families = {f"{name} ": _pairs(record, name) for name in ("primary", "secondary")}
         for family, pairs in families.items():
             for measure in ("pgd20", "apgd", "margin"):
-                if found := contrasts_of(cells, pairs, measure):
-                    parts.append(markdown(_lines(found, titles, measure, family)))
+                if found := contrasts_of(cells, pairs, measure, level):
+                    parts.append(markdown(_lines(found, cells, titles, measure, family)))
         every = [pair for pairs in families.values() for pair in pairs if "scratch" not in pair]
         parts.append(markdown(_latents(cells, every, titles)))
     return "\n".join(parts)
@@ -80,9 +85,20 @@ def _pairs(record: dict[str, Any], family: str) -> list[tuple[str, str]]:
     return [(first, second) for first, second in record[family]]
 
 
-def _commits(record: dict[str, Any]) -> list[str]:
+def _origins(record: dict[str, Any]) -> list[str]:
+    """Commits and processors that the cells ran on: more than one, and it matters which cells ran where."""
     cells = [cell for stage in record["stages"].values() for cell in stage]
-    return sorted({str(cell["environment"].get("commit")) for cell in cells})
+    found = [(str(e.get("commit")), str(e.get("cpu"))) for e in (cell["environment"] for cell in cells)]
+    return sorted({f"{commit} on {cpu} ({found.count((commit, cpu))} cells)" for commit, cpu in found})
+
+
+def _ended(record: dict[str, Any], stage: str) -> str:
+    """A sentence about cells that diverged; "" where none did."""
+    cells = [CellResult(**cell) for cell in record["stages"][stage]]
+    diverged = [f"{c.row} of seed {c.seed} ({', '.join(c.diverged)})" for c in cells if c.diverged]
+    lost = sorted({str(c.seed) for c in cells if not c.accuracy})
+    said = f"Diverged, and judged by the last sound weights: {', '.join(diverged)}. " if diverged else ""
+    return said + (f"Left out of all rows, as nothing was left to judge: seed {', '.join(lost)}." if lost else "")
 
 
 def _names(cells: Sequence[CellResult], titles: Mapping[str, str]) -> list[str]:
@@ -104,19 +120,28 @@ def _rows(cells: Sequence[CellResult], titles: Mapping[str, str]) -> list[list[s
     return lines
 
 
-def _lines(found: Named, titles: Mapping[str, str], measure: str, family: str) -> list[list[str]]:
+def _lines(
+    found: Named, cells: Sequence[CellResult], titles: Mapping[str, str], measure: str, family: str
+) -> list[list[str]]:
     points = measure in ACCURACIES
     what = f"{family}{ACCURACIES.get(measure, measure)}: difference"
-    head = [what, "mean", "interval (t)", "interval (bootstrap)", "p", "p (Holm)"]
+    head = [what, "mean", *(["relative"] if points else []), "interval (t)", "interval (bootstrap)", "p", "p (Holm)"]
     lines = [[*head, *([f"p (TOST, ±{MARGIN:g})", "verdict"] if points else []), "pairs"]]
     for (first, second), c in found.items():
         shown = ".2f" if points else ".3f"
-        ends = [f"{low:+{shown}} to {high:+{shown}}" for low, high in (c.interval, c.bootstrap)]
-        last = [_p(c.equivalence), c.verdict] if points else []
+        middle = [f"{c.mean:+{shown}}"]
+        middle += [_relative(c.mean, cells, second, measure)] if points else []
+        middle += [f"{low:+{shown}} to {high:+{shown}}" for low, high in (c.interval, c.bootstrap)]
+        last = [_p(c.equivalence), c.verdict + "; t and bootstrap disagree about 0" * c.torn] if points else []
         name = f"{titles.get(first, first)} − {titles.get(second, second)}"
-        middle = [_minus(cell) for cell in (f"{c.mean:+{shown}}", *ends)]
-        lines.append([name, *middle, _p(c.p), _p(c.p_holm), *last, str(c.count)])
+        lines.append([name, *map(_minus, middle), _p(c.p), _p(c.p_holm), *last, str(c.count)])
     return lines
+
+
+def _relative(difference: float, cells: Sequence[CellResult], row: str, measure: str) -> str:
+    """Of the mean of the row that is compared with."""
+    base = Spread(tuple(accuracies(cells, row, measure).values())).mean
+    return f"{100 * difference / base:+.1f} %" if base else ""
 
 
 def _latents(
