@@ -106,8 +106,8 @@ class CellResult:
         seconds: stage → wall time of this start.
         cpu_seconds: the same of all threads of this process, of stages that were run whole in this start.
         measures: what else was measured.
-        diverged: stages that ended so, and were gone on from with the last sound weights; where there were none,
-            `accuracy` is empty.
+        diverged: stages that ended so, and were gone on from with the last sound weights. Where there are none, or
+            their outputs are no numbers, `accuracy` is empty.
     """
 
     row: str
@@ -185,7 +185,12 @@ def _fill(result: CellResult, row: Row, ablation: Ablation, folder: Path) -> Non
         run = stage("finetune", tune)
         seconds["finetune"] = watch.lap()
     before = time.process_time()
-    result.accuracy, result.measures = ablation.judged(row, run, folder)
+    try:
+        result.accuracy, result.measures = ablation.judged(row, run, folder)
+    except ValueError as error:  # a model whose outputs are no numbers
+        if not result.diverged:
+            raise
+        print(f"not judged: {error}")
     seconds["judge"], cpu_seconds["judge"] = watch.lap(), round(time.process_time() - before, 1)
 
 

@@ -14,11 +14,11 @@ from mimir_fast.methods.mimir import Mimir
 from mimir_fast.models.masked_model import build_masked_model
 from mimir_fast.recipes import find_recipe
 from mimir_fast.reproduce import config_from, tabulate
-from mimir_fast.reproduction.ablation import Ablation, Row, read_results, run_ablation, select
+from mimir_fast.reproduction.ablation import Ablation, Row, read_results, run_ablation, select, whole_seeds
 from mimir_fast.reproduction.fashion import SIZES, rows_of
 from mimir_fast.reproduction.gradient_share import PenaltyAlone, gradient_share
 from mimir_fast.reproduction.stages import APGD_PART, Judge
-from mimir_fast.training.finetuning import FinetuneConfig
+from mimir_fast.training.finetuning import FinetuneConfig, finetune
 from mimir_fast.training.pretraining import PretrainConfig
 
 
@@ -51,6 +51,37 @@ def test_cells_run_once_and_become_a_table(ablation: Ablation) -> None:
     text = (ablation.folder / "table.md").read_text()
     assert "MIMIR" in text and "a note" in text and "76.30" in text
     assert (ablation.folder / "ablation.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_a_cell_that_diverges_with_nothing_to_judge_has_no_accuracy(
+    ablation: Ablation, tmp_path: Path, save_every: int
+) -> None:
+    """No checkpoint, or one of a model whose outputs are no numbers; the experiment goes on."""
+    tune = ablation.finetune
+    run = replace(tune.run, max_bad_steps=1, save_every=save_every, warmup_epochs=0.0)
+    wild = replace(tune, run=run, optim=replace(tune.optim, lr=1e10))
+    scratch, other = ablation.rows[0], replace(ablation.rows[0], name="other")
+    found = run_ablation(
+        replace(ablation, rows=(scratch, other), finetune=wild, folder=tmp_path), say=lambda line: None
+    )
+    assert [(r.row, r.diverged, r.accuracy) for r in found] == [
+        (name, ["finetune"], {}) for name in ("scratch", "other")
+    ]
+    assert whole_seeds(found) == []
+
+
+def test_a_cell_that_diverged_is_judged_by_its_last_weights(ablation: Ablation, tmp_path: Path) -> None:
+    folder = tmp_path / "cells" / "scratch" / "seed0" / "finetune"
+    tune = ablation.finetune
+    config = replace(tune, init="", run=replace(tune.run, seed=0, output_dir=str(folder)))
+    finetune(replace(config, run=replace(config.run, stop_after=2)))
+    saved = json.loads((folder / "config.json").read_text())
+    saved["run"]["stop_after"] = None
+    (folder / "diverged.json").write_text(json.dumps({"first_bad": 2, "config": saved}))
+    (found,) = run_ablation(replace(ablation, rows=ablation.rows[:1], folder=tmp_path), say=lambda line: None)
+    assert found.diverged == ["finetune"] and found.accuracy["natural"][1] == 20
+    assert "would do so again" in (folder.parent / "log.txt").read_text()
 
 
 def test_a_killed_line_is_run_again(ablation: Ablation) -> None:

@@ -77,6 +77,7 @@ def test_the_gate_asks_for_both_and_tuning_for_the_best() -> None:
     assert not passes(cells({"adv_mae": -4, "scratch": 0, "noise_mae": 0}, 0.9, 8, generator), level)
     tried = {lr: [CellResult("a", 0, {"heldout": [right, 10]})] for lr, right in ((1.0, 4), (3.0, 6), (2.0, 6))}
     assert best(tried) == 2.0
+    assert best(tried | {4.0: [CellResult("a", 0, {}, diverged=["pretrain"])]}) == 2.0
 
 
 @pytest.mark.parametrize(("size", "data"), [("reduced", "fashion"), ("reduced", "cifar10"), ("full", "digits")])
@@ -134,6 +135,35 @@ def test_the_report_has_rows_in_order_and_what_the_latents_hold(tmp_path: Path) 
     assert "| < 0.001 |" in text
     plot_why(tmp_path / "why.png", record)
     assert (tmp_path / "why.png").stat().st_size > 5000
+
+
+def test_the_report_says_what_diverged_and_at_which_level_an_interval_is() -> None:
+    plan, generator = plan_of("reduced"), np.random.default_rng(5)
+    names = ("scratch", "mae", "noise_mae", "adv_mae")
+    assay = cells({name: 4.0 * (name == "adv_mae") for name in names}, 0.9, 8, generator)
+    assay = [replace(c, environment={"commit": "abc", "cpu": "this one"}) for c in assay]
+    stopped = [replace(c, diverged=["finetune"]) if (c.row, c.seed) == ("mae", 2) else c for c in assay]
+    lost = [replace(c, accuracy={}, diverged=["pretrain"]) if (c.row, c.seed) == ("mae", 2) else c for c in assay]
+
+    def text_of(found: list[CellResult]) -> str:
+        return report(record_of(plan, Answers(1.5e-3, 0.01, 1, True, {"assay_1": found, "arms": []})))
+
+    whole = text_of(assay)
+    gaps = [a - b for a, b in zip(*([c.accuracy["pgd20"][0] / 100 for c in assay if c.row == r] for r in
+            ("adv_mae", "noise_mae")), strict=True)]  # fmt: skip
+    low, high = contrast(gaps, margin=1.0, level=0.05 / 3).interval
+    assert f"{low:+.2f} to {high:+.2f}" in whole and "98.3 %" in whole and "abc on this one (32 cells)" in whole
+    assert "iverged" not in whole
+    assert "mae of seed 2 (finetune)" in text_of(stopped) and "Left out" not in text_of(stopped)
+    assert "Left out of all rows, as nothing was left to judge: seed 2." in text_of(lost)
+    assert text_of(lost).count("| 7 |") > whole.count("| 7 |") == 0
+
+
+def test_intervals_that_disagree_about_zero_are_said() -> None:
+    """Of few and skewed differences the bootstrap's interval is the narrower."""
+    found = contrast([0.1, 0.2, 0.1, 3.0], margin=1.0)
+    assert found.interval[0] < 0 < found.bootstrap[0] and found.torn
+    assert not contrast([1.0, 1.1, 0.9, 1.0], margin=1.0).torn
 
 
 def small() -> Plan:
