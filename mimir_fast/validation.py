@@ -51,11 +51,13 @@ def check_number(
     raise ValueError(f"{name}={value:g}, wanted {' and '.join(wanted)}{f' ({hint})' if hint else ''}")
 
 
-def check_fields(config: Any) -> None:
+def check_fields(config: Any, prefix: str = "") -> None:
     """Refuse NaN and infinity in any field of a dataclass, also within tuples, and what is none of a field's choices.
 
     The command line refuses both earlier; Python does not look at annotations.
 
+    Args:
+        prefix: of the fields' names, as they are typed.
     Raises:
         ValueError: naming the field.
     """
@@ -63,9 +65,9 @@ def check_fields(config: Any) -> None:
         value = getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{field.name}={number}, wanted a finite number")
+                raise ValueError(f"{prefix}{field.name}={number}, wanted a finite number")
         if get_origin(field.type) is Literal:
-            check_choice(field.name, value, get_args(field.type))
+            check_choice(f"{prefix}{field.name}", value, get_args(field.type))
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

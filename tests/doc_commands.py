@@ -152,7 +152,7 @@ def check(words: Words) -> None:
             ["--print_completion", shell] for shell in SHELLS
         ]:
             raise NotAccepted(f"mimir-fast does not know {' '.join(words[1:])}")
-    elif program in ("source", "cd", "git", "apt-get", "export", "tensorboard", "docker"):
+    elif program in ("source", "cd", "mkdir", "git", "apt-get", "export", "tensorboard", "docker"):
         pass  # other people's programs, whose options a reader knows better than we do
     else:
         raise NotAccepted(f"say how {' '.join(words)} is checked: tests/doc_commands.py")

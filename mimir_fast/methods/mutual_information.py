@@ -51,7 +51,7 @@ class MutualInformationConfig:
     time only. Without, each micro-batch has an estimate of its own, and a penalty of another strength."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_fields(self, "mi.")
         check_number("mi.weight", self.weight, at_least=0)
         check_number("mi.share", self.share, at_least=0, at_most=1)
         check_number("mi.sigma", self.sigma, above=0)

