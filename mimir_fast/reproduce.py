@@ -22,8 +22,9 @@ from mimir_fast.reproduction.ablation import Ablation, read_results, run_ablatio
 from mimir_fast.reproduction.demo import EVERY_DIGIT, run_demo
 from mimir_fast.reproduction.fashion import SizeName, fashion_ablation
 from mimir_fast.reproduction.faster import DataName, run_faster
-from mimir_fast.reproduction.mi_question import DataName as QuestionData
-from mimir_fast.reproduction.mi_question import plan_of, run_question
+from mimir_fast.reproduction.mi_plan import DataName as QuestionData
+from mimir_fast.reproduction.mi_plan import plan_of
+from mimir_fast.reproduction.mi_question import run_question
 from mimir_fast.reproduction.mi_report import plot_effects, plot_why, record_of, report
 from mimir_fast.reproduction.stages import Interrupted
 from mimir_fast.reproduction.tables import markdown, plot, print_table, table

@@ -7,7 +7,8 @@ from typing import Any
 
 from mimir_fast.reproduction.ablation import CellResult, whole_seeds
 from mimir_fast.reproduction.contrasts import LEVEL, Contrast, contrast, holm
-from mimir_fast.reproduction.mi_question import Answers, Plan, differences, primary_of, rows_of, secondary_of
+from mimir_fast.reproduction.mi_plan import Plan, primary_of, rows_of, secondary_of
+from mimir_fast.reproduction.mi_question import Answers, differences
 from mimir_fast.reproduction.tables import Spread, accuracies, markdown
 
 MARGIN = 1.0
@@ -17,8 +18,8 @@ MEASURES = {
     "margin": "margin", "share_mean": "share", "nhsic": "nHSIC", "hsic": "HSIC", "cka": "CKA", "delta_r2": "R² of δ",
     "image_r2": "R² of pixels", "rank": "effective rank",
 }  # fmt: skip
-LATENT = ("hsic", "nhsic", "cka", "delta_r2", "image_r2", "rank")
-"""Of the measures, those of `latent_facts`."""
+LATENT = ("hsic", "nhsic", "cka", "image_r2", "rank")
+"""Of the measures, those of `latent_facts` that compare rows: `delta_r2` is of each model's own attack."""
 Named = Mapping[tuple[str, str], Contrast]
 
 
@@ -149,11 +150,11 @@ def _latents(
 ) -> list[list[str]]:
     """What the latents hold, a pair a line: described, so without a test."""
     lines = [["latents: difference, with its 95 % interval (t)", *(MEASURES[measure] for measure in LATENT)]]
-    for first, second in pairs:
-        line = [f"{titles.get(first, first)} − {titles.get(second, second)}"]
+    found = {measure: contrasts_of(cells, pairs, measure) for measure in LATENT}
+    for pair in pairs:
+        line = [" − ".join(titles.get(name, name) for name in pair)]
         for measure in LATENT:
-            gaps = differences(cells, first, second, measure)
-            c = contrast(gaps, margin=MARGIN) if len(gaps) > 1 else None
+            c = found[measure].get(pair)
             line.append(_minus(f"{c.mean:+.2g} ({c.interval[0]:+.2g} to {c.interval[1]:+.2g})") if c else "")
         lines.append(line)
     return lines
@@ -203,11 +204,8 @@ def plot_why(path: Path, record: dict[str, Any]) -> None:
     figure = Figure(figsize=(13, 1.4 + 0.5 * len(names)), dpi=130, layout="constrained")
     for axes, measure in zip(figure.subplots(1, len(LATENT), sharey=True), LATENT, strict=True):
         axes.axvline(0, color="#777777", linewidth=1)
-        for place, name in enumerate(names):
-            gaps = differences(cells, name, "adv_mae", measure)
-            if len(gaps) < 2:
-                continue
-            _seeds(axes, place, gaps, contrast(gaps, margin=MARGIN), "#b3372f")
+        for pair, c in contrasts_of(cells, [(name, "adv_mae") for name in names], measure).items():
+            _seeds(axes, names.index(pair[0]), differences(cells, *pair, measure), c, "#b3372f")
         axes.set_title(MEASURES[measure], fontsize=10)
         axes.grid(axis="x", alpha=0.3)
         axes.tick_params(axis="x", labelsize=8)

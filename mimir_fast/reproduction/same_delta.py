@@ -21,7 +21,7 @@ from mimir_fast.ops.patches import patchify_gather
 from mimir_fast.reproduction.ablation import Row, read_results
 from mimir_fast.reproduction.contrasts import contrast
 from mimir_fast.reproduction.latent_facts import attacked, explained, latent_of, pretrained
-from mimir_fast.reproduction.mi_question import DataName, Plan, plan_of, rows_of
+from mimir_fast.reproduction.mi_plan import DataName, Plan, plan_of, rows_of
 
 Probed = dict[str, dict[int, dict[str, float]]]
 

@@ -14,17 +14,8 @@ from mimir_fast.methods.adv_mae import AdvMaeConfig
 from mimir_fast.reproduction.ablation import CellResult
 from mimir_fast.reproduction.contrasts import contrast, holm, power
 from mimir_fast.reproduction.latent_facts import effective_rank, explained
-from mimir_fast.reproduction.mi_question import (
-    Answers,
-    Plan,
-    arms_of,
-    best,
-    passes,
-    plan_of,
-    primary_of,
-    rows_of,
-    run_question,
-)
+from mimir_fast.reproduction.mi_plan import Plan, arms_of, plan_of, primary_of, rows_of
+from mimir_fast.reproduction.mi_question import Answers, best, passes, run_question
 from mimir_fast.reproduction.mi_report import LATENT, contrasts_of, plot_effects, plot_why, record_of, report
 from mimir_fast.reproduction.quick_judge import PgdRows
 from mimir_fast.reproduction.same_delta import lines_of, same_delta
