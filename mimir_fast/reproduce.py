@@ -12,18 +12,17 @@ All resume when the same command is given again.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from mimir_fast._tyro import tyro
 from mimir_fast.cli import parse, run
-from mimir_fast.reproduction.ablation import Ablation, read_results, run_ablation
+from mimir_fast.reproduction.ablation import Ablation, endings, read_results, run_ablation
 from mimir_fast.reproduction.demo import EVERY_DIGIT, run_demo
 from mimir_fast.reproduction.fashion import SizeName, fashion_ablation
 from mimir_fast.reproduction.faster import DataName, run_faster
-from mimir_fast.reproduction.mi_plan import DataName as QuestionData
-from mimir_fast.reproduction.mi_plan import plan_of
+from mimir_fast.reproduction.mi_plan import QuestionData, plan_of
 from mimir_fast.reproduction.mi_question import run_question
 from mimir_fast.reproduction.mi_report import plot_effects, plot_why, record_of, report
 from mimir_fast.reproduction.stages import Interrupted
@@ -122,8 +121,8 @@ class MiQuestion:
     """reduced: adv-MAE, HSIC at one share and its placebo, on two CPU cores; full: every arm, on a GPU."""
     data: QuestionData = "fashion"
     """fashion (Fashion-MNIST), cifar10 or digits."""
-    data_root: str = "data"
-    """The folder of CIFAR-10."""
+    data_root: str = ""
+    """The folder of CIFAR-10; `data` when empty."""
     jobs: int = 1
     """Processes that share the cells; on a CPU each computes on one thread."""
     output_dir: str = ""
@@ -137,6 +136,8 @@ class MiQuestion:
 
     def __post_init__(self) -> None:
         check_number("jobs", self.jobs, at_least=1)
+        if self.data_root and self.data != "cifar10":
+            raise ValueError(f"--data_root is of cifar10, and {self.data} has a place of its own: leave it out")
 
     def run(self) -> None:
         """Run the experiment from its first unfinished cell."""
@@ -146,7 +147,7 @@ class MiQuestion:
                 f"records name their commit, but this is {where or 'no checkout'}: commit, or --allow_dirty"
             )
         folder = Path(self.output_dir or f"runs/mi_question_{self.data}_{self.size}")
-        plan = plan_of(self.size, self.data, self.device, self.data_root)
+        plan = plan_of(self.size, self.data, self.device, self.data_root or "data")
         answers = run_question(plan, folder, self.jobs, only_read=self.only_table)
         record = record_of(plan, answers)
         (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -163,6 +164,7 @@ def tabulate(ablation: Ablation) -> None:
         print(f"no finished cell in {ablation.folder} yet")
         return
     lines = table(ablation, results)
+    ablation = replace(ablation, note=" ".join(filter(None, (ablation.note, endings(results)))))
     (ablation.folder / "table.md").write_text(markdown(lines, ablation.note))
     plot(ablation.folder / "ablation.png", ablation, results)
     print_table(lines)

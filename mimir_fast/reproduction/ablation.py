@@ -10,7 +10,7 @@ import fcntl
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,8 @@ class CellResult:
         seconds: stage → wall time of this start.
         cpu_seconds: the same of all threads of this process, of stages that were run whole in this start.
         measures: what else was measured.
-        diverged: stages that ended so, and were gone on from with the last sound weights. Where there are none, or
-            their outputs are no numbers, `accuracy` is empty.
+        diverged: stages that ended so, and were gone on from with the last weights that were saved. Where there are
+            none, or their outputs are no numbers, `accuracy` is empty.
     """
 
     row: str
@@ -146,52 +146,49 @@ def run_ablation(ablation: Ablation, *, say: Say = print) -> list[CellResult]:
 def run_cell(row: Row, seed: int, ablation: Ablation, folder: Path) -> CellResult:
     """Pre-train, fine-tune, judge; what the stages print goes to log.txt."""
     result = CellResult(row.name, seed, {}, environment=environment())
-    with (folder / "log.txt").open("a") as log, redirect_stdout(log), suppress(TrainingDiverged):
+    with (folder / "log.txt").open("a") as log, redirect_stdout(log):
         _fill(result, row, ablation, folder)
     return result
 
 
 def _fill(result: CellResult, row: Row, ablation: Ablation, folder: Path) -> None:
-    """The stages of a cell, each noted as it ends.
+    """The stages of a cell, each noted as it ends; the rest is left out where one left nothing to go on with."""
+    watch, run, tune, seed = Stopwatch(), Path(), row.tuning(ablation), result.seed
 
-    Raises:
-        TrainingDiverged: a stage did, and left nothing to go on with.
-    """
-    watch, run, tune = Stopwatch(), Path(), row.tuning(ablation)
-    seconds, cpu_seconds, seed = result.seconds, result.cpu_seconds, result.seed
-
-    def stage(name: str, config: PretrainConfig | FinetuneConfig) -> Path:
+    def stage(name: str, config: PretrainConfig | FinetuneConfig) -> Path | None:
+        """The folder of the run; None where it diverged before anything was saved."""
         fresh, before = steps_done(config.folder) == 0, time.process_time()
         try:
             run_stage(config)
         except TrainingDiverged as error:
             print(error)
             result.diverged.append(name)
-            if steps_done(config.folder) == 0:
-                raise
         if fresh:
-            cpu_seconds[name] = round(time.process_time() - before, 1)
-        return config.folder
+            result.cpu_seconds[name] = round(time.process_time() - before, 1)
+        result.seconds[name] = watch.lap()
+        return config.folder if steps_done(config.folder) else None
 
     if row.pretrain is not None:
         where = row.pretrained_in(ablation.folder / "cells", seed)
         config = replace(row.pretrain, run=_placed(row.pretrain.run, seed, where))
-        run = stage("pretrain", config)
-        result.share = penalty_shares(row, config)
-        seconds["pretrain"] = watch.lap()
+        if (done := stage("pretrain", config)) is None:
+            return
+        run, result.share = done, penalty_shares(row, config)
     if tune is not None:
         init = "" if row.pretrain is None else str(run)
         tune = replace(tune, init=init, run=_placed(tune.run, seed, folder / "finetune"))
-        run = stage("finetune", tune)
-        seconds["finetune"] = watch.lap()
+        if (done := stage("finetune", tune)) is None:
+            return
+        run = done
+    watch.lap()
     before = time.process_time()
     try:
         result.accuracy, result.measures = ablation.judged(row, run, folder)
-    except ValueError as error:  # a model whose outputs are no numbers
+    except (ValueError, RuntimeError) as error:  # a model whose outputs are no numbers
         if not result.diverged:
             raise
         print(f"not judged: {error}")
-    seconds["judge"], cpu_seconds["judge"] = watch.lap(), round(time.process_time() - before, 1)
+    result.seconds["judge"], result.cpu_seconds["judge"] = watch.lap(), round(time.process_time() - before, 1)
 
 
 def penalty_shares(row: Row, config: PretrainConfig) -> dict[str, float]:
@@ -230,8 +227,20 @@ def whole_seeds(results: Sequence[CellResult]) -> list[CellResult]:
     return [result for result in results if result.seed not in lost]
 
 
+def endings(results: Sequence[CellResult]) -> str:
+    """A sentence about cells that diverged; "" where none did."""
+
+    def named(cells: list[CellResult]) -> str:
+        return ", ".join(f"{cell.row} of seed {cell.seed} ({' and '.join(cell.diverged)})" for cell in cells)
+
+    kept = [cell for cell in results if cell.diverged and cell.accuracy]
+    lost = [cell for cell in results if not cell.accuracy]
+    said = [f"Diverged, and judged by the last weights that were saved: {named(kept)}."] if kept else []
+    return " ".join(said + ([f"Diverged, with nothing left to judge: {named(lost)}."] if lost else []))
+
+
 def claim_folder(ablation: Ablation) -> None:
-    """Write setup.json, or check that the folder's is the same.
+    """Write setup.json, or check that the folder's is the same, but for where the images lie.
 
     Raises:
         ValueError: it is not.
@@ -243,8 +252,9 @@ def claim_folder(ablation: Ablation) -> None:
     ablation.folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         known = json.loads(path.read_text())
-        changed = [name for name in shared if known[name] != setup[name]]
-        changed += [name for name, row in setup["rows"].items() if known["rows"].get(name, row) != row]
+        changed = [name for name in shared if _anywhere(known[name]) != _anywhere(setup[name])]
+        rows_known = {name: known["rows"].get(name, row) for name, row in setup["rows"].items()}
+        changed += [name for name, row in setup["rows"].items() if _anywhere(rows_known[name]) != _anywhere(row)]
         if changed:
             raise ValueError(
                 f"{ablation.folder} holds an ablation with other settings ({', '.join(changed)} differ): "
@@ -253,6 +263,13 @@ def claim_folder(ablation: Ablation) -> None:
         setup["rows"] = known["rows"] | setup["rows"]
     if (text := json.dumps(setup, indent=1) + "\n") != (path.read_text() if path.exists() else ""):
         write_text(path, text)  # whole or not at all: another process may read it
+
+
+def _anywhere(setup: Any) -> Any:
+    """Without the folder of the images, wherever in it."""
+    if not isinstance(setup, dict):
+        return setup
+    return {name: _anywhere(value) for name, value in setup.items() if name != "root"}
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from mimir_fast.data import build_source
 from mimir_fast.recipes import find_recipe
-from mimir_fast.reproduction.ablation import Ablation, CellResult, Row, read_results, run_ablation
+from mimir_fast.reproduction.ablation import Ablation, CellResult, Row, endings, read_results, run_ablation, whole_seeds
 from mimir_fast.reproduction.fashion import SIZES, finetune_base, pretrain_base
 from mimir_fast.reproduction.stages import Judge, Say
 from mimir_fast.reproduction.tables import accuracies, markdown
@@ -233,7 +233,8 @@ class Estimate:
 
 def tables(record: dict[str, Any]) -> str:
     """Both tables in Markdown, with the note between them, from the record alone."""
-    results = [CellResult(**cell) for cell in record["cells"]]
+    every = [CellResult(**cell) for cell in record["cells"]]
+    results, ended = whole_seeds(every), endings(every)
     arms = {arm["name"]: arm for arm in record["arms"]}
     measures = {"natural": "natural", "pgd20": "PGD-20"}
 
@@ -265,7 +266,7 @@ def tables(record: dict[str, Any]) -> str:
         parts.append(markdown(lines([BASELINE, SINGLE], ("pretrain", "finetune"), "training")))
     if tuned := [name for name in done if name != SINGLE]:
         parts.append(markdown(lines(tuned, ("finetune",), "fine-tuning")))
-    return "\n".join([*parts, record["note"] + "\n"])
+    return "\n".join([*parts, " ".join(filter(None, (record["note"], ended))) + "\n"])
 
 
 def _steps(config: PretrainConfig | FinetuneConfig | None) -> int:

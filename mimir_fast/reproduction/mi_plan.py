@@ -18,7 +18,7 @@ from mimir_fast.training.pretraining import PretrainConfig
 from mimir_fast.training.run_config import RunConfig
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
-DataName = Literal["fashion", "cifar10", "digits"]
+QuestionData = Literal["fashion", "cifar10", "digits"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Plan:
         whole: all arms of the question, in place of a, b and d at one share.
     """
 
-    data: DataName
+    data: QuestionData
     size: SizeName
     pretrain: PretrainConfig
     finetune: FinetuneConfig
@@ -57,8 +57,12 @@ class Plan:
         return LEVEL / len(self.budgets)
 
 
-def plan_of(size: SizeName, data: DataName = "fashion", device: str = "auto", root: str = "data") -> Plan:
-    """The plan of that size; `reduced` runs on CPUs, a thread a job. CIFAR-10 is read from `root`, all else its own."""
+def plan_of(size: SizeName, data: QuestionData = "fashion", device: str = "auto", root: str = "data") -> Plan:
+    """The plan of that size; `reduced` runs on CPUs, a thread a job.
+
+    Args:
+        root: the folder of CIFAR-10; the others have places of their own.
+    """
     device = "cpu" if size == "reduced" else device
     first: PretrainConfig
     if data == "digits":
@@ -74,7 +78,7 @@ def plan_of(size: SizeName, data: DataName = "fashion", device: str = "auto", ro
         rules = QuickJudge(EPS, 2000, 500, batch_size=128 if size == "reduced" else 500)
     rules = replace(rules, apgd_steps=50, apgd_targets=3) if size == "reduced" else rules
     plan = Plan(data, size, first, tune, rules, device, whole=size == "full")
-    if (data, size) == ("cifar10", "reduced"):  # what the protocol says of pilots, and of what two cores can do
+    if (data, size) == ("cifar10", "reduced"):  # what two cores can do; the protocol has the pilots
         return replace(plan, budgets=(2,), learning_rates=(2e-4, 4e-4, 8e-4))
     return plan
 

@@ -41,8 +41,9 @@ from mimir_fast.reproduction.quick_judge import QuickJudge, judge_quickly
 from mimir_fast.reproduction.stages import Interrupted, Say
 from mimir_fast.reproduction.tables import accuracies
 from mimir_fast.training.loggers import read_lines
-from mimir_fast.world import chosen
+from mimir_fast.world import RunFailed, chosen
 
+_STOPPED = 3  # how a job ends that was told to
 TUNING_SEED, ASSAY_SEED, ARMS_SEED = 1000, 0, 100
 """The first seed of each stage; none is used twice."""
 
@@ -62,7 +63,9 @@ class Cells(Ablation):
     def judged(self, row: Row, run: Path, folder: Path) -> tuple[dict[str, list[int]], dict[str, float]]:
         """{"heldout": …} of the probe; or `natural`, `pgd20`, `apgd`, and {"margin", what latent and shares were}."""
         if self.tuning:
-            last = [line for line in read_lines(run / "metrics.jsonl") if "pgd" in line][-1]
+            (*_, last) = read_lines(run / "metrics.jsonl")
+            if "pgd" not in last or last["step"] + 1 < (self.finetune.run.max_steps or 0):
+                raise ValueError(f"{run} ended before its last step, behind which held-out images are looked at")
             count = len(build_source(self.finetune.data, "held_out"))  # a small data set has fewer than it was asked
             return {"heldout": [round(last["pgd"] * count), count]}, {}
         rules, data = self.rules, self.finetune.data
@@ -128,9 +131,13 @@ def run_question(plan: Plan, folder: Path, jobs: int = 1, *, say: Say = print, o
         only_read: run nothing.
     Raises:
         ValueError: a folder of other settings.
+        MissingDataError: no images; nothing is written then.
         Interrupted: a signal came, or (`only_read`) a stage is not finished; the same call goes on.
     """
     stages: dict[str, list[CellResult]] = {}
+    if not only_read:
+        for split in ("train", "test"):
+            build_source(plan.finetune.data, split)
 
     def run(name: str, rows: Sequence[Row], budget: int, lr: float, seeds: tuple[int, int], tuning: bool) -> Any:
         cells = cells_of(plan, folder / name, rows, budget, lr, seeds, tuning=tuning)
@@ -170,7 +177,7 @@ def run_question(plan: Plan, folder: Path, jobs: int = 1, *, say: Say = print, o
 def best(tried: dict[float, list[CellResult]]) -> float:
     """The value whose cells have the highest mean accuracy on held-out training images; of equals the smallest.
 
-    A cell that diverged before there was anything to judge has none right.
+    A cell that diverged with nothing left to judge has none right.
     """
 
     def score(value: float) -> tuple[float, float]:
@@ -183,7 +190,7 @@ def best(tried: dict[float, list[CellResult]]) -> float:
 def passes(results: Sequence[CellResult], level: float) -> bool:
     """Whether adv-MAE is ahead of scratch and of noise-MAE under PGD-20, by intervals at 1 − level."""
     ahead = [differences(results, "adv_mae", other, "pgd20") for other in ("scratch", "noise_mae")]
-    return all(contrast(gaps, margin=1.0, level=level).interval[0] > 0 for gaps in ahead)
+    return all(len(gaps) > 1 and contrast(gaps, margin=1.0, level=level).interval[0] > 0 for gaps in ahead)
 
 
 def differences(results: Sequence[CellResult], row: str, other: str, measure: str) -> list[float]:
@@ -205,6 +212,7 @@ def run_cells(cells: Cells, jobs: int, say: Say) -> None:
 
     Raises:
         ValueError, Interrupted: as `run_ablation`.
+        RunFailed: a job did.
     """
     claim_folder(cells)
     if jobs == 1:
@@ -225,8 +233,11 @@ def run_cells(cells: Cells, jobs: int, say: Say) -> None:
             for process in processes:
                 if process.pid is not None:
                     process.join()
-    if failed := [process.exitcode for process in processes if process.exitcode]:
-        raise Interrupted(f"{len(failed)} of {jobs} jobs ended early; the same command goes on")
+    ended = [process.exitcode for process in processes if process.exitcode]
+    if failed := [code for code in ended if code > 0 and code != _STOPPED]:
+        raise RunFailed(f"{len(failed)} of {jobs} jobs failed, for what they said above")
+    if ended:
+        raise Interrupted(f"{len(ended)} of {jobs} jobs ended early; the same command goes on")
 
 
 def _job(cells: Cells, say: Say) -> None:
@@ -239,7 +250,7 @@ def _child(cells: Cells) -> None:
     try:
         _job(cells, partial(print, flush=True))
     except Interrupted:
-        raise SystemExit(3) from None
+        raise SystemExit(_STOPPED) from None
 
 
 @contextmanager

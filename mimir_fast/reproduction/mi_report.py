@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mimir_fast.reproduction.ablation import CellResult, whole_seeds
+from mimir_fast.reproduction.ablation import CellResult, endings, whole_seeds
 from mimir_fast.reproduction.contrasts import LEVEL, Contrast, contrast, holm
 from mimir_fast.reproduction.mi_plan import Plan, primary_of, rows_of, secondary_of
 from mimir_fast.reproduction.mi_question import Answers, differences
@@ -20,6 +20,7 @@ MEASURES = {
 }  # fmt: skip
 LATENT = ("hsic", "nhsic", "cka", "image_r2", "rank")
 """Of the measures, those of `latent_facts` that compare rows: `delta_r2` is of each model's own attack."""
+TORN = "†"
 Named = Mapping[tuple[str, str], Contrast]
 
 
@@ -57,28 +58,31 @@ def cells_in(record: dict[str, Any], stage: str) -> list[CellResult]:
 
 def report(record: dict[str, Any]) -> str:
     """Every table in Markdown, with the choices and the verdicts in words."""
-    titles, chosen = record["titles"], record["chosen"]
-    gate = "held" if chosen["proven"] else "did NOT hold at any budget"
+    titles, chosen, gate = record["titles"], record["chosen"], record["assay_level"]
+    held = "held" if chosen["proven"] else "did NOT hold at any budget"
+    looks = "" if gate == LEVEL else f", those of the assay of {100 * (1 - gate):.3g} %, as its gate has them"
+    tuning = [CellResult(**c) for name, stage in record["stages"].items() if name.startswith("tuning") for c in stage]
     parts = [
         f"{record['data']}, size {record['size']}. Learning rate {chosen['lr']:g} and share {chosen['share']:g}, by "
-        f"held-out training images; the assay {gate}; arms at budget {chosen['budget']}. Run at "
-        f"{', '.join(_origins(record))}. Mean ± standard deviation over seeds; intervals are of 95 %, those of the "
-        f"assay of {100 * (1 - record['assay_level']):.3g} %, as its gate has them.\n"
+        f"held-out training images; the assay {held}; arms at budget {chosen['budget']}. Run at "
+        f"{', '.join(_origins(record))}. Mean ± standard deviation over seeds; intervals are of 95 %{looks}. "
+        f"{TORN}: 0 is within one of the two intervals; t counts.\n",
+        *([f"In the tuning: {ended}\n"] if (ended := endings(tuning)) else []),
     ]
     for stage in (name for name in record["stages"] if name.startswith(("assay", "arms"))):
-        cells, is_assay = cells_in(record, stage), stage.startswith("assay")
-        level = record["assay_level"] if is_assay else LEVEL
-        parts.append(f"## {stage}\n\n" + markdown(_rows(cells, titles), _ended(record, stage)))
-        if is_assay:
+        cells, assay = cells_in(record, stage), stage.startswith("assay")
+        ended = endings([CellResult(**cell) for cell in record["stages"][stage]])
+        parts.append(f"## {stage}\n\n" + markdown(_rows(cells, titles), ended))
+        families = {f"{name} ": _pairs(record, name) for name in ("primary", "secondary")}
+        if assay:
             families = {"": [("adv_mae", "scratch"), ("adv_mae", "noise_mae"), ("adv_mae", "mae")]}
-        else:
-            families = {f"{name} ": _pairs(record, name) for name in ("primary", "secondary")}
+        level = gate if assay else LEVEL
         for family, pairs in families.items():
             for measure in ("pgd20", "apgd", "margin"):
                 if found := contrasts_of(cells, pairs, measure, level):
-                    parts.append(markdown(_lines(found, cells, titles, measure, family)))
+                    parts.append(markdown(_lines(found, cells, titles, measure, family, gate=assay)))
         every = [pair for pairs in families.values() for pair in pairs if "scratch" not in pair]
-        parts.append(markdown(_latents(cells, every, titles)))
+        parts.append(markdown(_latents(cells, every, titles, level)))
     return "\n".join(parts)
 
 
@@ -91,15 +95,6 @@ def _origins(record: dict[str, Any]) -> list[str]:
     cells = [cell for stage in record["stages"].values() for cell in stage]
     found = [(str(e.get("commit")), str(e.get("cpu"))) for e in (cell["environment"] for cell in cells)]
     return sorted({f"{commit} on {cpu} ({found.count((commit, cpu))} cells)" for commit, cpu in found})
-
-
-def _ended(record: dict[str, Any], stage: str) -> str:
-    """A sentence about cells that diverged; "" where none did."""
-    cells = [CellResult(**cell) for cell in record["stages"][stage]]
-    diverged = [f"{c.row} of seed {c.seed} ({', '.join(c.diverged)})" for c in cells if c.diverged]
-    lost = sorted({str(c.seed) for c in cells if not c.accuracy})
-    said = f"Diverged, and judged by the last sound weights: {', '.join(diverged)}. " if diverged else ""
-    return said + (f"Left out of all rows, as nothing was left to judge: seed {', '.join(lost)}." if lost else "")
 
 
 def _names(cells: Sequence[CellResult], titles: Mapping[str, str]) -> list[str]:
@@ -122,20 +117,30 @@ def _rows(cells: Sequence[CellResult], titles: Mapping[str, str]) -> list[list[s
 
 
 def _lines(
-    found: Named, cells: Sequence[CellResult], titles: Mapping[str, str], measure: str, family: str
+    found: Named, cells: Sequence[CellResult], titles: Mapping[str, str], measure: str, family: str, *, gate: bool
 ) -> list[list[str]]:
+    """A contrast a line. The assay's `gate` asks each interval by itself, so it has neither Holm nor verdict."""
     points = measure in ACCURACIES
-    what = f"{family}{ACCURACIES.get(measure, measure)}: difference"
-    head = [what, "mean", *(["relative"] if points else []), "interval (t)", "interval (bootstrap)", "p", "p (Holm)"]
-    lines = [[*head, *([f"p (TOST, ±{MARGIN:g})", "verdict"] if points else []), "pairs"]]
-    for (first, second), c in found.items():
-        shown = ".2f" if points else ".3f"
-        middle = [f"{c.mean:+{shown}}"]
-        middle += [_relative(c.mean, cells, second, measure)] if points else []
-        middle += [f"{low:+{shown}} to {high:+{shown}}" for low, high in (c.interval, c.bootstrap)]
-        last = [_p(c.equivalence), c.verdict + "; t and bootstrap disagree about 0" * c.torn] if points else []
-        name = f"{titles.get(first, first)} − {titles.get(second, second)}"
-        lines.append([name, *map(_minus, middle), _p(c.p), _p(c.p_holm), *last, str(c.count)])
+    form = "+.2f" if points else "+.3f"
+    lines: list[list[str]] = []
+    for pair, c in found.items():
+        t, bootstrap = (f"{low:{form}} to {high:{form}}" for low, high in (c.interval, c.bootstrap))
+        columns = {
+            f"{family}{ACCURACIES.get(measure, measure)}: difference": " − ".join(
+                titles.get(name, name) for name in pair
+            ),
+            "mean": _minus(f"{c.mean:{form}}"),
+            "relative": _minus(_relative(c.mean, cells, pair[1], measure)) if points else None,
+            "interval (t)": _minus(t),
+            "interval (bootstrap)": _minus(bootstrap) + TORN * c.torn,
+            "p": _p(c.p),
+            "p (Holm)": None if gate else _p(c.p_holm),
+            f"p (TOST, ±{MARGIN:g})": _p(c.equivalence) if points and not gate else None,
+            "verdict": c.verdict if points and not gate else None,
+            "pairs": str(c.count),
+        }
+        shown = {head: text for head, text in columns.items() if text is not None}
+        lines += [list(shown.values())] if lines else [list(shown), list(shown.values())]
     return lines
 
 
@@ -146,11 +151,11 @@ def _relative(difference: float, cells: Sequence[CellResult], row: str, measure:
 
 
 def _latents(
-    cells: Sequence[CellResult], pairs: Sequence[tuple[str, str]], titles: Mapping[str, str]
+    cells: Sequence[CellResult], pairs: Sequence[tuple[str, str]], titles: Mapping[str, str], level: float
 ) -> list[list[str]]:
     """What the latents hold, a pair a line: described, so without a test."""
-    lines = [["latents: difference, with its 95 % interval (t)", *(MEASURES[measure] for measure in LATENT)]]
-    found = {measure: contrasts_of(cells, pairs, measure) for measure in LATENT}
+    lines = [["latents: difference, with its interval (t)", *(MEASURES[measure] for measure in LATENT)]]
+    found = {measure: contrasts_of(cells, pairs, measure, level) for measure in LATENT}
     for pair in pairs:
         line = [" − ".join(titles.get(name, name) for name in pair)]
         for measure in LATENT:

@@ -79,6 +79,9 @@ def judge_quickly(
 
     Measures: `natural` and `pgd20` on all images; `apgd` on the few, right under PGD-20 and both forms of APGD. The
     margin is the true logit less the largest other at PGD-20's last iterate, on the few; broken images have one too.
+
+    Raises:
+        ValueError: the model's outputs are no numbers.
     """
     model = load_classifier(read_weights(run, "model")).to(device)
     images = load_images(data)
@@ -87,7 +90,10 @@ def judge_quickly(
     few = torch.zeros(len(images), dtype=torch.bool)
     few[torch.arange(rules.autoattack_images) * len(images) // max(rules.autoattack_images, 1)] = True
     with borrowed(model, "eval") as module:
-        stands = torch.cat([is_correct(module(x), y).cpu() for x, y, _ in images.batches(size, device)])
+        logits = torch.cat([module(x).cpu() for x, _, _ in images.batches(size, device)])
+        if not bool(logits.isfinite().all()):
+            raise ValueError(f"the model of {run} returns logits that are not finite (NaN or inf) on clean images")
+        stands = is_correct(logits, images.labels)
         natural = int(stands.sum())
         for at, (x, y, samples) in _batches(images, stands, size, device):
             search = PgdRows(module, x, y, random_start(x, eps, samples=samples, seed=seed), eps, 20)

@@ -18,10 +18,10 @@ import torch
 from mimir_fast.evaluation.images import load_images
 from mimir_fast.models.masked_model import MaskedModel
 from mimir_fast.ops.patches import patchify_gather
-from mimir_fast.reproduction.ablation import Row, read_results
+from mimir_fast.reproduction.ablation import Row, read_results, whole_seeds
 from mimir_fast.reproduction.contrasts import contrast
 from mimir_fast.reproduction.latent_facts import attacked, explained, latent_of, pretrained
-from mimir_fast.reproduction.mi_plan import DataName, Plan, plan_of, rows_of
+from mimir_fast.reproduction.mi_plan import Plan, QuestionData, plan_of, rows_of
 
 Probed = dict[str, dict[int, dict[str, float]]]
 
@@ -30,7 +30,7 @@ def same_delta(plan: Plan, stage: Path, rows: Sequence[Row], source: Row) -> Pro
     """{row: {seed: {"attacked", "clean", "difference"}}}: R² of δ from the tokens of the attacked images, from those of
     the clean ones, which δ never entered, and from the attacked less the clean ones."""
     found: Probed = {row.name: {} for row in rows}
-    seeds = sorted({cell.seed for cell in read_results(stage / "results.jsonl")})
+    seeds = sorted({cell.seed for cell in whole_seeds(read_results(stage / "results.jsonl"))})
     kept = [s for s in seeds if all(row.pretrained_in(stage / "cells", s).is_dir() for row in (source, *rows))]
     images = load_images(plan.finetune.data).evenly(plan.facts_images)
     for seed in kept:
@@ -74,7 +74,9 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("stage", help="arms, assay_1, …")
     parser.add_argument("source", help="the row on whose models the perturbation is made")
     parser.add_argument("rows", nargs="+", help="rows in whose latents it is looked for, beside the source's own")
-    parser.add_argument("--data", choices=get_args(DataName), default="fashion", help="as it was given to mi_question")
+    parser.add_argument(
+        "--data", choices=get_args(QuestionData), default="fashion", help="as it was given to mi_question"
+    )
     parser.add_argument("--data_root", default="data", help="as it was given to mi_question")
     return parser.parse_args(args)
 

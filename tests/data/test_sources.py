@@ -149,16 +149,25 @@ def test_cifar10_in_all_formats(tmp_path, folder, kind):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [("test_lables.json", "[1, 2]", "2 labels of 10 images"), ("test_batch.png", None, "of 30 pixels")],
-)
-def test_a_damaged_npm_package_is_refused(tmp_path, file, content, message):
+    "labels",
+    ["[1, 2]", "[0, 1, 2, 3, 4, 5, 6, 7, 8, 10]", "[0, 1, 2, 3, 4, 5, 6, 7, 8, 0.5]", "{}", "7", "[1, 2", "[[1]]"],
+)  # fmt: skip
+def test_labels_that_are_none_of_a_npm_package(tmp_path, labels):
     write_cifar10(tmp_path / "package", "npm")
-    if content is None:
-        Image.new("RGB", (30, 10)).save(tmp_path / "package" / file)
+    (tmp_path / "package" / "test_lables.json").write_text(labels)
+    with pytest.raises(ValueError, match=r"test_lables.json.*unpack the package again"):
+        build_source(DataConfig(source="cifar10", root=str(tmp_path)), "test")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "narrow", "cut"])
+def test_pictures_that_are_none_of_a_npm_package(tmp_path, mode):
+    write_cifar10(tmp_path / "package", "npm")
+    path = tmp_path / "package" / "test_batch.png"
+    if mode == "cut":
+        path.write_bytes(path.read_bytes()[:5000])
     else:
-        (tmp_path / "package" / file).write_text(content)
-    with pytest.raises(ValueError, match=message):
+        Image.new(mode if mode != "narrow" else "RGB", (1024 if mode != "narrow" else 30, 10)).save(path)
+    with pytest.raises(ValueError, match=r"test_batch.png.*unpack the package again"):
         build_source(DataConfig(source="cifar10", root=str(tmp_path)), "test")
 
 

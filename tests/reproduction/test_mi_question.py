@@ -1,5 +1,6 @@
 """The question what the mutual-information term does: statistics, decisions, the judge, and the whole in small."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +11,19 @@ import torch
 from mimir_fast.attacks.pgd import is_correct, pgd, random_start
 from mimir_fast.attacks.rows import run_rows
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.data.sources.base import MissingDataError
 from mimir_fast.methods.adv_mae import AdvMaeConfig
-from mimir_fast.reproduction.ablation import CellResult
+from mimir_fast.reproduce import MiQuestion
+from mimir_fast.reproduction.ablation import CellResult, claim_folder
 from mimir_fast.reproduction.contrasts import contrast, holm, power
 from mimir_fast.reproduction.latent_facts import effective_rank, explained
 from mimir_fast.reproduction.mi_plan import Plan, arms_of, plan_of, primary_of, rows_of
-from mimir_fast.reproduction.mi_question import Answers, best, passes, run_question
+from mimir_fast.reproduction.mi_question import Answers, best, cells_of, passes, run_question
 from mimir_fast.reproduction.mi_report import LATENT, contrasts_of, plot_effects, plot_why, record_of, report
-from mimir_fast.reproduction.quick_judge import PgdRows
+from mimir_fast.reproduction.quick_judge import PgdRows, judge_quickly
 from mimir_fast.reproduction.same_delta import lines_of, same_delta
+from mimir_fast.training.finetuning import finetune
+from mimir_fast.training.health import TrainingDiverged
 
 
 def cells(effects: dict[str, float], sd: float, seeds: int, generator: np.random.Generator) -> list[CellResult]:
@@ -66,6 +71,10 @@ def test_the_gate_asks_for_both_and_tuning_for_the_best() -> None:
     assert passes(cells({"adv_mae": 4, "scratch": 0, "noise_mae": 0}, 0.9, 8, generator), level)
     assert not passes(cells({"adv_mae": 4, "scratch": 0, "noise_mae": 4}, 0.9, 8, generator), level)
     assert not passes(cells({"adv_mae": -4, "scratch": 0, "noise_mae": 0}, 0.9, 8, generator), level)
+    ahead = cells({"adv_mae": 4, "scratch": 0, "noise_mae": 0}, 0.9, 8, generator)
+    assert not passes([replace(c, accuracy={}) if c.row == "adv_mae" else c for c in ahead], level), (
+        "nothing to compare"
+    )
     tried = {lr: [CellResult("a", 0, {"heldout": [right, 10]})] for lr, right in ((1.0, 4), (3.0, 6), (2.0, 6))}
     assert best(tried) == 2.0
     assert best(tried | {4.0: [CellResult("a", 0, {}, diverged=["pretrain"])]}) == 2.0
@@ -144,9 +153,14 @@ def test_the_report_says_what_diverged_and_at_which_level_an_interval_is() -> No
             ("adv_mae", "noise_mae")), strict=True)]  # fmt: skip
     low, high = contrast(gaps, margin=1.0, level=0.05 / 3).interval
     assert f"{low:+.2f} to {high:+.2f}" in whole and "98.3 %" in whole and "abc on this one (32 cells)" in whole
-    assert "iverged" not in whole
-    assert "mae of seed 2 (finetune)" in text_of(stopped) and "Left out" not in text_of(stopped)
-    assert "Left out of all rows, as nothing was left to judge: seed 2." in text_of(lost)
+    assert "iverged" not in whole and "verdict" not in whole, "the gate asks each interval by itself"
+    assert "Diverged, and judged by the last weights that were saved: mae of seed 2 (finetune)." in text_of(stopped)
+    assert "Diverged, with nothing left to judge: mae of seed 2 (pretrain)." in text_of(lost)
+    assert "were saved" not in text_of(lost)
+    tuning = [CellResult("adv_mae", 1000, {}, diverged=["finetune"], environment={})]
+    stages = {"tuning_lr_0.003": tuning, "arms": []}
+    told = report(record_of(plan, Answers(1.5e-3, 0.01, 1, True, stages)))
+    assert "In the tuning: Diverged, with nothing left to judge: adv_mae of seed 1000 (finetune)." in told
     assert text_of(lost).count("| 7 |") > whole.count("| 7 |") == 0
 
 
@@ -155,6 +169,50 @@ def test_intervals_that_disagree_about_zero_are_said() -> None:
     found = contrast([0.1, 0.2, 0.1, 3.0], margin=1.0)
     assert found.interval[0] < 0 < found.bootstrap[0] and found.torn
     assert not contrast([1.0, 1.1, 0.9, 1.0], margin=1.0).torn
+
+
+def test_a_tuning_cell_that_ended_early_is_not_judged(tmp_path: Path) -> None:
+    """By what was looked at before its end, or not at all."""
+    plan = small()
+    stage = cells_of(plan, tmp_path, [rows_of(plan, 1, 1e-3, 0.1)["scratch"]], 1, 1e-3, (1000, 1), tuning=True)
+    for lines in ([{"step": 1, "pgd": 0.5}], [{"step": 2, "loss": 1.0}]):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(ValueError, match="ended before its last step"):
+            stage.judged(stage.rows[0], tmp_path, tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "pgd": 0.5}) + "\n")
+    accuracy, _ = stage.judged(stage.rows[0], tmp_path, tmp_path)
+    assert accuracy == {"heldout": [3, 6]}
+
+
+def test_a_model_of_no_numbers_is_not_judged(tmp_path: Path) -> None:
+    plan = small()
+    run = replace(
+        plan.finetune.run, output_dir=str(tmp_path), device="cpu", save_every=1, max_bad_steps=1, warmup_epochs=0.0
+    )
+    tune = replace(plan.finetune, run=run, optim=replace(plan.finetune.optim, lr=1e10))
+    with pytest.raises(TrainingDiverged):
+        finetune(tune)
+    with pytest.raises(ValueError, match="not finite"):
+        judge_quickly(tmp_path, tune.data, plan.rules, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_missing_images_leave_nothing_behind(tmp_path: Path) -> None:
+    plan = plan_of("reduced", "cifar10", root=str(tmp_path / "nowhere"))
+    with pytest.raises(MissingDataError):
+        run_question(plan, tmp_path / "out", 2)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="fashion has a place of its own"):
+        MiQuestion(data_root="data")
+
+
+def test_images_may_move_between_two_starts(tmp_path: Path) -> None:
+    for root in ("one", "two"):
+        plan = plan_of("reduced", "cifar10", root=root)
+        claim_folder(
+            cells_of(plan, tmp_path, list(rows_of(plan, 1, 1e-3, 0.1).values()), 1, 1e-3, (0, 1), tuning=False)
+        )
+    with pytest.raises(ValueError, match="finetune, mae"):
+        claim_folder(cells_of(plan, tmp_path, [rows_of(plan, 1, 2e-3, 0.1)["mae"]], 1, 2e-3, (0, 1), tuning=False))
 
 
 def small() -> Plan:

