@@ -27,7 +27,7 @@ class MutualInformationConfig:
     """λ, the factor of the penalty."""
     share: float = 0.0
     """Hold the penalty's gradient at this share of the reconstruction's, both at the latent, by a λ that follows them
-    (0.01 acts a little; 0.1 cost 7 to 20 points on Fashion-MNIST, nothing seen on CIFAR-10); 0 leaves λ at `weight`."""
+    (0.01 acts a little; 0.1 cost 8 to 20 points on Fashion-MNIST, nothing seen on CIFAR-10); 0 leaves λ at `weight`."""
     sigma: float = 5.0
     """Width of the RBF kernels; not used by the `median` rule."""
     bandwidth: Literal["auto", "reference", "paper", "median"] = "auto"

@@ -250,3 +250,19 @@ def test_the_whole_question_in_small(tmp_path: Path) -> None:
     own = {c.seed: c.measures["delta_r2"] for c in alone.stages["arms"] if c.row == "adv_mae"}
     assert {seed: cell["attacked"] for seed, cell in found["adv_mae"].items()} == pytest.approx(own, abs=1e-6)
     assert len(lines_of(found, "adv_mae")) == 6
+
+
+@pytest.mark.slow
+def test_every_arm_of_the_full_size_in_small(tmp_path: Path) -> None:
+    """What the size reduced leaves out: nHSIC, both shares, fixed λ, a part of the batch and the accumulated batch."""
+    plan = replace(small(), whole=True, budgets=(1,), assay_seeds=2, facts_images=8)
+    answers = run_question(plan, tmp_path, 2)
+    arms = arms_of(plan, answers.share)
+    assert {(c.row, c.seed) for c in answers.stages["arms"]} == {(row, seed) for row in arms for seed in (100, 101)}
+    assert len(arms) == 13 and all(c.accuracy["pgd20"][1] == 30 for c in answers.stages["arms"])
+    record = record_of(plan, answers)
+    text = report(record)
+    assert all(f"| {record['titles'][row]} |" in text for row in arms)
+    assert text.count("primary PGD-20") == 1 and len(record["primary"]) == 4
+    plot_effects(tmp_path / "effects.png", record)
+    plot_why(tmp_path / "why.png", record)
