@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,12 @@ from mimir_fast.checkpoints.durable import PARTIAL, move, remove, sync
 from mimir_fast.checkpoints.reading import FORMAT, VERSION, root_cause
 from mimir_fast.world import FailedElsewhere, World
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.staging import DefaultStager
+
+STAGES_AGAIN = torch.__version__ >= "2.14"
+"""Whether a stager works twice: that of 2.11 closes itself behind the first save, and the second ends in a KeyError;
+2.12 and 2.13 were not tried (findings/dcp-stager-works-once.sh)."""
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -38,12 +44,8 @@ class Saver:
     """Writes one checkpoint at a time while training goes on. All methods but `done` are collective."""
 
     def __init__(self, world: World) -> None:
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
         self.world = world.separate()
-        cuda = world.device.type == "cuda"
-        # One stager for all saves: pinned memory is costly to get, so it keeps and reuses its copy.
-        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        self._stager = self._new_stager()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -60,6 +62,8 @@ class Saver:
         from mimir_fast.checkpoints.writer import Writer
 
         self.wait()
+        if not STAGES_AGAIN:
+            self._stager = self._new_stager()
         partial = folder.with_name(folder.name + PARTIAL)
         try:
             self.world.on_main(lambda: _make(partial))
@@ -70,6 +74,13 @@ class Saver:
         except (OSError, FailedElsewhere) as error:
             raise _failure(folder, error) from error
         self._pending = self._thread.submit(self._finish, written, partial, folder, meta, then)
+
+    def _new_stager(self) -> "DefaultStager":
+        """One for all saves, where it can: pinned memory is costly to get, so it keeps and reuses its copy."""
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        cuda = self.world.device.type == "cuda"
+        return DefaultStager(StagingOptions(cuda, False, False, cuda))
 
     def done(self) -> bool:
         """True when `wait` would return (or raise) at once."""

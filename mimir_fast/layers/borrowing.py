@@ -22,6 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.layers._bf16 import weights_stay
 
+GUARDS_FROZEN = torch.__version__ >= "2.14"
+"""Whether torch.compile tells graphs of frozen weights from those of training; 2.11 does not, 2.12 and 2.13 were not
+tried."""
 AttackMode = Literal["eval", "train", "as_is"]
 
 
@@ -104,7 +107,8 @@ class _Loan:
         compiled = {m: flags for m, flags in compiled.items() if any(not flag.frozen for flag in flags)}
         self._flags = [flag for flags in compiled.values() for flag in flags]
         parts = list(compiled) if shards or self._nested else [module]
-        self._frozen = [p for part in parts for p in part.parameters() if p.requires_grad]
+        apart = _trained_as_they_are(module)
+        self._frozen = [p for part in parts for p in part.parameters() if p.requires_grad and p not in apart]
         self._modes = [(m, m.training) for m in module.modules()]
         self._norms: list[Any] = []
 
@@ -177,6 +181,20 @@ class FrozenFlag:
 def frozen_flags(module: nn.Module) -> list[FrozenFlag]:
     """Those of a module itself, one where it was compiled."""
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, FrozenFlag)]
+
+
+def _trained_as_they_are(module: nn.Module) -> set[nn.Parameter]:
+    """Weights that an attack must not freeze: of a user's compiled modules, where torch.compile would not notice.
+
+    torch 2.11 takes the attack's graph for the training that follows, and no weight gets a gradient. Their gradients
+    are computed in vain then.
+    """
+    if GUARDS_FROZEN:
+        return set()
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    compiled = (m for m in module.modules() if m._compiled_call_impl is not None or isinstance(m, OptimizedModule))
+    return {p for m in compiled if not frozen_flags(m) for p in m.parameters()}
 
 
 def _cuda_devices(module: nn.Module) -> list[int]:

@@ -1,10 +1,13 @@
 """Attacks on a compiled classifier: same result, and its graph is not mistaken for the training graph."""
 
+import pytest
 import torch
 
 from mimir_fast.attacks.pgd import pgd
 from mimir_fast.attacks.threat_model import LinfThreat
+from mimir_fast.layers import borrowing
 from mimir_fast.models.classifier import ClassifierConfig, build_classifier
+from mimir_fast.training.compile import compile_modules
 
 
 def test_every_weight_still_gets_its_gradient() -> None:
@@ -25,3 +28,22 @@ def test_every_weight_still_gets_its_gradient() -> None:
         torch.nn.functional.cross_entropy(model(adversarial), labels).backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert (adversarial - eager).abs().gt(1e-6).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("guards", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_weights_are_frozen_where_that_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, guards: bool, whole: bool
+) -> None:
+    """Not on torch 2.11, but for modules that `compile_modules` compiled, which say it themselves."""
+    monkeypatch.setattr(borrowing, "GUARDS_FROZEN", guards)
+    model: torch.nn.Module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    if whole:
+        model = torch.compile(model, backend="eager")
+    else:
+        model[0].compile(backend="eager")  # type: ignore[index, operator]
+        compile_modules([model[1]], backend="eager")  # type: ignore[index, list-item]
+    with borrowing.borrowed(model):
+        frozen = [not p.requires_grad for p in model.parameters()]
+    assert frozen == [guards] * 6 if whole else frozen == [guards] * 2 + [True] * 4
+    assert all(p.requires_grad for p in model.parameters())
