@@ -184,17 +184,17 @@ def frozen_flags(module: nn.Module) -> list[FrozenFlag]:
 
 
 def _trained_as_they_are(module: nn.Module) -> set[nn.Parameter]:
-    """Weights that an attack must not freeze: of a user's compiled modules, where torch.compile would not notice.
+    """Weights that an attack must not freeze: of compiled modules, where torch.compile would not notice.
 
-    torch 2.11 takes the attack's graph for the training that follows, and no weight gets a gradient. Their gradients
-    are computed in vain then.
+    torch 2.11 takes the attack's graph for the training that follows, and no weight gets a gradient; of layers that are
+    compiled one by one in spite of their `FrozenFlag`. Their gradients are computed in vain then.
     """
-    if GUARDS_FROZEN:
+    if GUARDS_FROZEN or frozen_flags(module):
         return set()
     from torch._dynamo.eval_frame import OptimizedModule
 
     compiled = (m for m in module.modules() if m._compiled_call_impl is not None or isinstance(m, OptimizedModule))
-    return {p for m in compiled if not frozen_flags(m) for p in m.parameters()}
+    return {p for m in compiled for p in m.parameters()}
 
 
 def _cuda_devices(module: nn.Module) -> list[int]:

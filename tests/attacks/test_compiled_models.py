@@ -35,7 +35,7 @@ def test_every_weight_still_gets_its_gradient() -> None:
 def test_compiled_weights_are_frozen_where_that_is_noticed(
     monkeypatch: pytest.MonkeyPatch, guards: bool, whole: bool
 ) -> None:
-    """Not on torch 2.11, but for modules that `compile_modules` compiled, which say it themselves."""
+    """Not on torch 2.11, but for a model that `compile_modules` compiled as a whole, which says it itself."""
     monkeypatch.setattr(borrowing, "GUARDS_FROZEN", guards)
     model: torch.nn.Module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     if whole:
@@ -45,5 +45,5 @@ def test_compiled_weights_are_frozen_where_that_is_noticed(
         compile_modules([model[1]], backend="eager")  # type: ignore[index, list-item]
     with borrowing.borrowed(model):
         frozen = [not p.requires_grad for p in model.parameters()]
-    assert frozen == [guards] * 6 if whole else frozen == [guards] * 2 + [True] * 4
+    assert frozen == ([guards] * 6 if whole else [guards] * 4 + [True] * 2)
     assert all(p.requires_grad for p in model.parameters())
